@@ -1,0 +1,1 @@
+"""The method, the model and the rollout in plain PyTorch."""

@@ -1,0 +1,196 @@
+"""The causal forward pass over any Wan-layout module tree: one chunk of frames against the KV cache.
+
+It drives the tree's own submodules by Wan's attribute names and never touches their raw weights, so quantised,
+offloaded and LoRA-patched layers keep working, in ComfyUI as without it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionOptions, sparse_attention
+from .geometry import FrameBlocks
+from .kv_cache import KVCache
+from .rope import RopeTable
+from .selection import SelectionPlan
+
+DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Dense attention through torch, [B, L, H, D] in and out."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+@dataclass
+class CausalState:
+    """What one rollout remembers between forward passes.
+
+    `dense_attention` runs dense chunks and cross-attention. `clean` is set for the pass that only commits a
+    finished chunk. The fields below are set by `open_chunk` and filled by the first forward of a prompt.
+    """
+
+    cache: KVCache
+    attention: AttentionOptions
+    dense_attention: DenseAttention = sdpa
+    clean: bool = False
+    frames: int = 0
+    start_frame: int = 0
+    plan: SelectionPlan | None = None
+    cross: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    rope: RopeTable | None = None
+
+    def open_chunk(self, frames: int, sparsity: float, device: torch.device | str | None) -> None:
+        """Begin the next `frames` latent frames, which skip the share `sparsity` of key blocks (0: dense)."""
+        self.cache.open(frames)
+        self.frames, self.start_frame = frames, self.cache.current_frames[0]
+        self.rope = self.plan = None
+        if sparsity > 0.0 and len(self.cache.slot_frames) > frames:
+            self.plan = SelectionPlan.build(
+                self.cache.slot_frames,
+                frames,
+                self.cache.layout,
+                sparsity=sparsity,
+                keep_frames=self.attention.keep_frames,
+                sink_frames=self.attention.sink_frames,
+                near_frames=self.attention.near_frames,
+                device=device,
+            )
+
+    def close(self) -> None:
+        """Free all memory; the state is of no use afterwards."""
+        self.cache.free()
+        self.cross.clear()
+        self.rope = self.plan = None
+
+    @property
+    def density(self) -> float:
+        """The share of visible key blocks that the open chunk attends to."""
+        if self.plan is None:
+            return 1.0
+        return self.plan.kept / (len(self.cache.slot_frames) * self.cache.layout.per_frame)
+
+
+def forward(dit: Any, x: Tensor, timestep: Tensor, context: Tensor, state: CausalState) -> Tensor:
+    """Predict the flow of the open chunk and store its keys and values.
+
+    dit: a Wan 2.1 T2V module tree. x: [B, C, F, h, w] noisy (or clean) latents of the open chunk, in the compute
+    dtype. timestep: [B] or per frame [B, F], on the 0…1000 scale. context: [B, tokens, text_dim] text embeddings,
+    read by the first call of a prompt only. Returns the flow `noise − x0`, [B, C, F, h, w]; a clean pass
+    (`state.clean`) stops once the last layer's keys and values are stored and returns zeros.
+
+    Raises ValueError when frames or size do not fit the open chunk. Source: Wan 2.1; Self Forcing's causal form.
+    """
+    batch, _, frames, height, width = x.shape
+    if frames != state.frames:
+        raise ValueError(f"x holds {frames} latent frames but the open chunk has {state.frames}; open_chunk() first")
+    grid = (frames, height // 2, width // 2)
+    tokens = state.cache.layout.tokens_per_frame
+    if height % 2 or width % 2 or grid[1] * grid[2] != tokens:
+        raise ValueError(f"latents of {height}×{width} are not {tokens} tokens per frame of 2×2 patches")
+
+    hidden = dit.patch_embedding(x.float()).to(x.dtype).flatten(2).transpose(1, 2)
+    e = dit.time_embedding(_sinusoid(dit.freq_dim, timestep.flatten()).to(x.dtype))
+    e = e.unflatten(0, (batch, -1))
+    e0 = dit.time_projection(e).unflatten(2, (6, -1))
+    if not state.cross:
+        state.cross = _cross_keys_values(dit, dit.text_embedding(context))
+    if state.rope is None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        head_dim = state.cache.head_dim
+        state.rope = RopeTable(state.start_frame, *grid, head_dim, dtype=wide, device=x.device)
+
+    last = len(dit.blocks) - 1
+    for index, block in enumerate(dit.blocks):
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = _modulation(block.modulation, e0)
+        y = _self_attention(block.self_attn, _scale_shift(block.norm1(hidden), scale_sa, shift_sa), index, state, last)
+        if y is None:
+            return torch.zeros_like(x)
+        hidden = _gated(hidden, y, gate_sa)
+        hidden = hidden + _cross_attention(block.cross_attn, block.norm3(hidden), *state.cross[index], state)
+        y = block.ffn(_scale_shift(block.norm2(hidden), scale_ffn, shift_ffn))
+        hidden = _gated(hidden, y, gate_ffn)
+
+    shift, scale = _modulation(dit.head.modulation, e.unsqueeze(2))
+    return _unpatchify(dit.head.head(_scale_shift(dit.head.norm(hidden), scale, shift)), grid)
+
+
+def _self_attention(attention: Any, x: Tensor, layer: int, state: CausalState, last: int) -> Tensor | None:
+    """Self-attention of the chunk over everything it may see; None where only the store was needed."""
+    assert state.rope is not None
+    heads = (-1, state.cache.head_dim)
+    k = state.rope.rotate(attention.norm_k(attention.k(x)).unflatten(-1, heads))
+    state.cache.store(layer, k, attention.v(x).unflatten(-1, heads))
+    if state.clean and layer == last:
+        return None
+    q = state.rope.rotate(attention.norm_q(attention.q(x)).unflatten(-1, heads))
+    k, v = state.cache.keys(layer), state.cache.values(layer)
+    if state.plan is None:
+        return attention.o(state.dense_attention(q, k, v).flatten(2))
+    layout, options = state.cache.layout, state.attention
+    q_means = FrameBlocks(layout.tokens_per_frame, options.block[0]).block_means(q)
+    selection = state.plan.select(q_means, state.cache.block_means(layer), state.cache.frame_means(layer))
+    y = sparse_attention(
+        q,
+        k,
+        v,
+        selection=selection,
+        tokens_per_frame=layout.tokens_per_frame,
+        block=options.block,
+        backend=options.backend,
+    )
+    return attention.o(y.flatten(2))
+
+
+def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer's cross-attention, [B, tokens, H, 128]: once per prompt."""
+    pairs = []
+    for block in dit.blocks:
+        attention = block.cross_attn
+        heads = (attention.num_heads, -1)
+        k = attention.norm_k(attention.k(context)).unflatten(-1, heads)
+        pairs.append((k, attention.v(context).unflatten(-1, heads)))
+    return pairs
+
+
+def _cross_attention(attention: Any, x: Tensor, k: Tensor, v: Tensor, state: CausalState) -> Tensor:
+    """Attention of the chunk to every text slot, the padded ones included."""
+    q = attention.norm_q(attention.q(x)).unflatten(-1, (attention.num_heads, -1))
+    return attention.o(state.dense_attention(q, k, v).flatten(2))
+
+
+def _sinusoid(dim: int, position: Tensor) -> Tensor:
+    """[n] timesteps → [n, dim], cosines first. float32, as the host computes it."""
+    half = dim // 2
+    position = position.to(torch.promote_types(position.dtype, torch.float32))
+    frequencies = torch.pow(10000, -torch.arange(half).to(position).div(half))
+    angles = torch.outer(position, frequencies)
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def _modulation(parameter: Tensor, e: Tensor) -> tuple[Tensor, ...]:
+    """(parameter + e) split over its parts: each [B, F or 1, D]."""
+    return (parameter.to(device=e.device, dtype=e.dtype).unsqueeze(0) + e).unbind(2)
+
+
+def _scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x · (1 + scale) + shift with per-frame scale and shift [B, F or 1, D] over x [B, F · tokens, D]."""
+    framed = x.unflatten(1, (scale.shape[1], -1))
+    return torch.addcmul(shift.unsqueeze(2), framed, 1 + scale.unsqueeze(2)).flatten(1, 2)
+
+
+def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y · gate with a per-frame gate [B, F or 1, D]."""
+    framed = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, framed), y.unflatten(1, framed), gate.unsqueeze(2)).flatten(1, 2)
+
+
+def _unpatchify(x: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """[B, f · h · w, 2 · 2 · C], channels fastest → [B, C, f, 2h, 2w]."""
+    batch, (frames, height, width) = x.shape[0], grid
+    x = x.view(batch, frames, height, width, 2, 2, -1)
+    return x.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, 2 * height, 2 * width)

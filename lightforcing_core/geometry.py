@@ -1,0 +1,97 @@
+"""How a video's tokens fall into frames and a frame's tokens into attention blocks.
+
+Blocks never straddle frames: every frame is cut into `ceil(tokens_per_frame / block)` blocks of which the last
+one may be ragged. At 512×768 (1536 tokens) and blocks of 64 or 128 this is exactly the published layout.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FrameBlocks:
+    """The block layout of one side of attention: `block` tokens per block inside frames of `tokens_per_frame`."""
+
+    tokens_per_frame: int
+    block: int
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_frame", "block"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} {value} is not positive")
+
+    @property
+    def per_frame(self) -> int:
+        """Blocks in one frame, the ragged last one included."""
+        return -(-self.tokens_per_frame // self.block)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether the last block of each frame holds fewer than `block` tokens."""
+        return self.tokens_per_frame % self.block != 0
+
+    @property
+    def padded_tokens_per_frame(self) -> int:
+        """Tokens per frame once its last block is padded to full length."""
+        return self.per_frame * self.block
+
+    def frames(self, tokens: int) -> int:
+        """Whole frames in `tokens` tokens; ValueError when the last one is cut."""
+        frames, rest = divmod(tokens, self.tokens_per_frame)
+        if rest or not frames:
+            raise ValueError(
+                f"{tokens} tokens are not whole frames of {self.tokens_per_frame} tokens; "
+                f"pass a multiple of tokens_per_frame"
+            )
+        return frames
+
+    def block_lengths(self, frames: int, device: torch.device | str | None = None) -> Tensor:
+        """Real tokens of every block of `frames` frames: int64 [frames · per_frame]."""
+        one = torch.full((self.per_frame,), self.block, dtype=torch.int64, device=device)
+        one[-1] = self.tokens_per_frame - (self.per_frame - 1) * self.block
+        return one.repeat(frames)
+
+    def block_of_token(self, frames: int, device: torch.device | str | None = None) -> Tensor:
+        """The block id that each token of `frames` frames belongs to: int64 [frames · tokens_per_frame]."""
+        token = torch.arange(frames * self.tokens_per_frame, device=device)
+        frame, within = token // self.tokens_per_frame, token % self.tokens_per_frame
+        return frame * self.per_frame + within // self.block
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[B, L, H, D] with L whole frames → [B, frames · padded_tokens_per_frame, H, D], zeros in the padding."""
+        if not self.ragged:
+            return x
+        batch, tokens, heads, dim = x.shape
+        x = x.reshape(batch, self.frames(tokens), self.tokens_per_frame, heads, dim)
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.padded_tokens_per_frame - self.tokens_per_frame))
+        return x.flatten(1, 2)
+
+    def unpad(self, x: Tensor) -> Tensor:
+        """The inverse of `pad`: [B, frames · padded_tokens_per_frame, H, D] → [B, frames · tokens_per_frame, H, D]."""
+        if not self.ragged:
+            return x
+        return x.unflatten(1, (-1, self.padded_tokens_per_frame))[:, :, : self.tokens_per_frame].flatten(1, 2)
+
+    def block_means(self, x: Tensor) -> Tensor:
+        """Mean over the real tokens of each block, accumulated in float32, in x's dtype.
+
+        x: [B, frames · tokens_per_frame, H, D] → [B, frames · per_frame, H, D].
+        """
+        padded = self.pad(x)
+        sums = padded.unflatten(1, (-1, self.block)).sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
+        lengths = self.block_lengths(x.shape[1] // self.tokens_per_frame, x.device)
+        return (sums / lengths[None, :, None, None]).to(x.dtype)
+
+    def frame_means(self, block_means: Tensor) -> Tensor:
+        """Mean over the real tokens of each frame, from its block means weighted by their lengths.
+
+        block_means: [B, frames · per_frame, H, D] → [B, frames, H, D]. For unragged frames this is the published
+        mean of the frame's pooled blocks.
+        """
+        wide = torch.promote_types(block_means.dtype, torch.float32)
+        weights = self.block_lengths(1, block_means.device).to(wide) / self.tokens_per_frame
+        framed = block_means.unflatten(1, (-1, self.per_frame)).to(wide)
+        return (framed * weights[None, None, :, None, None]).sum(2).to(block_means.dtype)

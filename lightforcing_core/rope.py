@@ -1,0 +1,76 @@
+"""Wan's three-axis rotary position embedding: tables for any latent frame, and rotation of stored keys in time.
+
+A head's D/2 pairs (2i, 2i+1) are split into temporal, height and width pairs; each axis has its own frequencies
+`θ_j = 10000^(−2j/d_axis)` over its own width d_axis (Wan 2.1; D = 128 gives 44, 42, 42). Angles are computed in
+float64, so no frame index is too large.
+"""
+
+import torch
+from torch import Tensor
+
+THETA = 10000.0
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Width of the temporal, height and width parts of one head, in channels."""
+    sixth = 2 * (head_dim // 6)
+    return head_dim - 2 * sixth, sixth, sixth
+
+
+def _angles(positions: Tensor, dim: int) -> Tensor:
+    """float64 angles [n, dim/2] of positions [n]."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
+    return positions.to(torch.float64)[:, None] * (1.0 / THETA**exponents)
+
+
+class RopeTable:
+    """cos and sin of the tokens of `frames` latent frames that start at frame `start`, ready for `rotate`.
+
+    The tokens of a frame are `height` × `width` patches, width fastest. cos, sin: [1, L, 1, D/2] in `dtype`.
+    """
+
+    def __init__(
+        self,
+        start: int,
+        frames: int,
+        height: int,
+        width: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        dims = axis_dims(head_dim)
+        time = _angles(torch.arange(start, start + frames, device=device), dims[0])
+        rows = _angles(torch.arange(height, device=device), dims[1])
+        columns = _angles(torch.arange(width, device=device), dims[2])
+        grid = (frames, height, width)
+        angles = torch.cat(
+            [
+                time[:, None, None].expand(*grid, -1),
+                rows[None, :, None].expand(*grid, -1),
+                columns[None, None].expand(*grid, -1),
+            ],
+            dim=-1,
+        ).reshape(1, frames * height * width, 1, head_dim // 2)
+        self.cos = angles.cos().to(dtype)
+        self.sin = angles.sin().to(dtype)
+
+    @classmethod
+    def of_time_shift(cls, frames: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> "RopeTable":
+        """The rotation that moves any key by `frames` latent frames in time and nowhere in space."""
+        # Row and column 0 rotate by nothing.
+        return cls(frames, 1, 1, 1, head_dim, dtype=dtype, device=device)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate x [B, L, H, D] by its tokens' angles, computed in the table's dtype, returned in x's."""
+        pairs = x.to(self.cos.dtype).unflatten(-1, (-1, 2))
+        first, second = pairs.unbind(-1)
+        rotated = torch.stack(
+            (
+                torch.addcmul(first * self.cos, second, self.sin, value=-1),
+                torch.addcmul(first * self.sin, second, self.cos),
+            ),
+            dim=-1,
+        )
+        return rotated.flatten(-2).to(x.dtype)

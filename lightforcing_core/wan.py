@@ -1,0 +1,162 @@
+"""The Wan 2.1 text-to-video module tree, for use without ComfyUI: names and shapes of the published weights.
+
+The tree holds weights and small submodules only; `causal_wan.forward` drives it, as it drives the host's own tree.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+HEAD_DIM = 128
+EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """`x · rsqrt(mean(x²) + eps) · weight` over the last dimension, normalised in float32 or wider."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, EPS)
+
+
+class Attention(nn.Module):
+    """Projections of self- or cross-attention; q and k are normalised over the full width before heads split."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.num_heads = dim // HEAD_DIM
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+
+
+class Block(nn.Module):
+    """One transformer layer."""
+
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, EPS, elementwise_affine=False)
+        self.self_attn = Attention(dim)
+        self.norm3 = nn.LayerNorm(dim, EPS)
+        self.cross_attn = Attention(dim)
+        self.norm2 = nn.LayerNorm(dim, EPS, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.empty(1, 6, dim))
+
+
+class Head(nn.Module):
+    """The output projection and its modulation."""
+
+    def __init__(self, dim: int, out_features: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, EPS, elementwise_affine=False)
+        self.head = nn.Linear(dim, out_features)
+        self.modulation = nn.Parameter(torch.empty(1, 2, dim))
+
+
+class Wan(nn.Module):
+    """Wan 2.1 T2V of any size. `dtype` is what the layers compute in; the patch embedding stays float32."""
+
+    patch_size = (1, 2, 2)
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        ffn_dim: int,
+        num_layers: int,
+        in_dim: int = 16,
+        out_dim: int = 16,
+        text_dim: int = 4096,
+        freq_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.freq_dim, self.out_dim = dim, dim // HEAD_DIM, freq_dim, out_dim
+        self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(dim, ffn_dim) for _ in range(num_layers))
+        self.head = Head(dim, 4 * out_dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.head.weight.dtype
+
+
+def wan_from_state_dict(
+    state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Wan:
+    """Build the tree that `state_dict` (original Wan names, see `checkpoint.load_dit_state_dict`) describes.
+
+    Sizes are read from the tensors; `dtype` (default: the weights' own) and `device` are where they end up.
+    Raises ValueError when a tensor is missing, left over, of the wrong shape, or the width is not a multiple of
+    128 (Wan's head width).
+    """
+    try:
+        dim, in_dim = state_dict["patch_embedding.weight"].shape[:2]
+        sizes = {
+            "dim": dim,
+            "in_dim": in_dim,
+            "out_dim": state_dict["head.head.weight"].shape[0] // 4,
+            "ffn_dim": state_dict["blocks.0.ffn.0.weight"].shape[0],
+            "text_dim": state_dict["text_embedding.0.weight"].shape[1],
+            "freq_dim": state_dict["time_embedding.0.weight"].shape[1],
+            "num_layers": 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
+        }
+    except KeyError as missing:
+        raise ValueError(
+            f"{missing.args[0]} is missing, so this is no Wan 2.1 state dict in original names; "
+            f"load files with checkpoint.load_dit_state_dict"
+        ) from None
+    if dim % HEAD_DIM:
+        raise ValueError(f"width {dim} is not a multiple of {HEAD_DIM}, Wan's head width")
+    with torch.device("meta"):
+        model = Wan(**sizes)
+    expected = model.state_dict()
+    problems = [f"{key} is missing" for key in expected.keys() - state_dict.keys()]
+    problems += [f"{key} is not part of Wan 2.1 T2V" for key in state_dict.keys() - expected.keys()]
+    problems += [
+        f"{key} has shape {list(state_dict[key].shape)} instead of {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in state_dict and state_dict[key].shape != tensor.shape
+    ]
+    if problems:
+        raise ValueError(f"{len(problems)} tensors do not fit Wan 2.1 T2V, the first: {sorted(problems)[0]}")
+
+    def placed(key: str, tensor: Tensor) -> Tensor:
+        wanted = torch.float32 if key.startswith("patch_embedding.") else dtype or tensor.dtype
+        return tensor.to(device=device, dtype=wanted)
+
+    model.load_state_dict({key: placed(key, tensor) for key, tensor in state_dict.items()}, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def random_state_dict(
+    *,
+    dim: int = 256,
+    ffn_dim: int = 512,
+    layers: int = 2,
+    text_dim: int = 4096,
+    freq_dim: int = 256,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """A small random model in the published layout, for demos and tests: stable activations, no meaning."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model = Wan(dim=dim, ffn_dim=ffn_dim, num_layers=layers, text_dim=text_dim, freq_dim=freq_dim)
+    weights = {}
+    for key, tensor in model.state_dict().items():
+        values = torch.randn(tensor.shape, generator=generator)
+        if "norm" in key and key.endswith("weight"):
+            values = 1.0 + 0.1 * values
+        elif tensor.ndim > 1 and "modulation" not in key:
+            values = values / tensor[0].numel() ** 0.5
+        else:
+            values = 0.1 * values
+        weights[key] = values.to(dtype)
+    return weights
