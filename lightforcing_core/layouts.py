@@ -1,0 +1,244 @@
+"""Every naming of Wan's weights → the original one, and a word for the models that are something else."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+# Path components that training wrappers leave behind: FSDP, activation checkpointing, torch.compile, DataParallel.
+WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"})
+# What a quantised layer stores beside its weight; the scale of a whole file is a name of its own.
+SCALE_NAMES = (
+    "weight_scale",
+    "scale_weight",
+    "input_scale",
+    "scale_input",
+    "weight_scale_2",
+    "weight_global_scale",
+    "input_global_scale",
+    "comfy_quant",
+)
+FILE_SCALE = "scaled_fp8"
+# Tables that a model computes for itself; leaving them out changes nothing.
+_COMPUTED = re.compile(r"(^|\.)(freqs|inv_freq|_extra_state)(\.|$)")
+_LAYER = re.compile(r"(?:^|\.)blocks\.\d+\.(?:self_attn|attn1)\.")
+
+_DIFFUSERS_TOP = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+_DIFFUSERS_ATTENTION = {
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "o",
+    "norm_q": "norm_q",
+    "norm_k": "norm_k",
+    "add_k_proj": "k_img",
+    "add_v_proj": "v_img",
+    "norm_added_k": "norm_k_img",
+}
+# Diffusers numbers the norms by position: its norm2 is the one before cross-attention, which Wan calls norm3.
+_DIFFUSERS_LAYER = {
+    **{f"attn1.{name}": f"self_attn.{ours}" for name, ours in _DIFFUSERS_ATTENTION.items()},
+    **{f"attn2.{name}": f"cross_attn.{ours}" for name, ours in _DIFFUSERS_ATTENTION.items()},
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+    "norm2": "norm3",
+    "scale_shift_table": "modulation",
+}
+
+_USE_CORE = "use ComfyUI's own nodes for it, and an autoregressive text-to-video checkpoint here"
+_USE_T2V = "for image to video take a text-to-video checkpoint here and start it from the encoded image"
+# (a weight only this model has, what it is, what to do instead); the most particular first.
+_OTHER_WANS = (
+    ("vace_patch_embedding.", "Wan VACE", _USE_CORE),
+    ("vace_blocks.", "Wan VACE", _USE_CORE),
+    ("control_adapter.", "Wan Fun Camera", _USE_CORE),
+    ("casual_audio_encoder.", "Wan 2.2 S2V (speech to video)", _USE_CORE),
+    ("audio_injector.", "Wan 2.2 S2V (speech to video)", _USE_CORE),
+    ("audio_proj.audio_proj_glob_1.", "HuMo", _USE_CORE),
+    ("face_adapter.", "Wan 2.2 Animate", _USE_CORE),
+    ("motion_encoder.", "Wan 2.2 Animate", _USE_CORE),
+    ("audio_proj.", "a talking-head Wan (it has audio_proj weights)", _USE_CORE),
+    ("patch_embedding_mask.", "SCAIL 2", _USE_CORE),
+    ("patch_embedding_pose.", "SCAIL", _USE_CORE),
+    ("patch_embedding_global.", "WanDancer", _USE_CORE),
+    ("ref_conv.", "Wan Fun Control", _USE_CORE),
+    ("img_emb.emb_pos", "Wan 2.1 FLF2V (first and last frame to video)", _USE_T2V),
+)
+# (a fragment of a key, what such a file is), for files without any Wan transformer.
+_OTHER_FILES = (
+    ("token_embedding.weight", "a text encoder (umT5); load it with Load CLIP"),
+    ("encoder.block.0.", "a text encoder (T5); load it with Load CLIP"),
+    ("decoder.middle.0.residual", "a Wan VAE; load it with Load VAE"),
+    ("decoder.mid_block.", "a VAE; load it with Load VAE"),
+    ("decoder.conv_in.", "a VAE; load it with Load VAE"),
+    ("decoder.1.weight", "a tiny autoencoder (TAE); load it with Load VAE"),
+    ("double_blocks.0.", "a Flux or HunyuanVideo model"),
+    ("single_transformer_blocks.0.", "a Flux model in diffusers names"),
+    ("joint_blocks.0.", "a Stable Diffusion 3 model"),
+    ("input_blocks.0.", "a Stable Diffusion UNet"),
+    ("down_blocks.0.", "a Stable Diffusion UNet in diffusers names"),
+    ("transformer_blocks.0.", "a video transformer of another kind (LTX, CogVideoX or the like)"),
+    ("vision_model.", "a CLIP vision model"),
+    ("text_model.", "a CLIP text encoder; load it with Load CLIP"),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a file names Wan's weights: `stored` maps each original name to the file's own key.
+
+    `prefix` is what was in front of every name, `title` says it all in words, `extra` are the file's keys that
+    belong to no Wan 2.1 T2V weight.
+    """
+
+    prefix: str
+    diffusers: bool
+    title: str
+    stored: dict[str, str]
+    extra: tuple[str, ...]
+
+
+def read_layout(keys: Iterable[str]) -> Layout | None:
+    """Recognise how `keys` name a Wan transformer; None where there is no such transformer in them.
+
+    Raises ValueError where they hold more than one.
+    """
+    keys = list(keys)
+    bare = {key: without_wrappers(key) for key in keys}
+    prefixes = {
+        name[: match.start() + (match[0][0] == ".")] for name in bare.values() if (match := _LAYER.search(name))
+    }
+    if not prefixes:
+        return None
+    if len(prefixes) > 1:
+        raise ValueError(f"it holds {len(prefixes)} models side by side, under {', '.join(sorted(prefixes))}")
+    prefix = prefixes.pop()
+    diffusers = any(name.startswith(f"{prefix}condition_embedder.") or ".attn1." in name for name in bare.values())
+    stored: dict[str, str] = {}
+    extra = []
+    for key, name in bare.items():
+        original = original_name(name, prefix, diffusers) if name.startswith(prefix) else None
+        if original is None or original in stored:
+            extra.append(key)
+        else:
+            stored[original] = key
+    wrapped = sorted({part for key in keys for part in key.split(".") if part in WRAPPERS})
+    title = "diffusers names" if diffusers else "original names"
+    title += f", prefix {prefix}" if prefix else ""
+    title += f", wrapped in {', '.join(wrapped)}" if wrapped else ""
+    return Layout(prefix, diffusers, title, stored, tuple(extra))
+
+
+def without_wrappers(name: str) -> str:
+    """`name` without the components that FSDP, torch.compile and the like put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def original_name(name: str, prefix: str = "", diffusers: bool = False) -> str | None:
+    """Wan's own name of a weight (or of a layer, or of a layer's scale); None for a table that models compute."""
+    name = name.removeprefix(prefix)
+    if _COMPUTED.search(name):
+        return None
+    return _from_diffusers(name) if diffusers else name
+
+
+def _from_diffusers(name: str) -> str:
+    layer = re.match(r"(blocks\.\d+\.)(.+)", name)
+    start, rest = (layer[1], layer[2]) if layer else ("", name)
+    table = _DIFFUSERS_LAYER if layer else _DIFFUSERS_TOP
+    for theirs, ours in table.items():
+        if rest == theirs or rest.startswith(f"{theirs}."):
+            return start + ours + rest[len(theirs) :]
+    return name
+
+
+def wan_shapes(
+    dim: int,
+    ffn_dim: int,
+    layers: int,
+    *,
+    text_dim: int = 4096,
+    freq_dim: int = 256,
+    in_dim: int = 16,
+    out_dim: int = 16,
+) -> dict[str, Shape]:
+    """Names and shapes of all weights of a Wan 2.1 T2V transformer, in the order of its modules: 27·layers + 15."""
+    shapes: dict[str, Shape] = {
+        "patch_embedding.weight": (dim, in_dim, 1, 2, 2),
+        "patch_embedding.bias": (dim,),
+        **_linear("text_embedding.0", dim, text_dim),
+        **_linear("text_embedding.2", dim, dim),
+        **_linear("time_embedding.0", dim, freq_dim),
+        **_linear("time_embedding.2", dim, dim),
+        **_linear("time_projection.1", 6 * dim, dim),
+    }
+    for i in range(layers):
+        block = f"blocks.{i}"
+        shapes[f"{block}.modulation"] = (1, 6, dim)
+        for attention in ("self_attn", "cross_attn"):
+            for linear in "qkvo":
+                shapes |= _linear(f"{block}.{attention}.{linear}", dim, dim)
+            shapes[f"{block}.{attention}.norm_q.weight"] = (dim,)
+            shapes[f"{block}.{attention}.norm_k.weight"] = (dim,)
+        shapes[f"{block}.norm3.weight"] = (dim,)
+        shapes[f"{block}.norm3.bias"] = (dim,)
+        shapes |= _linear(f"{block}.ffn.0", ffn_dim, dim)
+        shapes |= _linear(f"{block}.ffn.2", dim, ffn_dim)
+    return shapes | {**_linear("head.head", 4 * out_dim, dim), "head.modulation": (1, 2, dim)}
+
+
+def _linear(name: str, out_features: int, in_features: int) -> dict[str, Shape]:
+    return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
+
+
+def other_wan(shapes: Mapping[str, Shape]) -> str | None:
+    """What a Wan transformer is when it is not Wan 2.1 text-to-video, and what to do instead; else None.
+
+    `shapes` maps original names to shapes.
+    """
+    for marker, title, advice in _OTHER_WANS:
+        if any(name.startswith(marker) for name in shapes):
+            return f"this is {title}; {advice}"
+    patch = shapes.get("patch_embedding.weight", ())
+    in_dim = patch[1] if len(patch) == 5 else 16
+    head = shapes.get("head.head.weight", ())
+    out_dim = head[0] // 4 if len(head) == 2 else 16
+    has_image = any(name.startswith("img_emb.") or ".k_img." in name for name in shapes)
+    if out_dim == 48:
+        return (
+            f"this is Wan 2.2 TI2V 5B or made from it ({in_dim} latent channels, another VAE); "
+            f"{_USE_CORE} that is made from Wan 2.1"
+        )
+    if has_image and in_dim == 48:
+        return f"this is Wan 2.1 Fun Control (its input has {in_dim} channels); {_USE_CORE}"
+    if has_image:
+        return f"this is Wan 2.1 I2V, image to video (img_emb weights, {in_dim} input channels); {_USE_T2V}"
+    if in_dim == 36:
+        return f"this is Wan 2.2 I2V A14B, image to video ({in_dim} input channels); {_USE_T2V}"
+    if in_dim != 16 or out_dim != 16:
+        return f"this is a Wan with {in_dim} input and {out_dim} output channels instead of 16 and 16; {_USE_CORE}"
+    return None
+
+
+def other_file(keys: Iterable[str]) -> str:
+    """What a file without a Wan transformer seems to be, judged by its keys."""
+    keys = list(keys)
+    for fragment, title in _OTHER_FILES:
+        if any(fragment in key for key in keys):
+            return f"no Wan transformer in it; this is {title}"
+    shown = ", ".join(sorted(keys)[:3])
+    return f"no Wan transformer in it (its {len(keys)} names begin with {shown})"

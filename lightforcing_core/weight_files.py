@@ -1,0 +1,239 @@
+"""Opens weight files of every kind as plain tensors, memory-mapped, without ever running what is inside them."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+_SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
+
+
+class CheckpointError(ValueError):
+    """A file cannot be used; the message names the file, what was found in it and the way out."""
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """An opened file or set of shards.
+
+    `contents` is what was stored: names → tensors, or for PyTorch files possibly dicts of such dicts. The tensors
+    are memory-mapped where the format allows it, so nothing is read until it is used. `bytes` counts all `files`.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    contents: dict[str, Any]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.stat().st_size for file in self.files)
+
+
+def open_weights(path: str | Path) -> WeightFile:
+    """Open a .safetensors or PyTorch file, one of several shards, an index.json, or a folder that holds one model.
+
+    The first bytes decide what a file is, not its name. PyTorch files are read with `weights_only=True` and nothing
+    else. Raises CheckpointError for anything that is missing, empty, truncated, unsafe or of another kind.
+    """
+    path = Path(path)
+    files = _files_of(path)
+    contents: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        stored, notes = _read_one(file)
+        if twice := contents.keys() & stored.keys():
+            raise CheckpointError(f"{path}: {some(twice)} is in more than one shard; the shards do not belong together")
+        contents.update(stored)
+        metadata.update(notes)
+    return WeightFile(path, files, contents, metadata)
+
+
+def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Every set of weights in a stored object by name: {"generator": …, "generator_ema": …}, or {"": …} when flat."""
+    groups: dict[str, dict[str, Tensor]] = {}
+
+    def visit(value: Mapping[Any, Any], name: str, depth: int) -> None:
+        tensors = {
+            key: item.detach() for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor)
+        }
+        if any("." in key for key in tensors):
+            groups[name] = tensors
+        elif depth:
+            for key, item in value.items():
+                if isinstance(item, Mapping):
+                    visit(item, f"{name}.{key}" if name else str(key), depth - 1)
+
+    visit(contents, "", 3)
+    if not groups and (loose := {name: item for name, item in contents.items() if isinstance(item, Tensor)}):
+        return {"": loose}
+    return groups
+
+
+def _files_of(path: Path) -> tuple[Path, ...]:
+    if path.is_dir():
+        return _files_of_folder(path)
+    if not path.exists():
+        folder = path.parent
+        near = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES) if folder.is_dir() else []
+        there = f"{folder} holds {', '.join(near[:5])}" if near else f"{folder} holds no weight file"
+        raise CheckpointError(f"{path}: no such file; {there}")
+    if path.name.endswith(".index.json"):
+        return _files_of_index(path)
+    shard = _SHARD.match(path.name)
+    if shard is None:
+        return (path,)
+    count = int(shard["count"])
+    names = [f"{shard['stem']}-{i:05d}-of-{shard['count']}{shard['suffix']}" for i in range(1, count + 1)]
+    return _present(path, path.parent, names)
+
+
+def _files_of_folder(folder: Path) -> tuple[Path, ...]:
+    indexes = sorted(folder.glob("*.index.json"))
+    if len(indexes) == 1:
+        return _files_of_index(indexes[0])
+    for pattern in ("*.safetensors", "*.pt", "*.pth", "*.bin"):
+        found = sorted(folder.glob(pattern))
+        shards = [_SHARD.match(file.name) for file in found]
+        one_set = all(shards) and len({shard["stem"] for shard in shards if shard}) == 1
+        if len(found) == 1 or (found and one_set):
+            return _files_of(found[0])
+        if found:
+            names = ", ".join(file.name for file in found[:5])
+            raise CheckpointError(f"{folder}: holds {len(found)} weight files ({names}); name the one to load")
+    if (folder / "transformer").is_dir():
+        return _files_of_folder(folder / "transformer")
+    raise CheckpointError(
+        f"{folder}: this folder holds no weights; expected one of *{', *'.join(SUFFIXES)} or an index.json"
+    )
+
+
+def _files_of_index(index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index}: not an index of weight shards (no readable weight_map); name a weight file"
+        ) from error
+    if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
+        raise CheckpointError(
+            f"{index}: points outside its own folder ({outside[0]}); shards must lie beside their index"
+        )
+    return _present(index, index.parent, names)
+
+
+def _present(asked: Path, folder: Path, names: list[str]) -> tuple[Path, ...]:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing or not names:
+        raise CheckpointError(
+            f"{asked}: {len(missing)} of its {len(names)} shards are missing ({some(missing)}); "
+            f"download them into {folder}"
+        )
+    return tuple(folder / name for name in names)
+
+
+def _read_one(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
+    if size == 0:
+        raise CheckpointError(f"{file}: the file is empty; download it again")
+    if head[8:9] == b"{":
+        return _read_safetensors(file, size)
+    if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
+        return _read_torch(file, zipped=head.startswith(b"PK")), {}
+    raise CheckpointError(f"{file}: {_what_else(head)}")
+
+
+def _what_else(head: bytes) -> str:
+    text = head.lstrip().lower()
+    if head.startswith(b"GGUF"):
+        return "this is a GGUF file; load it with a GGUF loader node and connect its MODEL to Light Forcing Apply"
+    if text.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer, not the weights themselves; run `git lfs pull` or download the file"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "this is a web page saved under a weight file's name; download the file itself"
+    return (
+        f"neither a safetensors nor a PyTorch file (it begins with {head[:12]!r}); "
+        "choose a .safetensors, .pt or .pth file, or download it again if it is damaged"
+    )
+
+
+def _read_safetensors(file: Path, size: int) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        needed = _safetensors_size(file, size)
+        if needed is not None and needed > size:
+            raise CheckpointError(
+                f"{file}: truncated; it should have {needed:,} bytes and has {size:,}; download it again"
+            ) from error
+        raise CheckpointError(f"{file}: damaged safetensors file ({error}); download it again") from error
+
+
+def _safetensors_size(file: Path, size: int) -> int | None:
+    """Bytes the header promises, or None where the header itself is unreadable."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > min(size, 100_000_000):
+            return 8 + length if length <= 100_000_000 else None
+        try:
+            entries = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+            return 8 + length + max(ends, default=0)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return None
+
+
+def _read_torch(file: Path, *, zipped: bool) -> dict[str, Any]:
+    try:
+        # Only the zip format of torch ≥ 1.6 can be mapped, and only by path; torch reads "x.safetensors" by its name.
+        if zipped and file.suffix != ".safetensors":
+            stored = torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)
+        else:
+            with file.open("rb") as stream:
+                stored = torch.load(stream, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way; each way means the same to the user
+        raise CheckpointError(f"{file}: {_why_torch_refused(str(error))}") from error
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(
+            f"{file}: holds a {type(stored).__name__}, not a dict of weights; choose a checkpoint file"
+        )
+    return dict(stored)
+
+
+def _why_torch_refused(message: str) -> str:
+    if "TorchScript" in message:
+        return "this is a compiled TorchScript program, not a checkpoint; choose the file with the weights"
+    if re.search(r"central directory|truncated|EOF|Ran out of input", message):
+        return "truncated or damaged; download it again and compare its size with the published one"
+    if message.startswith("Weights only load failed"):
+        foreign = re.search(r"GLOBAL (\S+)", message) or re.search(r"(?:class|function) (\S+) was not", message)
+        what = foreign or re.search(r"WeightsUnpickler error:\s+(.+)", message)
+        detail = f" ({what[1].strip()[:120]})" if what else ""
+        return (
+            f"refused, because it holds more than tensors{detail} and opening that could run code; nothing was run. "
+            "Use a .safetensors version of it, or a file of tensors only"
+        )
+    first_line = message.strip().partition("\n")[0][:120]
+    return f"not a readable PyTorch checkpoint ({first_line}); download it again or use a .safetensors version"
+
+
+def some(names: Iterable[str], count: int = 3) -> str:
+    """The first few names of many, for a message: "a, b, c and 7 more"."""
+    ordered = sorted(names)
+    rest = len(ordered) - count
+    return ", ".join(ordered[:count]) + (f" and {rest} more" if rest > 0 else "")
