@@ -1,0 +1,224 @@
+"""Chunk-wise VAE: decode latents as they arrive, and encode a video, one latent frame at a time.
+
+The causal convolutions keep the last frames they saw, so a clip cut into any calls decodes bit for bit as it does
+in one. Memory does not grow with length. The module tree is driven by the Wan VAE's attribute names (`conv2`,
+`decoder.conv1/middle/upsamples/head`, …), so ComfyUI's VAE and ours both work.
+"""
+
+from collections.abc import Iterable
+from typing import Any, TypeAlias
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from .wan_vae import LATENT_CHANNELS, denormalise_latents, normalise_latents
+
+Tree: TypeAlias = Any  # a module tree with the Wan VAE's attribute names: ComfyUI's or ours
+
+PAST_FRAMES = 2  # a causal kernel of 3 looks back at two frames
+
+
+class StreamingDecoder:
+    """Decodes one clip over any number of calls with a Wan 2.1 VAE or LightVAE.
+
+    Computes in the module's own dtype on its own device unless told otherwise. Raises ValueError when the module
+    is not a Wan 2.1 VAE.
+    """
+
+    def __init__(
+        self, vae_module: Tree, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        _check_wan_vae(vae_module)
+        decoder = vae_module.decoder
+        self._vae = vae_module
+        self._place = _place(vae_module, dtype, device)
+        self._stack = _CausalStack((decoder.conv1, *decoder.middle, *decoder.upsamples, *decoder.head))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the clip and free its cache; the next latent frame is a first one."""
+        self._stack.reset()
+        self._shape: tuple[int, int, int] | None = None
+        self._broken = False
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes held between calls; constant from the third latent frame on."""
+        return sum(past.untyped_storage().nbytes() for past in self._stack.past.values())
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, normalised: bool = True) -> Tensor:
+        """Decode the clip's next latent frames: [B, 16, f, h, w] → [B, video frames, 8h, 8w, 3] in 0…1.
+
+        A clip's first latent frame gives 1 video frame, each later one 4. `normalised` latents are in the DiT's
+        space, others in the VAE's own. Frames are float32 (float64 from a float64 module) on the module's device.
+        Raises ValueError for a wrong shape or one that changes within a clip, RuntimeError when an earlier call
+        broke off within the clip.
+        """
+        self._accept(latents)
+        dtype, device = self._place
+        wide = torch.promote_types(torch.float32, dtype)
+        batch, _, count, height, width = latents.shape
+        total = 4 * count - (3 if self._stack.at_start else 0)
+        frames = torch.empty(batch, total, 8 * height, 8 * width, 3, dtype=wide, device=device)
+        done = 0
+        try:
+            for latent in latents.split(1, dim=2):
+                z = latent.to(device=device, dtype=wide)
+                z = denormalise_latents(z) if normalised else z
+                # One memory layout whatever the cut, so that the same kernels run.
+                z = z.to(dtype).clone(memory_format=torch.contiguous_format)
+                pixels = self._stack(self._vae.conv2(z))
+                new = frames[:, done : done + pixels.shape[2]]
+                new.copy_(rearrange(pixels, "b c t h w -> b t h w c"))
+                done += pixels.shape[2]
+        except BaseException:
+            self.reset()
+            self._broken = True
+            raise
+        return frames.add_(1).div_(2).clamp_(0, 1)
+
+    def _accept(self, latents: Tensor) -> None:
+        """Raise unless `latents` can continue the clip."""
+        if self._broken:
+            raise RuntimeError(
+                "an earlier decode() of this clip broke off; call reset() and decode from its first frame"
+            )
+        shape = tuple(latents.shape)
+        if len(shape) != 5 or shape[1] != LATENT_CHANNELS:
+            raise ValueError(f"latents of shape {shape} are not [B, {LATENT_CHANNELS}, frames, h, w]")
+        if 0 in shape:
+            raise ValueError(f"latents of shape {shape} are empty; pass at least one latent frame")
+        batch, _, _, height, width = shape
+        if self._shape not in (None, (batch, height, width)):
+            raise ValueError(
+                f"latents with batch, h, w {(batch, height, width)} do not continue a clip of {self._shape}; "
+                f"call reset() before another clip"
+            )
+        self._shape = (batch, height, width)
+
+
+@torch.no_grad()
+def encode_video(
+    vae: Tree,
+    frames: Tensor,
+    *,
+    normalised: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Encode a clip, or one image: [B, 1 + 4k, H, W, 3] in 0…1 → latents [B, 16, 1 + k, H/8, W/8].
+
+    The mean of the posterior, in the DiT's space unless `normalised` is False. `vae` is a Wan 2.1 VAE or LightVAE
+    tree, used in its own dtype on its own device unless told otherwise. Latents are float32 (float64 from a
+    float64 module). Raises ValueError for another frame count, a size that is no multiple of 8, or a wrong shape.
+    """
+    _check_wan_vae(vae)
+    _check_frames(frames)
+    encoder = vae.encoder
+    dtype, device = _place(vae, dtype, device)
+    wide = torch.promote_types(torch.float32, dtype)
+    stack = _CausalStack((encoder.conv1, *encoder.downsamples, *encoder.middle, *encoder.head))
+    means = []
+    for group in frames.split([1] + [4] * (frames.shape[1] // 4), dim=1):
+        pixels = rearrange(group.to(device=device, dtype=wide) * 2 - 1, "b t h w c -> b c t h w")
+        mean, _ = vae.conv1(stack(pixels.to(dtype))).chunk(2, dim=1)
+        means.append(mean.to(wide))
+    latents = torch.cat(means, dim=2)
+    return normalise_latents(latents) if normalised else latents
+
+
+class _CausalStack:
+    """A row of Wan VAE layers run over a clip piece by piece, with what each one must remember."""
+
+    def __init__(self, layers: Iterable[Tree]) -> None:
+        self._layers = tuple(layers)
+        self.reset()
+
+    def reset(self) -> None:
+        self.at_start = True
+        self.past: dict[nn.Module, Tensor] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The next frames [B, C, T, H, W] of the clip; its first call must bring exactly one."""
+        for layer in self._layers:
+            x = self._run(layer, x)
+        self.at_start = False
+        return x
+
+    def _run(self, layer: Tree, x: Tensor) -> Tensor:
+        if hasattr(layer, "residual"):
+            y = x
+            for inner in layer.residual:
+                y = self._run(inner, y)
+            return y + layer.shortcut(x)
+        if hasattr(layer, "resample"):
+            return self._resample(layer, x)
+        if isinstance(layer, nn.Conv3d):
+            return self._convolve(layer, x)
+        return layer(x)  # norms, activations and attention look at one frame only
+
+    def _convolve(self, conv: Tree, x: Tensor) -> Tensor:
+        """Run a causal convolution behind the frames it saw before, and keep the last two."""
+        past = self.past.get(conv)
+        y = conv(x, past)
+        if x.shape[2] >= PAST_FRAMES or past is None:
+            self.past[conv] = _last_frames(x, PAST_FRAMES)
+        else:
+            self.past[conv] = torch.cat([past[:, :, -1:], x], dim=2)
+        return y
+
+    def _resample(self, layer: Tree, x: Tensor) -> Tensor:
+        """Double frames, then their size; or halve their size, then frames. A clip's first frame stays one frame."""
+        time_conv = getattr(layer, "time_conv", None)
+        speeds_up = time_conv is not None and time_conv.stride[0] == 1
+        if speeds_up and not self.at_start:
+            # The first latent frame is not part of this convolution's past: it starts on zeros at the second.
+            x = rearrange(self._convolve(time_conv, x), "b (two c) t h w -> b c (t two) h w", two=2)
+        frames = x.shape[2]
+        x = layer.resample(rearrange(x, "b c t h w -> (b t) c h w"))
+        x = rearrange(x, "(b t) c h w -> b c t h w", t=frames)
+        if time_conv is None or speeds_up:
+            return x
+        last = self.past.get(time_conv)
+        self.past[time_conv] = _last_frames(x, 1)
+        return x if last is None else time_conv(torch.cat([last, x], dim=2))
+
+
+def _last_frames(x: Tensor, count: int) -> Tensor:
+    """The last `count` frames, copied where a view would keep more of them alive."""
+    return x[:, :, -count:].clone() if x.shape[2] > count else x
+
+
+def _place(vae: Tree, dtype: torch.dtype | None, device: torch.device | str | None) -> tuple[torch.dtype, torch.device]:
+    parameter = next(vae.parameters())
+    return dtype or parameter.dtype, torch.device(device) if device is not None else parameter.device
+
+
+def _check_wan_vae(vae: Tree) -> None:
+    """Raise ValueError unless the module tree is a Wan 2.1 VAE's."""
+    way_out = "use the Wan 2.1 VAE or LightVAE"
+    if not isinstance(getattr(vae, "conv2", None), nn.Conv3d) or not hasattr(vae.decoder, "upsamples"):
+        raise ValueError(f"{type(vae).__name__} is not a Wan VAE (no conv2, decoder.upsamples); {way_out}")
+    channels, colours = vae.conv2.in_channels, vae.decoder.head[-1].out_channels
+    if channels != LATENT_CHANNELS:
+        raise ValueError(f"the VAE has {channels} latent channels instead of {LATENT_CHANNELS}; {way_out}")
+    if colours != 3:
+        raise ValueError(f"the VAE decodes to {colours} channels instead of 3; {way_out}")
+
+
+def _check_frames(frames: Tensor) -> None:
+    """Raise ValueError unless frames are [B, 1 + 4k, H, W, 3] with sizes in multiples of 8."""
+    shape = tuple(frames.shape)
+    if len(shape) != 5 or shape[-1] != 3 or 0 in shape:
+        raise ValueError(f"frames of shape {shape} are not [B, frames, H, W, 3]")
+    count = shape[1]
+    if count % 4 != 1:
+        below = count - (count - 1) % 4
+        raise ValueError(f"{count} video frames are not 1 + 4k; use {max(below, 1)} or {below + 4}")
+    for name, size in (("height", shape[2]), ("width", shape[3])):
+        if size % 8:
+            below = size // 8 * 8
+            options = f"{below} or {below + 8}" if below else f"{below + 8}"
+            raise ValueError(f"{name} {size} is not a multiple of 8; use {options}")
