@@ -31,7 +31,8 @@ class CausalState:
     """What one rollout remembers between forward passes.
 
     `dense_attention` runs dense chunks and cross-attention. `clean` is set for the pass that only commits a
-    finished chunk. The fields below are set by `open_chunk` and filled by the first forward of a prompt.
+    finished chunk. `text` is the prompt to follow, [B, tokens, text_dim]. The other fields are set by `open_chunk`
+    and filled by the first forward of a chunk or a prompt.
     """
 
     cache: KVCache
@@ -41,14 +42,14 @@ class CausalState:
     frames: int = 0
     start_frame: int = 0
     plan: SelectionPlan | None = None
+    text: Tensor | None = None
     cross: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     rope: RopeTable | None = None
 
     def open_chunk(self, frames: int, sparsity: float, device: torch.device | str | None) -> None:
         """Begin the next `frames` latent frames, which skip the share `sparsity` of key blocks (0: dense)."""
         self.cache.open(frames)
-        self.frames, self.start_frame = frames, self.cache.current_frames[0]
-        self.rope = self.plan = None
+        self._begin()
         if sparsity > 0.0 and len(self.cache.slot_frames) > frames:
             self.plan = SelectionPlan.build(
                 self.cache.slot_frames,
@@ -60,6 +61,21 @@ class CausalState:
                 near_frames=self.attention.near_frames,
                 device=device,
             )
+
+    def follow(self, text: Tensor) -> None:
+        """From now on the prompt is `text`, [B, tokens, text_dim]."""
+        self.text = text
+        self.cross.clear()
+
+    def reopen_visible(self) -> None:
+        """Begin a pass that recomputes every visible frame that is no sink, all of them at once and dense."""
+        self.cache.reopen()
+        self._begin()
+
+    def _begin(self) -> None:
+        frames = self.cache.current_frames
+        self.frames, self.start_frame = len(frames), frames[0] if frames else 0
+        self.rope = self.plan = None
 
     def close(self) -> None:
         """Free all memory; the state is of no use afterwards."""

@@ -86,8 +86,7 @@ class KVCache:
 
         ValueError when sinks and chunk do not fit together; RuntimeError when the last chunk is not committed.
         """
-        if not self._committed:
-            raise RuntimeError(f"the chunk of frames {self.current_frames} is not committed yet; run its clean pass")
+        self._require_committed()
         sinks = min(self.sink_frames, self._next_frame)
         if sinks + frames > self.slots:
             raise ValueError(
@@ -95,17 +94,27 @@ class KVCache:
                 f"use a window of at least {sinks + frames}"
             )
         free = list(range(len(self.slot_frames), min(len(self.slot_frames) + frames, self.slots)))
-        movable = sorted(
-            (slot for slot, frame in enumerate(self.slot_frames) if frame >= self.sink_frames),
-            key=self.slot_frames.__getitem__,
-        )
-        self._current = sorted(movable[: frames - len(free)] + free)
+        self._current = sorted(self._movable_slots()[: frames - len(free)] + free)
         self.slot_frames += [-1] * len(free)
         for slot in self._current:
             self.slot_frames[slot] = self._next_frame
             self._next_frame += 1
         self._committed = False
         self._move_sinks()
+
+    def reopen(self) -> None:
+        """Open every visible frame that is no sink once more, so that one pass can recompute them all."""
+        self._require_committed()
+        self._current = self._movable_slots()
+        self._committed = not self._current
+
+    def skip(self, frames: int) -> None:
+        """Pass over `frames` latent frames without storing them, and forget all that came before but the sinks."""
+        self._require_committed()
+        if self._next_frame < self.sink_frames:
+            raise ValueError(f"frame {self._next_frame} is one of {self.sink_frames} sinks and cannot be passed over")
+        self._next_frame += frames
+        del self.slot_frames[self.sink_frames :]  # sinks were written first, so they hold the first slots
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the open chunk's keys (roped) and values of one layer, [B, L, H, D], and pool the keys."""
@@ -151,8 +160,17 @@ class KVCache:
 
     def sink_shift(self) -> int:
         """Latent frames by which sinks that follow stand later than where they were made."""
-        moving = [frame for frame in self.slot_frames if frame >= self.sink_frames]
-        return max(0, min(moving, default=self.sink_frames) - self.sink_frames) if self._sink_keys else 0
+        movable = self._movable_slots()
+        return self.slot_frames[movable[0]] - self.sink_frames if self._sink_keys and movable else 0
+
+    def _require_committed(self) -> None:
+        if not self._committed:
+            raise RuntimeError(f"the chunk of frames {self.current_frames} is not committed yet; run its clean pass")
+
+    def _movable_slots(self) -> list[int]:
+        """The used slots that hold no sink, oldest frame first."""
+        movable = [slot for slot, frame in enumerate(self.slot_frames) if frame >= self.sink_frames]
+        return sorted(movable, key=self.slot_frames.__getitem__)
 
     def _frame(self, tensor: Tensor, slot: int) -> Tensor:
         """The rows of one slot."""

@@ -5,10 +5,10 @@ cancels, and an error leaves every chunk already yielded in the caller's hands.
 """
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate, pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from .causal_wan import CausalState, DenseAttention, forward, sdpa
 from .families import SinkRope
 from .growth import chunk_lengths
 from .kv_cache import KVCache
+from .timeline import Prompt, Timeline
 
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]
 Denoise = Callable[[Tensor, float, CausalState], Tensor]
+Replay = Literal["all", "window"]
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One finished denoising step: `step` of `steps` (from 0) in the `chunk`-th of `chunks` generated chunks.
+    """One finished denoising step: the `step`-th of `steps` (from 0) of the `chunk`-th of `chunks` generated chunks.
 
-    `index` is the chunk's index in the video, initial latents included. x, x0: [B, C, frames, h, w], the step's
-    input and its prediction. density: the share of visible key blocks that the chunk attends to.
+    `index` is the chunk's index in the video, initial latents included; `done` of `total` counts the steps of the
+    whole run. x, x0: [B, C, frames, h, w], the step's input and its prediction. density: the share of visible key
+    blocks that the chunk attends to.
     """
 
     chunk: int
@@ -46,6 +49,8 @@ class StepEvent:
     start_frame: int
     step: int
     steps: int
+    done: int
+    total: int
     x: Tensor
     x0: Tensor
     density: float
@@ -60,11 +65,16 @@ def few_step_sigmas(denoising_steps: Sequence[int] = (1000, 750, 500, 250), shif
     return [shift * s / (1.0 + (shift - 1.0) * s) for s in fractions] + [0.0]
 
 
-def seeded_noise(seed: int) -> Noise:
-    """Standard normal noise that depends only on (seed, chunk index, draw), drawn on the CPU in float32."""
+def seeded_noise(seed: int, chunk_seeds: Mapping[int, int] | None = None) -> Noise:
+    """Standard normal noise that depends only on (seed, chunk index, draw), drawn on the CPU in float32.
+
+    `chunk_seeds` gives single chunks a seed of their own.
+    """
+    own = dict(chunk_seeds or {})
 
     def draw(chunk_index: int, draw_index: int, shape: tuple[int, ...]) -> Tensor:
-        digest = hashlib.blake2b(f"{seed}/{chunk_index}/{draw_index}".encode(), digest_size=8).digest()
+        key = f"{own.get(chunk_index, seed)}/{chunk_index}/{draw_index}"
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         return torch.randn(shape, generator=generator)
 
@@ -73,11 +83,12 @@ def seeded_noise(seed: int) -> Noise:
 
 def rollout(
     dit: Any,
-    context: Tensor,
+    context: Tensor | Sequence[Prompt],
     *,
     latent_shape: Sequence[int],
     frames_per_chunk: int,
     sigmas: Sequence[float],
+    first_sigmas: Sequence[float] | None = None,
     growth: Sequence[float] | None = None,
     window: int | None = None,
     sink_frames: int = 0,
@@ -85,7 +96,10 @@ def rollout(
     seed: int = 0,
     noise: Noise | None = None,
     initial_latents: Tensor | None = None,
+    replay: Replay = "all",
     context_noise: float = 0.0,
+    cfg: float = 1.0,
+    negative: Tensor | None = None,
     attention: AttentionOptions | None = None,
     denoise: Denoise | None = None,
     dense_attention: DenseAttention = sdpa,
@@ -95,9 +109,10 @@ def rollout(
 ) -> Iterator[Chunk]:
     """Generate a video chunk by chunk; a generator of finished `Chunk`s in the model's normalised latent space.
 
-    dit: a Wan 2.1 T2V module tree (`wan.wan_from_state_dict` or the host's). context: [B or 1, tokens, text_dim].
-    latent_shape: (B, C, frames, h, w), initial latents included. sigmas: falling noise levels in (0, 1], closed
-    by 0. growth: one sparsity per chunk of the video (the last one is kept beyond the list), None for dense.
+    dit: a Wan 2.1 T2V module tree (`wan.wan_from_state_dict` or the host's). context: [B or 1, tokens, text_dim],
+    or the prompts of a timeline. latent_shape: (B, C, frames, h, w), initial latents included.
+    sigmas: falling noise levels in (0, 1], closed by 0; first_sigmas: another list for the video's first chunk.
+    growth: one sparsity per chunk of the video (the last one is kept beyond the list), None for dense.
     window: visible latent frames, `sink_frames` and the current chunk included; None sees everything.
     sink_rope: where sinks stand once the window has moved on, see `KVCache`.
 
@@ -105,21 +120,35 @@ def rollout(
     after denoising step s. Without it `seeded_noise(seed)`.
     initial_latents: [B or 1, C, frames, h, w], fed clean through the model before anything is generated
     (image-to-video, continuation); they are not yielded. Where `frames_per_chunk` does not divide them the first
-    chunk takes the rest, so one image and chunks of three give 1, 3, 3, … Chunk indices, and with them growth and
-    noise, count from the start of the video: a continued run equals the uninterrupted one.
+    chunk takes the rest, so one image and chunks of three give 1, 3, 3, … Chunk indices, and with them growth,
+    prompts and noise, count from the start of the video. `replay` "all" feeds every initial frame, so that a
+    continued run equals the uninterrupted one; "window" only the sinks and the frames that are still visible, so
+    that continuing a long video costs no more than a short one.
     context_noise: the timestep, 0…1000, at which finished chunks are committed.
-    denoise: denoise(x, sigma, state) → x0, the way a host runs the model itself; x is float32 [B, C, f, h, w].
-    dense_attention: dense attention over [B, L, H, D]. on_step: called after every denoising step.
-    dtype, device: of the KV cache and the computation; default the model's dtype and the context's device.
+    cfg, negative: classifier-free guidance with a negative prompt [B or 1, tokens, text_dim] and a cache of its own,
+    for models that are not distilled; 1 runs the prompt alone.
+    denoise: denoise(x, sigma, state) → x0, the way a host runs the model itself; x is float32 [B, C, f, h, w] and
+    `state.text` the text to follow. dense_attention: dense attention over [B, L, H, D]. on_step: called after every
+    denoising step. dtype, device: of the KV cache and the computation; default the model's dtype and the context's
+    device.
 
     The KV cache is allocated when iteration starts and freed when it ends, however it ends. Raises ValueError for
     requests that cannot work, before any of them runs. Source: Self Forcing's few-step rollout.
     """
-    options = attention or AttentionOptions()
-    batch, channels, frames, height, width = latent_shape
-    steps = [float(sigma) for sigma in sigmas]
-    _check_levels(steps, growth, context_noise)
-    _check_tensors(latent_shape, context, initial_latents)
+    prompts = [Prompt(context)] if isinstance(context, Tensor) else list(context)
+    if cfg != 1.0 and negative is None:
+        raise ValueError(f"cfg {cfg} needs a negative prompt; pass negative, or cfg 1")
+    guides = [Timeline(prompts)] + ([Timeline([Prompt(negative)])] if negative is not None and cfg != 1.0 else [])
+    levels, first_levels = list(map(float, sigmas)), list(map(float, first_sigmas or sigmas))
+    for steps in (levels, first_levels):
+        _check_levels(steps)
+    if not 0.0 <= context_noise <= 1000.0:
+        raise ValueError(f"context_noise {context_noise} is not a timestep between 0 and 1000")
+    if growth is not None and (not growth or not all(0.0 <= sparsity < 1.0 for sparsity in growth)):
+        raise ValueError(f"growth {growth} must hold at least one sparsity, all in [0, 1)")
+    for guide in guides:
+        _check_tensors(latent_shape, guide, initial_latents)
+    frames = latent_shape[2]
     initial_frames = 0 if initial_latents is None else initial_latents.shape[2]
     lengths = video_chunks(frames, frames_per_chunk, initial_frames)
     if window is not None and window < sink_frames + max(lengths):
@@ -128,84 +157,183 @@ def rollout(
             f"use at least {sink_frames + max(lengths)} latent frames"
         )
     slots = frames if window is None else min(window, frames)
-    device = torch.device(device) if device is not None else context.device
-    dtype = dtype or dit.dtype
+    run = _Run(
+        dit=dit,
+        guides=guides,
+        cfg=cfg,
+        shape=tuple(latent_shape),
+        lengths=lengths,
+        first_index=[0, *accumulate(lengths)].index(initial_frames),
+        levels=levels,
+        first_levels=first_levels,
+        growth=growth,
+        slots=slots,
+        sink_frames=sink_frames if slots < frames else 0,
+        sink_rope=sink_rope,
+        noise=noise or seeded_noise(seed),
+        initial_latents=initial_latents,
+        replay=replay,
+        context_noise=context_noise,
+        attention=attention or AttentionOptions(),
+        denoise=denoise,
+        dense_attention=dense_attention,
+        on_step=on_step,
+        dtype=dtype or dit.dtype,
+        device=torch.device(device) if device is not None else prompts[0].context.device,
+    )
+    return run.chunks()
 
-    def default_denoise(x: Tensor, sigma: float, state: CausalState) -> Tensor:
-        timestep = torch.full((batch,), sigma * 1000.0, device=device)
-        flow = forward(dit, x.to(dtype), timestep, text, state)
-        return x - sigma * flow.float()
 
-    run = denoise or default_denoise
-    draw = noise or seeded_noise(seed)
-    text = context.to(device=device, dtype=dtype).expand(batch, -1, -1)
+@dataclass
+class _Run:
+    """One checked request, and the chunk × step loop that fulfils it. Fields as in `rollout`."""
 
-    def sparsity(index: int) -> float:
-        return growth[min(index, len(growth) - 1)] if growth is not None else 0.0
+    dit: Any
+    guides: list[Timeline]  # the prompts and, with guidance, the negative prompt; one cache each
+    cfg: float
+    shape: tuple[int, ...]
+    lengths: list[int]
+    first_index: int  # the first chunk that is generated
+    levels: list[float]
+    first_levels: list[float]
+    growth: Sequence[float] | None
+    slots: int
+    sink_frames: int
+    sink_rope: SinkRope
+    noise: Noise
+    initial_latents: Tensor | None
+    replay: Replay
+    context_noise: float
+    attention: AttentionOptions
+    denoise: Denoise | None
+    dense_attention: DenseAttention
+    on_step: Callable[[StepEvent], None] | None
+    dtype: torch.dtype
+    device: torch.device
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The loop; memory lives from the first `next` to the end."""
+        states: list[CausalState] = []
+        past: list[Tensor] = []  # clean chunks as far back as any of them is visible
+        done = 0
+        try:
+            states += (self._new_state() for _ in self.guides)
+            for index, length in enumerate(self.lengths):
+                start = sum(self.lengths[:index])
+                self._follow_prompts(states, index, past)
+                if index < self.first_index and not self._is_replayed(index):
+                    for state in states:
+                        state.cache.skip(length)
+                    past.append(self._given(start, length))
+                    continue
+                for state in states:
+                    state.open_chunk(length, self._sparsity(index), self.device)
+                if index < self.first_index:
+                    latents = self._given(start, length)
+                else:
+                    latents, done = self._denoise_chunk(states, index, start, done)
+                    yield Chunk(index, start, latents)
+                if index < len(self.lengths) - 1:
+                    for state in states:
+                        self._clean_pass(state, latents)
+                past = [*past, latents][-self.slots :]
+        finally:
+            # A traceback or a host's hook may still hold the states; the memory must go all the same.
+            for state in states:
+                state.close()
+
+    def _new_state(self) -> CausalState:
+        heads = self.dit.blocks[0].self_attn.num_heads
+        batch, _, _, height, width = self.shape
+        cache = KVCache(
+            layers=len(self.dit.blocks),
+            batch=batch,
+            slots=self.slots,
+            tokens_per_frame=(height // 2) * (width // 2),
+            heads=heads,
+            head_dim=self.dit.dim // heads,
+            block_k=self.attention.block[1],
+            sink_frames=self.sink_frames,
+            sink_rope=self.sink_rope,
+            pooled=any(self._sparsity(index) > 0.0 for index in range(len(self.lengths))),
+            dtype=self.dtype,
+            device=self.device,
+        )
+        return CausalState(cache, self.attention, self.dense_attention)
+
+    def _sparsity(self, index: int) -> float:
+        return self.growth[min(index, len(self.growth) - 1)] if self.growth is not None else 0.0
+
+    def _is_replayed(self, index: int) -> bool:
+        """Whether an initial chunk is fed through the model: all are, or those that hold sinks or are still visible."""
+        start, given = sum(self.lengths[:index]), sum(self.lengths[: self.first_index])
+        still_visible = start + self.lengths[index] > given - (self.slots - self.sink_frames)
+        return self.replay == "all" or start < self.sink_frames or still_visible
+
+    def _given(self, start: int, length: int) -> Tensor:
+        assert self.initial_latents is not None
+        given = self.initial_latents[:, :, start : start + length].to(self.device, torch.float32)
+        return given.expand(self.shape[0], -1, -1, -1, -1)
 
     @torch.no_grad()
-    def clean_pass(state: CausalState, latents: Tensor) -> None:
+    def _follow_prompts(self, states: list[CausalState], index: int, past: list[Tensor]) -> None:
+        """Give each cache its text when it changes; a hard switch recomputes the visible past under the new one."""
+        for guide, state in zip(self.guides, states, strict=True):
+            change = guide.changes_at(index)
+            if index == 0 or change:
+                text = guide.text(index).to(device=self.device, dtype=self.dtype)
+                state.follow(text.expand(self.shape[0], -1, -1))
+            if change == "hard":
+                state.reopen_visible()
+                if state.frames:
+                    self._clean_pass(state, torch.cat(past, dim=2)[:, :, -state.frames :])
+
+    @torch.no_grad()
+    def _denoise_chunk(self, states: list[CausalState], index: int, start: int, done: int) -> tuple[Tensor, int]:
+        """A finished chunk from noise, and the steps done so far."""
+        batch, channels, _, height, width = self.shape
+        shape = (batch, channels, self.lengths[index], height, width)
+        levels = self.first_levels if index == 0 else self.levels
+
+        def draw(number: int) -> Tensor:
+            return self.noise(index, number, shape).to(device=self.device, dtype=torch.float32)
+
+        x = levels[0] * draw(0) if levels[0] < 1.0 else draw(0)
+        for step, (sigma, following) in enumerate(pairwise(levels)):
+            x0 = self._predict(x, sigma, states)
+            done += 1
+            if self.on_step is not None:
+                generated = len(self.lengths) - self.first_index
+                total = generated * (len(self.levels) - 1)
+                if self.first_index == 0:
+                    total += len(self.first_levels) - len(self.levels)
+                chunk, steps, density = index - self.first_index, len(levels) - 1, states[0].density
+                self.on_step(StepEvent(chunk, generated, index, start, step, steps, done, total, x, x0, density))
+            if following > 0.0:
+                x = (1.0 - following) * x0 + following * draw(step + 1)
+        return x0, done
+
+    @torch.no_grad()
+    def _clean_pass(self, state: CausalState, latents: Tensor) -> None:
+        """Commit clean latents as history."""
         state.clean = True
-        run(latents.to(device, torch.float32).expand(batch, -1, -1, -1, -1), context_noise / 1000.0, state)
+        self._predict(latents, self.context_noise / 1000.0, [state])
         state.clean = False
         state.cache.commit()
 
-    @torch.no_grad()
-    def denoise_chunk(state: CausalState, index: int, start: int, length: int) -> Tensor:
-        shape = (batch, channels, length, height, width)
-        x = draw(index, 0, shape).to(device=device, dtype=torch.float32)
-        if steps[0] < 1.0:
-            x = steps[0] * x
-        for step, (sigma, following) in enumerate(itertools.pairwise(steps)):
-            x0 = run(x, sigma, state)
-            if on_step is not None:
-                generated = (index - first_index, len(lengths) - first_index)
-                on_step(StepEvent(*generated, index, start, step, len(steps) - 1, x, x0, state.density))
-            if following > 0.0:
-                fresh = draw(index, step + 1, shape).to(device=device, dtype=torch.float32)
-                x = (1.0 - following) * x0 + following * fresh
+    def _predict(self, x: Tensor, sigma: float, states: list[CausalState]) -> Tensor:
+        """x0 of the open chunk, guided when there is a second cache."""
+        run = self.denoise or self._run_model
+        x0 = run(x, sigma, states[0])
+        if len(states) > 1:
+            unguided = run(x, sigma, states[1])
+            x0 = unguided + self.cfg * (x0 - unguided)
         return x0
 
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
-    first_index = starts.index(initial_frames)
-
-    def generate() -> Iterator[Chunk]:
-        block = dit.blocks[0].self_attn
-        heads = block.num_heads
-        state = CausalState(
-            KVCache(
-                layers=len(dit.blocks),
-                batch=batch,
-                slots=slots,
-                tokens_per_frame=(height // 2) * (width // 2),
-                heads=heads,
-                head_dim=dit.dim // heads,
-                block_k=options.block[1],
-                sink_frames=sink_frames if slots < frames else 0,
-                sink_rope=sink_rope,
-                pooled=any(sparsity(i) > 0.0 for i in range(len(lengths))),
-                dtype=dtype,
-                device=device,
-            ),
-            options,
-            dense_attention,
-        )
-        try:
-            for index, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-                state.open_chunk(length, sparsity(index), device)
-                if index < first_index:
-                    assert initial_latents is not None
-                    clean_pass(state, initial_latents[:, :, start : start + length])
-                    continue
-                latents = denoise_chunk(state, index, start, length)
-                yield Chunk(index, start, latents)
-                if index < len(lengths) - 1:
-                    clean_pass(state, latents)
-        finally:
-            # A traceback or a host's hook may still hold the state; the memory must go all the same.
-            state.close()
-
-    return generate()
+    def _run_model(self, x: Tensor, sigma: float, state: CausalState) -> Tensor:
+        timestep = torch.full((x.shape[0],), sigma * 1000.0, device=self.device)
+        assert state.text is not None
+        return x - sigma * forward(self.dit, x.to(self.dtype), timestep, state.text, state).float()
 
 
 def video_chunks(frames: int, frames_per_chunk: int, initial_frames: int = 0) -> list[int]:
@@ -218,20 +346,16 @@ def video_chunks(frames: int, frames_per_chunk: int, initial_frames: int = 0) ->
     return chunk_lengths(frames, frames_per_chunk, first) if first else whole
 
 
-def _check_levels(steps: list[float], growth: Sequence[float] | None, context_noise: float) -> None:
-    """ValueError unless noise levels, sparsities and the clean pass's timestep are in their ranges."""
-    if len(steps) < 2 or steps[-1] != 0.0 or any(a <= b for a, b in itertools.pairwise(steps)):
+def _check_levels(steps: list[float]) -> None:
+    """ValueError unless noise levels fall from at most 1 to 0."""
+    if len(steps) < 2 or steps[-1] != 0.0 or any(a <= b for a, b in pairwise(steps)):
         raise ValueError(f"sigmas {steps} must fall from step to step and end with 0, like {few_step_sigmas()}")
     if not 0.0 < steps[0] <= 1.0:
         raise ValueError(f"sigmas start at {steps[0]}, which is outside (0, 1]")
-    if not 0.0 <= context_noise <= 1000.0:
-        raise ValueError(f"context_noise {context_noise} is not a timestep between 0 and 1000")
-    if growth is not None and (not growth or not all(0.0 <= sparsity < 1.0 for sparsity in growth)):
-        raise ValueError(f"growth {growth} must hold at least one sparsity, all in [0, 1)")
 
 
-def _check_tensors(latent_shape: Sequence[int], context: Tensor, initial_latents: Tensor | None) -> None:
-    """ValueError unless the prompt and the initial latents fit the video's shape."""
+def _check_tensors(latent_shape: Sequence[int], guide: Timeline, initial_latents: Tensor | None) -> None:
+    """ValueError unless the prompts and the initial latents fit the video's shape."""
     batch, channels, frames, height, width = latent_shape
     if min(latent_shape) < 1:
         raise ValueError(f"latent_shape {tuple(latent_shape)} has an empty side; every side must be at least 1")
@@ -240,10 +364,10 @@ def _check_tensors(latent_shape: Sequence[int], context: Tensor, initial_latents
             f"latents of {height}×{width} cannot be cut into 2×2 patches: the video's height {8 * height} and width "
             f"{8 * width} must be multiples of 16"
         )
-    if context.ndim != 3 or not context.shape[1]:
-        raise ValueError(f"context has shape {tuple(context.shape)}; expected [batch, tokens, text_dim] with tokens")
-    if context.shape[0] not in (1, batch):
-        raise ValueError(f"context is a batch of {context.shape[0]}, latents a batch of {batch}; pass 1 or {batch}")
+    for prompt in guide.prompts:
+        if prompt.context.shape[0] not in (1, batch):
+            given = prompt.context.shape[0]
+            raise ValueError(f"context is a batch of {given}, latents a batch of {batch}; pass 1 or {batch}")
     if initial_latents is None:
         return
     shape = tuple(initial_latents.shape)

@@ -195,6 +195,7 @@ def test_steps_are_reported_with_chunk_and_density(dit, context):
     events = []
     list(run(dit, context, growth=[0.0, 0.5, 0.75], on_step=events.append))
     assert [(e.chunk, e.step) for e in events] == [(c, s) for c in range(3) for s in range(4)]
+    assert [(e.done, e.total) for e in events] == [(1 + i, 12) for i in range(12)]
     assert {(e.chunks, e.steps) for e in events} == {(3, 4)}
     assert [events[4 * c].density for c in range(3)] == [1.0, 0.5, 2 / 9]  # of 6 and 9 one-block frames
 
