@@ -5,7 +5,7 @@ cancels, and an error leaves every chunk already yielded in the caller's hands.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
@@ -106,7 +106,7 @@ def rollout(
     on_step: Callable[[StepEvent], None] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Generate a video chunk by chunk; a generator of finished `Chunk`s in the model's normalised latent space.
 
     dit: a Wan 2.1 T2V module tree (`wan.wan_from_state_dict` or the host's). context: [B or 1, tokens, text_dim],
@@ -211,7 +211,7 @@ class _Run:
     dtype: torch.dtype
     device: torch.device
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self) -> Generator[Chunk, None, None]:
         """The loop; memory lives from the first `next` to the end."""
         states: list[CausalState] = []
         past: list[Tensor] = []  # clean chunks as far back as any of them is visible

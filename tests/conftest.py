@@ -1,0 +1,16 @@
+"""What every test needs before it imports anything: the Triton interpreter where there is no GPU, few threads."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is first imported
+
+from hypothesis import settings
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+# Examples are the same in every run, so that a red suite is a change in the code and not in the dice.
+settings.register_profile("lightforcing", deadline=None, max_examples=30, derandomize=True)
+settings.load_profile("lightforcing")
