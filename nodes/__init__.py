@@ -1,0 +1,31 @@
+"""ComfyUI nodes, one file per family; the only floor that imports the host."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .decode import LightForcingDecode
+from .loader import LightForcingApply, LightForcingModelLoader
+from .sampler import LightForcingSampler, LightForcingSamplerSelect
+from .schedule import LightForcingSchedule
+from .text_embeds import LightForcingLoadTextEmbeds, LightForcingSaveTextEmbeds
+
+NODES: list[type[io.ComfyNode]] = [
+    LightForcingModelLoader,
+    LightForcingApply,
+    LightForcingSchedule,
+    LightForcingSampler,
+    LightForcingSamplerSelect,
+    LightForcingDecode,
+    LightForcingSaveTextEmbeds,
+    LightForcingLoadTextEmbeds,
+]
+
+
+class LightForcingExtension(ComfyExtension):
+    """What ComfyUI asks for the list of nodes."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> LightForcingExtension:
+    return LightForcingExtension()

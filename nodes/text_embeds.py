@@ -1,0 +1,134 @@
+"""Text embeddings on disk: a prompt once encoded needs no 10 GB text encoder again."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..lightforcing_core.output_files import prepare_folder, whole_file
+
+FOLDER = "text_embeds"
+FORMAT = "light_forcing_text_embeds"
+folder_paths.folder_names_and_paths.setdefault(
+    FOLDER, ([os.path.join(folder_paths.models_dir, FOLDER)], {".safetensors"})
+)
+
+
+class LightForcingSaveTextEmbeds(io.ComfyNode):
+    """CONDITIONING → models/text_embeds/NAME.safetensors."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LightForcingSaveTextEmbeds",
+            display_name="Light Forcing Save Text Embeds",
+            category="Light Forcing",
+            description="Saves an encoded prompt to models/text_embeds, so that later runs need no text encoder.",
+            inputs=[
+                io.Conditioning.Input("conditioning", tooltip="The output of CLIP Text Encode."),
+                io.String.Input(
+                    "name",
+                    default="prompt",
+                    tooltip="File name without extension; subfolder/name works. An existing file is replaced.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="The input, passed on.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, conditioning: list, name: str) -> io.NodeOutput:
+        path = embeds_path(name)
+        save_embeds(path, conditioning)
+        return io.NodeOutput(conditioning, ui=ui.PreviewText(f"saved {path.name} in {path.parent}"))
+
+
+class LightForcingLoadTextEmbeds(io.ComfyNode):
+    """models/text_embeds/NAME.safetensors → CONDITIONING."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LightForcingLoadTextEmbeds",
+            display_name="Light Forcing Load Text Embeds",
+            category="Light Forcing",
+            description="Loads a prompt that Light Forcing Save Text Embeds has encoded.",
+            inputs=[
+                io.Combo.Input(
+                    "name",
+                    options=folder_paths.get_filename_list(FOLDER),
+                    tooltip="A file in models/text_embeds. It fits models with the same text encoder only (umt5 for "
+                    "Wan).",
+                ),
+            ],
+            outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="As CLIP Text Encode gave it.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, name: str) -> str:
+        status = os.stat(folder_paths.get_full_path_or_raise(FOLDER, name))
+        return f"{status.st_mtime_ns}/{status.st_size}"
+
+    @classmethod
+    def execute(cls, name: str) -> io.NodeOutput:
+        return io.NodeOutput(load_embeds(Path(folder_paths.get_full_path_or_raise(FOLDER, name))))
+
+
+def embeds_path(name: str) -> Path:
+    """Where embeddings called `name` live; ValueError for a name that leaves the folder."""
+    folder = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+    stem = name.strip().removesuffix(".safetensors")
+    path = (folder / f"{stem}.safetensors").resolve()
+    if not stem or Path(stem).name.startswith(".") or not path.is_relative_to(folder):
+        raise ValueError(f"name {name!r} is no file name inside {folder}; use letters, digits and /")
+    return path
+
+
+def save_embeds(path: Path, conditioning: list) -> None:
+    """Write CONDITIONING whole or not at all. Raises ValueError for parts that cannot be stored, OutputError."""
+    tensors: dict[str, torch.Tensor] = {}
+    entries: list[dict[str, Any]] = []
+    for index, (cond, extras) in enumerate(conditioning):
+        entry = {}
+        for key, value in {"cond": cond, **extras}.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
+            elif value is None or isinstance(value, bool | int | float | str):
+                entry[key] = value
+            else:
+                raise ValueError(
+                    f"the prompt carries {key} ({type(value).__name__}), which cannot be stored; save the output of "
+                    f"CLIP Text Encode itself"
+                )
+        entries.append(entry)
+    if not tensors:
+        raise ValueError("the prompt holds no text embedding; connect the output of CLIP Text Encode")
+    prepare_folder(path.parent, bytes_needed=sum(tensor.nbytes for tensor in tensors.values()))
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata={"format": FORMAT, "entries": json.dumps(entries)})
+
+
+def load_embeds(path: Path) -> list:
+    """Read CONDITIONING back. Raises ValueError for a file of another kind or a damaged one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; save the prompt again") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} holds no text embeddings; files come from Light Forcing Save Text Embeds")
+    conditioning = []
+    for index, entry in enumerate(json.loads(metadata["entries"])):
+        own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
+        cond = own.pop("cond")
+        if cond.ndim != 3 or not torch.isfinite(cond).all():
+            raise ValueError(f"{path} holds NaN or an embedding of shape {list(cond.shape)}; save the prompt again")
+        conditioning.append([cond, {**entry, **own}])
+    return conditioning

@@ -1,0 +1,97 @@
+"""Small API prompts for the tests, built from plain functions: one node each, or a whole run."""
+
+import itertools
+
+from safetensors.torch import load_file
+
+WIDTH, HEIGHT, LENGTH = 96, 64, 21
+EMBEDS = "panda.safetensors"
+RUNS = itertools.count()  # a server that has every node cached lists no files: each prompt saves under its own name
+
+
+def link(node, slot=0):
+    return [node, slot]
+
+
+def loader(**inputs):
+    defaults = {
+        "model_name": "tiny_wan.safetensors",
+        "weight_dtype": "default",
+        "weights": "auto",
+        "lora_name": "none",
+        **options(),
+    }
+    return {"class_type": "LightForcingModelLoader", "inputs": {**defaults, **inputs}}
+
+
+def options(**inputs):
+    frames = {"keep_frames": -1, "keep_sink": -1, "keep_near": -1}
+    return {"family": "auto", "backend": "auto", "block": "64", **frames, **inputs}
+
+
+def core_loader(name, weight_dtype="default"):
+    return {"class_type": "UNETLoader", "inputs": {"unet_name": name, "weight_dtype": weight_dtype}}
+
+
+def apply(model, **inputs):
+    return {"class_type": "LightForcingApply", "inputs": {"model": model, **options(**inputs)}}
+
+
+def empty(length=LENGTH, width=WIDTH, height=HEIGHT, batch_size=1):
+    inputs = {"width": width, "height": height, "length": length, "batch_size": batch_size}
+    return {"class_type": "EmptyARVideoLatent", "inputs": inputs}
+
+
+def save_images(images):
+    return {"class_type": "SaveImage", "inputs": {"images": images, "filename_prefix": f"frames{next(RUNS)}"}}
+
+
+def schedule(length=LENGTH, preset="custom", model=None, **inputs):
+    custom = {
+        "frames_per_chunk": 3,
+        "window": 0,
+        "sink_frames": 0,
+        "sink_rope": "fixed",
+        "target": 0.6,
+        "base": 0.7,
+        "curve": "inverse_sqrt",
+        "dense_chunks": 1,
+    }
+    dotted = {f"preset.{name}": inputs.get(name, value) for name, value in custom.items()} if preset == "custom" else {}
+    connected = {"model": model} if model else {}
+    return {"class_type": "LightForcingSchedule", "inputs": {"length": length, "preset": preset, **dotted, **connected}}
+
+
+def latents_of(server, prompt):
+    entry = server.run(prompt)
+    (path,) = [path for path in server.files(entry) if path.suffix == ".latent"]
+    return load_file(path)["latent_tensor"]
+
+
+def graph(models, *, latent=None, vae=False, seed=3, **sampler):
+    """A prompt whose `models` end in node "model"; the sampler's latent is saved, its frames too with a VAE."""
+    prompt = {
+        **models,
+        "text": {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": EMBEDS}},
+        "latent": latent or empty(),
+        "sampler": {
+            "class_type": "LightForcingSampler",
+            "inputs": {
+                "model": link("model"),
+                "positive": link("text"),
+                "latent": link("latent"),
+                "seed": seed,
+                "steps": 4,
+                **sampler,
+            },
+        },
+        "save": {
+            "class_type": "SaveLatent",
+            "inputs": {"samples": link("sampler"), "filename_prefix": f"latents/run{next(RUNS)}"},
+        },
+    }
+    if vae:
+        prompt["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}}
+        prompt["sampler"]["inputs"]["vae"] = link("vae")
+        prompt["images"] = save_images(link("sampler", 1))
+    return prompt

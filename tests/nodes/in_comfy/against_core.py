@@ -1,0 +1,33 @@
+"""Largest differences between core's ar_video sampler and our patch, same noise; printed as JSON."""
+
+import json
+
+import host
+import torch
+
+patch, chunk_sampler = host.room("nodes.patch"), host.room("nodes.chunk_sampler")
+schedules, families = host.room("lightforcing_core.schedule"), host.room("lightforcing_core.families")
+attention = host.room("lightforcing_core.attention")
+SEED, SHAPE = 7, (1, 16, 6, 8, 12)
+
+
+def core_noise(chunk_index, draw, shape):
+    """The noise that core draws after step `draw`, from its global seed per block."""
+    generator = torch.Generator().manual_seed(SEED + chunk_index * 1000 + draw - 1)
+    return torch.randn(shape, generator=generator)
+
+
+settings = patch.Settings(families.FAMILIES["unknown"], attention.AttentionOptions())
+noise = host.noise_of(SHAPE, seed=1)
+causal, plain = host.load("tiny_causal.safetensors"), host.load("tiny_wan.safetensors")
+worst = {}
+for frames_per_chunk in (3, 1, 4):
+    core = host.comfy.samplers.ksampler("ar_video", {"num_frame_per_block": frames_per_chunk})
+    expected = host.sample(causal, core, noise, seed=SEED)
+    worst["spread of the latents"] = float(expected.std())
+    for name, model in (("core's causal model", causal), ("a plain Wan model", plain)):
+        schedule = schedules.Schedule(SHAPE[2], frames_per_chunk)
+        ours = chunk_sampler.ChunkSampler(schedule, fresh_noise=core_noise)
+        actual = host.sample(patch.patched(model, settings), ours, noise, seed=SEED)
+        worst[f"{frames_per_chunk} per chunk, {name}"] = float((actual - expected).abs().max())
+print(json.dumps(worst))

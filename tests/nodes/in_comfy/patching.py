@@ -1,0 +1,148 @@
+"""What the patch leaves behind, what it refuses and what a run frees; printed as JSON."""
+
+import json
+
+import host
+import torch
+from host import comfy
+
+patch, chunk_sampler = host.room("nodes.patch"), host.room("nodes.chunk_sampler")
+schedules, families = host.room("lightforcing_core.schedule"), host.room("lightforcing_core.families")
+attention = host.room("lightforcing_core.attention")
+WrappersMP = comfy.patcher_extension.WrappersMP
+SHAPE = (1, 16, 6, 8, 12)
+settings = patch.Settings(families.FAMILIES["unknown"], attention.AttentionOptions())
+stock = host.load("tiny_wan.safetensors")
+noise = host.noise_of(SHAPE)
+euler = comfy.samplers.sampler_object("euler")
+facts = {}
+
+
+def ours(**options):
+    return chunk_sampler.ChunkSampler(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6), **options)
+
+
+# The stock model before, between and after runs of the patched clone; the clone under a stock sampler.
+before = host.sample(stock, euler, noise)
+model = patch.patched(stock, settings)
+first = host.sample(model, ours(), noise)
+facts["stock result unchanged"] = torch.equal(before, host.sample(stock, euler, noise))
+facts["run repeats"] = torch.equal(first, host.sample(model, ours(), noise))
+shifted = stock.clone()
+shifted.add_object_patch("model_sampling", model.get_model_object("model_sampling"))
+facts["patched model under a stock sampler is stock"] = torch.equal(
+    host.sample(shifted, euler, noise), host.sample(model, euler, noise)
+)
+facts["shift"] = [stock.get_model_object("model_sampling").shift, model.get_model_object("model_sampling").shift]
+facts["settings survive clones"] = patch.settings_of(model.clone().clone()) == settings
+facts["patching twice adds one wrapper"] = len(
+    patch.patched(model, settings).get_all_wrappers(WrappersMP.DIFFUSION_MODEL)
+)
+
+# A wrapper around the whole model, such as a timer or torch.compile's, still runs: chunks x (steps + clean), less one.
+calls = []
+
+
+def count(executor, *args, **kwargs):
+    calls.append(None)
+    return executor(*args, **kwargs)
+
+
+counted = model.clone()
+counted.add_wrapper(WrappersMP.APPLY_MODEL, count)
+facts["wrapped result unchanged"] = torch.equal(first, host.sample(counted, ours(), noise))
+facts["forwards"] = len(calls)
+
+
+# Patches that would be dropped, each refused by its name; when applied, and when they come later.
+def easycache(m):
+    m.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "easycache", count)
+
+
+def lazycache(m):
+    m.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "lazycache", count)
+
+
+def override(m):
+    m.model_options["transformer_options"]["optimized_attention_override"] = count
+
+
+def replace(m):
+    m.set_model_patch_replace(count, "dit", "double_block", 1)
+
+
+conflicts = {
+    "easycache": easycache,
+    "lazycache": lazycache,
+    "optimized_attention_override": override,
+    "double_block": replace,
+    "attn1_patch": lambda m: m.set_model_attn1_patch(count),
+    "attn2_patch": lambda m: m.set_model_attn2_patch(count),
+    "rope_options": lambda m: m.set_model_rope_options(2.0, 0.0, 2.0, 0.0, 1.0, 0.0),
+    "diffusion_model.forward": lambda m: m.add_object_patch("diffusion_model.forward", count),
+    "diffusion_model.blocks.0.self_attn.forward": lambda m: m.add_object_patch(
+        "diffusion_model.blocks.0.self_attn.forward", count
+    ),
+    "context_handler": lambda m: m.model_options.update(context_handler=object()),
+}
+
+
+def error_of(action):
+    try:
+        action()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+facts["conflicts before"], facts["conflicts after"] = {}, {}
+for name, add in conflicts.items():
+    m = stock.clone()
+    add(m)
+    facts["conflicts before"][name] = error_of(lambda m=m: patch.patched(m, settings))
+    m = model.clone()
+    add(m)
+    facts["conflicts after"][name] = error_of(lambda m=m: host.sample(m, ours(), noise))
+facts["linear layers may be replaced"] = error_of(
+    lambda: patch.conflicting_patch(stock, {"transformer_options": {"patches": {"input_block_patch": [count]}}})
+)
+
+# Memory of a run is gone after success, an error and an interrupt; the cache alone would be this large.
+cache = host.room("lightforcing_core.kv_cache").kv_bytes(2, 1, SHAPE[2], 24, 2, 128, torch.float32)
+facts["cache bytes"] = cache
+host.sample(model, ours(), noise)
+start = host.tensor_bytes()
+host.sample(model, ours(), noise)
+facts["left after success"] = host.tensor_bytes() - start
+
+
+def fail(chunk, done, total):
+    raise RuntimeError("no more")
+
+
+def interrupt(step, x0, x, total):
+    facts.setdefault("callback", [list(x0.shape), list(x.shape), total])
+    if step == 2:
+        comfy.model_management.interrupt_current_processing(True)
+
+
+for name, options, callback in (("error", {"on_chunk": fail}, None), ("interrupt", {}, interrupt)):
+    try:
+        host.sample(model, ours(**options), noise, callback=callback)
+    except (RuntimeError, comfy.model_management.InterruptProcessingException) as error:
+        held = error  # as a server holds the exception while it reports it
+        facts[f"left after {name}, exception held"] = host.tensor_bytes() - start
+        facts[f"{name} is"] = type(held).__name__
+    held = None
+    facts[f"left after {name}"] = host.tensor_bytes() - start
+facts["run after interrupt repeats"] = torch.equal(first, host.sample(model, ours(), noise))
+
+# The memory request: what reaches the host's estimate is one chunk of activations and the whole cache.
+spied = []
+real = comfy.sampler_helpers.estimate_memory
+comfy.sampler_helpers.estimate_memory = lambda m, shape, conds: spied.append(shape) or real(m, shape, conds)
+host.sample(model, ours(extra_bytes=10**6), noise)
+chunk = stock.model.memory_required([1, 16, 3, 8, 12])
+facts["asked"] = stock.model.memory_required(spied[-1])
+facts["needed"] = [chunk + cache + 10**6, stock.model.memory_required([1, 16, 1, 8, 12])]
+print(json.dumps(facts))

@@ -1,0 +1,183 @@
+"""Bad input ends in one clear message that names the thing, the value and the way out, and nothing half-written."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from .graphs import EMBEDS, apply, core_loader, empty, graph, link, loader, schedule
+
+
+class Payload:
+    """A pickle that would create a file where it is loaded carelessly."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture(scope="module")
+def bad_files(models):
+    """Broken and foreign files beside the good ones; the path that the malicious one would write."""
+    folder = models / "models" / "diffusion_models"
+    good = load_file(folder / "tiny_wan.safetensors")
+    whole = (folder / "tiny_wan.safetensors").read_bytes()
+    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
+    save_file({"a.weight": torch.zeros(4, 4)}, folder / "no_wan.safetensors")
+    save_file({**good, "patch_embedding.weight": torch.zeros(256, 36, 1, 2, 2)}, folder / "wan_i2v.safetensors")
+    save_file({**good, "vace_patch_embedding.weight": torch.zeros(256, 96, 1, 2, 2)}, folder / "wan_vace.safetensors")
+    wide = {"patch_embedding.weight": torch.zeros(256, 48, 1, 2, 2)}
+    wide |= {"head.head.weight": torch.zeros(192, 256), "head.head.bias": torch.zeros(192)}
+    save_file({**good, **wide}, folder / "wan_ti2v_5b.safetensors")
+    trap = models / "owned"
+    torch.save({"generator": Payload(trap)}, folder / "malicious.pt")
+
+    embeds = models / "models" / "text_embeds"
+    cond = torch.zeros(1, 512, 4096)
+    cond[:, 0] = 1.0
+    metadata = {"format": "light_forcing_text_embeds", "entries": json.dumps([{}])}
+    save_file({"0.cond": cond}, embeds / "empty.safetensors", metadata=metadata)
+    save_file({"weight": torch.zeros(2)}, embeds / "foreign.safetensors")
+    (embeds / "cut.safetensors").write_bytes((embeds / EMBEDS).read_bytes()[:1000])
+    for name, value in (("nan", float("nan")), ("full", 1.0)):
+        latent = {"latent_tensor": torch.full((1, 16, 6, 8, 12), value), "latent_format_version_0": torch.zeros(0)}
+        save_file(latent, models / "input" / f"{name}.latent")
+    return trap
+
+
+def load_latent(name):
+    return {"class_type": "LoadLatent", "inputs": {"latent": name}}
+
+
+def text(name):
+    return {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": name}}
+
+
+def with_schedule(length=21, models=None, **inputs):
+    return {**graph(models or {"model": loader()}, schedule=link("plan")), "plan": schedule(length, **inputs)}
+
+
+def with_file(name):
+    return graph({"model": loader(model_name=name)})
+
+
+def through_apply(name):
+    return graph({"unet": core_loader(name), "model": apply(link("unet"))})
+
+
+def masked():
+    prompt = graph({"model": loader()}, latent=None)
+    prompt["empty"] = prompt["latent"]
+    prompt["mask"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 96, "height": 64}}
+    prompt["latent"] = {"class_type": "SetLatentNoiseMask", "inputs": {"samples": link("empty"), "mask": link("mask")}}
+    return prompt
+
+
+def strong_cfg():
+    prompt = graph({"model": loader()})
+    both = {"positive": link("text"), "negative": link("text")}
+    prompt["guider"] = {"class_type": "CFGGuider", "inputs": {"model": link("model"), "cfg": 3.0, **both}}
+    prompt["noise"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": 1}}
+    prompt["select"] = {"class_type": "LightForcingSamplerSelect", "inputs": {}}
+    prompt["sigmas"] = {
+        "class_type": "BasicScheduler",
+        "inputs": {"model": link("model"), "scheduler": "simple", "steps": 4, "denoise": 1.0},
+    }
+    wired = {"noise": "noise", "guider": "guider", "sampler": "select", "sigmas": "sigmas", "latent_image": "latent"}
+    prompt["sampler"] = {
+        "class_type": "SamplerCustomAdvanced",
+        "inputs": {name: link(node) for name, node in wired.items()},
+    }
+    return prompt
+
+
+def partial_denoise():
+    prompt = strong_cfg()
+    prompt["guider"] = {
+        "class_type": "BasicGuider",
+        "inputs": {"model": link("model"), "conditioning": link("text")},
+    }
+    prompt["sigmas"]["inputs"]["denoise"] = 0.5
+    return prompt
+
+
+def saved_as(name):
+    save = {"class_type": "LightForcingSaveTextEmbeds", "inputs": {"conditioning": link("text"), "name": name}}
+    return {"text": text(EMBEDS), "save": save}
+
+
+CASES = {
+    "no Wan at all": (lambda: with_file("no_wan.safetensors"), ["no_wan.safetensors"]),
+    "truncated file": (lambda: with_file("truncated.safetensors"), ["truncated.safetensors"]),
+    "malicious pickle": (lambda: with_file("malicious.pt"), ["malicious.pt"]),
+    "Wan I2V": (lambda: with_file("wan_i2v.safetensors"), ["wan_i2v.safetensors", "36"]),
+    "Wan VACE": (lambda: with_file("wan_vace.safetensors"), ["wan_vace.safetensors", "VACE"]),
+    "Wan 2.2 5B": (lambda: with_file("wan_ti2v_5b.safetensors"), ["wan_ti2v_5b.safetensors", "48"]),
+    "Wan I2V through Apply": (lambda: through_apply("wan_i2v.safetensors"), ["36 channels"]),
+    "Wan 2.2 5B through Apply": (lambda: through_apply("wan_ti2v_5b.safetensors"), ["Wan 2.1 text-to-video"]),
+    "unpatched model": (lambda: graph({"model": core_loader("tiny_wan.safetensors")}), ["Light Forcing Apply"]),
+    "height not a multiple of 16": (
+        lambda: graph({"model": loader()}, latent=empty(height=72)),
+        ["height 72", "64 or 80"],
+    ),
+    "schedule for another length": (lambda: with_schedule(33), ["33 video frames", "21"]),
+    "length not 1 + 4k": (lambda: with_schedule(20), ["length 20", "17 or 21"]),
+    "zero frames": (lambda: with_schedule(0), ["length"]),
+    "zero latent frames": (lambda: graph({"model": loader()}, latent=empty(length=0)), ["length"]),
+    "chunks of another kind of checkpoint": (
+        lambda: with_schedule(models={"model": loader(family="causal_forcing_framewise")}),
+        ["chunks of 3", "frame by frame", "unknown"],
+    ),
+    "target above 1": (lambda: with_schedule(target=1.5), ["target", "1.5"]),
+    "target above base": (lambda: with_schedule(target=0.8, base=0.7), ["base 0.7", "0.8"]),
+    "window shorter than a chunk": (lambda: with_schedule(window=2), ["window 2", "3"]),
+    "unknown backend": (lambda: graph({"model": loader(backend="magic")}), ["backend", "magic"]),
+    "backend that cannot run": (lambda: graph({"model": loader(backend="triton")}), ["triton"]),
+    "empty prompt": (lambda: {**graph({"model": loader()}), "text": text("empty.safetensors")}, ["prompt is empty"]),
+    "damaged embeddings": (lambda: {**graph({"model": loader()}), "text": text("cut.safetensors")}, ["cut.safetens"]),
+    "foreign embeddings": (lambda: {**graph({"model": loader()}), "text": text("foreign.safetensors")}, ["foreign"]),
+    "name outside the folder": (lambda: saved_as("../../escape"), ["../../escape"]),
+    "NaN latent": (lambda: graph({"model": loader()}, latent=load_latent("nan.latent")), ["latent", "NaN"]),
+    "NaN start": (
+        lambda: {**graph({"model": loader()}, start_latent=link("start")), "start": load_latent("nan.latent")},
+        ["start_latent", "NaN"],
+    ),
+    "latent that is not empty": (
+        lambda: graph({"model": loader()}, latent=load_latent("full.latent")),
+        ["not empty", "start_latent"],
+    ),
+    "start as long as the video": (
+        lambda: {**graph({"model": loader()}, start_latent=link("start")), "start": load_latent("full.latent")},
+        ["6", "longer"],
+    ),
+    "start of another size": (
+        lambda: {
+            **graph({"model": loader()}, latent=empty(width=64), start_latent=link("start")),
+            "start": load_latent("full.latent"),
+        },
+        ["96×64", "64×64"],
+    ),
+    "noise mask": (masked, ["mask"]),
+    "cfg": (strong_cfg, ["cfg 3.0"]),
+    "partial denoise": (partial_denoise, ["sigmas", "denoise 1"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_message_names_the_thing_and_the_way_out(server, bad_files, case):
+    build, expected = CASES[case]
+    message = server.error_of(build())
+    for part in expected:
+        assert part in message, message
+    assert len(message) < 600, message
+    assert "Traceback" not in message
+    assert not bad_files.exists()
+
+
+def test_nothing_half_written_stays(server, bad_files, models):
+    server.error_of(saved_as("../../escape"))
+    assert not list(models.glob("**/*escape*"))
+    assert not list((models / "models" / "text_embeds").rglob(".*"))

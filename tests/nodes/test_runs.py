@@ -1,0 +1,190 @@
+"""Runs in a real server: every way to a MODEL, every way to sample, and what a cancelled run leaves."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from .graphs import (
+    EMBEDS,
+    HEIGHT,
+    LENGTH,
+    WIDTH,
+    apply,
+    core_loader,
+    empty,
+    graph,
+    latents_of,
+    link,
+    loader,
+    save_images,
+    schedule,
+)
+
+
+def test_every_way_to_the_same_model_gives_the_same_video(server):
+    ours = latents_of(server, graph({"model": loader()}))
+    assert ours.shape == (1, 16, 6, HEIGHT // 8, WIDTH // 8)
+    assert ours.isfinite().all()
+    assert ours.std() > 0.1
+    ways = {
+        "plain Wan through Apply": {"unet": core_loader("tiny_wan.safetensors"), "model": apply(link("unet"))},
+        "core's causal model": {"unet": core_loader("tiny_causal.safetensors"), "model": apply(link("unet"))},
+        "a training file, its EMA": {"model": loader(model_name="self_forcing_dmd.pt")},
+    }
+    for name, models in ways.items():
+        assert (latents_of(server, graph(models)) - ours).abs().max() <= 1e-4, name
+    plain = latents_of(server, graph({"model": loader(model_name="self_forcing_dmd.pt", weights="plain")}))
+    assert (plain - ours).abs().max() > 0.1
+
+
+def test_lora_changes_the_video_the_same_through_node_and_loader(server):
+    without = latents_of(server, graph({"model": loader()}))
+    node = {"class_type": "LoraLoaderModelOnly", "inputs": {"lora_name": "tiny_lora.safetensors"}}
+
+    def lora(model):
+        return {**node, "inputs": {**node["inputs"], "model": model, "strength_model": 1.0}}
+
+    behind = latents_of(server, graph({"unet": loader(), "model": lora(link("unet"))}))
+    before = latents_of(
+        server,
+        graph(
+            {
+                "unet": core_loader("tiny_wan.safetensors"),
+                "lora": lora(link("unet")),
+                "model": apply(link("lora")),
+            }
+        ),
+    )
+    merged = latents_of(server, graph({"model": loader(lora_name="tiny_lora.safetensors")}))
+    assert (behind - without).abs().max() > 0.05
+    assert (behind - before).abs().max() <= 1e-5
+    assert (behind - merged).abs().max() <= 1e-2
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e5m2"])
+def test_fp8_storage_stays_close(server, weight_dtype):
+    exact = latents_of(server, graph({"model": loader()}))
+    ours = latents_of(server, graph({"model": loader(weight_dtype=weight_dtype)}))
+    core = {"unet": core_loader("tiny_wan.safetensors", weight_dtype), "model": apply(link("unet"))}
+    assert (ours - latents_of(server, graph(core))).abs().max() <= 1e-4
+    correlation = np.corrcoef(exact.flatten(), ours.flatten())[0, 1]
+    assert 0.5 < correlation < 0.999999
+
+
+def test_batch_of_two_holds_two_videos(server):
+    prompt = graph({"model": loader()}, latent=empty(batch_size=2), vae=True)
+    entry = server.run(prompt)
+    latents = load_file(next(path for path in server.files(entry) if path.suffix == ".latent"))["latent_tensor"]
+    assert latents.shape[0] == 2
+    assert (latents[0] - latents[1]).abs().max() > 0.1
+    assert len([path for path in server.files(entry) if path.suffix == ".png"]) == 2 * LENGTH
+
+
+def test_frames_decoded_while_sampling_equal_those_decoded_later(server):
+    prompt = graph({"model": loader()}, vae=True)
+    decode = {"samples": link("sampler"), "vae": link("vae")}
+    prompt["ours"] = {"class_type": "LightForcingDecode", "inputs": decode}
+    prompt["core"] = {"class_type": "VAEDecode", "inputs": decode}
+    prompt["images ours"], prompt["images core"] = save_images(link("ours")), save_images(link("core"))
+    entry = server.run(prompt)
+    frames = {}
+    for node in ("images", "images ours", "images core"):
+        saved = entry["outputs"][node]["images"]
+        paths = [server.base / "output" / item["subfolder"] / item["filename"] for item in saved]
+        frames[node] = np.stack([np.asarray(Image.open(path), dtype=np.int16) for path in paths])
+    assert frames["images"].shape == (LENGTH, HEIGHT, WIDTH, 3)
+    assert frames["images"].std() > 1
+    assert abs(frames["images"] - frames["images ours"]).max() <= 1
+    assert abs(frames["images"] - frames["images core"]).max() <= 1
+
+
+def test_sampler_select_runs_in_the_custom_sampler(server):
+    prompt = {
+        "model": loader(),
+        "text": {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": EMBEDS}},
+        "latent": empty(),
+        "schedule": schedule(window=6, sink_frames=1, sink_rope="follow"),
+        "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}},
+        "guider": {"class_type": "BasicGuider", "inputs": {"model": link("model"), "conditioning": link("text")}},
+        "sampler": {"class_type": "LightForcingSamplerSelect", "inputs": {"schedule": link("schedule")}},
+        "sigmas": {
+            "class_type": "BasicScheduler",
+            "inputs": {"model": link("model"), "scheduler": "simple", "steps": 4, "denoise": 1.0},
+        },
+        "run": {
+            "class_type": "SamplerCustomAdvanced",
+            "inputs": {
+                "noise": link("noise"),
+                "guider": link("guider"),
+                "sampler": link("sampler"),
+                "sigmas": link("sigmas"),
+                "latent_image": link("latent"),
+            },
+        },
+        "save": {"class_type": "SaveLatent", "inputs": {"samples": link("run"), "filename_prefix": "latents/run"}},
+        "save denoised": {
+            "class_type": "SaveLatent",
+            "inputs": {"samples": link("run", 1), "filename_prefix": "latents/denoised"},
+        },
+    }
+    entry = server.run(prompt)
+    saved, denoised = (load_file(path)["latent_tensor"] for path in sorted(server.files(entry), reverse=True)[:2])
+    assert saved.shape == (1, 16, 6, HEIGHT // 8, WIDTH // 8)
+    assert (saved - denoised).abs().max() <= 1e-4
+
+
+def test_continuing_from_the_first_half_equals_the_whole(server, models):
+    whole = latents_of(
+        server, graph({"model": loader()}, latent=empty(33), schedule=link("plan")) | {"plan": schedule(33)}
+    )
+    half = whole[:, :, :3].clone()
+    save_file({"latent_tensor": half, "latent_format_version_0": half.new_zeros(0)}, models / "input" / "half.latent")
+    prompt = graph({"model": loader()}, latent=empty(33), schedule=link("plan"), start_latent=link("half"))
+    prompt |= {"plan": schedule(33), "half": {"class_type": "LoadLatent", "inputs": {"latent": "half.latent"}}}
+    continued = latents_of(server, prompt)
+    assert (continued - whole).abs().max() <= 1e-3
+
+
+def test_schedule_shows_its_curve(server):
+    prompt = graph({"model": loader()}, schedule=link("plan")) | {"plan": schedule(preset="auto", model=link("model"))}
+    entry = server.run(prompt)
+    shown = entry["outputs"]["plan"]
+    assert shown.get("images") or "sparsity" in shown["text"][0]
+
+
+def test_saved_prompt_loads_as_it_was(server, models):
+    first = latents_of(server, graph({"model": loader()}))
+    load = {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": EMBEDS}}
+    save = {"class_type": "LightForcingSaveTextEmbeds", "inputs": {"conditioning": link("load"), "name": "mine/copy"}}
+    server.run({"load": load, "save": save})
+    prompt = graph({"model": loader()})
+    prompt["text"]["inputs"]["name"] = str(Path("mine") / "copy.safetensors")
+    assert (latents_of(server, prompt) == first).all()
+
+
+def test_cancelled_run_leaves_a_healthy_server(server):
+    expected = latents_of(server, graph({"model": loader()}, seed=9))
+    before = server.resident_bytes()
+    prompt_id = server.queue(graph({"model": loader()}, latent=empty(length=1001), seed=8))
+    server.wait_for_log("Light Forcing:", "/336 [")  # some of 84 chunks × 4 steps are done
+    asked = time.monotonic()
+    server.interrupt()
+    assert server.was_interrupted(prompt_id)
+    assert time.monotonic() - asked < 20
+    server.free()  # so that nothing of the first run is left to answer from
+    entry = server.run(graph({"model": loader()}, seed=9))
+    (path,) = server.files(entry)
+    cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    assert "sampler" not in cached
+    assert (load_file(path)["latent_tensor"] == expected).all()
+    assert server.resident_bytes() - before < 200 * 2**20
+
+
+def test_frames_need_a_vae_and_the_latent_comes_anyway(server):
+    """The host's own way to say that an output is not there: what hangs on it does not run."""
+    entry = server.run({**graph({"model": loader()}), "images": save_images(link("sampler", 1))})
+    assert [path.suffix for path in server.files(entry)] == [".latent"]

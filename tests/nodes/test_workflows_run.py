@@ -1,0 +1,82 @@
+"""The shipped workflows run over the HTTP API, from tiny weights to a playable video."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from lightforcing.lightforcing_core.workflow_form import ui_to_api
+
+from .graphs import EMBEDS, HEIGHT, LENGTH, WIDTH
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+SIZES = {"Length": LENGTH, "Width": WIDTH, "Height": HEIGHT}
+
+
+@pytest.fixture
+def tiny_prompt(models):
+    """A workflow's API form at a tiny size, its text encoder replaced by a stored embedding."""
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(models / "input" / "example.png")
+
+    def build(prompt):
+        for node_id, node in list(prompt.items()):
+            kind, inputs = node["class_type"], node["inputs"]
+            if kind == "CLIPTextEncode":
+                prompt[node_id] = {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": EMBEDS}}
+            elif kind == "CLIPLoader":
+                del prompt[node_id]
+            elif kind == "VAELoader":
+                inputs["vae_name"] = "tiny_lightvae.safetensors"
+            elif kind == "EmptyARVideoLatent":
+                sizes = {"width": WIDTH, "height": HEIGHT}
+                inputs |= {name: size for name, size in sizes.items() if isinstance(inputs[name], int)}
+            elif kind == "PrimitiveInt":
+                inputs["value"] = SIZES[node["_meta"]["title"].split()[0]]
+        return prompt
+
+    return build
+
+
+def probe(path):
+    """(frames, width, height, frames per second) of a video file, every frame decoded."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        return len(frames), frames[0].shape[1], frames[0].shape[0], Fraction(stream.average_rate)
+
+
+@pytest.mark.parametrize("name", ["text_to_video_5s", "image_to_video"])
+def test_workflow_makes_a_playable_video(server, tiny_prompt, name):
+    prompt = tiny_prompt(json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8")))
+    (path,) = [path for path in server.files(server.run(prompt)) if path.suffix == ".mp4"]
+    assert probe(path) == (LENGTH, WIDTH, HEIGHT, 16)
+
+
+def test_video_starts_with_the_image(server, tiny_prompt):
+    prompt = tiny_prompt(json.loads((WORKFLOWS / "api" / "image_to_video.json").read_text(encoding="utf-8")))
+    prompt["first"] = {"class_type": "VAEDecode", "inputs": {"samples": ["15", 0], "vae": ["5", 0]}}
+    prompt["frames"] = {"class_type": "SaveImage", "inputs": {"images": ["8", 1], "filename_prefix": "i2v"}}
+    prompt["start"] = {"class_type": "SaveImage", "inputs": {"images": ["first", 0], "filename_prefix": "start"}}
+    entry = server.run(prompt)
+
+    def images(node):
+        return [
+            np.asarray(Image.open(server.base / "output" / item["filename"]), dtype=np.int16)
+            for item in entry["outputs"][node]["images"]
+        ]
+
+    frames, (start,) = images("frames"), images("start")
+    assert abs(frames[0] - start).max() <= 1
+    assert abs(frames[-1] - start).max() > 10
+
+
+@pytest.mark.parametrize("name", ["text_to_video_5s", "image_to_video"])
+def test_canvas_form_becomes_the_api_form(server, name):
+    document = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    assert ui_to_api(document, server.get("/object_info")) == api

@@ -1,0 +1,104 @@
+"""Each workflow's canvas form and API form say the same, and the canvas form brings what the manager needs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+CANVAS_ONLY = ("fixed", "increment", "decrement", "randomize", "image")
+DOWNLOADS = re.compile(r"https://(huggingface\.co|civitai\.com)/.+\.(safetensors|sft|ckpt|pth|pt)")
+
+
+def read(*parts):
+    return json.loads(FOLDER.joinpath(*parts).read_text(encoding="utf-8"))
+
+
+def nodes_of(name):
+    return [node for node in read(f"{name}.json")["nodes"] if node["type"] != "MarkdownNote"]
+
+
+def as_api(name):
+    """The canvas form's own account of each node's inputs, by the names it stores beside its widgets."""
+    links = {link[0]: [str(link[1]), link[2]] for link in read(f"{name}.json")["links"]}
+    prompt = {}
+    for node in nodes_of(name):
+        inputs, values = {}, list(node["widgets_values"])
+        for slot in node["inputs"]:
+            if "widget" in slot:
+                inputs[slot["name"]] = values.pop(0)
+                if values and values[0] in CANVAS_ONLY and slot["name"] in ("seed", "value", "image"):
+                    values.pop(0)
+            if slot["link"] is not None:
+                inputs[slot["name"]] = links[slot["link"]]
+        assert not values, f"{node['type']} stores values that no widget takes: {values}"
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def test_both_workflows_are_there():
+    assert {"text_to_video_5s", "image_to_video"} <= set(NAMES)
+    assert sorted(path.stem for path in (FOLDER / "api").glob("*.json")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forms_say_the_same(name):
+    api = {
+        key: {part: node[part] for part in ("class_type", "inputs")}
+        for key, node in read("api", f"{name}.json").items()
+    }
+    assert as_api(name) == api
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_agree_with_slots(name):
+    document = read(f"{name}.json")
+    nodes = {node["id"]: node for node in document["nodes"]}
+    assert document["last_node_id"] == max(nodes)
+    assert document["last_link_id"] == max(link[0] for link in document["links"])
+    for link_id, source, out_slot, target, in_slot, kind in document["links"]:
+        assert link_id in nodes[source]["outputs"][out_slot]["links"]
+        assert nodes[source]["outputs"][out_slot]["type"] == kind
+        assert nodes[target]["inputs"][in_slot]["link"] == link_id
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_node_names_its_pack_and_every_model_its_download(name):
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.+)"', project, re.MULTILINE).group(1)
+    offered = {}
+    for node in nodes_of(name):
+        properties = node["properties"]
+        assert properties["Node name for S&R"] == node["type"]
+        if node["type"].startswith("LightForcing"):
+            assert (properties["cnr_id"], properties["ver"]) == ("light-forcing", version)
+        for model in properties.get("models", []):
+            assert DOWNLOADS.fullmatch(model["url"])
+            assert model["url"].endswith(f"/{model['name']}")
+            assert model["name"] in node["widgets_values"]
+            offered[model["directory"]] = model["name"]
+    assert set(offered) == {"diffusion_models", "text_encoders", "vae"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_length_is_set_in_one_place(name):
+    api = read("api", f"{name}.json")
+    lengths = {tuple(node["inputs"]["length"]) for node in api.values() if "length" in node["inputs"]}
+    ((source, slot),) = lengths
+    assert api[source]["class_type"] == "PrimitiveInt"
+    assert (api[source]["inputs"]["value"] - 1) % 4 == slot == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_note_and_thumbnail_come_along(name):
+    (note,) = [node for node in read(f"{name}.json")["nodes"] if node["type"] == "MarkdownNote"]
+    for node in nodes_of(name):
+        for model in node["properties"].get("models", []):
+            assert model["url"] in note["widgets_values"][0]
+    with Image.open(FOLDER / f"{name}.jpg") as thumbnail:
+        assert thumbnail.format == "JPEG"
+        assert min(thumbnail.size) >= 256
