@@ -170,12 +170,13 @@ def test_triton_equals_brute_force_on_any_shape(tokens_per_frame, block, past, q
 def test_unselected_blocks_and_the_rest_of_the_cache_are_never_read(backend):
     tokens_per_frame, block = 390, (64, 64)
     q, k, v, mask = problem(tokens_per_frame, block, q_frames=1, k_frames=3, batch=1, heads=2)
-    mask[..., 3] = mask[..., 6] = False  # a full block, and a frame's ragged last one (7 blocks per frame)
+    # The very first block, a full one, and a frame's ragged last one (7 blocks per frame).
+    mask[..., 0] = mask[..., 3] = mask[..., 6] = False
     want = brute_force(q, k, v, mask, tokens_per_frame, block)
     cache = torch.full((2, 1, k.shape[1] + 200, 2, 64), torch.nan, device=DEVICE)
     cache[0, :, : k.shape[1]], cache[1, :, : k.shape[1]] = k, v
     k, v = cache[:, :, : k.shape[1]]
-    for start, end in ((192, 256), (384, 390)):
+    for start, end in ((0, 64), (192, 256), (384, 390)):
         k[:, start:end] = v[:, start:end] = torch.nan
     got = sparse_attention(q, k, v, mask=mask, tokens_per_frame=tokens_per_frame, block=block, backend=backend)
     assert (got.double() - want).abs().max() <= 1e-4

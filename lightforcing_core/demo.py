@@ -1,0 +1,309 @@
+"""The whole method on a small model with random weights: growth, selection, rollout and streaming decode to a video.
+
+Nothing is downloaded and no GPU is needed. The weights mean nothing, so the picture is abstract; what the demo shows
+is the machinery and its cost.
+"""
+
+import logging
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+
+from .attention import AttentionOptions, BackendUnavailable, choose_backend, sparse_attention
+from .causal_wan import CausalState, forward, sdpa
+from .geometry import FrameBlocks
+from .output_files import prepare_folder, whole_file
+from .report import ChunkCost, RunReport, flops_ratio, schedule_costs
+from .rollout import StepEvent, few_step_sigmas, rollout
+from .schedule import Schedule, video_frames_of
+from .selection import SelectionPlan
+from .streaming import StreamingDecoder
+from .wan import HEAD_DIM, random_state_dict, wan_from_state_dict
+from .wan_vae import random_vae_state_dict, vae_from_state_dict
+
+FPS = 16
+HEADS, LAYERS = 2, 2
+VAE_DIM = 24  # LightVAE's width
+THUMBNAIL = (256, 4)  # width of a picture on the contact sheet in pixels, and how many stand in a row
+TIMED_RUNS = 5
+
+Progress = Callable[[str, int, int], None]
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the demo makes: `chunks` of `frames_per_chunk` latent frames at `height` × `width` pixels.
+
+    target and base parametrise Chunk-Aware Growth, as for the 5 s Light Forcing checkpoint. Raises ValueError for
+    sizes and schedules that cannot be met.
+    """
+
+    height: int = 256
+    width: int = 448
+    chunks: int = 7
+    frames_per_chunk: int = 3
+    target: float = 0.88
+    base: float = 0.98
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, pixels in (("height", self.height), ("width", self.width)):
+            if pixels < 16 or pixels % 16:
+                below = max(16, pixels // 16 * 16)
+                raise ValueError(f"{name} {pixels} is not a multiple of 16; use {below} or {below + 16}")
+        for name, count in (("chunks", self.chunks), ("frames_per_chunk", self.frames_per_chunk)):
+            if count < 1:
+                raise ValueError(f"{name} {count} is not positive; use 1 or more")
+        self.schedule().sparsities()
+
+    def schedule(self) -> Schedule:
+        """The Chunk-Aware Growth schedule of this video."""
+        frames = self.chunks * self.frames_per_chunk
+        return Schedule(frames, self.frames_per_chunk, target=self.target, base=self.base, title="demo")
+
+    @property
+    def video_frames(self) -> int:
+        return video_frames_of(self.chunks * self.frames_per_chunk)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return (self.height // 16) * (self.width // 16)
+
+
+class DemoResult(NamedTuple):
+    """The report and the files of a demo run."""
+
+    report: RunReport
+    video: Path
+    contact_sheet: Path
+    report_file: Path
+
+
+def run_demo(folder: str | Path, settings: DemoSettings, on_progress: Progress | None = None) -> DemoResult:
+    """Write demo.mp4, contact_sheet.png and report.json into `folder`; each is whole or absent.
+
+    on_progress: called as on_progress(stage, done, total). Runs on a GPU where torch sees one, else on the CPU.
+    Raises OutputError, before any work, when the folder cannot take the files.
+    """
+    progress = on_progress or (lambda stage, done, total: None)
+    # Noise compresses badly: about a byte per pixel at worst.
+    folder = prepare_folder(folder, bytes_needed=settings.video_frames * settings.height * settings.width + 2**20)
+    paths = folder / "demo.mp4", folder / "contact_sheet.png", folder / "report.json"
+    schedule = settings.schedule()
+    steps = few_step_sigmas()
+    report = RunReport(settings.tokens_per_frame, LAYERS, HEADS, HEAD_DIM, forwards=len(steps))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(settings.seed)
+    dit = wan_from_state_dict(
+        random_state_dict(dim=HEADS * HEAD_DIM, layers=LAYERS, text_dim=64, seed=settings.seed), device=device
+    )
+    vae = _vae(device, settings.seed)
+    context = torch.randn(1, 16, 64, generator=generator).to(device)
+    progress("preparing attention", 0, 1)
+    with report.stage("prepare attention"):
+        options, why = _attention_options(device, settings)
+    progress("preparing attention", 1, 1)
+
+    def denoise(x: Tensor, sigma: float, state: CausalState) -> Tensor:
+        with report.stage("clean pass" if state.clean else "denoise"):
+            timestep = torch.full((1,), sigma * 1000.0, device=device)
+            return x - sigma * forward(dit, x, timestep, context, state)
+
+    density: dict[int, float] = {}
+
+    def on_step(event: StepEvent) -> None:
+        density[event.index] = event.density
+        progress("denoising", event.chunk * event.steps + event.step + 1, event.chunks * event.steps)
+
+    sparsities, lengths = schedule.sparsities() or [], schedule.chunk_lengths()
+    costs = schedule_costs(sparsities, lengths, schedule.window)
+    chunks = rollout(
+        dit,
+        context,
+        latent_shape=(1, 16, schedule.latent_frames, settings.height // 8, settings.width // 8),
+        frames_per_chunk=settings.frames_per_chunk,
+        sigmas=steps,
+        growth=sparsities,
+        seed=settings.seed,
+        attention=options,
+        denoise=denoise,
+        on_step=on_step,
+    )
+    decoder = StreamingDecoder(vae)
+    thumbnails: list[tuple[str, Image.Image]] = []
+    with ExitStack() as files:
+        files.callback(chunks.close)
+        video = files.enter_context(iio.imopen(files.enter_context(whole_file(paths[0])), "w", plugin="pyav"))
+        video.init_video_stream("libx264", fps=FPS)
+        for chunk in chunks:
+            cost = costs[chunk.index]
+            report.chunks.append(ChunkCost(**{**asdict(cost), "density": density[chunk.index]}))
+            with report.stage("decode"):
+                frames = decoder.decode(chunk.latents)[0].mul(255).round().to(torch.uint8).cpu().numpy()
+            progress("decoding", chunk.index + 1, len(costs))
+            with report.stage("encode video"):
+                for frame in frames:
+                    video.write_frame(frame)
+            thumbnails.append((f"chunk {chunk.index + 1}: {density[chunk.index]:.0%} of blocks", _small(frames[-1])))
+
+    progress("timing attention", 0, 1)
+    with report.stage("time attention"), torch.no_grad():
+        timing = _time_attention(report.chunks[-1], options, device, settings)
+    progress("timing attention", 1, 1)
+    report.facts = {
+        "settings": asdict(settings),
+        "weights": "random, so the picture is abstract",
+        "model": f"{LAYERS} layers of {HEADS} heads, width {HEADS * HEAD_DIM}; LightVAE layout, width {VAE_DIM}",
+        "video_frames": settings.video_frames,
+        "fps": FPS,
+        "machine": _machine(device),
+        "attention_backend": {"name": options.backend, "reason": why},
+        "scheduled_attention_flops_ratio": flops_ratio(costs),
+        "attention_seconds": timing,
+    }
+    with whole_file(paths[1]) as partial:
+        _contact_sheet(thumbnails).save(partial)
+    with whole_file(paths[2]) as partial:
+        partial.write_text(report.to_json() + "\n", encoding="utf-8")
+    return DemoResult(report, *paths)
+
+
+def _vae(device: torch.device, seed: int) -> nn.Module:
+    """A LightVAE-sized VAE in the layout and dtype that its convolutions are fastest in.
+
+    On a CPU, float32 3-D convolutions of contiguous weights run unvectorised: channels-last is 4 times as fast,
+    and bfloat16, where AVX-512 multiplies it, another 3 times.
+    """
+    fast_bfloat16 = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+    dtype = torch.bfloat16 if fast_bfloat16 else torch.float32
+    vae = vae_from_state_dict(random_vae_state_dict(dim=VAE_DIM, seed=seed), dtype=dtype, device=device)
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    return vae
+
+
+def _attention_options(device: torch.device, settings: DemoSettings) -> tuple[AttentionOptions, str]:
+    """The backend for the whole run, compiled and tried, with a sentence of why.
+
+    A single call this small is not worth a compiler's wait, so "auto" would take the slow reference on a CPU; the
+    demo makes hundreds of calls and names flex where it works.
+    """
+    tokens = settings.tokens_per_frame
+    q, k = (torch.randn(1, frames * tokens, HEADS, HEAD_DIM, device=device) for frames in (1, 2))
+    if device.type == "cpu":
+        options = AttentionOptions(backend="flex")
+        mask = torch.ones(1, HEADS, *(FrameBlocks(tokens, 64).per_frame * n for n in (1, 2)), dtype=torch.bool)
+        try:
+            with torch.no_grad():
+                sparse_attention(q, k, k, mask=mask, tokens_per_frame=tokens, backend="flex")
+            return options, "flex_attention compiles here"
+        except (BackendUnavailable, RuntimeError) as error:
+            _log.warning("[Light Forcing] demo: flex_attention does not compile here: %s", error)
+    choice = choose_backend(q, k)
+    return AttentionOptions(backend=choice.name), choice.reason
+
+
+def _time_attention(
+    chunk: ChunkCost, options: AttentionOptions, device: torch.device, settings: DemoSettings
+) -> dict[str, Any]:
+    """Seconds of one layer's self-attention at the last chunk: dense SDPA, selection, and sparse with selection.
+
+    Random q, k, v of that chunk's shapes and budget; the arms take turns, the median of `TIMED_RUNS` counts.
+    Without a sparse chunk there is nothing to compare and only "dense" is filled.
+    """
+    tokens = settings.tokens_per_frame
+    generator = torch.Generator().manual_seed(settings.seed)
+    q, k, v = (
+        torch.randn(1, frames * tokens, HEADS, HEAD_DIM, generator=generator).to(device)
+        for frames in (chunk.frames, chunk.kv_frames, chunk.kv_frames)
+    )
+    q_layout, k_layout = (FrameBlocks(tokens, size) for size in options.block)
+    k_means = k_layout.block_means(k)
+    frame_means = k_layout.frame_means(k_means)
+    plan = SelectionPlan.build(
+        range(chunk.kv_frames),
+        chunk.frames,
+        k_layout,
+        sparsity=chunk.sparsity,
+        keep_frames=options.keep_frames,
+        sink_frames=options.sink_frames,
+        near_frames=options.near_frames,
+        device=device,
+    )
+    selection = plan.select(q_layout.block_means(q), k_means, frame_means)
+
+    def select() -> None:
+        plan.select(q_layout.block_means(q), k_means, frame_means)
+
+    def attend() -> None:
+        sparse_attention(
+            q, k, v, selection=selection, tokens_per_frame=tokens, block=options.block, backend=options.backend
+        )
+
+    arms: dict[str, Callable[[], Any]] = {"dense": lambda: sdpa(q, k, v)}
+    if chunk.density < 1.0:
+        arms |= {"selection": select, "sparse": attend}
+    samples: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(TIMED_RUNS + 1):
+        for name, arm in arms.items():
+            seconds = _seconds(arm, device)
+            if turn:  # the first turn warms up
+                samples[name].append(seconds)
+    medians = {name: statistics.median(values) for name, values in samples.items()}
+    result: dict[str, Any] = {
+        "query_tokens": q.shape[1],
+        "key_tokens": k.shape[1],
+        "density": chunk.density,
+        "runs": TIMED_RUNS,
+        **medians,
+    }
+    if "sparse" in medians:
+        result["dense_over_sparse"] = medians["dense"] / (medians["sparse"] + medians["selection"])
+    return result
+
+
+def _seconds(arm: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    arm()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _machine(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return f"{name}, torch {torch.__version__}, {platform.platform(terse=True)}"
+
+
+def _small(frame: np.ndarray) -> Image.Image:
+    """A frame [H, W, 3] uint8 at the contact sheet's size."""
+    width = THUMBNAIL[0]
+    return Image.fromarray(frame).resize((width, max(1, round(width * frame.shape[0] / frame.shape[1]))))
+
+
+def _contact_sheet(thumbnails: list[tuple[str, Image.Image]]) -> Image.Image:
+    """One picture per chunk, its last frame, with a caption above."""
+    width, per_row = THUMBNAIL
+    caption, margin = 18, 6
+    cell_width, cell_height = width + margin, thumbnails[0][1].height + caption + margin
+    columns, rows = min(per_row, len(thumbnails)), -(-len(thumbnails) // per_row)
+    sheet = Image.new("RGB", (columns * cell_width + margin, rows * cell_height + margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, (text, picture) in enumerate(thumbnails):
+        x, y = margin + place % per_row * cell_width, margin + place // per_row * cell_height
+        draw.text((x, y + 2), text, fill="#1d2733")
+        sheet.paste(picture, (x, y + caption))
+    return sheet
