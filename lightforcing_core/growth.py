@@ -26,6 +26,14 @@ def chunk_lengths(latent_frames: int, frames_per_chunk: int, first_chunk: int | 
     return lengths
 
 
+def first_chunk_length(frames_per_chunk: int, initial_frames: int = 0) -> int:
+    """Latent frames of the first chunk of a video that starts with `initial_frames` given ones.
+
+    Given frames make whole chunks; where they do not, the first chunk takes the rest: one image → 1, n, n, …
+    """
+    return initial_frames % max(frames_per_chunk, 1) or frames_per_chunk
+
+
 def chunk_sparsities(
     latent_frames: int,
     frames_per_chunk: int,

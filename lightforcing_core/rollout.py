@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention import AttentionOptions
 from .causal_wan import CausalState, DenseAttention, forward, sdpa
 from .families import SinkRope
-from .growth import chunk_lengths
+from .growth import chunk_lengths, first_chunk_length
 from .kv_cache import KVCache
 from .timeline import Prompt, Timeline
 
@@ -150,7 +150,7 @@ def rollout(
         _check_tensors(latent_shape, guide, initial_latents)
     frames = latent_shape[2]
     initial_frames = 0 if initial_latents is None else initial_latents.shape[2]
-    lengths = video_chunks(frames, frames_per_chunk, initial_frames)
+    lengths = chunk_lengths(frames, frames_per_chunk, first_chunk_length(frames_per_chunk, initial_frames))
     if window is not None and window < sink_frames + max(lengths):
         raise ValueError(
             f"window {window} cannot hold {sink_frames} sink frames and a chunk of {max(lengths)}; "
@@ -334,16 +334,6 @@ class _Run:
         timestep = torch.full((x.shape[0],), sigma * 1000.0, device=self.device)
         assert state.text is not None
         return x - sigma * forward(self.dit, x.to(self.dtype), timestep, state.text, state).float()
-
-
-def video_chunks(frames: int, frames_per_chunk: int, initial_frames: int = 0) -> list[int]:
-    """Latent frames of every chunk of a video that starts with `initial_frames` given ones.
-
-    The given frames make whole chunks; where they do not, the first chunk takes the rest: one image → 1, n, n, …
-    """
-    whole = chunk_lengths(frames, frames_per_chunk)  # also checks both numbers
-    first = initial_frames % frames_per_chunk
-    return chunk_lengths(frames, frames_per_chunk, first) if first else whole
 
 
 def _check_levels(steps: list[float]) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from .families import Family, SinkRope
-from .growth import chunk_lengths, chunk_sparsities
+from .growth import chunk_lengths, chunk_sparsities, first_chunk_length
 
 
 def latent_frames_of(video_frames: int) -> int:
@@ -70,7 +70,9 @@ class Schedule:
 
     def chunk_lengths(self, initial_frames: int = 0) -> list[int]:
         """Latent frames of every chunk; `initial_frames` given latents that do not fill chunks shorten the first."""
-        return chunk_lengths(self.latent_frames, self.frames_per_chunk, self._first_chunk(initial_frames))
+        return chunk_lengths(
+            self.latent_frames, self.frames_per_chunk, first_chunk_length(self.frames_per_chunk, initial_frames)
+        )
 
     def sparsities(self, initial_frames: int = 0) -> list[float] | None:
         """One sparsity in [0, 1) per chunk, or None for dense."""
@@ -84,12 +86,9 @@ class Schedule:
             window=self.window,
             dense_chunks=self.dense_chunks,
             curve=self.curve,
-            first_chunk=self._first_chunk(initial_frames),
+            first_chunk=first_chunk_length(self.frames_per_chunk, initial_frames),
         )
 
     def visible_frames(self) -> int:
         """Latent frames that the KV cache must hold."""
         return self.latent_frames if self.window is None else min(self.window, self.latent_frames)
-
-    def _first_chunk(self, initial_frames: int) -> int | None:
-        return (initial_frames % self.frames_per_chunk or None) if initial_frames else None
