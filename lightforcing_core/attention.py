@@ -261,6 +261,9 @@ def _run_flex(
     """Frames are padded to whole blocks; only a frame's ragged last key block is masked token by token."""
     from torch.nn.attention.flex_attention import BlockMask
 
+    dtype = q.dtype
+    if q.device.type == "cpu" and widens_on_cpu(dtype):
+        q, k, v = q.float(), k.float(), v.float()
     q, k, v = q_layout.pad(q), k_layout.pad(k), k_layout.pad(v)
     k_blocks = k.shape[1] // k_layout.block
     whole, ragged = _split_ragged(selection, k_layout, k_blocks)
@@ -279,7 +282,12 @@ def _run_flex(
         tiles = {"BLOCK_M": min(64, q_layout.block), "BLOCK_N": min(64, k_layout.block)}
     attend = _compiled_flex(q.device.type, q.dtype, q.shape[-1], q_layout.block, k_layout.block, k_layout.ragged)
     out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask, scale, tiles)
-    return q_layout.unpad(out.transpose(1, 2))
+    return q_layout.unpad(out.transpose(1, 2)).to(dtype)
+
+
+def widens_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether flex runs in float32 for narrower input: CPUs without AMX tiles multiply bfloat16 more slowly."""
+    return dtype.itemsize < 4 and not torch.cpu._is_amx_tile_supported()
 
 
 def _split_ragged(

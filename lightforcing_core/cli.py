@@ -1,4 +1,4 @@
-"""The command `lightforcing`: demo, inspect, queue. Heavy imports wait until a command needs them."""
+"""The command `lightforcing`: demo, inspect, bench, queue. Heavy imports wait until a command needs them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperGroup
+
+from ..benchmarks.commands import app as bench
 
 if TYPE_CHECKING:
     from .queue_client import Progress as RunProgress
@@ -195,6 +198,17 @@ def _print_report(console: Console, report: "RunReport") -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+class _CleanGroup(TyperGroup):
+    """A group of commands that all report as the others do."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _clean_errors():
+            return super().invoke(ctx)
+
+
+app.add_typer(bench, name="bench", cls=_CleanGroup)
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def rollout(
         first_levels=first_levels,
         growth=growth,
         slots=slots,
-        sink_frames=sink_frames if slots < frames else 0,
+        sink_frames=min(sink_frames, slots - 1),
         sink_rope=sink_rope,
         noise=noise or seeded_noise(seed),
         initial_latents=initial_latents,

@@ -108,7 +108,8 @@ class AttentionBlock(nn.Module):
         """x [B, C, T, H, W] → the same shape."""
         frames, height = x.shape[2], x.shape[3]
         flat = rearrange(x, "b c t h w -> (b t) c h w")
-        q, k, v = rearrange(self.to_qkv(self.norm(flat)), "n (three c) h w -> three n 1 (h w) c", three=3)
+        # The fused attention kernels want each token's channels side by side in memory.
+        q, k, v = rearrange(self.to_qkv(self.norm(flat)), "n (three c) h w -> three n 1 (h w) c", three=3).contiguous()
         mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=height)
         return x + rearrange(self.proj(mixed), "(b t) c h w -> b c t h w", t=frames)
 

@@ -187,3 +187,11 @@ def test_one_chunk_may_have_its_own_seed(dit):
     other = video(run(dit, text(1), noise=seeded_noise(1, {2: 99})))
     assert torch.equal(plain[:, :, :6], other[:, :, :6])
     assert not torch.equal(plain[:, :, 6:9], other[:, :, 6:9])
+
+
+def test_a_hard_switch_spares_the_sinks_even_where_the_window_holds_the_whole_video(dit):
+    """A longer video with the same window starts the same."""
+    prompts = [Prompt(text(1)), Prompt(text(2), 2)]
+    short = video(run(dit, prompts, frames=9, window=9, sink_frames=1))
+    longer = video(run(dit, prompts, frames=12, window=9, sink_frames=1))
+    assert torch.equal(short, longer[:, :, :9])

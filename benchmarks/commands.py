@@ -1,0 +1,277 @@
+"""`lightforcing bench`: the commands that run the measurements, print their tables and write their JSON."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+LINE = 120  # characters of a table row where nothing else sets them
+
+app = typer.Typer(no_args_is_help=True, help="Measure dense against sparse on this machine, both in one process.")
+
+Out = Annotated[Path | None, typer.Option(help="File for the raw JSON; without it only the tables are printed.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where torch sees one.")]
+Block = Annotated[str, typer.Option(help="Tokens per query and key block.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's own choice without it.")]
+
+
+@app.command()
+def attention(
+    tokens_per_frame: Annotated[int, typer.Option(help="1536 is 512x768, 1560 is 480x832.")] = 1536,
+    heads: Annotated[int, typer.Option(help="The 1.3B model has 12; 2 keep a CPU run short.")] = 12,
+    block: Block = "64,64",
+    sparsity: Annotated[
+        float | None, typer.Option(help="One for every chunk; the published growth without it.")
+    ] = None,
+    chunks: Annotated[str, typer.Option(help='Chunks from 2 to 7, for instance "2,7", or "last".')] = "2,3,4,5,6,7",
+    backend: Annotated[list[str] | None, typer.Option(help="A sparse backend, repeatable; all that can run.")] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds in which each arm runs once.")] = 5,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    threads: Threads = None,
+    out: Out = None,
+) -> None:
+    """One layer's self-attention, chunk by chunk of an 81-frame video: the kernel alone and with its selection."""
+    place = _prepare(device, threads)
+    from .attention import CHUNKS, AttentionBench, run_attention
+
+    bench = AttentionBench(
+        tokens_per_frame=tokens_per_frame,
+        heads=heads,
+        block=_pair(block),
+        sparsity=sparsity,
+        chunks=(CHUNKS,) if chunks == "last" else _integers(chunks, "--chunks"),
+        backends=tuple(backend) if backend else None,
+        device=place,
+        dtype=_dtype(dtype),
+        repeats=repeats,
+    )
+    console = _console()
+    result = run_attention(bench, lambda row: console.print(f"chunk {row['chunk']} done", highlight=False))
+    headings = ("backend", "with selection", "kernel", "ideal", "selection")
+    table = _table("times as fast as the best dense attention", "chunk", *headings, "dense ms", "kernel ms", "whole ms")
+    for row in result["chunks"]:
+        for name, ratios in row["ratios"].items():
+            table.add_row(
+                str(row["chunk"]),
+                name,
+                _ratio(ratios["with_selection"]),
+                _ratio(ratios["kernel"]),
+                f"{row['ideal_ratio']:.2f}x",
+                f"{row['selection_share_of_dense']:.2%}",
+                *(
+                    _milliseconds(row["arms"][arm])
+                    for arm in (f"dense {row['best_dense']}", f"kernel {name}", f"whole {name}")
+                ),
+            )
+    _show(console, result, table, out)
+    for name, reason in result["not_here"].items():
+        console.print(f"not measured: {name} ({reason})", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def step(
+    chunk: Annotated[str, typer.Option(help='Chunk from 2 to 7, or "last".')] = "last",
+    layers: Annotated[
+        int | None, typer.Option(help="30 on a GPU, 2 on a CPU, where 30 are reckoned from them.")
+    ] = None,
+    dim: Annotated[int, typer.Option(help="Width; 1536 is the 1.3B model's.")] = 1536,
+    ffn_dim: Annotated[int, typer.Option(help="Feed-forward width; 8960 is the 1.3B model's.")] = 8960,
+    height: Annotated[int, typer.Option(help="Video height, a multiple of 16.")] = 512,
+    width: Annotated[int, typer.Option(help="Video width, a multiple of 16.")] = 768,
+    block: Block = "64,64",
+    backend: Annotated[str, typer.Option(help="Sparse backend.")] = "auto",
+    repeats: Annotated[int, typer.Option(help="Rounds in which each arm runs once.")] = 3,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    threads: Threads = None,
+    out: Out = None,
+) -> None:
+    """One forward of one chunk at real 1.3B shapes with random weights and a full cache, stage by stage."""
+    place = _prepare(device, threads)
+    from .step import CHUNKS, REAL_LAYERS, StepBench, run_step
+
+    bench = StepBench(
+        chunk=CHUNKS if chunk == "last" else _integers(chunk, "--chunk")[0],
+        layers=layers or (REAL_LAYERS if place.startswith("cuda") else 2),
+        dim=dim,
+        ffn_dim=ffn_dim,
+        height=height,
+        width=width,
+        block=_pair(block),
+        backend=backend,
+        device=place,
+        dtype=_dtype(dtype),
+        repeats=repeats,
+    )
+    console = _console()
+    result = run_step(bench)
+    names = list(dict.fromkeys(name for stages in result["stages"].values() for name in stages))
+    table = _table(f"one forward of {bench.layers} layers, chunk {bench.chunk}", "stage", "dense ms", "sparse ms")
+    for name in names:
+        table.add_row(name, *(f"{1e3 * result['stages'][arm].get(name, 0.0):.1f}" for arm in ("dense", "sparse")))
+    table.add_row("whole forward", *(_milliseconds(result["arms"][arm]) for arm in ("dense", "sparse")), style="bold")
+    console.print(f"sparse forward: {_ratio(result['ratio'])} as fast as dense", highlight=False)
+    _show(console, result, table, out)
+    if bench.layers != REAL_LAYERS:
+        scaled = result["scaled_to_30_layers"]
+        console.print(
+            f"reckoned for {REAL_LAYERS} layers from {bench.layers}, not measured: dense {scaled['dense']:.2f} s, "
+            f"sparse {scaled['sparse']:.2f} s",
+            highlight=False,
+        )
+
+
+@app.command()
+def rollout(
+    frames: Annotated[int, typer.Option(help="Video frames, 1 + 4k: 81, 249, 961.")] = 81,
+    arm: Annotated[str, typer.Option(help="dense, sparse or both.")] = "both",
+    setting: Annotated[str, typer.Option(help="short sees every frame; long has window 12 and one sink.")] = "short",
+    decode: Annotated[bool, typer.Option(help="Decode every chunk too.")] = False,
+    vae_dim: Annotated[int, typer.Option(help="Width of the VAE; 24 is LightVAE, 96 Wan's own.")] = 24,
+    dim: Annotated[int, typer.Option(help="Model width, a multiple of 128.")] = 256,
+    ffn_dim: Annotated[int, typer.Option(help="Feed-forward width.")] = 512,
+    layers: Annotated[int, typer.Option(help="Layers.")] = 2,
+    height: Annotated[int, typer.Option(help="Video height, a multiple of 16.")] = 64,
+    width: Annotated[int, typer.Option(help="Video width, a multiple of 16.")] = 96,
+    block: Block = "64,64",
+    backend: Annotated[str, typer.Option(help="Sparse backend.")] = "auto",
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    threads: Threads = None,
+    out: Out = None,
+) -> None:
+    """A whole video with random weights, tiny unless told otherwise: seconds and peak memory of every chunk."""
+    place = _prepare(device, threads)
+    from .rollout import ARMS, RolloutBench, run_rollout
+
+    bench = RolloutBench(
+        frames=frames,
+        arms=ARMS if arm == "both" else (arm,),
+        setting=setting,
+        decode=decode,
+        vae_dim=vae_dim,
+        dim=dim,
+        ffn_dim=ffn_dim,
+        layers=layers,
+        height=height,
+        width=width,
+        block=_pair(block),
+        backend=backend,
+        device=place,
+        dtype=_dtype(dtype),
+    )
+    console = _console()
+    with console.status("running") as status:
+        result = run_rollout(bench, lambda done, total: status.update(f"chunk {done} of {total}"))
+    table = _table(
+        f"{frames} frames, {bench.setting} setting", "chunk", *(f"{arm} ms" for arm in bench.arms), "peak MB"
+    )
+    rows = result["chunks"]
+    for row in rows if len(rows) <= 21 else rows[::10]:
+        times = (f"{1e3 * sum(row[arm].values()):.1f}" for arm in bench.arms)
+        table.add_row(str(row["chunk"]), *times, f"{row['peak_bytes'] / 1e6:.1f}")
+    for name, value in result.get("dense_over_sparse", {}).items():
+        console.print(f"sparse is {value:.2f}x as fast as dense: {name.replace('_', ' ')}", highlight=False)
+    if flatness := result.get("flatness"):
+        early, late = flatness["chunks"]
+        console.print(f"peak memory at chunk {late} / chunk {early}: {flatness['memory']:.4f}", highlight=False)
+        for name in bench.arms:
+            value = flatness[f"{name}_seconds"]
+            console.print(f"{name}, seconds of the last 10 chunks / chunks 10-20: {value:.3f}", highlight=False)
+    _show(console, result, table, out)
+
+
+@app.command()
+def memory(device: Device = None, threads: Threads = None, out: Out = None) -> None:
+    """What a run is expected to need against what it takes, for five configurations."""
+    place = _prepare(device, threads)
+    from .memory import run_memory
+
+    console = _console()
+    with console.status("running"):
+        result = run_memory(device_name=place)
+    table = _table("peak memory", "run", "attention", "error", "estimated MB", "measured MB")
+    for row in result["cases"]:
+        sizes = (f"{row[size] / 1e6:.1f}" for size in ("estimated_bytes", "measured_bytes"))
+        table.add_row(row["case"]["name"], row["backend"], f"{row['error']:+.1%}", *sizes)
+    _show(console, result, table, out)
+
+
+def _prepare(device: str | None, threads: int | None) -> str:
+    """Set the threads and say where to run."""
+    import torch
+
+    if threads is not None:
+        if threads < 1:
+            raise ValueError(f"threads {threads} is not positive; use 1 or more")
+        torch.set_num_threads(threads)
+    seen = torch.cuda.is_available()
+    place = device or ("cuda" if seen else "cpu")
+    if torch.device(place).type not in ("cpu", "cuda"):
+        raise ValueError(f"device {place!r} is not measured here; use cpu or cuda")
+    if place.startswith("cuda") and not seen:
+        raise ValueError("torch sees no CUDA GPU here; use --device cpu")
+    return place
+
+
+def _dtype(name: str) -> str:
+    names = ("bfloat16", "float16", "float32")
+    if name not in names:
+        raise ValueError(f"dtype {name!r} is not measured; use {', '.join(names)}")
+    return name
+
+
+def _integers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{option} {text!r} is not a list of whole numbers like 2,7") from None
+
+
+def _pair(text: str) -> tuple[int, int]:
+    sizes = _integers(text, "--block")
+    if len(sizes) != 2:
+        raise ValueError(f"--block {text!r} is not two sizes like 64,64")
+    return sizes[0], sizes[1]
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place == 0 else "right", no_wrap=True)
+    return table
+
+
+def _ratio(ratio: dict[str, Any]) -> str:
+    low, high = ratio["quartiles"]
+    return f"{ratio['median']:.2f}x ({low:.2f}-{high:.2f})"
+
+
+def _milliseconds(arm: dict[str, Any]) -> str:
+    return f"{1e3 * arm['median']:.3g}" if arm["median"] < 0.1 else f"{1e3 * arm['median']:.0f}"
+
+
+def _console() -> Console:
+    """The terminal; in a file or a pipe, lines long enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=LINE)
+
+
+def _show(console: Console, result: dict[str, Any], table: Table, out: Path | None) -> None:
+    """The table, where it was measured, and the file."""
+    console.print(table)
+    gpu = f", {result['gpu']['name']}" if result["gpu"] else ""
+    where = f"{result['machine']}{gpu}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
+    console.print(where, highlight=False, soft_wrap=True)
+    if "warm_up" in result:
+        console.print(f"warm-up: {result['warm_up']}", highlight=False, soft_wrap=True)
+    if out is not None:
+        from .record import write
+
+        write(out, result)
+        console.print(f"wrote {out}", highlight=False, soft_wrap=True)

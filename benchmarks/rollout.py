@@ -1,0 +1,237 @@
+"""`bench rollout`: whole videos, chunk by chunk: seconds, peak memory, and whether both stay flat when it gets long."""
+
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..lightforcing_core.attention import AttentionOptions
+from ..lightforcing_core.families import FAMILIES, Family
+from ..lightforcing_core.rollout import Chunk, few_step_sigmas, rollout
+from ..lightforcing_core.schedule import Schedule, latent_frames_of
+from ..lightforcing_core.streaming import StreamingDecoder
+from ..lightforcing_core.wan import random_state_dict, wan_from_state_dict
+from ..lightforcing_core.wan_vae import random_vae_state_dict, vae_from_state_dict
+from .record import facts
+
+ARMS = ("dense", "sparse")
+FAMILY_OF = {"short": "light_forcing_short", "long": "light_forcing_long"}
+EARLY, LATE = 10, 80  # the chunks, counted from 1, whose memory is compared
+LAST = 10  # chunks whose median time is compared with chunks EARLY … 2 · EARLY
+WARM_UP = "each arm runs its first three chunks once, a sparse one among them, before anything is timed"
+
+
+@dataclass(frozen=True)
+class RolloutBench:
+    """What is measured: `frames` video frames (1 + 4·k) with weights of the given sizes, random.
+
+    arms: "dense", "sparse" or both, which then take turns chunk by chunk in one process. setting: "short" sees
+    everything; "long" has window 12 and one sink. decode: also decode each chunk, with a VAE of width `vae_dim`
+    (24 is LightVAE's). height, width: video pixels.
+    """
+
+    frames: int = 81
+    arms: tuple[str, ...] = ARMS
+    setting: str = "short"
+    decode: bool = False
+    vae_dim: int = 24
+    dim: int = 256
+    ffn_dim: int = 512
+    layers: int = 2
+    text_tokens: int = 64
+    height: int = 64
+    width: int = 96
+    block: tuple[int, int] = (64, 64)
+    backend: str = "auto"
+    device: str = "cpu"
+    dtype: str = "bfloat16"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        latent_frames_of(self.frames)
+        if not self.arms or any(arm not in ARMS for arm in self.arms):
+            raise ValueError(f"arms {self.arms} must be one or both of {', '.join(ARMS)}")
+        if self.setting not in FAMILY_OF:
+            raise ValueError(f"setting {self.setting!r} is not known; use short or long")
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[FAMILY_OF[self.setting]]
+
+    def schedule(self, arm: str, frames: int | None = None) -> Schedule:
+        """The recipe of one arm; `frames` video frames instead of all."""
+        schedule = Schedule.of_family(self.family, latent_frames_of(frames or self.frames))
+        return schedule if arm == "sparse" else schedule.dense()
+
+
+def run_rollout(bench: RolloutBench, on_chunk: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Run every arm; returns the record that `bench rollout` writes. on_chunk: called as on_chunk(done, total)."""
+    device, dtype = torch.device(bench.device), getattr(torch, bench.dtype)
+    dit = wan_from_state_dict(
+        random_state_dict(dim=bench.dim, ffn_dim=bench.ffn_dim, layers=bench.layers, seed=bench.seed, dtype=dtype),
+        device=device,
+    )
+    vae = None
+    if bench.decode:
+        vae = vae_from_state_dict(random_vae_state_dict(dim=bench.vae_dim, seed=bench.seed), dtype=dtype, device=device)
+    warm_frames = 4 * (3 * bench.family.frames_per_chunk) - 3
+    for arm in bench.arms:
+        for _ in _Arm(bench, arm, dit, vae, frames=min(warm_frames, bench.frames)).run():
+            pass
+    gc.collect()
+    memory = PeakMemory(device)
+    running = {arm: _Arm(bench, arm, dit, vae) for arm in bench.arms}
+    turns = [arm.run() for arm in running.values()]
+    lengths = bench.schedule("dense").chunk_lengths()
+    rows: list[dict[str, Any]] = []
+    for index, frames in enumerate(lengths):
+        memory.reset()
+        row: dict[str, Any] = {"chunk": index + 1, "latent_frames": frames}
+        for arm, turn in zip(running, turns, strict=True):
+            row[arm] = next(turn)
+        row["peak_bytes"] = memory.peak()
+        rows.append(row)
+        if on_chunk is not None:
+            on_chunk(index + 1, len(lengths))
+    return {
+        "bench": "rollout",
+        **facts(device, asdict(bench)),
+        "warm_up": WARM_UP,
+        "timed": "a chunk's seconds run from the chunk before it to its own arrival: the clean pass that commits the "
+        "former, then 4 denoising steps",
+        "memory": memory.rule,
+        "bytes_before": memory.before,
+        **summarise(rows, bench.arms),
+        "chunks": rows,
+    }
+
+
+class _Arm:
+    """One rollout, advanced a chunk at a time."""
+
+    def __init__(self, bench: RolloutBench, arm: str, dit: nn.Module, vae: nn.Module | None, frames: int | None = None):
+        self._device = torch.device(bench.device)
+        schedule = bench.schedule(arm, frames)
+        family = bench.family
+        generator = torch.Generator().manual_seed(bench.seed)
+        context = torch.randn(1, bench.text_tokens, 4096, generator=generator).to(self._device)
+        self._decoder = StreamingDecoder(vae) if vae is not None else None
+        self._chunks: Iterator[Chunk] = rollout(
+            dit,
+            context,
+            latent_shape=(1, 16, schedule.latent_frames, bench.height // 8, bench.width // 8),
+            frames_per_chunk=schedule.frames_per_chunk,
+            sigmas=few_step_sigmas(family.denoising_steps, family.shift),
+            growth=schedule.sparsities(),
+            window=schedule.window,
+            sink_frames=schedule.sink_frames,
+            sink_rope=schedule.sink_rope,
+            seed=bench.seed,
+            attention=AttentionOptions(
+                bench.backend, bench.block, family.keep_frames, family.keep_sink, family.keep_near
+            ),
+        )
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Seconds of each chunk: `sample` and, with a VAE, `decode`."""
+        while True:
+            start = self._now()
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return
+            seconds = {"sample": self._now() - start}
+            if self._decoder is not None:
+                start = self._now()
+                self._decoder.decode(chunk.latents)
+                seconds["decode"] = self._now() - start
+            del chunk
+            yield seconds
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+class PeakMemory:
+    """The most memory held since `reset`: torch's allocator on a GPU, else the process's resident memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._resets = False
+        self.reset()
+        where = "torch's CUDA allocator" if self._on_gpu else "the process's resident memory"
+        when = "since the chunk began" if self._on_gpu or self._resets else "since the process began"
+        self.rule = f"peak of {where} {when}, all arms together"
+        self.before = self.peak()
+
+    def reset(self) -> None:
+        """Begin a new peak, where the system allows it."""
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self._resets = True
+        except OSError:  # not Linux, or not allowed: the peak then only grows, which hides no leak
+            self._resets = False
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self._on_gpu:
+            return torch.cuda.max_memory_allocated(self._device)
+        try:
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+        except OSError:
+            import resource
+            import sys
+
+            unit = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) * 1024
+
+
+def summarise(rows: list[dict[str, Any]], arms: tuple[str, ...]) -> dict[str, Any]:
+    """Ratios first, from the rows of `run_rollout`; only chunks of full length count.
+
+    `dense_over_sparse`: of whole videos and of the last chunk. `flatness`: needs at least 2 · EARLY chunks; memory
+    of chunk LATE (or the last one) over chunk EARLY, and per arm the median seconds of the last chunks over those
+    of chunks EARLY … 2 · EARLY.
+    """
+    full = [row for row in rows if row["latent_frames"] == rows[0]["latent_frames"]]
+
+    def seconds(row: dict[str, Any], arm: str) -> float:
+        return sum(row[arm].values())
+
+    result: dict[str, Any] = {}
+    if set(arms) == set(ARMS):
+        totals = {arm: sum(seconds(row, arm) for row in rows) for arm in ARMS}
+        result["dense_over_sparse"] = {
+            "video": totals["dense"] / totals["sparse"],
+            "last_chunk": seconds(full[-1], "dense") / seconds(full[-1], "sparse"),
+            "last_chunk_sampling": full[-1]["dense"]["sample"] / full[-1]["sparse"]["sample"],
+        }
+    if len(full) >= 2 * EARLY:
+        late = full[min(LATE, len(full)) - 1]
+        flatness: dict[str, Any] = {
+            "chunks": [EARLY, late["chunk"]],
+            "memory": late["peak_bytes"] / full[EARLY - 1]["peak_bytes"],
+        }
+        for arm in arms:
+            early = statistics.median(seconds(row, arm) for row in islice(full, EARLY - 1, 2 * EARLY))
+            flatness[f"{arm}_seconds"] = statistics.median(seconds(row, arm) for row in full[-LAST:]) / early
+        result["flatness"] = flatness
+    result["seconds"] = {arm: sum(seconds(row, arm) for row in rows) for arm in arms}
+    result["peak_bytes"] = max(row["peak_bytes"] for row in rows)
+    return result

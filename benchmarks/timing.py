@@ -1,0 +1,125 @@
+"""Timing of several arms in one process: they take turns, so that a busy machine slows all of them alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+WARM_UP = 2
+
+
+def warm_up_rule(repeats: int) -> str:
+    """What happens before and while anything is timed, as a sentence for the record."""
+    return (
+        f"every arm runs {WARM_UP} times untimed (compilation happens there), then {repeats} rounds in which each arm "
+        f"runs once, the first arm of a round rotating; medians with quartiles; a ratio is the median of the rounds' "
+        f"own ratios"
+    )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The seconds of one arm, one value per round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Median, quartiles and every sample, in JSON types."""
+        low, high = quartiles(self.seconds)
+        return {"median": self.median, "quartiles": [low, high], "seconds": list(self.seconds)}
+
+
+def quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float]:
+    """The first and third quartile; the value itself, twice, where there is just one."""
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def ratio(slow: Samples, fast: Samples) -> dict[str, Any]:
+    """How many times as fast the second arm is: the median of the rounds' ratios, and its quartiles."""
+    ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
+    return {"median": statistics.median(ratios), "quartiles": list(quartiles(ratios))}
+
+
+def take_turns(arms: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device) -> dict[str, Samples]:
+    """Time every arm `repeats` times by `warm_up_rule`. ValueError without repeats."""
+    if repeats < 1:
+        raise ValueError(f"repeats {repeats} is not positive; use 5 or more for a spread that means something")
+    for arm in arms.values():
+        for _ in range(WARM_UP):
+            arm()
+    names = list(arms)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            clock = StageClock(device)
+            with clock.stage(name):
+                arms[name]()
+            seconds[name].append(clock.seconds()[name])
+    return {name: Samples(tuple(values)) for name, values in seconds.items()}
+
+
+class StageClock:
+    """Adds up the time of named stages: events on a GPU, so that nothing waits; the wall clock elsewhere.
+
+    A stage inside a stage belongs to the outer one.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._device = device
+        self._spans: list[tuple[str, Any, Any]] = []
+        self._open = False
+        if self._on_gpu:
+            torch.cuda.synchronize(device)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count this block as `name`."""
+        if self._open:
+            yield
+            return
+        self._open = True
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._spans.append((name, start, self._now()))
+            self._open = False
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` as a stage of its own."""
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            with self.stage(name):
+                return function(*arguments, **options)
+
+        return run
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage so far; waits for the device."""
+        if self._on_gpu:
+            torch.cuda.synchronize(self._device)
+        totals: dict[str, float] = {}
+        for name, start, end in self._spans:
+            spent = start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
+            totals[name] = totals.get(name, 0.0) + spent
+        return totals
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
