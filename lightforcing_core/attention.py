@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .geometry import FrameBlocks
+from .geometry import FrameBlocks, block_pair
 from .selection import BlockSelection, check_frame_budget
 
 BACKENDS = ("triton", "flex", "reference")
@@ -381,7 +381,7 @@ def _check_backend(backend: str) -> None:
 
 
 def _check_block(block: tuple[int, int]) -> None:
-    for side, size in zip(("query", "key"), block, strict=True):
+    for side, size in zip(("query", "key"), block_pair(block), strict=True):
         if size < 16 or size & (size - 1):
             raise ValueError(f"{side} block of {size} tokens is not a power of two from 16 on; use 64 or 128")
 

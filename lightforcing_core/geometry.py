@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 
+def block_pair(block: object) -> tuple[int, int]:
+    """`block` as (query, key) tokens per block; ValueError for anything else."""
+    if not isinstance(block, tuple | list) or len(block) != 2 or not all(isinstance(size, int) for size in block):
+        raise ValueError(f"block {block!r} is not a pair of (query, key) tokens per block; use one like (64, 64)")
+    return block[0], block[1]
+
+
 @dataclass(frozen=True)
 class FrameBlocks:
     """The block layout of one side of attention: `block` tokens per block inside frames of `tokens_per_frame`."""

@@ -4,6 +4,7 @@ Early chunks stay dense because later ones inherit their errors; sparsity then g
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 CURVES = ("inverse_sqrt", "linear", "exponential", "constant")
@@ -97,14 +98,15 @@ def _shape(
     if not target <= base <= 1.0:
         raise ValueError(
             f"base {base} is not between target {target} and 1: growth starts below the target and ends at base; "
-            f'raise base to at least {target}, lower target, or use curve="constant"'
+            f"raise base to at least {target}, lower target, or use the constant curve"
         )
     if curve == "inverse_sqrt":
         return [base] * count, [1.0 / math.sqrt(end) for end in ends]
     if curve == "linear":
         return [base] * count, [1.0 - i / (count - 1) for i in range(count)] if count > 1 else [1.0]
     if curve == "exponential":
-        return [base] * count, [math.exp(1.0 - end / ends[0]) for end in ends]
+        # Below 1e-250 growth is complete; the floor keeps β finite.
+        return [base] * count, [max(math.exp(1.0 - end / ends[0]), 1e-250) for end in ends]
     raise ValueError(f"curve {curve!r} is not known; use one of {', '.join(CURVES)} or a list of sparsities")
 
 
@@ -118,29 +120,18 @@ def _solve(tops: list[float], slopes: list[float], weights: list[float], target:
     def spent(values: list[float]) -> float:
         return math.fsum(weight * value for weight, value in zip(weights, values, strict=True))
 
-    # The spent budget falls monotonically with β, so bisection finds which values are clamped …
-    flattest = min(slope for slope in slopes if slope > 0.0)
-    low, high = -2.0 / flattest, 2.0 / flattest
-    for _ in range(200):
-        middle = (low + high) / 2.0
-        if spent(at(middle)) > budget:
-            low = middle
-        else:
-            high = middle
-    values = at(high)
-    # … and the free ones are then solved in closed form.
-    free = [i for i, value in enumerate(values) if 0.0 < value < LARGEST and slopes[i] > 0.0]
-    if free:
-        fixed = spent([0.0 if i in free else value for i, value in enumerate(values)])
-        beta = (math.fsum(weights[i] * tops[i] for i in free) + fixed - budget) / math.fsum(
-            weights[i] * slopes[i] for i in free
-        )
-        for i in free:
-            values[i] = min(max(tops[i] - slopes[i] * beta, 0.0), LARGEST)
-    if abs(spent(values) - budget) > 1e-9 * sum(weights):
-        reachable = spent(at(high)) / sum(weights)
+    # Between the β at which some value reaches an end of [0, 1), every value and the spent budget are linear in β.
+    bends = sorted(
+        (top - end) / slope for top, slope in zip(tops, slopes, strict=True) if slope > 0.0 for end in (0.0, LARGEST)
+    )
+    after = bisect_left(bends, -budget, key=lambda beta: -spent(at(beta)))
+    low, high = at(bends[max(after - 1, 0)]), at(bends[min(after, len(bends) - 1)])
+    width = spent(low) - spent(high)
+    share = (spent(low) - budget) / width if width > 0.0 else 0.0
+    values = [min(max(a + share * (b - a), 0.0), LARGEST) for a, b in zip(low, high, strict=True)]
+    if not abs(spent(values) - budget) <= 1e-9 * sum(weights):
         raise ValueError(
-            f"target {target} cannot be met with this curve and base; the nearest mean sparsity is {reachable:.6f}: "
-            f"use that, or move base"
+            f"target {target} cannot be met with this curve and base; the nearest mean sparsity is "
+            f"{spent(values) / sum(weights):.6f}: use that, or move base"
         )
     return values

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -146,8 +146,13 @@ def rollout(
         raise ValueError(f"context_noise {context_noise} is not a timestep between 0 and 1000")
     if growth is not None and (not growth or not all(0.0 <= sparsity < 1.0 for sparsity in growth)):
         raise ValueError(f"growth {growth} must hold at least one sparsity, all in [0, 1)")
+    for name, value, known in (("sink_rope", sink_rope, SinkRope), ("replay", replay, Replay)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} {value!r} is not known; use one of {', '.join(get_args(known))}")
+    if sink_frames < 0:
+        raise ValueError(f"sink_frames {sink_frames} is negative; use 0 or more latent frames")
     for guide in guides:
-        _check_tensors(latent_shape, guide, initial_latents)
+        _check_tensors(dit, latent_shape, guide, initial_latents)
     frames = latent_shape[2]
     initial_frames = 0 if initial_latents is None else initial_latents.shape[2]
     lengths = chunk_lengths(frames, frames_per_chunk, first_chunk_length(frames_per_chunk, initial_frames))
@@ -296,7 +301,10 @@ class _Run:
         levels = self.first_levels if index == 0 else self.levels
 
         def draw(number: int) -> Tensor:
-            return self.noise(index, number, shape).to(device=self.device, dtype=torch.float32)
+            drawn = self.noise(index, number, shape)
+            if drawn.shape != shape:
+                raise ValueError(f"noise({index}, {number}, …) has shape {tuple(drawn.shape)}; expected {shape}")
+            return drawn.to(device=self.device, dtype=torch.float32)
 
         x = levels[0] * draw(0) if levels[0] < 1.0 else draw(0)
         for step, (sigma, following) in enumerate(pairwise(levels)):
@@ -344,9 +352,13 @@ def _check_levels(steps: list[float]) -> None:
         raise ValueError(f"sigmas start at {steps[0]}, which is outside (0, 1]")
 
 
-def _check_tensors(latent_shape: Sequence[int], guide: Timeline, initial_latents: Tensor | None) -> None:
-    """ValueError unless the prompts and the initial latents fit the video's shape."""
+def _check_tensors(dit: Any, latent_shape: Sequence[int], guide: Timeline, initial_latents: Tensor | None) -> None:
+    """ValueError unless the video's shape fits the model, and the prompts and the initial latents fit both."""
+    if len(latent_shape) != 5:
+        raise ValueError(f"latent_shape {tuple(latent_shape)} is not (batch, channels, frames, height, width)")
     batch, channels, frames, height, width = latent_shape
+    if channels != dit.patch_embedding.in_channels:
+        raise ValueError(f"latent_shape has {channels} channels, the model takes {dit.patch_embedding.in_channels}")
     if min(latent_shape) < 1:
         raise ValueError(f"latent_shape {tuple(latent_shape)} has an empty side; every side must be at least 1")
     if height % 2 or width % 2:
@@ -354,17 +366,25 @@ def _check_tensors(latent_shape: Sequence[int], guide: Timeline, initial_latents
             f"latents of {height}×{width} cannot be cut into 2×2 patches: the video's height {8 * height} and width "
             f"{8 * width} must be multiples of 16"
         )
-    for prompt in guide.prompts:
-        if prompt.context.shape[0] not in (1, batch):
-            given = prompt.context.shape[0]
-            raise ValueError(f"context is a batch of {given}, latents a batch of {batch}; pass 1 or {batch}")
+    text_width = dit.text_embedding[0].in_features
+    for context in (prompt.context for prompt in guide.prompts):
+        if context.shape[0] not in (1, batch):
+            raise ValueError(f"context is a batch of {context.shape[0]}; pass {_either(1, batch)}")
+        if context.shape[2] != text_width:
+            raise ValueError(f"context is {context.shape[2]} wide, the model takes {text_width}: another text encoder?")
+        if not torch.isfinite(context).all():
+            raise ValueError("context holds NaN or infinity; encode the text again")
     if initial_latents is None:
         return
     shape = tuple(initial_latents.shape)
     if len(shape) != 5 or (shape[1], *shape[3:]) != (channels, height, width) or shape[0] not in (1, batch):
-        expected = f"[{batch if batch == 1 else f'1 or {batch}'}, {channels}, frames, {height}, {width}]"
+        expected = f"[{_either(1, batch)}, {channels}, frames, {height}, {width}]"
         raise ValueError(f"initial_latents have shape {shape}; expected {expected}")
     if shape[2] >= frames:
         raise ValueError(f"initial_latents already fill {shape[2]} of {frames} latent frames; ask for a longer video")
     if not torch.isfinite(initial_latents).all():
         raise ValueError("initial_latents hold NaN or infinity; encode the start frames again")
+
+
+def _either(one: int, other: int) -> str:
+    return str(one) if one == other else f"{one} or {other}"

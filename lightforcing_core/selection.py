@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .geometry import FrameBlocks
+from .geometry import FrameBlocks, block_pair
 
 
 class BlockSelection(NamedTuple):
@@ -161,7 +161,7 @@ def hierarchical_block_mask(
 
     Source: Light Forcing, arXiv 2602.04789; equal to the released selection where blocks divide the frame.
     """
-    q_layout, k_layout = FrameBlocks(tokens_per_frame, block[0]), FrameBlocks(tokens_per_frame, block[1])
+    q_layout, k_layout = (FrameBlocks(tokens_per_frame, size) for size in block_pair(block))
     q_frames, k_frames = q_layout.frames(q.shape[1]), k_layout.frames(k.shape[1])
     if q_frames > k_frames:
         raise ValueError(f"q holds {q_frames} frames but k only {k_frames}; k must end with the current chunk")

@@ -66,6 +66,24 @@ def test_visible_frames_are_sinks_and_the_newest_and_pooling_equals_repooling(ru
             torch.testing.assert_close(cache.frame_means(layer), repooled, rtol=0, atol=0)
 
 
+def test_frames_before_a_skip_are_forgotten_but_the_sinks():
+    cache = make_cache(8, 1)
+    cache.open(3)
+    cache.commit()
+    cache.skip(6)
+    assert cache.slot_frames == [0]
+    cache.open(3)
+    assert sorted(cache.slot_frames) == [0, 9, 10, 11]
+    cache.commit()
+    cache.open(3)
+    assert sorted(cache.slot_frames) == [0, 9, 10, 11, 12, 13, 14]
+
+
+def test_sinks_cannot_be_skipped():
+    with pytest.raises(ValueError, match="frame 0 is one of 2 sinks"):
+        make_cache(8, 2).skip(3)
+
+
 def test_evicting_moves_no_memory():
     cache = make_cache(6)
     cache.open(3)

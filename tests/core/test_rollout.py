@@ -30,8 +30,8 @@ def video(chunks):
 
 
 def run(dit, context, frames=9, batch=1, **options):
-    arguments = {"frames_per_chunk": 3, "sigmas": SIGMAS, "attention": FINE, **options}
-    return rollout(dit, context, latent_shape=(batch, 16, frames, *SIZE), **arguments)
+    defaults = {"latent_shape": (batch, 16, frames, *SIZE), "frames_per_chunk": 3, "sigmas": SIGMAS, "attention": FINE}
+    return rollout(dit, **{"context": context, **defaults, **options})
 
 
 def test_few_step_sigmas_are_the_published_ones():
@@ -211,6 +211,13 @@ def test_steps_are_reported_with_chunk_and_density(dit, context):
         ({"growth": [0.0, 1.0]}, r"growth \[0\.0, 1\.0\]"),
         ({"growth": []}, "at least one"),
         ({"window": 2}, "window 2 cannot hold"),
+        ({"sink_frames": -1}, "sink_frames -1"),
+        ({"sink_rope": "sideways"}, "sink_rope 'sideways'.*fixed, follow"),
+        ({"replay": "some"}, "replay 'some'.*all, window"),
+        ({"context": torch.zeros(1, 7, 64)}, "64 wide, the model takes 32"),
+        ({"context": torch.full((1, 7, TEXT), torch.nan)}, "NaN"),
+        ({"latent_shape": (1, 16, 9, 8)}, r"\(1, 16, 9, 8\) is not"),
+        ({"latent_shape": (1, 4, 9, 8, 8)}, "4 channels, the model takes 16"),
         ({"window": 4, "sink_frames": 2}, "use at least 5"),
         ({"context_noise": -1.0}, r"context_noise -1\.0"),
         ({"initial_latents": torch.zeros(1, 16, 9, 8, 8)}, "already fill 9 of 9"),
@@ -221,7 +228,23 @@ def test_steps_are_reported_with_chunk_and_density(dit, context):
 )
 def test_bad_requests_fail_before_anything_runs(dit, context, options, message):
     with pytest.raises(ValueError, match=message):
-        run(dit, context, **options)
+        run(dit, **{"context": context, **options})
+
+
+def test_noise_of_another_shape_is_named(dit, context):
+    with pytest.raises(ValueError, match=r"noise\(0, 0, …\) has shape \(2, 2\)"):
+        list(run(dit, context, noise=lambda *_: torch.zeros(2, 2)))
+
+
+def test_the_clean_pass_runs_at_the_context_noise(dit, context):
+    levels = []
+
+    def denoise(x, sigma, state):
+        levels.extend([sigma] * state.clean)
+        return x
+
+    list(run(dit, context, denoise=denoise, context_noise=50.0))
+    assert levels == [0.05, 0.05]
 
 
 def test_odd_sizes_name_the_video_size(dit, context):

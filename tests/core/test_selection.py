@@ -154,6 +154,7 @@ def test_pooled_means_skip_the_padding_of_ragged_blocks():
         ({"sparsity": 0.5, "sink_frames": 4, "near_frames": 4}, r"sink_frames 4 \+ near_frames 4 exceed keep_frames 6"),
         ({"sparsity": 0.5, "near_frames": -1}, "near_frames -1"),
         ({"sparsity": 0.5, "tokens_per_frame": 21}, "21 tokens"),
+        ({"sparsity": 0.5, "block": 64}, r"block 64 is not a pair"),
     ],
 )
 def test_bad_requests_name_the_value(arguments, message):
