@@ -14,7 +14,8 @@ class Family:
     `frames_per_chunk`, `window` and `sink_frames` count latent frames; `window` includes the sinks and the
     current chunk, None keeps every frame. `sink_rope` says where sink keys stand once the window has moved on:
     "fixed" at their first positions (LongLive), "follow" directly before the window (Infinite Forcing,
-    Light Forcing long). `denoising_steps` are the unwarped few-step list on the 1000-step scale. `target` and
+    Light Forcing long). `denoising_steps` are the unwarped few-step list on the 1000-step scale,
+    `first_denoising_steps` another one for the video's first chunk (Causal Forcing++). `target` and
     `base` parametrise Chunk-Aware Growth; `keep_frames`, `keep_sink` and `keep_near` parametrise the frame
     selection. `filename_hints` are lower-case fragments of the published file names. `weights` is the part that
     the family's own configuration runs where a file holds both.
@@ -27,6 +28,7 @@ class Family:
     sink_frames: int = 0
     sink_rope: SinkRope = "fixed"
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
+    first_denoising_steps: tuple[int, ...] | None = None
     shift: float = 5.0
     target: float = 0.6
     base: float = 0.7
@@ -79,6 +81,22 @@ FAMILIES: dict[str, Family] = {
             keep_sink=1,
             keep_near=1,
             filename_hints=("infinite_forcing", "infinite-forcing", "infiniteforcing"),
+        ),
+        Family(
+            "causal_forcing_2step",
+            "Causal Forcing++, frame by frame, 2 steps",
+            frames_per_chunk=1,
+            denoising_steps=(1000, 500),
+            first_denoising_steps=(1000, 750, 500, 250),
+            filename_hints=("framewise-2step", "framewise_2step", "framewise2step"),
+        ),
+        Family(
+            "causal_forcing_1step",
+            "Causal Forcing++, frame by frame, 1 step",
+            frames_per_chunk=1,
+            denoising_steps=(1000,),
+            first_denoising_steps=(1000, 750, 500, 250),
+            filename_hints=("framewise-1step", "framewise_1step", "framewise1step"),
         ),
         Family(
             "causal_forcing_framewise",

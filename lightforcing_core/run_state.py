@@ -4,7 +4,6 @@ Fed back to `rollout`, a state continues the video as if it had never stopped, b
 """
 
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,14 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .attention import AttentionOptions
 from .families import SinkRope
 from .growth import chunk_lengths, first_chunk_length
-from .output_files import OutputError, prepare_folder, whole_file
 from .rollout import Chunk, Replay, seeded_noise
+from .tensor_files import write_tensors
 from .timeline import Prompt, Timeline
 
 FORMAT = "light_forcing_run_state"
@@ -188,20 +186,9 @@ def save_run_state(state: RunState, path: str | Path) -> Path:
 
     Raises OutputError when the folder cannot take the file or the disk is full.
     """
-    path = Path(path)
     tensors, facts = _packed(state)
     facts["checksums"] = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(facts)}
-    prepare_folder(path.parent, bytes_needed=sum(tensor.nbytes for tensor in tensors.values()))
-    with whole_file(path) as partial:
-        try:
-            save_file(tensors, partial, metadata=metadata)
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())  # a rename may reach the disk before the data
-        except (OSError, SafetensorError) as error:
-            left = "the former state there is unharmed" if path.exists() else "nothing was left there"
-            raise OutputError(f"cannot save the run to {path}: {error}; {left}; free some space") from error
-    return path
+    return write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "state": json.dumps(facts)})
 
 
 def load_run_state(path: str | Path) -> RunState:

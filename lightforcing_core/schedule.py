@@ -19,12 +19,18 @@ def video_frames_of(latent_frames: int) -> int:
     return 4 * latent_frames - 3
 
 
+def latent_frame_at(video_frame: int) -> int:
+    """The latent frame that video frame `video_frame`, counted from 0, is decoded from."""
+    return (video_frame + 3) // 4
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The recipe for one video of `latent_frames`; `target` None is dense throughout.
 
     `window` (None: everything) counts latent frames, sinks and the current chunk included. `curve` is one of
-    `growth.CURVES`; `base` and `dense_chunks` as in `growth.chunk_sparsities`. `title` says where it comes from.
+    `growth.CURVES`; `base` and `dense_chunks` as in `growth.chunk_sparsities`. `overrides` are (chunk index, sparsity)
+    pairs that replace the curve's values, whose target then holds without them. `title` says where it comes from.
     Construction raises ValueError for a recipe that cannot be met.
     """
 
@@ -38,6 +44,7 @@ class Schedule:
     curve: str = "inverse_sqrt"
     dense_chunks: int = 1
     title: str = "custom"
+    overrides: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         longest = max(self.chunk_lengths())
@@ -66,7 +73,7 @@ class Schedule:
 
     def dense(self) -> "Schedule":
         """The same chunks and window with nothing skipped."""
-        return replace(self, target=None, base=None, title=f"{self.title}, dense")
+        return replace(self, target=None, base=None, overrides=(), title=f"{self.title}, dense")
 
     def chunk_lengths(self, initial_frames: int = 0) -> list[int]:
         """Latent frames of every chunk; `initial_frames` given latents that do not fill chunks shorten the first."""
@@ -76,18 +83,27 @@ class Schedule:
 
     def sparsities(self, initial_frames: int = 0) -> list[float] | None:
         """One sparsity in [0, 1) per chunk, or None for dense."""
-        if self.target is None:
+        if self.target is None and not self.overrides:
             return None
-        return chunk_sparsities(
-            self.latent_frames,
-            self.frames_per_chunk,
-            target=self.target,
-            base=self.base,
-            window=self.window,
-            dense_chunks=self.dense_chunks,
-            curve=self.curve,
-            first_chunk=first_chunk_length(self.frames_per_chunk, initial_frames),
-        )
+        values = [0.0] * len(self.chunk_lengths(initial_frames))
+        if self.target is not None:
+            values = chunk_sparsities(
+                self.latent_frames,
+                self.frames_per_chunk,
+                target=self.target,
+                base=self.base,
+                window=self.window,
+                dense_chunks=self.dense_chunks,
+                curve=self.curve,
+                first_chunk=first_chunk_length(self.frames_per_chunk, initial_frames),
+            )
+        for chunk, sparsity in self.overrides:
+            if not 0 <= chunk < len(values):
+                raise ValueError(f"sparsity is given for chunk {chunk}; this video has chunks 0 to {len(values) - 1}")
+            if not 0.0 <= sparsity < 1.0:
+                raise ValueError(f"sparsity {sparsity} of chunk {chunk} is outside [0, 1); 0 is dense")
+            values[chunk] = sparsity
+        return values
 
     def visible_frames(self) -> int:
         """Latent frames that the KV cache must hold."""

@@ -6,7 +6,10 @@ from .decode import LightForcingDecode
 from .loader import LightForcingApply, LightForcingModelLoader
 from .sampler import LightForcingSampler, LightForcingSamplerSelect
 from .schedule import LightForcingSchedule
+from .state import LightForcingLoadState, LightForcingSaveState
 from .text_embeds import LightForcingLoadTextEmbeds, LightForcingSaveTextEmbeds
+from .timeline import LightForcingPromptTimeline
+from .video_output import LightForcingVideoOutput
 
 NODES: list[type[io.ComfyNode]] = [
     LightForcingModelLoader,
@@ -14,6 +17,10 @@ NODES: list[type[io.ComfyNode]] = [
     LightForcingSchedule,
     LightForcingSampler,
     LightForcingSamplerSelect,
+    LightForcingPromptTimeline,
+    LightForcingSaveState,
+    LightForcingLoadState,
+    LightForcingVideoOutput,
     LightForcingDecode,
     LightForcingSaveTextEmbeds,
     LightForcingLoadTextEmbeds,

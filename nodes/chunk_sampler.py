@@ -1,53 +1,50 @@
 """The chunk sampler behind both sampling nodes: the host's guider runs the model, our rollout says what to run."""
 
 import contextlib
-import itertools
 import logging
+import math
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..lightforcing_core.attention import AttentionOptions
 from ..lightforcing_core.causal_wan import CausalState
+from ..lightforcing_core.families import Family
 from ..lightforcing_core.kv_cache import kv_bytes
-from ..lightforcing_core.rollout import Chunk, Noise, StepEvent, rollout, seeded_noise
+from ..lightforcing_core.rollout import Chunk, Noise, Replay, StepEvent, few_step_sigmas, rollout, seeded_noise
+from ..lightforcing_core.run_state import RunState, resume_arguments
 from ..lightforcing_core.schedule import Schedule, video_frames_of
-from .patch import KEY, LATENT_CHANNELS, RUN, conflicting_patch, settings_of
+from .patch import KEY, RUN, conflicting_patch, settings_of
+from .refusals import is_out_of_memory, memory_advice, unsuitable_guider, unsuitable_latents, unsuitable_sigmas
+from .timeline import PromptChange, prompts_of
 
 log = logging.getLogger(__name__)
-UNUSED_BY_T2V = (
-    "area",
-    "clip_vision_output",
-    "concat_latent_image",
-    "concat_mask",
-    "context_latents",
-    "control",
-    "gligen",
-    "mask",
-    "reference_latents",
-    "time_dim_concat",
-    "timestep_end",
-    "timestep_start",
-    "start_percent",
-    "end_percent",
-    "vace_frames",
-)
 
 
 class ChunkSampler(comfy.samplers.Sampler):
-    """The autoregressive rollout as a host SAMPLER.
+    """The autoregressive rollout as a host SAMPLER; the guider's cfg and negative prompt are followed.
 
     schedule: None takes the defaults of the model's family. initial_latents: [B or 1, 16, frames, h, w] in the
-    VAE's space, what the video starts with. on_chunk: called with each finished chunk (normalised latents), the steps
-    done and the steps in all. extra_bytes: memory to ask for beside the model and the KV cache. fresh_noise: where
-    the noise after each denoising step comes from, see `rollout`; default the run's seed.
+    VAE's space, what the video starts with. timeline: prompts that take over later. chunk_seeds: chunk index → seed
+    of its own. replay: as in `rollout`. run: a saved run to go on with; it decides everything but the model, and the
+    arguments above are not read.
+
+    on_state: called with the run's state after each finished chunk, before on_chunk with the chunk (normalised
+    latents), the steps done and the steps in all. extra_bytes: memory to ask for beside the model and the KV cache.
+    fresh_noise: where the noise after each denoising step comes from, see `rollout`; default the run's seed.
+    keep_finished: when the run is interrupted or memory runs out behind the first finished chunk, the chunks so far
+    are the result, and on_cut is called with the reason.
     """
 
     def __init__(
@@ -55,12 +52,21 @@ class ChunkSampler(comfy.samplers.Sampler):
         schedule: Schedule | None = None,
         *,
         initial_latents: Tensor | None = None,
+        timeline: Sequence[PromptChange] = (),
+        chunk_seeds: Mapping[int, int] | None = None,
+        replay: Replay = "all",
+        run: RunState | None = None,
+        on_state: Callable[[RunState], object] | None = None,
         on_chunk: Callable[[Chunk, int, int], None] | None = None,
         extra_bytes: int = 0,
         fresh_noise: Noise | None = None,
+        keep_finished: bool = False,
+        on_cut: Callable[[str], None] | None = None,
     ) -> None:
-        self.schedule, self.initial_latents = schedule, initial_latents
-        self.on_chunk, self.extra_bytes, self.fresh_noise = on_chunk, extra_bytes, fresh_noise
+        self.schedule, self.initial_latents, self.timeline = schedule, initial_latents, timeline
+        self.chunk_seeds, self.replay, self.run = dict(chunk_seeds or {}), replay, run
+        self.on_state, self.on_chunk, self.extra_bytes, self.fresh_noise = on_state, on_chunk, extra_bytes, fresh_noise
+        self.keep_finished, self.on_cut = keep_finished, on_cut
 
     def light_forcing_prepare(
         self, guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor, denoise_mask: Any = None, *_, **__
@@ -76,23 +82,14 @@ class ChunkSampler(comfy.samplers.Sampler):
             reason = "the latent carries a noise mask, which a rollout cannot follow; remove Set Latent Noise Mask"
         if reason:
             raise ValueError(reason)
-        model, shape = guider.model_patcher, list(noise.shape)
-        schedule = self._schedule(model, shape)
-        dit, base = model.get_model_object("diffusion_model"), model.model
-        cache = kv_bytes(
-            len(dit.blocks),
-            shape[0],
-            schedule.visible_frames(),
-            (shape[3] // 2) * (shape[4] // 2),
-            dit.num_heads,
-            dit.dim // dit.num_heads,
-            base.get_dtype_inference(),
-        )
+        run, base = self._run(guider, sigmas, noise.shape, 0), guider.model_patcher.model
+        run.check_model(model_text(guider.model_patcher))
+        cache, longest = self._cache_bytes(guider, run), max(run.chunk_lengths())
 
         def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
             # The host's estimate grows linearly with the frames of its argument: speak in that unit.
             one_frame = base.memory_required([*noise_shape[:2], 1, *noise_shape[3:]])
-            frames = max(schedule.chunk_lengths()) + (cache + self.extra_bytes) / max(one_frame, 1)
+            frames = longest + (cache + self.extra_bytes) / max(one_frame, 1)
             return executor(model, [*noise_shape[:2], -int(-frames // 1), *noise_shape[3:]], conds, *args, **kwargs)
 
         add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare_sampling, guider.model_options, True)
@@ -108,25 +105,28 @@ class ChunkSampler(comfy.samplers.Sampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        """The whole video [B, 16, frames, h, w] in the model's space; draw 0 comes from `noise`."""
-        model, inner = model_wrap.model_patcher, model_wrap.inner_model
-        settings = settings_of(model)
-        if settings is None:
+        """The whole video [B, 16, frames, h, w] in the model's space; draw 0 comes from `noise`.
+
+        A run that was cut short gives fewer frames.
+        """
+        inner = model_wrap.inner_model
+        if settings_of(model_wrap.model_patcher) is None:
             raise ValueError(
                 "this MODEL carries no Light Forcing patch; load it with Light Forcing Model Loader or put "
                 "Light Forcing Apply between its loader and the guider"
             )
-        schedule = self._schedule(model, noise.shape)
-        initial = self._initial(inner, noise)
-        start = 0 if initial is None else initial.shape[2]
-        video = torch.zeros_like(noise)
-        noisy = noise.clone()
-        if initial is not None:
-            video[:, :, :start] = initial
-        fresh = self.fresh_noise or seeded_noise(extra_args.get("seed") or 0)
+        run = self._run(model_wrap, sigmas, noise.shape, extra_args.get("seed") or 0)
+        lengths, end = run.chunk_lengths(), run.finished_frames
+        starts = [sum(lengths[:index]) for index in range(len(lengths))]
+        video, noisy = torch.zeros_like(noise), noise.clone()
+        past = run.latents
+        if past is not None:
+            video[:, :, :end] = past
+        fresh = self.fresh_noise or seeded_noise(run.seed, run.chunk_seeds)
         options = extra_args["model_options"]["transformer_options"]
-        starts = [sum(schedule.chunk_lengths(start)[:i]) for i in range(len(schedule.chunk_lengths(start)))]
-        begun, finished = time.perf_counter(), 0
+        guidance, model_wrap.cfg = model_wrap.cfg, 1.0  # each call is for one prompt; the rollout mixes them
+        at = _Progress(wanted=sum(start >= end for start in starts), frames=noise.shape[2], end=end)
+        begun = time.perf_counter()
 
         def draw(index: int, number: int, shape: tuple[int, ...]) -> Tensor:
             return fresh(index, number, shape) if number else noise[:, :, starts[index] : starts[index] + shape[2]]
@@ -136,63 +136,106 @@ class ChunkSampler(comfy.samplers.Sampler):
             options[RUN] = state
             return model_wrap(x, x.new_full((x.shape[0],), sigma), **extra_args)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            heads = q.shape[2]
-            mixed = optimized_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=heads)
-            return mixed.unflatten(-1, (heads, -1))
-
         def on_step(event: StepEvent) -> None:
             frames = slice(event.start_frame, event.start_frame + event.x0.shape[2])
             video[:, :, frames], noisy[:, :, frames] = event.x0, event.x
-            bar.total = event.chunks * event.steps
+            at.done, at.total = event.done, event.total
+            bar.total = event.total
             bar.update()
             if callback is not None:
-                done = event.chunk * event.steps + event.step
-                callback(done, video.clone(), noisy, event.chunks * event.steps)
+                callback(event.done - 1, video.clone(), noisy, event.total)
 
         bar = tqdm(disable=disable_pbar, desc="Light Forcing")
         try:
             chunks = rollout(
                 inner.diffusion_model,
-                model_wrap.conds["positive"][0]["cross_attn"],
-                latent_shape=noise.shape,
-                frames_per_chunk=schedule.frames_per_chunk,
-                sigmas=sigmas.tolist(),
-                growth=schedule.sparsities(start),
-                window=schedule.window,
-                sink_frames=schedule.sink_frames,
-                sink_rope=schedule.sink_rope,
-                noise=draw,
-                initial_latents=initial,
-                attention=settings.attention,
+                **{**resume_arguments(run, replay=self.replay), "noise": draw},
                 denoise=denoise,
-                dense_attention=attend,
+                dense_attention=_host_attention,
                 on_step=on_step,
                 dtype=inner.get_dtype_inference(),
                 device=noise.device,
             )
             with contextlib.closing(chunks):
                 for chunk in chunks:
-                    video[:, :, chunk.start_frame : chunk.start_frame + chunk.latents.shape[2]] = chunk.latents
-                    finished += 1
+                    at.begin_output(chunk)
+                    video[:, :, chunk.start_frame : at.end] = chunk.latents
+                    if self.on_state is not None:
+                        run = run.extended_by(chunk)
+                        self.on_state(run)
                     if self.on_chunk is not None:
-                        self.on_chunk(chunk, bar.n, bar.total)
+                        self.on_chunk(chunk, at.done, at.total)
+                    at.in_output = None
+        except (comfy.model_management.InterruptProcessingException, Exception) as error:
+            self._accept_end(error, at, run, model_wrap)
+            video = video[:, :, : at.end].clone()
         finally:
+            model_wrap.cfg = guidance
             options.pop(RUN, None)
             bar.close()
-            log.info(
-                "[Light Forcing] %s, %d of %d chunks in %.1f s",
-                schedule.title,
-                finished,
-                sum(at >= start for at in starts),
-                time.perf_counter() - begun,
-            )
+            seconds = time.perf_counter() - begun
+            plan = "saved run" if self.run else self.schedule.title if self.schedule else "the family's schedule"
+            log.info("[Light Forcing] %s, %d of %d chunks in %.1f s", plan, at.finished, at.wanted, seconds)
         return video
 
-    def _schedule(self, model: Any, shape: Any) -> Schedule:
-        """The run's schedule; ValueError when it is for another length or another kind of checkpoint."""
+    def _accept_end(self, error: BaseException, at: "_Progress", run: RunState, guider: Any) -> None:
+        """Return when the finished chunks shall be the result; else raise what the host shall see."""
+        interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
+        if interrupted and at.in_output:  # so that LATENT and frames end together
+            at.finished, at.end = at.finished - 1, at.in_output.start_frame
+        if not interrupted and not is_out_of_memory(error):
+            raise error
+        made = (
+            f"{at.finished} of {at.wanted} chunks: {video_frames_of(at.end) if at.end else 0} of "
+            f"{video_frames_of(at.frames)} frames"
+        )
+        reason = f"cancelled after {made}"
+        if not interrupted:
+            decoding = at.in_output is not None
+            advice = memory_advice(run, self._cache_bytes(guider, run), decoding=decoding)
+            reason = f"out of memory while {'decoding' if decoding else 'sampling'} a chunk, after {made}; {advice}"
+        if not (self.keep_finished and at.finished):
+            raise error if interrupted else comfy.model_management.OOM_EXCEPTION(reason) from error
+        log.warning("[Light Forcing] %s", reason)
+        if self.on_cut is not None:
+            self.on_cut(reason)
+
+    def _run(self, guider: Any, sigmas: Tensor, shape: Sequence[int], seed: int) -> RunState:
+        """All that decides the video: the saved run, or the one that the inputs ask for. Raises ValueError."""
+        if self.run is not None:
+            return self.run
+        model = guider.model_patcher
         settings = settings_of(model)
         family = settings.family if settings else None
+        schedule = self._schedule(family, shape)
+        given = self.initial_latents
+        if given is not None:
+            given = model.model.process_latent_in(given.to("cpu", torch.float32))
+        start = 0 if given is None else given.shape[2]
+        growth = schedule.sparsities(start)
+        text = guider.conds["positive"][0]["cross_attn"]
+        negative = guider.conds["negative"][0]["cross_attn"] if guider.cfg != 1.0 else None
+        return RunState(
+            model=model_text(model),
+            latent_shape=tuple(shape),  # type: ignore[arg-type]
+            frames_per_chunk=schedule.frames_per_chunk,
+            sigmas=tuple(sigmas.tolist()),
+            first_sigmas=first_levels(family, sigmas.tolist()),
+            prompts=tuple(prompts_of(text, self.timeline, schedule.chunk_lengths(start))),
+            growth=None if growth is None else tuple(growth),
+            window=schedule.window,
+            sink_frames=schedule.sink_frames,
+            sink_rope=schedule.sink_rope,
+            seed=seed,
+            chunk_seeds=self.chunk_seeds,
+            cfg=guider.cfg,
+            negative=negative,
+            attention=settings.attention if settings else AttentionOptions(),
+            given=given,
+        )
+
+    def _schedule(self, family: Family | None, shape: Sequence[int]) -> Schedule:
+        """The run's schedule; ValueError when it is for another length or another kind of checkpoint."""
         schedule = self.schedule
         if schedule is None:
             assert family is not None
@@ -211,83 +254,68 @@ class ChunkSampler(comfy.samplers.Sampler):
             )
         return schedule
 
-    def _initial(self, inner: Any, noise: Tensor) -> Tensor | None:
-        """The start latents in the model's space, on the run's device."""
-        if self.initial_latents is None:
-            return None
-        return inner.process_latent_in(self.initial_latents.to(noise.device, torch.float32))
-
-
-def unsuitable_guider(guider: Any) -> str | None:
-    """Why the guider's prompts or strength cannot drive a rollout, or None."""
-    if getattr(guider, "cfg", 1.0) != 1.0:
-        return (
-            f"cfg {guider.cfg} needs a second pass with the negative prompt, which would overwrite the KV cache; "
-            f"autoregressive checkpoints are distilled for cfg 1"
+    def _cache_bytes(self, guider: Any, run: RunState) -> int:
+        """Bytes of the run's KV cache, with guidance of both."""
+        dit = guider.model_patcher.get_model_object("diffusion_model")
+        batch, _, frames, height, width = run.latent_shape
+        one = kv_bytes(
+            len(dit.blocks),
+            batch,
+            min(run.window or frames, frames),
+            (height // 2) * (width // 2),
+            dit.num_heads,
+            dit.dim // dit.num_heads,
+            guider.model_patcher.model.get_dtype_inference(),
         )
-    if guider.model_options.get("disable_cfg1_optimization") and guider.conds.get("negative"):
-        return "a patch forces the negative prompt at cfg 1 (disable_cfg1_optimization); remove the node that adds it"
-    positive = guider.conds.get("positive") or []
-    if len(positive) != 1:
-        return f"the positive prompt has {len(positive)} parts; a rollout follows exactly one: do not combine prompts"
-    text = positive[0].get("cross_attn")
-    if text is None or text.ndim != 3 or not text.shape[1]:
-        return "the positive prompt holds no text embedding; connect CLIP Text Encode with a Wan (umt5) text encoder"
-    if not torch.isfinite(text).all():
-        return "the positive prompt's embedding holds NaN or infinity; encode the text again"
-    if int((text.abs().amax(-1) > 0).sum(1).min()) < 2:
-        return "the positive prompt is empty; write what the video should show"
-    unused = [name for name in UNUSED_BY_T2V if positive[0].get(name) is not None]
-    if unused:
-        return f"the positive prompt carries {', '.join(unused)}, which a rollout cannot follow; remove that node"
-    return None
+        return one if run.cfg == 1.0 else 2 * one
 
 
-def unsuitable_latents(latents: Tensor, initial: Tensor | None) -> str | None:
-    """Why the latents cannot be filled by a rollout, or None."""
-    for name, tensor in (("latent", latents), ("start_latent", initial)):
-        if tensor is None:
-            continue
-        if tensor.ndim != 5 or tensor.shape[1] != LATENT_CHANNELS:
-            return (
-                f"the {name} has shape {list(tensor.shape)}, not [batch, {LATENT_CHANNELS}, frames, height, width]; "
-                f"use Empty AR Video Latent, or a Wan 2.1 VAE to encode"
-            )
-        if not torch.isfinite(tensor).all():
-            return f"the {name} holds NaN or infinity; encode or create it again"
-    height, width = 8 * latents.shape[3], 8 * latents.shape[4]
-    for side, size in (("height", height), ("width", width)):
-        if size % 16:
-            return f"{side} {size} is not a multiple of 16; use {size // 16 * 16 or 16} or {size // 16 * 16 + 16}"
-    if torch.count_nonzero(latents):
-        return (
-            "the latent is not empty, but a rollout starts from noise; connect an empty video latent here and "
-            "the encoded frames to start_latent"
-        )
-    if initial is None:
+@dataclass
+class _Progress:
+    """How far a run is: chunks `finished` of `wanted`, latent frames up to `end` of `frames`, steps `done` of `total`.
+
+    in_output: the chunk that is being saved and decoded, if any.
+    """
+
+    wanted: int
+    frames: int
+    end: int
+    finished: int = 0
+    done: int = 0
+    total: int = 0
+    in_output: Chunk | None = None
+
+    def begin_output(self, chunk: Chunk) -> None:
+        """The next chunk's latents are there."""
+        self.finished, self.end, self.in_output = self.finished + 1, chunk.start_frame + chunk.latents.shape[2], chunk
+
+
+def model_text(model: ModelPatcher) -> str:
+    """What tells a MODEL from another: its sizes, a checksum of some weights, and one of the LoRAs on it."""
+    dit = model.get_model_object("diffusion_model")
+    some = (dit.head.modulation, dit.blocks[0].modulation, dit.blocks[-1].modulation)
+    weights = b"".join(part.detach().to("cpu", torch.float32).numpy().tobytes() for part in some)
+    text = f"Wan 2.1, {dit.dim} wide, {len(dit.blocks)} layers, weights {zlib.crc32(weights):08x}"
+    if model.patches:
+        loras = sorted((str(key), [patch[0] for patch in patches]) for key, patches in model.patches.items())
+        text += f", LoRA {zlib.crc32(repr(loras).encode()):08x}"
+    return text
+
+
+def first_levels(family: Family | None, levels: Sequence[float]) -> tuple[float, ...] | None:
+    """Noise levels of the first chunk where the family has its own and `levels` are the family's, else None."""
+    if family is None or family.first_denoising_steps is None:
         return None
-    if initial.shape[3:] != latents.shape[3:]:
-        return (
-            f"start_latent is {8 * initial.shape[4]}×{8 * initial.shape[3]} and the video {width}×{height}; "
-            f"resize the start image to the video's size before encoding it"
-        )
-    if initial.shape[2] >= latents.shape[2]:
-        return (
-            f"start_latent already fills {initial.shape[2]} of the video's {latents.shape[2]} latent frames; "
-            f"make the video longer"
-        )
-    if initial.shape[0] not in (1, latents.shape[0]):
-        return f"start_latent is a batch of {initial.shape[0]}, the video one of {latents.shape[0]}; use 1 or the same"
-    return None
+    usual = few_step_sigmas(family.denoising_steps, family.shift)
+    same = len(usual) == len(levels) and all(map(lambda a, b: math.isclose(a, b, abs_tol=1e-3), usual, levels))
+    if not same:
+        return None
+    # In float32, as the host's own lists are.
+    return tuple(torch.tensor(few_step_sigmas(family.first_denoising_steps, family.shift)).tolist())
 
 
-def unsuitable_sigmas(sigmas: Tensor) -> str | None:
-    """Why a list of noise levels cannot drive a rollout, or None."""
-    values = [round(float(sigma), 4) for sigma in sigmas]
-    falling = all(a > b for a, b in itertools.pairwise(values))
-    if len(values) < 2 or values[0] < 0.999 or values[-1] != 0.0 or not falling:
-        return (
-            f"sigmas {values} do not fall from 1 to 0; use BasicScheduler with simple, 4 steps and denoise 1 "
-            f"on the patched MODEL"
-        )
-    return None
+def _host_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The host's own dense attention over [B, L, H, D]."""
+    heads = q.shape[2]
+    mixed = optimized_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=heads)
+    return mixed.unflatten(-1, (heads, -1))

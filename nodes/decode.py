@@ -57,12 +57,13 @@ class LightForcingDecode(io.ComfyNode):
 
 
 class FrameDecoder:
-    """Collects a video's frames as its latents arrive.
+    """Decodes a video's frames as its latents arrive, and collects them.
 
-    latent_shape: [B, 16, frames, h, w] of the whole video. Raises ValueError for a VAE that cannot stream.
+    latent_shape: [B, 16, frames, h, w] of the whole video. keep: whether frames are collected for `images`. Raises
+    ValueError for a VAE that cannot stream.
     """
 
-    def __init__(self, vae: Any, latent_shape: Any) -> None:
+    def __init__(self, vae: Any, latent_shape: Any, *, keep: bool = True) -> None:
         vae.throw_exception_if_invalid()
         try:
             self._decoder = StreamingDecoder(vae.first_stage_model, dtype=vae.vae_dtype, device=vae.device)
@@ -71,7 +72,7 @@ class FrameDecoder:
                 f"this VAE ({type(vae.first_stage_model).__name__}) cannot decode piece by piece; connect the Wan 2.1 "
                 f"VAE or LightVAE (lightvaew2_1), or use VAE Decode on the latent"
             ) from None
-        self._vae, self._shape, self._done = vae, tuple(latent_shape), 0
+        self._vae, self._shape, self._keep, self._done = vae, tuple(latent_shape), keep, 0
         self._frames: Tensor | None = None
 
     @property
@@ -84,6 +85,8 @@ class FrameDecoder:
     def add(self, latents: Tensor, *, normalised: bool) -> Tensor:
         """Decode the next latent frames [B, 16, f, h, w]; the new video frames [B, n, H, W, 3]."""
         pixels = self._decoder.decode(latents, normalised=normalised)
+        if not self._keep:
+            return pixels
         if self._frames is None:
             batch, _, frames, _, _ = self._shape
             self._frames = torch.empty(
@@ -96,7 +99,6 @@ class FrameDecoder:
         self._done += pixels.shape[1]
         return new
 
-    def images(self) -> Tensor:
-        """Every frame as an IMAGE batch [B · frames, H, W, 3], one video after the other."""
-        assert self._frames is not None
-        return self._frames.flatten(0, 1)
+    def images(self) -> Tensor | None:
+        """The frames so far as an IMAGE batch [B · frames, H, W, 3], one video after the other; None without any."""
+        return None if self._frames is None else self._frames[:, : self._done].flatten(0, 1)

@@ -1,5 +1,8 @@
 """The sampling nodes: the whole chunk-by-chunk run in one node, or as a SAMPLER for SamplerCustomAdvanced."""
 
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -11,18 +14,69 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
-from PIL import Image
 from torch import Tensor
 
-from ..lightforcing_core.rollout import Chunk, few_step_sigmas, seeded_noise
+from ..lightforcing_core.families import Family
+from ..lightforcing_core.rollout import Replay, few_step_sigmas, seeded_noise
+from ..lightforcing_core.run_state import RunState, save_run_state
 from ..lightforcing_core.schedule import Schedule
-from .chunk_sampler import ChunkSampler
+from .chunk_outputs import ChunkOutputs
+from .chunk_sampler import ChunkSampler, model_text
 from .decode import FrameDecoder
-from .patch import KEY, Settings, settings_of
+from .patch import KEY, settings_of
+from .per_chunk import numbers_per_chunk
 from .schedule import ScheduleType
+from .state import StateFile, StateType
+from .timeline import PromptChange, TimelineType
+from .video_output import VideoFiles, VideoOutput, VideoOutputType, graph_metadata
 
-PREVIEW_SIDE = 512
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
+HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
+# Runs of each node that were cut short: their results are kept, but the next queueing must not be answered with them.
+_CUT_SHORT: Counter[str | None] = Counter()
+
+
+def schedule_input() -> io.Input:
+    """The schedule socket of both nodes."""
+    return ScheduleType.Input(
+        "schedule",
+        optional=True,
+        tooltip="Chunks, window and sparsity from Light Forcing Schedule. Left open: the defaults of the model's "
+        "checkpoint family.",
+    )
+
+
+def timeline_input() -> io.Input:
+    """The timeline socket of both nodes."""
+    return TimelineType.Input(
+        "timeline",
+        optional=True,
+        tooltip="Prompts that take over later, from Light Forcing Prompt Timeline; the positive prompt holds from the "
+        "start.",
+    )
+
+
+def run_inputs() -> list[io.Input]:
+    """The options at the end of both nodes."""
+    return [
+        io.Combo.Input(
+            "replay",
+            options=["all", "window"],
+            default="all",
+            optional=True,
+            advanced=True,
+            tooltip="How a continued video is read again before it goes on. all: every frame, so that the result "
+            "equals one long run. window: only what is still visible; faster for long videos, close but not equal.",
+        ),
+        io.Boolean.Input(
+            "keep_finished",
+            default=True,
+            optional=True,
+            advanced=True,
+            tooltip="On: a run that is cancelled or runs out of memory returns its finished chunks, a shorter video, "
+            "and the nodes behind it run. Off: it ends there, as in other samplers, and the chunks are lost.",
+        ),
+    ]
 
 
 class LightForcingSampler(io.ComfyNode):
@@ -40,8 +94,7 @@ class LightForcingSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From Light Forcing Model Loader or Light Forcing Apply."),
                 io.Conditioning.Input(
-                    "positive",
-                    tooltip="What the video shows. There is no negative prompt: these checkpoints run at cfg 1.",
+                    "positive", tooltip="What the video shows, from its start until a timeline says otherwise."
                 ),
                 io.Latent.Input(
                     "latent",
@@ -55,24 +108,19 @@ class LightForcingSampler(io.ComfyNode):
                     max=MAX_SEED,
                     step=1,
                     control_after_generate=True,
-                    tooltip="The same seed gives the same video on every card. A longer video with the same seed "
+                    tooltip="The same seed gives the same noise on every card. A longer video with the same seed "
                     "starts the same.",
                 ),
                 io.Int.Input(
                     "steps",
-                    default=4,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=16,
                     step=1,
-                    tooltip="Denoising steps per chunk. 4 is what almost all checkpoints were trained with; only use "
-                    "1 or 2 with checkpoints made for it.",
+                    tooltip="Denoising steps per chunk. 0 takes what the checkpoint was trained with: 4 for almost "
+                    "all, 2 or 1 for Causal Forcing++ (which spends 4 on its first chunk).",
                 ),
-                ScheduleType.Input(
-                    "schedule",
-                    optional=True,
-                    tooltip="Chunks, window and sparsity from Light Forcing Schedule. Left open: the defaults of the "
-                    "model's checkpoint family.",
-                ),
+                schedule_input(),
                 io.Vae.Input(
                     "vae",
                     optional=True,
@@ -85,12 +133,56 @@ class LightForcingSampler(io.ComfyNode):
                     tooltip="What the video starts with, from VAE Encode: one image (frame-wise checkpoints), or the "
                     "end of another video to continue. It counts towards the length.",
                 ),
+                timeline_input(),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="What the video should not show; read only where cfg is not 1.",
+                ),
+                StateType.Input(
+                    "state",
+                    optional=True,
+                    tooltip="Light Forcing Save State: keep the run on disk after every chunk. Light Forcing Load "
+                    "State: go on with a run; then the seed, prompts, steps, schedule and start of this node are not "
+                    "read, they come from the file.",
+                ),
+                VideoOutputType.Input(
+                    "video_output",
+                    optional=True,
+                    tooltip="Light Forcing Video Output: frames go into a video file as they are made, and memory "
+                    "does not grow with the length. Needs vae.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="Strength of the prompt over the negative one. 1 for all distilled checkpoints; another "
+                    "value, for undistilled ones, doubles time and KV cache and needs negative.",
+                ),
+                io.String.Input(
+                    "chunk_seeds",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Seeds of single chunks, such as 4: 123, 7: 99 (the first chunk is 0). Those chunks and "
+                    "all behind them change, the ones before stay as they were.",
+                ),
+                *run_inputs(),
             ],
             outputs=[
                 io.Latent.Output(display_name="LATENT", tooltip="The whole video, start_latent included."),
                 io.Image.Output(display_name="IMAGE", tooltip="The decoded frames; needs vae."),
             ],
+            hidden=HIDDEN,
+            is_output_node=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        return _CUT_SHORT[cls.hidden.unique_id]
 
     @classmethod
     def execute(
@@ -103,6 +195,14 @@ class LightForcingSampler(io.ComfyNode):
         schedule: Schedule | None = None,
         vae: Any = None,
         start_latent: dict[str, Any] | None = None,
+        timeline: Sequence[PromptChange] = (),
+        negative: list | None = None,
+        state: StateFile | None = None,
+        video_output: VideoOutput | None = None,
+        cfg: float = 1.0,
+        chunk_seeds: str = "",
+        replay: Replay = "all",
+        keep_finished: bool = True,
     ) -> io.NodeOutput:
         settings = settings_of(model)
         if settings is None:
@@ -110,33 +210,77 @@ class LightForcingSampler(io.ComfyNode):
                 "this MODEL carries no Light Forcing patch; load it with Light Forcing Model Loader or put Light "
                 "Forcing Apply behind its loader"
             )
+        if video_output is not None and vae is None:
+            raise ValueError("video_output is connected, but no vae is there to make frames; connect Load VAE to vae")
         latents = empty_latents(model, latent)
-        initial = start_latent["samples"] if start_latent else None
-        sampler = ChunkSampler(schedule, initial_latents=initial)
-        frames = None
-        if vae is not None and latents.ndim == 5:
-            frames = FrameDecoder(vae, latents.shape)
-            model = model.clone()
-            model.set_additional_models(KEY, [vae.patcher])
-            sampler.extra_bytes = frames.bytes_needed
-            sampler.on_chunk = ChunkViewer(frames, initial)
+        run = state.continued(latents.shape) if state else None
+        if run is not None:
+            run.check_model(model_text(model))
+        initial = start_latent["samples"] if start_latent and run is None else None
+        seeds = numbers_per_chunk(chunk_seeds, "chunk_seeds", int, lists=False)
+        told: list[str] = []
+        sampler = ChunkSampler(
+            schedule,
+            initial_latents=initial,
+            timeline=timeline,
+            chunk_seeds=seeds,
+            replay=replay,
+            run=run,
+            keep_finished=keep_finished,
+            on_cut=told.append,
+        )
         guider = comfy.samplers.CFGGuider(model)
         guider.inner_set_conds({"positive": positive})
-        sigmas = torch.tensor(few_step_sigmas(denoising_steps(settings, steps), settings.family.shift))
-        video = guider.sample(
-            starting_noise(latents, seed, sampler, settings),
-            latents,
-            sampler,
-            sigmas,
-            denoise_mask=latent.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, steps),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
+        if run is None and cfg != 1.0:
+            guider.set_cfg(cfg)
+            guider.inner_set_conds({"negative": negative or []})
+        levels = run.sigmas if run else few_step_sigmas(denoising_steps(settings.family, steps), settings.family.shift)
+        frames = files = None
+        with contextlib.ExitStack() as stack:
+            if vae is not None and latents.ndim == 5:
+                keep = video_output is None or video_output.keep_images
+                frames = FrameDecoder(vae, latents.shape, keep=keep)
+                sampler.extra_bytes = frames.bytes_needed
+                guider.model_patcher = with_vae(model, vae)
+                guider.model_options = guider.model_patcher.model_options
+                if video_output is not None:
+                    files = stack.enter_context(video_files(video_output, latents, cls))
+                before = run.latents if run else initial
+                outputs = ChunkOutputs(frames, before, normalised=run is not None, files=files)
+                sampler.on_chunk = outputs
+            if state is not None:
+                path = stack.enter_context(state.opened())
+                sampler.on_state = lambda run: save_run_state(run, path)
+            if run is not None and run.is_complete:
+                video = finished_video(model, run)
+                if frames is not None:
+                    comfy.model_management.load_models_gpu([vae.patcher], memory_required=frames.bytes_needed)
+                    outputs.add_before(latents.shape[0])
+            else:
+                video = guider.sample(
+                    starting_noise(latents, seed, sampler, settings.family),
+                    latents,
+                    sampler,
+                    torch.tensor(levels),
+                    denoise_mask=latent.get("noise_mask"),
+                    callback=latent_preview.prepare_callback(model, len(levels) - 1),
+                    disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+                    seed=seed,
+                )
+            if told and files is not None:
+                files.cut_short(told[0])
+        if told:
+            _CUT_SHORT[cls.hidden.unique_id] += 1
+            tell(cls, told[0])
         made = {"samples": video.to(comfy.model_management.intermediate_device())}
-        if frames is None:
-            return io.NodeOutput(made, ExecutionBlocker("Light Forcing Sampler makes frames only with a vae connected"))
-        return io.NodeOutput(made, frames.images())
+        images = None if frames is None else frames.images()
+        if images is None:
+            images = ExecutionBlocker(
+                "Light Forcing Sampler makes frames only with a vae connected"
+                if frames is None
+                else "IMAGE is empty: turn on keep_images of Light Forcing Video Output"
+            )
+        return io.NodeOutput(made, images, ui=shown(files, told))
 
 
 class LightForcingSamplerSelect(io.ComfyNode):
@@ -151,41 +295,46 @@ class LightForcingSamplerSelect(io.ComfyNode):
             description="The chunk-by-chunk sampler for SamplerCustomAdvanced. Use it with a patched model, "
             "BasicGuider, and BasicScheduler (simple, 4 steps).",
             inputs=[
-                ScheduleType.Input(
-                    "schedule",
-                    optional=True,
-                    tooltip="Chunks, window and sparsity from Light Forcing Schedule. Left open: the defaults of the "
-                    "model's checkpoint family.",
-                ),
+                schedule_input(),
                 io.Latent.Input(
                     "start_latent",
                     optional=True,
                     tooltip="What the video starts with, from VAE Encode. It counts towards the length.",
                 ),
+                timeline_input(),
+                *run_inputs(),
             ],
             outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustomAdvanced.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, schedule: Schedule | None = None, start_latent: dict[str, Any] | None = None) -> io.NodeOutput:
-        return io.NodeOutput(ChunkSampler(schedule, initial_latents=start_latent["samples"] if start_latent else None))
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        return _CUT_SHORT[cls.hidden.unique_id]
 
+    @classmethod
+    def execute(
+        cls,
+        schedule: Schedule | None = None,
+        start_latent: dict[str, Any] | None = None,
+        timeline: Sequence[PromptChange] = (),
+        replay: Replay = "all",
+        keep_finished: bool = True,
+    ) -> io.NodeOutput:
+        node_id = cls.hidden.unique_id
 
-class ChunkViewer:
-    """Decodes finished chunks and shows their last frame on the node; the start latents are decoded first."""
+        def on_cut(reason: str) -> None:
+            _CUT_SHORT[node_id] += 1
 
-    def __init__(self, frames: FrameDecoder, initial: Tensor | None) -> None:
-        self._frames, self._initial = frames, initial
-        self._progress = comfy.utils.ProgressBar(1)
-
-    def __call__(self, chunk: Chunk, done: int, total: int) -> None:
-        if self._initial is not None:
-            batch = chunk.latents.shape[0]
-            self._frames.add(self._initial.expand(batch, -1, -1, -1, -1), normalised=False)
-            self._initial = None
-        last = self._frames.add(chunk.latents, normalised=True)[0, -1]
-        picture = Image.fromarray((last.float().cpu() * 255).round().to(torch.uint8).numpy())
-        self._progress.update_absolute(done, total, ("JPEG", picture, PREVIEW_SIDE))
+        sampler = ChunkSampler(
+            schedule,
+            initial_latents=start_latent["samples"] if start_latent else None,
+            timeline=timeline,
+            replay=replay,
+            keep_finished=keep_finished,
+            on_cut=on_cut,
+        )
+        return io.NodeOutput(sampler)
 
 
 def empty_latents(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
@@ -194,22 +343,65 @@ def empty_latents(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], spatial, temporal)
 
 
-def denoising_steps(settings: Settings, steps: int) -> list[int]:
+def with_vae(model: ModelPatcher, vae: Any) -> ModelPatcher:
+    """A clone that brings the VAE along when it is loaded."""
+    clone = model.clone()
+    clone.set_additional_models(KEY, [vae.patcher])
+    return clone
+
+
+def denoising_steps(family: Family, steps: int) -> Sequence[int]:
     """The unwarped step list on the 1000 scale: the family's own, or `steps` evenly spaced ones."""
-    own = settings.family.denoising_steps
-    return list(own) if len(own) == steps else [round(1000 * (steps - step) / steps) for step in range(steps)]
+    own = family.denoising_steps
+    return own if steps in (0, len(own)) else [round(1000 * (steps - step) / steps) for step in range(steps)]
 
 
-def starting_noise(latents: Tensor, seed: int, sampler: ChunkSampler, settings: Settings) -> Tensor:
+def starting_noise(latents: Tensor, seed: int, sampler: ChunkSampler, family: Family) -> Tensor:
     """Draw 0 of every chunk, [B, 16, frames, h, w]; it depends on the seed and the chunk only."""
     if latents.ndim != 5:
         return torch.zeros_like(latents)  # refused by the sampler's checks
-    schedule = sampler.schedule or Schedule.of_family(settings.family, latents.shape[2])
-    initial = 0 if sampler.initial_latents is None else sampler.initial_latents.shape[2]
-    draw = seeded_noise(seed)
-    batch, channels, _, height, width = latents.shape
-    pieces = [
-        draw(index, 0, (batch, channels, length, height, width))
-        for index, length in enumerate(schedule.chunk_lengths(initial))
-    ]
-    return torch.cat(pieces, dim=2)[:, :, : latents.shape[2]]
+    batch, channels, frames, height, width = latents.shape
+    if sampler.run is not None:
+        lengths, draw = sampler.run.chunk_lengths(), seeded_noise(sampler.run.seed, sampler.run.chunk_seeds)
+    else:
+        schedule = sampler.schedule or Schedule.of_family(family, frames)
+        initial = 0 if sampler.initial_latents is None else sampler.initial_latents.shape[2]
+        lengths, draw = schedule.chunk_lengths(initial), seeded_noise(seed, sampler.chunk_seeds)
+    pieces = [draw(index, 0, (batch, channels, length, height, width)) for index, length in enumerate(lengths)]
+    return torch.cat(pieces, dim=2)[:, :, :frames]
+
+
+def finished_video(model: ModelPatcher, run: RunState) -> Tensor:
+    """The latents of a run to which nothing is missing, in the VAE's space."""
+    return model.model.process_latent_out(run.latents)
+
+
+def video_files(output: VideoOutput, latents: Tensor, node: type[io.ComfyNode]) -> VideoFiles:
+    """The files that a run's frames are written to, with the graph in them."""
+    hidden = node.hidden
+    return VideoFiles(
+        output,
+        batch=latents.shape[0],
+        height=8 * latents.shape[3],
+        width=8 * latents.shape[4],
+        metadata=graph_metadata(hidden.prompt, hidden.extra_pnginfo),
+    )
+
+
+def shown(files: VideoFiles | None, told: list[str]) -> dict[str, Any] | None:
+    """What the node shows when it is done: the video files, and why the run ended early."""
+    found: dict[str, Any] = {}
+    if files is not None:
+        found |= {"images": files.shown(), "animated": (True,)}
+    if told:
+        found["text"] = tuple(told)
+    return found or None
+
+
+def tell(node: type[io.ComfyNode], text: str) -> None:
+    """Write a line on the node while it is still on the screen."""
+    from server import PromptServer  # the running server; imported here because scripts use the nodes without one
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node.hidden.unique_id is not None:
+        server.send_progress_text(text, node.hidden.unique_id)

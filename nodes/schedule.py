@@ -13,6 +13,7 @@ from ..lightforcing_core.growth import CURVES
 from ..lightforcing_core.report import plot_schedule
 from ..lightforcing_core.schedule import Schedule, latent_frames_of
 from .patch import settings_of
+from .per_chunk import numbers_per_chunk
 
 ScheduleType = io.Custom("LIGHTFORCING_SCHEDULE")
 AUTO, DENSE, CUSTOM = "auto", "dense", "custom"
@@ -136,6 +137,13 @@ def custom_inputs() -> list[io.Input]:
             step=1,
             tooltip="Chunks at the start that skip nothing: errors made there are inherited by the whole video.",
         ),
+        io.String.Input(
+            "sparsity",
+            default="",
+            optional=True,
+            tooltip="Sparsity of single chunks instead of the curve's, such as 3: 0.5, 7: 0.8 or a plain list from "
+            "chunk 0 on. The target then holds for the curve without them. Empty: the curve alone.",
+        ),
     ]
 
 
@@ -145,7 +153,11 @@ def schedule_from(length: int, preset: dict[str, Any], model: ModelPatcher | Non
     name = preset.pop("preset")
     if name == CUSTOM:
         target, window = preset.pop("target"), preset.pop("window")
-        return Schedule(frames, window=window or None, target=target or None, title=CUSTOM, **preset)
+        own = numbers_per_chunk(preset.pop("sparsity", None) or "", "sparsity", float, lists=True)
+        overrides = tuple(sorted(own.items()))
+        return Schedule(
+            frames, window=window or None, target=target or None, title=CUSTOM, overrides=overrides, **preset
+        )
     if name in FAMILIES:
         return Schedule.of_family(FAMILIES[name], frames)
     settings = settings_of(model) if model is not None else None

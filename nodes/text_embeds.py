@@ -9,9 +9,8 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from ..lightforcing_core.output_files import prepare_folder, whole_file
+from ..lightforcing_core.tensor_files import write_tensors
 
 FOLDER = "text_embeds"
 FORMAT = "light_forcing_text_embeds"
@@ -109,9 +108,7 @@ def save_embeds(path: Path, conditioning: list) -> None:
         entries.append(entry)
     if not tensors:
         raise ValueError("the prompt holds no text embedding; connect the output of CLIP Text Encode")
-    prepare_folder(path.parent, bytes_needed=sum(tensor.nbytes for tensor in tensors.values()))
-    with whole_file(path) as partial:
-        save_file(tensors, partial, metadata={"format": FORMAT, "entries": json.dumps(entries)})
+    write_tensors(path, tensors, {"format": FORMAT, "entries": json.dumps(entries)})
 
 
 def load_embeds(path: Path) -> list:
@@ -119,7 +116,8 @@ def load_embeds(path: Path) -> list:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            # Copies, since tensors lie in the file at any address, and how a matrix product rounds can depend on it.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; save the prompt again") from error
     if metadata.get("format") != FORMAT:

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lightforcing.lightforcing_core import run_state
+from lightforcing.lightforcing_core import run_state, tensor_files
 from lightforcing.lightforcing_core.attention import AttentionOptions
 from lightforcing.lightforcing_core.output_files import OutputError
 from lightforcing.lightforcing_core.rollout import Chunk, few_step_sigmas, rollout, seeded_noise
@@ -339,7 +339,7 @@ class TestFullDisk:
             partial.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        monkeypatch.setattr(run_state, "save_file", half)
+        monkeypatch.setattr(tensor_files, "save_file", half)
         with pytest.raises(OutputError, match=r"state\.safetensors.*No space left.*unharmed"):
             save_run_state(filled(start()), path)
         assert load_run_state(path).finished == ()
@@ -358,7 +358,7 @@ class TestFullDisk:
         assert os.listdir(tmp_path) == []
 
     def test_too_little_space_is_an_error_before_the_write(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(run_state, "save_file", pytest.fail)
+        monkeypatch.setattr(tensor_files, "save_file", pytest.fail)
         usage = type("Usage", (), {"free": 10})
         monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
         with pytest.raises(OutputError, match="needed; free some space"):

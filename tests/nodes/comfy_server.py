@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import time
@@ -45,7 +46,9 @@ class ComfyServer:
         self.base, self.output = base, base / "output"
         for folder in ("models", "input", "output", "custom_nodes"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        (base / "custom_nodes" / pack_folder).symlink_to(pack, target_is_directory=True)
+        link = base / "custom_nodes" / pack_folder
+        if not link.is_symlink():
+            link.symlink_to(pack, target_is_directory=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -88,6 +91,11 @@ class ComfyServer:
             self.process.kill()
             self.process.wait()
 
+    def kill(self) -> None:
+        """End the process at once, as a crash or a power cut would."""
+        self.process.kill()
+        self.process.wait()
+
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return json.load(answer)
@@ -98,11 +106,12 @@ class ComfyServer:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.read()
 
-    def queue(self, prompt: dict[str, Any]) -> str:
-        """Submit an API prompt; its id. Raises Refused with the server's errors."""
+    def queue(self, prompt: dict[str, Any], workflow: dict[str, Any] | None = None) -> str:
+        """Submit an API prompt, and the canvas it comes from; its id. Raises Refused with the server's errors."""
         prompt_id = str(uuid.uuid4())
+        canvas = {"extra_data": {"extra_pnginfo": {"workflow": workflow}}} if workflow else {}
         try:
-            self.post("/prompt", {"prompt": prompt, "prompt_id": prompt_id})
+            self.post("/prompt", {"prompt": prompt, "prompt_id": prompt_id, **canvas})
         except urllib.error.HTTPError as error:
             if error.code == 400:
                 raise Refused(json.load(error)) from None
@@ -124,8 +133,8 @@ class ComfyServer:
             time.sleep(0.05)
         raise TimeoutError(f"prompt {prompt_id} took more than {seconds} s:\n{self.log()[-4000:]}")
 
-    def run(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        return self.wait(self.queue(prompt))
+    def run(self, prompt: dict[str, Any], workflow: dict[str, Any] | None = None) -> dict[str, Any]:
+        return self.wait(self.queue(prompt, workflow))
 
     def files(self, entry: dict[str, Any]) -> list[Path]:
         """Paths of every file that the run's output nodes saved, in node order."""
@@ -172,6 +181,16 @@ class ComfyServer:
                 return
             time.sleep(0.1)
         raise TimeoutError(f"no line with {parts} within {seconds} s:\n{self.log()[start:][-2000:]}")
+
+    def wait_for_steps(self, least: int, total: int, since: int, seconds: float = 120) -> None:
+        """Wait until a progress bar that came after position `since` of the log shows `least` of `total` steps."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            done = re.findall(rf"Light Forcing: .*?(\d+)/{total} \[", self.log()[since:].replace("\r", "\n"))
+            if done and int(done[-1]) >= least:
+                return
+            time.sleep(0.1)
+        raise TimeoutError(f"fewer than {least} of {total} steps within {seconds} s:\n{self.log()[since:][-2000:]}")
 
     def was_interrupted(self, prompt_id: str) -> bool:
         """Wait for the prompt's end; whether an interrupt ended it."""

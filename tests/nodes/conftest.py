@@ -18,7 +18,7 @@ from lightforcing.lightforcing_core.wan import random_state_dict
 from lightforcing.lightforcing_core.wan_vae import random_vae_state_dict
 
 from .comfy_server import ComfyServer, environment
-from .graphs import EMBEDS
+from .graphs import EMBEDS, OTHER_EMBEDS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -55,6 +55,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plain = random_state_dict(dim=256, ffn_dim=512, layers=2, text_dim=TEXT_DIM, seed=2)
     container = {"generator": _prefixed("model.", plain), "generator_ema": _prefixed("model.", dit)}
     torch.save(container, folders["diffusion_models"] / "self_forcing_dmd.pt")
+    torch.save({"generator_ema": container["generator_ema"]}, folders["diffusion_models"] / "long_video_gen.pt")
     save_file(dit, folders["diffusion_models"] / "causal_forcing-framewise.safetensors")
     i2v = random_state_dict(dim=256, ffn_dim=512, layers=2, text_dim=TEXT_DIM, seed=1)
     i2v["patch_embedding.weight"] = torch.randn(256, 36, 1, 2, 2) * 0.1
@@ -63,9 +64,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     whole = (folders["diffusion_models"] / "tiny_wan.safetensors").read_bytes()
     (folders["diffusion_models"] / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
     save_file(random_vae_state_dict(dim=8, seed=3), folders["vae"] / "tiny_lightvae.safetensors")
-    cond = torch.randn(1, 12, TEXT_DIM, generator=torch.Generator().manual_seed(5))
     metadata = {"format": "light_forcing_text_embeds", "entries": json.dumps([{"pooled_output": None}])}
-    save_file({"0.cond": cond}, folders["text_embeds"] / EMBEDS, metadata=metadata)
+    for seed, name in ((5, EMBEDS), (6, OTHER_EMBEDS)):
+        cond = torch.randn(1, 12, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+        save_file({"0.cond": cond}, folders["text_embeds"] / name, metadata=metadata)
     generator = torch.Generator().manual_seed(4)
     lora = {}
     for layer in range(2):

@@ -5,7 +5,7 @@ import itertools
 from safetensors.torch import load_file
 
 WIDTH, HEIGHT, LENGTH = 96, 64, 21
-EMBEDS = "panda.safetensors"
+EMBEDS, OTHER_EMBEDS = "panda.safetensors", "rain.safetensors"
 RUNS = itertools.count()  # a server that has every node cached lists no files: each prompt saves under its own name
 
 
@@ -57,9 +57,32 @@ def schedule(length=LENGTH, preset="custom", model=None, **inputs):
         "curve": "inverse_sqrt",
         "dense_chunks": 1,
     }
-    dotted = {f"preset.{name}": inputs.get(name, value) for name, value in custom.items()} if preset == "custom" else {}
+    dotted = {f"preset.{name}": value for name, value in {**custom, **inputs}.items()} if preset == "custom" else {}
     connected = {"model": model} if model else {}
     return {"class_type": "LightForcingSchedule", "inputs": {"length": length, "preset": preset, **dotted, **connected}}
+
+
+def text(name=EMBEDS):
+    return {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": name}}
+
+
+def change(start, switch="hard", blend_chunks=2, positive="other", before=None):
+    inputs = {"positive": link(positive), "start": start, "switch": switch, "blend_chunks": blend_chunks}
+    chained = {"timeline": link(before)} if before else {}
+    return {"class_type": "LightForcingPromptTimeline", "inputs": {**inputs, **chained}}
+
+
+def save_state(name="run"):
+    return {"class_type": "LightForcingSaveState", "inputs": {"name": name}}
+
+
+def load_state(file):
+    return {"class_type": "LightForcingLoadState", "inputs": {"file": file}}
+
+
+def video_output(prefix, **inputs):
+    defaults = {"format": "mp4", "crf": -1, "fps": 16.0, "keep_images": False}
+    return {"class_type": "LightForcingVideoOutput", "inputs": {"filename_prefix": prefix, **defaults, **inputs}}
 
 
 def latents_of(server, prompt):
@@ -72,7 +95,7 @@ def graph(models, *, latent=None, vae=False, seed=3, **sampler):
     """A prompt whose `models` end in node "model"; the sampler's latent is saved, its frames too with a VAE."""
     prompt = {
         **models,
-        "text": {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": EMBEDS}},
+        "text": text(),
         "latent": latent or empty(),
         "sampler": {
             "class_type": "LightForcingSampler",

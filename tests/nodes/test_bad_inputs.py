@@ -6,7 +6,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from .graphs import EMBEDS, apply, core_loader, empty, graph, link, loader, schedule
+from .graphs import (
+    EMBEDS,
+    OTHER_EMBEDS,
+    apply,
+    change,
+    core_loader,
+    empty,
+    graph,
+    link,
+    load_state,
+    loader,
+    save_state,
+    schedule,
+    text,
+    video_output,
+)
 
 
 class Payload:
@@ -45,15 +60,15 @@ def bad_files(models):
     for name, value in (("nan", float("nan")), ("full", 1.0)):
         latent = {"latent_tensor": torch.full((1, 16, 6, 8, 12), value), "latent_format_version_0": torch.zeros(0)}
         save_file(latent, models / "input" / f"{name}.latent")
+    states = models / "output" / "light_forcing" / "bad"
+    states.mkdir(parents=True)
+    save_file({"weight": torch.zeros(2)}, states / "foreign.safetensors")
+    (states / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     return trap
 
 
 def load_latent(name):
     return {"class_type": "LoadLatent", "inputs": {"latent": name}}
-
-
-def text(name):
-    return {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": name}}
 
 
 def with_schedule(length=21, models=None, **inputs):
@@ -76,10 +91,11 @@ def masked():
     return prompt
 
 
-def strong_cfg():
+def two_strengths():
     prompt = graph({"model": loader()})
-    both = {"positive": link("text"), "negative": link("text")}
-    prompt["guider"] = {"class_type": "CFGGuider", "inputs": {"model": link("model"), "cfg": 3.0, **both}}
+    conds = {"cond1": link("text"), "cond2": link("text"), "negative": link("text")}
+    strengths = {"cfg_conds": 3.0, "cfg_cond2_negative": 2.0, "style": "regular"}
+    prompt["guider"] = {"class_type": "DualCFGGuider", "inputs": {"model": link("model"), **conds, **strengths}}
     prompt["noise"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": 1}}
     prompt["select"] = {"class_type": "LightForcingSamplerSelect", "inputs": {}}
     prompt["sigmas"] = {
@@ -95,13 +111,25 @@ def strong_cfg():
 
 
 def partial_denoise():
-    prompt = strong_cfg()
+    prompt = two_strengths()
     prompt["guider"] = {
         "class_type": "BasicGuider",
         "inputs": {"model": link("model"), "conditioning": link("text")},
     }
     prompt["sigmas"]["inputs"]["denoise"] = 0.5
     return prompt
+
+
+def with_timeline(*starts):
+    nodes, before = {"other": text(OTHER_EMBEDS)}, None
+    for number, start in enumerate(starts):
+        nodes[f"change {number}"] = change(start, before=before)
+        before = f"change {number}"
+    return {**graph({"model": loader()}, timeline=link(before)), **nodes}
+
+
+def with_state(state, **options):
+    return {**graph({"model": loader()}, state=link("state"), **options), "state": state}
 
 
 def saved_as(name):
@@ -161,7 +189,22 @@ CASES = {
         ["96×64", "64×64"],
     ),
     "noise mask": (masked, ["mask"]),
-    "cfg": (strong_cfg, ["cfg 3.0"]),
+    "a guider with two strengths": (two_strengths, ["DualCFG", "CFGGuider"]),
+    "cfg without a negative prompt": (lambda: graph({"model": loader()}, cfg=3.0), ["cfg 3", "negative prompt"]),
+    "two prompts on one chunk": (lambda: with_timeline(0.6, 0.8), ["0.8 s", "chunk 1 (0.56 to 1.31 s)", "0.6 s"]),
+    "a prompt on the first chunk": (lambda: with_timeline(0.2), ["0.2 s", "chunk 0", "own prompt"]),
+    "a prompt behind the end": (lambda: with_timeline(9.0), ["9 s", "ends at 1.31 s", "longer"]),
+    "seeds that are no numbers": (lambda: graph({"model": loader()}, chunk_seeds="1: x"), ["chunk_seeds", "'1: x'"]),
+    "seed without a chunk": (lambda: graph({"model": loader()}, chunk_seeds="12"), ["chunk_seeds", "4: 123"]),
+    "sparsity of a chunk that is not there": (lambda: with_schedule(sparsity="7: 0.5"), ["chunk 7", "0 to 1"]),
+    "sparsity above 1": (lambda: with_schedule(sparsity="1: 1.5"), ["sparsity 1.5", "chunk 1"]),
+    "video file without a VAE": (
+        lambda: {**graph({"model": loader()}, video_output=link("video")), "video": video_output("video/x")},
+        ["video_output", "connect Load VAE"],
+    ),
+    "state name outside the folder": (lambda: with_state(save_state("../../escape")), ["../../escape"]),
+    "state that is none": (lambda: with_state(load_state("bad/foreign.safetensors")), ["foreign", "no run state"]),
+    "state cut in two": (lambda: with_state(load_state("bad/cut.safetensors")), ["cut.safetensors", "cut short"]),
     "partial denoise": (partial_denoise, ["sigmas", "denoise 1"]),
 }
 

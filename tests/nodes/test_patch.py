@@ -29,6 +29,11 @@ def test_other_wrappers_still_run_once_per_forward(facts):
     assert facts["forwards"] == 2 * 4 + 1  # two chunks of four steps, and one clean pass between them
 
 
+def test_replay_of_the_window_reads_only_what_is_visible(facts):
+    """Four given chunks and one new: all of them, or the sink's, the last and the one that is partly visible."""
+    assert facts["forwards to continue"] == {"all": 4 + 4, "window": 3 + 4}
+
+
 CONFLICTS = (
     "easycache",
     "lazycache",

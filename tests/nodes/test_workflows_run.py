@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lightforcing.lightforcing_core.video_file import VideoWriter
 from lightforcing.lightforcing_core.workflow_form import ui_to_api
 
-from .graphs import EMBEDS, HEIGHT, LENGTH, WIDTH
+from .graphs import EMBEDS, HEIGHT, OTHER_EMBEDS, WIDTH, text
 
+NAMES = ("text_to_video_5s", "image_to_video", "long_video_60s", "continue_video", "prompt_timeline")
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+LENGTH, GIVEN = 33, 9  # video frames: three chunks in all, one to continue from
 SIZES = {"Length": LENGTH, "Width": WIDTH, "Height": HEIGHT}
 
 
@@ -22,12 +25,15 @@ def tiny_prompt(models):
     """A workflow's API form at a tiny size, its text encoder replaced by a stored embedding."""
     pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(models / "input" / "example.png")
+    clip = np.random.default_rng(1).integers(0, 256, (GIVEN, 90, 120, 3), dtype=np.uint8)
+    with VideoWriter(models / "input" / "example.mp4", height=90, width=120, fps=16) as video:
+        video.write(clip)
 
     def build(prompt):
         for node_id, node in list(prompt.items()):
             kind, inputs = node["class_type"], node["inputs"]
             if kind == "CLIPTextEncode":
-                prompt[node_id] = {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": EMBEDS}}
+                prompt[node_id] = text(OTHER_EMBEDS if "from" in node["_meta"]["title"] else EMBEDS)
             elif kind == "CLIPLoader":
                 del prompt[node_id]
             elif kind == "VAELoader":
@@ -37,6 +43,8 @@ def tiny_prompt(models):
                 inputs |= {name: size for name, size in sizes.items() if isinstance(inputs[name], int)}
             elif kind == "PrimitiveInt":
                 inputs["value"] = SIZES[node["_meta"]["title"].split()[0]]
+            elif kind == "LightForcingPromptTimeline":
+                inputs["start"] /= 7
         return prompt
 
     return build
@@ -50,7 +58,7 @@ def probe(path):
         return len(frames), frames[0].shape[1], frames[0].shape[0], Fraction(stream.average_rate)
 
 
-@pytest.mark.parametrize("name", ["text_to_video_5s", "image_to_video"])
+@pytest.mark.parametrize("name", NAMES)
 def test_workflow_makes_a_playable_video(server, tiny_prompt, name):
     prompt = tiny_prompt(json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8")))
     (path,) = [path for path in server.files(server.run(prompt)) if path.suffix == ".mp4"]
@@ -75,7 +83,7 @@ def test_video_starts_with_the_image(server, tiny_prompt):
     assert abs(frames[-1] - start).max() > 10
 
 
-@pytest.mark.parametrize("name", ["text_to_video_5s", "image_to_video"])
+@pytest.mark.parametrize("name", NAMES)
 def test_canvas_form_becomes_the_api_form(server, name):
     document = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))

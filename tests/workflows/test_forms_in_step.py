@@ -31,7 +31,7 @@ def as_api(name):
         for slot in node["inputs"]:
             if "widget" in slot:
                 inputs[slot["name"]] = values.pop(0)
-                if values and values[0] in CANVAS_ONLY and slot["name"] in ("seed", "value", "image"):
+                if values and values[0] in CANVAS_ONLY and slot["name"] in ("seed", "value", "image", "file"):
                     values.pop(0)
             if slot["link"] is not None:
                 inputs[slot["name"]] = links[slot["link"]]
@@ -40,8 +40,8 @@ def as_api(name):
     return prompt
 
 
-def test_both_workflows_are_there():
-    assert {"text_to_video_5s", "image_to_video"} <= set(NAMES)
+def test_every_workflow_is_there_in_both_forms():
+    assert {"text_to_video_5s", "image_to_video", "long_video_60s", "continue_video", "prompt_timeline"} <= set(NAMES)
     assert sorted(path.stem for path in (FOLDER / "api").glob("*.json")) == NAMES
 
 

@@ -53,6 +53,15 @@ counted.add_wrapper(WrappersMP.APPLY_MODEL, count)
 facts["wrapped result unchanged"] = torch.equal(first, host.sample(counted, ours(), noise))
 facts["forwards"] = len(calls)
 
+facts["forwards to continue"] = {}
+for replay in ("all", "window"):
+    calls.clear()
+    plan = schedules.Schedule(15, 3, window=6, sink_frames=1)
+    given = host.noise_of((1, 16, 12, 8, 12))
+    sampler = chunk_sampler.ChunkSampler(plan, initial_latents=given, replay=replay)
+    host.sample(counted, sampler, host.noise_of((1, 16, 15, 8, 12)))
+    facts["forwards to continue"][replay] = len(calls)
+
 
 # Patches that would be dropped, each refused by its name; when applied, and when they come later.
 def easycache(m):

@@ -1,0 +1,143 @@
+"""Reasons to decline: what a rollout cannot follow, as a sentence that names the way out, or None.
+
+Also what to say when memory runs out, with numbers.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..lightforcing_core.run_state import RunState
+from .patch import LATENT_CHANNELS
+
+UNUSED_BY_T2V = (
+    "area",
+    "clip_vision_output",
+    "concat_latent_image",
+    "concat_mask",
+    "context_latents",
+    "control",
+    "gligen",
+    "mask",
+    "reference_latents",
+    "time_dim_concat",
+    "timestep_end",
+    "timestep_start",
+    "start_percent",
+    "end_percent",
+    "vace_frames",
+)
+
+
+def unsuitable_guider(guider: Any) -> str | None:
+    """Why the guider's prompts or strength cannot drive a rollout, or None."""
+    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+        return (
+            f"the guider {type(guider).__name__} runs the model in a way of its own, which the KV cache cannot follow; "
+            f"use BasicGuider or CFGGuider"
+        )
+    if guider.model_options.get("disable_cfg1_optimization") and guider.conds.get("negative"):
+        return "a patch forces the negative prompt at cfg 1 (disable_cfg1_optimization); remove the node that adds it"
+    if guider.cfg != 1.0:
+        if not guider.conds.get("negative"):
+            return f"cfg {guider.cfg:g} needs a negative prompt; connect one, or set cfg to 1"
+        reason = unsuitable_prompt("negative prompt", guider.conds["negative"], may_be_empty=True)
+        if reason:
+            return reason
+    return unsuitable_prompt("positive prompt", guider.conds.get("positive") or [])
+
+
+def unsuitable_prompt(name: str, parts: Sequence[Mapping[str, Any]], *, may_be_empty: bool = False) -> str | None:
+    """Why CONDITIONING, as a list of mappings, cannot be followed by a rollout, or None."""
+    if len(parts) != 1:
+        return f"the {name} has {len(parts)} parts; a rollout follows exactly one: do not combine prompts"
+    text = parts[0].get("cross_attn")
+    if text is None or text.ndim != 3 or not text.shape[1]:
+        return f"the {name} holds no text embedding; connect CLIP Text Encode with a Wan (umt5) text encoder"
+    if not torch.isfinite(text).all():
+        return f"the {name}'s embedding holds NaN or infinity; encode the text again"
+    if not may_be_empty and int((text.abs().amax(-1) > 0).sum(1).min()) < 2:
+        return f"the {name} is empty; write what the video should show"
+    unused = [field for field in UNUSED_BY_T2V if parts[0].get(field) is not None]
+    if unused:
+        return f"the {name} carries {', '.join(unused)}, which a rollout cannot follow; remove that node"
+    return None
+
+
+def unsuitable_latents(latents: Tensor, initial: Tensor | None) -> str | None:
+    """Why the latents cannot be filled by a rollout, or None."""
+    for name, tensor in (("latent", latents), ("start_latent", initial)):
+        if tensor is None:
+            continue
+        if tensor.ndim != 5 or tensor.shape[1] != LATENT_CHANNELS:
+            return (
+                f"the {name} has shape {list(tensor.shape)}, not [batch, {LATENT_CHANNELS}, frames, height, width]; "
+                f"use Empty AR Video Latent, or a Wan 2.1 VAE to encode"
+            )
+        if not torch.isfinite(tensor).all():
+            return f"the {name} holds NaN or infinity; encode or create it again"
+    height, width = 8 * latents.shape[3], 8 * latents.shape[4]
+    for side, size in (("height", height), ("width", width)):
+        if size % 16:
+            return f"{side} {size} is not a multiple of 16; use {size // 16 * 16 or 16} or {size // 16 * 16 + 16}"
+    if torch.count_nonzero(latents):
+        return (
+            "the latent is not empty, but a rollout starts from noise; connect an empty video latent here and "
+            "the encoded frames to start_latent"
+        )
+    if initial is None:
+        return None
+    if initial.shape[3:] != latents.shape[3:]:
+        return (
+            f"start_latent is {8 * initial.shape[4]}×{8 * initial.shape[3]} and the video {width}×{height}; "
+            f"resize the start image to the video's size before encoding it"
+        )
+    if initial.shape[2] >= latents.shape[2]:
+        return (
+            f"start_latent already fills {initial.shape[2]} of the video's {latents.shape[2]} latent frames; "
+            f"make the video longer"
+        )
+    if initial.shape[0] not in (1, latents.shape[0]):
+        return f"start_latent is a batch of {initial.shape[0]}, the video one of {latents.shape[0]}; use 1 or the same"
+    return None
+
+
+def unsuitable_sigmas(sigmas: Tensor) -> str | None:
+    """Why a list of noise levels cannot drive a rollout, or None."""
+    values = [round(float(sigma), 4) for sigma in sigmas]
+    falling = all(a > b for a, b in itertools.pairwise(values))
+    if len(values) < 2 or values[0] < 0.999 or values[-1] != 0.0 or not falling:
+        return (
+            f"sigmas {values} do not fall from 1 to 0; use BasicScheduler with simple, 4 steps and denoise 1 "
+            f"on the patched MODEL"
+        )
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the card or beside it."""
+    told = isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    return told or isinstance(error, MemoryError) or comfy.model_management.is_oom(error)
+
+
+def memory_advice(state: RunState, cache_bytes: int, *, decoding: bool) -> str:
+    """What to lower, and by how much, after a run of `state` ran out of memory; cache_bytes: its KV cache."""
+    batch, _, frames, h, w = state.latent_shape
+    smaller = "×".join(str(max(16, round(8 * side * 0.866 / 16) * 16)) for side in (w, h))
+    ways = [f"the size from {8 * w}×{8 * h} to {smaller} (a quarter less of everything)"]
+    if batch > 1:
+        ways.insert(0, f"the batch from {batch} to {batch // 2}")
+    visible = min(state.window or frames, frames)
+    window = max(visible * 3 // 4, state.sink_frames + state.frames_per_chunk)
+    if window < visible:
+        saved = cache_bytes * (visible - window) / visible / 2**30
+        ways.append(f"the schedule's window from {visible} to {window} latent frames ({saved:.2f} GiB less KV cache)")
+    if state.cfg != 1.0:
+        ways.append(f"cfg to 1 ({cache_bytes / 2 / 2**30:.2f} GiB less KV cache)")
+    more = "; LightVAE (lightvaew2_1) decodes in about a quarter of the full VAE's memory" if decoding else ""
+    return f"lower {', or '.join(ways)}{more}"

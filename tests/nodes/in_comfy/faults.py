@@ -1,0 +1,85 @@
+"""Memory that runs out and disks that fill up in the middle of a run, on the sampling node itself; printed as JSON."""
+
+import json
+from pathlib import Path
+
+import host
+import torch
+from comfy_api.latest import io
+from host import comfy
+
+sampler, loader, state = (host.room(f"nodes.{name}") for name in ("sampler", "loader", "state"))
+decode, video_output, schedules = (host.room(f"nodes.{name}") for name in ("decode", "video_output", "schedule"))
+core, wan_vae = host.room("lightforcing_core.video_file"), host.room("lightforcing_core.wan_vae")
+run_state, tensor_files = (host.room(f"lightforcing_core.{name}") for name in ("run_state", "tensor_files"))
+Out = torch.OutOfMemoryError
+options = {"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
+model = loader.LightForcingApply.execute(host.load("tiny_wan.safetensors"), "unknown", **options)[0]
+vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=8))
+latent = {"samples": torch.zeros(1, 16, 9, 4, 6)}
+node = sampler.LightForcingSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
+OUTPUT = Path(video_output.folder_paths.get_output_directory())
+
+
+def run(**inputs):
+    """What a run of three chunks gives: latent and video frames and the node's words, or its error."""
+    arguments = {"model": model, "positive": host.prompt(), "latent": latent, "seed": 1, "steps": 2, **inputs}
+    try:
+        output = node.execute(**arguments)
+    except Exception as error:
+        return {"error": str(error), "kind": type(error).__name__, "to the host": comfy.model_management.is_oom(error)}
+    frames = output[1].shape[0] if isinstance(output[1], torch.Tensor) else None
+    return {"latent": output[0]["samples"].shape[2], "frames": frames, "ui": output.ui}
+
+
+def failing(action, calls, error):
+    """`action`, whose call number `calls` (from 1) raises."""
+    count = iter(range(1, 1000))
+
+    def maybe(*arguments, **named):
+        if next(count) == calls:
+            raise error
+        return action(*arguments, **named)
+
+    return maybe
+
+
+def model_failing(calls, error):
+    clone = model.clone()
+    clone.add_wrapper(
+        comfy.patcher_extension.WrappersMP.APPLY_MODEL, failing(lambda run, *a, **n: run(*a, **n), calls, error)
+    )
+    return clone
+
+
+facts = {"whole": run(vae=vae)}
+oom = Out("CUDA out of memory. Tried to allocate 2.00 GiB")
+facts["step"] = run(model=model_failing(5, oom), vae=vae)  # two steps, the clean pass, then the second chunk's second
+facts["step, not kept"] = run(model=model_failing(5, oom), keep_finished=False)
+facts["first step"] = run(model=model_failing(1, oom))
+facts["host memory"] = run(
+    model=model_failing(5, RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"))
+)
+facts["another error"] = run(model=model_failing(5, RuntimeError("boom")))
+stream = decode.StreamingDecoder.decode
+for name, calls in (("decode", 2), ("first decode", 1)):
+    decode.StreamingDecoder.decode = failing(stream, calls, oom)
+    facts[name] = run(vae=vae)
+decode.StreamingDecoder.decode = stream
+
+# A disk that is full when the second chunk's frames, or its state, are written.
+video = video_output.VideoOutput("faults/clip", "mp4", None, 16.0, False)
+encode = core.VideoWriter._encode
+core.VideoWriter._encode = failing(encode, 15, core.av.error.OSError(28, "No space left on device"))
+facts["disk full, video"] = run(vae=vae, video_output=video)
+core.VideoWriter._encode = encode
+save = tensor_files.save_file
+tensor_files.save_file = failing(save, 2, OSError(28, "No space left on device"))
+facts["disk full, state"] = run(state=state.StateFile(state.state_folder() / "faults"))
+tensor_files.save_file = save
+(kept,) = state.state_folder().glob("faults*")
+facts["chunks in the state"] = len(run_state.load_run_state(kept).finished)
+facts["left"] = sorted(path.name for path in (OUTPUT / "faults").iterdir())
+with core.av.open(str(OUTPUT / "faults" / "clip_00001.partial.mp4")) as container:
+    facts["frames in the partial file"] = len(list(container.decode(video=0)))
+print(json.dumps(facts))

@@ -1,0 +1,106 @@
+"""What steers a run on the canvas: prompts that change, guidance, seeds and sparsity of single chunks."""
+
+import pytest
+
+from .graphs import OTHER_EMBEDS, change, empty, graph, latents_of, link, loader, schedule, text
+
+FIRST = slice(0, 3)  # latent frames of the first chunk
+REST = slice(3, None)
+
+
+@pytest.fixture(scope="module")
+def plain(server):
+    return latents_of(server, graph({"model": loader()}))
+
+
+def steered(server, nodes=(), **options):
+    return latents_of(server, {**graph({"model": loader()}, **options), **dict(nodes)})
+
+
+@pytest.mark.parametrize("switch", ["hard", "soft"])
+def test_prompt_changes_from_its_chunk_on(server, plain, switch):
+    nodes = {"other": text(OTHER_EMBEDS), "change": change(0.6, switch)}
+    video = steered(server, nodes, timeline=link("change"))
+    assert (video[:, :, FIRST] == plain[:, :, FIRST]).all()
+    assert (video[:, :, REST] - plain[:, :, REST]).abs().max() > 0.01
+
+
+def test_changes_chain_and_blend(server):
+    """Three chunks: the other prompt blended in at the second, the first prompt back at the third."""
+    plan = {"other": text(OTHER_EMBEDS), "one": change(0.6, "blend", 2), "two": change(1.4, "soft", 1, "text", "one")}
+    video, chained = (
+        latents_of(server, {**graph({"model": loader()}, latent=empty(33), timeline=link(end)), **plan})
+        for end in ("one", "two")
+    )
+    assert (video[:, :, :6] == chained[:, :, :6]).all()
+    assert (video[:, :, 6:] - chained[:, :, 6:]).abs().max() > 0.01
+
+
+def test_timeline_reaches_the_custom_sampler(server, run_custom):
+    plain = run_custom()
+    video = run_custom({"timeline": link("change")}, {"other": text(OTHER_EMBEDS), "change": change(0.6)})
+    assert (video[:, :, FIRST] == plain[:, :, FIRST]).all()
+    assert (video[:, :, REST] - plain[:, :, REST]).abs().max() > 0.01
+
+
+def test_guidance_of_one_is_none(server, plain):
+    negative = {"other": text(OTHER_EMBEDS)}
+    assert (steered(server, negative, negative=link("other"), cfg=1.0) == plain).all()
+    assert (steered(server, negative, negative=link("other"), cfg=3.0) - plain).abs().max() > 0.05
+
+
+def test_guider_and_sampler_guide_alike(server, run_custom):
+    """The same prompt on both sides cancels out, whatever the strength; another one does not."""
+    inputs = {"positive": link("text"), "cfg": 3.0, "model": link("model")}
+    other = {"other": text(OTHER_EMBEDS)}
+    plain, same, guided = (
+        run_custom(nodes={**other, **({"guider": {"class_type": "CFGGuider", "inputs": inputs | n}} if n else {})})
+        for n in ({}, {"negative": link("text")}, {"negative": link("other")})
+    )
+    assert (same - plain).abs().max() < 1e-4
+    assert (guided - plain).abs().max() > 0.05
+
+
+def test_chunk_seed_changes_its_chunk_and_what_follows(server, plain):
+    video = steered(server, chunk_seeds="1: 99")
+    assert (video[:, :, FIRST] == plain[:, :, FIRST]).all()
+    assert (video[:, :, REST] - plain[:, :, REST]).abs().max() > 0.05
+
+
+def test_sparsity_of_one_chunk_can_be_given(server):
+    def video(**inputs):
+        return steered(server, {"plan": schedule(**inputs)}, schedule=link("plan"))
+
+    sparse, dense = video(target=0.6), video(target=0.0)
+    assert (video(target=0.6, sparsity="1: 0") == dense).all()
+    assert (sparse[:, :, REST] - dense[:, :, REST]).abs().max() > 1e-4
+
+
+def test_few_step_checkpoint_spends_more_on_its_first_chunk(server):
+    """Frame by frame in 2 steps, the first frame in 4: by hand, that frame is the start of a plain 2-step run."""
+    whole = latents_of(server, graph({"model": loader(family="causal_forcing_2step")}, steps=0))
+    four = latents_of(server, graph({"model": loader(family="causal_forcing_framewise")}, steps=4))
+    two = latents_of(server, graph({"model": loader(family="causal_forcing_framewise")}, steps=2))
+    assert (whole[:, :, 0] == four[:, :, 0]).all()
+    assert (whole[:, :, 0] - two[:, :, 0]).abs().max() > 0.01
+    assert (whole[:, :, 1] - four[:, :, 1]).abs().max() > 0.01
+
+
+@pytest.fixture
+def run_custom(server):
+    """Run SamplerCustomAdvanced with our sampler; options of Sampler Select, and nodes to add or replace."""
+
+    def run(options=None, nodes=None):
+        prompt = graph({"model": loader()})
+        prompt["noise"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}}
+        basic = {"model": link("model"), "conditioning": link("text")}
+        prompt["guider"] = {"class_type": "BasicGuider", "inputs": basic}
+        prompt["select"] = {"class_type": "LightForcingSamplerSelect", "inputs": options or {}}
+        levels = {"model": link("model"), "scheduler": "simple", "steps": 4, "denoise": 1.0}
+        prompt["sigmas"] = {"class_type": "BasicScheduler", "inputs": levels}
+        inputs = {name: link(name) for name in ("noise", "guider", "sigmas")}
+        inputs |= {"sampler": link("select"), "latent_image": link("latent")}
+        prompt["sampler"] = {"class_type": "SamplerCustomAdvanced", "inputs": inputs}
+        return latents_of(server, {**prompt, **(nodes or {})})
+
+    return run

@@ -1,0 +1,46 @@
+"""Memory and disks that run out in the middle of a run: finished chunks are safe, and the message says what to do."""
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def facts(run_inside):
+    return run_inside("faults")
+
+
+def test_out_of_memory_in_a_step_returns_the_finished_chunks(facts):
+    assert (facts["whole"]["latent"], facts["whole"]["frames"]) == (9, 33)
+    for case in ("step", "host memory"):
+        assert facts[case]["latent"] == 3
+        (text,) = facts[case]["ui"]["text"]
+        assert "out of memory while sampling a chunk, after 1 of 3 chunks: 9 of 33 frames" in text
+        assert "window from 9 to 6 latent frames" in text
+        assert "size from 48×32 to" in text
+    assert facts["step"]["frames"] == 9
+
+
+def test_out_of_memory_in_decoding_returns_all_latents_and_the_frames_so_far(facts):
+    assert (facts["decode"]["latent"], facts["decode"]["frames"]) == (6, 9)
+    assert "while decoding" in facts["decode"]["ui"]["text"][0]
+    assert "LightVAE" in facts["decode"]["ui"]["text"][0]
+    assert (facts["first decode"]["latent"], facts["first decode"]["frames"]) == (3, None)
+
+
+@pytest.mark.parametrize("case", ["step, not kept", "first step"])
+def test_out_of_memory_with_nothing_to_keep_is_an_error_that_the_host_knows(facts, case):
+    assert facts[case]["kind"] == "OutOfMemoryError"
+    assert facts[case]["to the host"]
+    assert "lower the size from 48×32 to" in facts[case]["error"]
+
+
+def test_other_errors_go_on_as_they_are(facts):
+    assert facts["another error"] == {"error": "boom", "kind": "RuntimeError", "to the host": False}
+
+
+def test_full_disk_keeps_the_part_that_was_written(facts):
+    assert "No space left on device" in facts["disk full, video"]["error"]
+    assert "clip_00001.partial.mp4" in facts["disk full, video"]["error"]
+    assert facts["left"] == ["clip_00001.partial.mp4"]
+    assert 1 <= facts["frames in the partial file"] <= 14
+    assert "No space left on device" in facts["disk full, state"]["error"]
+    assert facts["chunks in the state"] == 1

@@ -1,0 +1,108 @@
+"""A run that is kept on disk: killed and resumed it gives the same video, and a state that does not fit is refused."""
+
+import shutil
+import time
+
+import pytest
+
+from .comfy_server import ComfyServer
+from .conftest import ROOT
+from .graphs import empty, graph, latents_of, link, load_state, loader, save_state, schedule
+
+LENGTH = 93  # 24 latent frames: 8 chunks
+
+
+def long_run(state=None, **sampler):
+    prompt = graph({"model": loader()}, latent=empty(LENGTH), schedule=link("plan"), seed=11, **sampler)
+    prompt["plan"] = schedule(LENGTH, window=9, sink_frames=1, sink_rope="follow")
+    if state:
+        prompt["state"] = state
+        prompt["sampler"]["inputs"]["state"] = link("state")
+    return prompt
+
+
+@pytest.fixture(scope="module")
+def folder(server):
+    return server.output / "light_forcing"
+
+
+@pytest.fixture(scope="module")
+def killed(comfyui, models, tmp_path_factory):
+    """The state that a server leaves which is killed in the middle of a run."""
+    checkout, python = comfyui
+    base = tmp_path_factory.mktemp("doomed")
+    (base / "models").symlink_to(models / "models", target_is_directory=True)
+    doomed = ComfyServer(python, checkout, base, ROOT, "pack")
+    try:
+        doomed.wait_until_ready()
+        doomed.queue(long_run(save_state("kept/run")))
+        state, deadline = base / "output" / "light_forcing" / "kept" / "run_00001.safetensors", time.monotonic() + 60
+        while not state.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        doomed.kill()
+    finally:
+        doomed.stop()
+    return state
+
+
+def test_killed_and_resumed_equals_uninterrupted(server, killed, folder):
+    expected = latents_of(server, long_run())
+    (folder / "kept").mkdir(parents=True)
+    shutil.copy(killed, folder / "kept")
+    sampler = {"seed": 5, "steps": 2}  # not read: the state decides
+    prompt = long_run(load_state("kept/run_00001.safetensors"))
+    prompt["sampler"]["inputs"] |= sampler
+    before = killed.stat().st_size
+    assert (latents_of(server, prompt) == expected).all()
+    assert (folder / "kept" / "run_00001.safetensors").stat().st_size > before  # it went on in the same file
+    assert (latents_of(server, prompt) == expected).all()  # nothing is left to make
+
+
+def test_finished_run_is_lengthened(server, folder):
+    def run(length, state=None):
+        prompt = graph({"model": loader()}, latent=empty(length), schedule=link("plan"))
+        prompt["plan"] = schedule(length, target=0.0)
+        if state:
+            prompt["state"] = state
+            prompt["sampler"]["inputs"]["state"] = link("state")
+        return latents_of(server, prompt)
+
+    run(21, save_state("short"))
+    assert (run(33, load_state("short_00001.safetensors")) == run(33)).all()
+
+
+def test_two_runs_under_one_name_keep_two_files(server, folder):
+    for seed in (1, 2):
+        server.run({**graph({"model": loader()}, seed=seed, state=link("state")), "state": save_state("twice")})
+    assert sorted(path.name for path in folder.glob("twice*")) == ["twice_00001.safetensors", "twice_00002.safetensors"]
+    assert not list(folder.rglob(".*"))
+
+
+@pytest.fixture(scope="module")
+def stored(server, folder):
+    server.run({**graph({"model": loader()}, state=link("state")), "state": save_state("stored")})
+    return load_state("stored_00001.safetensors")
+
+
+def test_state_of_another_model_is_refused(server, stored):
+    other = loader(model_name="self_forcing_dmd.pt", weights="plain")
+    message = server.error_of({**graph({"model": other}, state=link("state")), "state": stored})
+    assert "made by the model Wan 2.1, 256 wide, 2 layers, weights" in message
+    assert "load the former" in message
+
+
+@pytest.mark.parametrize(("latent", "parts"), [(empty(17), ["21 frames", "17"]), (empty(width=64), ["96×64", "64×64"])])
+def test_state_of_another_video_is_refused(server, stored, latent, parts):
+    message = server.error_of({**graph({"model": loader()}, latent=latent, state=link("state")), "state": stored})
+    assert all(part in message for part in parts), message
+
+
+def test_stronger_lora_is_another_model(server):
+    def model(strength):
+        inputs = {"model": link("unet"), "lora_name": "tiny_lora.safetensors", "strength_model": strength}
+        return {"unet": loader(), "model": {"class_type": "LoraLoaderModelOnly", "inputs": inputs}}
+
+    server.run({**graph(model(1.0), state=link("state")), "state": save_state("lora")})
+    load = load_state("lora_00001.safetensors")
+    assert "LoRA" in server.error_of({**graph(model(0.5), state=link("state")), "state": load})
+    server.run({**graph(model(1.0), state=link("state")), "state": load})

@@ -1,0 +1,80 @@
+"""Frames that leave while they are made: the file plays, knows its graph, and is whole or called partial."""
+
+import json
+
+import av
+import pytest
+from safetensors.torch import load_file
+
+from .graphs import HEIGHT, LENGTH, WIDTH, empty, graph, link, loader, save_images, video_output
+
+
+def to_file(prefix, latent=None, seed=3, keep_finished=True, **output):
+    prompt = graph({"model": loader()}, latent=latent, seed=seed, video_output=link("out"), keep_finished=keep_finished)
+    vae = {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}}
+    prompt["sampler"]["inputs"]["vae"] = link("vae")
+    return {**prompt, "vae": vae, "out": video_output(prefix, **output)}
+
+
+def frames_of(path):
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+        assert (frames[0].width, frames[0].height) == (WIDTH, HEIGHT)
+        return len(frames), dict(container.metadata)
+
+
+@pytest.mark.parametrize("extension", ["mp4", "webm"])
+def test_file_plays_and_restores_its_graph(server, extension):
+    prompt = to_file(f"clips/%year%_{extension}", format=extension)
+    workflow = {"nodes": [], "version": 0.4, "title": "from the canvas"}
+    entry = server.run(prompt, workflow)
+    (saved,) = entry["outputs"]["sampler"]["images"]
+    assert saved["subfolder"] == "clips"
+    assert saved["filename"].endswith(f"_{extension}_00001.{extension}")
+    assert "%" not in saved["filename"]
+    assert entry["outputs"]["sampler"]["animated"] == [True]
+    count, metadata = frames_of(server.output / "clips" / saved["filename"])
+    assert count == LENGTH
+    stored = {
+        key.lower(): json.loads(value) for key, value in metadata.items() if key.lower() in ("prompt", "workflow")
+    }
+    assert stored["workflow"] == workflow
+    assert stored["prompt"]["sampler"]["inputs"]["seed"] == 3
+    assert not list((server.output / "clips").glob(".*"))
+
+
+def test_images_stay_empty_unless_they_are_kept(server):
+    for keep in (False, True):
+        prompt = to_file("clips/kept", keep_images=keep)
+        prompt["images"] = save_images(link("sampler", 1))
+        suffixes = [path.suffix for path in server.files(server.run(prompt))]
+        assert suffixes.count(".png") == (LENGTH if keep else 0)
+        assert suffixes.count(".mp4") == 1
+
+
+def test_batch_gives_a_file_each(server):
+    entry = server.run(to_file("clips/batch", latent=empty(batch_size=2)))
+    names = [saved["filename"] for saved in entry["outputs"]["sampler"]["images"]]
+    assert names == ["batch_00001.mp4", "batch_00002.mp4"]
+
+
+def test_cancelled_run_returns_and_shows_its_finished_chunks(server):
+    prompt = to_file("clips/cancelled", latent=empty(length=1001), seed=8)
+    for attempt in (1, 2):  # the shorter video must not answer the next run
+        since = len(server.log())
+        prompt_id = server.queue(prompt)
+        server.wait_for_steps(6, 336, since)
+        server.interrupt()
+        entry = server.wait(prompt_id)
+        cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+        assert "sampler" not in cached
+        (text,) = entry["outputs"]["sampler"]["text"]
+        assert text.startswith("cancelled after ")
+        (latent,) = [path for path in server.files(entry) if path.suffix == ".latent"]
+        frames = load_file(latent)["latent_tensor"].shape[2]
+        assert 3 <= frames < 251
+        assert f"{4 * frames - 3} of 1001 frames" in text
+        (saved,) = entry["outputs"]["sampler"]["images"]
+        assert saved["filename"] == f"cancelled_0000{attempt}.partial.mp4"
+        assert frames_of(server.output / "clips" / saved["filename"])[0] == 4 * frames - 3
+        assert not (server.output / "clips" / f"cancelled_0000{attempt}.mp4").exists()
