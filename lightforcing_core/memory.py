@@ -158,7 +158,7 @@ class _DryRun:
             head_dim=HEAD_DIM,
             block_k=self.options.block[1],
             sink_frames=min(self.schedule.sink_frames, slots - 1),
-            sink_rope=self.schedule.sink_rope,
+            sink_rope=self.schedule.sink_rope if slots < self.schedule.latent_frames else "fixed",
             pooled=self.sparse,
             dtype=self.dtype,
             device="meta",

@@ -174,7 +174,7 @@ def rollout(
         growth=growth,
         slots=slots,
         sink_frames=min(sink_frames, slots - 1),
-        sink_rope=sink_rope,
+        sink_rope=sink_rope if slots < frames else "fixed",  # nothing to follow while nothing leaves
         noise=noise or seeded_noise(seed),
         initial_latents=initial_latents,
         replay=replay,
@@ -372,7 +372,7 @@ def _check_tensors(dit: Any, latent_shape: Sequence[int], guide: Timeline, initi
             raise ValueError(f"context is a batch of {context.shape[0]}; pass {_either(1, batch)}")
         if context.shape[2] != text_width:
             raise ValueError(f"context is {context.shape[2]} wide, the model takes {text_width}: another text encoder?")
-        if not torch.isfinite(context).all():
+        if not _is_finite(context):
             raise ValueError("context holds NaN or infinity; encode the text again")
     if initial_latents is None:
         return
@@ -382,9 +382,14 @@ def _check_tensors(dit: Any, latent_shape: Sequence[int], guide: Timeline, initi
         raise ValueError(f"initial_latents have shape {shape}; expected {expected}")
     if shape[2] >= frames:
         raise ValueError(f"initial_latents already fill {shape[2]} of {frames} latent frames; ask for a longer video")
-    if not torch.isfinite(initial_latents).all():
+    if not _is_finite(initial_latents):
         raise ValueError("initial_latents hold NaN or infinity; encode the start frames again")
 
 
 def _either(one: int, other: int) -> str:
     return str(one) if one == other else f"{one} or {other}"
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether x holds no NaN and no infinity, without a copy: the extremes pass NaN on."""
+    return bool(torch.isfinite(torch.stack(x.aminmax())).all())

@@ -179,7 +179,12 @@ def test_ctrl_c_interrupts_the_run_and_exits_130(comfy, workflow, tmp_path):
     code = "from lightforcing.lightforcing_core.cli import main; main()"
     arguments = ["queue", workflow(API), "--server", comfy.url, "--out", tmp_path / "out"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that runs in the background ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         comfy.wait_for_prompt()
