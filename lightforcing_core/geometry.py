@@ -72,9 +72,11 @@ class FrameBlocks:
         if not self.ragged:
             return x
         batch, tokens, heads, dim = x.shape
-        x = x.reshape(batch, self.frames(tokens), self.tokens_per_frame, heads, dim)
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, self.padded_tokens_per_frame - self.tokens_per_frame))
-        return x.flatten(1, 2)
+        # A buffer of its own and no view, because torch.compile also guards on the shape of a view's base.
+        padded = x.new_zeros(batch, self.frames(tokens) * self.padded_tokens_per_frame, heads, dim)
+        framed = padded.unflatten(1, (-1, self.padded_tokens_per_frame))
+        framed[:, :, : self.tokens_per_frame] = x.unflatten(1, (-1, self.tokens_per_frame))
+        return padded
 
     def unpad(self, x: Tensor) -> Tensor:
         """The inverse of `pad`: [B, frames · padded_tokens_per_frame, H, D] → [B, frames · tokens_per_frame, H, D]."""
