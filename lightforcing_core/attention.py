@@ -28,8 +28,8 @@ from .selection import BlockSelection, check_frame_budget
 BACKENDS = ("triton", "flex", "reference")
 
 # Query-key pairs, B · H · Lq · Lk, from which on a CPU a compiled flex pays for its compilation. Measured on two
-# cores at 12 % density: compiling takes 4 to 20 s once; at this size the reference takes 0.2 s per call, flex a
-# third of that, so the compiler is paid back after about a hundred calls, less than one clip.
+# busy cores at 12 % density: compiling takes 4 to 20 s once; at this size the reference took 0.6 s per call, flex
+# 0.2 s, so the compiler is paid back after some ten to fifty calls, less than one clip.
 FLEX_MIN_SCORES = 1 << 24
 
 # Elements that the reference may gather at once.

@@ -21,6 +21,17 @@ def kv_bytes(
     return 2 * layers * batch * frames * tokens_per_frame * heads * head_dim * dtype.itemsize
 
 
+def slots_and_sinks(
+    frames: int, window: int | None, sink_frames: int, sink_rope: SinkRope
+) -> tuple[int, int, SinkRope]:
+    """Slots, sink frames and sink rope of the cache that a video of `frames` latent frames needs.
+
+    A window that holds the whole video (None: always) never moves, so its sinks have nothing to follow.
+    """
+    slots = frames if window is None else min(window, frames)
+    return slots, min(sink_frames, slots - 1), sink_rope if slots < frames else "fixed"
+
+
 class KVCache:
     """Keys, values and pooled keys of every layer for the frames that the current chunk may see.
 

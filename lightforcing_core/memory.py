@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter
 from .attention import BACKENDS, REFERENCE_CHUNK, AttentionOptions, widens_on_cpu
 from .causal_wan import CausalState, forward
 from .geometry import FrameBlocks
-from .kv_cache import KVCache
+from .kv_cache import KVCache, slots_and_sinks
 from .schedule import Schedule
 from .streaming import StreamingDecoder
 from .wan import HEAD_DIM, Wan
@@ -148,7 +148,8 @@ class _DryRun:
 
     def cache(self, layers: int) -> KVCache:
         """The cache that `rollout` makes, `layers` layers of it."""
-        slots = self.schedule.visible_frames()
+        plan = self.schedule
+        slots, sinks, rope = slots_and_sinks(plan.latent_frames, plan.window, plan.sink_frames, plan.sink_rope)
         return KVCache(
             layers=layers,
             batch=self.batch,
@@ -157,8 +158,8 @@ class _DryRun:
             heads=self.model.dim // HEAD_DIM,
             head_dim=HEAD_DIM,
             block_k=self.options.block[1],
-            sink_frames=min(self.schedule.sink_frames, slots - 1),
-            sink_rope=self.schedule.sink_rope if slots < self.schedule.latent_frames else "fixed",
+            sink_frames=sinks,
+            sink_rope=rope,
             pooled=self.sparse,
             dtype=self.dtype,
             device="meta",

@@ -17,7 +17,7 @@ from .attention import AttentionOptions
 from .causal_wan import CausalState, DenseAttention, forward, sdpa
 from .families import SinkRope
 from .growth import chunk_lengths, first_chunk_length
-from .kv_cache import KVCache
+from .kv_cache import KVCache, slots_and_sinks
 from .timeline import Prompt, Timeline
 
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]
@@ -161,7 +161,7 @@ def rollout(
             f"window {window} cannot hold {sink_frames} sink frames and a chunk of {max(lengths)}; "
             f"use at least {sink_frames + max(lengths)} latent frames"
         )
-    slots = frames if window is None else min(window, frames)
+    slots, sinks, rope = slots_and_sinks(frames, window, sink_frames, sink_rope)
     run = _Run(
         dit=dit,
         guides=guides,
@@ -173,8 +173,8 @@ def rollout(
         first_levels=first_levels,
         growth=growth,
         slots=slots,
-        sink_frames=min(sink_frames, slots - 1),
-        sink_rope=sink_rope if slots < frames else "fixed",  # nothing to follow while nothing leaves
+        sink_frames=sinks,
+        sink_rope=rope,
         noise=noise or seeded_noise(seed),
         initial_latents=initial_latents,
         replay=replay,
