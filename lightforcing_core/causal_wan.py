@@ -14,6 +14,7 @@ from torch import Tensor
 from .attention import AttentionOptions, sparse_attention
 from .geometry import FrameBlocks
 from .kv_cache import KVCache
+from .kv_storage import KeysValues
 from .rope import RopeTable
 from .selection import SelectionPlan
 
@@ -71,6 +72,17 @@ class CausalState:
         """Begin a pass that recomputes every visible frame that is no sink, all of them at once and dense."""
         self.cache.reopen()
         self._begin()
+
+    def attend_history(self, q: Tensor, kv: KeysValues) -> Tensor:
+        """Dense attention of the chunk to all that is visible, [B, L, H, D] in and out."""
+        if kv.scales is None:
+            return self.dense_attention(q, kv.k, kv.v)
+        from .attention import dense_attention_8bit
+
+        layout = self.cache.layout
+        return dense_attention_8bit(
+            q, kv.k, kv.v, kv.scales, tokens_per_frame=layout.tokens_per_frame, block_k=layout.block
+        )
 
     def _begin(self) -> None:
         frames = self.cache.current_frames
@@ -144,17 +156,18 @@ def _self_attention(attention: Any, x: Tensor, layer: int, state: CausalState, l
     if state.clean and layer == last:
         return None
     q = state.rope.rotate(attention.norm_q(attention.q(x)).unflatten(-1, heads))
-    k, v = state.cache.keys(layer), state.cache.values(layer)
+    kv = state.cache.kv(layer)
     if state.plan is None:
-        return attention.o(state.dense_attention(q, k, v).flatten(2))
+        return attention.o(state.attend_history(q, kv).flatten(2))
     layout, options = state.cache.layout, state.attention
     q_means = FrameBlocks(layout.tokens_per_frame, options.block[0]).block_means(q)
     selection = state.plan.select(q_means, state.cache.block_means(layer), state.cache.frame_means(layer))
     y = sparse_attention(
         q,
-        k,
-        v,
+        kv.k,
+        kv.v,
         selection=selection,
+        **({} if kv.scales is None else {"scales": kv.scales}),
         tokens_per_frame=layout.tokens_per_frame,
         block=options.block,
         backend=options.backend,

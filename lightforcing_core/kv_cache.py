@@ -6,19 +6,42 @@ differences, so the moving window is never roped again. Only sinks that follow t
 chunk and always from their first value, so no rounding piles up.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from .eight_bit import STORED, KVDtype
 from .families import SinkRope
 from .geometry import FrameBlocks
+from .kv_storage import KeysValues, KVOptions, KVStorage, copy_frames
 from .rope import RopeTable
+
+# A block's keys are pooled in this many parts where the log-sum-exp estimator scores them.
+SUB_BLOCKS = 4
 
 
 def kv_bytes(
-    layers: int, batch: int, frames: int, tokens_per_frame: int, heads: int, head_dim: int, dtype: torch.dtype
+    layers: int,
+    batch: int,
+    frames: int,
+    tokens_per_frame: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    kv_dtype: KVDtype = "same",
+    block_k: int = 64,
 ) -> int:
-    """Bytes of keys and values of `frames` latent frames over all layers, pooled keys not counted."""
-    return 2 * layers * batch * frames * tokens_per_frame * heads * head_dim * dtype.itemsize
+    """Bytes of keys and values of `frames` latent frames over all layers, pooled keys not counted.
+
+    2 · layers · batch · frames · heads · (tokens · head_dim · bytes per element), and in eight bits 4 bytes of scale
+    per block and head besides.
+    """
+    per_head = tokens_per_frame * head_dim * STORED.get(kv_dtype, dtype).itemsize
+    if kv_dtype != "same":
+        per_head += FrameBlocks(tokens_per_frame, block_k).per_frame * torch.float32.itemsize
+    return 2 * layers * batch * frames * heads * per_head
 
 
 def slots_and_sinks(
@@ -40,7 +63,10 @@ class KVCache:
     committed after its clean pass; opening the next one evicts the oldest frames that are not sinks.
 
     `sink_rope`: "fixed" leaves sink keys at their first positions, "follow" keeps them directly before the window.
-    `pooled`: keep block and frame means; a run that never selects blocks needs none.
+    `options`: how keys and values are kept; pooled keys are always in `dtype`, on the device.
+    `pooled`: keep block and frame means; a run that never selects blocks needs none. `value_means`: block means of
+    the values too, for a pooled tail. `sub_blocks`: means of a block's `SUB_BLOCKS` parts, for the log-sum-exp
+    estimator.
     """
 
     def __init__(
@@ -55,7 +81,10 @@ class KVCache:
         block_k: int = 64,
         sink_frames: int = 0,
         sink_rope: SinkRope = "fixed",
+        options: KVOptions | None = None,
         pooled: bool = True,
+        value_means: bool = False,
+        sub_blocks: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -63,16 +92,32 @@ class KVCache:
             raise ValueError(f"sink_frames {sink_frames} must be 0 or more and fewer than the window of {slots} frames")
         self.layout = FrameBlocks(tokens_per_frame, block_k)
         self.slots, self.sink_frames, self.sink_rope = slots, sink_frames, sink_rope
-        self.head_dim = head_dim
-        self.pooled = pooled
+        self.layers, self.head_dim = layers, head_dim
+        self._dtype, self._device = dtype, device
+        self.storage = KVStorage(
+            options or KVOptions(),
+            self.layout,
+            layers=layers,
+            batch=batch,
+            slots=slots,
+            heads=heads,
+            head_dim=head_dim,
+            dtype=dtype,
+            device=device,
+        )
 
         def allocate(rows: int) -> list[Tensor]:
             return [torch.empty(batch, rows, heads, head_dim, dtype=dtype, device=device) for _ in range(layers)]
 
-        self._keys = allocate(slots * tokens_per_frame)
-        self._values = allocate(slots * tokens_per_frame)
-        self._block_means = allocate(slots * self.layout.per_frame) if pooled else []
-        self._frame_means = allocate(slots) if pooled else []
+        self._sub_layout = FrameBlocks(tokens_per_frame, max(1, block_k // SUB_BLOCKS))
+        wanted = {"blocks": pooled, "frames": pooled, "values": pooled and value_means, "subs": pooled and sub_blocks}
+        self._rows = {
+            "blocks": self.layout.per_frame,
+            "frames": 1,
+            "values": self.layout.per_frame,
+            "subs": self._sub_layout.per_frame,
+        }
+        self._means = {name: allocate(slots * self._rows[name]) for name, kept in wanted.items() if kept}
         self._sink_keys: list[Tensor] = []
         if sink_rope == "follow" and sink_frames:
             self._sink_keys = allocate(sink_frames * tokens_per_frame)
@@ -83,9 +128,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated, pooled keys and sink originals included."""
-        tensors = [*self._keys, *self._values, *self._block_means, *self._frame_means, *self._sink_keys]
-        return sum(tensor.nbytes for tensor in tensors)
+        """Bytes allocated on the computing device, pooled keys and sink originals included."""
+        means = (tensor for tensors in self._means.values() for tensor in tensors)
+        return self.storage.device_bytes + sum(tensor.nbytes for tensor in (*means, *self._sink_keys))
 
     @property
     def current_frames(self) -> list[int]:
@@ -111,6 +156,7 @@ class KVCache:
             self.slot_frames[slot] = self._next_frame
             self._next_frame += 1
         self._committed = False
+        self.storage.visible = len(self.slot_frames)
         self._move_sinks()
 
     def reopen(self) -> None:
@@ -126,48 +172,62 @@ class KVCache:
             raise ValueError(f"frame {self._next_frame} is one of {self.sink_frames} sinks and cannot be passed over")
         self._next_frame += frames
         del self.slot_frames[self.sink_frames :]  # sinks were written first, so they hold the first slots
+        self.storage.visible = len(self.slot_frames)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the open chunk's keys (roped) and values of one layer, [B, L, H, D], and pool the keys."""
-        if self._committed:
-            raise RuntimeError("no chunk is open; call open() before store()")
-        self._write(self._keys[layer], k)
-        self._write(self._values[layer], v)
-        if self.pooled:
-            block_means = self.layout.block_means(k)
-            self._write(self._block_means[layer], block_means)
-            self._write(self._frame_means[layer], self.layout.frame_means(block_means))
+        """Write the open chunk's keys (roped) and values of one layer, [B, L, H, D], and pool them."""
+        runs = self.runs()
+        self.storage.at(layer).write(runs, k, v, self.layout)
+        self.storage.written(layer, [(slot, many) for slot, _, many in runs])
+        self._pool(layer, runs, k, v)
+        if self._sink_keys:
+            self._copy_sinks(layer, k)
 
     def commit(self) -> None:
         """The open chunk's last stored keys and values are its clean ones: keep them as history."""
         self._committed = True
-        if self._sink_keys:
-            for slot in self._current:
-                frame = self.slot_frames[slot]
-                if frame < self.sink_frames:
-                    for original, keys in zip(self._sink_keys, self._keys, strict=True):
-                        self._frame(original, frame).copy_(self._frame(keys, slot))
 
     def free(self) -> None:
         """Let go of all memory; the cache is of no use afterwards."""
-        for tensors in (self._keys, self._values, self._block_means, self._frame_means, self._sink_keys):
-            tensors.clear()
+        self.storage.free()
+        self._means.clear()
+        self._sink_keys.clear()
 
-    def keys(self, layer: int) -> Tensor:
-        """Visible keys in memory order: [B, visible frames · tokens_per_frame, H, D], a view."""
-        return self._keys[layer][:, : len(self.slot_frames) * self.layout.tokens_per_frame]
-
-    def values(self, layer: int) -> Tensor:
-        """Visible values in memory order, like `keys`."""
-        return self._values[layer][:, : len(self.slot_frames) * self.layout.tokens_per_frame]
+    def kv(self, layer: int) -> KeysValues:
+        """Visible keys and values in memory order, views of [B, visible frames · tokens_per_frame, H, D]."""
+        return self.storage.at(layer).first(len(self.slot_frames), self.layout)
 
     def block_means(self, layer: int) -> Tensor:
         """Means of the visible key blocks: [B, visible frames · blocks per frame, H, D], a view."""
-        return self._block_means[layer][:, : len(self.slot_frames) * self.layout.per_frame]
+        return self._visible("blocks", layer)
 
     def frame_means(self, layer: int) -> Tensor:
         """Means of the visible frames' keys: [B, visible frames, H, D], a view."""
-        return self._frame_means[layer][:, : len(self.slot_frames)]
+        return self._visible("frames", layer)
+
+    def value_means(self, layer: int) -> Tensor:
+        """Means of the visible value blocks, like `block_means`."""
+        return self._visible("values", layer)
+
+    def sub_means(self, layer: int) -> Tensor:
+        """Means of the parts of the visible key blocks: [B, visible frames · parts per frame, H, D], a view."""
+        return self._visible("subs", layer)
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """The open chunk's slots as (first slot, first frame of the chunk, how many) runs of neighbours in time order.
+
+        RuntimeError when no chunk is open.
+        """
+        if self._committed:
+            raise RuntimeError("no chunk is open; call open() before store()")
+        runs: list[tuple[int, int, int]] = []
+        for frame, slot in enumerate(self._current):
+            if runs and slot == runs[-1][0] + runs[-1][2]:
+                first, start, many = runs.pop()
+                runs.append((first, start, many + 1))
+            else:
+                runs.append((slot, frame, 1))
+        return runs
 
     def sink_shift(self) -> int:
         """Latent frames by which sinks that follow stand later than where they were made."""
@@ -183,38 +243,39 @@ class KVCache:
         movable = [slot for slot, frame in enumerate(self.slot_frames) if frame >= self.sink_frames]
         return sorted(movable, key=self.slot_frames.__getitem__)
 
-    def _frame(self, tensor: Tensor, slot: int) -> Tensor:
-        """The rows of one slot."""
-        tokens = self.layout.tokens_per_frame
-        return tensor[:, slot * tokens : (slot + 1) * tokens]
+    def _visible(self, name: str, layer: int) -> Tensor:
+        return self._means[name][layer][:, : len(self.slot_frames) * self._rows[name]]
 
-    def _write(self, target: Tensor, source: Tensor) -> None:
-        """Copy the chunk's rows into its slots, one copy per run of neighbouring slots."""
-        rows = source.shape[1] // len(self._current)
-        start = 0
-        while start < len(self._current):
-            stop = start + 1
-            while stop < len(self._current) and self._current[stop] == self._current[stop - 1] + 1:
-                stop += 1
-            first = self._current[start] * rows
-            target[:, first : first + (stop - start) * rows].copy_(source[:, start * rows : stop * rows])
-            start = stop
+    def _pool(self, layer: int, runs: list[tuple[int, int, int]], k: Tensor, v: Tensor | None) -> None:
+        """Pool frames and write their means into the slots of `runs`; without v the value means stay."""
+        for name, means in self._means_of(k, v):
+            copy_frames(self._means[name][layer], means, runs, self._rows[name])
+
+    def _means_of(self, k: Tensor, v: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+        if "blocks" in self._means:
+            block_means = self.layout.block_means(k)
+            yield "blocks", block_means
+            yield "frames", self.layout.frame_means(block_means)
+        if "subs" in self._means:
+            yield "subs", self._sub_layout.block_means(k)
+        if "values" in self._means and v is not None:
+            yield "values", self.layout.block_means(v)
+
+    def _copy_sinks(self, layer: int, k: Tensor) -> None:
+        """Keep the original keys of the open chunk's sinks; k [B, L, H, D] as in `store`."""
+        sinks = [(frame, i, 1) for i, frame in enumerate(self.current_frames) if frame < self.sink_frames]
+        copy_frames(self._sink_keys[layer], k, sinks, self.layout.tokens_per_frame)
 
     def _move_sinks(self) -> None:
         """Put sinks that follow directly before the window, from their original keys."""
         shift = self.sink_shift()
         if not shift:
             return
-        like = self._keys[0]
-        wide = torch.promote_types(like.dtype, torch.float32)
-        table = RopeTable.of_time_shift(shift, self.head_dim, dtype=wide, device=like.device)
+        wide = torch.promote_types(self._dtype, torch.float32)
+        table = RopeTable.of_time_shift(shift, self.head_dim, dtype=wide, device=self._sink_keys[0].device)
+        runs = [(slot, frame, 1) for slot, frame in enumerate(self.slot_frames) if frame < self.sink_frames]
         for layer, original in enumerate(self._sink_keys):
-            for slot, frame in enumerate(self.slot_frames):
-                if frame < self.sink_frames:
-                    moved = table.rotate(self._frame(original, frame))
-                    self._frame(self._keys[layer], slot).copy_(moved)
-                    if self.pooled:
-                        block_means = self.layout.block_means(moved)
-                        blocks = slice(slot * self.layout.per_frame, (slot + 1) * self.layout.per_frame)
-                        self._block_means[layer][:, blocks].copy_(block_means)
-                        self._frame_means[layer][:, slot].copy_(self.layout.frame_means(block_means)[:, 0])
+            moved = table.rotate(original)
+            self.storage.at(layer).write_keys(runs, moved, self.layout)
+            self.storage.written(layer, [(slot, 1) for slot, _, _ in runs])
+            self._pool(layer, runs, moved, None)

@@ -1,9 +1,10 @@
 """What a run will need in memory, before it starts: weights, KV cache, one forward's activations, decode.
 
 Nothing is looked up in a table: one layer's forward and one chunk's decode are run dry, on tensors that have a shape
-and no data, while their allocations are counted. It takes milliseconds and follows the code when the code changes.
+and no data, while their allocations are counted. It follows the code when the code changes.
 """
 
+import functools
 import weakref
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +18,10 @@ from .attention import BACKENDS, REFERENCE_CHUNK, AttentionOptions, widens_on_cp
 from .causal_wan import CausalState, forward
 from .geometry import FrameBlocks
 from .kv_cache import KVCache, slots_and_sinks
+from .kv_storage import KeysValues, KVOptions
 from .schedule import Schedule
 from .streaming import StreamingDecoder
+from .tiled_decode import TiledDecoder
 from .wan import HEAD_DIM, Wan
 from .wan_vae import LATENT_CHANNELS, WanVAE
 
@@ -60,7 +63,8 @@ class MemoryEstimate:
 
     weights: the model's; vae: the decoder's weights; cache: keys, values, pooled keys and sink originals; prompt:
     the text and its keys and values in every layer; history: what the decoder keeps between chunks; step: the
-    activations of one forward; decode: those of decoding one chunk, its frames included.
+    activations of one forward; decode: those of decoding one chunk, its frames included; host: pinned host memory,
+    which is not part of the total.
     """
 
     weights: int
@@ -70,6 +74,7 @@ class MemoryEstimate:
     vae: int = 0
     history: int = 0
     decode: int = 0
+    host: int = 0
 
     @property
     def total(self) -> int:
@@ -81,8 +86,9 @@ class MemoryEstimate:
         parts = {"weights": self.weights, "KV cache": self.cache, "one step": self.step + self.prompt}
         if self.vae:
             parts |= {"VAE": self.vae, "decode": self.decode + self.history}
-        listed = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
-        return f"needs about {_gib(self.total)} GiB ({listed})"
+        listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+        beside = f" and {gib(self.host)} GiB of host memory" if self.host else ""
+        return f"needs about {gib(self.total)} GiB ({listed}){beside}"
 
 
 def estimate(
@@ -94,18 +100,21 @@ def estimate(
     batch: int = 1,
     guided: bool = False,
     attention: AttentionOptions | None = None,
+    kv: KVOptions | None = None,
     backend: str = "triton",
     text_tokens: int = 512,
     dtype: torch.dtype = torch.bfloat16,
     vae_dim: int | None = None,
     vae_dtype: torch.dtype = torch.bfloat16,
+    decode_tiles: int = 1,
 ) -> MemoryEstimate:
     """The memory of one `rollout` of `schedule` at `height` × `width` video pixels, multiples of 16.
 
     backend: the sparse attention that will run, one of `attention.BACKENDS`. guided: classifier-free guidance, which
-    keeps a second cache and prompt. vae_dim: the width of the VAE that decodes each chunk on the same device (24
-    LightVAE, 96 Wan's own), None when nothing is decoded. Not counted: the text encoder and what an allocator wastes
-    between tensors. Raises ValueError for a size that is no multiple of 16 and an unknown backend.
+    keeps a second cache and prompt. kv: how the cache is kept. vae_dim: the width of the VAE that decodes each chunk
+    on the same device (24 LightVAE, 96 Wan's own), None when nothing is decoded; decode_tiles: tiles per side, see
+    `TiledDecoder`. Not counted: the text encoder and what an allocator wastes between tensors. Raises ValueError for
+    a size that is no multiple of 16 and an unknown backend.
     """
     for name, pixels in (("height", height), ("width", width)):
         if pixels < 16 or pixels % 16:
@@ -115,20 +124,22 @@ def estimate(
         raise ValueError(f"unknown attention backend {backend!r}; use one of {', '.join(map(repr, BACKENDS))}")
     sparse = any(sparsity > 0.0 for sparsity in schedule.sparsities() or [])
     options = replace(attention or AttentionOptions(), backend=backend)
-    run = _DryRun(model, schedule, height, width, batch, options, sparse, text_tokens, dtype)
+    run = _DryRun(model, schedule, height, width, batch, options, sparse, text_tokens, dtype, kv or KVOptions())
     step, prompt = run.step()
     history = decode = vae = 0
     if vae_dim is not None:
-        vae, history, decode = run.decode(vae_dim, vae_dtype)
+        vae, history, decode = run.decode(vae_dim, vae_dtype, decode_tiles)
     passes = 2 if guided else 1
+    cache = run.cache(model.layers)
     return MemoryEstimate(
         weights=model.weight_bytes,
-        cache=passes * run.cache(model.layers).nbytes,
+        cache=passes * cache.nbytes,
         prompt=passes * prompt,
         step=step,
         vae=vae,
         history=history,
         decode=decode,
+        host=passes * cache.storage.host_bytes,
     )
 
 
@@ -145,6 +156,7 @@ class _DryRun:
     sparse: bool
     text_tokens: int
     dtype: torch.dtype
+    kv: KVOptions
 
     def cache(self, layers: int) -> KVCache:
         """The cache that `rollout` makes, `layers` layers of it."""
@@ -160,17 +172,19 @@ class _DryRun:
             block_k=self.options.block[1],
             sink_frames=sinks,
             sink_rope=rope,
+            options=self.kv,
             pooled=self.sparse,
             dtype=self.dtype,
             device="meta",
         )
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019 (holds sizes, no tensors)
     def step(self) -> tuple[int, int]:
         """Bytes of one forward's activations, and of what stays of the prompt."""
         layers = 2  # the second one meets what the first one left
         model = self.model
         dit = _meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, self.dtype)
-        state = CausalState(self.cache(layers), self.options, self._attend)
+        state = _DryState(self.cache(layers), self.options, self._attend)
         state.open_chunk(max(self.schedule.chunk_lengths()), 0.0, "meta")
         shape = (self.batch, LATENT_CHANNELS, state.frames, self.height // 8, self.width // 8)
         timestep = torch.empty(self.batch, device="meta")
@@ -185,19 +199,11 @@ class _DryRun:
         # One text serves a whole batch; its keys and values do not.
         return peak.peak - text.nbytes - prompt, text.nbytes // self.batch + model.layers * prompt // layers
 
-    def decode(self, vae_dim: int, vae_dtype: torch.dtype) -> tuple[int, int, int]:
+    def decode(self, vae_dim: int, vae_dtype: torch.dtype, tiles: int) -> tuple[int, int, int]:
         """Bytes of the VAE's weights, of what its decoder keeps between chunks, and of decoding one chunk."""
-        with torch.device("meta"):
-            vae = WanVAE(vae_dim).to(vae_dtype)
-        decoder = StreamingDecoder(vae)
         frames = max(self.schedule.chunk_lengths())
-        latents = torch.empty(self.batch, LATENT_CHANNELS, frames, self.height // 8, self.width // 8, device="meta")
-        with AllocationPeak(convolutions_copy=True) as peak:
-            decoder.decode(latents)
-            peak.reset()
-            decoder.decode(latents)  # what the first chunk left is replaced piece by piece
-        weights = sum(tensor.nbytes for tensor in vae.parameters())
-        return weights, decoder.cache_bytes, peak.peak - decoder.cache_bytes
+        shape = (self.batch, LATENT_CHANNELS, frames, self.height // 8, self.width // 8)
+        return _decode_bytes(shape, vae_dim, vae_dtype, tiles)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stands in for every attention: its output, and while that is made what a sparse backend needs beside it."""
@@ -227,6 +233,28 @@ class _DryRun:
             per_pair = k_layout.block * (2 * dim + 2 * q_layout.block)
             return [torch.empty(min(REFERENCE_CHUNK, q_blocks * k_blocks * per_pair), device="meta")]
         return []
+
+
+@functools.lru_cache(maxsize=16)
+def _decode_bytes(shape: tuple[int, ...], vae_dim: int, vae_dtype: torch.dtype, tiles: int) -> tuple[int, int, int]:
+    """As `_DryRun.decode`, for a chunk of latents [B, C, frames, h, w]."""
+    with torch.device("meta"):
+        vae = WanVAE(vae_dim).to(vae_dtype)
+    decoder = TiledDecoder(lambda: StreamingDecoder(vae), tiles) if tiles > 1 else StreamingDecoder(vae)
+    latents = torch.empty(shape, device="meta")
+    with AllocationPeak(convolutions_copy=True) as peak:
+        decoder.decode(latents)
+        peak.reset()
+        decoder.decode(latents)  # what the first chunk left is replaced piece by piece
+    weights = sum(tensor.nbytes for tensor in vae.parameters())
+    return weights, decoder.cache_bytes, peak.peak - decoder.cache_bytes
+
+
+class _DryState(CausalState):
+    """A state whose attention over an 8-bit cache is counted like any other."""
+
+    def attend_history(self, q: Tensor, kv: KeysValues) -> Tensor:
+        return self.dense_attention(q, kv.k, kv.v)
 
 
 def _meta_wan(dim: int, ffn_dim: int, layers: int, text_dim: int, dtype: torch.dtype) -> Wan:
@@ -274,5 +302,6 @@ class AllocationPeak(TorchDispatchMode):
         self._now -= self._sizes.pop(storage)
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes in GiB, for a sentence."""
     return f"{size / 2**30:.2f}"

@@ -18,6 +18,7 @@ from .causal_wan import CausalState, DenseAttention, forward, sdpa
 from .families import SinkRope
 from .growth import chunk_lengths, first_chunk_length
 from .kv_cache import KVCache, slots_and_sinks
+from .kv_storage import KVOptions
 from .timeline import Prompt, Timeline
 
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]
@@ -101,6 +102,7 @@ def rollout(
     cfg: float = 1.0,
     negative: Tensor | None = None,
     attention: AttentionOptions | None = None,
+    kv: KVOptions | None = None,
     denoise: Denoise | None = None,
     dense_attention: DenseAttention = sdpa,
     on_step: Callable[[StepEvent], None] | None = None,
@@ -127,6 +129,7 @@ def rollout(
     context_noise: the timestep, 0…1000, at which finished chunks are committed.
     cfg, negative: classifier-free guidance with a negative prompt [B or 1, tokens, text_dim] and a cache of its own,
     for models that are not distilled; 1 runs the prompt alone.
+    attention, kv: how sparse attention is done, and how the KV cache is kept.
     denoise: denoise(x, sigma, state) → x0, the way a host runs the model itself; x is float32 [B, C, f, h, w] and
     `state.text` the text to follow. dense_attention: dense attention over [B, L, H, D]. on_step: called after every
     denoising step. dtype, device: of the KV cache and the computation; default the model's dtype and the context's
@@ -180,6 +183,7 @@ def rollout(
         replay=replay,
         context_noise=context_noise,
         attention=attention or AttentionOptions(),
+        kv=kv or KVOptions(),
         denoise=denoise,
         dense_attention=dense_attention,
         on_step=on_step,
@@ -210,6 +214,7 @@ class _Run:
     replay: Replay
     context_noise: float
     attention: AttentionOptions
+    kv: KVOptions
     denoise: Denoise | None
     dense_attention: DenseAttention
     on_step: Callable[[StepEvent], None] | None
@@ -260,6 +265,7 @@ class _Run:
             block_k=self.attention.block[1],
             sink_frames=self.sink_frames,
             sink_rope=self.sink_rope,
+            options=self.kv,
             pooled=any(self._sparsity(index) > 0.0 for index in range(len(self.lengths))),
             dtype=self.dtype,
             device=self.device,

@@ -15,8 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .attention import AttentionOptions
+from .eight_bit import KVDtype
 from .families import SinkRope
 from .growth import chunk_lengths, first_chunk_length
+from .kv_storage import KVOptions
 from .rollout import Chunk, Replay, seeded_noise
 from .tensor_files import write_tensors
 from .timeline import Prompt, Timeline
@@ -35,8 +37,9 @@ class RunState:
 
     model: what identifies the model, a text of the caller's making (sizes, family, a hash of some weights).
     latent_shape: (B, C, frames, h, w) of the whole video. prompts: the timeline. chunk_seeds: chunk index → seed of
-    its own. given: the initial latents [B or 1, C, frames, h, w] that the video started from. finished: the chunks
-    generated since, [B, C, frames, h, w] each, in the model's normalised space, on the CPU.
+    its own. kv_dtype: how the KV cache keeps keys and values. given: the initial latents [B or 1, C, frames, h, w]
+    that the video started from. finished: the chunks generated since, [B, C, frames, h, w] each, in the model's
+    normalised space, on the CPU.
 
     A run with a `noise` function of its own cannot be told by a state. Raises ValueError for parts that do not fit
     together.
@@ -58,6 +61,7 @@ class RunState:
     cfg: float = 1.0
     negative: Tensor | None = None
     attention: AttentionOptions = field(default_factory=AttentionOptions)
+    kv_dtype: KVDtype = "same"
     given: Tensor | None = None
     finished: tuple[Tensor, ...] = ()
 
@@ -175,6 +179,7 @@ def resume_arguments(state: RunState, *, replay: Replay = "all") -> dict[str, An
     return {
         **{name: getattr(state, name) for name in same},
         "context": list(state.prompts),
+        "kv": KVOptions(state.kv_dtype),
         "noise": seeded_noise(state.seed, state.chunk_seeds),
         "initial_latents": state.latents,
         "replay": replay,

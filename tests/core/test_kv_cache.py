@@ -55,7 +55,7 @@ def test_visible_frames_are_sinks_and_the_newest_and_pooling_equals_repooling(ru
         assert sorted(cache.slot_frames) == [*visible_sinks, *newest]
         assert cache.current_frames == frames
         for layer in range(2):
-            k, v = cache.keys(layer), cache.values(layer)
+            k, v, _ = cache.kv(layer)
             for slot, frame in enumerate(cache.slot_frames):
                 rows = slice(slot * TOKENS, (slot + 1) * TOKENS)
                 torch.testing.assert_close(v[:, rows], -cache_keys[layer, frame], rtol=0, atol=0)
@@ -87,11 +87,11 @@ def test_sinks_cannot_be_skipped():
 def test_evicting_moves_no_memory():
     cache = make_cache(6)
     cache.open(3)
-    addresses = [cache.keys(layer).data_ptr() for layer in range(2)]
+    addresses = [cache.kv(layer).k.data_ptr() for layer in range(2)]
     for _ in range(5):
         cache.commit()
         cache.open(3)
-    assert [cache.keys(layer).data_ptr() for layer in range(2)] == addresses
+    assert [cache.kv(layer).k.data_ptr() for layer in range(2)] == addresses
     assert cache.slot_frames == [12, 13, 14, 15, 16, 17] or cache.slot_frames == [15, 16, 17, 12, 13, 14]
 
 
@@ -118,7 +118,7 @@ def test_following_sinks_equal_roping_the_whole_window_each_time(sinks, slots, c
         table = RopeTable(start, chunk, 1, TOKENS, DIM, dtype=torch.float64)
         cache.store(0, table.rotate(k), k)
         q = torch.randn(2, chunk * TOKENS, HEADS, DIM, dtype=torch.float64, generator=generator)
-        ours = torch.einsum("bqhd,bkhd->bhqk", table.rotate(q), cache.keys(0))
+        ours = torch.einsum("bqhd,bkhd->bhqk", table.rotate(q), cache.kv(0).k)
         order = sorted(range(len(cache.slot_frames)), key=cache.slot_frames.__getitem__)
         in_time = torch.cat([ours[..., slot * TOKENS : (slot + 1) * TOKENS] for slot in order], dim=-1)
 

@@ -150,7 +150,7 @@ def test_batch_items_equal_single_runs(dit):
 
 def caches():
     gc.collect()
-    return [thing for thing in gc.get_objects() if type(thing) is KVCache and thing._keys]
+    return [thing for thing in gc.get_objects() if type(thing) is KVCache and thing.storage.device_bytes]
 
 
 def test_memory_starts_with_iteration_and_ends_with_it(dit, context):
