@@ -1,17 +1,36 @@
 """Hierarchical Sparse Attention: for each query block first the past frames, then the key blocks inside them.
 
-Scores are inner products of block means (Light Forcing, arXiv 2602.04789, section on HSA). No score is scaled or
-softmaxed: only their order matters. Nothing here waits on the device: every count is a Python int.
+Scores are inner products of block means (Light Forcing, arXiv 2602.04789, section on HSA): not scaled and not
+softmaxed, because only their order matters. The rules that make a selection exact:
+
+- of equal frames the oldest wins, of equal blocks the lowest id, that is the first in slot order;
+- a NaN score counts as the lowest finite one, an infinite score as the nearest finite one;
+- a block whose frame is not eligible is never kept.
+
+Nothing here waits on the device: every count is a Python int. On a GPU a fused kernel makes the same selection.
 """
 
+import functools
+import importlib.util
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .geometry import FrameBlocks, block_pair
+
+# How a block's share of attention is estimated: by the product of means, or by the log-sum-exp over sub-blocks.
+ESTIMATORS = ("mean", "lse")
+
+# Sub-blocks per key block, for the estimator "lse".
+SUB_BLOCKS = 4
+
+_log = logging.getLogger(__name__)
+_failures: dict[torch.dtype, str] = {}
 
 
 class BlockSelection(NamedTuple):
@@ -47,13 +66,15 @@ class SelectionPlan:
     """Which frame slots play which part for one chunk; made once per chunk, read by every layer and step.
 
     `always` bool [k_blocks]: the blocks that are eligible for every query block. `middle_slots` int64 [m]: the
-    slots that compete for the `choose` remaining places (None when every block is eligible). `kept` is how many
-    blocks each query block keeps.
+    slots that compete for the `choose` remaining places, oldest frame first (None when every block is eligible).
+    `frame_ranks` int32 [slots] says the same as both: a slot's place in `middle_slots`, or −1 where its blocks are
+    always eligible. `kept` is how many blocks each query block keeps.
     """
 
     layout: FrameBlocks
     always: Tensor
     middle_slots: Tensor | None
+    frame_ranks: Tensor
     choose: int
     kept: int
 
@@ -81,48 +102,170 @@ class SelectionPlan:
         slots_by_time = sorted(range(len(slot_frames)), key=slot_frames.__getitem__)
         past, current = slots_by_time[:-current_frames], slots_by_time[-current_frames:]
         k_blocks = len(slot_frames) * layout.per_frame
-        frame_is_eligible = torch.ones(len(slot_frames), dtype=torch.bool)
+        ranks = torch.full((len(slot_frames),), -1, dtype=torch.int32)
         middle_slots, choose, eligible = None, 0, k_blocks
         if len(past) > keep_frames:
             middle = past[sink_frames : len(past) - near_frames]
             choose = keep_frames - sink_frames - near_frames
-            frame_is_eligible[middle] = False
+            ranks[middle] = torch.arange(len(middle), dtype=torch.int32)
             middle_slots = torch.tensor(middle, device=device)
             eligible = (keep_frames + len(current)) * layout.per_frame
         # Without a past the chunk is dense; the float product is truncated as the published code does.
         kept = max(1, min(int((1.0 - sparsity) * k_blocks), eligible)) if past else k_blocks
-        always = frame_is_eligible.repeat_interleave(layout.per_frame).to(device)
-        return cls(layout, always, middle_slots, choose, kept)
+        always = (ranks < 0).repeat_interleave(layout.per_frame).to(device)
+        return cls(layout, always, middle_slots, ranks.to(device), choose, kept)
 
-    def select(self, q_means: Tensor, k_means: Tensor, frame_means: Tensor) -> BlockSelection:
+    def select(
+        self,
+        q_means: Tensor,
+        k_means: Tensor,
+        frame_means: Tensor,
+        *,
+        estimator: str = "mean",
+        sub_means: Tensor | None = None,
+    ) -> BlockSelection:
         """Choose frames, then blocks.
 
         q_means [B, q_blocks, H, D], k_means [B, k_blocks, H, D], frame_means [B, frames, H, D], the last two in
-        slot order. Ties go to whichever `torch.topk` returns.
+        slot order. With `estimator` "lse" the keys are read from `sub_means` instead, [B, sub-blocks, H, D] in the
+        layout `sub_block_layout(layout)`: a block's score is the log-sum-exp over its sub-blocks of
+        q·k/√D + log(tokens in the sub-block), which a few strong keys can raise as they raise attention itself; a
+        frame's score is the log-sum-exp of its blocks.
+
+        Raises ValueError for an unknown estimator and for sub-block means that are missing or do not fit.
         """
+        self._check_estimator(k_means, estimator, sub_means)
+        batch, q_blocks, heads = q_means.shape[:3]
+        rows, k_blocks = (batch, heads, q_blocks), k_means.shape[1]
+        if self.kept == k_blocks:
+            every = torch.arange(k_blocks, dtype=torch.int32, device=q_means.device)
+            return BlockSelection(every.expand(*rows, k_blocks), _constant(rows, k_blocks, q_means.device))
+        if why_not_fused(q_means, k_means, frame_means, estimator) is None:
+            selection = self._select_fused(q_means, k_means, frame_means)
+            if selection is not None:
+                return selection
+        if sub_means is None:
+            scores, frame_scores = self._mean_scores(q_means, k_means, frame_means)
+        else:
+            scores, frame_scores = self._lse_scores(q_means, sub_means)
+        blocks = _best(scores, self.kept, self._eligible(frame_scores)).to(torch.int32)
+        return BlockSelection(blocks, _constant(rows, self.kept, q_means.device))
+
+    def _mean_scores(self, q_means: Tensor, k_means: Tensor, frame_means: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of blocks [B, H, q_blocks, k_blocks] and of frames [B, H, q_blocks, frames]: products of means."""
         wide = torch.promote_types(q_means.dtype, torch.float32)
         q = q_means.to(wide).transpose(1, 2)
-        k_blocks = k_means.shape[1]
-        batch, heads, q_blocks = q.shape[:3]
-        if self.kept == k_blocks:
-            every = torch.arange(k_blocks, dtype=torch.int32, device=q.device)
-            blocks = every.expand(batch, heads, q_blocks, k_blocks)
-        else:
-            scores = q @ k_means.to(wide).permute(0, 2, 3, 1)
-            scores.masked_fill_(~self._eligible(q, frame_means.to(wide)), -torch.inf)
-            blocks = scores.topk(self.kept, dim=-1, sorted=False).indices.sort(-1).values.to(torch.int32)
-        counts = torch.full((batch, heads, q_blocks), blocks.shape[-1], dtype=torch.int32, device=q.device)
-        return BlockSelection(blocks, counts)
+        return q @ k_means.to(wide).permute(0, 2, 3, 1), q @ frame_means.to(wide).permute(0, 2, 3, 1)
 
-    def _eligible(self, q: Tensor, frame_means: Tensor) -> Tensor:
+    def _lse_scores(self, q_means: Tensor, sub_means: Tensor) -> tuple[Tensor, Tensor]:
+        """The same shapes: the log of the attention that a block's and a frame's keys draw, were sub-blocks uniform."""
+        wide = torch.promote_types(q_means.dtype, torch.float32)
+        q = q_means.to(wide).transpose(1, 2) * q_means.shape[-1] ** -0.5
+        subs = sub_block_layout(self.layout)
+        tokens = subs.block_lengths(1, q.device).to(wide)
+        scores = (q @ sub_means.to(wide).permute(0, 2, 3, 1)).unflatten(-1, (-1, subs.per_frame)) + tokens.log()
+        missing = self.layout.per_frame * SUB_BLOCKS - subs.per_frame  # of a frame's ragged last block
+        scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
+        blocks = scores.unflatten(-1, (-1, SUB_BLOCKS)).logsumexp(-1)
+        return blocks.flatten(-2), blocks.logsumexp(-1)
+
+    def _eligible(self, frame_scores: Tensor) -> Tensor:
         """Boolean mask of eligible blocks, broadcastable to [B, H, q_blocks, k_blocks]."""
         if self.middle_slots is None or self.choose == 0:
             return self.always
-        frame_scores = q @ frame_means[:, self.middle_slots].permute(0, 2, 3, 1)
-        chosen = self.middle_slots[frame_scores.topk(self.choose, dim=-1).indices]
-        frames = torch.zeros(*q.shape[:3], frame_means.shape[1], dtype=torch.bool, device=q.device)
-        frames.scatter_(-1, chosen, True)
+        chosen = self.middle_slots[_best(frame_scores[..., self.middle_slots], self.choose)]
+        frames = torch.zeros_like(frame_scores, dtype=torch.bool).scatter_(-1, chosen, True)
         return frames.repeat_interleave(self.layout.per_frame, dim=-1) | self.always
+
+    def _select_fused(self, q_means: Tensor, k_means: Tensor, frame_means: Tensor) -> BlockSelection | None:
+        """The selection from the fused kernel; None, with one warning per dtype, where it fails."""
+        kernel = _triton_kernel()
+        assert isinstance(kernel, ModuleType)
+        counts = {"choose": self.choose, "kept": self.kept}
+        try:
+            return BlockSelection(*kernel.select_blocks(q_means, k_means, frame_means, self.frame_ranks, **counts))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            first_line = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = f"the fused kernel failed in {q_means.dtype}: {type(error).__name__}: {first_line}"
+            _failures[q_means.dtype] = reason
+            _log.warning("[Light Forcing] selection: %s; selecting through torch", reason)
+            return None
+
+    def _check_estimator(self, k_means: Tensor, estimator: str, sub_means: Tensor | None) -> None:
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {estimator!r}; use {' or '.join(map(repr, ESTIMATORS))}")
+        if estimator == "mean":
+            if sub_means is not None:
+                raise ValueError("sub_means are only for the estimator 'lse'; leave them out or name it")
+            return
+        sub_blocks = k_means.shape[1] // self.layout.per_frame * sub_block_layout(self.layout).per_frame
+        wanted = (k_means.shape[0], sub_blocks, *k_means.shape[2:])
+        if sub_means is None or sub_means.shape != wanted:
+            given = None if sub_means is None else tuple(sub_means.shape)
+            raise ValueError(f"the estimator 'lse' needs sub_means {wanted}, not {given}; pool with sub_block_layout")
+
+
+def sub_block_layout(layout: FrameBlocks) -> FrameBlocks:
+    """The layout of `layout`'s sub-blocks, which nest in its blocks; ValueError when they do not divide a block."""
+    if layout.block % SUB_BLOCKS:
+        raise ValueError(
+            f"blocks of {layout.block} tokens do not split into {SUB_BLOCKS} sub-blocks; "
+            f"use a multiple of {SUB_BLOCKS} or the estimator 'mean'"
+        )
+    return FrameBlocks(layout.tokens_per_frame, layout.block // SUB_BLOCKS)
+
+
+def why_not_fused(q_means: Tensor, k_means: Tensor, frame_means: Tensor, estimator: str = "mean") -> str | None:
+    """The reason why the fused kernel cannot select from these means, [B, n, H, D] each, or None."""
+    if not q_means.is_cuda:
+        return f"the fused kernel is for CUDA tensors, not for {q_means.device.type}"
+    if estimator != "mean":
+        return f"the fused kernel scores by means only, not by {estimator!r}"
+    if not q_means.dtype == k_means.dtype == frame_means.dtype:
+        return (
+            f"the fused kernel takes means of one dtype, not {q_means.dtype}, {k_means.dtype} and {frame_means.dtype}"
+        )
+    kernel = _triton_kernel()
+    if isinstance(kernel, str):
+        return kernel
+    return _failures.get(q_means.dtype) or kernel.why_not(q_means, k_means.shape[1], frame_means.shape[1])
+
+
+@functools.cache
+def _triton_kernel() -> ModuleType | str:
+    """Our selection kernel's module, or the reason why it cannot be imported."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        from ..kernels import selection
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:  # a triton that is broken or too old
+        return f"triton is installed but does not import ({type(error).__name__}: {error})"
+    return selection
+
+
+def _constant(shape: tuple[int, ...], value: int, device: torch.device) -> Tensor:
+    return torch.full(shape, value, dtype=torch.int32, device=device)
+
+
+def _best(scores: Tensor, count: int, eligible: Tensor | None = None) -> Tensor:
+    """Ids of each row's `count` highest scores, ascending: int64 [..., count]. The module's first lines say the rules.
+
+    scores [..., n], overwritten; eligible: bool, broadcastable to scores, with at least `count` in each row.
+    """
+    scores.nan_to_num_(nan=torch.finfo(scores.dtype).min)
+    if eligible is not None:
+        scores.masked_fill_(~eligible, -torch.inf)
+    if scores.dtype == torch.float64:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
+    # `topk` makes no promise about ties, so there are none: the score, as an integer of the same order, in the high
+    # half and the id, backwards, in the low half. Adding 0 turns −0 into the 0 that it equals.
+    bits = scores.add_(0.0).view(torch.int32)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    backwards = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    keys = order.to(torch.int64).mul_(1 << 32).add_(backwards)
+    return keys.topk(count, dim=-1, sorted=False).indices.sort(-1).values
 
 
 def check_frame_budget(keep_frames: int, sink_frames: int, near_frames: int) -> None:

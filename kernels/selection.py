@@ -1,0 +1,279 @@
+"""Hierarchical block selection in Triton: scores, frame choice, block choice and the compact list in two launches.
+
+The first launch multiplies query means with key and frame means. In the second, one program owns one query block:
+it holds the row's scores in registers and searches, bit by bit, for the highest bar that still leaves as many
+candidates as are wanted. Nothing is sorted; ties are settled by prefix sums, and the list is written in id order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_BLOCKS = 16384
+MAX_FRAMES = 4096
+MIN_CAPABILITY = (8, 0)
+
+LOWEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).min)
+HIGHEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
+LOWEST_INT = tl.constexpr(-(2**31))  # lower than the order of any score: what is not eligible
+HIGHEST_INT = tl.constexpr(2**31 - 1)  # higher than the order of any score: a bar that nothing reaches
+
+
+@triton.jit(do_not_specialize=["q_blocks", "k_blocks", "frames"])
+def _score(
+    q_ptr,
+    k_ptr,
+    frame_ptr,
+    scores_ptr,
+    q_stride_b,
+    q_stride_l,
+    q_stride_h,
+    k_stride_b,
+    k_stride_l,
+    k_stride_h,
+    frame_stride_b,
+    frame_stride_l,
+    frame_stride_h,
+    heads,
+    q_blocks,
+    k_blocks,
+    frames,
+    HEAD_DIM: tl.constexpr,
+    TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr,
+    TILE_DIM: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile of q_means · [k_means, frame_means]; a row of scores holds the k_blocks and then the frames."""
+    tile = tl.program_id(0)
+    head_row = tl.program_id(2)
+    batch = (head_row // heads).to(tl.int64)
+    head = (head_row % heads).to(tl.int64)
+    k_tiles = tl.cdiv(k_blocks, TILE_K)
+    if tile < k_tiles:
+        base = k_ptr + batch * k_stride_b + head * k_stride_h
+        stride = k_stride_l
+        first = tile * TILE_K
+        length = k_blocks
+        column = first
+    else:
+        base = frame_ptr + batch * frame_stride_b + head * frame_stride_h
+        stride = frame_stride_l
+        first = (tile - k_tiles) * TILE_K
+        length = frames
+        column = k_blocks + first
+
+    rows = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q)
+    columns = tl.arange(0, TILE_K)
+    row_is_real = rows < q_blocks
+    column_is_real = first + columns < length
+    q_tile = (q_ptr + batch * q_stride_b + head * q_stride_h + rows.to(tl.int64) * q_stride_l)[:, None]
+    k_tile = (base + (first + columns).to(tl.int64) * stride)[None, :]
+    scores = tl.zeros([TILE_Q, TILE_K], tl.float32)
+    for start in range(0, HEAD_DIM, TILE_DIM):
+        dims = start + tl.arange(0, TILE_DIM)
+        q = tl.load(q_tile + dims[None, :], mask=row_is_real[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+        k = tl.load(k_tile + dims[:, None], mask=column_is_real[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
+        if UPCAST:
+            q, k = q.to(tl.float32), k.to(tl.float32)
+        scores = tl.dot(q, k, scores, input_precision="ieee")
+    row_ptr = scores_ptr + (head_row.to(tl.int64) * q_blocks + rows) * (k_blocks + frames) + column
+    tl.store(row_ptr[:, None] + columns[None, :], scores, mask=row_is_real[:, None] & column_is_real[None, :])
+
+
+@triton.jit
+def _order(score):
+    """int32 that compare as the scores do; NaN counts as the lowest finite score, infinities as the nearest one."""
+    score = tl.where(score != score, LOWEST_FLOAT, score)
+    score = tl.minimum(tl.maximum(score, LOWEST_FLOAT), HIGHEST_FLOAT)
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # −0 equals 0
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _bar(keys, wanted, start, BITS: tl.constexpr):
+    """The highest int32 from `start` to start + 2^BITS − 1 that at least `wanted` keys reach, as `start` itself is."""
+    bar = start
+    for i in range(BITS):
+        higher = bar + (1 << (BITS - 1 - i))
+        bar = tl.where(tl.sum((keys >= higher).to(tl.int32)) >= wanted, higher, bar)
+    return bar
+
+
+@triton.jit
+def _signed_bar(keys, wanted):
+    """The highest int32 that at least `wanted` of the keys reach."""
+    return _bar(keys, wanted, tl.where(tl.sum((keys >= 0).to(tl.int32)) >= wanted, 0, LOWEST_INT), 31)
+
+
+@triton.jit(do_not_specialize=["k_blocks", "frames", "per_frame", "choose", "kept"])
+def _select(
+    scores_ptr,
+    ranks_ptr,
+    blocks_ptr,
+    counts_ptr,
+    k_blocks,
+    frames,
+    per_frame,
+    choose,
+    kept,
+    COLUMNS: tl.constexpr,
+    FRAMES: tl.constexpr,
+    FRAME_BITS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = scores_ptr + row * (k_blocks + frames)
+
+    # A competing frame is chosen when its score is above the bar, or at it and its rank not above `last_rank`.
+    frame_bar = tl.full((), HIGHEST_INT, tl.int32)
+    last_rank = tl.full((), -1, tl.int32)
+    if choose > 0:
+        slots = tl.arange(0, FRAMES)
+        slot_rank = tl.load(ranks_ptr + slots, mask=slots < frames, other=-1)
+        frame_keys = _order(tl.load(row_ptr + k_blocks + slots, mask=slots < frames, other=0.0))
+        frame_keys = tl.where(slot_rank >= 0, frame_keys, LOWEST_INT)
+        frame_bar = _signed_bar(frame_keys, choose)
+        missing = choose - tl.sum((frame_keys > frame_bar).to(tl.int32))
+        backwards = tl.where(frame_keys == frame_bar, FRAMES - 1 - slot_rank, -1)
+        last_rank = FRAMES - 1 - _bar(backwards, missing, tl.full((), 0, tl.int32), FRAME_BITS)
+
+    ids = tl.arange(0, COLUMNS)
+    is_real = ids < k_blocks
+    slot = ids // per_frame
+    rank = tl.load(ranks_ptr + slot, mask=is_real, other=0)
+    # Where no frame is chosen their scores were never written; nothing can reach the bar then.
+    frame_key = _order(tl.load(row_ptr + k_blocks + slot, mask=is_real & (rank >= 0), other=0.0))
+    chosen = (frame_key > frame_bar) | ((frame_key == frame_bar) & (rank <= last_rank))
+    eligible = is_real & ((rank < 0) | chosen)
+    keys = tl.where(eligible, _order(tl.load(row_ptr + ids, mask=is_real, other=0.0)), LOWEST_INT)
+
+    bar = _signed_bar(keys, kept)
+    above = (keys > bar).to(tl.int32)
+    tied = (keys == bar).to(tl.int32)
+    missing = kept - tl.sum(above)
+    # Both prefix sums in one scan: `above` in the low half of each int, `tied` in the high half.
+    sums = tl.cumsum(above + (tied << 16), 0)
+    above_so_far = sums & 0xFFFF
+    tied_so_far = sums >> 16
+    picked = (above == 1) | ((tied == 1) & (tied_so_far <= missing))
+    place = above_so_far + tl.minimum(tied_so_far, missing) - 1
+    tl.store(blocks_ptr + row * kept + place, ids, mask=picked)
+    tl.store(counts_ptr + row, kept)
+
+
+# Whether TRITON_INTERPRET was set when this module was imported: then the kernels run on any device, slowly.
+INTERPRETED = not isinstance(_select, triton.JITFunction)
+
+
+def score_constants(head_dim: int, itemsize: int) -> dict[str, int]:
+    """Compile-time constants of the first launch, the interpreter's apart; `itemsize` is bytes per element."""
+    # float32 runs on plain multiply-adds, which the compiler unrolls: longer steps would spill registers.
+    return {"HEAD_DIM": head_dim, "TILE_Q": 64, "TILE_K": 64, "TILE_DIM": 32 if itemsize == 4 else 64}
+
+
+def select_constants(k_blocks: int, frames: int) -> dict[str, int]:
+    """Compile-time constants of the second launch: coarse powers of two, so that a growing cache rarely compiles."""
+    columns = max(512, triton.next_power_of_2(k_blocks))
+    padded_frames = max(32, triton.next_power_of_2(frames))
+    return {"COLUMNS": columns, "FRAMES": padded_frames, "FRAME_BITS": padded_frames.bit_length() - 1}
+
+
+def select_warps(columns: int) -> int:
+    """Warps that hold one row of `columns` scores in registers: 16 of them per thread, 32 in the longest rows."""
+    return min(16, columns // 512)
+
+
+def why_not(q_means: Tensor, k_blocks: int, frames: int) -> str | None:
+    """The reason why these kernels cannot select for q_means [B, q_blocks, H, D] among `k_blocks` blocks, or None."""
+    if q_means.dtype not in DTYPES:
+        return f"the selection kernel takes bfloat16, float16 or float32, not {q_means.dtype}"
+    if k_blocks > MAX_BLOCKS:
+        return f"the selection kernel holds up to {MAX_BLOCKS:,} key blocks in registers, not {k_blocks:,}"
+    if frames > MAX_FRAMES:
+        return f"the selection kernel holds up to {MAX_FRAMES:,} frames in registers, not {frames:,}"
+    if INTERPRETED:
+        return None
+    if q_means.device.type != "cuda" or torch.version.hip:
+        return f"the selection kernel runs on NVIDIA GPUs (or with TRITON_INTERPRET=1), not on {q_means.device.type}"
+    capability = torch.cuda.get_device_capability(q_means.device)
+    if capability < MIN_CAPABILITY:
+        return f"the selection kernel needs an sm_80 GPU or newer, this one is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def select_blocks(
+    q_means: Tensor, k_means: Tensor, frame_means: Tensor, frame_ranks: Tensor, *, choose: int, kept: int
+) -> tuple[Tensor, Tensor]:
+    """The key blocks that each query block keeps: the `kept` best of those whose frame is eligible.
+
+    q_means [B, q_blocks, H, D], k_means [B, k_blocks, H, D], frame_means [B, frames, H, D]: one dtype, any strides
+    as long as D is contiguous; scores are inner products in float32. frame_ranks: int32 [frames], −1 for a frame
+    that is always eligible, otherwise its rank, unique and below `frames`, among those that compete for `choose`
+    places; the lowest rank wins a tie. Of equal blocks the lowest id wins. NaN counts as the lowest finite score,
+    an infinite score as the nearest finite one. At least `choose` frames must compete and `kept` blocks be eligible.
+
+    Returns int32 ids [B, H, q_blocks, kept], ascending, and int32 counts [B, H, q_blocks]. Nothing waits on the
+    device; lengths and counts are runtime values. Raises ValueError when `why_not` gives a reason or a shape or
+    dtype is off.
+    """
+    batch, q_blocks, heads, head_dim = q_means.shape
+    k_blocks, frames = k_means.shape[1], frame_means.shape[1]
+    if reason := why_not(q_means, k_blocks, frames):
+        raise ValueError(reason)
+    for name, means in (("k_means", k_means), ("frame_means", frame_means)):
+        if (means.shape[0], *means.shape[2:]) != (batch, heads, head_dim) or means.dtype != q_means.dtype:
+            raise ValueError(
+                f"{name} {means.dtype} {tuple(means.shape)} does not fit q_means {q_means.dtype} "
+                f"{tuple(q_means.shape)}; pass [B, n, H, D] with the same B, H, D and dtype"
+            )
+    if frame_ranks.dtype != torch.int32 or frame_ranks.shape != (frames,) or k_blocks % frames:
+        raise ValueError(
+            f"frame_ranks {frame_ranks.dtype} {tuple(frame_ranks.shape)} and {k_blocks} key blocks do not fit "
+            f"{frames} frames; pass int32 [frames] and whole frames of blocks"
+        )
+    if not (1 <= kept <= k_blocks and 0 <= choose <= frames):
+        raise ValueError(f"cannot keep {kept} of {k_blocks} key blocks and choose {choose} of {frames} frames")
+    q_means, k_means, frame_means = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q_means, k_means, frame_means)
+    )
+    scores = torch.empty(batch, heads, q_blocks, k_blocks + frames, dtype=torch.float32, device=q_means.device)
+    blocks = torch.empty(batch, heads, q_blocks, kept, dtype=torch.int32, device=q_means.device)
+    counts = torch.empty(batch, heads, q_blocks, dtype=torch.int32, device=q_means.device)
+    tile, row = score_constants(head_dim, q_means.element_size()), select_constants(k_blocks, frames)
+    tiles = triton.cdiv(k_blocks, tile["TILE_K"]) + (triton.cdiv(frames, tile["TILE_K"]) if choose else 0)
+
+    # Triton launches on the current device, which need not be the tensors'; the interpreter also takes CPU tensors.
+    with torch.cuda.device(q_means.device if q_means.is_cuda else -1):
+        _score[(tiles, triton.cdiv(q_blocks, tile["TILE_Q"]), batch * heads)](
+            q_means,
+            k_means,
+            frame_means,
+            scores,
+            *q_means.stride()[:3],
+            *k_means.stride()[:3],
+            *frame_means.stride()[:3],
+            heads,
+            q_blocks,
+            k_blocks,
+            frames,
+            **tile,
+            UPCAST=INTERPRETED and q_means.dtype == torch.bfloat16,  # its tl.dot multiplies the raw bits of bfloat16
+            num_warps=4,
+            num_stages=2,
+        )
+        _select[(batch * heads * q_blocks,)](
+            scores,
+            frame_ranks.contiguous(),
+            blocks,
+            counts,
+            k_blocks,
+            frames,
+            k_blocks // frames,
+            choose,
+            kept,
+            **row,
+            num_warps=select_warps(row["COLUMNS"]),
+        )
+    return blocks, counts

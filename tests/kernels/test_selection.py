@@ -1,0 +1,317 @@
+"""The selection kernels: equal to a brute force and to the torch path, ties included; memory, refusals, compilation."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from lightforcing.kernels.selection import _order, select_blocks, select_constants, why_not
+from lightforcing.lightforcing_core.geometry import FrameBlocks
+from lightforcing.lightforcing_core.selection import SelectionPlan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Shared memory that one program may use, in KiB, by compute capability.
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+# Stack bytes per thread are register spills. Seen: 0 up to 4,096 blocks, 16 at 8,192 (sm_80), 32 at 16,384 (sm_120).
+MAX_STACK = {"bf16": 0, "fp32": 16, 4096: 0, 8192: 16, 16384: 40}
+
+RING = [0, 10, 11, 12, 4, 5, 6, 7, 8, 9]  # the frame that each slot holds: a sink, then a window that has wrapped
+LARGEST = torch.finfo(torch.float32).max
+
+
+def finite(score):
+    """A score as the selection counts it."""
+    return -LARGEST if math.isnan(score) else min(max(score, -LARGEST), LARGEST)
+
+
+def brute_force(q_means, k_means, frame_means, slot_frames, current, keep, sinks, near, kept):
+    """The rule of HSA for one query block at a time, over float64 scores: lists of ascending ids [B][H][q_blocks]."""
+    q, k, f = (x.cpu().double() for x in (q_means, k_means, frame_means))
+    per_frame = k.shape[1] // f.shape[1]
+    by_age = sorted(range(len(slot_frames)), key=slot_frames.__getitem__)
+    past, now = by_age[:-current], by_age[-current:]
+    rows = []
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            for i in range(q.shape[1]):
+                slots = past + now
+                if len(past) > keep:
+                    middle = past[sinks : len(past) - near]
+                    value = {slot: finite(float(q[b, i, h] @ f[b, slot, h])) for slot in middle}
+                    # Python's sort is stable and `middle` starts with the oldest frame.
+                    best = sorted(middle, key=lambda slot: -value[slot])[: keep - sinks - near]
+                    slots = past[:sinks] + best + past[len(past) - near :] + now
+                ids = sorted(slot * per_frame + j for slot in slots for j in range(per_frame))
+                value = {j: finite(float(q[b, i, h] @ k[b, j, h])) for j in ids}
+                rows.append(sorted(sorted(ids, key=lambda j: -value[j])[:kept]))
+    return torch.tensor(rows, dtype=torch.int32).view(q.shape[0], q.shape[2], q.shape[1], kept)
+
+
+def means(per_frame, q_blocks, frames, batch=1, heads=1, dim=16, seed=0, values=2, dtype=torch.float32):
+    """Integer means, whose inner products are exact in any order and often equal; frame means are their own draw."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(-values, values + 1, (batch, rows, heads, dim), generator=generator).to(DEVICE, dtype)
+        for rows in (q_blocks, frames * per_frame, frames)
+    ]
+
+
+def plan_for(per_frame, slot_frames, current, sparsity, keep=6, sinks=1, near=2):
+    layout = FrameBlocks(16 * per_frame, 16)
+    options = {"sparsity": sparsity, "keep_frames": keep, "sink_frames": sinks, "near_frames": near}
+    return SelectionPlan.build(slot_frames, current, layout, **options, device=DEVICE)
+
+
+def run(plan, q_means, k_means, frame_means):
+    return select_blocks(q_means, k_means, frame_means, plan.frame_ranks, choose=plan.choose, kept=plan.kept)
+
+
+def check(inputs, slot_frames, current=3, sparsity=0.7, keep=6, sinks=1, near=2):
+    per_frame = inputs[1].shape[1] // inputs[2].shape[1]
+    plan = plan_for(per_frame, slot_frames, current, sparsity, keep, sinks, near)
+    blocks, counts = run(plan, *inputs)
+    want = brute_force(*inputs, slot_frames, current, keep, sinks, near, plan.kept)
+    assert blocks.dtype == counts.dtype == torch.int32
+    assert torch.equal(blocks.cpu(), want)
+    assert (counts == plan.kept).all()
+    assert counts.shape == blocks.shape[:3]
+    through_torch = plan.select(*inputs)
+    assert torch.equal(blocks, through_torch.blocks)
+    assert torch.equal(counts, through_torch.counts)
+    return plan
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_picks_equal_brute_force_with_many_ties(seed, dtype):
+    check(means(3, 3, len(RING), batch=2, dim=8, seed=seed, values=1, dtype=dtype), RING)
+
+
+@pytest.mark.parametrize(
+    ("slot_frames", "current", "keep", "sinks", "near", "chosen"),
+    [
+        (RING, 1, 6, 0, 0, 6),
+        (RING, 1, 2, 0, 1, 1),
+        (RING, 3, 3, 1, 2, 0),
+        (RING, 3, 0, 0, 0, 0),
+        ([4, 5, 2, 3], 1, 2, 0, 1, 1),
+        ([4, 5, 2, 3], 1, 2, 1, 0, 1),
+        (RING, 3, 9, 1, 2, 0),
+        (list(range(40)), 1, 6, 1, 2, 3),
+    ],
+)
+def test_picks_equal_brute_force_for_any_frame_budget(slot_frames, current, keep, sinks, near, chosen):
+    inputs = means(2, 2, len(slot_frames), heads=2, seed=keep)
+    plan = check(inputs, slot_frames, current, 0.8, keep, sinks, near)
+    assert plan.choose == chosen
+
+
+def test_one_middle_frame_competes_alone():
+    """Four past frames of which three are kept, one sink and one near: one of two; with two near, of one frame only."""
+    plan = check(means(2, 2, 5), [3, 4, 0, 1, 2], current=1, sparsity=0.6, keep=3, sinks=1, near=2)
+    assert (plan.choose, len(plan.middle_slots)) == (0, 1)
+
+
+@pytest.mark.parametrize("sparsity", [0.999, 0.5, 0.1])
+def test_equal_scores_go_to_the_lowest_ids_and_the_oldest_frames(sparsity):
+    q, k, f = means(4, 2, len(RING))
+    q.zero_()
+    plan = check([q, k, f], RING, sparsity=sparsity)
+    frames_kept = [0, 10, 11, 12, 4, 5, 6, 8, 9]  # all but the youngest of the middle frames 4, 5, 6 and 7
+    slots = [slot for slot, frame in enumerate(RING) if frame in frames_kept]
+    eligible = [slot * 4 + j for slot in slots for j in range(4)]
+    assert run(plan, q, k, f)[0][0, 0, 0].tolist() == eligible[: plan.kept]
+    assert plan.kept == {0.999: 1, 0.5: 20, 0.1: 36}[sparsity]
+
+
+@triton.jit
+def store_order(scores_ptr, order_ptr, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    tl.store(order_ptr + at, _order(tl.load(scores_ptr + at)))
+
+
+def test_integers_compare_as_the_scores_do():
+    ascending = [-LARGEST, -7.5, -1.0, -1e-42, 0.0, 1e-42, 0.5, 1.0, 1e30, LARGEST]
+    equal = {-0.0: 0.0, math.inf: LARGEST, -math.inf: -LARGEST, math.nan: -LARGEST, -math.nan: -LARGEST}
+    scores = torch.tensor([*ascending, *equal, 0.0], device=DEVICE)
+    order = torch.zeros(16, dtype=torch.int32, device=DEVICE)
+    store_order[(1,)](scores, order, COUNT=16)
+    order = order.tolist()
+    assert order[:10] == sorted(set(order[:10]))
+    assert order[10:15] == [order[ascending.index(same)] for same in equal.values()]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_have_their_place(bad):
+    q, k, f = means(3, 2, len(RING), dim=8, seed=3)
+    q[..., 0] = 1.0
+    k[:, ::4, :, 0] = bad
+    f[:, ::2, :, 0] = bad
+    check([q, k, f], RING)
+    q[:, 1] = bad
+    k[..., 1] = 0.0  # inf · 0 is NaN
+    check([q, k, f], RING)
+
+
+def test_nothing_but_nan_still_gives_eligible_blocks():
+    q, k, f = means(3, 1, len(RING))
+    check([x.fill_(math.nan) for x in (q, k, f)], RING)
+
+
+@pytest.mark.parametrize(
+    ("per_frame", "q_blocks", "frames", "dim"),
+    [(1, 1, 7, 1), (25, 2, 21, 128), (57, 1, 10, 80), (13, 66, 8, 16), (2, 2, 150, 16)],
+)
+def test_picks_equal_brute_force_on_other_shapes(per_frame, q_blocks, frames, dim):
+    """More than one tile of blocks, of frames, of query blocks and of the head dimension; odd lengths everywhere."""
+    check(means(per_frame, q_blocks, frames, dim=dim), list(range(frames)), sparsity=0.85)
+
+
+def test_rows_longer_than_one_warp_holds():
+    """1,200 key blocks: 21 frames of 57 blocks and a bit, padded to 2,048."""
+    check(means(60, 1, 20, dim=4, values=4), list(range(20)), sparsity=0.9)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_picks_differ_from_float64_by_rounding_only(seed):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (4, 21 * 8, 21)
+    inputs = [torch.randn(1, rows, 2, 64, generator=generator).to(DEVICE, torch.bfloat16) for rows in sizes]
+    plan = plan_for(8, list(range(21)), 3, 0.88)
+    got = run(plan, *inputs)[0].cpu()
+    want = brute_force(*inputs, list(range(21)), 3, 6, 1, 2, plan.kept)
+    scores = torch.einsum("bqhd,bkhd->bhqk", *(x.cpu().double() for x in inputs[:2]))
+    gap = scores.gather(-1, got.long()).sort(-1).values - scores.gather(-1, want.long()).sort(-1).values
+    assert gap.abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("layout", ["cache slices", "every second head", "heads first", "last dim strided"])
+def test_any_strides_are_honoured(layout):
+    q, k, f = means(3, 2, len(RING), batch=2, heads=2, dim=8, seed=5)
+    if layout == "cache slices":  # the rows of frames that are not visible lie around
+        wide = [torch.full((2, x.shape[1] + 9, 2, 8), math.nan, device=DEVICE) for x in (q, k, f)]
+        for whole, x in zip(wide, (q, k, f), strict=True):
+            whole[:, 4 : 4 + x.shape[1]] = x
+        q, k, f = (whole[:, 4:-5] for whole in wide)
+    elif layout == "every second head":
+        q, k, f = (torch.stack([x, x + 1], dim=3).flatten(2, 3)[:, :, ::2] for x in (q, k, f))
+    elif layout == "heads first":
+        q, k, f = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, f))
+    else:
+        q, k, f = (x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, f))
+    check([q, k, f], RING)
+
+
+@pytest.mark.parametrize("choose_frames", [True, False])
+def test_nothing_is_left_unwritten_or_written_outside(monkeypatch, choose_frames):
+    real, buffers = torch.empty, []
+
+    def poisoned(*shape, dtype, device):
+        size, fill = math.prod(shape), math.nan if dtype.is_floating_point else 10**9
+        buffers.append(real(size + 128, dtype=dtype, device=device).fill_(fill))
+        return buffers[-1][64 : 64 + size].view(shape)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    keep = 6 if choose_frames else 3
+    check(means(5, 3, len(RING), heads=2), RING, keep=keep)
+    assert len(buffers) == 3
+    for buffer in buffers:
+        edges = torch.cat([buffer[:64], buffer[-64:]])
+        assert edges.isnan().all() if edges.is_floating_point() else (edges == 10**9).all()
+
+
+def test_all_chunks_of_a_run_share_one_compilation():
+    for per_frame in (12, 13, 24, 25):
+        constants = [select_constants(frames * per_frame, frames) for frames in range(3, 20)]
+        assert constants == [{"COLUMNS": 512, "FRAMES": 32, "FRAME_BITS": 5}] * len(constants)
+    assert select_constants(21 * 25, 21)["COLUMNS"] == 1024
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q_means": torch.zeros(1, 2, 1, 16, dtype=torch.float64)}, "not torch.float64"),
+        ({"k_means": torch.zeros(1, 20_000, 1, 16)}, "up to 16,384 key blocks in registers, not 20,000"),
+        ({"k_means": torch.zeros(1, 8, 2, 16)}, r"k_means torch.float32 \(1, 8, 2, 16\) does not fit q_means"),
+        ({"frame_means": torch.zeros(1, 4, 1, 16, dtype=torch.float16)}, "frame_means torch.float16"),
+        ({"k_means": torch.zeros(1, 9, 1, 16)}, "9 key blocks do not fit 4 frames"),
+        ({"frame_ranks": torch.zeros(4, dtype=torch.int64)}, "frame_ranks torch.int64"),
+        ({"frame_ranks": torch.zeros(5, dtype=torch.int32)}, r"frame_ranks torch.int32 \(5,\)"),
+        ({"kept": 9}, "cannot keep 9 of 8 key blocks"),
+        ({"kept": 0}, "cannot keep 0 of 8 key blocks"),
+        ({"choose": 5}, "choose 5 of 4 frames"),
+    ],
+)
+def test_launcher_refuses_with_the_value(change, message):
+    arguments = {
+        "q_means": torch.zeros(1, 2, 1, 16),
+        "k_means": torch.zeros(1, 8, 1, 16),
+        "frame_means": torch.zeros(1, 4, 1, 16),
+        "frame_ranks": torch.full((4,), -1, dtype=torch.int32),
+        "choose": 0,
+        "kept": 2,
+    }
+    with pytest.raises(ValueError, match=message):
+        select_blocks(**{name: change.get(name, value) for name, value in arguments.items()})
+
+
+def test_long_videos_are_taken_or_declined_with_a_reason():
+    q = torch.empty(1, 75, 12, 128, dtype=torch.bfloat16, device=DEVICE)
+    assert why_not(q, 21 * 57, 21) is None
+    assert why_not(q, 240 * 25, 240) is None
+    assert "not 23,940" in why_not(q, 420 * 57, 420)
+    assert "not 8,000" in why_not(q, 8_000, 8_000)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """One row per variant, compiled in a process in which Triton does not interpret."""
+    variants = [f"{cc}:{row}" for cc in SHARED_KIB for row in ("score:bf16:128", "select:504:21", "select:5760:240")]
+    variants += [f"{cc}:score:fp32:128" for cc in (86, 90, 120)]
+    variants += [f"120:select:{row}" for row in ("1200:21", "4000:160", "13680:240")]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("selection_ahead_of_time.py"), *variants],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(rows) == len(variants)
+    return rows
+
+
+def test_kernels_compile_for_every_supported_chip_without_a_gpu(compiled, capsys):
+    with capsys.disabled():
+        print("\n  sm  kernel  shape                       dtype  warps  shared KiB  registers  stack")
+        for row in compiled:
+            print(
+                f"{row['cc']:4d}  {row['kernel']:6s}  {row['shape']:26s}  {row['dtype']:5s}  {row['warps']:5d}  "
+                f"{row['shared'] / 1024:10.1f}  {row.get('registers', '?'):>9}  {row.get('stack', '?'):>5}"
+            )
+    for row in compiled:
+        assert row["shared"] <= SHARED_KIB[row["cc"]] * 1024, row
+        bound = row["dtype"] if row["kernel"] == "score" else max(4096, int(row["shape"].split()[0]))
+        assert row.get("stack", 0) <= MAX_STACK[bound], row
+
+
+def test_lengths_and_counts_are_never_compiled_in(compiled):
+    unspecialised = {row["kernel"]: set(row["unspecialised"]) for row in compiled}
+    assert unspecialised == {
+        "score": {"q_blocks", "k_blocks", "frames"},
+        "select": {"k_blocks", "frames", "per_frame", "choose", "kept"},
+    }
