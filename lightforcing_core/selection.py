@@ -10,8 +10,6 @@ softmaxed, because only their order matters. The rules that make a selection exa
 Nothing here waits on the device: every count is a Python int. On a GPU a fused kernel makes the same selection.
 """
 
-import functools
-import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .geometry import FrameBlocks, block_pair
+from .triton_kernels import kernel_module
 
 # How a block's share of attention is estimated: by the product of means, or by the log-sum-exp over sub-blocks.
 ESTIMATORS = ("mean", "lse")
@@ -179,7 +178,7 @@ class SelectionPlan:
 
     def _select_fused(self, q_means: Tensor, k_means: Tensor, frame_means: Tensor) -> BlockSelection | None:
         """The selection from the fused kernel; None, with one warning per dtype, where it fails."""
-        kernel = _triton_kernel()
+        kernel = kernel_module("selection")
         assert isinstance(kernel, ModuleType)
         counts = {"choose": self.choose, "kept": self.kept}
         try:
@@ -227,22 +226,10 @@ def why_not_fused(q_means: Tensor, k_means: Tensor, frame_means: Tensor, estimat
         return (
             f"the fused kernel takes means of one dtype, not {q_means.dtype}, {k_means.dtype} and {frame_means.dtype}"
         )
-    kernel = _triton_kernel()
+    kernel = kernel_module("selection")
     if isinstance(kernel, str):
         return kernel
     return _failures.get(q_means.dtype) or kernel.why_not(q_means, k_means.shape[1], frame_means.shape[1])
-
-
-@functools.cache
-def _triton_kernel() -> ModuleType | str:
-    """Our selection kernel's module, or the reason why it cannot be imported."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    try:
-        from ..kernels import selection
-    except (ImportError, OSError, AttributeError, RuntimeError) as error:  # a triton that is broken or too old
-        return f"triton is installed but does not import ({type(error).__name__}: {error})"
-    return selection
 
 
 def _constant(shape: tuple[int, ...], value: int, device: torch.device) -> Tensor:

@@ -52,7 +52,7 @@ def test_a_kernel_that_fails_is_replaced_once_and_for_all(monkeypatch, caplog):
         calls.append(options)
         raise RuntimeError("no such luck\nat all")
 
-    monkeypatch.setattr(selection_module, "_triton_kernel", lambda: kernel_that(fail))
+    monkeypatch.setattr(selection_module, "kernel_module", lambda name: kernel_that(fail))
     monkeypatch.setattr(selection_module, "_failures", {})
     for _ in range(3):
         got = plan.select(inputs[0].as_subclass(OnCuda), *inputs[1:])
@@ -70,7 +70,7 @@ def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(selection_module, "_triton_kernel", lambda: kernel_that(fail))
+    monkeypatch.setattr(selection_module, "kernel_module", lambda name: kernel_that(fail))
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         plan.select(inputs[0].as_subclass(OnCuda), *inputs[1:])
 
@@ -84,9 +84,5 @@ def test_the_reason_against_the_fused_kernel_names_it(monkeypatch):
     assert "by means only, not by 'lse'" in why_not_fused(*on_gpu, "lse")
     assert "torch.float32, torch.float16 and torch.float32" in why_not_fused(on_gpu[0], inputs[1].half(), inputs[2])
     assert "not torch.float64" in why_not_fused(*(x.double() for x in on_gpu))
-    monkeypatch.setattr(selection_module.importlib.util, "find_spec", lambda name: None)
-    selection_module._triton_kernel.cache_clear()
-    try:
-        assert why_not_fused(*on_gpu) == "triton is not installed"
-    finally:
-        selection_module._triton_kernel.cache_clear()
+    monkeypatch.setattr(selection_module, "kernel_module", lambda name: "triton is not installed")
+    assert why_not_fused(*on_gpu) == "triton is not installed"

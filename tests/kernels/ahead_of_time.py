@@ -1,7 +1,11 @@
-"""Compiles the block-sparse kernel for GPUs that are not here and prints one JSON row per variant.
+"""Compiles the block-sparse kernel for GPUs that are not here, from the very arguments its launcher would pass.
 
-Run as a process of its own, without TRITON_INTERPRET: an interpreted kernel cannot be compiled.
-Arguments: `cc:block_q:block_k:head_dim:dtype:ragged`, e.g. `90:128:64:128:bf16:1`.
+Run as a process of its own, without TRITON_INTERPRET: an interpreted kernel cannot be compiled. Arguments, one JSON
+row printed for each:
+
+- `cc:block_q:block_k:head_dim:dtype:stored:ragged:variant`, e.g. `90:128:64:128:bf16:int8:1:tail`; `variant` is
+  `sparse`, `tail` or `dense`. Prints what the compiled code takes.
+- `chunks:cc`: prepares launches for every chunk of a video and prints how many kernels they compile.
 """
 
 import json
@@ -11,54 +15,102 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from lightforcing.kernels.block_sparse import _forward, launch_options
+from lightforcing.kernels import block_sparse, tuning
 
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-
-
-def compile_variant(cc: int, block_q: int, block_k: int, head_dim: int, dtype: str, ragged: bool) -> dict:
-    """Compile one variant for sm_`cc`; bytes of shared memory, and registers and stack bytes where cuobjdump is."""
-    constants = {
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": head_dim,
-        "BLOCK_Q": block_q,
-        "BLOCK_K": block_k,
-        "RAGGED_Q": ragged,
-        "RAGGED_K": ragged,
-        "UPCAST": False,
-    }
-    signature = {}
-    for name in _forward.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*i32" if name in ("blocks_ptr", "counts_ptr") else f"*{dtype}"
-        else:
-            signature[name] = "fp32" if name == "scale_log2" else "i32"
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(_forward.arg_names)
-        if name.endswith("_ptr") or "stride" in name
-    }
-    options = launch_options(block_q, block_k, head_dim, BYTES[dtype])
-    source = ASTSource(_forward, signature, constexprs=constants, attrs=aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
-    row = {
-        "cc": cc,
-        "block_q": block_q,
-        "block_k": block_k,
-        "dtype": dtype,
-        "shared": kernel.metadata.shared,
-        **options,
-    }
-    return row | resource_usage(kernel.asm["cubin"])
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
+class Absent:
+    """As much of a CUDA driver as compiling needs, for a GPU of compute capability `cc` that is not here."""
+
+    def __init__(self, cc):
+        self.cc = cc
+
+    def get_current_device(self):
+        return self.cc
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.cc, 32)
+
+
+def prepare(cc, kind, tokens_per_frame, frames, width, *, slots=21, heads=12, device="meta", first_slot=0):
+    """Compile what the launcher would launch for a chunk of 3 frames that sees `frames` slots of a cache."""
+    driver.set_active(Absent(cc))
+
+    def empty(*shape, dtype):
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    per_frame = triton.cdiv(tokens_per_frame, kind.block_k)
+    q_blocks, k_blocks = 3 * triton.cdiv(tokens_per_frame, kind.block_q), frames * per_frame
+    q, out = (empty(1, 3 * tokens_per_frame, heads, kind.head_dim, dtype=kind.dtype) for _ in range(2))
+    cache = empty(1, (slots + first_slot) * tokens_per_frame, heads, kind.head_dim, dtype=kind.stored)
+    kv = cache[:, first_slot * tokens_per_frame :][:, : frames * tokens_per_frame]
+    lists = scales = tail = None
+    if not kind.dense:
+        lists = [empty(1, heads, q_blocks, *last, dtype=torch.int32) for last in ((width,), ())]
+    if kind.stored != kind.dtype:
+        scales = [empty(1, k_blocks + 1, heads, dtype=torch.float32)[:, 1:]] * 2
+    if kind.tail:
+        means = empty(1, k_blocks, heads, kind.head_dim, dtype=kind.dtype)
+        tail = means, means, empty(1, heads, q_blocks, k_blocks, dtype=torch.float32)
+    launch = tuning.default_launch(kind)
+    grid, arguments, constants = block_sparse.launch_arguments(
+        kind, launch, tokens_per_frame, (q, kv, kv, out), lists, scales, tail, 0.1
+    )
+    return launch, block_sparse._forward.warmup(*arguments, grid=grid, **constants)
+
+
+def kind_of(block_q, block_k, head_dim, dtype, stored, ragged, variant):
+    return tuning.Kind(
+        block_q=block_q,
+        block_k=block_k,
+        head_dim=head_dim,
+        dtype=DTYPES[dtype],
+        stored=DTYPES[stored],
+        ragged=(ragged, ragged),
+        tail=variant == "tail",
+        dense=variant == "dense",
+    )
+
+
+def compile_variant(text):
+    """Shared memory in bytes, and registers and stack bytes per thread where cuobjdump is, of one variant."""
+    cc, block_q, block_k, head_dim, dtype, stored, ragged, variant = text.split(":")
+    kind = kind_of(int(block_q), int(block_k), int(head_dim), dtype, stored, ragged == "1", variant)
+    launch, kernel = prepare(int(cc), kind, 1560 if ragged == "1" else 1536, 21, 60)
+    row = {"variant": text, "cc": int(cc), "shared": kernel.metadata.shared, **launch._asdict()}
+    return row | {"estimate": tuning.shared_bytes(kind, launch)} | resource_usage(kernel.asm["cubin"])
+
+
+def count_kernels(cc):
+    """How many kernels the chunks of one 81-frame video compile, for each kind of work."""
+    found = {}
+    for variant, stored in (("sparse", "bf16"), ("tail", "bf16"), ("dense", "bf16"), ("sparse", "int8")):
+        kind = kind_of(64, 64, 128, "bf16", stored, True, variant)
+        block_sparse._forward.device_caches.clear()
+        for chunk in range(1, 8):
+            # Widths of every divisibility, caches and lists that begin anywhere.
+            prepare(cc, kind, 1560, 3 * chunk, 8 * chunk + chunk % 3, heads=2, device="cpu", first_slot=chunk % 2)
+        kernels = sum(len(cache[0]) for cache in block_sparse._forward.device_caches.values())
+        found[f"{variant} {stored}"] = kernels
+    return found
+
+
+def resource_usage(cubin):
     """Registers and stack bytes (spills) per thread, as the cuobjdump inside Triton's wheel reads them."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():
@@ -72,6 +124,6 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    for variant in sys.argv[1:]:
-        cc, block_q, block_k, head_dim, dtype, ragged = variant.split(":")
-        print(json.dumps(compile_variant(int(cc), int(block_q), int(block_k), int(head_dim), dtype, ragged == "1")))
+    for argument in sys.argv[1:]:
+        kind, _, cc = argument.partition(":")
+        print(json.dumps(count_kernels(int(cc)) if kind == "chunks" else compile_variant(argument)), flush=True)

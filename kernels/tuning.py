@@ -1,0 +1,182 @@
+"""Launch parameters of the attention kernel: safe defaults, a few candidates, and the fastest on this very GPU.
+
+The defaults are what the ahead-of-time tests hold to "no register spills" on every chip. On a GPU the candidates are
+timed once per kind of work; the winner is kept on disk and read back by later runs.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+# The smallest supported chips (sm_86, sm_89, sm_120) give one program 99 KiB of shared memory.
+SMALLEST_SHARED = 99 * 1024
+# What the compiler adds to the tiles: barriers and scratch for reductions.
+SCRATCH = 3 * 1024
+
+_log = logging.getLogger(__name__)
+_known: dict[str, "Launch"] = {}
+_read: set[Path] = set()
+
+
+class Launch(NamedTuple):
+    """How one kind of work is cut and run: rows and columns per step, warps, and stages of the load pipeline."""
+
+    tile_q: int
+    tile_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What makes compiled code of its own: blocks, head dim, q's dtype, the keys' dtype, ragged (q, k), variant."""
+
+    block_q: int
+    block_k: int
+    head_dim: int
+    dtype: torch.dtype
+    stored: torch.dtype
+    ragged: tuple[bool, bool]
+    tail: bool = False
+    dense: bool = False
+
+    def __str__(self) -> str:
+        dtypes = [str(x).removeprefix("torch.") for x in dict.fromkeys((self.dtype, self.stored))]
+        variant = [name for name in ("tail", "dense") if getattr(self, name)]
+        ragged = [f"ragged {side}" for side, is_ragged in zip("qk", self.ragged, strict=True) if is_ragged]
+        return " ".join([f"{self.block_q}×{self.block_k}×{self.head_dim}", *dtypes, *ragged, *variant])
+
+
+def padded(head_dim: int) -> int:
+    """The head dim as the kernel's tiles hold it: a power of two from 16 on."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def shared_bytes(kind: Kind, launch: Launch) -> int:
+    """Shared memory that the tiles of `launch` take at most, on any chip.
+
+    One tile of queries, keys and values once per stage, an 8-bit tile widened; the tail's two stages come after.
+    """
+    dim = padded(kind.head_dim)
+    column = launch.tile_k * dim
+    loop = launch.num_stages * 2 * column * kind.stored.itemsize
+    if kind.stored != kind.dtype:
+        loop += column * kind.dtype.itemsize
+    tail = 2 * 2 * column * kind.dtype.itemsize if kind.tail else 0
+    return launch.tile_q * dim * kind.dtype.itemsize + max(loop, tail) + SCRATCH
+
+
+def default_launch(kind: Kind) -> Launch:
+    """What runs untimed: fits every supported chip and, compiled for each of them, stays in registers.
+
+    Key tiles of 128 spill, and so do 128 query rows beside an 8-bit cache and a pooled tail: both are cut in two.
+    float32 takes three products for one and a quarter of the tile.
+    """
+    if kind.dtype == torch.float32:
+        return _staged(kind, min(kind.block_q, 32), min(kind.block_k, 32))
+    tile_q = min(kind.block_q, 64 if kind.tail and kind.stored != kind.dtype else 128)
+    return _staged(kind, tile_q, min(kind.block_k, 64))
+
+
+def candidates(kind: Kind, shared_limit: int) -> list[Launch]:
+    """The launches worth timing where one program may use `shared_limit` bytes; the default is the first.
+
+    Fewer query rows per program fill the last wave better, more read each key tile for more rows.
+    """
+    found = [default_launch(kind)]
+    for tile_q in sorted({min(kind.block_q, rows) for rows in (64, 128)}):
+        for tile_k in sorted({min(kind.block_k, columns) for columns in (64, 128)}):
+            for num_stages in (2, 3, 4) if tile_k <= 64 else (2,):
+                found.append(Launch(tile_q, tile_k, _warps(tile_q), num_stages))
+    found.append(found[0]._replace(num_warps=8))
+    return [x for x in dict.fromkeys(found) if x == found[0] or shared_bytes(kind, x) <= shared_limit]
+
+
+def _staged(kind: Kind, tile_q: int, tile_k: int) -> Launch:
+    """As many stages, up to three, as the smallest chip has room for."""
+    fits = [Launch(tile_q, tile_k, _warps(tile_q), stages) for stages in (3, 2, 1)]
+    return next((x for x in fits if shared_bytes(kind, x) <= SMALLEST_SHARED), fits[-1])
+
+
+def _warps(tile_q: int) -> int:
+    """128 query rows need 8 warps to stay in registers."""
+    return 8 if tile_q >= 128 else 4
+
+
+def fastest(key: str, launches: Iterable[Launch], time: Callable[[Launch], float]) -> Launch:
+    """The launch that won under `key`: remembered, read from disk, or timed now and kept.
+
+    The first of `launches` is the default, taken where nothing else runs. `time` returns milliseconds and may raise:
+    a launch that does not compile or does not fit is no candidate.
+    """
+    if found := known(key):
+        return found
+    default, *others = launches
+    times: dict[Launch, float] = {}
+    for launch in (default, *others):
+        try:
+            times[launch] = time(launch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what a compiler or a driver refuses has no common type
+            _log.debug("[Light Forcing] %s: %s does not run: %s", key, launch, error)
+    winner = min(times, key=times.__getitem__) if times else default
+    _known[key] = winner
+    if times:
+        _log.info("[Light Forcing] tuned %s: %s, %s", key, winner, {tuple(x): f"{t:.3f} ms" for x, t in times.items()})
+        _keep(key, winner)
+    return winner
+
+
+def known(key: str) -> Launch | None:
+    """The launch that won under `key` in this process or, by the file on disk, in an earlier one."""
+    if (path := cache_file()) not in _read:
+        _read.add(path)
+        _known.update(_stored(path) | _known)
+    return _known.get(key)
+
+
+def cache_file() -> Path:
+    """Where winners are kept: $LIGHTFORCING_CACHE_DIR, or the platform's folder for caches."""
+    if folder := os.environ.get("LIGHTFORCING_CACHE_DIR"):
+        return Path(folder) / "launches.json"
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lightforcing" / "launches.json"
+
+
+def _stored(path: Path) -> dict[str, Launch]:
+    """All winners in the file; nothing, with a warning, when it cannot be read."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        launches = {key: Launch(*numbers) for key, numbers in entries.items()}
+        if not all(isinstance(number, int) for launch in launches.values() for number in launch):
+            raise ValueError("launch parameters are not whole numbers")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        _log.warning("[Light Forcing] ignoring %s: %s; it will be written anew", path, error)
+        return {}
+    return launches
+
+
+def _keep(key: str, winner: Launch) -> None:
+    """Add one winner to the file, which is replaced whole: a reader sees the old one or the new one."""
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entries = _stored(path) | {key: winner}
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            json.dump(entries, file, indent=1, ensure_ascii=False)
+        os.replace(file.name, path)
+    except OSError as error:
+        _log.warning("[Light Forcing] launch parameters are not kept for the next run: %s", error)

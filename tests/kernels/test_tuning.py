@@ -1,0 +1,136 @@
+"""Launch parameters: what is worth timing, which one wins, and how the winner is kept on disk."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lightforcing.kernels import tuning
+from lightforcing.kernels.tuning import Kind, Launch, candidates, default_launch, fastest, known, shared_bytes
+
+SLOW, FAST, BROKEN = Launch(64, 64, 4, 2), Launch(128, 64, 8, 3), Launch(128, 128, 8, 2)
+
+
+def kind(block_q=64, block_k=64, head_dim=128, dtype=torch.bfloat16, stored=None, **rest):
+    return Kind(block_q, block_k, head_dim, dtype, stored or dtype, (False, False), **rest)
+
+
+@pytest.fixture
+def new_process(monkeypatch, tmp_path):
+    """Forgets what was read and chosen, as a new process with the same cache folder would."""
+    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path / "cache"))
+
+    def forget():
+        monkeypatch.setattr(tuning, "_known", {})
+        monkeypatch.setattr(tuning, "_read", set())
+
+    forget()
+    return forget
+
+
+class Timer:
+    def __init__(self, times):
+        self.times, self.asked = times, []
+
+    def __call__(self, launch):
+        self.asked.append(launch)
+        if isinstance(self.times[launch], Exception):
+            raise self.times[launch]
+        return self.times[launch]
+
+
+def test_fastest_candidate_wins_and_is_timed_once_for_all_processes(new_process):
+    timer = Timer({SLOW: 2.0, FAST: 1.0})
+    assert fastest("gpu | kind", [SLOW, FAST], timer) == FAST
+    assert fastest("gpu | kind", [SLOW, FAST], timer) == FAST
+    assert timer.asked == [SLOW, FAST]
+    new_process()
+    assert known("gpu | kind") == FAST
+    assert fastest("gpu | kind", [SLOW, FAST], Timer({})) == FAST
+    assert known("another gpu | kind") is None
+
+
+def test_winners_of_other_processes_stay_in_the_file(new_process):
+    fastest("a", [SLOW], Timer({SLOW: 1.0}))
+    path = tuning.cache_file()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"written meanwhile": list(FAST)}))
+    fastest("b", [SLOW], Timer({SLOW: 1.0}))
+    new_process()
+    assert [known(key) for key in ("a", "b", "written meanwhile")] == [SLOW, SLOW, FAST]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file is left
+
+
+def test_candidates_that_do_not_run_lose_and_when_none_runs_the_default_is_not_kept(new_process):
+    refused = RuntimeError("out of resource: shared memory")
+    assert fastest("a", [BROKEN, SLOW], Timer({BROKEN: refused, SLOW: 2.0})) == SLOW
+    assert fastest("b", [BROKEN, FAST], Timer({BROKEN: refused, FAST: refused})) == BROKEN
+    assert list(json.loads(tuning.cache_file().read_text())) == ["a"]
+
+
+def test_running_out_of_memory_is_not_mistaken_for_a_bad_candidate(new_process):
+    with pytest.raises(torch.OutOfMemoryError):
+        fastest("a", [SLOW, FAST], Timer({SLOW: torch.OutOfMemoryError("full"), FAST: 1.0}))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": [1, 2]}', '{"a": [64, 64, "4", 2]}', '{"a": 7}'])
+def test_damaged_file_is_reported_and_written_anew(new_process, content, caplog):
+    path = tuning.cache_file()
+    path.parent.mkdir()
+    path.write_text(content)
+    with caplog.at_level(logging.WARNING):
+        assert fastest("a", [SLOW], Timer({SLOW: 1.0})) == SLOW
+    assert str(path) in caplog.text
+    new_process()
+    assert known("a") == SLOW
+
+
+def test_folder_that_cannot_be_written_costs_a_warning_and_nothing_else(new_process, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path / "file" / "below"))
+    with caplog.at_level(logging.WARNING):
+        assert fastest("a", [SLOW, FAST], Timer({SLOW: 2.0, FAST: 1.0})) == FAST
+    assert "not kept for the next run" in caplog.text
+    assert known("a") == FAST
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.delenv("LIGHTFORCING_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuning.os, "name", "posix")
+    assert tuning.cache_file() == tmp_path / "lightforcing" / "launches.json"
+    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path / "mine"))
+    assert tuning.cache_file() == tmp_path / "mine" / "launches.json"
+
+
+KINDS = [
+    kind(block_q, block_k, dim, dtype, stored, tail=tail)
+    for block_q in (16, 64, 128, 256)
+    for block_k in (16, 64, 128)
+    for dim in (24, 64, 128)
+    for dtype, stored in ((torch.bfloat16, None), (torch.float16, torch.int8), (torch.float32, None))
+    for tail in (False, True)
+]
+
+
+@pytest.mark.parametrize("shared_kib", [99, 163, 227])
+def test_candidates_are_few_divide_the_blocks_and_fit(shared_kib):
+    for each in KINDS:
+        launches = candidates(each, shared_kib * 1024)
+        assert launches[0] == default_launch(each)
+        assert len(set(launches)) == len(launches) <= 10
+        for launch in launches:
+            assert each.block_q % launch.tile_q == each.block_k % launch.tile_k == 0
+            assert shared_bytes(each, launch) <= shared_kib * 1024
+            assert launch.num_warps * 32 >= launch.tile_q  # 128 rows on 4 warps spill
+
+
+def test_kinds_that_need_code_of_their_own_have_names_of_their_own():
+    assert str(kind(stored=torch.int8, tail=True)) == "64×64×128 bfloat16 int8 tail"
+    names = {str(each) for each in KINDS} | {str(kind(dense=True))}
+    names |= {
+        str(Kind(64, 64, 128, torch.bfloat16, torch.bfloat16, ragged)) for ragged in ((True, False), (False, True))
+    }
+    assert len(names) == len(KINDS) + 3
