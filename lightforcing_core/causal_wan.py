@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import AttentionOptions, sparse_attention
-from .geometry import FrameBlocks
+from . import fused
+from .attention import AttentionOptions, BackendChoice, choose_backend, dense_attention_8bit, sparse_attention
+from .geometry import FrameBlocks, tile_order
 from .kv_cache import KVCache
 from .kv_storage import KeysValues
 from .rope import RopeTable
-from .selection import SelectionPlan
+from .selection import BlockSelection, SelectionPlan
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Watch = Callable[[int, BlockSelection, BackendChoice], object]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -32,8 +34,10 @@ class CausalState:
     """What one rollout remembers between forward passes.
 
     `dense_attention` runs dense chunks and cross-attention. `clean` is set for the pass that only commits a
-    finished chunk. `text` is the prompt to follow, [B, tokens, text_dim]. The other fields are set by `open_chunk`
-    and filled by the first forward of a chunk or a prompt.
+    finished chunk. `text` is the prompt to follow, [B, tokens, text_dim]. `watch` is told of every sparse
+    self-attention: its layer, the blocks it read and the backend. The other fields are set by `open_chunk` and filled
+    by the first forward of a chunk or a prompt: `order` is that of a frame's tokens where it is not row by row,
+    `selections` are those of the last step by layer, `passes` counts the chunk's forwards.
     """
 
     cache: KVCache
@@ -46,6 +50,10 @@ class CausalState:
     text: Tensor | None = None
     cross: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     rope: RopeTable | None = None
+    order: Tensor | None = None
+    selections: dict[int, BlockSelection] = field(default_factory=dict)
+    passes: int = 0
+    watch: Watch | None = None
 
     def open_chunk(self, frames: int, sparsity: float, device: torch.device | str | None) -> None:
         """Begin the next `frames` latent frames, which skip the share `sparsity` of key blocks (0: dense)."""
@@ -77,23 +85,43 @@ class CausalState:
         """Dense attention of the chunk to all that is visible, [B, L, H, D] in and out."""
         if kv.scales is None:
             return self.dense_attention(q, kv.k, kv.v)
-        from .attention import dense_attention_8bit
-
-        layout = self.cache.layout
+        frame, block = self.cache.layout.tokens_per_frame, self.cache.layout.block
         return dense_attention_8bit(
-            q, kv.k, kv.v, kv.scales, tokens_per_frame=layout.tokens_per_frame, block_k=layout.block
+            q, kv.k, kv.v, kv.scales, tokens_per_frame=frame, block_k=block, backend=self.attention.backend
         )
+
+    def select(self, layer: int, q: Tensor, q_means: Tensor | None) -> BlockSelection:
+        """The key blocks that the chunk's roped queries [B, L, H, D] read in `layer`; q_means: their block means."""
+        assert self.plan is not None
+        selection = self.selections.get(layer)
+        if selection is None:
+            options, cache = self.attention, self.cache
+            if q_means is None:
+                q_means = FrameBlocks(cache.layout.tokens_per_frame, options.block[0]).block_means(q)
+            selection = self.plan.select(
+                q_means,
+                cache.block_means(layer),
+                cache.frame_means(layer),
+                estimator=options.estimator,
+                sub_means=cache.sub_means(layer) if options.estimator == "lse" else None,
+            )
+            if options.reuse_steps > 1:
+                self.selections[layer] = selection
+        return selection
 
     def _begin(self) -> None:
         frames = self.cache.current_frames
         self.frames, self.start_frame = len(frames), frames[0] if frames else 0
         self.rope = self.plan = None
+        self.selections.clear()
+        self.passes = 0
 
     def close(self) -> None:
         """Free all memory; the state is of no use afterwards."""
         self.cache.free()
         self.cross.clear()
-        self.rope = self.plan = None
+        self.selections.clear()
+        self.rope = self.plan = self.order = None
 
     @property
     def density(self) -> float:
@@ -127,51 +155,73 @@ def forward(dit: Any, x: Tensor, timestep: Tensor, context: Tensor, state: Causa
     e0 = dit.time_projection(e).unflatten(2, (6, -1))
     if not state.cross:
         state.cross = _cross_keys_values(dit, dit.text_embedding(context))
+    if state.attention.tiles and state.order is None:
+        state.order = tile_order(*grid[1:], state.attention.block[1]).to(x.device)
     if state.rope is None:
         wide = torch.promote_types(x.dtype, torch.float32)
         head_dim = state.cache.head_dim
-        state.rope = RopeTable(state.start_frame, *grid, head_dim, dtype=wide, device=x.device)
+        state.rope = RopeTable(state.start_frame, *grid, head_dim, order=state.order, dtype=wide, device=x.device)
+    if state.clean or state.passes % state.attention.reuse_steps == 0:
+        state.selections.clear()
+    state.passes += 1
+    if state.order is not None:
+        hidden = _reordered(hidden, state.order)
 
     last = len(dit.blocks) - 1
     for index, block in enumerate(dit.blocks):
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = _modulation(block.modulation, e0)
-        y = _self_attention(block.self_attn, _scale_shift(block.norm1(hidden), scale_sa, shift_sa), index, state, last)
+        y = _self_attention(
+            block.self_attn, fused.norm_scale_shift(block.norm1, hidden, scale_sa, shift_sa), index, state, last
+        )
         if y is None:
             return torch.zeros_like(x)
-        hidden = _gated(hidden, y, gate_sa)
+        hidden = fused.gated_add(hidden, y, gate_sa)
         hidden = hidden + _cross_attention(block.cross_attn, block.norm3(hidden), *state.cross[index], state)
-        y = block.ffn(_scale_shift(block.norm2(hidden), scale_ffn, shift_ffn))
-        hidden = _gated(hidden, y, gate_ffn)
+        y = block.ffn(fused.norm_scale_shift(block.norm2, hidden, scale_ffn, shift_ffn))
+        hidden = fused.gated_add(hidden, y, gate_ffn)
 
     shift, scale = _modulation(dit.head.modulation, e.unsqueeze(2))
-    return _unpatchify(dit.head.head(_scale_shift(dit.head.norm(hidden), scale, shift)), grid)
+    out = dit.head.head(fused.norm_scale_shift(dit.head.norm, hidden, scale, shift))
+    if state.order is not None:
+        out = _reordered(out, state.order.argsort())
+    return _unpatchify(out, grid)
 
 
 def _self_attention(attention: Any, x: Tensor, layer: int, state: CausalState, last: int) -> Tensor | None:
     """Self-attention of the chunk over everything it may see; None where only the store was needed."""
     assert state.rope is not None
-    heads = (-1, state.cache.head_dim)
-    k = state.rope.rotate(attention.norm_k(attention.k(x)).unflatten(-1, heads))
-    state.cache.store(layer, k, attention.v(x).unflatten(-1, heads))
-    if state.clean and layer == last:
+    only_store = state.clean and layer == last
+    block_q = state.attention.block[0]
+    q, q_means = fused.store(attention, x, layer, state.cache, state.rope, block_q, only_store=only_store)
+    if q is None:
         return None
-    q = state.rope.rotate(attention.norm_q(attention.q(x)).unflatten(-1, heads))
     kv = state.cache.kv(layer)
     if state.plan is None:
         return attention.o(state.attend_history(q, kv).flatten(2))
     layout, options = state.cache.layout, state.attention
-    q_means = FrameBlocks(layout.tokens_per_frame, options.block[0]).block_means(q)
-    selection = state.plan.select(q_means, state.cache.block_means(layer), state.cache.frame_means(layer))
+    selection = state.select(layer, q, q_means)
+    tail = (state.cache.block_means(layer), state.cache.value_means(layer)) if options.tail else None
     y = sparse_attention(
         q,
         kv.k,
         kv.v,
         selection=selection,
-        **({} if kv.scales is None else {"scales": kv.scales}),
+        scales=kv.scales,
+        tail=tail,
         tokens_per_frame=layout.tokens_per_frame,
         block=options.block,
         backend=options.backend,
     )
+    if state.watch is not None:
+        choice = choose_backend(
+            q,
+            kv.k,
+            block=options.block,
+            backend=options.backend,
+            tail=options.tail,
+            tokens_per_frame=layout.tokens_per_frame,
+        )
+        state.watch(layer, selection, choice)
     return attention.o(y.flatten(2))
 
 
@@ -206,16 +256,9 @@ def _modulation(parameter: Tensor, e: Tensor) -> tuple[Tensor, ...]:
     return (parameter.to(device=e.device, dtype=e.dtype).unsqueeze(0) + e).unbind(2)
 
 
-def _scale_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x · (1 + scale) + shift with per-frame scale and shift [B, F or 1, D] over x [B, F · tokens, D]."""
-    framed = x.unflatten(1, (scale.shape[1], -1))
-    return torch.addcmul(shift.unsqueeze(2), framed, 1 + scale.unsqueeze(2)).flatten(1, 2)
-
-
-def _gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y · gate with a per-frame gate [B, F or 1, D]."""
-    framed = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, framed), y.unflatten(1, framed), gate.unsqueeze(2)).flatten(1, 2)
+def _reordered(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens of every frame in another order: [B, F · tokens, D], order [tokens]."""
+    return x.unflatten(1, (-1, len(order))).index_select(2, order).flatten(1, 2)
 
 
 def _unpatchify(x: Tensor, grid: tuple[int, int, int]) -> Tensor:

@@ -17,6 +17,20 @@ def block_pair(block: object) -> tuple[int, int]:
     return block[0], block[1]
 
 
+def tile_order(height: int, width: int, block: int) -> Tensor:
+    """The order of a frame's `height` × `width` tokens in which runs of `block` are compact patches: int64 [tokens].
+
+    Entry i is the row-by-row index of the token that comes i-th. The frame is cut into strips as high as the side of
+    a square of `block` tokens, and each strip is read column by column; so no size needs padding.
+    """
+    side = max(1, round(block**0.5))
+    rows, columns = torch.arange(height), torch.arange(width)
+    strip, within = rows // side, rows % side
+    # Sorted by strip, then column, then the row inside the strip.
+    key = (strip[:, None] * width + columns) * side + within[:, None]
+    return key.flatten().argsort()
+
+
 @dataclass(frozen=True)
 class FrameBlocks:
     """The block layout of one side of attention: `block` tokens per block inside frames of `tokens_per_frame`."""

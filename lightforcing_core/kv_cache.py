@@ -16,9 +16,7 @@ from .families import SinkRope
 from .geometry import FrameBlocks
 from .kv_storage import KeysValues, KVOptions, KVStorage, copy_frames
 from .rope import RopeTable
-
-# A block's keys are pooled in this many parts where the log-sum-exp estimator scores them.
-SUB_BLOCKS = 4
+from .selection import sub_block_layout
 
 
 def kv_bytes(
@@ -65,8 +63,7 @@ class KVCache:
     `sink_rope`: "fixed" leaves sink keys at their first positions, "follow" keeps them directly before the window.
     `options`: how keys and values are kept; pooled keys are always in `dtype`, on the device.
     `pooled`: keep block and frame means; a run that never selects blocks needs none. `value_means`: block means of
-    the values too, for a pooled tail. `sub_blocks`: means of a block's `SUB_BLOCKS` parts, for the log-sum-exp
-    estimator.
+    the values too, for a pooled tail. `sub_blocks`: means of a block's parts, for the estimator "lse".
     """
 
     def __init__(
@@ -109,7 +106,7 @@ class KVCache:
         def allocate(rows: int) -> list[Tensor]:
             return [torch.empty(batch, rows, heads, head_dim, dtype=dtype, device=device) for _ in range(layers)]
 
-        self._sub_layout = FrameBlocks(tokens_per_frame, max(1, block_k // SUB_BLOCKS))
+        self._sub_layout = sub_block_layout(self.layout) if sub_blocks else self.layout
         wanted = {"blocks": pooled, "frames": pooled, "values": pooled and value_means, "subs": pooled and sub_blocks}
         self._rows = {
             "blocks": self.layout.per_frame,
@@ -118,6 +115,9 @@ class KVCache:
             "subs": self._sub_layout.per_frame,
         }
         self._means = {name: allocate(slots * self._rows[name]) for name, kept in wanted.items() if kept}
+        # How many blocks of each frame and head a fused store has pooled: 0 before and after every launch.
+        self._arrivals = torch.zeros(batch, slots, heads, dtype=torch.int32, device=device) if pooled else None
+        self._slot_index = torch.zeros(slots, dtype=torch.int32, device=device)
         self._sink_keys: list[Tensor] = []
         if sink_rope == "follow" and sink_frames:
             self._sink_keys = allocate(sink_frames * tokens_per_frame)
@@ -128,9 +128,9 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated on the computing device, pooled keys and sink originals included."""
-        means = (tensor for tensors in self._means.values() for tensor in tensors)
-        return self.storage.device_bytes + sum(tensor.nbytes for tensor in (*means, *self._sink_keys))
+        """Bytes allocated on the computing device, pooled keys and sink originals included, bookkeeping not."""
+        tensors = [*self._sink_keys, *(tensor for tensors in self._means.values() for tensor in tensors)]
+        return self.storage.device_bytes + sum(tensor.nbytes for tensor in tensors)
 
     @property
     def current_frames(self) -> list[int]:
@@ -157,6 +157,7 @@ class KVCache:
             self._next_frame += 1
         self._committed = False
         self.storage.visible = len(self.slot_frames)
+        self._tell_slots()
         self._move_sinks()
 
     def reopen(self) -> None:
@@ -164,6 +165,7 @@ class KVCache:
         self._require_committed()
         self._current = self._movable_slots()
         self._committed = not self._current
+        self._tell_slots()
 
     def skip(self, frames: int) -> None:
         """Pass over `frames` latent frames without storing them, and forget all that came before but the sinks."""
@@ -178,10 +180,42 @@ class KVCache:
         """Write the open chunk's keys (roped) and values of one layer, [B, L, H, D], and pool them."""
         runs = self.runs()
         self.storage.at(layer).write(runs, k, v, self.layout)
-        self.storage.written(layer, [(slot, many) for slot, _, many in runs])
+        self.written(layer)
         self._pool(layer, runs, k, v)
         if self._sink_keys:
             self._copy_sinks(layer, k)
+
+    def ring(self, layer: int) -> dict[str, Tensor | None] | None:
+        """One layer's whole tensors by their names in `kernels.store.Ring`, for a kernel that stores by itself.
+
+        None where `store` must be called, because the open chunk holds sinks whose original keys are kept. The kernel
+        writes to `current_slots`; call `written` behind it.
+        """
+        if self._committed:
+            raise RuntimeError("no chunk is open; call open() before ring()")
+        if self._sink_keys and any(frame < self.sink_frames for frame in self.current_frames):
+            return None
+        k, v, scales = self.storage.at(layer)
+        means = {name: tensors[layer] for name, tensors in self._means.items()}
+        return {
+            "keys": k,
+            "values": v,
+            "key_scales": scales[0] if scales else None,
+            "value_scales": scales[1] if scales else None,
+            "key_means": means.get("blocks"),
+            "frame_means": means.get("frames"),
+            "arrivals": self._arrivals,
+            "value_means": means.get("values"),
+            "sub_means": means.get("subs"),
+        }
+
+    def current_slots(self) -> Tensor:
+        """The slots of the open chunk's frames on the device, in time order: int32 [frames]."""
+        return self._slot_index[: len(self._current)]
+
+    def written(self, layer: int) -> None:
+        """The open chunk's slots of `layer` have been written by a kernel."""
+        self.storage.written(layer, [(slot, many) for slot, _, many in self.runs()])
 
     def commit(self) -> None:
         """The open chunk's last stored keys and values are its clean ones: keep them as history."""
@@ -192,6 +226,7 @@ class KVCache:
         self.storage.free()
         self._means.clear()
         self._sink_keys.clear()
+        self._arrivals = None
 
     def kv(self, layer: int) -> KeysValues:
         """Visible keys and values in memory order, views of [B, visible frames · tokens_per_frame, H, D]."""
@@ -242,6 +277,13 @@ class KVCache:
         """The used slots that hold no sink, oldest frame first."""
         movable = [slot for slot, frame in enumerate(self.slot_frames) if frame >= self.sink_frames]
         return sorted(movable, key=self.slot_frames.__getitem__)
+
+    def _tell_slots(self) -> None:
+        """Put the open chunk's slots where `current_slots` reads them, without waiting for the device."""
+        index = torch.tensor(self._current, dtype=torch.int32)
+        if self._slot_index.is_cuda:
+            index = index.pin_memory()
+        self._slot_index[: len(index)].copy_(index, non_blocking=True)
 
     def _visible(self, name: str, layer: int) -> Tensor:
         return self._means[name][layer][:, : len(self.slot_frames) * self._rows[name]]

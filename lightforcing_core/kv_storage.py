@@ -138,8 +138,8 @@ class KVStorage:
         buffer = layer % len(self._stage)
         if self._held[buffer] != layer:
             self._bring(layer)
-        if self._copier is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._ready[buffer])
+        if ready := self._ready[buffer]:
+            torch.cuda.current_stream(self._device).wait_event(ready)
         following = (layer + 1) % len(self._layers)
         if self._held[following % len(self._stage)] != following and following % len(self._stage) != buffer:
             self._bring(following)

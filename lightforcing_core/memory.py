@@ -21,7 +21,7 @@ from .kv_cache import KVCache, slots_and_sinks
 from .kv_storage import KeysValues, KVOptions
 from .schedule import Schedule
 from .streaming import StreamingDecoder
-from .tiled_decode import TiledDecoder
+from .tiled_decode import TiledDecoder, tile_spans
 from .wan import HEAD_DIM, Wan
 from .wan_vae import LATENT_CHANNELS, WanVAE
 
@@ -174,6 +174,8 @@ class _DryRun:
             sink_rope=rope,
             options=self.kv,
             pooled=self.sparse,
+            value_means=self.options.tail,
+            sub_blocks=self.options.estimator == "lse",
             dtype=self.dtype,
             device="meta",
         )
@@ -203,7 +205,7 @@ class _DryRun:
         """Bytes of the VAE's weights, of what its decoder keeps between chunks, and of decoding one chunk."""
         frames = max(self.schedule.chunk_lengths())
         shape = (self.batch, LATENT_CHANNELS, frames, self.height // 8, self.width // 8)
-        return _decode_bytes(shape, vae_dim, vae_dtype, tiles)
+        return decode_bytes(shape, vae_dim, vae_dtype, tiles)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stands in for every attention: its output, and while that is made what a sparse backend needs beside it."""
@@ -220,15 +222,20 @@ class _DryRun:
         visible = self.schedule.visible_frames()
         q_blocks, k_blocks = tokens // tokens_per_frame * q_layout.per_frame, visible * k_layout.per_frame
         if self.options.backend == "flex":
-            keys = (batch, visible * k_layout.padded_tokens_per_frame, heads, dim)
-            queries = (batch, q_blocks * q_layout.block, heads, dim)
+            # 8-bit keys and values are widened one head at a time; the heads' outputs are put together at the end.
+            at_once = heads if self.kv.dtype == "same" else 1
+            keys = (batch, visible * k_layout.padded_tokens_per_frame, at_once, dim)
+            queries = (batch, q_blocks * q_layout.block, at_once, dim)
             # On a CPU keys and values of narrow dtypes are copied once, widened to float32 or packed inside flex;
             # ragged frames are padded besides.
-            widened = widens_on_cpu(self.dtype)
+            widened = widens_on_cpu(self.dtype) or at_once < heads
             shapes = [keys] * (4 if k_layout.ragged else 2) + [queries] * (2 if widened or q_layout.ragged else 0)
             dtype = torch.float32 if widened else self.dtype
             lists = [torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.int32, device="meta") for _ in range(3)]
-            return lists + [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+            apart = [torch.empty_like(q)] if at_once < heads else []
+            return apart + lists + [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+        if self.options.backend == "triton" and self.options.tail:
+            return [torch.empty(batch, heads, q_blocks, k_blocks, device="meta")]
         if self.options.backend == "reference":
             per_pair = k_layout.block * (2 * dim + 2 * q_layout.block)
             return [torch.empty(min(REFERENCE_CHUNK, q_blocks * k_blocks * per_pair), device="meta")]
@@ -236,18 +243,27 @@ class _DryRun:
 
 
 @functools.lru_cache(maxsize=16)
-def _decode_bytes(shape: tuple[int, ...], vae_dim: int, vae_dtype: torch.dtype, tiles: int) -> tuple[int, int, int]:
-    """As `_DryRun.decode`, for a chunk of latents [B, C, frames, h, w]."""
+def decode_bytes(
+    shape: tuple[int, ...], vae_dim: int, vae_dtype: torch.dtype, tiles: int, *, on_host: bool = False
+) -> tuple[int, int, int]:
+    """Bytes of a Wan VAE's weights, of what its decoder keeps between chunks, and of decoding one chunk.
+
+    shape: of the chunk's latents, [B, C, frames, h, w]. tiles: per side, see `TiledDecoder`. on_host: the decoder
+    runs in host memory, where tiles that wait are not out of the way.
+    """
     with torch.device("meta"):
         vae = WanVAE(vae_dim).to(vae_dtype)
-    decoder = TiledDecoder(lambda: StreamingDecoder(vae), tiles) if tiles > 1 else StreamingDecoder(vae)
+    decoder = TiledDecoder(lambda: StreamingDecoder(vae), tiles)
     latents = torch.empty(shape, device="meta")
     with AllocationPeak(convolutions_copy=True) as peak:
         decoder.decode(latents)
         peak.reset()
         decoder.decode(latents)  # what the first chunk left is replaced piece by piece
-    weights = sum(tensor.nbytes for tensor in vae.parameters())
-    return weights, decoder.cache_bytes, peak.peak - decoder.cache_bytes
+    history = decoder.cache_bytes
+    decode = peak.peak - history
+    if not on_host:
+        history //= len(tile_spans(shape[-2], tiles)) * len(tile_spans(shape[-1], tiles))
+    return sum(tensor.nbytes for tensor in vae.parameters()), history, decode
 
 
 class _DryState(CausalState):

@@ -9,9 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 INK, GRID, FILL, BUDGET = "#1d2733", "#d5dbe3", "#3b7dd8", "#d1495b"
 
@@ -119,15 +122,12 @@ def plot_schedule(
     The title says what the schedule costs against dense attention with the same window. Touches no global state
     of matplotlib, so it may run in any thread.
     """
-    # Imported here because it takes a second, and only those who look at a plot should wait for it.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     costs = schedule_costs(sparsities, chunk_lengths, window)
     edges = [0, *accumulate(chunk_lengths)]
     figure = Figure(figsize=(5.12, 3.0), dpi=100, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.stairs(sparsities, edges, fill=True, color=FILL, alpha=0.25)
     axes.stairs(sparsities, edges, color=FILL, linewidth=2)
@@ -145,5 +145,17 @@ def plot_schedule(
     )
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+    return image_of(figure)
+
+
+def image_of(figure: "Figure") -> Image.Image:
+    """A matplotlib figure as an RGB image, without a window or a file.
+
+    matplotlib is imported where it is used, because that takes a second, and only those who look at a plot should
+    wait for it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")

@@ -19,6 +19,7 @@ from .families import SinkRope
 from .growth import chunk_lengths, first_chunk_length
 from .kv_cache import KVCache, slots_and_sinks
 from .kv_storage import KVOptions
+from .run_record import RunRecorder
 from .timeline import Prompt, Timeline
 
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]
@@ -106,6 +107,7 @@ def rollout(
     denoise: Denoise | None = None,
     dense_attention: DenseAttention = sdpa,
     on_step: Callable[[StepEvent], None] | None = None,
+    recorder: RunRecorder | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Generator[Chunk, None, None]:
@@ -132,8 +134,8 @@ def rollout(
     attention, kv: how sparse attention is done, and how the KV cache is kept.
     denoise: denoise(x, sigma, state) → x0, the way a host runs the model itself; x is float32 [B, C, f, h, w] and
     `state.text` the text to follow. dense_attention: dense attention over [B, L, H, D]. on_step: called after every
-    denoising step. dtype, device: of the KV cache and the computation; default the model's dtype and the context's
-    device.
+    denoising step. recorder: notes what the run keeps and how long it takes. dtype, device: of the KV cache and the
+    computation; default the model's dtype and the context's device.
 
     The KV cache is allocated when iteration starts and freed when it ends, however it ends. Raises ValueError for
     requests that cannot work, before any of them runs. Source: Self Forcing's few-step rollout.
@@ -187,6 +189,7 @@ def rollout(
         denoise=denoise,
         dense_attention=dense_attention,
         on_step=on_step,
+        recorder=recorder,
         dtype=dtype or dit.dtype,
         device=torch.device(device) if device is not None else prompts[0].context.device,
     )
@@ -218,6 +221,7 @@ class _Run:
     denoise: Denoise | None
     dense_attention: DenseAttention
     on_step: Callable[[StepEvent], None] | None
+    recorder: RunRecorder | None
     dtype: torch.dtype
     device: torch.device
 
@@ -226,6 +230,8 @@ class _Run:
         states: list[CausalState] = []
         past: list[Tensor] = []  # clean chunks as far back as any of them is visible
         done = 0
+        if self.recorder is not None:
+            self.recorder.start(self.dit, self.shape, self.device)
         try:
             states += (self._new_state() for _ in self.guides)
             for index, length in enumerate(self.lengths):
@@ -238,19 +244,28 @@ class _Run:
                     continue
                 for state in states:
                     state.open_chunk(length, self._sparsity(index), self.device)
-                if index < self.first_index:
+                is_given = index < self.first_index
+                if is_given:
                     latents = self._given(start, length)
                 else:
                     latents, done = self._denoise_chunk(states, index, start, done)
+                    self._lap(index, "denoise")
                     yield Chunk(index, start, latents)
+                    self._lap(index, "output")
                 if index < len(self.lengths) - 1:
                     for state in states:
                         self._clean_pass(state, latents)
+                    self._lap(index, "replay" if is_given else "clean pass")
                 past = [*past, latents][-self.slots :]
         finally:
             # A traceback or a host's hook may still hold the states; the memory must go all the same.
             for state in states:
                 state.close()
+
+    def _lap(self, index: int, stage: str) -> None:
+        """Everything since the last lap belongs to this stage."""
+        if self.recorder is not None:
+            self.recorder.lap(index, stage)
 
     def _new_state(self) -> CausalState:
         heads = self.dit.blocks[0].self_attn.num_heads
@@ -267,6 +282,8 @@ class _Run:
             sink_rope=self.sink_rope,
             options=self.kv,
             pooled=any(self._sparsity(index) > 0.0 for index in range(len(self.lengths))),
+            value_means=self.attention.tail,
+            sub_blocks=self.attention.estimator == "lse",
             dtype=self.dtype,
             device=self.device,
         )
@@ -298,6 +315,9 @@ class _Run:
                 state.reopen_visible()
                 if state.frames:
                     self._clean_pass(state, torch.cat(past, dim=2)[:, :, -state.frames :])
+                    if self.recorder is not None:
+                        self.recorder.note(f"the hard prompt switch at chunk {index} read {state.frames} frames again")
+                        self.recorder.lap(index, "recompute")
 
     @torch.no_grad()
     def _denoise_chunk(self, states: list[CausalState], index: int, start: int, done: int) -> tuple[Tensor, int]:
@@ -312,8 +332,12 @@ class _Run:
                 raise ValueError(f"noise({index}, {number}, …) has shape {tuple(drawn.shape)}; expected {shape}")
             return drawn.to(device=self.device, dtype=torch.float32)
 
+        if self.recorder is not None:
+            self.recorder.open(index, self._sparsity(index), len(levels) - 1, states[0])
         x = levels[0] * draw(0) if levels[0] < 1.0 else draw(0)
         for step, (sigma, following) in enumerate(pairwise(levels)):
+            if self.recorder is not None and following == 0.0:
+                states[0].watch = self.recorder.saw
             x0 = self._predict(x, sigma, states)
             done += 1
             if self.on_step is not None:
@@ -325,6 +349,9 @@ class _Run:
                 self.on_step(StepEvent(chunk, generated, index, start, step, steps, done, total, x, x0, density))
             if following > 0.0:
                 x = (1.0 - following) * x0 + following * draw(step + 1)
+        if self.recorder is not None:
+            states[0].watch = None
+            self.recorder.close()
         return x0, done
 
     @torch.no_grad()

@@ -26,7 +26,8 @@ def _angles(positions: Tensor, dim: int) -> Tensor:
 class RopeTable:
     """cos and sin of the tokens of `frames` latent frames that start at frame `start`, ready for `rotate`.
 
-    The tokens of a frame are `height` × `width` patches, width fastest. cos, sin: [1, L, 1, D/2] in `dtype`.
+    The tokens of a frame are `height` × `width` patches, width fastest, or in `order`, see `geometry.tile_order`.
+    cos, sin: [1, L, 1, D/2] in `dtype`.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class RopeTable:
         width: int,
         head_dim: int,
         *,
+        order: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -52,7 +54,10 @@ class RopeTable:
                 columns[None, None].expand(*grid, -1),
             ],
             dim=-1,
-        ).reshape(1, frames * height * width, 1, head_dim // 2)
+        ).reshape(frames, height * width, head_dim // 2)
+        if order is not None:
+            angles = angles[:, order]
+        angles = angles.reshape(1, frames * height * width, 1, head_dim // 2)
         self.cos = angles.cos().to(dtype)
         self.sin = angles.sin().to(dtype)
 

@@ -1,0 +1,190 @@
+"""The element-wise steps around a layer's parts, one launch each: norm with scale and shift, and the gated sum.
+
+One program owns one token, or a few of one frame, with whole rows in registers: x is read once and written once.
+Scale, shift and gate differ from frame to frame, as an autoregressive rollout's time steps do.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rounding import cast
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_WIDTH = 8192
+MIN_CAPABILITY = (8, 0)
+
+
+@triton.jit
+def _place(tokens_per_frame, frames, ROWS: tl.constexpr):
+    """This program's first token of all tokens, its place in the frame, its frame and its batch row."""
+    per_frame = tl.cdiv(tokens_per_frame, ROWS)
+    program = tl.program_id(0)
+    frame = program // per_frame
+    within = (program % per_frame) * ROWS
+    first = frame.to(tl.int64) * tokens_per_frame + within
+    return first, within, frame % frames, (frame // frames).to(tl.int64)
+
+
+# A rollout's frames change from chunk to chunk; unspecialised, they cost no new compilation.
+@triton.jit(do_not_specialize=["frames", "tokens_per_frame"])
+def _norm_scale_shift(
+    x_ptr,
+    scale_ptr,
+    shift_ptr,
+    out_ptr,
+    scale_stride_b,
+    scale_stride_f,
+    shift_stride_b,
+    shift_stride_f,
+    tokens_per_frame,
+    frames,
+    eps,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    first, within, frame, batch = _place(tokens_per_frame, frames, ROWS)
+    columns = tl.arange(0, PADDED)
+    column_is_real = columns < WIDTH
+    rows = tl.arange(0, ROWS)
+    real = (within + rows < tokens_per_frame)[:, None] & column_is_real[None, :]
+    tile = first * WIDTH + rows[:, None] * WIDTH + columns[None, :]
+    x = tl.load(x_ptr + tile, mask=real, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + batch * scale_stride_b + frame * scale_stride_f + columns, mask=column_is_real)
+    shift = tl.load(shift_ptr + batch * shift_stride_b + frame * shift_stride_f + columns, mask=column_is_real)
+    mean = tl.sum(x, 1) / WIDTH
+    x = tl.where(real, x - mean[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
+    y = x * inverse[:, None] * (1.0 + scale.to(tl.float32))[None, :] + shift.to(tl.float32)[None, :]
+    tl.store(out_ptr + tile, cast(y, out_ptr.dtype.element_ty, INTERPRETED), mask=real)
+
+
+@triton.jit(do_not_specialize=["frames", "tokens_per_frame"])
+def _gated_add(
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    out_ptr,
+    gate_stride_b,
+    gate_stride_f,
+    tokens_per_frame,
+    frames,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    first, within, frame, batch = _place(tokens_per_frame, frames, ROWS)
+    columns = tl.arange(0, PADDED)
+    column_is_real = columns < WIDTH
+    rows = tl.arange(0, ROWS)
+    real = (within + rows < tokens_per_frame)[:, None] & column_is_real[None, :]
+    tile = first * WIDTH + rows[:, None] * WIDTH + columns[None, :]
+    x = tl.load(x_ptr + tile, mask=real, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + tile, mask=real, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + batch * gate_stride_b + frame * gate_stride_f + columns, mask=column_is_real)
+    out = x + y * gate.to(tl.float32)[None, :]
+    tl.store(out_ptr + tile, cast(out, out_ptr.dtype.element_ty, INTERPRETED), mask=real)
+
+
+# Whether TRITON_INTERPRET was set when this module was imported: then the kernels run on any device, slowly.
+INTERPRETED = not isinstance(_gated_add, triton.JITFunction)
+
+
+def launch_options(width: int) -> dict[str, int]:
+    """Padded width, rows and warps of one program: 4,096 values or one row, 16 values of it a thread."""
+    padded = triton.next_power_of_2(width)
+    rows = max(1, 4096 // padded)
+    return {"PADDED": padded, "ROWS": rows, "num_warps": rows * padded // 512}
+
+
+def why_not(x: Tensor) -> str | None:
+    """The reason why these kernels cannot take x [B, L, D], or None."""
+    if x.dtype not in DTYPES:
+        return f"the modulation kernels take bfloat16, float16 or float32, not {x.dtype}"
+    if x.shape[-1] > MAX_WIDTH or x.shape[-1] % 8:
+        return f"the modulation kernels take widths up to {MAX_WIDTH} in eights, not {x.shape[-1]}"
+    if INTERPRETED:
+        return None
+    if x.device.type != "cuda" or torch.version.hip:
+        return f"the modulation kernels run on NVIDIA GPUs (or anywhere with TRITON_INTERPRET=1), not {x.device.type}"
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability < MIN_CAPABILITY:
+        return f"the modulation kernels need an sm_80 GPU or newer, this one is sm_{capability[0]}{capability[1]}"
+    return None
+
+
+def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) · (1 + scale) + shift, the norm without weights of its own.
+
+    x: [B, F · tokens, D]; scale, shift: [B, F or 1, D], any strides as long as channels are contiguous. All in
+    float32, rounded once at the end: closer than the unfused steps, which also round the norm and 1 + scale.
+    Returns a contiguous tensor like x. Raises ValueError when `why_not` gives a reason or a shape or dtype is off.
+    """
+    frames, tokens = _frames_and_tokens(x, scale, shift)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    options = launch_options(x.shape[-1])
+    # Triton launches on the current device, which need not be x's; the interpreter also takes CPU tensors.
+    with torch.cuda.device(x.device if x.is_cuda else -1):
+        _norm_scale_shift[(x.shape[0] * frames * triton.cdiv(tokens, options["ROWS"]),)](
+            x,
+            scale,
+            shift,
+            out,
+            *scale.stride()[:2],
+            *shift.stride()[:2],
+            tokens,
+            frames,
+            eps,
+            WIDTH=x.shape[-1],
+            INTERPRETED=INTERPRETED,
+            **options,
+        )
+    return out
+
+
+def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x + y · gate, computed in float32 and rounded once, as `torch.addcmul` does.
+
+    x, y: [B, F · tokens, D]; gate: [B, F or 1, D], any strides as long as channels are contiguous. Returns a
+    contiguous tensor like x. Raises ValueError when `why_not` gives a reason or a shape or dtype is off.
+    """
+    frames, tokens = _frames_and_tokens(x, gate)
+    if y.shape != x.shape or y.dtype != x.dtype:
+        raise ValueError(f"y {y.dtype} {tuple(y.shape)} is not like x {x.dtype} {tuple(x.shape)}")
+    x, y = x.contiguous(), y.contiguous()
+    out = torch.empty_like(x)
+    options = launch_options(x.shape[-1])
+    with torch.cuda.device(x.device if x.is_cuda else -1):
+        _gated_add[(x.shape[0] * frames * triton.cdiv(tokens, options["ROWS"]),)](
+            x,
+            y,
+            gate,
+            out,
+            *gate.stride()[:2],
+            tokens,
+            frames,
+            WIDTH=x.shape[-1],
+            INTERPRETED=INTERPRETED,
+            **options,
+        )
+    return out
+
+
+def _frames_and_tokens(x: Tensor, *modulations: Tensor) -> tuple[int, int]:
+    """Frames of the modulations and tokens of x to each; ValueError where they do not fit."""
+    if reason := why_not(x):
+        raise ValueError(reason)
+    batch, tokens, width = x.shape
+    frames = modulations[0].shape[1]
+    for part in modulations:
+        if part.shape != (batch, frames, width) or part.dtype != x.dtype or part.stride(-1) != 1 or tokens % frames:
+            raise ValueError(
+                f"a modulation {part.dtype} {tuple(part.shape)} with strides {part.stride()} does not fit "
+                f"x {x.dtype} {tuple(x.shape)}; it is [B, F or 1, D] for whole frames, with contiguous channels"
+            )
+    return frames, tokens // frames

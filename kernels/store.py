@@ -1,0 +1,397 @@
+"""Everything between the q, k, v projections and attention in one launch: norm, RoPE, ring write, pooling, 8-bit.
+
+One program owns one block of tokens of one part (q, k or v) and a group of its heads. The RMS of a token spans all
+heads, so a q or k program first sums squares over whole rows and then walks its heads, one [tokens, head dim] tile
+at a time: rows come from memory once and from L2 after, a tile stays in registers, nothing depends on the model's
+width. Heads are split over just as many programs as fill the chip twice, because each split sums the squares again.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .store_part import write_part
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BLOCK_SIZES = (16, 32, 64, 128)
+HEAD_DIMS = (16, 32, 64, 128)
+# The largest value that each 8-bit dtype holds, to which a block's largest is scaled.
+LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
+MIN_CAPABILITY = (8, 0)
+MIN_CAPABILITY_FLOAT8 = (8, 9)
+# Parts of a key block that have means of their own, for selection that looks inside blocks.
+SUB_BLOCKS = 4
+# Programs that a launch should have: two for each of the 132 multiprocessors of an H100 or H200.
+PROGRAMS = 264
+
+
+class Ring(NamedTuple):
+    """One layer's cache tensors, all contiguous. Frame slot s holds rows [s · n, (s + 1) · n) of each.
+
+    keys, values: [B, slots · tokens_per_frame, H, D] in the projections' dtype, int8 or float8_e4m3fn.
+    key_scales, value_scales: float32 [B, slots · blocks per frame, H], exactly where the cache is 8-bit:
+    value = stored · scale.
+    key_means, value_means: [B, slots · blocks per frame, H, D] in the projections' dtype, None where unwanted.
+    frame_means: [B, slots, H, D], and arrivals: int32 [B, slots, H], zero before and after every launch; both come
+    with key_means.
+    sub_means: [B, slots · parts per frame, H, D], means of parts of block / SUB_BLOCKS keys, None where unwanted.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    key_means: Tensor | None = None
+    frame_means: Tensor | None = None
+    arrivals: Tensor | None = None
+    value_means: Tensor | None = None
+    sub_means: Tensor | None = None
+
+
+# Frames and the split over programs change from call to call; unspecialised, they cost no new compilation.
+@triton.jit(do_not_specialize=["batch", "frames", "slots", "heads_per_program"])
+def _store(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    slots_ptr,
+    q_out_ptr,
+    q_means_ptr,
+    keys_ptr,
+    values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    key_means_ptr,
+    frame_means_ptr,
+    arrivals_ptr,
+    value_means_ptr,
+    sub_means_ptr,
+    q_stride_b,
+    q_stride_l,
+    k_stride_b,
+    k_stride_l,
+    v_stride_b,
+    v_stride_l,
+    eps,
+    batch,
+    heads,
+    heads_per_program,
+    frames,
+    slots,
+    tokens_per_frame,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    program = tl.program_id(0)
+    lanes = batch * frames * tl.cdiv(heads, heads_per_program)
+    q_programs = 0
+    if q_ptr is not None:
+        q_programs = lanes * tl.cdiv(tokens_per_frame, BLOCK_Q)
+        if program < q_programs:
+            write_part(
+                program,
+                q_ptr,
+                q_stride_b,
+                q_stride_l,
+                q_weight_ptr,
+                cos_ptr,
+                sin_ptr,
+                eps,
+                None,
+                q_out_ptr,
+                None,
+                q_means_ptr,
+                None,
+                None,
+                None,
+                heads,
+                heads_per_program,
+                frames,
+                frames,
+                tokens_per_frame,
+                HEAD_DIM,
+                BLOCK_Q,
+                LARGEST,
+                SUB_BLOCKS,
+                STAGES,
+                INTERPRETED,
+            )
+    if k_ptr is not None:
+        k_programs = lanes * tl.cdiv(tokens_per_frame, BLOCK_K)
+        if (program >= q_programs) & (program < q_programs + k_programs):
+            write_part(
+                program - q_programs,
+                k_ptr,
+                k_stride_b,
+                k_stride_l,
+                k_weight_ptr,
+                cos_ptr,
+                sin_ptr,
+                eps,
+                slots_ptr,
+                keys_ptr,
+                key_scales_ptr,
+                key_means_ptr,
+                frame_means_ptr,
+                arrivals_ptr,
+                sub_means_ptr,
+                heads,
+                heads_per_program,
+                frames,
+                slots,
+                tokens_per_frame,
+                HEAD_DIM,
+                BLOCK_K,
+                LARGEST,
+                SUB_BLOCKS,
+                STAGES,
+                INTERPRETED,
+            )
+        if program >= q_programs + k_programs:
+            write_part(
+                program - q_programs - k_programs,
+                v_ptr,
+                v_stride_b,
+                v_stride_l,
+                None,
+                None,
+                None,
+                eps,
+                slots_ptr,
+                values_ptr,
+                value_scales_ptr,
+                value_means_ptr,
+                None,
+                None,
+                None,
+                heads,
+                heads_per_program,
+                frames,
+                slots,
+                tokens_per_frame,
+                HEAD_DIM,
+                BLOCK_K,
+                LARGEST,
+                SUB_BLOCKS,
+                STAGES,
+                INTERPRETED,
+            )
+
+
+# Whether TRITON_INTERPRET was set when this module was imported: then the kernel runs on any device, slowly.
+INTERPRETED = not isinstance(_store, triton.JITFunction)
+
+
+def launch_options(block_q: int, block_k: int, itemsize: int, sub_means: bool) -> dict[str, int]:
+    """Warps, registers and load-ahead for the larger of two tiles; `itemsize` is bytes per element.
+
+    Eight tokens a warp (four where parts of blocks are pooled too, which takes registers) and at most 128 registers
+    a thread let 16 warps live on every multiprocessor. Two tiles of a 16-bit dtype are loaded ahead of the one at
+    work, 64 KB at most; float32 would not fit and loads none ahead.
+    """
+    warps = max(block_q, block_k) // (4 if sub_means else 8)
+    return {"STAGES": 3 if itemsize == 2 else 1, "num_warps": min(16, max(4, warps)), "maxnreg": 128}
+
+
+def why_not(x: Tensor, head_dim: int, block: tuple[int, int], cache_dtype: torch.dtype | None = None) -> str | None:
+    """The reason why this kernel cannot take a projection x [B, L, H · D] of heads of `head_dim`, or None.
+
+    `block` is (query, key) tokens per block; `cache_dtype` is what keys and values are kept in, None: x's dtype.
+    """
+    cache_dtype = cache_dtype or x.dtype
+    if x.dtype not in DTYPES:
+        return f"the fused store takes bfloat16, float16 or float32, not {x.dtype}"
+    if cache_dtype != x.dtype and cache_dtype not in LARGEST:
+        return f"the fused store keeps {x.dtype} as it is, as int8 or as float8_e4m3fn, not as {cache_dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"the fused store takes head dims of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
+    if not set(block) <= set(BLOCK_SIZES):
+        return f"the fused store takes blocks of {', '.join(map(str, BLOCK_SIZES))} tokens, not {block}"
+    if INTERPRETED:
+        return None
+    if x.device.type != "cuda" or torch.version.hip:
+        return f"the fused store runs on NVIDIA GPUs (or anywhere with TRITON_INTERPRET=1), not on {x.device.type}"
+    capability = torch.cuda.get_device_capability(x.device)
+    if capability < MIN_CAPABILITY:
+        return f"the fused store needs an sm_80 GPU or newer, this one is sm_{capability[0]}{capability[1]}"
+    if cache_dtype == torch.float8_e4m3fn and capability < MIN_CAPABILITY_FLOAT8:
+        return f"a float8 cache needs an sm_89 GPU or newer, this one is sm_{capability[0]}{capability[1]}; use int8"
+    return None
+
+
+def fused_store(
+    q: Tensor | None,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    ring: Ring | None,
+    slots: Tensor | None,
+    tokens_per_frame: int,
+    head_dim: int,
+    block: tuple[int, int],
+) -> tuple[Tensor, Tensor] | None:
+    """Norm, rotate and pool q; norm and rotate k; write and pool k and v into the ring: one launch.
+
+    q, k, v: raw projections [B, L, H · D] of whole frames, any strides as long as channels are contiguous; q may be
+    None, or k and v may, with their weight, `ring` and `slots`. q_weight, k_weight: [H · D], of the RMS norms over
+    the full width, with `eps`. cos, sin: float32, L · D/2 values in the order of `RopeTable`'s. slots: int32 [frames]
+    on the device, the slot of `ring` that each frame goes to, no two the same; the caller vouches for their range.
+    block: (query, key) tokens per block; the last block of a frame may be ragged.
+
+    Returns q normed and rotated, [B, L, H, D], and its block means [B, frames · query blocks per frame, H, D]; None
+    without q. All other rows of the ring keep their bits. Nothing waits on the device, and neither slots nor the
+    number of frames compile anew. Launches that share `ring.arrivals` must follow one another on one stream.
+
+    The mathematics and its roundings are the unfused ones: statistics, weight and rotation in float32, rounded to
+    the projections' dtype after the norm and after the rotation; means are float32 sums of those rounded values,
+    divided and rounded; frame means weigh the rounded block means. An 8-bit ring gets value / scale rounded half to
+    even with scale = largest / 127 or / 448 of each block and head (1 where all is zero); means stay unquantised.
+
+    Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
+    """
+    parts = [x for x in (q, k, v) if x is not None]
+    if (k is None) != (v is None) or not parts:
+        raise ValueError("pass q, or k and v, or all three: keys are not stored without their values")
+    like = parts[0]
+    if reason := why_not(like, head_dim, block, None if ring is None else ring.keys.dtype):
+        raise ValueError(reason)
+    batch, tokens, width = like.shape
+    frames, heads = tokens // tokens_per_frame, width // head_dim
+    if tokens % tokens_per_frame or width % head_dim or not frames:
+        raise ValueError(
+            f"{tuple(like.shape)} is not [B, frames · {tokens_per_frame} tokens per frame, heads · {head_dim}]"
+        )
+    for x in parts:
+        if x.shape != like.shape or x.dtype != like.dtype or x.stride(-1) != 1:
+            raise ValueError(
+                f"q, k and v must be of one shape and dtype with contiguous channels; "
+                f"{tuple(x.shape)} {x.dtype} with strides {x.stride()} is not like {tuple(like.shape)} {like.dtype}"
+            )
+    for name, projected, weight in (("q", q, q_weight), ("k", k, k_weight)):
+        if projected is not None and (weight is None or weight.shape != (width,) or not weight.is_contiguous()):
+            raise ValueError(f"the norm of {name} needs a contiguous weight of {width} values, not {_shape(weight)}")
+    for table in (cos, sin):
+        if table.dtype != torch.float32 or table.numel() != tokens * head_dim // 2 or not table.is_contiguous():
+            raise ValueError(
+                f"cos and sin must be contiguous float32 of {tokens} · {head_dim // 2} values, "
+                f"not {table.dtype} {tuple(table.shape)}"
+            )
+    block_q, block_k = block
+    q_blocks, k_blocks = (frames * triton.cdiv(tokens_per_frame, size) for size in block)
+    ring_slots, largest, sub_means = 0, 0, False
+    tensors: tuple[Tensor | None, ...] = (None,) * len(Ring._fields)
+    if k is not None:
+        if ring is None:
+            raise ValueError("k and v need a ring to be written to")
+        ring_slots = _require_ring(ring, k, slots, frames, tokens_per_frame, heads, head_dim, block_k)
+        largest, sub_means, tensors = LARGEST.get(ring.keys.dtype, 0), ring.sub_means is not None, tuple(ring)
+
+    out = means = None
+    if q is not None:
+        out = torch.empty(batch, tokens, heads, head_dim, dtype=q.dtype, device=q.device)
+        means = torch.empty(batch, q_blocks, heads, head_dim, dtype=q.dtype, device=q.device)
+    blocks = batch * ((q_blocks if q is not None else 0) + (2 * k_blocks if k is not None else 0))
+    heads_per_program = triton.cdiv(heads, min(heads, triton.cdiv(PROGRAMS, blocks)))
+    groups = triton.cdiv(heads, heads_per_program)
+
+    # Triton launches on the current device, which need not be the tensors'; the interpreter also takes CPU tensors.
+    with torch.cuda.device(like.device if like.is_cuda else -1):
+        _store[(blocks * groups,)](
+            q,
+            k,
+            v,
+            q_weight if q is not None else None,
+            k_weight if k is not None else None,
+            cos,
+            sin,
+            slots if k is not None else None,
+            out,
+            means,
+            *tensors,
+            *(q.stride()[:2] if q is not None else (0, 0)),
+            *(k.stride()[:2] if k is not None else (0, 0)),
+            *(v.stride()[:2] if v is not None else (0, 0)),
+            eps,
+            batch,
+            heads,
+            heads_per_program,
+            frames,
+            ring_slots,
+            tokens_per_frame,
+            HEAD_DIM=head_dim,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            LARGEST=largest,
+            SUB_BLOCKS=SUB_BLOCKS,
+            INTERPRETED=INTERPRETED,
+            **launch_options(block_q, block_k, like.element_size(), sub_means),
+        )
+    return None if out is None or means is None else (out, means)
+
+
+def _shape(x: Tensor | None) -> str:
+    return "None" if x is None else f"{x.dtype} {tuple(x.shape)}"
+
+
+def _require_ring(
+    ring: Ring,
+    k: Tensor,
+    slots: Tensor | None,
+    frames: int,
+    tokens_per_frame: int,
+    heads: int,
+    head_dim: int,
+    block_k: int,
+) -> int:
+    """How many slots `ring` has; ValueError where its tensors do not fit k, each other, or `slots`."""
+    if slots is None or slots.shape != (frames,) or slots.dtype != torch.int32:
+        raise ValueError(f"k and v need int32 slots ({frames},), one for each frame, not {_shape(slots)}")
+    count, batch = ring.keys.shape[1] // tokens_per_frame, k.shape[0]
+    quantised = ring.keys.dtype in LARGEST
+    per_frame, parts = (triton.cdiv(tokens_per_frame, size) for size in (block_k, block_k // SUB_BLOCKS))
+    tokens = (batch, count * tokens_per_frame, heads, head_dim)
+    blocks = (batch, count * per_frame, heads, head_dim)
+    expected = {
+        "keys": (tokens, ring.keys.dtype),
+        "values": (tokens, ring.keys.dtype),
+        "key_scales": (blocks[:3], torch.float32) if quantised else None,
+        "value_scales": (blocks[:3], torch.float32) if quantised else None,
+        "key_means": (blocks, k.dtype),
+        "frame_means": ((batch, count, heads, head_dim), k.dtype),
+        "arrivals": ((batch, count, heads), torch.int32),
+        "value_means": (blocks, k.dtype),
+        "sub_means": ((batch, count * parts, heads, head_dim), k.dtype),
+    }
+    if ring.key_means is None:
+        expected |= {"key_means": None, "frame_means": None, "arrivals": None}
+    expected |= {name: None for name in ("value_means", "sub_means") if getattr(ring, name) is None}
+    for name, wanted in expected.items():
+        tensor = getattr(ring, name)
+        if wanted is None or tensor is None:
+            if wanted is not tensor:
+                raise ValueError(f"the ring's {name} must be {wanted}, not {_shape(tensor)}")
+        elif (tensor.shape, tensor.dtype) != wanted or not tensor.is_contiguous() or tensor.device != k.device:
+            raise ValueError(
+                f"the ring's {name} must be contiguous {wanted[1]} {wanted[0]} on {k.device}, not {_shape(tensor)} "
+                f"with strides {tensor.stride()} on {tensor.device}"
+            )
+    if count < frames:
+        raise ValueError(f"{frames} frames do not fit into a ring of {count} slots")
+    return count

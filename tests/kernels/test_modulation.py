@@ -1,0 +1,173 @@
+"""The modulation kernels against the steps they replace in the causal forward, and against float64."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lightforcing.kernels import modulation
+from lightforcing.kernels.modulation import gated_add, norm_scale_shift, why_not
+
+from .resources import SHARED_KIB
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-6
+
+
+def random(*shape, dtype, seed, spread=1.0, centre=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (centre + spread * torch.randn(*shape, generator=generator)).to(DEVICE, dtype)
+
+
+def modulations(batch, frames, width, dtype, seed):
+    """Six parts [B, frames, D] as the forward makes them: every sixth row of one tensor."""
+    return random(batch, frames, 6, width, dtype=dtype, seed=seed).unbind(2)
+
+
+def scaled_and_shifted(x, scale, shift, dtype):
+    """LayerNorm, then scale and shift, as torch computes them in `dtype`."""
+    normed = torch.nn.functional.layer_norm(x.to(dtype), x.shape[-1:], eps=EPS).unflatten(1, (scale.shape[1], -1))
+    scale, shift = (part.to(dtype).unsqueeze(2) for part in (scale, shift))
+    return torch.addcmul(shift, normed, 1 + scale).flatten(1, 2)
+
+
+def gated(x, y, gate, dtype):
+    x, y = (part.to(dtype).unflatten(1, (gate.shape[1], -1)) for part in (x, y))
+    return torch.addcmul(x, y, gate.to(dtype).unsqueeze(2)).flatten(1, 2)
+
+
+def poisoned(function, *arguments):
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    try:
+        return function(*arguments)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "frames", "tokens", "width"), [(2, 3, 7, 72), (1, 1, 5, 1536), (2, 2, 1, 5120), (1, 2, 3, 8192)]
+)
+def test_norm_scale_shift_is_closer_to_float64_than_the_unfused_steps(batch, frames, tokens, width, dtype):
+    x = random(batch, frames * tokens, width, dtype=dtype, seed=width, spread=3.0, centre=5.0)
+    shift, scale, *_ = modulations(batch, frames, width, dtype, seed=1)
+    got = poisoned(norm_scale_shift, x, scale, shift, EPS)
+    assert got.is_contiguous()
+    assert got.dtype == dtype
+    exact = scaled_and_shifted(x, scale, shift, torch.float64)
+    error, unfused = (
+        (y.double() - exact).pow(2).mean().sqrt() for y in (got, scaled_and_shifted(x, scale, shift, dtype))
+    )
+    assert error <= unfused * (1.5 if dtype == torch.float32 else 0.8)  # in 16 bits two roundings less
+    ulp = torch.finfo(dtype).eps
+    near = 8 * ulp * (1 + exact.abs()) if dtype == torch.float32 else 0.5 * ulp * exact.abs() + 1e-5
+    assert ((got.double() - exact).abs() <= near * 1.001).all()
+
+
+def test_a_far_mean_costs_no_variance():
+    x = random(1, 4, 1536, dtype=torch.float32, seed=2, centre=1000.0)
+    zero = torch.zeros(1, 1, 1536, device=DEVICE)
+    want = scaled_and_shifted(x, zero, zero, torch.float64)
+    assert (norm_scale_shift(x, zero, zero, EPS).double() - want).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("batch", "frames", "tokens", "width"), [(2, 3, 7, 72), (1, 1, 5, 1536), (2, 2, 1, 5120)])
+def test_gated_add_rounds_once(batch, frames, tokens, width, dtype):
+    x, y = (random(batch, frames * tokens, width, dtype=dtype, seed=seed) for seed in (3, 4))
+    gate = modulations(batch, frames, width, dtype, seed=5)[2]
+    got = poisoned(gated_add, x, y, gate)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, gated(x, y, gate, dtype), rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(got, gated(x, y, gate, torch.float32).to(dtype))
+        assert torch.equal(got, gated(x, y, gate, dtype))
+
+
+def test_one_modulation_serves_all_frames_of_a_sample():
+    x = random(2, 6, 64, dtype=torch.float32, seed=6)
+    shift, scale, gate, *_ = modulations(2, 1, 64, torch.float32, seed=7)
+    every = [part.expand(2, 3, 64) for part in (scale, shift, gate)]
+    assert torch.equal(norm_scale_shift(x, scale, shift, EPS), norm_scale_shift(x, *every[:2], EPS))
+    assert torch.equal(gated_add(x, x, gate), gated_add(x, x, every[2]))
+
+
+def test_inputs_of_any_strides_are_taken():
+    wide = random(2, 6, 128, dtype=torch.float32, seed=8)
+    x, y = wide[:, :, :64], wide[:, :, 64:]
+    shift, scale, gate, *_ = modulations(2, 3, 64, torch.float32, seed=9)
+    assert torch.equal(norm_scale_shift(x, scale, shift, EPS), norm_scale_shift(x.clone(), scale.clone(), shift, EPS))
+    assert torch.equal(gated_add(x, y, gate), gated_add(x.clone(), y.clone(), gate.clone()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(1, 6, 64, dtype=torch.float64)}, "not torch.float64"),
+        ({"x": torch.zeros(1, 6, 60)}, "widths up to 8192 in eights, not 60"),
+        ({"x": torch.zeros(1, 6, 8200)}, "widths up to 8192 in eights, not 8200"),
+        ({"x": torch.zeros(1, 7, 64)}, r"torch.float32 \(1, 3, 64\) .* does not fit x torch.float32 \(1, 7, 64\)"),
+        ({"second": torch.zeros(1, 1, 64)}, r"\(1, 1, 64\) .* \[B, F or 1, D\]"),
+        ({"second": torch.zeros(1, 3, 128)[:, :, ::2]}, r"strides \(384, 128, 2\)"),
+        ({"second": torch.zeros(1, 3, 64).half()}, "torch.float16"),
+    ],
+)
+def test_launcher_refuses_with_the_value(change, message):
+    arguments = {"x": torch.zeros(1, 6, 64), "first": torch.zeros(1, 3, 64), "second": torch.zeros(1, 3, 64)} | change
+    with pytest.raises(ValueError, match=message):
+        norm_scale_shift(*(x.to(DEVICE) for x in arguments.values()), EPS)
+
+
+def test_gated_add_refuses_parts_that_differ():
+    x, gate = torch.zeros(1, 6, 64, device=DEVICE), torch.zeros(1, 3, 64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"y torch.float32 \(1, 3, 64\) is not like x torch.float32 \(1, 6, 64\)"):
+        gated_add(x, gate, gate)
+
+
+def test_why_not_knows_what_chips_can(monkeypatch):
+    monkeypatch.setattr(modulation, "INTERPRETED", False)
+    x = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"), shape=(1, 6, 1536))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "sm_80 GPU or newer, this one is sm_75" in why_not(x)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert why_not(x) is None
+    assert "not cpu" in why_not(torch.zeros(1, 6, 64))
+
+
+def test_modulation_compiles_for_every_supported_chip_without_a_gpu(tmp_path, capsys):
+    variants = [f"{cc}:norm_scale_shift:5120:bf16" for cc in SHARED_KIB]
+    variants += [
+        f"{cc}:{name}:{width}:bf16"
+        for cc in (86, 90, 120)
+        for name, width in (("norm_scale_shift", 1536), ("gated_add", 1536), ("gated_add", 5120))
+    ]
+    variants += ["90:norm_scale_shift:8192:fp32"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("modulation_ahead_of_time.py"), *variants],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(rows) == len(variants)
+    with capsys.disabled():
+        print("\n  sm  kernel            width  dtype  warps  shared KiB  registers  stack")
+        for row in rows:
+            print(
+                f"{row['cc']:4d}  {row['kernel']:16s} {row['width']:6d} {row['dtype']:>6s} {row['num_warps']:6d} "
+                f"{row['shared'] / 1024:11.1f} {row.get('registers', '?'):>10} {row.get('stack', '?'):>6}"
+            )
+    for row in rows:
+        assert row["shared"] <= SHARED_KIB[row["cc"]] * 1024, row
+        assert row.get("stack", 0) == 0, row
+        assert row.get("registers", 0) <= 64, row

@@ -1,0 +1,402 @@
+"""The fused store against the steps it replaces: rms_norm, RopeTable, FrameBlocks and quantise_blocks of the core."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lightforcing.kernels import store
+from lightforcing.kernels.store import Ring, fused_store, why_not
+from lightforcing.lightforcing_core.eight_bit import quantise_blocks
+from lightforcing.lightforcing_core.geometry import FrameBlocks
+from lightforcing.lightforcing_core.rope import RopeTable
+
+from .resources import SHARED_KIB
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-6
+# Stack bytes per thread are register spills. Seen: up to 48 on sm_120, 8 on sm_100, 0 before.
+MAX_STACK = 64
+
+
+class Case:
+    """Random projections and norm weights of one layer, and a poisoned ring for them."""
+
+    def __init__(self, dtype=torch.float32, batch=1, grid=(2, 4, 10), heads=2, head_dim=32, block=(32, 16), seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.frames, self.tokens, self.slot_count = grid[0], grid[1] * grid[2], grid[0] + 3
+        self.batch, self.heads, self.head_dim, self.block, self.dtype = batch, heads, head_dim, block, dtype
+        self.slots = torch.randperm(self.slot_count, generator=generator)[: self.frames].int().to(DEVICE)
+        shape = (batch, self.frames * self.tokens, heads * head_dim)
+
+        def random(*shape, spread=1.0, centre=0.0):
+            return (centre + spread * torch.randn(*shape, generator=generator)).to(DEVICE, dtype)
+
+        self.q, self.k, self.v = (random(*shape, spread=spread) for spread in (1.0, 3.0, 0.5))
+        self.q_weight, self.k_weight = (random(shape[-1], spread=0.1, centre=1.0) for _ in range(2))
+        self.rope = RopeTable(11, *grid, head_dim, device=DEVICE)
+        self.layout, self.parts = FrameBlocks(self.tokens, block[1]), FrameBlocks(self.tokens, block[1] // 4)
+
+    def ring(self, dtype=None, pooled=True):
+        """A ring whose every byte is set, so that a value that should have been written shows, as does one too many."""
+        dtype, per_frame = dtype or self.dtype, self.slot_count * self.layout.per_frame
+
+        def poisoned(rows, *shape, dtype=self.dtype):
+            size = (self.batch, rows, self.heads, *shape)
+            return torch.full((*size[:-1], size[-1] * dtype.itemsize), 0x7F, dtype=torch.uint8).view(dtype).to(DEVICE)
+
+        scales = [poisoned(per_frame, dtype=torch.float32) for _ in range(2)] if dtype != self.dtype else [None, None]
+        return Ring(
+            *(poisoned(self.slot_count * self.tokens, self.head_dim, dtype=dtype) for _ in range(2)),
+            *scales,
+            key_means=poisoned(per_frame, self.head_dim) if pooled else None,
+            frame_means=poisoned(self.slot_count, self.head_dim) if pooled else None,
+            arrivals=torch.zeros(self.batch, self.slot_count, self.heads, dtype=torch.int32, device=DEVICE)
+            if pooled
+            else None,
+            value_means=poisoned(per_frame, self.head_dim) if pooled else None,
+            sub_means=poisoned(self.slot_count * self.parts.per_frame, self.head_dim) if pooled else None,
+        )
+
+    def run(self, target, with_q=True, with_kv=True, **change):
+        arguments = {
+            "q": self.q if with_q else None,
+            "k": self.k if with_kv else None,
+            "v": self.v if with_kv else None,
+            "q_weight": self.q_weight if with_q else None,
+            "k_weight": self.k_weight if with_kv else None,
+            "eps": EPS,
+            "cos": self.rope.cos,
+            "sin": self.rope.sin,
+            "ring": target if with_kv else None,
+            "slots": self.slots if with_kv else None,
+            "tokens_per_frame": self.tokens,
+            "head_dim": self.head_dim,
+            "block": self.block,
+        }
+        torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+        try:
+            return fused_store(**(arguments | change))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def unfused(self, x, weight, dtype=None):
+        """The steps of the plain path, in `dtype`."""
+        dtype = dtype or x.dtype
+        normed = torch.nn.functional.rms_norm(x.to(dtype), weight.shape, weight.to(dtype), EPS)
+        rope = self.rope
+        if dtype == torch.float64:
+            rope = RopeTable.__new__(RopeTable)
+            rope.cos, rope.sin = self.rope.cos.double(), self.rope.sin.double()
+        return rope.rotate(normed.unflatten(-1, (self.heads, self.head_dim)))
+
+    def current(self, tensor):
+        """The rows of the current frames in time order, of a ring's tensor."""
+        return tensor.unflatten(1, (self.slot_count, -1))[:, self.slots.long()].flatten(1, 2)
+
+    def others(self, tensor):
+        """The bytes of all rows that are not the current frames'."""
+        idle = [slot for slot in range(self.slot_count) if slot not in self.slots.tolist()]
+        return tensor.unflatten(1, (self.slot_count, -1))[:, idle].contiguous().view(torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """All heads in one program: the interpreter's time is programs."""
+    monkeypatch.setattr(store, "PROGRAMS", 1)
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.uint8)
+
+
+def assert_within_an_ulp(got, want, exact):
+    """Of each rotated pair; almost always equal; and as close to float64 as the plain path."""
+    ulp = torch.finfo(got.dtype).eps
+    pair = want.double().unflatten(-1, (-1, 2)).norm(dim=-1, keepdim=True).expand(*want.shape[:-1], -1, 2).flatten(-2)
+    ulps = 8 if got.dtype == torch.float32 else 2  # float32 keeps every step's own rounding
+    assert ((got.double() - want.double()).abs() <= ulps * ulp * pair).all()
+    if got.dtype != torch.float32:
+        assert (got != want).double().mean() <= 1e-3
+    error, unfused = ((x.double() - exact).pow(2).mean().sqrt() for x in (got, want))
+    assert error <= (1.2 if got.dtype == torch.float32 else 1.05) * unfused
+
+
+CASES = [
+    {"dtype": torch.bfloat16, "batch": 2, "grid": (2, 3, 7), "block": (32, 16)},
+    {"dtype": torch.float16, "grid": (2, 3, 7), "block": (16, 16), "seed": 1},
+    {"dtype": torch.float32, "batch": 2, "grid": (1, 3, 7), "seed": 2},
+    {"dtype": torch.bfloat16, "grid": (3, 4, 8), "block": (16, 32), "head_dim": 128, "heads": 5, "seed": 3},
+    {"dtype": torch.bfloat16, "grid": (1, 5, 13), "block": (64, 128), "head_dim": 64, "heads": 2, "seed": 4},
+    {"dtype": torch.bfloat16, "grid": (1, 13, 41), "block": (128, 16), "head_dim": 16, "heads": 1, "seed": 5},
+    {"dtype": torch.float32, "grid": (2, 1, 1), "block": (16, 16), "head_dim": 16, "heads": 2, "seed": 6},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_store_is_the_unfused_steps(case):
+    case = Case(**case)
+    ring = case.ring()
+    idle = [case.others(tensor) for tensor in ring if tensor is not None]
+    q, q_means = case.run(ring)
+
+    assert_within_an_ulp(q, case.unfused(case.q, case.q_weight), case.unfused(case.q, case.q_weight, torch.float64))
+    keys = case.current(ring.keys)
+    assert_within_an_ulp(keys, case.unfused(case.k, case.k_weight), case.unfused(case.k, case.k_weight, torch.float64))
+    values = case.v.unflatten(-1, (case.heads, case.head_dim))
+    assert torch.equal(case.current(ring.values), values)
+
+    # Means are of the values as stored, rounded as the plain path rounds them; only the order of sums is free.
+    near = {"rtol": torch.finfo(case.dtype).eps, "atol": 1e-6}
+    means = case.layout.block_means(keys)
+    torch.testing.assert_close(q_means, FrameBlocks(case.tokens, case.block[0]).block_means(q), **near)
+    torch.testing.assert_close(case.current(ring.key_means), means, **near)
+    torch.testing.assert_close(case.current(ring.value_means), case.layout.block_means(values), **near)
+    torch.testing.assert_close(case.current(ring.sub_means), case.parts.block_means(keys), **near)
+    kept = case.current(ring.key_means)
+    torch.testing.assert_close(case.current(ring.frame_means), case.layout.frame_means(kept), **near)
+
+    assert all(map(torch.equal, idle, [case.others(tensor) for tensor in ring if tensor is not None]))
+    assert not ring.arrivals.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_eight_bit_rings_hold_what_the_plain_path_quantises(stored, dtype):
+    case = Case(dtype, batch=2, grid=(1, 4, 10), seed=7)
+    case.v[:, : case.block[1], : case.head_dim] = 0  # a block of one head
+    case.v[0, 20] *= 100  # an outlier costs its block only
+    wide, ring = case.ring(), case.ring(stored)
+    idle = [case.others(tensor) for tensor in ring if tensor is not None]
+    case.run(wide)
+    case.run(ring)
+
+    for x, kept, scales in ((wide.keys, ring.keys, ring.key_scales), (wide.values, ring.values, ring.value_scales)):
+        x, kept, scales = case.current(x), case.current(kept), case.current(scales)
+        want, want_scales = quantise_blocks(x, case.layout, stored)
+        assert torch.equal(kept.float(), want.float())
+        assert torch.equal(scales, want_scales)
+        scale = scales.double()[:, case.layout.block_of_token(case.frames, DEVICE), :, None]
+        error = (kept.double() * scale - x.double()).abs()
+        # int8: half a step. float8_e4m3: half of the last of three bits, or of the smallest step 2^-9.
+        bound = 0.5 * scale if stored is torch.int8 else torch.maximum(x.double().abs() * 2**-4, scale * 2**-10)
+        assert (error <= bound * (1 + 1e-5)).all()
+        assert error.max() > 0
+    assert (case.current(ring.value_scales)[:, 0, 0] == 1).all()
+    for name in ("key_means", "value_means", "frame_means", "sub_means"):
+        assert torch.equal(bits(getattr(ring, name)), bits(getattr(wide, name)))  # from the unquantised keys
+    assert all(map(torch.equal, idle, [case.others(tensor) for tensor in ring if tensor is not None]))
+
+
+def test_splitting_the_heads_over_programs_changes_no_bit(monkeypatch):
+    case = Case(torch.bfloat16, grid=(1, 4, 10), heads=3, head_dim=16, seed=8)
+    results = []
+    for programs in (1, 16, 10**6):  # three, two and one head a program, on 8 blocks of tokens
+        monkeypatch.setattr(store, "PROGRAMS", programs)
+        ring = case.ring()
+        made = case.run(ring)
+        results.append([bits(tensor) for tensor in (*made, *ring) if tensor is not None])
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
+def test_parts_alone_give_what_they_give_together():
+    case = Case(torch.bfloat16, grid=(1, 3, 7), seed=9)
+    together, alone = case.ring(), case.ring()
+    want = case.run(together)
+    assert case.run(alone, with_q=False) is None
+    assert all(map(torch.equal, case.run(None, with_kv=False), want))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(together, alone, strict=True) if a is not None)
+
+
+def test_steps_of_a_chunk_overwrite_each_other():
+    case = Case(torch.bfloat16, grid=(2, 2, 9), block=(16, 16), head_dim=16, seed=13)
+    ring, fresh = case.ring(), case.ring()
+    case.run(ring)
+    case.k, case.v = case.k * 0.5 + 1, -case.v
+    want = case.run(fresh)
+    assert all(map(torch.equal, case.run(ring), want))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(ring, fresh, strict=True) if a is not None)
+
+
+def test_a_dense_run_pools_nothing():
+    case = Case(torch.bfloat16, grid=(1, 3, 7), seed=10)
+    pooled, bare = case.ring(), case.ring(pooled=False)
+    case.run(pooled)
+    case.run(bare)
+    assert torch.equal(bits(pooled.keys), bits(bare.keys))
+    assert torch.equal(bits(pooled.values), bits(bare.values))
+
+
+@pytest.mark.parametrize("layout", ["one fused projection", "rows and batches of others between"])
+def test_strided_projections_are_read_in_place(layout):
+    case = Case(torch.float32, batch=2, grid=(1, 3, 7), block=(32, 32), seed=11)
+    packed, strided = case.ring(), case.ring()
+    want = case.run(packed)
+    if layout == "one fused projection":
+        case.q, case.k, case.v = torch.cat((case.q, case.k, case.v), -1).chunk(3, -1)
+    else:
+        around = [
+            torch.full((3, x.shape[1] + i, x.shape[2] + 8 * i), torch.nan)
+            for i, x in enumerate("qkv")
+            for x in [case.q]
+        ]
+        for space, name in zip(around, "qkv", strict=True):
+            x = getattr(case, name)
+            view = space.to(DEVICE, case.dtype)[::2, : x.shape[1], : x.shape[2]]
+            view.copy_(x)
+            setattr(case, name, view)
+        assert len({x.stride() for x in (case.q, case.k, case.v)}) == 3
+    assert all(map(torch.equal, case.run(strided), want))
+    assert all(torch.equal(bits(a), bits(b)) for a, b in zip(packed, strided, strict=True) if a is not None)
+
+
+def test_slots_beyond_two_billion_values_are_reached():
+    case = Case(torch.float16, grid=(1, 1, 16), heads=2, head_dim=128, block=(16, 16), seed=12)
+    case.slot_count = 2**31 // (16 * 256) + 2  # memory that nobody touches costs nothing
+    last = case.slot_count - 1
+    shape = (1, case.slot_count * 16, 2, 128)
+    keys, values = (torch.empty(shape, dtype=torch.int8, device=DEVICE) for _ in range(2))
+    scales = [torch.empty(1, case.slot_count, 2, device=DEVICE) for _ in range(2)]
+    ring = Ring(keys, values, *scales)
+    fused_store(
+        None,
+        case.k,
+        case.v,
+        q_weight=None,
+        k_weight=case.k_weight,
+        eps=EPS,
+        cos=case.rope.cos,
+        sin=case.rope.sin,
+        ring=ring,
+        slots=torch.tensor([last], dtype=torch.int32, device=DEVICE),
+        tokens_per_frame=16,
+        head_dim=128,
+        block=(16, 16),
+    )
+    want, want_scales = quantise_blocks(case.v.unflatten(-1, (2, 128)), case.layout, torch.int8)
+    assert torch.equal(values[:, -16:], want)
+    assert torch.equal(scales[1][:, last:], want_scales)
+
+
+def without_interpreter(script, *arguments, cache):
+    """The JSON rows that a script of this folder prints when kernels are compiled and not interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name(script), *arguments],
+        env=environment | {"TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_neither_slots_nor_frames_compile_anew(tmp_path):
+    """For the modulation kernels too."""
+    rows = without_interpreter("launch_bindings.py", cache=tmp_path)
+    assert {row["kernel"]: row["versions"] for row in rows} == {"_store": 1, "_norm_scale_shift": 1, "_gated_add": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": torch.zeros(1, 80, 64, dtype=torch.float64)}, "not torch.float64"),
+        ({"head_dim": 48}, "head dims of 16, 32, 64, 128, not 48"),
+        ({"block": (8, 16)}, r"blocks of 16, 32, 64, 128 tokens, not \(8, 16\)"),
+        ({"tokens_per_frame": 33}, r"\(1, 80, 64\) is not \[B, frames · 33 tokens per frame, heads · 32\]"),
+        ({"v": None}, "q, or k and v, or all three"),
+        ({"k": torch.zeros(1, 40, 64)}, r"\(1, 40, 64\) torch.float32 .* is not like \(1, 80, 64\)"),
+        ({"v": torch.zeros(1, 80, 128)[:, :, ::2]}, r"contiguous channels; \(1, 80, 64\) .* \(10240, 128, 2\)"),
+        ({"k_weight": torch.zeros(63)}, r"norm of k needs a contiguous weight of 64 values, not torch.float32 \(63,\)"),
+        ({"q_weight": None}, "norm of q needs a contiguous weight of 64 values, not None"),
+        ({"cos": torch.zeros(80, 16, dtype=torch.float64)}, r"float32 of 80 · 16 values, not torch.float64 \(80, 16\)"),
+        ({"sin": torch.zeros(40, 16)}, r"float32 of 80 · 16 values, not torch.float32 \(40, 16\)"),
+        ({"slots": torch.zeros(2)}, r"int32 slots \(2,\), one for each frame, not torch.float32 \(2,\)"),
+        ({"ring": None}, "need a ring"),
+    ],
+)
+def test_launcher_refuses_with_the_value(change, message):
+    case = Case()
+    change = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in change.items()}
+    with pytest.raises(ValueError, match=message):
+        case.run(case.ring(), **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"keys": lambda x: x[:, :40]}, r"ring's values must be contiguous .* \(1, 40, 2, 32\)"),
+        ({"values": lambda x: x.half()}, "ring's values must be contiguous torch.float32 .* not torch.float16"),
+        ({"values": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)}, "ring's values must be contiguous"),
+        ({"key_scales": lambda x: torch.ones(1, 15, 2)}, "ring's key_scales must be None"),
+        ({"frame_means": lambda x: None}, "ring's frame_means must be .* not None"),
+        ({"key_means": lambda x: x[:, :10]}, r"ring's key_means must be .* \(1, 15, 2, 32\)"),
+        ({"sub_means": lambda x: x[:, 1:]}, r"ring's sub_means must be .* \(1, 50, 2, 32\)"),
+        ({"arrivals": lambda x: x.long()}, "ring's arrivals must be contiguous torch.int32"),
+    ],
+)
+def test_launcher_refuses_a_ring_that_does_not_fit(change, message):
+    case = Case()
+    ring = case.ring()
+    ring = ring._replace(**{name: to(getattr(ring, name)) for name, to in change.items()})
+    with pytest.raises(ValueError, match=message):
+        case.run(ring)
+
+
+def test_an_eight_bit_ring_needs_scales_and_frames_need_slots():
+    case = Case()
+    with pytest.raises(ValueError, match=r"ring's key_scales must be .* not None"):
+        case.run(case.ring(torch.int8)._replace(key_scales=None))
+    case.slot_count = 1
+    with pytest.raises(ValueError, match="2 frames do not fit into a ring of 1 slots"):
+        case.run(case.ring())
+
+
+@pytest.mark.parametrize(
+    ("capability", "cache", "reason"),
+    [
+        ((7, 5), None, "sm_80 GPU or newer, this one is sm_75"),
+        ((8, 6), torch.float8_e4m3fn, "sm_89 GPU or newer, this one is sm_86; use int8"),
+        ((8, 6), torch.int8, None),
+        ((8, 9), torch.float8_e4m3fn, None),
+        ((9, 0), None, None),
+    ],
+)
+def test_why_not_knows_what_chips_can(monkeypatch, capability, cache, reason):
+    monkeypatch.setattr(store, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    x = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
+    got = why_not(x, 128, (64, 64), cache)
+    assert got is None if reason is None else reason in got
+    assert "not on cpu" in why_not(torch.zeros(1, 8, 128), 128, (64, 64))
+    assert "not as torch.float16" in why_not(x, 128, (64, 64), torch.float16)
+
+
+def test_store_compiles_for_every_supported_chip_without_a_gpu(tmp_path, capsys):
+    variants = [f"{cc}:64:64:128:bf16:as is:qkv" for cc in SHARED_KIB]
+    variants += ["86:128:64:128:bf16:int8:qkv", "90:128:64:128:bf16:fp8:qkv", "120:128:128:128:bf16:fp8:kv"]
+    variants += [f"{cc}:64:64:128:bf16:as is:qkv+sub" for cc in (86, 120)]
+    rows = without_interpreter("store_ahead_of_time.py", *variants, cache=tmp_path)
+    assert len(rows) == len(variants)
+    with capsys.disabled():
+        print("\n  sm  q, k tile  dtype  cache    parts  warps  shared KiB  registers  stack")
+        for row in rows:
+            print(
+                f"{row['cc']:4d} {row['block_q']:4d}, {row['block_k']:<4d} {row['dtype']:>5s} {row['cache']:>6s} "
+                f"{row['parts']:>8s} {row['num_warps']:6d} {row['shared'] / 1024:11.1f} "
+                f"{row.get('registers', '?'):>10} {row.get('stack', '?'):>6}"
+            )
+    for row in rows:
+        assert row["shared"] <= SHARED_KIB[row["cc"]] * 1024, row
+        assert row.get("stack", 0) <= MAX_STACK, row
+        assert row.get("registers", 0) <= 128, row
+        assert row["counts_in_order"], row
