@@ -1,7 +1,6 @@
 """Nodes that make a patched MODEL: from a checkpoint file of any published layout, or from another loader's MODEL."""
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,86 +10,20 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
-from ..lightforcing_core.attention import BACKENDS, AttentionOptions
 from ..lightforcing_core.checkpoint import CheckpointError, inspect_checkpoint, load_dit_state_dict
-from ..lightforcing_core.families import FAMILIES, guess_family
-from .patch import Settings, patched
+from .attention_options import AUTO, option_inputs, settings_from
+from .patch import patched
 
-AUTO, NONE = "auto", "none"
-AS_FAMILY = -1
+NONE = "none"
+ROWWISE = "fp8_rowwise"
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
+    ROWWISE: {},
 }
 log = logging.getLogger(__name__)
-
-
-def option_inputs() -> list[io.Input]:
-    """The inputs that loader and apply node share; `settings_from` reads them."""
-    frames = {"default": AS_FAMILY, "min": AS_FAMILY, "max": 64, "step": 1, "advanced": True}
-    return [
-        io.Combo.Input(
-            "family",
-            options=[AUTO, *FAMILIES],
-            default=AUTO,
-            tooltip="Which checkpoint this is: sets the chunk length, window, sparsity and shift that the samplers "
-            "use. auto reads the file's name; weights alone cannot tell.",
-        ),
-        io.Combo.Input(
-            "backend",
-            options=[AUTO, *BACKENDS],
-            default=AUTO,
-            tooltip="What computes sparse attention. auto takes the fastest that runs here; a named one that cannot "
-            "run is an error instead of a silent fallback.",
-            advanced=True,
-        ),
-        io.Combo.Input(
-            "block",
-            options=["16", "32", "64", "128"],
-            default="64",
-            tooltip="Tokens per attention block. Smaller blocks choose more precisely and run slower; 64 is what the "
-            "method was published with.",
-            advanced=True,
-        ),
-        io.Int.Input(
-            "keep_frames",
-            tooltip="Past latent frames that stay eligible for sparse attention, sinks and nearest included. Fewer "
-            "is faster and forgets more; -1 takes the family's value.",
-            **frames,
-        ),
-        io.Int.Input(
-            "keep_sink",
-            tooltip="How many of the kept frames are always the video's first ones. -1 takes the family's value.",
-            **frames,
-        ),
-        io.Int.Input(
-            "keep_near",
-            tooltip="How many of the kept frames are always the nearest ones: motion stays smooth. -1 takes the "
-            "family's value.",
-            **frames,
-        ),
-    ]
-
-
-def settings_from(
-    file_name: str, family: str, backend: str, block: str, keep_frames: int, keep_sink: int, keep_near: int
-) -> Settings:
-    """The patch settings that `option_inputs` describe; `file_name` decides the family on auto."""
-    chosen = guess_family(file_name) if family == AUTO else FAMILIES[family]
-
-    def or_family(value: int, default: int) -> int:
-        return default if value == AS_FAMILY else value
-
-    kept = replace(
-        chosen,
-        keep_frames=or_family(keep_frames, chosen.keep_frames),
-        keep_sink=or_family(keep_sink, chosen.keep_sink),
-        keep_near=or_family(keep_near, chosen.keep_near),
-    )
-    options = AttentionOptions(backend, (int(block), int(block)), kept.keep_frames, kept.keep_sink, kept.keep_near)
-    return Settings(chosen, options)
 
 
 class LightForcingModelLoader(io.ComfyNode):
@@ -117,7 +50,8 @@ class LightForcingModelLoader(io.ComfyNode):
                     options=list(WEIGHT_DTYPES),
                     default="default",
                     tooltip="fp8 halves the weights' memory; quality drops a little. _fast also computes in fp8 on "
-                    "RTX 40 and later.",
+                    "RTX 40 and later. fp8_rowwise does too and scales every channel and token, which keeps outliers "
+                    "that the others cut off. Leave default for a checkpoint that is fp8 already.",
                     advanced=True,
                 ),
                 io.Combo.Input(
@@ -190,6 +124,12 @@ def load_checkpoint(
     state_dict, info = load_dit_state_dict(path, prefer_ema=prefer_ema, weights=group, lora=lora)
     for note in info.notes:
         log.info("[Light Forcing] %s: %s", Path(path).name, note)
+    if weight_dtype == ROWWISE:
+        if info.quantised is not None:
+            raise CheckpointError(f"{path} is quantised already ({info.quantised}); set weight_dtype to default")
+        from .rowwise import adopt, quantized  # not every ComfyUI has comfy-kitchen, which it builds on
+
+        state_dict = quantized(state_dict, info.layers)
     model = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
         model_options=dict(WEIGHT_DTYPES[weight_dtype]),
@@ -198,6 +138,8 @@ def load_checkpoint(
     )
     if model is None:
         raise CheckpointError(f"{path} is Wan 2.1 in a form that this ComfyUI does not load; update ComfyUI")
+    if weight_dtype == ROWWISE:
+        adopt(model)
     model.cached_patcher_init = (load_checkpoint, (path, weights, lora, weight_dtype))
     return model
 

@@ -1,0 +1,184 @@
+"""FP8 linears: e4m3 weights with a scale per output channel, activations quantised per token as they come.
+
+`quantize_linears` puts them into a Wan tree for use without ComfyUI, and the loader's `fp8_rowwise` multiplies with
+the same functions. e4m3 is a floating format: it rounds a normal distribution by 2.6 % (root mean square) whatever
+the scale, as long as the largest value stays under 448 and few fall below 2^-6, where its digits run out.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0  # the largest finite e4m3fn
+SMALLEST = 1e-12  # a row of zeros, or nearly, is scaled as if its largest value were this
+MULTIPLE = 16  # torch's FP8 product wants both sides of a weight to be multiples of it
+# The matrices of one transformer layer that Light Forcing quantises; embeddings, time and head stay as they are.
+LAYER_LINEARS = (
+    *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
+    "ffn.0",
+    "ffn.2",
+)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] as stored · scale, rounded to nearest: stored float8_e4m3fn [M, K], scales float32 [M, 1].
+
+    A row is a token of an activation or an output channel of a weight. A row with an infinity or a NaN comes out as
+    NaN, as it would spread in a plain product.
+    """
+    scales = row_scales(x)
+    return (x.float() / scales).to(FP8), scales
+
+
+def row_scales(x: Tensor) -> Tensor:
+    """What puts the largest value of every row of x [M, K] at 448: float32 [M, 1], above zero."""
+    return x.abs().amax(dim=1, keepdim=True).float().clamp(min=SMALLEST) / LARGEST
+
+
+def dequantize_rows(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of `quantize_rows`, in `dtype`: [M, K]."""
+    return (stored.float() * scales).to(dtype)
+
+
+def why_no_fp8(out_features: int, in_features: int) -> str | None:
+    """Why a weight of this shape cannot be multiplied in FP8, or None."""
+    if out_features % MULTIPLE or in_features % MULTIPLE:
+        return f"{out_features}×{in_features} are not multiples of {MULTIPLE}"
+    return None
+
+
+@cache
+def why_not_scaled_mm(device: torch.device) -> str | None:
+    """Why `torch._scaled_mm` is not used with a scale per row on `device`, or None. Asked once per device."""
+    if device.type != "cuda":
+        return f"no FP8 units on {device.type}"
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        return f"FP8 units come with compute capability 8.9, this GPU has {'.'.join(map(str, capability))}"
+    ones = torch.ones(32, 32, device=device)
+    try:
+        scaled_product(*quantize_rows(ones), *quantize_rows(ones), None, torch.bfloat16)
+    except (RuntimeError, ValueError) as error:  # torch raises either for a scaling that a GPU lacks
+        return f"torch {torch.__version__} refuses it here: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def scaled_product(
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(x · x_scales) @ (weight · weight_scales)ᵀ + bias on FP8 units, summed in float32.
+
+    x: [M, K] and weight: [N, K] float8_e4m3fn; scales: float32 [M, 1] and [N, 1]; bias: [N]. Returns [M, N] in
+    `dtype`, which was bfloat16 on the way: torch gives row-wise products in nothing else.
+    """
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    y = torch._scaled_mm(
+        x, weight.t(), scale_a=x_scales, scale_b=weight_scales.t(), bias=bias, out_dtype=torch.bfloat16
+    )
+    return y.to(dtype)
+
+
+def plain_product(
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The same product of the same numbers without FP8 units; shapes as `scaled_product`.
+
+    e4m3 values and their products are exact in bfloat16 and float32; float16 would overflow, so it takes float32.
+    """
+    compute = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+    y = (x.to(compute) @ weight.to(compute).t()).float() * x_scales * weight_scales.t()
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def product(
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`scaled_product` where the device can, else `plain_product`."""
+    multiply = plain_product if why_not_scaled_mm(x.device) else scaled_product
+    return multiply(x, x_scales, weight, weight_scales, bias, dtype)
+
+
+class FP8Linear(nn.Module):
+    """A linear layer in FP8: weight [N, K] float8_e4m3fn, weight_scale [N, 1] float32, bias [N] in its own dtype.
+
+    Its state dict is what LightX2V stores for such a layer. Raises ValueError where N or K is no multiple of 16.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        if reason := why_no_fp8(self.out_features, self.in_features):
+            raise ValueError(f"a linear layer of {reason}, as FP8 needs; leave it in 16 bits")
+        weight, scale = quantize_rows(linear.weight.detach())
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] → [..., N] in x's dtype."""
+        rows = x.reshape(-1, self.in_features)
+        y = product(*quantize_rows(rows), self.weight, self.weight_scale, self.bias, x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+@dataclass(frozen=True)
+class FP8Report:
+    """What became FP8: the layers' names, those left alone with the reason, and bytes of the whole tree.
+
+    `plain_because` says why the products run without FP8 units, None where they run on them.
+    """
+
+    layers: tuple[str, ...]
+    left: dict[str, str]
+    bytes_before: int
+    bytes_after: int
+    plain_because: str | None
+
+    def __str__(self) -> str:
+        left = f", {len(self.left)} left alone ({'; '.join(sorted(set(self.left.values())))})" if self.left else ""
+        how = f"computed in 16 bits: {self.plain_because}" if self.plain_because else "computed on FP8 units"
+        sizes = f"{self.bytes_before / 1e9:.2f} → {self.bytes_after / 1e9:.2f} GB"
+        return f"{len(self.layers)} layers in FP8{left}; {sizes}; {how}"
+
+
+def quantize_linears(dit: nn.Module) -> FP8Report:
+    """Replace the matrices of every transformer layer of a Wan tree (see `wan.py`) by FP8 ones, in place.
+
+    The layers are those Light Forcing quantises: q, k, v, o of both attentions and the two of the feed-forward. One
+    whose sides are no multiples of 16 stays as it is and is reported. Weights are quantised where they lie, one
+    layer at a time. Raises ValueError, before anything is changed, where such a layer is missing or not a plain
+    `torch.nn.Linear`, as in a tree that is quantised already; inside ComfyUI choose a weight dtype in the loader.
+    """
+    blocks: Any = dit.blocks
+    names = [(i, block, name) for i, block in enumerate(blocks) for name in LAYER_LINEARS]
+    found = {f"blocks.{i}.{name}": block.get_submodule(name) for i, block, name in names}
+    for name, module in found.items():
+        if type(module) is not nn.Linear:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, not a plain linear layer; quantise a tree once, from 16 or "
+                "32 bits, as wan_from_state_dict builds it"
+            )
+    before = _bytes(dit)
+    left: dict[str, str] = {}
+    for name, module in found.items():
+        if reason := why_no_fp8(*module.weight.shape):
+            left[name] = reason
+            continue
+        dit.set_submodule(name, FP8Linear(module))
+    device = next(dit.parameters()).device
+    layers = tuple(name for name in found if name not in left)
+    return FP8Report(layers, left, before, _bytes(dit), why_not_scaled_mm(device))
+
+
+def _bytes(tree: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in tree.state_dict().values())
