@@ -1,4 +1,4 @@
-"""The command `lightforcing`: demo, inspect, bench, queue. Heavy imports wait until a command needs them."""
+"""The command `lightforcing`: demo, inspect, quantize, bench, queue. Heavy imports wait until a command needs them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ from typer.core import TyperGroup
 from ..benchmarks.commands import app as bench
 
 if TYPE_CHECKING:
-    from .queue_client import Progress as RunProgress
     from .report import RunReport
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
+USAGE = 2  # what typer reports for options it does not know
 
 app = typer.Typer(
     name="lightforcing",
@@ -91,14 +91,20 @@ def demo(
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(help="A checkpoint: .safetensors, .pt, a shard, an index or a folder.")],
-    height: Annotated[int, typer.Option(help="Video height for the KV cache figure, a multiple of 16.")] = 480,
-    width: Annotated[int, typer.Option(help="Video width for the KV cache figure, a multiple of 16.")] = 832,
+    height: Annotated[int, typer.Option(help="Video height for the memory figures, a multiple of 16.")] = 480,
+    width: Annotated[int, typer.Option(help="Video width for the memory figures, a multiple of 16.")] = 832,
+    length: Annotated[int, typer.Option(help="Video frames for the memory figures, 1 + 4k.")] = 81,
 ) -> None:
     """Say what a checkpoint is, what would be loaded from it, and what it costs to run."""
     with _clean_errors():
         from .checkpoint import describe, inspect_checkpoint
+        from .memory import ModelSize
+        from .memory_plan import describe_memory
 
-        rows = describe(inspect_checkpoint(file), height=height, width=width)
+        info = inspect_checkpoint(file)
+        size = ModelSize(info.dim, info.ffn_dim, info.layers, info.text_dim, 2 * info.parameters)
+        rows = describe(info, height=height, width=width)
+        rows += describe_memory(size, info.family, height=height, width=width, length=length)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -108,61 +114,100 @@ def inspect(
 
 
 @app.command()
+def quantize(
+    file: Annotated[Path, typer.Argument(help="A checkpoint: .safetensors, .pt, a shard, an index or a folder.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write, in a folder that exists.")],
+    weights: Annotated[
+        str | None, typer.Option(help="Which set of weights, where the file holds several (inspect lists them).")
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="A LoRA that belongs to the checkpoint, such as LongLive's; merged first.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of Light Forcing Save Text Embeds: run the model on it first, to fix how activations are "
+            "scaled. Without, ComfyUI cuts off those beyond 448."
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False,
+) -> None:
+    """Write a checkpoint as FP8 in ComfyUI's format: half the size of bf16, for Load Diffusion Model and our loader."""
+    console = Console()
+    with _clean_errors(), _progress(console) as progress:
+        from .fp8_checkpoint import write_fp8_checkpoint
+
+        bar = progress.add_task("reading", total=None)
+
+        def show(stage: str, done: int, total: int) -> None:
+            progress.update(bar, description=stage, completed=done, total=total)
+
+        written = write_fp8_checkpoint(
+            file, out, weights=weights, lora=lora, prompts=prompts, overwrite=force, on_progress=show
+        )
+    console.print(
+        f"wrote {written.path} ({written.bytes_before / 1e9:.2f} → {written.bytes_after / 1e9:.2f} GB)\n"
+        f"{written.layers} layers in FP8; rounding moved their weights by {written.error:.2%}, at most by "
+        f"{written.worst[1]:.2%} ({written.worst[0]})",
+        soft_wrap=True,
+        highlight=False,
+        markup=False,
+    )
+    for note in written.notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
 def queue(
     workflow: Annotated[Path, typer.Argument(help="A workflow saved by ComfyUI, in UI or API form.")],
-    out: Annotated[Path, typer.Option(help="Folder for the files that the run writes.")],
-    server: Annotated[str, typer.Option(help="Address of the ComfyUI server.")] = "http://127.0.0.1:8188",
-    timeout: Annotated[float | None, typer.Option(help="Give up and cancel after this many seconds.")] = None,
-    temp: Annotated[bool, typer.Option("--temp", help="Download previews too.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the files that the run writes; in a batch, for a folder each.")],
+    server: Annotated[
+        list[str], typer.Option(help="Address of a ComfyUI server; repeat it to spread prompts over several.")
+    ] = ["http://127.0.0.1:8188"],  # noqa: B006
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NODE.INPUT=VALUE", help="Change an input; NODE: id or title. Repeatable."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Batch: a text file with a prompt per line, or .jsonl (text, name, seed, set).")
+    ] = None,
+    prompt_node: Annotated[
+        str | None,
+        typer.Option(metavar="NODE[.INPUT]", help="Where the text goes; else the CLIPTextEncode that feeds positive."),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Batch: every prompt once per seed, like 1,2,5-8; without it the seed stays.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Give a prompt up and cancel it after so many seconds.")] = None,
+    patience: Annotated[
+        float, typer.Option(min=1.0, help="Seconds without an answer after which a server's prompt goes to another.")
+    ] = 30.0,
+    temp: Annotated[bool, typer.Option("--temp", help="Download what preview nodes wrote too.")] = False,
+    save_previews: Annotated[
+        Path | None, typer.Option(help="Folder for the pictures that the server sends while it samples.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Events on stdout, one JSON object per line.")] = False,
 ) -> None:
-    """Run a workflow on a ComfyUI server and download what it wrote. Ctrl-C cancels the run there and exits 130."""
-    from .output_files import prepare_folder
-    from .queue_client import ComfyServer, run_prompt
-    from .workflow_form import read_workflow, ui_to_api
+    """Run a workflow on ComfyUI servers and download what it wrote. Ctrl-C cancels it there and exits 130.
 
-    console = Console()
+    With --prompts or --seeds it is a batch: a folder per prompt, and a journal.
+    Started again, the same command goes on; nothing that is done runs again.
+
+    Exit codes: 0 all done, 1 some failed or left, 2 the options do not fit together, 130 interrupted.
+    """
+    from .queue_batch import BatchOptions
+    from .queue_command import QueueRequest, run_queue
+    from .queue_overrides import UsageError
+
+    options = BatchOptions(timeout=timeout, patience=patience, include_temp=temp, previews=save_previews)
+    request = QueueRequest(workflow, out, server, options, overrides or (), prompts, prompt_node, seeds, json)
     with _clean_errors():
-        document, is_canvas = read_workflow(workflow)
-        prepare_folder(out)
-        comfy = ComfyServer(server)
-        prompt = ui_to_api(document, comfy.get("/object_info")) if is_canvas else document
-        with _progress(console) as progress:
-            line = progress.add_task("connecting", total=len(prompt))
-            result = run_prompt(
-                comfy,
-                prompt,
-                canvas=document if is_canvas else None,
-                timeout=timeout,
-                include_temp=temp,
-                on_progress=_one_line(console, progress, line),
-            )
-            progress.update(line, description="downloading", completed=len(prompt))
-            paths = [comfy.download(file, out) for file in result.files]
-    for path in paths:
-        console.print(f"wrote {path} ({path.stat().st_size / 1e3:,.0f} kB)", soft_wrap=True, highlight=False)
-    if not paths:
-        console.print("the run succeeded but wrote no file; add a save node, or fetch previews with --temp")
-    for message in result.left_out:
-        _complain(message)
-    if result.left_out:
-        _complain("the server left these parts of the workflow out")
-        raise typer.Exit(1)
-
-
-def _one_line(console: Console, progress: Progress, line: Any) -> Any:
-    """A callback that keeps one progress line; where nothing can be redrawn, a plain line per node instead."""
-    last = ""
-
-    def show(event: "RunProgress") -> None:
-        nonlocal last
-        if not console.is_terminal and event.title != last:
-            console.print(f"[{event.nodes_done + 1}/{event.nodes}] {event.title}", markup=False, highlight=False)
-        last = event.title
-        counted = f" {event.value:g}/{event.total:g}" if event.total > 1 else ""
-        within = event.value / event.total if event.total else 0.0
-        progress.update(line, description=f"{event.title}{counted}", completed=event.nodes_done + within)
-
-    return show
+        try:
+            code = run_queue(request, _complain)
+        except UsageError as error:
+            _complain(str(error))
+            code = USAGE
+    raise typer.Exit(code)
 
 
 def _progress(console: Console) -> Progress:
@@ -214,7 +259,7 @@ app.add_typer(bench, name="bench", cls=_CleanGroup)
 @contextmanager
 def _clean_errors() -> Iterator[None]:
     """What a user can mend becomes lines on stderr and exit code 1; Ctrl-C becomes exit code 130."""
-    from .queue_client import QueueError
+    from .comfy_server import QueueError
 
     try:
         yield

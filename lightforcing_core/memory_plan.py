@@ -4,14 +4,20 @@ The choices are taken in the order of what they cost: tiles cost a little time, 
 memory a copy of the cache per forward. One that does not help is left out.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from .families import Family
 from .kv_storage import KVOptions
-from .memory import MemoryEstimate, gib
+from .memory import MemoryEstimate, ModelSize, estimate, gib
+from .schedule import Schedule, latent_frames_of
 
 # What an allocator loses between tensors, and what a card needs for itself.
 HEADROOM = 0.08
+LIGHT_VAE, WAN_VAE = 24, 96  # widths
+# How a KV cache is kept, the best first.
+LADDER = (KVOptions(), KVOptions("int8"), KVOptions("int8", host=True))
 
 Reckon = Callable[[KVOptions, int], MemoryEstimate]
 
@@ -69,37 +75,44 @@ def plan_memory(
     reckon: Reckon,
     free: int,
     *,
-    kv: KVOptions | None = None,
+    ladder: Sequence[KVOptions] = LADDER,
     most_tiles: int = 1,
     latents: int = 0,
-    host_helps: bool = True,
 ) -> MemoryPlan:
     """The cheapest way to make a run fit into `free` bytes, or all of them together when it cannot.
 
-    reckon: the estimate for a KV cache and a number of decode tiles per side. kv: how the cache shall be kept,
-    whatever there is; None chooses. most_tiles: how far decode may be cut, 1 for a decoder that cannot. latents:
-    bytes that the video's latents take on the device. host_helps: False where the device is the host.
+    reckon: the estimate for a KV cache and a number of decode tiles per side. ladder: the ways in which the cache may
+    be kept, the best first. most_tiles: how far decode may be cut, 1 for a decoder that cannot. latents: bytes that
+    the video's latents take on the device, 0 where the device is the host.
     """
-    wanted = kv or KVOptions()
-    before = reckon(wanted, 1)
-    best = MemoryPlan(before, before, free, wanted, latents=latents)
-
-    def tried(kv: KVOptions, tiles: int, on_device: bool) -> MemoryPlan:
-        return MemoryPlan(reckon(kv, tiles), before, free, kv, tiles, latents, on_device)
-
-    candidates: list[Callable[[], MemoryPlan]] = [
-        lambda tiles=tiles: tried(best.kv, tiles, True) for tiles in range(2, most_tiles + 1)
-    ]
-    if kv is None:
-        candidates.append(lambda: tried(KVOptions("int8"), best.decode_tiles, True))
-        if host_helps:
-            candidates.append(lambda: tried(KVOptions("int8", host=True), best.decode_tiles, True))
-    if host_helps and latents:
-        candidates.append(lambda: tried(best.kv, best.decode_tiles, False))
-    for candidate in candidates:
+    before = reckon(ladder[0], 1)
+    best = MemoryPlan(before, before, free, ladder[0], latents=latents)
+    changes: list[dict[str, Any]] = [{"decode_tiles": tiles} for tiles in range(2, most_tiles + 1)]
+    changes += [{"kv": kv} for kv in ladder[1:]]
+    if latents:
+        changes.append({"latents_on_device": False})
+    for change in changes:
         if best.fits:
             break
-        plan = candidate()
+        plan = replace(best, **change)
+        plan = replace(plan, estimate=reckon(plan.kv, plan.decode_tiles))
         if plan.needed < best.needed:
             best = plan
     return best
+
+
+def describe_memory(model: ModelSize, family: Family, *, height: int, width: int, length: int) -> list[tuple[str, str]]:
+    """(label, value) rows of what `length` video frames need on a GPU, for each way to keep the KV cache."""
+    schedule = Schedule.of_family(family, latent_frames_of(length))
+    rows = []
+    for label, vae_dim, kv in (
+        ("memory", LIGHT_VAE, KVOptions()),
+        ("8-bit KV cache", LIGHT_VAE, KVOptions("int8")),
+        ("... in host memory", LIGHT_VAE, KVOptions("int8", host=True)),
+        ("full Wan VAE", WAN_VAE, KVOptions()),
+    ):
+        needed = estimate(model, schedule, height=height, width=width, kv=kv, vae_dim=vae_dim)
+        rows.append((label, str(needed)))
+    first, *others = rows
+    what = f"{length} frames at {height}x{width} in bfloat16, LightVAE decoding"
+    return [(first[0], f"{what}: {first[1]}"), *others]

@@ -152,6 +152,42 @@ def ui_to_api(document: Mapping[str, Any], object_info: Mapping[str, Any]) -> di
     return prompt
 
 
+def chosen_inputs(title: str, name: str, spec: list[Any], key: Any) -> dict[str, Any]:
+    """What a dynamic combo `name` and the widgets below it hold once `key` is chosen: their defaults, dotted names.
+
+    spec: the combo's [type, options] in `/object_info`. Raises WorkflowError naming node `title` for an unknown key.
+    """
+    reader = _WidgetReader({"type": title, "widgets_values": {name: key}}, set())
+    reader.read({"required": {name: spec}})
+    return {found: _plain(value) for found, value in reader.found.items()}
+
+
+def canvas_with(
+    document: Mapping[str, Any], object_info: Mapping[str, Any], values: Mapping[tuple[str, str], Any]
+) -> dict[str, Any] | None:
+    """The canvas with widget values replaced, as if they had been typed there; `document` stays as it is.
+
+    values: by (node id, input name). None where the canvas cannot show one of them: the input is wired, or choosing
+    it would change which widgets the node has.
+    """
+    changed: dict[str, dict[str, Any]] = {}
+    for (node_id, name), value in values.items():
+        node = changed.get(node_id) or next((one for one in document["nodes"] if str(one["id"]) == node_id), None)
+        if node is None or node["type"] not in object_info:
+            return None
+        slots = node.get("inputs") or []
+        reader = _WidgetReader(node, {slot["name"] for slot in slots if slot.get("widget")})
+        reader.read(object_info[node["type"]].get("input") or {})
+        wired = any(slot["name"] == name and slot.get("link") is not None for slot in slots)
+        if wired or name not in reader.places or any(found.startswith(f"{name}.") for found in reader.found):
+            return None
+        saved = node["widgets_values"]
+        copied: Any = dict(saved) if isinstance(saved, dict) else list(saved)
+        copied[reader.places[name]] = value
+        changed[node_id] = {**node, "widgets_values": copied}
+    return {**document, "nodes": [changed.get(str(node["id"]), node) for node in document["nodes"]]}
+
+
 def node_title(node: Mapping[str, Any]) -> str:
     """How a canvas node is named to the user: its title, else its type."""
     return str(node.get("title") or node["type"])
@@ -181,7 +217,9 @@ class _WidgetReader:
         self.shown = shown
         self.by_name: dict[str, Any] = saved if isinstance(saved, dict) else {}
         self.rest: list[Any] = list(saved) if isinstance(saved, list) else []
+        self.saved = len(self.rest)
         self.found: dict[str, Any] = {}
+        self.places: dict[str, int | str] = {}  # where in widgets_values each value was found
 
     def read(self, fields: Mapping[str, Any], prefix: str = "") -> None:
         """Fill `found` from `fields` = {"required": {name: [type, options]}, "optional": {…}}."""
@@ -221,7 +259,10 @@ class _WidgetReader:
     def _take(self, name: str, default: Any) -> Any:
         """The next saved value, or the default where the file is older than the widget."""
         if self.rest:
+            self.places[name] = self.saved - len(self.rest)
             return self.rest.pop(0)
+        if name in self.by_name:
+            self.places[name] = name
         return self.by_name.get(name, default)
 
     def _skip(self, values: tuple[Any, ...]) -> None:

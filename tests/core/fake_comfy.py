@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from aiohttp import WSMsgType, web
 
@@ -12,9 +12,14 @@ SUCCESS = {"status_str": "success", "completed": True, "messages": []}
 class FakeComfy:
     """What the server answers (set before the run) and what it was asked (read after it).
 
-    events: sent after a prompt arrives, each given the prompt's id; the string "drop" closes the event stream, bytes
-    go out as a binary preview. record: what /history then holds, None for never. With `hold` the run waits after its
-    events until /interrupt or `release`.
+    Prompts run one after another. events: sent when a prompt starts, each given the prompt's id; the string "drop"
+    closes the event stream, bytes go out as a binary preview. record: what /history then holds, None for never;
+    `render`, where set, makes it from the submitted body instead. With `hold` a run waits after its events until
+    /interrupt or `release`; `hold_after` lets so many prompts through first. `cut_off` makes the server unreachable
+    while it goes on working, until `come_back`; `crash` makes it forget everything as well. lose_next_answer_to: the
+    first part of a path; the next such request is carried out, but its answer does not arrive.
+
+    rendered: the bodies that ran to their end. requests: the first part of every request's path.
     """
 
     def __init__(self):
@@ -25,11 +30,14 @@ class FakeComfy:
         self.node_errors = {}
         self.files = {}
         self.truncate_downloads = False
-        self.hold = False
+        self.hold, self.hold_after, self.render = False, 0, None
         self.prompts, self.interrupts, self.deleted, self.connections = [], [], [], 0
+        self.rendered, self.client_messages, self.requests, self.longest_queue = [], [], [], 0
+        self.lose_next_answer_to = None
         self.url = ""
         self._sockets, self._history, self._queued = set(), {}, []
         self._arrived, self._released = threading.Event(), threading.Event()
+        self._reachable, self._crashes = True, 0
 
     def wait_for_prompt(self, seconds=20.0):
         assert self._arrived.wait(seconds), "no prompt arrived"
@@ -37,12 +45,46 @@ class FakeComfy:
     def release(self):
         self._released.set()
 
+    def cut_off(self):
+        self._reachable = False
+        asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result(10)
+
+    def come_back(self):
+        self._reachable = True
+
+    def crash(self):
+        async def forget():
+            self._crashes += 1
+            self._queued, self._history = [], {}
+
+        self._reachable = False
+        asyncio.run_coroutine_threadsafe(forget(), self._loop).result(10)
+        self.cut_off()
+
+    @property
+    def running_prompt(self):
+        """The id of the prompt at work, None while idle."""
+        return self._queued[0]["prompt_id"] if self._queued else None
+
     @contextmanager
     def running(self):
-        loop, ready = asyncio.new_event_loop(), threading.Event()
+        self._loop = loop = asyncio.new_event_loop()
+        ready = threading.Event()
+
+        @web.middleware
+        async def answer_if_reachable(request, handler):
+            self.requests.append(request.path.removeprefix("/base/").split("/")[0])
+            if not self._reachable:
+                request.transport.abort()
+                raise web.HTTPServiceUnavailable
+            answer = await handler(request)
+            if self.lose_next_answer_to == self.requests[-1]:
+                self.lose_next_answer_to = None
+                request.transport.abort()
+            return answer
 
         async def start():
-            app = web.Application()
+            app = web.Application(middlewares=[answer_if_reachable])
             app.router.add_get("/base/object_info", self._get_object_info)
             app.router.add_post("/base/prompt", self._post_prompt)
             app.router.add_get("/base/ws", self._websocket)
@@ -56,6 +98,7 @@ class FakeComfy:
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
             self.url = f"http://127.0.0.1:{runner.addresses[0][1]}/base"
+            self._worker = asyncio.create_task(self._work())
             ready.set()
             return runner
 
@@ -86,31 +129,53 @@ class FakeComfy:
         self.prompts.append(body)
         if self.refusal is not None:
             return web.json_response(self.refusal, status=400)
-        self._queued = [body["prompt_id"]]
-        self._task = asyncio.create_task(self._run(body["prompt_id"]))
+        self._queued.append(body)
+        self.longest_queue = max(self.longest_queue, len(self._queued))
         return web.json_response({"prompt_id": body["prompt_id"], "number": 1, "node_errors": self.node_errors})
 
-    async def _run(self, prompt_id):
+    async def _work(self):
+        while True:
+            while not self._queued:
+                await asyncio.sleep(0.005)
+            await self._run(self._queued[0])
+
+    async def _run(self, body):
+        prompt_id, crashes = body["prompt_id"], self._crashes
         for event in self.events:
             if event == "drop":
-                for socket in list(self._sockets):
-                    await socket.close()
+                await self._hang_up()
                 continue
-            while not self._sockets:
+            while not self._sockets and self._reachable:
                 await asyncio.sleep(0.02)
-            for socket in list(self._sockets):
+            await self._send(event if isinstance(event, bytes) else (event[0], {"prompt_id": prompt_id, **event[1]}))
+        self._arrived.set()
+        held = self.hold and len(self.rendered) >= self.hold_after
+        while held and not self._released.is_set() and prompt_id not in self.interrupts and crashes == self._crashes:
+            await asyncio.sleep(0.02)
+        if crashes != self._crashes:
+            return
+        record = self.render(body) if self.render is not None else self.record
+        if prompt_id in self.interrupts:
+            messages = [["execution_interrupted", {"node_id": "1"}]]
+            record = {"outputs": {}, "status": {"status_str": "error", "completed": False, "messages": messages}}
+        else:
+            self.rendered.append(body)
+        if record is not None:
+            self._history[prompt_id] = record
+        self._queued.pop(0)
+        await self._send(("executing", {"prompt_id": prompt_id, "node": None}))
+
+    async def _send(self, event):
+        for socket in list(self._sockets):
+            with suppress(ConnectionError):
                 if isinstance(event, bytes):
                     await socket.send_bytes(event)
                 else:
-                    await socket.send_json({"type": event[0], "data": {"prompt_id": prompt_id, **event[1]}})
-        self._arrived.set()
-        while self.hold and not self._released.is_set():
-            await asyncio.sleep(0.02)
-        self._queued = []
-        if self.record is not None:
-            self._history[prompt_id] = self.record
+                    await socket.send_json({"type": event[0], "data": event[1]})
+
+    async def _hang_up(self):
         for socket in list(self._sockets):
-            await socket.send_json({"type": "executing", "data": {"prompt_id": prompt_id, "node": None}})
+            await socket.close()
 
     async def _websocket(self, request):
         socket = web.WebSocketResponse()
@@ -121,6 +186,7 @@ class FakeComfy:
         async for message in socket:
             if message.type == WSMsgType.ERROR:
                 break
+            self.client_messages.append(message.json())
         self._sockets.discard(socket)
         return socket
 
@@ -130,16 +196,18 @@ class FakeComfy:
 
     async def _get_queue(self, request):
         return web.json_response(
-            {"queue_running": [[0, name, {}, {}, []] for name in self._queued], "queue_pending": []}
+            {"queue_running": [[0, body["prompt_id"], {}, {}, []] for body in self._queued], "queue_pending": []}
         )
 
     async def _post_queue(self, request):
         self.deleted += (await request.json())["delete"]
+        self._queued[1:] = [body for body in self._queued[1:] if body["prompt_id"] not in self.deleted]
         return web.Response()
 
     async def _post_interrupt(self, request):
-        self.interrupts.append((await request.json())["prompt_id"])
-        self.release()
+        prompt_id = (await request.json())["prompt_id"]
+        if prompt_id == self.running_prompt:
+            self.interrupts.append(prompt_id)
         return web.Response()
 
     async def _view(self, request):

@@ -119,7 +119,7 @@ def test_inspect_describes_a_checkpoint(tmp_path):
     save_file(random_state_dict(dim=128, layers=1, text_dim=32), path)
     result = run("inspect", path)
     assert result.exit_code == 0, result.stderr
-    for words in ("Self Forcing", "dim 128", "1 layers", "KV cache"):
+    for words in ("Self Forcing", "dim 128", "1 layers", "KV cache", "needs about", "8-bit KV cache"):
         assert words in result.output
 
 

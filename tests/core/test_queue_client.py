@@ -7,16 +7,15 @@ import uuid
 import pytest
 
 from lightforcing.lightforcing_core import queue_client
-from lightforcing.lightforcing_core.queue_client import (
+from lightforcing.lightforcing_core.comfy_server import (
     ComfyServer,
     PromptRejected,
     QueueError,
     RemoteFile,
     RunFailed,
     ServerUnreachable,
-    output_files,
-    run_prompt,
 )
+from lightforcing.lightforcing_core.queue_client import output_files, run_prompt
 
 from .fake_comfy import FakeComfy
 

@@ -1,0 +1,223 @@
+"""What a batch consists of: one job per line of a prompt file and per seed, each a whole prompt with its own name.
+
+A prompt file holds one text per line; empty lines and lines that start with `#` are skipped. A `.jsonl` file holds one
+object per line with any of `text`, `name` (the folder of its files), `seed` and `set` ({"node.input": value}).
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .comfy_server import Prompt, title_of
+from .queue_overrides import Override, UsageError, apply_overrides, list_nodes, node_id, override, split_target
+from .workflow_form import SEED_NAMES, canvas_with
+
+TEXT_ENCODER, TEXT_INPUT = "CLIPTextEncode", "text"
+NAME = re.compile(r"\w(?:[\w .()+-]{0,98}[\w)+-])?")
+MOST_SEEDS = 100_000
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One prompt to run. canvas: the UI form for the server to embed in what it writes, None where there is none."""
+
+    name: str
+    prompt: Prompt
+    canvas: Any = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a prompt file; None means that the workflow's own value stays."""
+
+    text: str | None = None
+    name: str | None = None
+    seed: int | None = None
+    set: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(path: Path) -> list[Line]:
+    """The lines of a prompt file. Raises UsageError naming the line that cannot be read."""
+    try:
+        rows = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    read = _json_line if path.suffix.lower() in (".jsonl", ".ndjson") else _text_line
+    lines = []
+    for number, row in enumerate(rows, 1):
+        if row.strip() and not row.lstrip().startswith("#"):
+            try:
+                lines.append(read(row.strip()))
+            except ValueError as error:
+                raise UsageError(f"{path}, line {number}: {error}") from error
+    if not lines:
+        raise UsageError(f"{path} holds no prompt; write one per line")
+    return lines
+
+
+def read_seeds(text: str) -> list[int]:
+    """`1,2,5-8` as [1, 2, 5, 6, 7, 8]."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not 0 <= last - first < MOST_SEEDS:
+            raise UsageError(f"--seeds {text}: {part.strip()!r} is no seed and no range; write them like 1,2,5-8")
+        seeds += range(first, last + 1)
+    return seeds
+
+
+def text_input(prompt: Prompt, wanted: str | None = None) -> tuple[str, str]:
+    """The node id and input that a line's text goes to.
+
+    wanted: `NODE` (its input `text`) or `NODE.INPUT`; without it, the one CLIPTextEncode that feeds a `positive` input.
+    """
+    if wanted is not None:
+        name, name_of_input = split_target(prompt, wanted)
+        return node_id(prompt, name), name_of_input or TEXT_INPUT
+    found = _encoders_of_positive(prompt)
+    if len(found) == 1:
+        return found[0], TEXT_INPUT
+    way_out = f"say with --prompt-node NODE or NODE.INPUT where the text goes; the workflow has {list_nodes(prompt)}"
+    if not found:
+        raise UsageError(f"no {TEXT_ENCODER} feeds a positive input; {way_out}")
+    listed = ", ".join(f"{one} ({title_of(prompt, one)})" for one in found)
+    raise UsageError(f"{len(found)} nodes feed positive inputs: {listed}; {way_out}")
+
+
+def make_jobs(
+    prompt: Prompt,
+    object_info: Mapping[str, Any],
+    *,
+    canvas: Mapping[str, Any] | None = None,
+    overrides: Sequence[Override] = (),
+    lines: Sequence[Line] = (Line(name="prompt"),),
+    seeds: Sequence[int] | None = None,
+    prompt_node: str | None = None,
+) -> list[Job]:
+    """One job per line and seed, in that order. Raises UsageError for names, nodes and inputs that do not fit.
+
+    overrides: for all jobs; a line's own values come after them. canvas: the UI form that `prompt` comes from; it
+    gets the same values, and is dropped from a job whose values it cannot show.
+    """
+    base = apply_overrides(prompt, object_info, overrides)
+    target = text_input(base, prompt_node) if any(line.text is not None for line in lines) else None
+    jobs = []
+    digits = max(4, len(str(len(lines))))
+    for number, line in enumerate(lines, 1):
+        name = line.name or f"{number:0{digits}d}"
+        if seeds is not None and line.seed is not None:
+            raise UsageError(f"{name} has a seed of its own; leave out --seeds")
+        for seed in (line.seed,) if seeds is None else seeds:
+            own = [override(base, key, value) for key, value in line.set.items()]
+            if target is not None and line.text is not None:
+                own.append(Override(*target, line.text))
+            if seed is not None:
+                own += [Override(node, key, seed) for node, key in _seed_inputs(base)]
+            values = {(one.node, one.input): one.value for one in (*overrides, *own)}
+            jobs.append(
+                Job(
+                    name if seeds is None else f"{name}-seed{seed}",
+                    apply_overrides(base, object_info, own) if own else base,
+                    canvas_with(canvas, object_info, values) if canvas is not None else None,
+                )
+            )
+    _check_names([job.name for job in jobs])
+    return jobs
+
+
+def digests(
+    document: Mapping[str, Any],
+    *,
+    lines: Sequence[Line] = (),
+    seeds: Sequence[int] | None = None,
+    overrides: Iterable[str] = (),
+    prompt_node: str | None = None,
+) -> dict[str, str]:
+    """What a batch was asked to do, as one SHA-256 per part that a user can change; node positions do not count."""
+    nodes = document.get("nodes")
+    if isinstance(nodes, list):
+        kept = ("id", "type", "mode", "inputs", "widgets_values", "title")
+        shown = [[node.get(key) for key in kept] for node in sorted(nodes, key=lambda node: str(node["id"]))]
+        document = {"nodes": shown, "links": document.get("links"), "definitions": document.get("definitions")}
+    return {
+        "workflow": _digest(document),
+        "prompt file": _digest([vars(line) for line in lines]),
+        "options": _digest([list(overrides), list(seeds or ()), prompt_node]),
+    }
+
+
+def _encoders_of_positive(prompt: Prompt) -> list[str]:
+    """Ids of the text encoders whose conditioning arrives at a `positive` input, whatever it passes on its way."""
+    ways = [link for node in prompt.values() for link in _links(node, "positive")]
+    found: dict[str, None] = {}
+    seen = set()
+    while ways:
+        origin, slot = ways.pop(0)
+        if (origin, slot) in seen or origin not in prompt:
+            continue
+        seen.add((origin, slot))
+        node = prompt[origin]
+        if node["class_type"] == TEXT_ENCODER:
+            found[origin] = None
+        elif list(_links(node, "positive")) and list(_links(node, "negative")):  # passes both through, in this order
+            ways += _links(node, "negative" if slot == 1 else "positive")
+        else:
+            ways += _links(node)
+    return list(found)
+
+
+def _links(node: Mapping[str, Any], only: str | None = None) -> Iterator[tuple[str, int]]:
+    """The [node id, slot] pairs among a node's inputs."""
+    for name, value in (node.get("inputs") or {}).items():
+        if only in (None, name) and isinstance(value, list) and len(value) == 2:
+            yield str(value[0]), int(value[1])
+
+
+def _seed_inputs(prompt: Prompt) -> list[tuple[str, str]]:
+    """Every seed that is a number in the node itself."""
+    found = [
+        (node, name)
+        for node, entry in prompt.items()
+        for name, value in (entry.get("inputs") or {}).items()
+        if name.split(".")[-1] in SEED_NAMES and isinstance(value, int)
+    ]
+    if not found:
+        raise UsageError(f"no node holds a seed; set the input that does; the workflow has {list_nodes(prompt)}")
+    return found
+
+
+def _text_line(row: str) -> Line:
+    return Line(text=row)
+
+
+def _json_line(row: str) -> Line:
+    fields = json.loads(row)
+    kinds: dict[str, type] = {"text": str, "name": str, "seed": int, "set": dict}
+    if not isinstance(fields, dict) or not fields:
+        raise ValueError(f"not an object with any of {', '.join(kinds)}")
+    for key, value in fields.items():
+        if key not in kinds:
+            raise ValueError(f"{key!r} is not known; use {', '.join(kinds)}")
+        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+            raise ValueError(f"{key} {value!r} is not a {kinds[key].__name__}")
+    return Line(**fields)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Names become folders: plain, and different on every file system."""
+    seen = set()
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise UsageError(f"{name!r} cannot be a folder's name; use letters, digits, spaces and . ( ) + - _")
+        if name.casefold() in seen:
+            raise UsageError(f"{name!r} stands twice; every prompt and seed needs a name of its own")
+        seen.add(name.casefold())
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

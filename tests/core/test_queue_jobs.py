@@ -1,0 +1,281 @@
+"""What a batch is made of: prompt files, seeds, overrides, and the canvas that goes with them."""
+
+import json
+
+import pytest
+
+from lightforcing.lightforcing_core.queue_jobs import Line, digests, make_jobs, read_prompts, read_seeds, text_input
+from lightforcing.lightforcing_core.queue_overrides import Override, UsageError, apply_overrides, read_override
+from lightforcing.lightforcing_core.workflow_form import ui_to_api
+
+from .queue_samples import GRAPH, OBJECT_INFO
+
+
+def set_inputs(*texts, graph=GRAPH):
+    return apply_overrides(graph, OBJECT_INFO, [read_override(graph, text) for text in texts])
+
+
+def encoder(text="x"):
+    return {"class_type": "CLIPTextEncode", "inputs": {"text": text}}
+
+
+@pytest.mark.parametrize(
+    ("text", "node", "name", "value"),
+    [
+        ("3.seed=7", "3", "seed", 7),
+        ("My sampler.seed=7", "3", "seed", 7),
+        ("2.text=a cat", "2", "text", "a cat"),
+        ("2.text=a=b", "2", "text", "a=b"),
+        ('2.text="7"', "2", "text", "7"),
+        ("2.text=", "2", "text", ""),
+        ("4.prefix=null", "4", "prefix", None),
+        ("2.text=NaN", "2", "text", "NaN"),
+        ("4.prefix=[1, 2]", "4", "prefix", {"__value__": [1, 2]}),
+        ("3.cfg=1.5", "3", "cfg", 1.5),  # declared, though the workflow leaves it out
+        ("2.clip=text", "2", "clip", "text"),  # loses its wire
+    ],
+)
+def test_override_sets_one_input(text, node, name, value):
+    changed = set_inputs(text)
+    assert changed[node]["inputs"][name] == value
+    assert type(changed[node]["inputs"][name]) is type(value)
+    changed[node]["inputs"] = GRAPH[node]["inputs"]
+    assert changed == GRAPH
+
+
+def test_last_override_of_an_input_counts():
+    assert set_inputs("3.seed=1", "My sampler.seed=2")["3"]["inputs"]["seed"] == 2
+
+
+def test_titles_may_have_dots():
+    graph = {"1": {"class_type": "A", "inputs": {"x": 1, "b.x": 2}, "_meta": {"title": "v1.5 a.b"}}}
+    assert set_inputs("v1.5 a.b.x=3", graph=graph)["1"]["inputs"] == {"x": 3, "b.x": 2}
+    assert set_inputs("1.b.x=3", graph=graph)["1"]["inputs"] == {"x": 1, "b.x": 3}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_choosing_a_dynamic_combos_key_brings_what_is_below_it(order):
+    texts = ["3.mode=growth", "3.mode.target=0.9"][::order]
+    inputs = set_inputs(*texts)["3"]["inputs"]
+    assert inputs == {"positive": ["2", 0], "seed": 5, "mode": "growth", "mode.target": 0.9, "mode.curve": "linear"}
+
+
+def test_leaving_a_dynamic_combos_key_removes_what_was_below_it():
+    grown = set_inputs("3.mode=growth")
+    assert set_inputs("3.mode=plain", graph=grown) == GRAPH
+
+
+def test_setting_the_same_key_keeps_what_is_below_it():
+    grown = set_inputs("3.mode=growth", "3.mode.target=0.9")
+    assert set_inputs("3.mode=growth", graph=grown) == grown
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("3.seed", "--set 3.seed: no '=' in it; write NODE.INPUT=VALUE"),
+        ("3=7", "'3' names a node but no input; write 3.INPUT"),
+        ("9.seed=7", 'no node is called \'9\'; the workflow has 1 "Load CLIP", 2 "Prompt"'),
+        ("3.seeds=7", "My sampler (node 3) has no input 'seeds'; it has cfg, mode, positive, seed"),
+        ("3.mode.target=1", "My sampler (node 3) has no input 'mode.target'"),
+        ("3.mode=other", "My sampler: mode: 'other' is not a choice; use one of plain, growth"),
+    ],
+)
+def test_override_that_fits_nothing_says_what_there_is(text, message):
+    with pytest.raises(UsageError) as caught:
+        set_inputs(text)
+    assert message in str(caught.value)
+
+
+def test_title_of_two_nodes_asks_for_an_id():
+    with pytest.raises(UsageError, match="2 nodes are called 'CLIPTextEncode'; use an id: 1, 2"):
+        read_override({"1": encoder(), "2": encoder()}, "CLIPTextEncode.text=x")
+
+
+def test_text_file_has_a_prompt_per_line(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeff# animals\na dog\n\n   # and\n  a {red} cat # 2 \n", encoding="utf-8")
+    assert [line.text for line in read_prompts(path)] == ["a dog", "a {red} cat # 2"]
+
+
+def test_jsonl_file_has_an_object_per_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('# comment\n{"text": "a dog", "name": "dog", "seed": 3}\n{"set": {"3.cfg": 2}}\n')
+    assert read_prompts(path) == [Line("a dog", "dog", 3), Line(set={"3.cfg": 2})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "# nothing\n\n", "holds no prompt; write one per line"),
+        ("a.jsonl", '{"text": "x"}\n{"txt": 1}', "line 2: 'txt' is not known; use text, name, seed, set"),
+        ("a.jsonl", '{"seed": "1"}', "line 1: seed '1' is not a int"),
+        ("a.jsonl", '{"seed": true}', "line 1: seed True is not a int"),
+        ("a.jsonl", "a dog", "line 1: Expecting value"),
+        ("a.jsonl", '["a dog"]', "line 1: not an object with any of text, name, seed, set"),
+    ],
+)
+def test_prompt_file_that_cannot_be_read_names_the_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError) as caught:
+        read_prompts(tmp_path / name)
+    assert message in str(caught.value)
+
+
+def test_missing_prompt_file_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot read .*nowhere\.txt"):
+        read_prompts(tmp_path / "nowhere.txt")
+
+
+def test_seeds_are_numbers_and_ranges():
+    assert read_seeds("1, 2,5-8") == [1, 2, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1,,2", "-1", "0-999999999"])
+def test_other_seeds_are_refused(text):
+    with pytest.raises(UsageError, match="is no seed and no range; write them like 1,2,5-8"):
+        read_seeds(text)
+
+
+def test_text_goes_to_the_encoder_that_feeds_positive():
+    graph = {
+        "1": encoder(),
+        "2": encoder(),
+        "3": {"class_type": "Combine", "inputs": {"conditioning": ["1", 0]}},
+        "4": {"class_type": "ImageToVideo", "inputs": {"positive": ["3", 0], "negative": ["2", 0]}},
+        "5": {"class_type": "Sampler", "inputs": {"positive": ["4", 0], "negative": ["4", 1]}},
+        "6": encoder(),
+    }
+    assert text_input(graph) == ("1", "text")
+    assert text_input(graph, "6") == ("6", "text")
+    assert text_input(graph, "Combine.conditioning") == ("3", "conditioning")
+
+
+def test_more_than_one_encoder_is_ambiguous():
+    graph = {
+        "1": encoder(),
+        "2": encoder(),
+        "3": {"class_type": "Timeline", "inputs": {"positive": ["1", 0]}},
+        "4": {"class_type": "Sampler", "inputs": {"positive": ["2", 0], "timeline": ["3", 0]}},
+    }
+    with pytest.raises(UsageError, match=r"2 nodes feed positive inputs: .*; say with --prompt-node"):
+        text_input(graph)
+
+
+def test_no_encoder_asks_for_the_node():
+    with pytest.raises(UsageError, match="no CLIPTextEncode feeds a positive input; say with --prompt-node"):
+        text_input({"1": {"class_type": "Sampler", "inputs": {"positive": ["9", 0]}}})
+
+
+def test_each_line_and_seed_is_a_job():
+    lines = [Line("a dog"), Line("a cat", name="cat", set={"3.cfg": 2.0})]
+    jobs = make_jobs(GRAPH, OBJECT_INFO, lines=lines, seeds=[1, 2], overrides=[Override("3", "cfg", 1.0)])
+    found = [
+        (
+            job.name,
+            job.prompt["2"]["inputs"]["text"],
+            job.prompt["3"]["inputs"]["seed"],
+            job.prompt["3"]["inputs"]["cfg"],
+        )
+        for job in jobs
+    ]
+    assert found == [
+        ("0001-seed1", "a dog", 1, 1.0),
+        ("0001-seed2", "a dog", 2, 1.0),
+        ("cat-seed1", "a cat", 1, 2.0),
+        ("cat-seed2", "a cat", 2, 2.0),
+    ]
+    assert GRAPH["2"]["inputs"]["text"] == "a dog"
+    assert GRAPH["3"]["inputs"] == {"positive": ["2", 0], "seed": 5, "mode": "plain"}
+
+
+def test_seed_stays_where_nothing_sets_it():
+    assert [job.prompt["3"]["inputs"]["seed"] for job in make_jobs(GRAPH, {}, lines=[Line("x"), Line(seed=9)])] == [
+        5,
+        9,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "seeds", "message"),
+    [
+        ([Line("x", name="a"), Line("y", name="A")], None, "'A' stands twice"),
+        ([Line("x", name="../a")], None, "'../a' cannot be a folder's name"),
+        ([Line("x", name=".a")], None, "cannot be a folder's name"),
+        ([Line("x", name="a.")], None, "cannot be a folder's name"),
+        ([Line("x")], [1, 1], "'0001-seed1' stands twice"),
+        ([Line("x", seed=1)], [1], "0001 has a seed of its own; leave out --seeds"),
+    ],
+)
+def test_names_and_seeds_that_clash_are_refused(lines, seeds, message):
+    with pytest.raises(UsageError) as caught:
+        make_jobs(GRAPH, OBJECT_INFO, lines=lines, seeds=seeds)
+    assert message in str(caught.value)
+
+
+def test_seed_without_a_place_is_refused():
+    with pytest.raises(UsageError, match="no node holds a seed"):
+        make_jobs({"1": encoder()}, {}, seeds=[1])
+
+
+CANVAS = {
+    "nodes": [
+        {
+            "id": 1,
+            "type": "CLIPLoader",
+            "outputs": [{"name": "CLIP", "type": "CLIP", "links": [1]}],
+            "widgets_values": ["umt5"],
+        },
+        {
+            "id": 2,
+            "type": "CLIPTextEncode",
+            "inputs": [{"name": "clip", "type": "CLIP", "link": 1}],
+            "outputs": [{"name": "CONDITIONING", "type": "CONDITIONING", "links": [2]}],
+            "widgets_values": ["a dog"],
+        },
+        {
+            "id": 3,
+            "type": "Sampler",
+            "inputs": [{"name": "positive", "type": "CONDITIONING", "link": 2}],
+            "widgets_values": [5, "fixed", "growth", 0.6, "linear", 1.0],
+        },
+    ],
+    "links": [[1, 1, 0, 2, 0, "CLIP"], [2, 2, 0, 3, 0, "CONDITIONING"]],
+}
+
+
+def test_canvas_shows_the_values_that_ran():
+    prompt = ui_to_api(CANVAS, OBJECT_INFO)
+    before = json.dumps(CANVAS)
+    overrides = [Override("3", "mode.target", 0.9), Override("3", "cfg", 2.0)]
+    (job,) = make_jobs(prompt, OBJECT_INFO, canvas=CANVAS, overrides=overrides, lines=[Line("a cat", seed=8)])
+    assert ui_to_api(job.canvas, OBJECT_INFO) == job.prompt
+    assert job.canvas["nodes"][1]["widgets_values"] == ["a cat"]
+    assert job.canvas["nodes"][2]["widgets_values"] == [8, "fixed", "growth", 0.9, "linear", 2.0]
+    assert json.dumps(CANVAS) == before
+
+
+@pytest.mark.parametrize("target", [("3", "mode", "plain"), ("2", "clip", "x")])
+def test_canvas_that_cannot_show_a_value_is_left_out(target):
+    (job,) = make_jobs(ui_to_api(CANVAS, OBJECT_INFO), OBJECT_INFO, canvas=CANVAS, overrides=[Override(*target)])
+    assert job.canvas is None
+
+
+def test_unchanged_canvas_is_kept():
+    (job,) = make_jobs(ui_to_api(CANVAS, OBJECT_INFO), OBJECT_INFO, canvas=CANVAS)
+    assert job.canvas == CANVAS
+
+
+def test_digests_see_what_runs_and_not_where_nodes_stand():
+    moved = {**CANVAS, "nodes": [{**node, "pos": [1, 2]} for node in reversed(CANVAS["nodes"])], "version": 2}
+    assert digests(CANVAS) == digests(moved)
+    changed = json.loads(json.dumps(CANVAS))
+    changed["nodes"][2]["widgets_values"][0] = 6
+    assert digests(CANVAS)["workflow"] != digests(changed)["workflow"]
+    base = digests(GRAPH, lines=[Line("x")], seeds=[1], overrides=["3.cfg=1"])
+    for part, other in {
+        "workflow": digests({**GRAPH, "5": encoder()}, lines=[Line("x")], seeds=[1], overrides=["3.cfg=1"]),
+        "prompt file": digests(GRAPH, lines=[Line("y")], seeds=[1], overrides=["3.cfg=1"]),
+        "options": digests(GRAPH, lines=[Line("x")], seeds=[2], overrides=["3.cfg=1"]),
+    }.items():
+        assert [key for key in base if base[key] != other[key]] == [part]
