@@ -129,7 +129,9 @@ def step(
 @app.command()
 def rollout(
     frames: Annotated[int, typer.Option(help="Video frames, 1 + 4k: 81, 249, 961.")] = 81,
-    arm: Annotated[str, typer.Option(help="dense, sparse or both.")] = "both",
+    arm: Annotated[
+        str, typer.Option(help="Any of dense, sparse and even (sparse without growth, for flatness), with commas.")
+    ] = "dense,sparse",
     setting: Annotated[str, typer.Option(help="short sees every frame; long has window 12 and one sink.")] = "short",
     decode: Annotated[bool, typer.Option(help="Decode every chunk too.")] = False,
     vae_dim: Annotated[int, typer.Option(help="Width of the VAE; 24 is LightVAE, 96 Wan's own.")] = 24,
@@ -147,11 +149,11 @@ def rollout(
 ) -> None:
     """A whole video with random weights, tiny unless told otherwise: seconds and peak memory of every chunk."""
     place = _prepare(device, threads)
-    from .rollout import ARMS, RolloutBench, run_rollout
+    from .rollout import RolloutBench, run_rollout
 
     bench = RolloutBench(
         frames=frames,
-        arms=ARMS if arm == "both" else (arm,),
+        arms=tuple(name.strip() for name in arm.split(",")),
         setting=setting,
         decode=decode,
         vae_dim=vae_dim,
@@ -188,7 +190,7 @@ def rollout(
 
 @app.command()
 def memory(device: Device = None, threads: Threads = None, out: Out = None) -> None:
-    """What a run is expected to need against what it takes, for five configurations."""
+    """What a run is expected to need against what it takes, for one configuration per part of it."""
     place = _prepare(device, threads)
     from .memory import run_memory
 
@@ -199,6 +201,48 @@ def memory(device: Device = None, threads: Threads = None, out: Out = None) -> N
     for row in result["cases"]:
         sizes = (f"{row[size] / 1e6:.1f}" for size in ("estimated_bytes", "measured_bytes"))
         table.add_row(row["case"]["name"], row["backend"], f"{row['error']:+.1%}", *sizes)
+    _show(console, result, table, out)
+
+
+@app.command()
+def options(
+    height: Annotated[int, typer.Option(help="Video height, a multiple of 16.")] = 512,
+    width: Annotated[int, typer.Option(help="Video width, a multiple of 16.")] = 768,
+    heads: Annotated[int, typer.Option(help="The 1.3B model has 12; 1 keeps a CPU run short.")] = 1,
+    sparsity: Annotated[float, typer.Option(help="The share of key blocks that is skipped.")] = 0.88,
+    block: Block = "64,64",
+    sharpness: Annotated[float, typer.Option(help="Standard deviation of the scaled scores.")] = 2.0,
+    backend: Annotated[str, typer.Option(help="Sparse backend.")] = "auto",
+    repeats: Annotated[int, typer.Option(help="Rounds in which each arm runs once.")] = 3,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    threads: Threads = None,
+    out: Out = None,
+) -> None:
+    """Each option beyond the published method: its error and its time on one attention over made-up fields."""
+    place = _prepare(device, threads)
+    from .options import OptionsBench, run_options
+
+    bench = OptionsBench(
+        height=height,
+        width=width,
+        heads=heads,
+        sparsity=sparsity,
+        block=_pair(block),
+        sharpness=sharpness,
+        backend=backend,
+        device=place,
+        dtype=_dtype(dtype),
+        repeats=repeats,
+    )
+    console = _console()
+    with console.status("running") as status:
+        result = run_options(bench, lambda name: status.update(f"{name} done"))
+    headings = ("backend", "error against dense", "time over published", "dense over this")
+    table = _table(f"{sparsity:.0%} sparse, last chunk of 81 frames", "option", *headings)
+    for name, row in result["arms"].items():
+        times = (_ratio(row[key]) for key in ("over_published", "dense_over_this"))
+        table.add_row(name, row["backend"], f"{row['error']:.4f}", *times)
     _show(console, result, table, out)
 
 

@@ -6,7 +6,7 @@ which are exact where resident memory is not.
 
 import gc
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..lightforcing_core.attention import AttentionOptions, choose_backend
+from ..lightforcing_core.kv_storage import KVOptions
 from ..lightforcing_core.memory import MemoryEstimate, ModelSize, estimate
 from ..lightforcing_core.rollout import few_step_sigmas, rollout
 from ..lightforcing_core.schedule import Schedule
 from ..lightforcing_core.streaming import StreamingDecoder
+from ..lightforcing_core.tiled_decode import TiledDecoder
 from ..lightforcing_core.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
 from ..lightforcing_core.wan_vae import random_vae_state_dict, vae_from_state_dict
 from .record import facts
@@ -41,6 +43,8 @@ class MemoryCase:
     cfg: float = 1.0
     backend: str = "auto"
     dtype: str = "bfloat16"
+    kv: KVOptions = field(default_factory=KVOptions)
+    decode_tiles: int = 1
 
 
 def _short(latent_frames: int) -> Schedule:
@@ -58,6 +62,7 @@ CPU_CASES = (
     MemoryCase("long video, sinks follow", _long(18), 192, 320, layers=6, backend="flex"),
     MemoryCase("decode in the lead", _short(6), 256, 384, dim=128, ffn_dim=512, layers=2, vae_dim=24),
     MemoryCase("guided batch of two", _short(9), 128, 192, batch=2, cfg=3.0),
+    MemoryCase("8-bit KV cache", Schedule(21), 192, 320, layers=8, kv=KVOptions("int8")),
 )
 
 _REAL = MemoryCase("81 frames, sparse", _short(21), 512, 768, dim=1536, ffn_dim=8960, layers=30, vae_dim=24)
@@ -67,11 +72,14 @@ CUDA_CASES = (
     replace(_REAL, name="81 frames at 480x832, sparse", height=480, width=832),
     replace(_REAL, name="long video, window 12", schedule=_long(18)),
     replace(_REAL, name="full Wan VAE", schedule=_short(9), vae_dim=96),
+    replace(_REAL, name="full Wan VAE in 2x2 tiles", schedule=_short(9), vae_dim=96, decode_tiles=2),
+    replace(_REAL, name="8-bit KV cache", kv=KVOptions("int8")),
+    replace(_REAL, name="KV cache in host memory", kv=KVOptions(host=True)),
 )
 
 
 def run_memory(cases: tuple[MemoryCase, ...] | None = None, device_name: str = "cpu") -> dict[str, Any]:
-    """Estimate and measure every case (default: the five of this kind of device); the record of `bench memory`."""
+    """Estimate and measure every case (default: those of this kind of device); the record of `bench memory`."""
     device = torch.device(device_name)
     cases = cases or (CUDA_CASES if device.type == "cuda" else CPU_CASES)
     rows = [_row(case, device) for case in cases]
@@ -115,11 +123,13 @@ def _estimated(case: MemoryCase, device: torch.device) -> tuple[MemoryEstimate, 
         width=case.width,
         batch=case.batch,
         guided=case.cfg != 1.0,
+        kv=case.kv,
         backend=backend,
         text_tokens=case.text_tokens,
         dtype=dtype,
         vae_dim=case.vae_dim,
         vae_dtype=dtype,
+        decode_tiles=case.decode_tiles,
     )
     return expected, backend if case.schedule.target else "dense"
 
@@ -161,7 +171,7 @@ def _run(
     decoder = None
     if vae_weights:
         vae: nn.Module = vae_from_state_dict(vae_weights, dtype=dtype, device=device)
-        decoder = StreamingDecoder(vae)
+        decoder = TiledDecoder(lambda: StreamingDecoder(vae), case.decode_tiles)
     text = torch.zeros(1, case.text_tokens, case.text_dim, dtype=dtype, device=device)
     chunks = rollout(
         dit,
@@ -176,6 +186,7 @@ def _run(
         cfg=case.cfg,
         negative=text.clone() if case.cfg != 1.0 else None,
         attention=AttentionOptions(backend=case.backend),
+        kv=case.kv,
     )
     for chunk in chunks:
         if decoder is not None:

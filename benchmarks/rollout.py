@@ -5,7 +5,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from ..lightforcing_core.wan import random_state_dict, wan_from_state_dict
 from ..lightforcing_core.wan_vae import random_vae_state_dict, vae_from_state_dict
 from .record import facts
 
-ARMS = ("dense", "sparse")
+PAIR = ("dense", "sparse")
+ARMS = (*PAIR, "even")
 FAMILY_OF = {"short": "light_forcing_short", "long": "light_forcing_long"}
 EARLY, LATE = 10, 80  # the chunks, counted from 1, whose memory is compared
 LAST = 10  # chunks whose median time is compared with chunks EARLY … 2 · EARLY
@@ -33,13 +34,14 @@ WARM_UP = "each arm runs its first three chunks once, a sparse one among them, b
 class RolloutBench:
     """What is measured: `frames` video frames (1 + 4·k) with weights of the given sizes, random.
 
-    arms: "dense", "sparse" or both, which then take turns chunk by chunk in one process. setting: "short" sees
-    everything; "long" has window 12 and one sink. decode: also decode each chunk, with a VAE of width `vae_dim`
+    arms: any of "dense", "sparse" and "even", which then take turns chunk by chunk in one process; "even" is sparse
+    without growth, so that every chunk has the same work once the window is full. setting: "short" sees everything;
+    "long" has window 12 and one sink. decode: also decode each chunk, with a VAE of width `vae_dim`
     (24 is LightVAE's). height, width: video pixels.
     """
 
     frames: int = 81
-    arms: tuple[str, ...] = ARMS
+    arms: tuple[str, ...] = PAIR
     setting: str = "short"
     decode: bool = False
     vae_dim: int = 24
@@ -58,7 +60,7 @@ class RolloutBench:
     def __post_init__(self) -> None:
         latent_frames_of(self.frames)
         if not self.arms or any(arm not in ARMS for arm in self.arms):
-            raise ValueError(f"arms {self.arms} must be one or both of {', '.join(ARMS)}")
+            raise ValueError(f"arms {self.arms} must be one or more of {', '.join(ARMS)}")
         if self.setting not in FAMILY_OF:
             raise ValueError(f"setting {self.setting!r} is not known; use short or long")
 
@@ -69,6 +71,8 @@ class RolloutBench:
     def schedule(self, arm: str, frames: int | None = None) -> Schedule:
         """The recipe of one arm; `frames` video frames instead of all."""
         schedule = Schedule.of_family(self.family, latent_frames_of(frames or self.frames))
+        if arm == "even":
+            return replace(schedule, curve="constant", base=schedule.target)
         return schedule if arm == "sparse" else schedule.dense()
 
 
@@ -215,8 +219,8 @@ def summarise(rows: list[dict[str, Any]], arms: tuple[str, ...]) -> dict[str, An
         return sum(row[arm].values())
 
     result: dict[str, Any] = {}
-    if set(arms) == set(ARMS):
-        totals = {arm: sum(seconds(row, arm) for row in rows) for arm in ARMS}
+    if set(PAIR) <= set(arms):
+        totals = {arm: sum(seconds(row, arm) for row in rows) for arm in PAIR}
         result["dense_over_sparse"] = {
             "video": totals["dense"] / totals["sparse"],
             "last_chunk": seconds(full[-1], "dense") / seconds(full[-1], "sparse"),

@@ -1,8 +1,8 @@
 """Chunk-wise VAE: decode latents as they arrive, and encode a video, one latent frame at a time.
 
 The causal convolutions keep the last frames they saw, so a clip cut into any calls decodes bit for bit as it does
-in one. Memory does not grow with length. The module tree is driven by the Wan VAE's attribute names (`conv2`,
-`decoder.conv1/middle/upsamples/head`, …), so ComfyUI's VAE and ours both work.
+in one. Memory does not grow with length. The module trees are driven by the published attribute names (the Wan VAE's
+`conv2`, `decoder.conv1/middle/upsamples/head`, …; a TAE's row of layers), so ComfyUI's trees and ours both work.
 """
 
 from collections.abc import Iterable
@@ -12,28 +12,44 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .taehv import TaeLatents, check_tae, is_mem_block, is_tae
 from .wan_vae import LATENT_CHANNELS, denormalise_latents, normalise_latents
 
-Tree: TypeAlias = Any  # a module tree with the Wan VAE's attribute names: ComfyUI's or ours
+Tree: TypeAlias = Any  # a module tree with the published attribute names: ComfyUI's or ours
 
 PAST_FRAMES = 2  # a causal kernel of 3 looks back at two frames
 
 
 class StreamingDecoder:
-    """Decodes one clip over any number of calls with a Wan 2.1 VAE or LightVAE.
+    """Decodes one clip over any number of calls with a Wan 2.1 VAE, LightVAE, or a TAE of Wan 2.1.
 
-    Computes in the module's own dtype on its own device unless told otherwise. Raises ValueError when the module
-    is not a Wan 2.1 VAE.
+    Computes in the module's own dtype on its own device unless told otherwise. tae_latents: which latents a TAE was
+    made for, see `tae_latents_of`; not read for the others, which take raw ones. Raises ValueError when the module
+    is none of them, or a TAE without `tae_latents`.
     """
 
     def __init__(
-        self, vae_module: Tree, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self,
+        vae_module: Tree,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        tae_latents: TaeLatents | None = None,
     ) -> None:
-        _check_wan_vae(vae_module)
-        decoder = vae_module.decoder
-        self._vae = vae_module
+        self._stack: _CausalStack | _TaeStack
+        self._entry: nn.Module
+        self._takes_normalised = False
+        if is_tae(vae_module):
+            check_tae(vae_module)
+            if tae_latents is None:
+                raise ValueError("a TAE does not tell which latents it decodes; pass tae_latents, see tae_latents_of")
+            self._takes_normalised = tae_latents == "normalised"
+            self._stack, self._entry, self._lowest = _TaeStack(vae_module.decoder), nn.Identity(), 0.0
+        else:
+            _check_wan_vae(vae_module, "use the Wan 2.1 VAE, LightVAE, taew2_1 or lighttaew2_1")
+            decoder, self._entry, self._lowest = vae_module.decoder, vae_module.conv2, -1.0
+            self._stack = _CausalStack((decoder.conv1, *decoder.middle, *decoder.upsamples, *decoder.head))
         self._place = _place(vae_module, dtype, device)
-        self._stack = _CausalStack((decoder.conv1, *decoder.middle, *decoder.upsamples, *decoder.head))
         self.reset()
 
     def reset(self) -> None:
@@ -46,6 +62,19 @@ class StreamingDecoder:
     def cache_bytes(self) -> int:
         """Bytes held between calls; constant from the third latent frame on."""
         return sum(past.untyped_storage().nbytes() for past in self._stack.past.values())
+
+    def park(self) -> None:
+        """Move what is held between calls into host memory; `unpark` before the next one."""
+        self._move_past("cpu")
+
+    def unpark(self) -> None:
+        """Bring it back to the computing device."""
+        self._move_past(self._place[1])
+
+    def _move_past(self, device: torch.device | str) -> None:
+        for conv, past in self._stack.past.items():
+            # A dry run on the meta device has nothing to move.
+            self._stack.past[conv] = past if past.is_meta else past.to(device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, normalised: bool = True) -> Tensor:
@@ -66,10 +95,11 @@ class StreamingDecoder:
         try:
             for latent in latents.split(1, dim=2):
                 z = latent.to(device=device, dtype=wide)
-                z = denormalise_latents(z) if normalised else z
+                if normalised != self._takes_normalised:
+                    z = denormalise_latents(z) if normalised else normalise_latents(z)
                 # One memory layout whatever the cut, so that the same kernels run.
                 z = z.to(dtype).clone(memory_format=torch.contiguous_format)
-                pixels = self._stack(self._vae.conv2(z))
+                pixels = self._stack(self._entry(z))
                 new = frames[:, done : done + pixels.shape[2]]
                 new.copy_(rearrange(pixels, "b c t h w -> b t h w c"))
                 done += pixels.shape[2]
@@ -77,7 +107,7 @@ class StreamingDecoder:
             self.reset()
             self._broken = True
             raise
-        return frames.add_(1).div_(2).clamp_(0, 1)
+        return frames.sub_(self._lowest).div_(1 - self._lowest).clamp_(0, 1)
 
     def _accept(self, latents: Tensor) -> None:
         """Raise unless `latents` can continue the clip."""
@@ -102,7 +132,36 @@ class StreamingDecoder:
         self._shape = (batch, height, width)
 
 
-@torch.no_grad()
+class StreamingEncoder:
+    """Encodes one clip over any number of calls with a Wan 2.1 VAE or LightVAE; arguments as for `encode_video`."""
+
+    def __init__(
+        self, vae_module: Tree, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> None:
+        _check_wan_vae(vae_module, "use the Wan 2.1 VAE or LightVAE")
+        encoder, self._exit = vae_module.encoder, vae_module.conv1
+        self._stack = _CausalStack((encoder.conv1, *encoder.downsamples, *encoder.middle, *encoder.head))
+        self._place = _place(vae_module, dtype, device)
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor, *, normalised: bool = True) -> Tensor:
+        """The clip's next frames [B, n, H, W, 3] → latents [B, 16, n / 4, H/8, W/8]; its first call brings 1 + 4k.
+
+        Raises ValueError for another frame count, a size that is no multiple of 8, or a wrong shape.
+        """
+        _check_frames(frames, first=1 if self._stack.at_start else 0)
+        dtype, device = self._place
+        wide = torch.promote_types(torch.float32, dtype)
+        first = [1] if self._stack.at_start else []
+        means = []
+        for group in frames.split(first + [4] * (frames.shape[1] // 4), dim=1):
+            pixels = rearrange(group.to(device=device, dtype=wide) * 2 - 1, "b t h w c -> b c t h w")
+            mean, _ = self._exit(self._stack(pixels.to(dtype))).chunk(2, dim=1)
+            means.append(mean.to(wide))
+        latents = torch.cat(means, dim=2)
+        return normalise_latents(latents) if normalised else latents
+
+
 def encode_video(
     vae: Tree,
     frames: Tensor,
@@ -117,19 +176,7 @@ def encode_video(
     tree, used in its own dtype on its own device unless told otherwise. Latents are float32 (float64 from a
     float64 module). Raises ValueError for another frame count, a size that is no multiple of 8, or a wrong shape.
     """
-    _check_wan_vae(vae)
-    _check_frames(frames)
-    encoder = vae.encoder
-    dtype, device = _place(vae, dtype, device)
-    wide = torch.promote_types(torch.float32, dtype)
-    stack = _CausalStack((encoder.conv1, *encoder.downsamples, *encoder.middle, *encoder.head))
-    means = []
-    for group in frames.split([1] + [4] * (frames.shape[1] // 4), dim=1):
-        pixels = rearrange(group.to(device=device, dtype=wide) * 2 - 1, "b t h w c -> b c t h w")
-        mean, _ = vae.conv1(stack(pixels.to(dtype))).chunk(2, dim=1)
-        means.append(mean.to(wide))
-    latents = torch.cat(means, dim=2)
-    return normalise_latents(latents) if normalised else latents
+    return StreamingEncoder(vae, dtype=dtype, device=device).encode(frames, normalised=normalised)
 
 
 class _CausalStack:
@@ -189,6 +236,42 @@ class _CausalStack:
         return x if last is None else time_conv(torch.cat([last, x], dim=2))
 
 
+class _TaeStack:
+    """A TAE's row of layers run over a clip one latent frame at a time, with the last frame each memory block saw."""
+
+    def __init__(self, layers: Iterable[Tree]) -> None:
+        row = tuple(layers)
+        # Behind the last memory block every frame stands alone, and is large: there they run one by one.
+        end = 1 + max(index for index, layer in enumerate(row) if is_mem_block(layer))
+        self._layers, self._tail = row[:end], nn.Sequential(*row[end:])
+        self.reset()
+
+    def reset(self) -> None:
+        self.at_start = True
+        self.past: dict[nn.Module, Tensor] = {}
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The next latent frame [B, C, 1, h, w] → [B, 3, T, 8h, 8w]: T is 4, and 1 for a clip's first."""
+        batch, x = z.shape[0], z.squeeze(2)
+        for layer in self._layers:
+            x = self._remembered(layer, x, batch) if is_mem_block(layer) else layer(x)
+        x = torch.cat([self._tail(frame) for frame in x.split(1)])
+        frames = x.unflatten(0, (batch, -1)).transpose(1, 2)
+        # A clip's first image stands at the end of its first latent frame's video frames.
+        frames = frames[:, :, -1:] if self.at_start else frames
+        self.at_start = False
+        return frames
+
+    def _remembered(self, block: Tree, x: Tensor, batch: int) -> Tensor:
+        """A memory block over consecutive frames [B · T, C, H, W], behind the last one it saw."""
+        framed = x.unflatten(0, (batch, -1))
+        last = self.past.get(block)
+        before = torch.zeros_like(framed[:, :1]) if last is None else last
+        past = torch.cat([before, framed[:, :-1]], dim=1).flatten(0, 1)
+        self.past[block] = framed[:, -1:].clone() if framed.shape[1] > 1 else framed
+        return block(x, past)
+
+
 def _last_frames(x: Tensor, count: int) -> Tensor:
     """The last `count` frames, copied where a view would keep more of them alive."""
     return x[:, :, -count:].clone() if x.shape[2] > count else x
@@ -199,9 +282,8 @@ def _place(vae: Tree, dtype: torch.dtype | None, device: torch.device | str | No
     return dtype or parameter.dtype, torch.device(device) if device is not None else parameter.device
 
 
-def _check_wan_vae(vae: Tree) -> None:
+def _check_wan_vae(vae: Tree, way_out: str) -> None:
     """Raise ValueError unless the module tree is a Wan 2.1 VAE's."""
-    way_out = "use the Wan 2.1 VAE or LightVAE"
     if not isinstance(getattr(vae, "conv2", None), nn.Conv3d) or not hasattr(vae.decoder, "upsamples"):
         raise ValueError(f"{type(vae).__name__} is not a Wan VAE (no conv2, decoder.upsamples); {way_out}")
     channels, colours = vae.conv2.in_channels, vae.decoder.head[-1].out_channels
@@ -211,15 +293,15 @@ def _check_wan_vae(vae: Tree) -> None:
         raise ValueError(f"the VAE decodes to {colours} channels instead of 3; {way_out}")
 
 
-def _check_frames(frames: Tensor) -> None:
-    """Raise ValueError unless frames are [B, 1 + 4k, H, W, 3] with sizes in multiples of 8."""
+def _check_frames(frames: Tensor, *, first: int) -> None:
+    """Raise ValueError unless frames are [B, first + 4k, H, W, 3] with sizes in multiples of 8."""
     shape = tuple(frames.shape)
     if len(shape) != 5 or shape[-1] != 3 or 0 in shape:
         raise ValueError(f"frames of shape {shape} are not [B, frames, H, W, 3]")
     count = shape[1]
-    if count % 4 != 1:
-        below = count - (count - 1) % 4
-        raise ValueError(f"{count} video frames are not 1 + 4k; use {max(below, 1)} or {below + 4}")
+    if (count - first) % 4:
+        below = count - (count - first) % 4
+        raise ValueError(f"{count} video frames are not {first} + 4k; use {max(below, first or 4)} or {below + 4}")
     for name, size in (("height", shape[2]), ("width", shape[3])):
         if size % 8:
             below = size // 8 * 8

@@ -1,7 +1,8 @@
 """Decode in overlapping tiles, so that a large picture fits where one decode of it would not.
 
-Every tile is a clip of its own with its own memory of the past; neighbours are faded into each other. A tile sees
-only itself, so the frames are close to a decode in one go and not equal to it.
+Every tile is a clip of its own with its own memory of the past, which waits in host memory while the others decode;
+neighbours are faded into each other. A tile sees only itself, so the frames are close to a decode in one go and not
+equal to it.
 """
 
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class TiledDecoder:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes held between calls."""
+        """Bytes held between calls, wherever they are."""
         return sum(decoder.cache_bytes for decoder in self._decoders.values())
 
     def decode(self, latents: Tensor, *, normalised: bool = True) -> Tensor:
@@ -56,7 +57,10 @@ class TiledDecoder:
                 if (row, column) not in self._decoders:
                     self._decoders[row, column] = self._make()
                 decoder = self._decoders[row, column]
+                decoder.unpark()
                 tile = decoder.decode(latents[..., slice(*row), slice(*column)], normalised=normalised)
+                if len(rows) * len(columns) > 1:
+                    decoder.park()
                 if frames is None:
                     height, width = (8 * size for size in latents.shape[-2:])
                     frames = tile.new_zeros(*tile.shape[:2], height, width, 3)

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import Tensor
 from .output_files import OutputError, free_name, prepare_folder, whole_file
 
 _log = logging.getLogger(__name__)
+ABANDONED_AFTER = 24 * 3600  # seconds without a write
 _BOX_HEADER = 8  # bytes of size and type before every MP4 box
 _BT601, _BT709, _LIMITED_RANGE = 6, 1, 1  # H.273 code points
 
@@ -108,7 +110,7 @@ class VideoWriter:
         self._container: av.container.OutputContainer | None = None
 
     def __enter__(self) -> "VideoWriter":
-        prepare_folder(self.path.parent)
+        rescue_abandoned(prepare_folder(self.path.parent))
         try:
             self._open()
         except BaseException:
@@ -248,6 +250,29 @@ def numbered_path(folder: str | Path, prefix: str, suffix: str) -> Iterator[Path
         yield path
     finally:
         reservation.unlink(missing_ok=True)
+
+
+def rescue_abandoned(folder: Path) -> list[Path]:
+    """Bring to light what killed processes left hidden in `folder`: videos as far as they play, the rest is deleted.
+
+    Left is what nobody has written to for a day. Returns the playable `<stem>.partial<suffix>` files.
+    """
+    rescued = []
+    for path in folder.iterdir():
+        growing = re.fullmatch(r"\.(.+)\.\d+\.growing", path.stem)
+        if not growing and not re.fullmatch(r"\..+\.reserved", path.name):
+            continue
+        with suppress(FileNotFoundError):  # another process may be at it too
+            if time.time() - path.stat().st_mtime < ABANDONED_AFTER:
+                continue
+            if growing and _playable_frames(path):
+                partial = free_name(folder / f"{growing[1]}.partial{path.suffix}")
+                os.replace(path, partial)
+                rescued.append(partial)
+                _log.warning("[Light Forcing] %s holds what a killed process had finished of a video", partial)
+            else:
+                path.unlink()
+    return rescued
 
 
 def _rearrange(source: Path, target: Path) -> None:

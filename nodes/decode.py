@@ -1,6 +1,8 @@
-"""Streaming decode: a Wan 2.1 VAE or LightVAE run chunk by chunk in memory that does not grow with the video."""
+"""Streaming decode: a Wan 2.1 VAE, LightVAE or TAE run chunk by chunk in memory that does not grow with the video."""
 
-from typing import Any
+import logging
+from pathlib import Path
+from typing import Any, Literal
 
 import comfy.model_management
 import comfy.utils
@@ -8,13 +10,20 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..lightforcing_core.memory import decode_bytes, gib
 from ..lightforcing_core.schedule import video_frames_of
 from ..lightforcing_core.streaming import StreamingDecoder
+from ..lightforcing_core.taehv import TaeLatents, is_tae, tae_latents_of
+from ..lightforcing_core.tiled_decode import TiledDecoder, most_tiles, tile_spans
+from .device_memory import memory_for_a_run
 
-# Elements alive at the peak of one latent frame's decode, per output pixel and unit of the VAE's width: 45 counted
-# for widths 24 and 96 at two sizes, the rest is room for the convolutions' workspace.
-ELEMENTS_PER_PIXEL = 60
+log = logging.getLogger(__name__)
+
+# Elements alive at the peak of one latent frame's decode by a TAE, per output pixel: 390 counted, 646 with the copies
+# that convolutions make of input and output.
+TAE_ELEMENTS_PER_PIXEL = 700
 FRAMES_AT_ONCE = 4
+MOST_TILES = 4
 
 
 class LightForcingDecode(io.ComfyNode):
@@ -26,27 +35,40 @@ class LightForcingDecode(io.ComfyNode):
             node_id="LightForcingDecode",
             display_name="Light Forcing Decode",
             category="Light Forcing",
-            description="Decodes a video latent piece by piece with the full Wan 2.1 VAE or LightVAE. Memory stays the "
-            "same for any length; the frames equal a decode in one go.",
+            description="Decodes a video latent piece by piece with the full Wan 2.1 VAE, LightVAE or a TAE. Memory "
+            "stays the same for any length; the frames equal a decode in one go.",
             inputs=[
                 io.Latent.Input("samples", tooltip="A video latent of Wan 2.1 (16 channels)."),
                 io.Vae.Input(
                     "vae",
-                    tooltip="Wan 2.1 VAE (best) or LightVAE lightvaew2_1 (about a quarter of the memory, a little "
-                    "softer). For other VAEs use VAE Decode.",
+                    tooltip="Wan 2.1 VAE (best), LightVAE lightvaew2_1 (about a quarter of the memory, a little "
+                    "softer), or a TAE, taew2_1 or lighttaew2_1 (fastest, roughest). For other VAEs use VAE Decode.",
+                ),
+                io.Combo.Input(
+                    "tae_latents",
+                    options=["auto", "normalised", "raw"],
+                    default="auto",
+                    optional=True,
+                    advanced=True,
+                    tooltip="Which latents a TAE was made for; the wrong ones give wrong colours. auto goes by the "
+                    "file's name, then its dtype: taew2_1 or float16 is normalised, lighttaew2_1 or another dtype is "
+                    "raw. Only read for a TAE.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="All frames, first to last.")],
         )
 
     @classmethod
-    def execute(cls, samples: dict[str, Any], vae: Any) -> io.NodeOutput:
+    def execute(
+        cls, samples: dict[str, Any], vae: Any, tae_latents: TaeLatents | Literal["auto"] = "auto"
+    ) -> io.NodeOutput:
         latents = samples["samples"]
         if latents.ndim != 5:
             raise ValueError(f"the latent has shape {list(latents.shape)}; expected [batch, 16, frames, height, width]")
         if not torch.isfinite(latents).all():
             raise ValueError("the latent holds NaN or infinity, which would decode to black; sample it again")
-        frames = FrameDecoder(vae, latents.shape)
+        frames = FrameDecoder(vae, latents.shape, tae_latents=tae_latents)
+        frames.cut_to_fit(memory_for_a_run(vae.device))
         comfy.model_management.load_models_gpu([vae.patcher], memory_required=frames.bytes_needed)
         progress = comfy.utils.ProgressBar(latents.shape[2])
         for piece in latents.split(FRAMES_AT_ONCE, dim=2):
@@ -59,28 +81,78 @@ class LightForcingDecode(io.ComfyNode):
 class FrameDecoder:
     """Decodes a video's frames as its latents arrive, and collects them.
 
-    latent_shape: [B, 16, frames, h, w] of the whole video. keep: whether frames are collected for `images`. Raises
-    ValueError for a VAE that cannot stream.
+    latent_shape: [B, 16, frames, h, w] of the whole video. keep: whether frames are collected for `images`.
+    tae_latents: which latents a TAE was made for, "auto" as `latents_of`. Raises ValueError for a VAE that cannot
+    stream.
     """
 
-    def __init__(self, vae: Any, latent_shape: Any, *, keep: bool = True) -> None:
+    def __init__(
+        self,
+        vae: Any,
+        latent_shape: Any,
+        *,
+        keep: bool = True,
+        tae_latents: TaeLatents | Literal["auto"] = "auto",
+    ) -> None:
         vae.throw_exception_if_invalid()
-        try:
-            self._decoder = StreamingDecoder(vae.first_stage_model, dtype=vae.vae_dtype, device=vae.device)
-        except ValueError:
-            raise ValueError(
-                f"this VAE ({type(vae.first_stage_model).__name__}) cannot decode piece by piece; connect the Wan 2.1 "
-                f"VAE or LightVAE (lightvaew2_1), or use VAE Decode on the latent"
-            ) from None
+        module = vae.first_stage_model
+        self._is_tae = is_tae(module)
+        if self._is_tae and tae_latents == "auto":
+            tae_latents = latents_of(vae)
         self._vae, self._shape, self._keep, self._done = vae, tuple(latent_shape), keep, 0
+        self._tae_latents: TaeLatents | None = None if tae_latents == "auto" else tae_latents
         self._frames: Tensor | None = None
+        try:
+            self.cut(1)
+        except ValueError as error:
+            raise ValueError(
+                f"this VAE cannot decode piece by piece: {error}. Connect one of those, or use VAE Decode on the latent"
+            ) from None
+
+    def cut(self, tiles: int) -> None:
+        """Decode in `tiles` × `tiles` overlapping tiles, which needs less memory; before the first latents come."""
+        self._tiles = tiles
+        self._decoder = TiledDecoder(self._stream, tiles) if tiles > 1 else self._stream()
+
+    def _stream(self) -> StreamingDecoder:
+        vae = self._vae
+        return StreamingDecoder(
+            vae.first_stage_model, dtype=vae.vae_dtype, device=vae.device, tae_latents=self._tae_latents
+        )
+
+    @property
+    def most_tiles(self) -> int:
+        """How far `cut` may go."""
+        return min(MOST_TILES, most_tiles(*self._shape[-2:]))
+
+    def cut_to_fit(self, free: int) -> None:
+        """Take the fewest tiles with which weights and decode fit into `free` bytes, or all there can be."""
+        for tiles in range(1, self.most_tiles + 1):
+            self.cut(tiles)
+            if sum(self.bytes_of(tiles).values()) <= free:
+                break
+        if self._tiles > 1:
+            log.info("[Light Forcing] decode in %d×%d tiles, %s GiB free", self._tiles, self._tiles, gib(free))
 
     @property
     def bytes_needed(self) -> int:
         """Memory that decoding takes beside the VAE's weights; the same for every length."""
-        batch, _, _, height, width = self._shape
-        elements = ELEMENTS_PER_PIXEL * self._vae.first_stage_model.dim * batch * 64 * height * width
-        return elements * self._vae.vae_dtype.itemsize
+        needed = self.bytes_of(self._tiles)
+        return needed["history"] + needed["decode"]
+
+    def bytes_of(self, tiles: int) -> dict[str, int]:
+        """What `MemoryEstimate` calls vae, history and decode, with decode in `tiles` × `tiles` tiles."""
+        batch, channels, _, height, width = self._shape
+        vae = self._vae.patcher.model_size()
+        if not self._is_tae:
+            shape = (batch, channels, FRAMES_AT_ONCE, height, width)
+            dim, on_host = self._vae.first_stage_model.dim, self._vae.device.type == "cpu"
+            _, history, decode = decode_bytes(shape, dim, self._vae.vae_dtype, tiles, on_host=on_host)
+            return {"vae": vae, "history": history, "decode": decode}
+        tile = [max(stop - start for start, stop in tile_spans(size, tiles)) for size in (height, width)]
+        frames = 4 * FRAMES_AT_ONCE * 3 * batch * 64 * height * width * torch.float32.itemsize
+        alive = TAE_ELEMENTS_PER_PIXEL * batch * 64 * tile[0] * tile[1] * self._vae.vae_dtype.itemsize
+        return {"vae": vae, "history": 0, "decode": alive + frames}
 
     def add(self, latents: Tensor, *, normalised: bool) -> Tensor:
         """Decode the next latent frames [B, 16, f, h, w]; the new video frames [B, n, H, W, 3]."""
@@ -102,3 +174,17 @@ class FrameDecoder:
     def images(self) -> Tensor | None:
         """The frames so far as an IMAGE batch [B · frames, H, W, 3], one video after the other; None without any."""
         return None if self._frames is None else self._frames[:, : self._done].flatten(0, 1)
+
+
+def latents_of(vae: Any) -> TaeLatents:
+    """Which latents a loaded TAE was made for, by its file's name and dtype, see `tae_latents_of`.
+
+    The host keeps the path where its own loader read the file, and takes a float16 TAE for HunyuanVideo's, whose
+    scaling it then applies; that alone tells the stored dtype afterwards. We drive the layers, so nothing is scaled.
+    """
+    made_by = vae.patcher.cached_patcher_init
+    name = next((Path(part).name for part in made_by[1] if isinstance(part, str)), "") if made_by else ""
+    stored = torch.float16 if getattr(vae.first_stage_model, "latent_format", None) is not None else None
+    latents = tae_latents_of(name, stored)
+    log.info("[Light Forcing] TAE %s takes %s latents", name or "of an unknown file", latents)
+    return latents

@@ -12,6 +12,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ..lightforcing_core.memory import gib
+from ..lightforcing_core.memory_plan import MemoryPlan
 from ..lightforcing_core.run_state import RunState
 from .patch import LATENT_CHANNELS
 
@@ -125,19 +127,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return told or isinstance(error, MemoryError) or comfy.model_management.is_oom(error)
 
 
-def memory_advice(state: RunState, cache_bytes: int, *, decoding: bool) -> str:
-    """What to lower, and by how much, after a run of `state` ran out of memory; cache_bytes: its KV cache."""
+def memory_advice(state: RunState, plan: MemoryPlan, *, decoding: bool) -> str:
+    """What to lower, and by how much, after a run of `state` ran out of memory although it was planned for."""
     batch, _, frames, h, w = state.latent_shape
+    cache = plan.estimate.cache
     smaller = "×".join(str(max(16, round(8 * side * 0.866 / 16) * 16)) for side in (w, h))
-    ways = [f"the size from {8 * w}×{8 * h} to {smaller} (a quarter less of everything)"]
+    share = plan.estimate.total - plan.estimate.weights - plan.estimate.vae
+    ways = [f"the size from {8 * w}×{8 * h} to {smaller} ({gib(share // 4)} GiB less)"]
     if batch > 1:
         ways.insert(0, f"the batch from {batch} to {batch // 2}")
+    if plan.kv.dtype == "same" and not plan.kv.host:
+        ways.append(f"kv_cache to int8 ({gib(cache * 15 // 32)} GiB less)")
+    elif not plan.kv.host:
+        ways.append(f"kv_cache to int8_host ({gib(cache * 9 // 10)} GiB less, slower)")
     visible = min(state.window or frames, frames)
     window = max(visible * 3 // 4, state.sink_frames + state.frames_per_chunk)
     if window < visible:
-        saved = cache_bytes * (visible - window) / visible / 2**30
-        ways.append(f"the schedule's window from {visible} to {window} latent frames ({saved:.2f} GiB less KV cache)")
+        saved = cache * (visible - window) // visible
+        ways.append(f"the schedule's window from {visible} to {window} latent frames ({gib(saved)} GiB less KV cache)")
     if state.cfg != 1.0:
-        ways.append(f"cfg to 1 ({cache_bytes / 2 / 2**30:.2f} GiB less KV cache)")
+        ways.append(f"cfg to 1 ({gib(cache // 2)} GiB less KV cache)")
     more = "; LightVAE (lightvaew2_1) decodes in about a quarter of the full VAE's memory" if decoding else ""
     return f"lower {', or '.join(ways)}{more}"

@@ -173,7 +173,7 @@ def test_a_stage_inside_a_stage_is_counted_once():
         (["step", "--chunk", "8"], "chunk 8 is not one of 2 … 7"),
         (["step", "--dtype", "int8"], "dtype 'int8' is not measured"),
         (["rollout", "--frames", "80"], "length 80 is not 1 + 4·k video frames; use 77 or 81"),
-        (["rollout", "--arm", "fast"], "must be one or both of dense, sparse"),
+        (["rollout", "--arm", "fast"], "must be one or more of dense, sparse, even"),
         (["rollout", "--setting", "medium"], "setting 'medium' is not known; use short or long"),
         (["memory", "--device", "mps"], "device 'mps' is not measured here"),
         (["memory", "--threads", "0"], "threads 0 is not positive"),

@@ -77,13 +77,11 @@ def test_tiles_cut_what_decoding_needs(reckon):
 
 def test_a_chosen_cache_is_kept(reckon):
     for kv in (KVOptions(), KVOptions("fp8"), KVOptions(host=True)):
-        assert {plan.kv for plan in plans(reckon, kv=kv)} == {kv}
+        assert {plan.kv for plan in plans(reckon, ladder=[kv])} == {kv}
 
 
-def test_where_the_device_is_the_host_nothing_is_moved_there(reckon):
-    for plan in plans(reckon, host_helps=False):
-        assert not plan.kv.host
-        assert plan.latents_on_device
+def test_where_the_device_is_the_host_latents_are_not_moved(reckon):
+    assert all(plan.latents_on_device for plan in plans(reckon, latents=0))
 
 
 def test_what_cannot_fit_says_by_how_much(reckon):

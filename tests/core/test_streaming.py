@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightforcing.lightforcing_core.streaming import StreamingDecoder, encode_video
+from lightforcing.lightforcing_core.streaming import StreamingDecoder, StreamingEncoder, encode_video
 from lightforcing.lightforcing_core.wan_vae import LATENT_MEAN, LATENT_STD, random_vae_state_dict, vae_from_state_dict
 
 DIM = 4
@@ -266,6 +266,16 @@ def test_a_call_that_broke_off_ends_the_clip_until_reset():
         decoder.decode(latents[:, :, 1:])
     decoder.reset()
     assert torch.equal(decoder.decode(latents), expected)
+
+
+def test_encode_cut_into_calls_equals_one_call():
+    vae = vae_from_state_dict(weights())
+    frames = torch.rand(1, 13, 16, 24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    encoder = StreamingEncoder(vae)
+    pieces = [encoder.encode(piece) for piece in frames.split((5, 4, 4), dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), encode_video(vae, frames), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"5 video frames are not 0 \+ 4k; use 4 or 8"):
+        encoder.encode(frames[:, :5])
 
 
 @pytest.mark.parametrize(

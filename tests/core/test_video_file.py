@@ -14,7 +14,7 @@ import torch
 
 from lightforcing.lightforcing_core import video_file
 from lightforcing.lightforcing_core.output_files import OutputError
-from lightforcing.lightforcing_core.video_file import VideoWriter, numbered_path
+from lightforcing.lightforcing_core.video_file import VideoWriter, numbered_path, rescue_abandoned
 
 HEIGHT, WIDTH = 48, 64
 SUFFIXES = (".mp4", ".webm")
@@ -250,6 +250,24 @@ def test_a_killed_process_leaves_a_file_that_plays(tmp_path):
         for packet in container.demux(video=0):
             count += packet.size > 0
     assert count >= 32
+
+
+def test_what_a_killed_process_left_is_rescued_after_a_day(tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=killed, args=(tmp_path,))
+    process.start()
+    process.join(30)
+    (growing,) = tmp_path.glob(".clip.*.growing*")
+    reserved, nothing, foreign = (tmp_path / name for name in (".a.reserved", ".b.7.growing.webm", ".growing.mp4"))
+    for path in (reserved, nothing, foreign):
+        path.touch()
+    assert rescue_abandoned(tmp_path) == []
+    assert growing.exists()
+    for path in (growing, reserved, nothing, foreign):
+        os.utime(path, (0, 0))
+    with writer(tmp_path / "new.mp4") as video:
+        video.write(noise(1))
+    assert len(decoded(tmp_path / f"clip.partial{growing.suffix}")) >= 32
+    assert sorted(os.listdir(tmp_path)) == [".growing.mp4", f"clip.partial{growing.suffix}", "new.mp4"]
 
 
 def test_an_error_that_was_dealt_with_is_not_raised_twice(tmp_path, little_space):

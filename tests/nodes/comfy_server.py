@@ -20,7 +20,7 @@ RUN_SECONDS = 240
 def environment() -> dict[str, str]:
     """What ComfyUI's processes see: as a user's, without the test run's own Triton interpreter."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return {**inherited, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "2"}
+    return {**inherited, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
 
 
 class Refused(Exception):

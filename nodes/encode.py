@@ -1,0 +1,69 @@
+"""Streaming encode: the frames that a video starts with, read four at a time, however many there are."""
+
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..lightforcing_core.streaming import StreamingEncoder
+from .refusals import is_out_of_memory
+
+
+class LightForcingEncode(io.ComfyNode):
+    """Encode an image, or a video of any length with bounded memory."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LightForcingEncode",
+            display_name="Light Forcing Encode",
+            category="Light Forcing",
+            description="Encodes a start image or the video to continue, for start_latent. Frames go to the card a few "
+            "at a time, so a long video needs no more memory than a short one.",
+            inputs=[
+                io.Image.Input(
+                    "pixels",
+                    tooltip="One image, or the frames of a video. Only 1 + 4·k frames can be encoded: of another "
+                    "number the first ones are left out, so that the end stays.",
+                ),
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE or LightVAE lightvaew2_1. A TAE is not made for this."),
+            ],
+            outputs=[io.Latent.Output(display_name="LATENT", tooltip="For start_latent of the samplers.")],
+        )
+
+    @classmethod
+    def execute(cls, pixels: Tensor, vae: Any) -> io.NodeOutput:
+        frames, height, width, _ = pixels.shape
+        for side, size in (("height", height), ("width", width)):
+            if size % 16:
+                lower = size // 16 * 16
+                raise ValueError(
+                    f"the frames' {side} {size} is not a multiple of 16; scale or crop it to "
+                    f"{lower or 16} or {lower + 16}"
+                )
+        vae.throw_exception_if_invalid()
+        try:
+            encoder = StreamingEncoder(vae.first_stage_model, dtype=vae.vae_dtype, device=vae.device)
+        except ValueError as error:
+            raise ValueError(f"this VAE cannot encode piece by piece: {error}. Or use VAE Encode") from None
+        needed = vae.memory_used_encode((1, 3, 5, height, width), vae.vae_dtype)
+        comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
+        kept = pixels[None, (frames - 1) % 4 :, ..., :3]
+        progress, latents = comfy.utils.ProgressBar(kept.shape[1]), []
+        try:
+            for group in kept.split([1] + [4] * (kept.shape[1] // 4), dim=1):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                latents.append(encoder.encode(group, normalised=False).cpu())
+                progress.update(group.shape[1])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise comfy.model_management.OOM_EXCEPTION(
+                f"out of memory while encoding frame {4 * len(latents)} of {kept.shape[1]} at {width}×{height}; lower "
+                f"the size, or use LightVAE (lightvaew2_1), which takes about a quarter of the memory"
+            ) from error
+        device = comfy.model_management.intermediate_device()
+        return io.NodeOutput({"samples": torch.cat(latents, dim=2).to(device)})

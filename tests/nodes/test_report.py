@@ -1,0 +1,126 @@
+"""The report in a real server: fed by both samplers, drawn over frames, added later without sampling again."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from .graphs import EMBEDS, change, empty, graph, link, loader, save_images, schedule, text
+
+WIDTH, HEIGHT = 160, 128  # 80 tokens per latent frame: two blocks of 64
+
+
+def report(**inputs):
+    defaults = {"samples": link("sampler"), "chunk": -1, "layer": -1, "head": -1}
+    return {"class_type": "LightForcingReport", "inputs": {**defaults, **inputs}}
+
+
+def run_graph(seed, **report_inputs):
+    """A sparse run of four chunks with frames, its report, and the report's pages saved."""
+    prompt = graph(
+        {"model": loader()},
+        latent=empty(length=45, width=WIDTH, height=HEIGHT),
+        vae=True,
+        seed=seed,
+        schedule=link("schedule"),
+    )
+    prompt["schedule"] = schedule(length=45, window=9, sink_frames=1)
+    prompt["report"] = report(images=link("sampler", 1), **report_inputs)
+    prompt["pages"] = save_images(link("report"))
+    return prompt
+
+
+def executed(entry):
+    """The nodes that ran and were not taken from the cache."""
+    cached = {
+        node for kind, data in entry["status"]["messages"] if kind == "execution_cached" for node in data["nodes"]
+    }
+    return set(entry["prompt"][2]) - cached
+
+
+@pytest.fixture(scope="module")
+def first(server):
+    return server.run(run_graph(31))
+
+
+def pages_of(server, entry):
+    files = [path for path in server.files(entry) if path.name.startswith("frames") and path.parent.name == "output"]
+    pages = [Image.open(path).convert("RGB") for path in files]
+    return [np.asarray(page) for page in pages if page.size == (512, 512)]
+
+
+def test_pages_and_words_come_out_after_the_run(server, first):
+    assert len(pages_of(server, first)) == 3
+    shown = first["outputs"]["report"]
+    assert len(shown["images"]) == 3
+    words = shown["text"][0]
+    assert "video: 45 frames (12 latent) at 160×128" in words
+    assert "4 chunks, " in words
+    assert "sees: 9 latent frames, 1 of them sinks" in words
+    assert "attention: reference (" in words
+    assert "dense: chunk 0: it sees nothing but itself" in words
+    rows = [line.split() for line in words.splitlines() if line.strip()[:1].isdigit() and "denoise" in line]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    assert [row[2] for row in rows] == ["3", "6", "9", "9"]
+    assert rows[0][4] == "100.0%"
+    assert all(float(row[4][:-1]) < 60 for row in rows[1:])
+
+
+def test_another_map_is_drawn_without_sampling_again(server, first):
+    prompt = first["prompt"][2]
+    again = {**prompt, "report": report(images=link("sampler", 1), chunk=1, layer=1, head=0)}
+    again["pages"] = save_images(link("report"))
+    entry = server.run(again)
+    assert {"report", "pages"} <= executed(entry)
+    assert "sampler" not in executed(entry)
+    before, after = pages_of(server, first)[:3], pages_of(server, entry)[:3]
+    assert np.array_equal(before[0], after[0])
+    assert not np.array_equal(before[2], after[2])
+
+
+def test_a_layer_that_is_not_there_is_refused_with_what_is(server, first):
+    prompt = {**first["prompt"][2], "report": report(layer=2)}
+    assert "layer 2 is not there; the model has 2, 0 to 1" in server.error_of(prompt)
+    prompt["report"] = report(chunk=9)
+    assert "chunk 9 is not in the record; it holds chunks 0 to 3" in server.error_of(prompt)
+
+
+def test_a_latent_without_a_run_is_refused_with_the_way_out(server):
+    prompt = {"latent": empty(), "report": report(samples=link("latent"))}
+    assert "carries no record of a run; connect LATENT of Light Forcing Sampler" in server.error_of(prompt)
+
+
+def test_the_record_of_samplercustomadvanced_comes_with_its_sampler(server):
+    prompt = {
+        "model": loader(),
+        "text": {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": EMBEDS}},
+        "other": text("rain.safetensors"),
+        "timeline": change(0.6, "hard"),
+        "latent": empty(width=WIDTH, height=HEIGHT),
+        "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 5}},
+        "guider": {"class_type": "BasicGuider", "inputs": {"model": link("model"), "conditioning": link("text")}},
+        "schedule": schedule(length=21, frames_per_chunk=2, target=0.0, base=0.0),
+        "select": {
+            "class_type": "LightForcingSamplerSelect",
+            "inputs": {"schedule": link("schedule"), "timeline": link("timeline")},
+        },
+        "sigmas": {
+            "class_type": "BasicScheduler",
+            "inputs": {"model": link("model"), "scheduler": "simple", "steps": 2, "denoise": 1.0},
+        },
+        "sampler": {
+            "class_type": "SamplerCustomAdvanced",
+            "inputs": {
+                "noise": link("noise"),
+                "guider": link("guider"),
+                "sampler": link("select"),
+                "sigmas": link("sigmas"),
+                "latent_image": link("latent"),
+            },
+        },
+        "report": report(sampler=link("select")),
+    }
+    words = server.run(prompt)["outputs"]["report"]["text"][0]
+    assert "attention: dense in every call" in words
+    assert "dense: chunk 1-2: the schedule asks for no sparsity here" in words
+    assert "the hard prompt switch at chunk" in words
+    assert "recompute" in words
