@@ -32,12 +32,24 @@ def runs(draw):
     return sinks, slots, chunks
 
 
-@given(run=runs(), sink_rope=st.sampled_from(["fixed", "follow"]))
-def test_visible_frames_are_sinks_and_the_newest_and_pooling_equals_repooling(run, sink_rope):
+@given(run=runs(), sink_rope=st.sampled_from(["fixed", "follow"]), switches=st.sets(st.integers(1, 11), max_size=3))
+def test_visible_frames_are_sinks_and_the_newest_and_pooling_equals_repooling(run, sink_rope, switches):
     sinks, slots, chunks = run
     cache = make_cache(slots, sinks, sink_rope=sink_rope)
     cache_keys, written = {}, 0
     for index, length in enumerate(chunks):
+        if index in switches:  # a hard prompt switch: all that is visible but the sinks is stored anew
+            before = sorted(cache.slot_frames)
+            cache.reopen()
+            again = cache.current_frames
+            for layer in range(2 if again else 0):
+                k = stamped(again, layer, 1000 + index)
+                cache.store(layer, k, -k)
+                for position, frame in enumerate(again):
+                    cache_keys[layer, frame] = k[:, position * TOKENS : (position + 1) * TOKENS]
+            cache.commit()
+            assert sorted(cache.slot_frames) == before
+            assert again == [frame for frame in before if frame >= sinks]
         cache.open(length)
         frames = list(range(written, written + length))
         for repeat in range(2):  # a later pass overwrites the earlier one

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lightforcing.lightforcing_core import run_state, tensor_files
 from lightforcing.lightforcing_core.attention import AttentionOptions
+from lightforcing.lightforcing_core.kv_storage import KVOptions
 from lightforcing.lightforcing_core.output_files import OutputError
 from lightforcing.lightforcing_core.rollout import Chunk, few_step_sigmas, rollout, seeded_noise
 from lightforcing.lightforcing_core.run_state import (
@@ -77,6 +78,7 @@ def uninterrupted(dit, state):
         cfg=state.cfg,
         negative=state.negative,
         attention=state.attention,
+        kv=KVOptions(state.kv_dtype),
     )
     return [chunk.latents for chunk in chunks]
 
@@ -122,6 +124,7 @@ def runs(draw):
         seed=draw(st.integers(0, 2**64 - 1)),
         chunk_seeds=draw(st.dictionaries(st.integers(0, 3), st.integers(0, 9), max_size=2)),
         context_noise=draw(st.sampled_from([0.0, 125.0])),
+        kv_dtype=draw(st.sampled_from(["same", "same", "int8", "fp8"])),
         prompts=tuple(prompts),
         given=torch.randn(1, 16, given_frames, *SIZE) if given_frames else None,
     )

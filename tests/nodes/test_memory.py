@@ -60,5 +60,10 @@ def test_memory_that_runs_out_while_encoding_is_an_error_that_the_host_knows(fac
     assert "encoding frame 8 of 9 at 48×32; lower the size, or use LightVAE" in facts["encode runs out"]["error"]
 
 
+def test_weights_that_the_host_keeps_away_are_not_counted(facts):
+    without, usual = facts["novram"]
+    assert without == 0 < usual
+
+
 def test_what_the_host_can_move_out_counts_as_free(facts):
     assert facts["loaded models count"]

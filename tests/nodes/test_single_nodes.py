@@ -11,7 +11,7 @@ def facts(run_inside):
 def test_memory_request_grows_with_the_vae_and_not_with_the_length(facts):
     asked = facts["asked"]
     assert asked["8/1"] == asked["8/5"] == asked["8/9"] > 0
-    assert asked["16/9"] == 2 * asked["8/9"]
+    assert 1.8 * asked["8/9"] < asked["16/9"] < 2 * asked["8/9"]  # all but the frames themselves
 
 
 def test_other_vaes_are_sent_to_the_hosts_decode(facts):

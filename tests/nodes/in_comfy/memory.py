@@ -97,6 +97,12 @@ encode.StreamingEncoder.encode = fails
 facts["encode runs out"] = error_of(encode.LightForcingEncode.execute, video, vae)
 encode.StreamingEncoder.encode = stream
 
+# With --novram weights are on the card only while they are used.
+management, state_of = comfy.model_management, comfy.model_management.vram_state
+management.vram_state = comfy.model_management.VRAMState.NO_VRAM
+facts["novram"] = [run()[2].estimate.weights, plans[0].estimate.weights]
+management.vram_state = state_of
+
 # What another model takes of the memory counts as free, for the host moves it out.
 device = model.load_device
 comfy.model_management.load_models_gpu([vae.patcher])

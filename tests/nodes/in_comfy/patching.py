@@ -146,12 +146,18 @@ for name, options, callback in (("error", {"on_chunk": fail}, None), ("interrupt
     facts[f"left after {name}"] = host.tensor_bytes() - start
 facts["run after interrupt repeats"] = torch.equal(first, host.sample(model, ours(), noise))
 
-# The memory request: what reaches the host's estimate is one chunk of activations and the whole cache.
+# The memory request: what reaches the host's estimate is one chunk of activations or decode, and the whole cache.
 spied = []
 real = comfy.sampler_helpers.estimate_memory
 comfy.sampler_helpers.estimate_memory = lambda m, shape, conds: spied.append(shape) or real(m, shape, conds)
-host.sample(model, ours(extra_bytes=10**6), noise)
+vae = comfy.sd.VAE(sd=host.room("lightforcing_core.wan_vae").random_vae_state_dict(dim=8))
+decoder = host.room("nodes.decode").FrameDecoder(vae, SHAPE)
+host.sample(model, ours(decoder=decoder), noise)
 chunk = stock.model.memory_required([1, 16, 3, 8, 12])
 facts["asked"] = stock.model.memory_required(spied[-1])
-facts["needed"] = [chunk + cache + 10**6, stock.model.memory_required([1, 16, 1, 8, 12])]
+decode = decoder.bytes_of(1)
+facts["needed"] = [
+    max(chunk, decode["decode"]) + decode["history"] + cache,
+    stock.model.memory_required([1, 16, 1, 8, 12]),
+]
 print(json.dumps(facts))

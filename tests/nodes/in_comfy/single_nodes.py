@@ -53,9 +53,8 @@ for family in ("auto", "light_forcing_long"):
 
 # The schedule's presets.
 patched = loader.LightForcingApply.execute(framewise, "auto", **options)[0]
-made = {
-    name: schedule.schedule_from(81, {"preset": name}, patched) for name in ("auto", "dense", "light_forcing_short")
-}
+family = patch.settings_of(patched).family
+made = {name: schedule.schedule_from(81, {"preset": name}, family) for name in ("auto", "dense", "light_forcing_short")}
 facts["presets"] = {name: [s.frames_per_chunk, s.target] for name, s in made.items()}
 facts["auto without a model"] = error_of(schedule.schedule_from, 81, {"preset": "auto"}, None)
 facts["family without a model"] = schedule.schedule_from(81, {"preset": "longlive"}, None).window
