@@ -11,16 +11,9 @@ from lightforcing.lightforcing_core.rollout import few_step_sigmas, rollout
 from lightforcing.lightforcing_core.selection import SelectionPlan
 from lightforcing.lightforcing_core.wan import random_state_dict, wan_from_state_dict
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS, CHUNKS = 2, 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small lose more to waiting threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,11 @@ from lightforcing.benchmarks.timing import Samples, StageClock, ratio, take_turn
 from lightforcing.lightforcing_core.cli import app
 from lightforcing.lightforcing_core.schedule import Schedule
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 MACHINE = {"machine", "threads", "torch", "triton", "commit", "arguments", "gpu", "bench"}
 TINY_MODEL = ("--dim", 128, "--ffn-dim", 128, "--layers", 1, "--height", 32, "--width", 32)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny operations are slower on two threads, much slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(*arguments):

@@ -14,16 +14,9 @@ from lightforcing.lightforcing_core.rollout import few_step_sigmas, rollout
 from lightforcing.lightforcing_core.triton_kernels import kernel_module
 from lightforcing.lightforcing_core.wan import random_state_dict, wan_from_state_dict
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LAYERS = 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small lose more to waiting threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

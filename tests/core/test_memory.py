@@ -11,17 +11,10 @@ from lightforcing.lightforcing_core.memory import AllocationPeak, MemoryEstimate
 from lightforcing.lightforcing_core.schedule import Schedule
 from lightforcing.lightforcing_core.wan import random_state_dict, wan_from_state_dict
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = ModelSize.of_wan(dim=256, ffn_dim=512, layers=3, text_dim=64)
 SPARSE = {"target": 0.5, "base": 0.7}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny operations are slower on two threads, much slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(schedule=None, **options):

@@ -12,19 +12,12 @@ from lightforcing.lightforcing_core.selection import SelectionPlan
 from lightforcing.lightforcing_core.timeline import Prompt
 from lightforcing.lightforcing_core.wan import random_state_dict, wan_from_state_dict
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT, SIZE = 32, (12, 8)  # 6 × 4 = 24 tokens per frame: a block of 16 and a ragged one of 8
 SIGMAS = few_step_sigmas((1000, 500))
 GROWTH = [0.0, 0.4, 0.6, 0.7, 0.7]
 FINE = AttentionOptions(backend="reference", block=(16, 16), keep_frames=3, sink_frames=1, near_frames=1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small lose more to waiting threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -28,19 +28,12 @@ from lightforcing.lightforcing_core.run_state import (
 from lightforcing.lightforcing_core.timeline import Prompt
 from lightforcing.lightforcing_core.wan import random_state_dict, wan_from_state_dict
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXT, SIZE = 32, (4, 4)
 SIGMAS = (1.0, 0.6, 0.0)
 FINE = AttentionOptions(backend="reference", block=(16, 16), keep_frames=3, sink_frames=1, near_frames=1)
 MODEL = "wan, 2 layers of 2 heads, width 256"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Products this small only wait for each other on several threads."""
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(former)
 
 
 @pytest.fixture(scope="module")

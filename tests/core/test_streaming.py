@@ -8,16 +8,9 @@ from torch import nn
 from lightforcing.lightforcing_core.streaming import StreamingDecoder, StreamingEncoder, encode_video
 from lightforcing.lightforcing_core.wan_vae import LATENT_MEAN, LATENT_STD, random_vae_state_dict, vae_from_state_dict
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DIM = 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small lose more to waiting threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def weights(dtype=torch.float64, dim=DIM, seed=0):

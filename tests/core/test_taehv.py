@@ -10,14 +10,7 @@ from lightforcing.lightforcing_core.streaming import StreamingDecoder, encode_vi
 from lightforcing.lightforcing_core.taehv import random_tae_state_dict, tae_from_state_dict, tae_latents_of
 from lightforcing.lightforcing_core.wan_vae import denormalise_latents
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small lose more to waiting threads than they win."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

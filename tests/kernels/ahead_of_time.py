@@ -9,14 +9,11 @@ row printed for each:
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 import triton
+from resources import resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -108,19 +105,6 @@ def count_kernels(cc):
         kernels = sum(len(cache[0]) for cache in block_sparse._forward.device_caches.values())
         found[f"{variant} {stored}"] = kernels
     return found
-
-
-def resource_usage(cubin):
-    """Registers and stack bytes (spills) per thread, as the cuobjdump inside Triton's wheel reads them."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        return {}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        listing = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", listing)
-    return {"registers": int(found[1]), "stack": int(found[2])} if found else {}
 
 
 if __name__ == "__main__":

@@ -5,13 +5,10 @@ Arguments: `cc:score:dtype:head_dim`, e.g. `90:score:bf16:128`, or `cc:select:k_
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import triton
+from resources import resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -56,19 +53,6 @@ def compile_variant(cc: int, kernel: str, first: str, second: str) -> dict:
         "unspecialised": [parameter.name for parameter in function.params if parameter.do_not_specialize],
     }
     return row | resource_usage(compiled.asm["cubin"])
-
-
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """Registers and stack bytes (spills) per thread, as the cuobjdump inside Triton's wheel reads them."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        return {}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        listing = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", listing)
-    return {"registers": int(found[1]), "stack": int(found[2])} if found else {}
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from .resources import SHARED_KIB
+
 pytest.importorskip("triton")
 
-# Shared memory that one program may use, in KiB, by compute capability.
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 FP8_FROM = 89
 # Stack bytes per thread, all of them register spills: none in 16 bits; seen with 8-bit keys 8, in float32 32.
 MAX_STACK = {"16-bit": 0, "8-bit": 16, "fp32": 64}

@@ -19,10 +19,10 @@ from lightforcing.kernels.selection import _order, select_blocks, select_constan
 from lightforcing.lightforcing_core.geometry import FrameBlocks
 from lightforcing.lightforcing_core.selection import SelectionPlan
 
+from .resources import SHARED_KIB
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-# Shared memory that one program may use, in KiB, by compute capability.
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 # Stack bytes per thread are register spills. Seen: 0 up to 4,096 blocks, 16 at 8,192 (sm_80), 32 at 16,384 (sm_120).
 MAX_STACK = {"bf16": 0, "fp32": 16, 4096: 0, 8192: 16, 16384: 40}
 
