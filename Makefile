@@ -8,7 +8,7 @@ DEMO_OUT ?= demo_output
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-comfyui lint setup
+.PHONY: demo test test-comfyui locales lint setup
 
 setup: $(READY)
 
@@ -21,7 +21,12 @@ test: lint
 # The tests that start a real ComfyUI: COMFYUI_PATH is its folder, COMFYUI_PYTHON the interpreter it runs with.
 # Where either is unset they skip and say so.
 test-comfyui: $(READY)
-	$(BIN)/python -m pytest tests/nodes tests/workflows $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/nodes tests/workflows tests/browser $(PYTEST_ARGS)
+
+# locales/en/nodeDefs.json from the nodes' schemas, in that same ComfyUI; translations are then written by hand.
+locales:
+	$(COMFYUI_PYTHON) tests/nodes/in_comfy/node_texts.py "$(COMFYUI_PATH)" "$(CURDIR)" "$(COMFYUI_PATH)" \
+		locales/en/nodeDefs.json > /dev/null
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,8 +2,12 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .browser import running_server
 from .decode import LightForcingDecode
+from .encode import LightForcingEncode
 from .loader import LightForcingApply, LightForcingModelLoader
+from .report import LightForcingReport
+from .routes import register
 from .sampler import LightForcingSampler, LightForcingSamplerSelect
 from .schedule import LightForcingSchedule
 from .state import LightForcingLoadState, LightForcingSaveState
@@ -22,6 +26,8 @@ NODES: list[type[io.ComfyNode]] = [
     LightForcingLoadState,
     LightForcingVideoOutput,
     LightForcingDecode,
+    LightForcingEncode,
+    LightForcingReport,
     LightForcingSaveTextEmbeds,
     LightForcingLoadTextEmbeds,
 ]
@@ -29,6 +35,11 @@ NODES: list[type[io.ComfyNode]] = [
 
 class LightForcingExtension(ComfyExtension):
     """What ComfyUI asks for the list of nodes."""
+
+    async def on_load(self) -> None:
+        server = running_server()
+        if server is not None:
+            register(server)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

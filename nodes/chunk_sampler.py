@@ -6,7 +6,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -21,10 +21,14 @@ from tqdm.auto import tqdm
 from ..lightforcing_core.attention import AttentionOptions
 from ..lightforcing_core.causal_wan import CausalState
 from ..lightforcing_core.families import Family
-from ..lightforcing_core.kv_cache import kv_bytes
+from ..lightforcing_core.kv_storage import KVOptions
+from ..lightforcing_core.memory_plan import MemoryPlan
 from ..lightforcing_core.rollout import Chunk, Noise, Replay, StepEvent, few_step_sigmas, rollout, seeded_noise
+from ..lightforcing_core.run_record import RunRecord, RunRecorder
 from ..lightforcing_core.run_state import RunState, resume_arguments
 from ..lightforcing_core.schedule import Schedule, video_frames_of
+from .decode import FrameDecoder
+from .memory import plan_of
 from .patch import KEY, RUN, conflicting_patch, settings_of
 from .refusals import is_out_of_memory, memory_advice, unsuitable_guider, unsuitable_latents, unsuitable_sigmas
 from .timeline import PromptChange, prompts_of
@@ -41,10 +45,14 @@ class ChunkSampler(comfy.samplers.Sampler):
     arguments above are not read.
 
     on_state: called with the run's state after each finished chunk, before on_chunk with the chunk (normalised
-    latents), the steps done and the steps in all. extra_bytes: memory to ask for beside the model and the KV cache.
+    latents), the steps done and the steps in all. decoder: what decodes finished chunks; it is cut into tiles where
+    memory is short. kv: how the KV cache is kept, None chooses. on_plan: called with the plan before anything is
+    loaded. on_step: called after each denoising step, before the host's callback.
     fresh_noise: where the noise after each denoising step comes from, see `rollout`; default the run's seed.
     keep_finished: when the run is interrupted or memory runs out behind the first finished chunk, the chunks so far
     are the result, and on_cut is called with the reason.
+
+    `record` holds what the last run did, once it has ended.
     """
 
     def __init__(
@@ -58,15 +66,21 @@ class ChunkSampler(comfy.samplers.Sampler):
         run: RunState | None = None,
         on_state: Callable[[RunState], object] | None = None,
         on_chunk: Callable[[Chunk, int, int], None] | None = None,
-        extra_bytes: int = 0,
+        on_step: Callable[[StepEvent], None] | None = None,
+        decoder: FrameDecoder | None = None,
+        kv: KVOptions | None = None,
+        on_plan: Callable[[MemoryPlan], object] | None = None,
         fresh_noise: Noise | None = None,
         keep_finished: bool = False,
         on_cut: Callable[[str], None] | None = None,
     ) -> None:
         self.schedule, self.initial_latents, self.timeline = schedule, initial_latents, timeline
         self.chunk_seeds, self.replay, self.run = dict(chunk_seeds or {}), replay, run
-        self.on_state, self.on_chunk, self.extra_bytes, self.fresh_noise = on_state, on_chunk, extra_bytes, fresh_noise
-        self.keep_finished, self.on_cut = keep_finished, on_cut
+        self.on_state, self.on_chunk, self.fresh_noise = on_state, on_chunk, fresh_noise
+        self.decoder, self.kv, self.on_plan = decoder, kv, on_plan
+        self.plan: MemoryPlan | None = None
+        self.record: RunRecord | None = None
+        self.keep_finished, self.on_cut, self.on_step = keep_finished, on_cut, on_step
 
     def light_forcing_prepare(
         self, guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor, denoise_mask: Any = None, *_, **__
@@ -84,12 +98,19 @@ class ChunkSampler(comfy.samplers.Sampler):
             raise ValueError(reason)
         run, base = self._run(guider, sigmas, noise.shape, 0), guider.model_patcher.model
         run.check_model(model_text(guider.model_patcher))
-        cache, longest = self._cache_bytes(guider, run), max(run.chunk_lengths())
+        self.plan = plan = plan_of(guider.model_patcher, run, self.kv, self.decoder, saved=self.run is not None)
+        log.info("[Light Forcing] %s", plan)
+        if self.decoder is not None:
+            self.decoder.cut(plan.decode_tiles)
+        if self.on_plan is not None:
+            self.on_plan(plan)
+        needed, longest = plan.estimate, max(run.chunk_lengths())
 
         def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
             # The host's estimate grows linearly with the frames of its argument: speak in that unit.
             one_frame = base.memory_required([*noise_shape[:2], 1, *noise_shape[3:]])
-            frames = longest + (cache + self.extra_bytes) / max(one_frame, 1)
+            held = needed.cache + needed.history + max(longest * one_frame, needed.decode)
+            frames = held / max(one_frame, 1)
             return executor(model, [*noise_shape[:2], -int(-frames // 1), *noise_shape[3:]], conds, *args, **kwargs)
 
         add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare_sampling, guider.model_options, True)
@@ -115,10 +136,14 @@ class ChunkSampler(comfy.samplers.Sampler):
                 "this MODEL carries no Light Forcing patch; load it with Light Forcing Model Loader or put "
                 "Light Forcing Apply between its loader and the guider"
             )
+        plan = self.plan
+        assert plan is not None  # the patch's OUTER_SAMPLE wrapper has called light_forcing_prepare
         run = self._run(model_wrap, sigmas, noise.shape, extra_args.get("seed") or 0)
+        run = replace(run, kv_dtype=plan.kv.dtype)
         lengths, end = run.chunk_lengths(), run.finished_frames
         starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        video, noisy = torch.zeros_like(noise), noise.clone()
+        home = noise.device if plan.latents_on_device else torch.device("cpu")
+        video, noisy = torch.zeros_like(noise, device=home), noise.to(home, copy=True)
         past = run.latents
         if past is not None:
             video[:, :, :end] = past
@@ -142,17 +167,21 @@ class ChunkSampler(comfy.samplers.Sampler):
             at.done, at.total = event.done, event.total
             bar.total = event.total
             bar.update()
+            if self.on_step is not None:
+                self.on_step(event)
             if callback is not None:
                 callback(event.done - 1, video.clone(), noisy, event.total)
 
         bar = tqdm(disable=disable_pbar, desc="Light Forcing")
+        recorder = RunRecorder(self._facts(model_wrap.model_patcher, run, plan))
         try:
             chunks = rollout(
                 inner.diffusion_model,
-                **{**resume_arguments(run, replay=self.replay), "noise": draw},
+                **{**resume_arguments(run, replay=self.replay), "noise": draw, "kv": plan.kv},
                 denoise=denoise,
                 dense_attention=_host_attention,
                 on_step=on_step,
+                recorder=recorder,
                 dtype=inner.get_dtype_inference(),
                 device=noise.device,
             )
@@ -167,18 +196,37 @@ class ChunkSampler(comfy.samplers.Sampler):
                         self.on_chunk(chunk, at.done, at.total)
                     at.in_output = None
         except (comfy.model_management.InterruptProcessingException, Exception) as error:
-            self._accept_end(error, at, run, model_wrap)
+            self._accept_end(error, at, run, plan)
             video = video[:, :, : at.end].clone()
         finally:
             model_wrap.cfg = guidance
             options.pop(RUN, None)
             bar.close()
             seconds = time.perf_counter() - begun
-            plan = "saved run" if self.run else self.schedule.title if self.schedule else "the family's schedule"
-            log.info("[Light Forcing] %s, %d of %d chunks in %.1f s", plan, at.finished, at.wanted, seconds)
+            recipe = self._recipe()
+            log.info("[Light Forcing] %s, %d of %d chunks in %.1f s", recipe, at.finished, at.wanted, seconds)
+        self.record = recorder.finish(frames=at.end)
         return video
 
-    def _accept_end(self, error: BaseException, at: "_Progress", run: RunState, guider: Any) -> None:
+    def _recipe(self) -> str:
+        return "saved run" if self.run else self.schedule.title if self.schedule else "the family's schedule"
+
+    def _facts(self, model: ModelPatcher, run: RunState, plan: MemoryPlan) -> dict[str, str]:
+        """What a report says of the run besides its record."""
+        settings = settings_of(model)
+        batch, _, frames, height, width = run.latent_shape
+        videos = "" if batch == 1 else f"{batch} videos of "
+        sinks = f", {run.sink_frames} of them sinks" if run.sink_frames else ""
+        return {
+            "model": f"{settings.family.title if settings else 'unknown'}, {run.model}",
+            "video": f"{videos}{video_frames_of(frames)} frames ({frames} latent) at {8 * width}×{8 * height}",
+            "schedule": self._recipe(),
+            "sees": "everything" if run.window is None else f"{run.window} latent frames{sinks}",
+            "seed": str(run.seed),
+            "memory": str(plan.kv),
+        }
+
+    def _accept_end(self, error: BaseException, at: "_Progress", run: RunState, plan: MemoryPlan) -> None:
         """Return when the finished chunks shall be the result; else raise what the host shall see."""
         interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
         if interrupted and at.in_output:  # so that LATENT and frames end together
@@ -192,7 +240,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         reason = f"cancelled after {made}"
         if not interrupted:
             decoding = at.in_output is not None
-            advice = memory_advice(run, self._cache_bytes(guider, run), decoding=decoding)
+            advice = memory_advice(run, plan, decoding=decoding)
             reason = f"out of memory while {'decoding' if decoding else 'sampling'} a chunk, after {made}; {advice}"
         if not (self.keep_finished and at.finished):
             raise error if interrupted else comfy.model_management.OOM_EXCEPTION(reason) from error
@@ -253,21 +301,6 @@ class ChunkSampler(comfy.samplers.Sampler):
                 f"the model's family to unknown"
             )
         return schedule
-
-    def _cache_bytes(self, guider: Any, run: RunState) -> int:
-        """Bytes of the run's KV cache, with guidance of both."""
-        dit = guider.model_patcher.get_model_object("diffusion_model")
-        batch, _, frames, height, width = run.latent_shape
-        one = kv_bytes(
-            len(dit.blocks),
-            batch,
-            min(run.window or frames, frames),
-            (height // 2) * (width // 2),
-            dit.num_heads,
-            dit.dim // dit.num_heads,
-            guider.model_patcher.model.get_dtype_inference(),
-        )
-        return one if run.cfg == 1.0 else 2 * one
 
 
 @dataclass

@@ -9,7 +9,6 @@ import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
-import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -23,14 +22,20 @@ from ..lightforcing_core.schedule import Schedule
 from .chunk_outputs import ChunkOutputs
 from .chunk_sampler import ChunkSampler, model_text
 from .decode import FrameDecoder
+from .device_memory import memory_for_a_run
+from .live_view import LiveView, ProgressLine, tell
+from .memory import KV_CACHES, kv_cache_input
 from .patch import KEY, settings_of
 from .per_chunk import numbers_per_chunk
+from .report import RECORD
 from .schedule import ScheduleType
 from .state import StateFile, StateType
 from .timeline import PromptChange, TimelineType
 from .video_output import VideoFiles, VideoOutput, VideoOutputType, graph_metadata
 
-MAX_SEED = 0xFFFFFFFFFFFFFFFF
+MAX_SEED, MAX_CFG = 0xFFFFFFFFFFFFFFFF, 30.0
+OPEN = object()  # an input that nothing is connected to
+VIDEO_WITHOUT_VAE = "video_output is connected, but no vae is there to make frames; connect Load VAE to vae"
 HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 # Runs of each node that were cut short: their results are kept, but the next queueing must not be answered with them.
 _CUT_SHORT: Counter[str | None] = Counter()
@@ -76,6 +81,7 @@ def run_inputs() -> list[io.Input]:
             tooltip="On: a run that is cancelled or runs out of memory returns its finished chunks, a shorter video, "
             "and the nodes behind it run. Off: it ends there, as in other samplers, and the chunks are lost.",
         ),
+        kv_cache_input(),
     ]
 
 
@@ -124,8 +130,8 @@ class LightForcingSampler(io.ComfyNode):
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="Wan 2.1 VAE or LightVAE: decodes while sampling and fills IMAGE. Left open: decode LATENT "
-                    "afterwards.",
+                    tooltip="Wan 2.1 VAE, LightVAE or a TAE: decodes while sampling and fills IMAGE. Left open: decode "
+                    "LATENT afterwards.",
                 ),
                 io.Latent.Input(
                     "start_latent",
@@ -156,9 +162,10 @@ class LightForcingSampler(io.ComfyNode):
                     "cfg",
                     default=1.0,
                     min=0.0,
-                    max=30.0,
+                    max=MAX_CFG,
                     step=0.1,
                     optional=True,
+                    advanced=True,
                     tooltip="Strength of the prompt over the negative one. 1 for all distilled checkpoints; another "
                     "value, for undistilled ones, doubles time and KV cache and needs negative.",
                 ),
@@ -179,6 +186,29 @@ class LightForcingSampler(io.ComfyNode):
             hidden=HIDDEN,
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        cfg: float | None = 1.0,
+        chunk_seeds: str | None = "",
+        negative: Any = OPEN,
+        vae: Any = OPEN,
+        video_output: Any = OPEN,
+        state: Any = OPEN,
+    ) -> bool:
+        """Refuse what cannot be met before anything runs; what comes over a link is None here.
+
+        Raises ValueError, which the host shows once; a returned reason it repeats for every input.
+        """
+        numbers_per_chunk(chunk_seeds or "", "chunk_seeds", int, lists=False)
+        if cfg is not None and not 0.0 <= cfg <= MAX_CFG:
+            raise ValueError(f"cfg {cfg:g} is outside 0 to {MAX_CFG:g}; use 1 for distilled checkpoints")
+        if cfg not in (None, 1.0) and negative is OPEN and state is OPEN:
+            raise ValueError(f"cfg {cfg:g} needs a negative prompt; connect one, or set cfg to 1")
+        if video_output is not OPEN and vae is OPEN:
+            raise ValueError(VIDEO_WITHOUT_VAE)
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> int:
@@ -203,6 +233,7 @@ class LightForcingSampler(io.ComfyNode):
         chunk_seeds: str = "",
         replay: Replay = "all",
         keep_finished: bool = True,
+        kv_cache: str = "auto",
     ) -> io.NodeOutput:
         settings = settings_of(model)
         if settings is None:
@@ -211,7 +242,7 @@ class LightForcingSampler(io.ComfyNode):
                 "Forcing Apply behind its loader"
             )
         if video_output is not None and vae is None:
-            raise ValueError("video_output is connected, but no vae is there to make frames; connect Load VAE to vae")
+            raise ValueError(VIDEO_WITHOUT_VAE)
         latents = empty_latents(model, latent)
         run = state.continued(latents.shape) if state else None
         if run is not None:
@@ -227,6 +258,7 @@ class LightForcingSampler(io.ComfyNode):
             replay=replay,
             run=run,
             keep_finished=keep_finished,
+            kv=KV_CACHES[kv_cache],
             on_cut=told.append,
         )
         guider = comfy.samplers.CFGGuider(model)
@@ -236,17 +268,19 @@ class LightForcingSampler(io.ComfyNode):
             guider.inner_set_conds({"negative": negative or []})
         levels = run.sigmas if run else few_step_sigmas(denoising_steps(settings.family, steps), settings.family.shift)
         frames = files = None
+        live = LiveView(model, latents.shape, decodes=vae is not None)
+        sampler.on_step, sampler.on_plan = live.step, live.plan
         with contextlib.ExitStack() as stack:
             if vae is not None and latents.ndim == 5:
                 keep = video_output is None or video_output.keep_images
                 frames = FrameDecoder(vae, latents.shape, keep=keep)
-                sampler.extra_bytes = frames.bytes_needed
+                sampler.decoder = frames
                 guider.model_patcher = with_vae(model, vae)
                 guider.model_options = guider.model_patcher.model_options
                 if video_output is not None:
                     files = stack.enter_context(video_files(video_output, latents, cls))
                 before = run.latents if run else initial
-                outputs = ChunkOutputs(frames, before, normalised=run is not None, files=files)
+                outputs = ChunkOutputs(frames, before, normalised=run is not None, live=live, files=files)
                 sampler.on_chunk = outputs
             if state is not None:
                 path = stack.enter_context(state.opened())
@@ -254,6 +288,7 @@ class LightForcingSampler(io.ComfyNode):
             if run is not None and run.is_complete:
                 video = finished_video(model, run)
                 if frames is not None:
+                    frames.cut_to_fit(memory_for_a_run(vae.device))
                     comfy.model_management.load_models_gpu([vae.patcher], memory_required=frames.bytes_needed)
                     outputs.add_before(latents.shape[0])
             else:
@@ -263,16 +298,19 @@ class LightForcingSampler(io.ComfyNode):
                     sampler,
                     torch.tensor(levels),
                     denoise_mask=latent.get("noise_mask"),
-                    callback=latent_preview.prepare_callback(model, len(levels) - 1),
+                    callback=live.callback,
                     disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
                     seed=seed,
                 )
+            live.end()
             if told and files is not None:
                 files.cut_short(told[0])
         if told:
             _CUT_SHORT[cls.hidden.unique_id] += 1
-            tell(cls, told[0])
-        made = {"samples": video.to(comfy.model_management.intermediate_device())}
+            tell(told[0])
+        made: dict[str, Any] = {"samples": video.to(comfy.model_management.intermediate_device())}
+        if sampler.record is not None:
+            made[RECORD] = sampler.record
         images = None if frames is None else frames.images()
         if images is None:
             images = ExecutionBlocker(
@@ -320,19 +358,24 @@ class LightForcingSamplerSelect(io.ComfyNode):
         timeline: Sequence[PromptChange] = (),
         replay: Replay = "all",
         keep_finished: bool = True,
+        kv_cache: str = "auto",
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
 
         def on_cut(reason: str) -> None:
             _CUT_SHORT[node_id] += 1
 
+        line = ProgressLine()
         sampler = ChunkSampler(
             schedule,
             initial_latents=start_latent["samples"] if start_latent else None,
             timeline=timeline,
             replay=replay,
             keep_finished=keep_finished,
+            kv=KV_CACHES[kv_cache],
             on_cut=on_cut,
+            on_plan=line.plan,
+            on_step=line,
         )
         return io.NodeOutput(sampler)
 
@@ -396,12 +439,3 @@ def shown(files: VideoFiles | None, told: list[str]) -> dict[str, Any] | None:
     if told:
         found["text"] = tuple(told)
     return found or None
-
-
-def tell(node: type[io.ComfyNode], text: str) -> None:
-    """Write a line on the node while it is still on the screen."""
-    from server import PromptServer  # the running server; imported here because scripts use the nodes without one
-
-    server = getattr(PromptServer, "instance", None)
-    if server is not None and node.hidden.unique_id is not None:
-        server.send_progress_text(text, node.hidden.unique_id)

@@ -1,22 +1,36 @@
 """The schedule node: how the video falls into chunks and how sparse each may be, with the curve on the node."""
 
 import importlib.util
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
-from ..lightforcing_core.families import FAMILIES
+from ..lightforcing_core.cost import clip_cost
+from ..lightforcing_core.families import FAMILIES, Family, SinkRope, guess_family
 from ..lightforcing_core.growth import CURVES
-from ..lightforcing_core.report import plot_schedule
+from ..lightforcing_core.report import plot_schedule, schedule_costs
 from ..lightforcing_core.schedule import Schedule, latent_frames_of
+from .browser import page_draws_schedules, running_server
 from .patch import settings_of
 from .per_chunk import numbers_per_chunk
 
 ScheduleType = io.Custom("LIGHTFORCING_SCHEDULE")
-AUTO, DENSE, CUSTOM = "auto", "dense", "custom"
+AUTO, DENSE, CUSTOM, GENTLE = "auto", "dense", "custom", "gentle"
+FOLLOWING = (AUTO, DENSE, GENTLE)  # presets that take their chunks and window from the connected model
+# What Light Forcing's authors run on H100, where dense attention is fast: 80 % instead of 88 and 85 %.
+H100: dict[str, Family] = {
+    f"{family.id}_h100": replace(family, title=f"{family.title}, H100 setting", target=0.8, base=0.9)
+    for family in (FAMILIES["light_forcing_short"], FAMILIES["light_forcing_long"])
+}
+PUBLISHED = FAMILIES | H100
+SINK_ROPES = get_args(SinkRope)
+GENTLE_TARGET, GENTLE_BASE = 0.6, 0.7  # what checkpoints bear that were never trained sparse
+LONG = 961  # stands for a length that is only known when the graph runs
 
 
 class LightForcingSchedule(io.ComfyNode):
@@ -46,14 +60,17 @@ class LightForcingSchedule(io.ComfyNode):
                         *(io.DynamicCombo.Option(family, []) for family in FAMILIES),
                         io.DynamicCombo.Option(DENSE, []),
                         io.DynamicCombo.Option(CUSTOM, custom_inputs()),
+                        *(io.DynamicCombo.Option(name, []) for name in H100),
+                        io.DynamicCombo.Option(GENTLE, []),
                     ],
                     tooltip="auto: what the connected model's checkpoint was published with. dense: the same chunks "
-                    "and window, nothing skipped (slower, the reference for quality). custom: your own.",
+                    "and window, nothing skipped (slower, the reference for quality). gentle: the same chunks and "
+                    "window, 60 % skipped, safe for checkpoints that were not trained sparse. custom: your own.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The patched model, for auto and dense: its checkpoint family decides the values.",
+                    tooltip="The patched model, for auto, dense and gentle: its checkpoint family decides the values.",
                 ),
             ],
             outputs=[
@@ -65,9 +82,27 @@ class LightForcingSchedule(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, length: int | None, preset: dict[str, Any] | None = None, **_: Any) -> bool:
+        """Refuse what cannot be met before anything runs; what comes over a link is None here.
+
+        Raises ValueError, which the host shows once; a returned reason it repeats for every input.
+        """
+        if preset is None:
+            raise ValueError(f"this preset does not exist; use {AUTO}, {DENSE}, {GENTLE}, {CUSTOM} or a family")
+        if length is not None:
+            latent_frames_of(length)
+        linked = [name for name, value in preset.items() if value is None and name != "sparsity"]
+        if preset["preset"] == CUSTOM and not linked:
+            if length is None:  # only what holds for any long video can be said
+                length, preset = LONG, preset | {"sparsity": ""}
+            schedule_from(length, preset, None)
+        return True
+
+    @classmethod
     def execute(cls, length: int, preset: dict[str, Any], model: ModelPatcher | None = None) -> io.NodeOutput:
-        schedule = schedule_from(length, dict(preset), model)
-        return io.NodeOutput(schedule, ui=picture_of(schedule, cls))
+        settings = settings_of(model) if model is not None else None
+        schedule = schedule_from(length, preset, settings.family if settings else None)
+        return io.NodeOutput(schedule, ui=None if page_draws_schedules(running_server()) else picture_of(schedule, cls))
 
 
 def custom_inputs() -> list[io.Input]:
@@ -100,8 +135,9 @@ def custom_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "sink_rope",
-            options=["fixed", "follow"],
-            default="fixed",
+            options=list(SINK_ROPES),
+            default=SINK_ROPES[0],
+            advanced=True,
             tooltip="Where sinks stand in time once the window has moved on: at the start (LongLive) or right before "
             "the window (Infinite Forcing, Light Forcing long).",
         ),
@@ -127,6 +163,7 @@ def custom_inputs() -> list[io.Input]:
             "curve",
             options=list(CURVES),
             default=CURVES[0],
+            advanced=True,
             tooltip="How sparsity grows from chunk to chunk. All meet the target; constant does not grow.",
         ),
         io.Int.Input(
@@ -135,39 +172,79 @@ def custom_inputs() -> list[io.Input]:
             min=0,
             max=1000,
             step=1,
+            advanced=True,
             tooltip="Chunks at the start that skip nothing: errors made there are inherited by the whole video.",
         ),
         io.String.Input(
             "sparsity",
             default="",
             optional=True,
+            advanced=True,
             tooltip="Sparsity of single chunks instead of the curve's, such as 3: 0.5, 7: 0.8 or a plain list from "
             "chunk 0 on. The target then holds for the curve without them. Empty: the curve alone.",
         ),
     ]
 
 
-def schedule_from(length: int, preset: dict[str, Any], model: ModelPatcher | None) -> Schedule:
-    """The schedule that the node's inputs describe. Raises ValueError for one that cannot be met."""
+def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None) -> Schedule:
+    """The schedule that the node's inputs describe; `family`: the connected model's, if any.
+
+    Raises ValueError for one that cannot be met.
+    """
     frames = latent_frames_of(length)
-    name = preset.pop("preset")
+    settings = dict(preset)
+    name = settings.pop("preset")
     if name == CUSTOM:
-        target, window = preset.pop("target"), preset.pop("window")
-        own = numbers_per_chunk(preset.pop("sparsity", None) or "", "sparsity", float, lists=True)
+        target, window = settings.pop("target"), settings.pop("window")
+        own = numbers_per_chunk(settings.pop("sparsity", None) or "", "sparsity", float, lists=True)
         overrides = tuple(sorted(own.items()))
+        if settings["sink_rope"] not in SINK_ROPES:
+            raise ValueError(f"sink_rope {settings['sink_rope']} is not known; use {' or '.join(SINK_ROPES)}")
         return Schedule(
-            frames, window=window or None, target=target or None, title=CUSTOM, overrides=overrides, **preset
+            frames, window=window or None, target=target or None, title=CUSTOM, overrides=overrides, **settings
         )
-    if name in FAMILIES:
-        return Schedule.of_family(FAMILIES[name], frames)
-    settings = settings_of(model) if model is not None else None
-    if settings is None:
+    if name in PUBLISHED:
+        return Schedule.of_family(PUBLISHED[name], frames)
+    if family is None:
         raise ValueError(
             f"preset {name} follows the checkpoint, but no patched model is connected; connect the MODEL of Light "
             f"Forcing Model Loader or Light Forcing Apply, or choose the checkpoint's family"
         )
-    schedule = Schedule.of_family(settings.family, frames)
-    return schedule if name == AUTO else schedule.dense()
+    if name == GENTLE:
+        family = replace(family, title=f"{family.title}, gentle", target=GENTLE_TARGET, base=GENTLE_BASE)
+    schedule = Schedule.of_family(family, frames)
+    return schedule.dense() if name == DENSE else schedule
+
+
+def schedule_numbers(
+    length: int, preset: Mapping[str, Any], family: str | None = None, file: str | None = None
+) -> dict[str, Any]:
+    """What the plot on the canvas shows, in JSON types; `follows` where only the running graph knows the model.
+
+    family, file: of the connected model as far as the canvas knows them, as in Light Forcing Model Loader. Raises
+    ValueError for a schedule that cannot be met.
+    """
+    known = None
+    if family in FAMILIES:
+        known = FAMILIES[family]
+    elif file is not None:
+        known = guess_family(file)
+    if preset["preset"] in FOLLOWING and known is None:
+        return {"follows": "the connected model decides when the graph runs"}
+    schedule = schedule_from(length, preset, known)
+    lengths = schedule.chunk_lengths()
+    sparsities = schedule.sparsities() or [0.0] * len(lengths)
+    cost = clip_cost(schedule_costs(sparsities, lengths, schedule.window))
+    return {
+        "title": schedule.title,
+        "lengths": lengths,
+        "sparsities": sparsities,
+        "target": schedule.target,
+        "window": schedule.window,
+        "sink_frames": schedule.sink_frames,
+        "attention_ratio": cost.attention_ratio,
+        "model_ratio": cost.model_ratio,
+    }
 
 
 def picture_of(schedule: Schedule, node: type[io.ComfyNode]) -> Any:

@@ -17,6 +17,8 @@ NODES = {
     "LightForcingLoadState",
     "LightForcingVideoOutput",
     "LightForcingDecode",
+    "LightForcingEncode",
+    "LightForcingReport",
     "LightForcingSaveTextEmbeds",
     "LightForcingLoadTextEmbeds",
 }
@@ -62,11 +64,12 @@ def test_every_number_is_bounded_and_every_widget_has_a_default(info):
                 assert "default" in options, f"{name}.{field}"
 
 
-def test_every_node_has_a_help_page_that_names_its_inputs(info, server):
+def test_every_node_has_help_pages_that_name_its_inputs(info, server):
     for name, node in info.items():
-        page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
-        for field, _, _ in inputs_of(node["input"]):
-            assert f"`{field}`" in page, f"{name}.md does not mention {field}"
-        url = f"{server.url}/extensions/Renamed_pack-2/docs/{name}.md"
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            assert answer.read().decode() == page
+        for place in (f"{name}.md", f"{name}/zh.md"):
+            page = (DOCS / place).read_text(encoding="utf-8")
+            for field, _, _ in inputs_of(node["input"]):
+                assert f"`{field}`" in page, f"{place} does not mention {field}"
+            url = f"{server.url}/extensions/Renamed_pack-2/docs/{place}"
+            with urllib.request.urlopen(url, timeout=30) as answer:
+                assert answer.read().decode() == page

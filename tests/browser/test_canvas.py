@@ -1,0 +1,182 @@
+"""What the artist sees: templates that open whole, a plot that follows the widgets, a video that grows."""
+
+import itertools
+import re
+import time
+
+import pytest
+
+from ..nodes.graphs import HEIGHT, WIDTH
+from .tiny import NAMES, node_id, tiny_text_to_video, workflow
+
+LENGTH = 45  # video frames: four chunks
+SEEDS = itertools.count(100)
+PLOT = "app.rootGraph.getNodeById({id}).lightForcingPlot"
+VIEW = "app.rootGraph.getNodeById({id}).lightForcingView"
+SET_WIDGET = """([id, name, value]) => {
+    const widget = app.rootGraph.getNodeById(id).widgets.find((one) => one.name === name);
+    widget.value = value;
+    widget.callback?.(value);
+}"""
+# How much of the plot is drawn in the colour of its bars.
+BARS = """(id) => {
+    const { canvas } = app.rootGraph.getNodeById(id).lightForcingPlot;
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    let count = 0;
+    for (let at = 0; at < data.length; at += 4)
+        if (Math.abs(data[at] - 0x3b) < 8 && Math.abs(data[at + 1] - 0x7d) < 8 && data[at + 3] > 60) count += 1;
+    return count / (canvas.width * canvas.height);
+}"""
+
+
+@pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
+def test_templates_open_from_browse_templates_with_nothing_missing(canvas, models, media):
+    page = canvas.page
+    for name in NAMES:
+        canvas.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        page.wait_for_selector('[data-testid="template-workflows-content"]')
+        page.get_by_text("Renamed_pack-2", exact=True).first.click()
+        card = page.locator(f'[data-testid="template-workflow-{name}"]')
+        card.wait_for()
+        page.wait_for_function(
+            "(name) => document.querySelector(`[data-testid='template-workflow-${name}'] img`)?.naturalWidth > 0",
+            arg=name,
+        )
+        canvas.screenshot(f"templates_{name}")
+        card.click()
+        document = workflow(name)
+        canvas.wait_for(f"app.rootGraph.nodes.length === {len(document['nodes'])}")
+        assert [node for node in canvas.nodes() if not node["known"]] == []
+        assert sorted(node["type"] for node in canvas.nodes()) == sorted(node["type"] for node in document["nodes"])
+        wanted = [model for node in document["nodes"] for model in node["properties"].get("models", ())]
+        there = [(models / "models" / model["directory"] / model["name"]).exists() for model in wanted]
+        page.get_by_role("button", name=re.compile("Show missing models|See Errors")).click()
+        downloads = page.get_by_text("Download", exact=True)
+        downloads.first.wait_for()
+        assert downloads.count() == len(wanted) - sum(there) > 0
+        canvas.screenshot(f"opened_{name}")
+
+
+def test_plot_follows_the_widgets(canvas):
+    document = tiny_text_to_video(81)
+    schedule, length = node_id(document, "LightForcingSchedule"), node_id(document, "PrimitiveInt")
+    loader = node_id(document, "LightForcingModelLoader")
+    canvas.open_graph(document)
+    plot = PLOT.format(id=schedule)
+
+    def shown(condition):
+        canvas.wait_for(f"(() => {{ const n = {plot}?.numbers; return n && ({condition}); }})()")
+        numbers = canvas.evaluate(f"() => {plot}.numbers")
+        return numbers, canvas.evaluate(BARS, schedule)
+
+    auto, gentle_bars = shown("n.title === 'Self Forcing' && n.lengths.length === 7")
+    assert auto["target"] == 0.6
+    canvas.evaluate(SET_WIDGET, [schedule, "preset", "light_forcing_short"])
+    sparse, sparse_bars = shown("n.target === 0.88")
+    assert sparse["attention_ratio"] < auto["attention_ratio"]
+    assert sparse_bars > 1.2 * gentle_bars > 0
+    canvas.evaluate(SET_WIDGET, [schedule, "preset", "dense"])
+    assert shown("n.target === null")[1] < 0.3 * gentle_bars
+    canvas.evaluate(SET_WIDGET, [schedule, "preset", "custom"])
+    custom, _ = shown("n.title === 'custom'")
+    canvas.evaluate(SET_WIDGET, [schedule, "preset.target", 0.3])
+    lower, _ = shown("n.target === 0.3")
+    assert lower["model_ratio"] > custom["model_ratio"]
+    canvas.evaluate(SET_WIDGET, [schedule, "preset.window", 2])
+    assert "use at least 3" in shown("n.error")[0]["error"]
+    canvas.screenshot("plot_error")
+    canvas.evaluate(SET_WIDGET, [schedule, "preset.window", 0])
+    canvas.evaluate(SET_WIDGET, [length, "value", 33])
+    shown("n.lengths?.length === 3")
+    canvas.evaluate(SET_WIDGET, [schedule, "preset", "auto"])
+    canvas.evaluate(SET_WIDGET, [loader, "model_name", "long_video_gen.pt"])
+    assert shown("n.title === 'Light Forcing, long video'")[0]["window"] == 12
+    canvas.screenshot("plot")
+
+
+def test_custom_schedule_survives_saving(canvas):
+    document = tiny_text_to_video(LENGTH)
+    schedule = node_id(document, "LightForcingSchedule")
+    canvas.open_graph(document)
+    canvas.wait_for(f"{PLOT.format(id=schedule)}?.numbers")
+    canvas.evaluate(SET_WIDGET, [schedule, "preset", "custom"])
+    canvas.evaluate(SET_WIDGET, [schedule, "preset.window", 9])
+    canvas.evaluate(SET_WIDGET, [schedule, "preset.target", 0.45])
+    saved = canvas.evaluate("() => app.rootGraph.serialize()")
+    (node,) = [node for node in saved["nodes"] if node["id"] == schedule]
+    assert len(node["widgets_values"]) == 11  # length, preset and its nine settings; the plot stores nothing
+    canvas.evaluate("() => app.rootGraph.clear()")
+    canvas.open_graph(saved)
+    canvas.wait_for(f"{PLOT.format(id=schedule)}?.numbers?.window === 9")
+    prompt = canvas.evaluate("async () => (await app.graphToPrompt()).output")
+    inputs = prompt[str(schedule)]["inputs"]
+    assert (inputs["preset.window"], inputs["preset.target"]) == (9, 0.45)
+    assert not [name for name in inputs if "plot" in name]
+
+
+def test_video_grows_on_the_sampler_and_ends_on_the_canvas(canvas):
+    document = tiny_text_to_video(LENGTH, seed=next(SEEDS))
+    sampler = node_id(document, "LightForcingSampler")
+    canvas.open_graph(document)
+    view, seen = VIEW.format(id=sampler), []
+    lines = f"app.rootGraph.getNodeById({sampler}).widgets.find((one) => one.name === '$$node-text-preview')?.value"
+    canvas.wait_for(f"{PLOT.format(id=node_id(document, 'LightForcingSchedule'))}?.numbers")
+    canvas.evaluate("() => app.queuePrompt(0, 1)")
+    said, end = set(), time.monotonic() + 120
+    while time.monotonic() < end:
+        until, pictures, live, line = canvas.evaluate(
+            f"() => [{view}?.until ?? 0, {view}?.cells.length ?? 0, {view}?.live ?? true, {lines} ?? '']"
+        )
+        if until and (until, pictures) not in seen:
+            seen.append((until, pictures))
+            canvas.screenshot(f"growing_{len(seen)}")
+        said.add(line)
+        if not live:
+            break
+    lengths = [until for until, _ in seen]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) >= 3
+    assert seen[-1] == (LENGTH, (LENGTH + 1) // 2)  # every second frame of the whole video, decoded
+    assert any(re.match(r"chunk \d/4 · step \d/4 · (\d+\.\d s per chunk · )?density \d+ %", line) for line in said)
+    first = canvas.evaluate(f"() => {view}.canvas.toDataURL()")
+    canvas.wait_for(f"{view}.canvas.toDataURL() !== {first!r}")  # it plays
+    canvas.wait_for("[...document.querySelectorAll('video')].some((video) => video.videoWidth > 0)")
+    size = canvas.evaluate("() => { const v = document.querySelector('video'); return [v.videoWidth, v.videoHeight]; }")
+    assert size == [WIDTH, HEIGHT]
+    canvas.screenshot("done")
+
+
+@pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
+def test_switched_off_the_hosts_own_preview_is_shown(canvas):
+    document = tiny_text_to_video(LENGTH - 4, seed=next(SEEDS))
+    sampler, schedule = node_id(document, "LightForcingSampler"), node_id(document, "LightForcingSchedule")
+    setting = "app.extensionManager.setting.set('LightForcing.LiveView', {})"
+    canvas.evaluate(f"() => {setting.format('false')}")
+    canvas.open_graph(document)
+    canvas.evaluate("() => { window.sheets = 0; app.api.addEventListener('b_preview', () => (window.sheets += 1)); }")
+    canvas.evaluate("() => app.queuePrompt(0, 1)")
+    canvas.wait_for("[...document.querySelectorAll('video')].some((video) => video.videoWidth > 0)", seconds=120)
+    assert canvas.evaluate("() => window.sheets") >= 3
+    assert canvas.evaluate(f"() => {VIEW.format(id=sampler)} === undefined")
+    assert canvas.evaluate(f"() => app.nodeOutputs[{schedule}]") is None  # the plot is there without a picture
+    canvas.screenshot("stock")
+    canvas.evaluate(f"() => {setting.format('true')}")
+
+
+@pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
+def test_blueprint_is_in_the_node_library_and_runs_as_one_node(canvas):
+    page, name = canvas.page, "Light Forcing text to video"
+    canvas.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')")
+    page.locator('input[placeholder^="Search"]').first.fill(name)
+    page.get_by_text(name).first.click()
+    page.mouse.click(900, 500)
+    canvas.wait_for("app.rootGraph.nodes.length === 1")
+    assert [node for node in canvas.nodes() if not node["known"]] == []
+    inside = "app.rootGraph.nodes[0].subgraph.nodes.find((node) => node.type === 'LightForcingSchedule')"
+    canvas.wait_for(f"{inside}.lightForcingPlot.numbers?.lengths?.length === 7")  # read across the subgraph's border
+    canvas.screenshot("blueprint")
+    prompt = canvas.evaluate("async () => (await app.graphToPrompt()).output")
+    kinds = {node["class_type"]: node["inputs"] for node in prompt.values()}
+    assert {"LightForcingModelLoader", "LightForcingSchedule", "LightForcingSampler", "CreateVideo"} <= set(kinds)
+    assert kinds["EmptyARVideoLatent"]["length"] == kinds["LightForcingSchedule"]["length"] == 81
+    assert kinds["CLIPTextEncode"]["text"].startswith("A red panda")

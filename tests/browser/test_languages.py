@@ -1,0 +1,78 @@
+"""The canvas in Chinese: titles, widgets and help pages are in the reader's language, English ones where none is."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from .conftest import Canvas
+
+ROOT = Path(__file__).resolve().parents[2]
+GRAPH = json.loads((ROOT / "workflows" / "text_to_video_5s.json").read_text(encoding="utf-8"))
+TEXTS = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def speaking(server, browser, tmp_path):
+    """Open the frontend in a language; the host's first language comes back afterwards."""
+    opened = []
+
+    def in_language(language):
+        server.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Locale": language})
+        opened.append(Canvas(browser.new_page(viewport={"width": 1600, "height": 1000}), server.url, tmp_path))
+        return opened[-1]
+
+    yield in_language
+    server.post("/settings", {"Comfy.Locale": "en"})
+    for canvas in opened:
+        canvas.page.close()
+
+
+def labels_of(canvas, kind):
+    """{name: label} of a node's widgets."""
+    return canvas.evaluate(
+        """(kind) => Object.fromEntries(
+            app.rootGraph.nodes.find((node) => node.type === kind).widgets.map((one) => [one.name, one.label]))""",
+        kind,
+    )
+
+
+def open_help(canvas, kind):
+    """Select the node and press the selection's info button; the text of the page that comes."""
+    canvas.evaluate("(kind) => app.canvas.selectNode(app.rootGraph.nodes.find((one) => one.type === kind))", kind)
+    canvas.page.locator(".selection-toolbox button:has([class*='info'])").first.click()
+    page = canvas.page.locator(".node-help-content")
+    page.locator("h1").wait_for(timeout=30000)
+    return page.inner_text()
+
+
+def test_titles_widgets_and_help_are_chinese(speaking):
+    canvas = speaking("zh")
+    canvas.open_graph(GRAPH)
+    for kind, name in (("LightForcingSampler", "seed"), ("LightForcingSchedule", "length")):
+        assert labels_of(canvas, kind)[name] == TEXTS[kind]["inputs"][name]["name"]
+    text = open_help(canvas, "LightForcingSampler")
+    assert text.startswith(TEXTS["LightForcingSampler"]["display_name"])
+    assert "kv_cache（KV 缓存）" in text
+    canvas.screenshot("zh")
+
+
+def test_inputs_of_a_preset_have_their_labels(speaking):
+    canvas = speaking("zh")
+    canvas.evaluate(
+        """() => {
+            const node = LiteGraph.createNode("LightForcingSchedule");
+            app.graph.add(node);
+            node.widgets.find((one) => one.name === "preset").value = "custom";
+        }"""
+    )
+    labels = labels_of(canvas, "LightForcingSchedule")
+    for field in ("target", "window", "sink_rope", "sparsity"):
+        assert labels[f"preset.{field}"] == TEXTS["LightForcingSchedule"]["inputs"][f"preset_{field}"]["name"]
+
+
+def test_other_languages_fall_back_to_english(speaking):
+    canvas = speaking("fr")
+    canvas.open_graph(GRAPH)
+    assert labels_of(canvas, "LightForcingSampler")["steps"] == "steps"
+    assert open_help(canvas, "LightForcingSampler").startswith("Light Forcing Sampler")

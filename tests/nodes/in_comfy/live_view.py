@@ -1,0 +1,47 @@
+"""The live view beside another pack's previewer, and its budget under a clock that is set by hand; facts as JSON."""
+
+import json
+import time
+
+from host import load, noise_of, room, sample  # first: it finds ComfyUI
+
+import latent_preview  # isort: skip
+
+live_view = room("nodes.live_view")
+settings_from = room("nodes.loader").settings_from
+patched = room("nodes.patch").patched
+ChunkSampler = room("nodes.chunk_sampler").ChunkSampler
+
+facts = {"foreign shapes": [], "foreign filled": []}
+
+
+class ForeignPreviewer(latent_preview.LatentPreviewer):
+    def decode_latent_to_preview_image(self, preview_format, x0):
+        facts["foreign shapes"].append(list(x0.shape))
+        facts["foreign filled"].append(int((x0[0].abs().amax((0, 2, 3)) > 0).sum()))
+
+
+model = patched(load("tiny_wan.safetensors"), settings_from("", "auto", "auto", "64", -1, -1, -1))
+noise = noise_of((1, 16, 6, 8, 12))
+
+latent_preview.get_previewer = lambda *arguments: ForeignPreviewer()
+live = live_view.LiveView(model, noise.shape, decodes=True)
+ours = []
+live_view.Sheet.add = lambda self, stretch: ours.append(stretch)
+sample(model, ChunkSampler(on_step=live.step), noise, callback=live.callback)
+facts["ours beside a foreign previewer"] = len(ours)
+
+now = 100.0
+time.perf_counter = lambda: now
+budget = live_view.Budget()
+facts["shown at first"] = budget.allows()
+with budget.spending(shown=True):
+    now += 0.1
+now += 1.0
+facts["refused while over budget"] = not budget.allows()
+now += 0.1 / live_view.SHARE
+facts["shown again when the run has gone on"] = budget.allows()
+with budget.spending(shown=True):
+    pass
+facts["refused within the pause"] = not budget.allows()
+print(json.dumps(facts))

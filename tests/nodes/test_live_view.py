@@ -1,0 +1,181 @@
+"""What a client sees while the sampler runs: a line, a sheet that fills up, or every new picture once."""
+
+import base64
+import io
+import json
+import struct
+import uuid
+
+import numpy as np
+import pytest
+import websocket
+from PIL import Image
+
+from .graphs import HEIGHT, WIDTH, empty, graph, link, loader, save_images
+
+LENGTH = 45  # video frames: four chunks
+CHUNK_ENDS = (9, 21, 33, 45)
+
+
+class Client:
+    """A page as the server sees it: everything that was sent to it while a prompt ran."""
+
+    def __init__(self, server, *, plays=False):
+        self.server, self.id = server, uuid.uuid4().hex
+        self.socket = websocket.create_connection(f"{server.url.replace('http', 'ws')}/ws?clientId={self.id}")
+        self.socket.settimeout(120)
+        self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
+        server.post("/light_forcing/page", {"client_id": self.id, "plays": plays})
+        self.lines, self.sheets, self.messages, self.node_ids = [], [], [], set()
+
+    def run(self, prompt, **extra):
+        prompt_id = str(uuid.uuid4())
+        body = {"prompt": prompt, "prompt_id": prompt_id, "client_id": self.id, "extra_data": extra}
+        self.server.post("/prompt", body)
+        while True:
+            data = self.socket.recv()
+            if isinstance(data, bytes):
+                self._binary(data)
+                continue
+            message = json.loads(data)
+            if message["type"] == "light_forcing.preview":
+                self.messages.append(message["data"])
+            if message["type"] == "execution_error":
+                raise AssertionError(message["data"]["exception_message"])
+            if message["type"] == "execution_success" and message["data"]["prompt_id"] == prompt_id:
+                return self.server.wait(prompt_id)
+
+    def _binary(self, data):
+        kind, size = struct.unpack(">II", data[:8])
+        if kind == 3:
+            self.node_ids.add(data[8 : 8 + size].decode())
+            self.lines.append(data[8 + size :].decode())
+        elif kind == 4:
+            self.node_ids.add(json.loads(data[8 : 8 + size])["node_id"])
+            self.sheets.append(Image.open(io.BytesIO(data[8 + size :])).convert("RGB"))
+
+
+@pytest.fixture
+def client(server):
+    made = []
+
+    def connect(**options):
+        made.append(Client(server, **options))
+        return made[-1]
+
+    yield connect
+    for one in made:
+        one.socket.close()
+
+
+def run_of(seed, *, vae=True):
+    return graph({"model": loader()}, latent=empty(length=LENGTH), vae=vae, seed=seed)
+
+
+def filled_cells(sheet, latent_frames=12):
+    """Cells of the sheet that hold a picture: their middle is not the empty colour."""
+    columns = int(np.ceil(np.sqrt(1.3 * latent_frames * HEIGHT / WIDTH)))
+    rows = -(-latent_frames // columns)
+    pixels = np.asarray(sheet, dtype=np.int16)
+    height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
+    cells = pixels[: rows * height, : columns * width].reshape(rows, height, columns, width, 3)
+    middles = cells[:, height // 3 : 2 * height // 3, :, width // 3 : 2 * width // 3].mean((1, 3)).reshape(-1, 3)
+    return [bool(abs(middle - (32, 36, 42)).max() > 8) for middle in middles[:latent_frames]]
+
+
+def picture_of(strip):
+    encoded = strip["image"].removeprefix("data:image/jpeg;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))), dtype=np.int16)
+
+
+def cells_of(strip):
+    """(video frame, pixels) of every picture in a strip."""
+    sheet, width, height = picture_of(strip), strip["width"], strip["height"]
+    for index, at in enumerate(strip["at"]):
+        top, left = index // strip["columns"] * height, index % strip["columns"] * width
+        yield at, sheet[top : top + height, left : left + width]
+
+
+def test_any_client_sees_a_sheet_that_fills_up(client):
+    one = client()
+    one.run(run_of(1))
+    counts = [sum(filled_cells(sheet)) for sheet in one.sheets]
+    assert counts == sorted(counts)
+    assert len(set(counts)) >= 3
+    assert counts[-1] == 12  # a cell for each latent frame
+    assert all(cells == sorted(cells, reverse=True) for cells in map(filled_cells, one.sheets))  # from the start on
+    assert not one.messages
+    assert one.node_ids == {"sampler"}
+
+
+def test_page_that_plays_gets_every_frame_once_decoded(client, server):
+    one = client(plays=True)
+    entry = one.run(run_of(2))
+    assert not one.sheets
+    assert {message["node"] for message in one.messages} == {"sampler"}
+    assert {message["frames"] for message in one.messages} == {LENGTH}
+    shown, ends = {}, []
+    for strip in (strip for message in one.messages for strip in message["strips"]):
+        shown = {at: cell for at, cell in shown.items() if not strip["start"] <= at < strip["stop"]}
+        shown |= dict(cells_of(strip))
+        ends.append(strip["stop"])
+    assert ends == sorted(ends)
+    assert len(set(ends)) >= 3
+    frames = [np.asarray(Image.open(path), dtype=np.int16) for path in server.files(entry) if path.suffix == ".png"]
+    assert list(shown) == list(range(0, LENGTH, 2))
+    for at, cell in shown.items():
+        assert cell.shape == frames[at].shape
+        assert abs(cell - frames[at]).mean() < 6, at  # JPEG
+    first, last = shown[0], shown[LENGTH - 1]
+    assert abs(first - last).mean() > 6  # so the comparison above could have failed
+
+
+def test_line_tells_chunk_step_pace_and_density(client):
+    one = client(plays=True)
+    one.run(run_of(3))
+    steps = [line.splitlines()[0] for line in one.lines if line.startswith("chunk ")]
+    assert steps[0] == "chunk 1/4 · step 1/4 · density 100 %"
+    assert any(line.startswith("chunk 4/4") and "s per chunk · density " in line for line in steps)
+    assert one.lines[-1].startswith("4 of 4 chunks · ")
+    assert one.node_ids == {"sampler"}
+
+
+def test_without_a_vae_the_preview_method_decides(client):
+    silent, draft = client(), client()
+    silent.run(run_of(4, vae=False))
+    assert silent.lines
+    assert not silent.sheets
+    draft.run(run_of(5, vae=False), preview_method="latent2rgb")
+    assert sum(filled_cells(draft.sheets[-1])) == 12
+
+
+def test_continued_video_is_shown_from_its_start(client, server):
+    one = client(plays=True)
+    prompt = run_of(6)
+    prompt["more"] = graph({"model": loader()}, latent=empty(length=LENGTH + 12), vae=True, seed=7)["sampler"]
+    prompt["longer"] = empty(length=LENGTH + 12)
+    prompt["more"]["inputs"] |= {"latent": link("longer"), "start_latent": link("sampler")}
+    prompt["images2"] = save_images(link("more", 1))
+    one.run(prompt)
+    strips = [strip for message in one.messages if message["node"] == "more" for strip in message["strips"]]
+    assert min(strip["start"] for strip in strips) == 0
+    assert max(strip["stop"] for strip in strips) == LENGTH + 12
+
+
+def test_page_that_stops_playing_gets_the_sheet(client, server):
+    one = client(plays=True)
+    server.post("/light_forcing/page", {"client_id": one.id, "plays": False})
+    one.run(run_of(8))
+    assert one.sheets
+    assert not one.messages
+
+
+def test_other_packs_previews_see_the_whole_video_and_cost_stays_bounded(run_inside):
+    facts = run_inside("live_view")
+    assert facts["foreign shapes"] == [[1, 16, 6, 8, 12]] * 8
+    assert facts["foreign filled"] == sorted(facts["foreign filled"])
+    assert facts["ours beside a foreign previewer"] == 0
+    assert facts["shown at first"]
+    assert facts["refused while over budget"]
+    assert facts["shown again when the run has gone on"]
+    assert facts["refused within the pause"]

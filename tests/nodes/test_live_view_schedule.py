@@ -1,0 +1,119 @@
+"""The numbers behind the schedule's plot, and what is refused when a prompt is queued."""
+
+import json
+
+import pytest
+
+from lightforcing.lightforcing_core.families import FAMILIES
+from lightforcing.lightforcing_core.schedule import Schedule
+
+from .comfy_server import Refused
+from .graphs import graph, link, loader, schedule
+
+CUSTOM = {
+    "preset": "custom",
+    "frames_per_chunk": 3,
+    "window": 0,
+    "sink_frames": 0,
+    "sink_rope": "fixed",
+    "target": 0.6,
+    "base": 0.7,
+    "curve": "inverse_sqrt",
+    "dense_chunks": 1,
+    "sparsity": "",
+}
+# As the authors' own configuration gives them.
+PUBLISHED_H100 = {
+    ("light_forcing_short_h100", 81): [0, 0.746990, 0.775068, 0.791806, 0.803228, 0.811660, 0.818213],
+    ("light_forcing_long_h100", 249): [0, 0.684473, 0.724023, 0.747599, 0.763689, 0.775565, 0.784796],
+}
+
+
+@pytest.fixture
+def numbers(server):
+    return lambda **asked: json.loads(server.post("/light_forcing/schedule", {"length": 81, **asked}))
+
+
+@pytest.mark.parametrize(
+    "preset", ["light_forcing_short", "light_forcing_long", "longlive", "causal_forcing_framewise"]
+)
+def test_plot_shows_what_the_run_will_do(numbers, preset):
+    found, made = numbers(preset={"preset": preset}, length=249), Schedule.of_family(FAMILIES[preset], 63)
+    assert found["sparsities"] == pytest.approx(made.sparsities())
+    assert (found["lengths"], found["window"]) == (made.chunk_lengths(), made.window)
+    assert 0 < found["attention_ratio"] < found["model_ratio"] < 1
+
+
+@pytest.mark.parametrize(("preset", "length"), PUBLISHED_H100)
+def test_h100_presets_equal_the_published_lists(numbers, preset, length):
+    found = numbers(preset={"preset": preset}, length=length)["sparsities"]
+    published = PUBLISHED_H100[preset, length]
+    assert found[: len(published)] == pytest.approx(published, abs=2e-6)
+
+
+def test_presets_that_follow_the_model_do(numbers):
+    assert "follows" in numbers(preset={"preset": "auto"})
+    by_file = numbers(preset={"preset": "auto"}, file="short_video_gen.pt")
+    by_family = numbers(preset={"preset": "auto"}, family="light_forcing_short", file="longlive_base.pt")
+    assert by_file == by_family == numbers(preset={"preset": "light_forcing_short"})
+    gentle = numbers(preset={"preset": "gentle"}, file="long_video_gen.pt")
+    assert (gentle["target"], gentle["window"]) == (0.6, 12)
+    dense = numbers(preset={"preset": "dense"}, file="long_video_gen.pt")
+    assert (dense["attention_ratio"], dense["target"], dense["window"]) == (1.0, None, 12)
+
+
+def test_plot_says_why_a_schedule_cannot_be_met(numbers):
+    assert "use at least 4" in numbers(preset={**CUSTOM, "window": 3, "sink_frames": 1})["error"]
+    assert numbers(preset={**CUSTOM, "window": 4, "sink_frames": 1})["window"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "way_out"),
+    [
+        ({"length": 82}, "use 81 or 85"),
+        ({"window": 3, "sink_frames": 1}, "use at least 4 latent frames"),
+        ({"target": 0.8, "base": 0.7}, "raise base to at least 0.8"),
+        ({"sink_rope": "sideways"}, "use fixed or follow"),
+        ({"sparsity": "99: 0.5"}, "chunks 0 to 6"),
+        ({"preset": "of_tomorrow"}, "this preset does not exist"),
+    ],
+)
+def test_wrong_schedule_is_refused_once_when_it_is_queued(server, changes, way_out):
+    prompt = graph({"model": loader(), "schedule": schedule(**{"length": 81, **changes})})
+    prompt["schedule"]["inputs"]["preset.sparsity"] = changes.get("sparsity", "")
+    prompt["sampler"]["inputs"]["schedule"] = link("schedule")
+    with pytest.raises(Refused) as refused:
+        server.queue(prompt)
+    (error,) = refused.value.errors["node_errors"]["schedule"]["errors"]
+    assert way_out in error["details"]
+
+
+def test_linked_length_is_not_held_against_a_schedule(server):
+    prompt = graph({"model": loader(), "schedule": schedule(21, sparsity="9: 0.5")})
+    prompt["length"] = {"class_type": "PrimitiveInt", "inputs": {"value": 21}}
+    prompt["schedule"]["inputs"]["length"] = link("length")
+    prompt["sampler"]["inputs"]["schedule"] = link("schedule")
+    assert "this video has chunks 0 to 1" in server.error_of(prompt)
+    prompt["schedule"]["inputs"] |= {"preset.window": 3, "preset.sink_frames": 1}
+    with pytest.raises(Refused, match="use at least 4"):
+        server.queue(prompt)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "way_out"),
+    [
+        ({"cfg": 3.0}, "needs a negative prompt"),
+        ({"chunk_seeds": "x: y"}, "write it like"),
+        ({"video_output": ["out", 0]}, "connect Load VAE to vae"),
+    ],
+)
+def test_wrong_sampler_inputs_are_refused_when_they_are_queued(server, inputs, way_out):
+    out = {
+        "class_type": "LightForcingVideoOutput",
+        "inputs": {"filename_prefix": "a", "format": "mp4", "crf": -1, "fps": 16.0, "keep_images": False},
+    }
+    prompt = graph({"model": loader(), "out": out}, **inputs)
+    with pytest.raises(Refused) as refused:
+        server.queue(prompt)
+    (error,) = refused.value.errors["node_errors"]["sampler"]["errors"]
+    assert way_out in error["details"]
