@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 BACKENDS = ("triton", "flex", "flash4", "reference")
+ONLY_NAMED = ("flash4",)
 EIGHT_BIT = tuple(STORED.values())
 
 # Query-key pairs, B · H · Lq · Lk, from which on a CPU a compiled flex pays for its compilation. Measured on two
@@ -224,13 +225,13 @@ def choose_backend(
         return BackendChoice(backend, f"{backend} was asked for")
     declined: list[str] = []
     for name in BACKENDS:
+        if name in ONLY_NAMED:
+            continue
         reason = _failures.get(_failure_key(name, q, k, tail)) or backends.WHY_NOT[name](request)
         if reason is None and name == "triton" and q.device.type != "cuda":
             reason = "Triton's interpreter is only for tests and must be named"
         if reason is None and name == "flex" and q.device.type == "cpu":
             reason = _too_small_to_compile(q, k)
-        if reason is None and name == "flash4":
-            reason = "flash4 must be named"
         if reason is None:
             return BackendChoice(name, "; ".join(declined) or f"{name} is the fastest here and can run")
         declined.append(reason)

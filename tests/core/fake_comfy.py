@@ -15,9 +15,9 @@ class FakeComfy:
     Prompts run one after another. events: sent when a prompt starts, each given the prompt's id; the string "drop"
     closes the event stream, bytes go out as a binary preview. record: what /history then holds, None for never;
     `render`, where set, makes it from the submitted body instead. With `hold` a run waits after its events until
-    /interrupt or `release`; `hold_after` lets so many prompts through first. `cut_off` makes the server unreachable
-    while it goes on working, until `come_back`; `crash` makes it forget everything as well. lose_next_answer_to: the
-    first part of a path; the next such request is carried out, but its answer does not arrive.
+    /interrupt or `release`, being the `held_prompt`; `hold_after` lets so many prompts through first. `cut_off` makes
+    the server unreachable while it goes on working, until `come_back`; `crash` makes it forget everything as well.
+    lose_next_answer_to: the first part of a path; the next such request is carried out, but its answer does not arrive.
 
     rendered: the bodies that ran to their end. requests: the first part of every request's path.
     """
@@ -30,7 +30,7 @@ class FakeComfy:
         self.node_errors = {}
         self.files = {}
         self.truncate_downloads = False
-        self.hold, self.hold_after, self.render = False, 0, None
+        self.hold, self.hold_after, self.render, self.held_prompt = False, 0, None, None
         self.prompts, self.interrupts, self.deleted, self.connections = [], [], [], 0
         self.rendered, self.client_messages, self.requests, self.longest_queue = [], [], [], 0
         self.lose_next_answer_to = None
@@ -150,8 +150,10 @@ class FakeComfy:
             await self._send(event if isinstance(event, bytes) else (event[0], {"prompt_id": prompt_id, **event[1]}))
         self._arrived.set()
         held = self.hold and len(self.rendered) >= self.hold_after
+        self.held_prompt = prompt_id if held else None
         while held and not self._released.is_set() and prompt_id not in self.interrupts and crashes == self._crashes:
             await asyncio.sleep(0.02)
+        self.held_prompt = None
         if crashes != self._crashes:
             return
         record = self.render(body) if self.render is not None else self.record

@@ -1,6 +1,9 @@
 """The package's own files agree with each other."""
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +44,59 @@ def test_license_is_the_one_declared(project):
     text = (ROOT / "LICENSE").read_text()
     assert "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_version_has_its_release_notes(project):
+    """What the publish workflow runs: the tag fits the version, and the changelog has something to say of it."""
+
+    def notes(*tag):
+        command = [sys.executable, str(ROOT / ".ci" / "release_notes.py"), *tag]
+        return subprocess.run(command, capture_output=True, text=True, check=False, encoding="utf-8")
+
+    done = notes(f"v{project['version']}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("### ")
+    assert "\n## [" not in done.stdout
+    refused = notes("v0.0.1")
+    assert refused.returncode != 0
+    assert f"tag the release as v{project['version']}" in refused.stderr
+
+
+def test_changelog_links_every_version(project):
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE)
+    assert versions[0] == project["version"]
+    assert versions == sorted(versions, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
+    for version in versions:
+        assert f"[{version}]: {project['urls']['Repository']}/" in changelog
+
+
+def nodes_of(value):
+    """Every node of a graph, those inside its subgraphs included."""
+    if isinstance(value, dict):
+        if "properties" in value and "type" in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from nodes_of(part)
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("workflows/*.json"), *ROOT.glob("subgraphs/*.json")], ids=lambda p: p.stem)
+def test_graphs_name_the_version_that_made_them(path, project):
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    ours = [
+        node
+        for node in nodes_of(graph)
+        if node["type"].startswith("LightForcing") or node["properties"].get("cnr_id") == project["name"]
+    ]
+    assert ours
+    for node in ours:
+        assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == (project["name"], project["version"])
+
+
+def test_every_room_is_on_the_map():
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for folder in ("kernels", "lightforcing_core", "nodes"):
+        for path in ROOT.joinpath(folder).glob("[!_]*.py"):
+            assert path.name in contributing, f"{folder}/{path.name} is in no table of CONTRIBUTING.md"

@@ -233,7 +233,7 @@ def test_killed_client_goes_on_with_what_its_servers_did_meanwhile(servers, comm
         fake.hold, fake.hold_after = True, 1
     process = start(command(count=6))
     try:
-        wait_until(lambda: all(len(fake.rendered) == 1 and fake.running_prompt for fake in servers))
+        wait_until(lambda: all(len(fake.rendered) == 1 and fake.held_prompt for fake in servers))
     finally:
         process.kill()
         process.communicate()

@@ -15,3 +15,8 @@ def test_import_needs_no_triton_and_exports_only_the_door(run_inside):
     assert not found["has the older door"]  # the host would take it and never look at the entry point
     assert len(found["nodes"]) == len(set(found["nodes"])) >= 8
     assert all(name.startswith("LightForcing") for name in found["nodes"])
+
+
+def test_import_asks_for_nothing_heavy_and_warns_of_nothing(run_inside):
+    """Plots, video files and kernels are imported by the run that needs them, not by every start of ComfyUI."""
+    assert run_inside("light_import") == {"asked": [], "said": []}

@@ -1,0 +1,41 @@
+"""The texts of every node's schema in the form of locales/en/nodeDefs.json; written to a fourth argument if given."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+import host
+
+
+def inputs_of(fields, prefix=""):
+    """(key, name, options) of every input. The frontend names an input of a preset `preset.name`, and turns dots into
+    underscores when it looks texts up."""
+    for group in ("required", "optional"):
+        for name, spec in fields.get(group, {}).items():
+            options = spec[1] if len(spec) > 1 else {}
+            yield f"{prefix}{name}", name, options
+            if spec[0] == "COMFY_DYNAMICCOMBO_V3":
+                for option in options["options"]:
+                    yield from inputs_of(option["inputs"], f"{prefix}{name}_")
+
+
+def outputs_of(info):
+    """Names and tooltips by position; the frontend names an output that is called like its type by the type."""
+    rows = zip(info["output"], info["output_name"], info["output_tooltips"], strict=True)
+    for index, (kind, name, tooltip) in enumerate(rows):
+        yield str(index), {"tooltip": tooltip} if name == kind else {"name": name, "tooltip": tooltip}
+
+
+texts = {}
+for node in asyncio.run(asyncio.run(host.pack.comfy_entrypoint()).get_node_list()):
+    info = node.GET_NODE_INFO_V1()
+    texts[node.GET_SCHEMA().node_id] = {
+        "display_name": info["display_name"],
+        "description": info["description"],
+        "inputs": {key: {"name": name, "tooltip": o["tooltip"]} for key, name, o in inputs_of(info["input"])},
+        "outputs": dict(outputs_of(info)),
+    }
+if len(sys.argv) > 4:
+    Path(sys.argv[4]).write_text(json.dumps(texts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+print(json.dumps(texts))
