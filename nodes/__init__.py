@@ -8,7 +8,8 @@ from .encode import LightForcingEncode
 from .loader import LightForcingApply, LightForcingModelLoader
 from .report import LightForcingReport
 from .routes import register
-from .sampler import LightForcingSampler, LightForcingSamplerSelect
+from .sampler import LightForcingSampler
+from .sampler_select import LightForcingSamplerSelect
 from .schedule import LightForcingSchedule
 from .state import LightForcingLoadState, LightForcingSaveState
 from .text_embeds import LightForcingLoadTextEmbeds, LightForcingSaveTextEmbeds

@@ -68,8 +68,7 @@ class LightForcingDecode(io.ComfyNode):
         if not torch.isfinite(latents).all():
             raise ValueError("the latent holds NaN or infinity, which would decode to black; sample it again")
         frames = FrameDecoder(vae, latents.shape, tae_latents=tae_latents)
-        frames.cut_to_fit(memory_for_a_run(vae.device))
-        comfy.model_management.load_models_gpu([vae.patcher], memory_required=frames.bytes_needed)
+        frames.load()
         progress = comfy.utils.ProgressBar(latents.shape[2])
         for piece in latents.split(FRAMES_AT_ONCE, dim=2):
             comfy.model_management.throw_exception_if_processing_interrupted()
@@ -125,14 +124,16 @@ class FrameDecoder:
         """How far `cut` may go."""
         return min(MOST_TILES, most_tiles(*self._shape[-2:]))
 
-    def cut_to_fit(self, free: int) -> None:
-        """Take the fewest tiles with which weights and decode fit into `free` bytes, or all there can be."""
+    def load(self) -> None:
+        """Bring the VAE to its device, with the fewest tiles for which there is memory."""
+        free = memory_for_a_run(self._vae.device)
         for tiles in range(1, self.most_tiles + 1):
             self.cut(tiles)
             if sum(self.bytes_of(tiles).values()) <= free:
                 break
         if self._tiles > 1:
             log.info("[Light Forcing] decode in %d×%d tiles, %s GiB free", self._tiles, self._tiles, gib(free))
+        comfy.model_management.load_models_gpu([self._vae.patcher], memory_required=self.bytes_needed)
 
     @property
     def bytes_needed(self) -> int:

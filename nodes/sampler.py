@@ -1,7 +1,6 @@
-"""The sampling nodes: the whole chunk-by-chunk run in one node, or as a SAMPLER for SamplerCustomAdvanced."""
+"""The sampling node: the whole chunk-by-chunk run, decoded and shown on the way."""
 
 import contextlib
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,72 +16,25 @@ from torch import Tensor
 
 from ..lightforcing_core.families import Family
 from ..lightforcing_core.rollout import Replay, few_step_sigmas, seeded_noise
-from ..lightforcing_core.run_state import RunState, save_run_state
+from ..lightforcing_core.run_state import save_run_state
 from ..lightforcing_core.schedule import Schedule
 from .chunk_outputs import ChunkOutputs
 from .chunk_sampler import ChunkSampler, model_text
 from .decode import FrameDecoder
-from .device_memory import memory_for_a_run
-from .live_view import LiveView, ProgressLine, tell
-from .memory import KV_CACHES, kv_cache_input
+from .live_view import LiveView, tell
+from .memory import KV_CACHES
 from .patch import KEY, settings_of
 from .per_chunk import numbers_per_chunk
 from .report import RECORD
-from .schedule import ScheduleType
+from .run_inputs import CUT_SHORT, run_inputs, schedule_input, timeline_input
 from .state import StateFile, StateType
-from .timeline import PromptChange, TimelineType
+from .timeline import PromptChange
 from .video_output import VideoFiles, VideoOutput, VideoOutputType, graph_metadata
 
 MAX_SEED, MAX_CFG = 0xFFFFFFFFFFFFFFFF, 30.0
 OPEN = object()  # an input that nothing is connected to
 VIDEO_WITHOUT_VAE = "video_output is connected, but no vae is there to make frames; connect Load VAE to vae"
 HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
-# Runs of each node that were cut short: their results are kept, but the next queueing must not be answered with them.
-_CUT_SHORT: Counter[str | None] = Counter()
-
-
-def schedule_input() -> io.Input:
-    """The schedule socket of both nodes."""
-    return ScheduleType.Input(
-        "schedule",
-        optional=True,
-        tooltip="Chunks, window and sparsity from Light Forcing Schedule. Left open: the defaults of the model's "
-        "checkpoint family.",
-    )
-
-
-def timeline_input() -> io.Input:
-    """The timeline socket of both nodes."""
-    return TimelineType.Input(
-        "timeline",
-        optional=True,
-        tooltip="Prompts that take over later, from Light Forcing Prompt Timeline; the positive prompt holds from the "
-        "start.",
-    )
-
-
-def run_inputs() -> list[io.Input]:
-    """The options at the end of both nodes."""
-    return [
-        io.Combo.Input(
-            "replay",
-            options=["all", "window"],
-            default="all",
-            optional=True,
-            advanced=True,
-            tooltip="How a continued video is read again before it goes on. all: every frame, so that the result "
-            "equals one long run. window: only what is still visible; faster for long videos, close but not equal.",
-        ),
-        io.Boolean.Input(
-            "keep_finished",
-            default=True,
-            optional=True,
-            advanced=True,
-            tooltip="On: a run that is cancelled or runs out of memory returns its finished chunks, a shorter video, "
-            "and the nodes behind it run. Off: it ends there, as in other samplers, and the chunks are lost.",
-        ),
-        kv_cache_input(),
-    ]
 
 
 class LightForcingSampler(io.ComfyNode):
@@ -212,7 +164,7 @@ class LightForcingSampler(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> int:
-        return _CUT_SHORT[cls.hidden.unique_id]
+        return CUT_SHORT[cls.hidden.unique_id]
 
     @classmethod
     def execute(
@@ -248,35 +200,25 @@ class LightForcingSampler(io.ComfyNode):
         if run is not None:
             run.check_model(model_text(model))
         initial = start_latent["samples"] if start_latent and run is None else None
-        seeds = numbers_per_chunk(chunk_seeds, "chunk_seeds", int, lists=False)
         told: list[str] = []
         sampler = ChunkSampler(
             schedule,
             initial_latents=initial,
             timeline=timeline,
-            chunk_seeds=seeds,
+            chunk_seeds=numbers_per_chunk(chunk_seeds, "chunk_seeds", int, lists=False),
             replay=replay,
             run=run,
             keep_finished=keep_finished,
             kv=KV_CACHES[kv_cache],
             on_cut=told.append,
         )
-        guider = comfy.samplers.CFGGuider(model)
-        guider.inner_set_conds({"positive": positive})
-        if run is None and cfg != 1.0:
-            guider.set_cfg(cfg)
-            guider.inner_set_conds({"negative": negative or []})
-        levels = run.sigmas if run else few_step_sigmas(denoising_steps(settings.family, steps), settings.family.shift)
-        frames = files = None
         live = LiveView(model, latents.shape, decodes=vae is not None)
         sampler.on_step, sampler.on_plan = live.step, live.plan
+        frames = files = None
         with contextlib.ExitStack() as stack:
             if vae is not None and latents.ndim == 5:
                 keep = video_output is None or video_output.keep_images
-                frames = FrameDecoder(vae, latents.shape, keep=keep)
-                sampler.decoder = frames
-                guider.model_patcher = with_vae(model, vae)
-                guider.model_options = guider.model_patcher.model_options
+                frames = sampler.decoder = FrameDecoder(vae, latents.shape, keep=keep)
                 if video_output is not None:
                     files = stack.enter_context(video_files(video_output, latents, cls))
                 before = run.latents if run else initial
@@ -286,14 +228,16 @@ class LightForcingSampler(io.ComfyNode):
                 path = stack.enter_context(state.opened())
                 sampler.on_state = lambda run: save_run_state(run, path)
             if run is not None and run.is_complete:
-                video = finished_video(model, run)
+                video = model.model.process_latent_out(run.latents)
                 if frames is not None:
-                    frames.cut_to_fit(memory_for_a_run(vae.device))
-                    comfy.model_management.load_models_gpu([vae.patcher], memory_required=frames.bytes_needed)
+                    frames.load()
                     outputs.add_before(latents.shape[0])
             else:
+                family = settings.family
+                levels = run.sigmas if run else few_step_sigmas(denoising_steps(family, steps), family.shift)
+                guider = guider_for(model, vae, positive, negative, cfg if run is None else 1.0)
                 video = guider.sample(
-                    starting_noise(latents, seed, sampler, settings.family),
+                    starting_noise(latents, seed, sampler, family),
                     latents,
                     sampler,
                     torch.tensor(levels),
@@ -306,78 +250,12 @@ class LightForcingSampler(io.ComfyNode):
             if told and files is not None:
                 files.cut_short(told[0])
         if told:
-            _CUT_SHORT[cls.hidden.unique_id] += 1
+            CUT_SHORT[cls.hidden.unique_id] += 1
             tell(told[0])
         made: dict[str, Any] = {"samples": video.to(comfy.model_management.intermediate_device())}
         if sampler.record is not None:
             made[RECORD] = sampler.record
-        images = None if frames is None else frames.images()
-        if images is None:
-            images = ExecutionBlocker(
-                "Light Forcing Sampler makes frames only with a vae connected"
-                if frames is None
-                else "IMAGE is empty: turn on keep_images of Light Forcing Video Output"
-            )
-        return io.NodeOutput(made, images, ui=shown(files, told))
-
-
-class LightForcingSamplerSelect(io.ComfyNode):
-    """The chunk sampler for SamplerCustomAdvanced."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingSamplerSelect",
-            display_name="Light Forcing Sampler Select",
-            category="Light Forcing",
-            description="The chunk-by-chunk sampler for SamplerCustomAdvanced. Use it with a patched model, "
-            "BasicGuider, and BasicScheduler (simple, 4 steps).",
-            inputs=[
-                schedule_input(),
-                io.Latent.Input(
-                    "start_latent",
-                    optional=True,
-                    tooltip="What the video starts with, from VAE Encode. It counts towards the length.",
-                ),
-                timeline_input(),
-                *run_inputs(),
-            ],
-            outputs=[io.Sampler.Output(display_name="SAMPLER", tooltip="For SamplerCustomAdvanced.")],
-            hidden=[io.Hidden.unique_id],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, **_: Any) -> int:
-        return _CUT_SHORT[cls.hidden.unique_id]
-
-    @classmethod
-    def execute(
-        cls,
-        schedule: Schedule | None = None,
-        start_latent: dict[str, Any] | None = None,
-        timeline: Sequence[PromptChange] = (),
-        replay: Replay = "all",
-        keep_finished: bool = True,
-        kv_cache: str = "auto",
-    ) -> io.NodeOutput:
-        node_id = cls.hidden.unique_id
-
-        def on_cut(reason: str) -> None:
-            _CUT_SHORT[node_id] += 1
-
-        line = ProgressLine()
-        sampler = ChunkSampler(
-            schedule,
-            initial_latents=start_latent["samples"] if start_latent else None,
-            timeline=timeline,
-            replay=replay,
-            keep_finished=keep_finished,
-            kv=KV_CACHES[kv_cache],
-            on_cut=on_cut,
-            on_plan=line.plan,
-            on_step=line,
-        )
-        return io.NodeOutput(sampler)
+        return io.NodeOutput(made, images_of(frames), ui=shown(files, told))
 
 
 def empty_latents(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
@@ -386,11 +264,19 @@ def empty_latents(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], spatial, temporal)
 
 
-def with_vae(model: ModelPatcher, vae: Any) -> ModelPatcher:
-    """A clone that brings the VAE along when it is loaded."""
-    clone = model.clone()
-    clone.set_additional_models(KEY, [vae.patcher])
-    return clone
+def guider_for(
+    model: ModelPatcher, vae: Any, positive: list, negative: list | None, cfg: float
+) -> comfy.samplers.CFGGuider:
+    """The host's guider, which loads the VAE along with the model where there is one."""
+    if vae is not None:
+        model = model.clone()
+        model.set_additional_models(KEY, [vae.patcher])
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive})
+    if cfg != 1.0:
+        guider.set_cfg(cfg)
+        guider.inner_set_conds({"negative": negative or []})
+    return guider
 
 
 def denoising_steps(family: Family, steps: int) -> Sequence[int]:
@@ -414,11 +300,6 @@ def starting_noise(latents: Tensor, seed: int, sampler: ChunkSampler, family: Fa
     return torch.cat(pieces, dim=2)[:, :, :frames]
 
 
-def finished_video(model: ModelPatcher, run: RunState) -> Tensor:
-    """The latents of a run to which nothing is missing, in the VAE's space."""
-    return model.model.process_latent_out(run.latents)
-
-
 def video_files(output: VideoOutput, latents: Tensor, node: type[io.ComfyNode]) -> VideoFiles:
     """The files that a run's frames are written to, with the graph in them."""
     hidden = node.hidden
@@ -439,3 +320,13 @@ def shown(files: VideoFiles | None, told: list[str]) -> dict[str, Any] | None:
     if told:
         found["text"] = tuple(told)
     return found or None
+
+
+def images_of(frames: FrameDecoder | None) -> Any:
+    """The frames as IMAGE, or what keeps the nodes behind it from running, with the reason."""
+    images = None if frames is None else frames.images()
+    if images is not None:
+        return images
+    if frames is None:
+        return ExecutionBlocker("Light Forcing Sampler makes frames only with a vae connected")
+    return ExecutionBlocker("IMAGE is empty: turn on keep_images of Light Forcing Video Output")
