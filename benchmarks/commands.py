@@ -1,7 +1,7 @@
 """`lightforcing bench`: the commands that run the measurements, print their tables and write their JSON."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich import box
@@ -16,6 +16,7 @@ Out = Annotated[Path | None, typer.Option(help="File for the raw JSON; without i
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where torch sees one.")]
 Block = Annotated[str, typer.Option(help="Tokens per query and key block.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+CudaGraphs = Annotated[str, typer.Option(help="A chunk's steps as one CUDA graph: auto, on or off.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's own choice without it.")]
 
 
@@ -85,6 +86,7 @@ def step(
     width: Annotated[int, typer.Option(help="Video width, a multiple of 16.")] = 768,
     block: Block = "64,64",
     backend: Annotated[str, typer.Option(help="Sparse backend.")] = "auto",
+    cuda_graph: Annotated[bool, typer.Option(help="Measure both arms as CUDA graphs too.")] = False,
     repeats: Annotated[int, typer.Option(help="Rounds in which each arm runs once.")] = 3,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -107,6 +109,7 @@ def step(
         device=place,
         dtype=_dtype(dtype),
         repeats=repeats,
+        cuda_graph=cuda_graph,
     )
     console = _console()
     result = run_step(bench)
@@ -116,6 +119,8 @@ def step(
         table.add_row(name, *(f"{1e3 * result['stages'][arm].get(name, 0.0):.1f}" for arm in ("dense", "sparse")))
     table.add_row("whole forward", *(_milliseconds(result["arms"][arm]) for arm in ("dense", "sparse")), style="bold")
     console.print(f"sparse forward: {_ratio(result['ratio'])} as fast as dense", highlight=False)
+    for name, found in result["graph_ratio"].items():
+        console.print(f"{name} forward as a CUDA graph: {_ratio(found)} as fast as without", highlight=False)
     _show(console, result, table, out)
     if bench.layers != REAL_LAYERS:
         scaled = result["scaled_to_30_layers"]
@@ -134,6 +139,10 @@ def rollout(
     ] = "dense,sparse",
     setting: Annotated[str, typer.Option(help="short sees every frame; long has window 12 and one sink.")] = "short",
     decode: Annotated[bool, typer.Option(help="Decode every chunk too.")] = False,
+    overlap: Annotated[
+        bool, typer.Option(help="With --decode and one arm, on a GPU: decode beside the next chunk's sampling.")
+    ] = False,
+    cuda_graph: CudaGraphs = "auto",
     vae_dim: Annotated[int, typer.Option(help="Width of the VAE; 24 is LightVAE, 96 Wan's own.")] = 24,
     dim: Annotated[int, typer.Option(help="Model width, a multiple of 128.")] = 256,
     ffn_dim: Annotated[int, typer.Option(help="Feed-forward width.")] = 512,
@@ -156,6 +165,8 @@ def rollout(
         arms=tuple(name.strip() for name in arm.split(",")),
         setting=setting,
         decode=decode,
+        overlap=overlap,
+        cuda_graph=_cuda_graph(cuda_graph),
         vae_dim=vae_dim,
         dim=dim,
         ffn_dim=ffn_dim,
@@ -177,6 +188,8 @@ def rollout(
     for row in rows if len(rows) <= 21 else rows[::10]:
         times = (f"{1e3 * sum(row[arm].values()):.1f}" for arm in bench.arms)
         table.add_row(str(row["chunk"]), *times, f"{row['peak_bytes'] / 1e6:.1f}")
+    for name, text in result["cuda_graphs"].items():
+        console.print(f"CUDA graphs, {name}: {text}", highlight=False)
     for name, value in result.get("dense_over_sparse", {}).items():
         console.print(f"sparse is {value:.2f}x as fast as dense: {name.replace('_', ' ')}", highlight=False)
     if flatness := result.get("flatness"):
@@ -268,6 +281,14 @@ def _dtype(name: str) -> str:
     if name not in names:
         raise ValueError(f"dtype {name!r} is not measured; use {', '.join(names)}")
     return name
+
+
+def _cuda_graph(choice: str) -> Any:
+    from ..lightforcing_core.step_graph import CudaGraph
+
+    if choice not in get_args(CudaGraph):
+        raise ValueError(f"--cuda-graph {choice!r} is not known; use {', '.join(get_args(CudaGraph))}")
+    return choice
 
 
 def _integers(text: str, option: str) -> tuple[int, ...]:

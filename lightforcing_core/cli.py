@@ -13,6 +13,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ..benchmarks.commands import app as bench
+from ..benchmarks.quality_command import quality
 
 if TYPE_CHECKING:
     from .report import RunReport
@@ -51,24 +52,42 @@ def options(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.mp4, contact_sheet.png and report.json.")],
-    chunks: Annotated[int, typer.Option(help="Chunks of 3 latent frames (12 video frames) each.")] = 7,
-    height: Annotated[int, typer.Option(help="Video height in pixels, a multiple of 16.")] = 256,
-    width: Annotated[int, typer.Option(help="Video width in pixels, a multiple of 16.")] = 448,
+    caption: Annotated[
+        str | None, typer.Option(help="What the video shows; a word that the model does not know is refused.")
+    ] = None,
+    chunks: Annotated[int | None, typer.Option(help="Chunks of 3 latent frames (12 video frames) each.")] = None,
+    height: Annotated[int | None, typer.Option(help="Video height in pixels, a multiple of 16.")] = None,
+    width: Annotated[int | None, typer.Option(help="Video width in pixels, a multiple of 16.")] = None,
     target: Annotated[
-        float, typer.Option(help="Mean sparsity of the sparse chunks; 0.88 skips 88 % of blocks.")
+        float, typer.Option(help="Mean sparsity of the sparse chunks; 0.88 skips 88 % of blocks, 0 none.")
     ] = 0.88,
     base: Annotated[float, typer.Option(help="Sparsity that late chunks grow towards, at least the target.")] = 0.98,
-    seed: Annotated[int, typer.Option(help="Seed of weights, prompt and noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise, and of random weights.")] = 0,
+    models: Annotated[
+        Path | None, typer.Option(help="Folder of a demo model; the one that comes with the pack, where there is one.")
+    ] = None,
 ) -> None:
-    """Run the whole method on a small model and write a video. Weights are random, so the picture is abstract."""
+    """Run the whole method on a small model and write a video of a caption. Sizes are the model's own."""
     console = Console()
     with _clean_errors(), console.status("loading PyTorch"):
+        from . import demo_model
         from .demo import DemoSettings, run_demo
 
-        settings = DemoSettings(height=height, width=width, chunks=chunks, target=target, base=base, seed=seed)
+        chosen: dict[str, Any] = {"chunks": chunks, "height": height, "width": width, "caption": caption}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        chosen |= {"target": target, "base": base, "seed": seed}
+        if models is None and demo_model.is_complete(demo_model.SHIPPED):
+            models = demo_model.SHIPPED
+        if models is not None:
+            settings = DemoSettings.of_video(demo_model.demo_video(models), **chosen)
+            what = f"{settings.caption!r}, from the demo model."
+        elif caption is not None:
+            raise ValueError("a caption needs the demo model, which is not here; leave it out or name --models")
+        else:
+            settings = DemoSettings(**chosen)
+            what = "from a small model with random weights: the picture is abstract, the machinery is the real one."
     console.print(
-        f"{settings.video_frames} frames at {width}x{height} from a small model with random weights: "
-        f"the picture is abstract, the machinery is the real one.",
+        f"{settings.video_frames} frames at {settings.width}x{settings.height}, {what}",
         soft_wrap=True,
         highlight=False,
     )
@@ -82,7 +101,7 @@ def demo(
             if not console.is_terminal and stage == "decoding":
                 console.print(f"chunk {done} of {total} done", highlight=False)
 
-        result = run_demo(out, settings, show)
+        result = run_demo(out, settings, show, models=models)
     _print_report(console, result.report)
     for path in (result.video, result.contact_sheet, result.report_file):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
@@ -162,7 +181,7 @@ def queue(
     workflow: Annotated[Path, typer.Argument(help="A workflow saved by ComfyUI, in UI or API form.")],
     out: Annotated[Path, typer.Option(help="Folder for the files that the run writes; in a batch, for a folder each.")],
     server: Annotated[
-        list[str], typer.Option(help="Address of a ComfyUI server; repeat it to spread prompts over several.")
+        list[str], typer.Option(help="Address of a ComfyUI server, also https://user:password@host. Repeatable.")
     ] = ["http://127.0.0.1:8188"],  # noqa: B006
     overrides: Annotated[
         list[str] | None,
@@ -235,7 +254,12 @@ def _print_report(console: Console, report: "RunReport") -> None:
     ratio = report.attention_flops() / report.attention_flops(dense=True)
     console.print(f"attention FLOPs: {ratio:.1%} of dense", highlight=False)
     timing = report.facts["attention_seconds"]
-    if "sparse" in timing:
+    if timing is None:
+        console.print(
+            "attention ran on the plain reference, which is not timed: frames this small repay no compiler",
+            soft_wrap=True,
+        )
+    elif "sparse" in timing:
         console.print(
             f"attention of the last chunk, one layer: dense {1e3 * timing['dense']:.1f} ms, "
             f"sparse {1e3 * timing['sparse']:.1f} ms + selection {1e3 * timing['selection']:.1f} ms: "
@@ -253,6 +277,7 @@ class _CleanGroup(TyperGroup):
             return super().invoke(ctx)
 
 
+bench.command()(quality)
 app.add_typer(bench, name="bench", cls=_CleanGroup)
 
 

@@ -1,7 +1,7 @@
-"""The whole method on a small model with random weights: growth, selection, rollout and streaming decode to a video.
+"""The whole method on a small model: growth, selection, rollout and streaming decode to a video.
 
-Nothing is downloaded and no GPU is needed. The weights mean nothing, so the picture is abstract; what the demo shows
-is the machinery and its cost.
+Nothing is downloaded and no GPU is needed. With the demo model that the repository ships a caption becomes its video.
+Where there is none the weights are random and the picture abstract; the machinery and its cost are the same.
 """
 
 import logging
@@ -18,25 +18,28 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import AttentionOptions, BackendUnavailable, choose_backend, sparse_attention
 from .causal_wan import CausalState, forward, sdpa
+from .demo_captions import context_of_caption, parse
+from .demo_model import DEFAULT_CAPTION, FPS, DemoVideo, fast_convolutions, load_demo_model, vae_dtype
 from .geometry import FrameBlocks
 from .output_files import prepare_folder, whole_file
+from .overlap import OverlappedDecoder
 from .report import ChunkCost, RunReport, flops_ratio, schedule_costs
 from .rollout import StepEvent, few_step_sigmas, rollout
 from .schedule import Schedule, video_frames_of
 from .selection import SelectionPlan
 from .streaming import StreamingDecoder
-from .wan import HEAD_DIM, random_state_dict, wan_from_state_dict
-from .wan_vae import random_vae_state_dict, vae_from_state_dict
+from .wan import HEAD_DIM, Wan, random_state_dict, wan_from_state_dict
+from .wan_vae import WanVAE, random_vae_state_dict, vae_from_state_dict
 
-FPS = 16
 HEADS, LAYERS = 2, 2
 VAE_DIM = 24  # LightVAE's width
 THUMBNAIL = (256, 4)  # width of a picture on the contact sheet in pixels, and how many stand in a row
 TIMED_RUNS = 5
+FLEX_BLOCK = 64  # tokens; frames that need smaller blocks are too small to repay half a minute of compiling flex
 
 Progress = Callable[[str, int, int], None]
 _log = logging.getLogger(__name__)
@@ -46,8 +49,9 @@ _log = logging.getLogger(__name__)
 class DemoSettings:
     """What the demo makes: `chunks` of `frames_per_chunk` latent frames at `height` × `width` pixels.
 
-    target and base parametrise Chunk-Aware Growth, as for the 5 s Light Forcing checkpoint. Raises ValueError for
-    sizes and schedules that cannot be met.
+    target and base parametrise Chunk-Aware Growth, as for the 5 s Light Forcing checkpoint; target 0 is dense. block:
+    tokens per attention block. caption: what the demo model shows; random weights read none. Raises ValueError for
+    sizes and schedules that cannot be met, and for captions outside the grammar.
     """
 
     height: int = 256
@@ -57,6 +61,8 @@ class DemoSettings:
     target: float = 0.88
     base: float = 0.98
     seed: int = 0
+    block: int = 64
+    caption: str = DEFAULT_CAPTION
 
     def __post_init__(self) -> None:
         for name, pixels in (("height", self.height), ("width", self.width)):
@@ -66,12 +72,26 @@ class DemoSettings:
         for name, count in (("chunks", self.chunks), ("frames_per_chunk", self.frames_per_chunk)):
             if count < 1:
                 raise ValueError(f"{name} {count} is not positive; use 1 or more")
+        parse(self.caption)
         self.schedule().sparsities()
+
+    @classmethod
+    def of_video(cls, video: DemoVideo, **chosen: Any) -> "DemoSettings":
+        """What a demo model was trained to make, but for what is chosen otherwise."""
+        own = {
+            "height": video.height,
+            "width": video.width,
+            "chunks": -(-video.latent_frames // video.frames_per_chunk),
+            "frames_per_chunk": video.frames_per_chunk,
+            "block": video.block,
+        }
+        return cls(**{**own, **chosen})
 
     def schedule(self) -> Schedule:
         """The Chunk-Aware Growth schedule of this video."""
         frames = self.chunks * self.frames_per_chunk
-        return Schedule(frames, self.frames_per_chunk, target=self.target, base=self.base, title="demo")
+        target = self.target or None
+        return Schedule(frames, self.frames_per_chunk, target=target, base=self.base, title="demo")
 
     @property
     def video_frames(self) -> int:
@@ -91,11 +111,24 @@ class DemoResult(NamedTuple):
     report_file: Path
 
 
-def run_demo(folder: str | Path, settings: DemoSettings, on_progress: Progress | None = None) -> DemoResult:
+class _Parts(NamedTuple):
+    """What runs, the prompt [1, tokens, text_dim], and a sentence each on the model and on its weights."""
+
+    dit: Wan
+    vae: WanVAE
+    context: Tensor
+    model: str
+    weights: str
+
+
+def run_demo(
+    folder: str | Path, settings: DemoSettings, on_progress: Progress | None = None, *, models: Path | None = None
+) -> DemoResult:
     """Write demo.mp4, contact_sheet.png and report.json into `folder`; each is whole or absent.
 
-    on_progress: called as on_progress(stage, done, total). Runs on a GPU where torch sees one, else on the CPU.
-    Raises OutputError, before any work, when the folder cannot take the files.
+    on_progress: called as on_progress(stage, done, total). models: the folder of a demo model; random weights without.
+    Runs on a GPU where torch sees one, else on the CPU. Raises OutputError, before any work, when the folder cannot
+    take the files, and ValueError when there is no demo model in `models`.
     """
     progress = on_progress or (lambda stage, done, total: None)
     # Noise compresses badly: about a byte per pixel at worst.
@@ -103,23 +136,19 @@ def run_demo(folder: str | Path, settings: DemoSettings, on_progress: Progress |
     paths = folder / "demo.mp4", folder / "contact_sheet.png", folder / "report.json"
     schedule = settings.schedule()
     steps = few_step_sigmas()
-    report = RunReport(settings.tokens_per_frame, LAYERS, HEADS, HEAD_DIM, forwards=len(steps))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator().manual_seed(settings.seed)
-    dit = wan_from_state_dict(
-        random_state_dict(dim=HEADS * HEAD_DIM, layers=LAYERS, text_dim=64, seed=settings.seed), device=device
-    )
-    vae = _vae(device, settings.seed)
-    context = torch.randn(1, 16, 64, generator=generator).to(device)
+    parts = _random_parts(device, settings.seed) if models is None else _trained_parts(models, device, settings.caption)
+    dit, heads = parts.dit, parts.dit.dim // HEAD_DIM
+    report = RunReport(settings.tokens_per_frame, len(dit.blocks), heads, HEAD_DIM, forwards=len(steps))
     progress("preparing attention", 0, 1)
     with report.stage("prepare attention"):
-        options, why = _attention_options(device, settings)
+        options, why = _attention_options(device, settings, heads)
     progress("preparing attention", 1, 1)
 
     def denoise(x: Tensor, sigma: float, state: CausalState) -> Tensor:
         with report.stage("clean pass" if state.clean else "denoise"):
             timestep = torch.full((1,), sigma * 1000.0, device=device)
-            return x - sigma * forward(dit, x, timestep, context, state)
+            return x - sigma * forward(dit, x.to(dit.dtype), timestep, parts.context, state).float()
 
     density: dict[int, float] = {}
 
@@ -128,44 +157,57 @@ def run_demo(folder: str | Path, settings: DemoSettings, on_progress: Progress |
         progress("denoising", event.chunk * event.steps + event.step + 1, event.chunks * event.steps)
 
     sparsities, lengths = schedule.sparsities() or [], schedule.chunk_lengths()
-    costs = schedule_costs(sparsities, lengths, schedule.window)
+    costs = schedule_costs(sparsities or [0.0] * len(lengths), lengths, schedule.window)
     chunks = rollout(
         dit,
-        context,
+        parts.context,
         latent_shape=(1, 16, schedule.latent_frames, settings.height // 8, settings.width // 8),
         frames_per_chunk=settings.frames_per_chunk,
         sigmas=steps,
-        growth=sparsities,
+        growth=sparsities or None,
         seed=settings.seed,
         attention=options,
         denoise=denoise,
         on_step=on_step,
     )
-    decoder = StreamingDecoder(vae)
+    decoder = OverlappedDecoder(StreamingDecoder(parts.vae), device)
     thumbnails: list[tuple[str, Image.Image]] = []
     with ExitStack() as files:
+        files.callback(decoder.drop)
         files.callback(chunks.close)
         video = files.enter_context(iio.imopen(files.enter_context(whole_file(paths[0])), "w", plugin="pyav"))
         video.init_video_stream("libx264", fps=FPS)
+
+        def write(decoded: Tensor) -> None:
+            number = len(thumbnails) + 1
+            with report.stage("decode"):
+                frames = decoded[0].mul(255).round().to(torch.uint8).cpu().numpy()
+            progress("decoding", number, len(costs))
+            with report.stage("encode video"):
+                for frame in frames:
+                    video.write_frame(frame)
+            thumbnails.append((f"chunk {number}: {density[number - 1]:.0%} of blocks", _small(frames[-1])))
+
         for chunk in chunks:
             cost = costs[chunk.index]
             report.chunks.append(ChunkCost(**{**asdict(cost), "density": density[chunk.index]}))
             with report.stage("decode"):
-                frames = decoder.decode(chunk.latents)[0].mul(255).round().to(torch.uint8).cpu().numpy()
-            progress("decoding", chunk.index + 1, len(costs))
-            with report.stage("encode video"):
-                for frame in frames:
-                    video.write_frame(frame)
-            thumbnails.append((f"chunk {chunk.index + 1}: {density[chunk.index]:.0%} of blocks", _small(frames[-1])))
+                ready = decoder.put(chunk.latents)
+            for decoded in ready:
+                write(decoded)
+        for decoded in decoder.rest():
+            write(decoded)
 
-    progress("timing attention", 0, 1)
-    with report.stage("time attention"), torch.no_grad():
-        timing = _time_attention(report.chunks[-1], options, device, settings)
-    progress("timing attention", 1, 1)
+    timing: dict[str, Any] | None = None
+    if options.backend != "reference":  # which is not made to be fast
+        progress("timing attention", 0, 1)
+        with report.stage("time attention"), torch.no_grad():
+            timing = _time_attention(report.chunks[-1], options, device, settings, heads)
+        progress("timing attention", 1, 1)
     report.facts = {
         "settings": asdict(settings),
-        "weights": "random, so the picture is abstract",
-        "model": f"{LAYERS} layers of {HEADS} heads, width {HEADS * HEAD_DIM}; LightVAE layout, width {VAE_DIM}",
+        "weights": parts.weights,
+        "model": parts.model,
         "video_frames": settings.video_frames,
         "fps": FPS,
         "machine": _machine(device),
@@ -180,44 +222,53 @@ def run_demo(folder: str | Path, settings: DemoSettings, on_progress: Progress |
     return DemoResult(report, *paths)
 
 
-def _vae(device: torch.device, seed: int) -> nn.Module:
-    """A LightVAE-sized VAE in the layout and dtype that its convolutions are fastest in.
-
-    On a CPU, float32 3-D convolutions of contiguous weights run unvectorised: channels-last is 4 times as fast,
-    and bfloat16, where AVX-512 multiplies it, another 3 times.
-    """
-    fast_bfloat16 = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    dtype = torch.bfloat16 if fast_bfloat16 else torch.float32
-    vae = vae_from_state_dict(random_vae_state_dict(dim=VAE_DIM, seed=seed), dtype=dtype, device=device)
-    for module in vae.modules():
-        if isinstance(module, nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-    return vae
+def _random_parts(device: torch.device, seed: int) -> _Parts:
+    """A two-layer model and a LightVAE-sized VAE whose weights mean nothing."""
+    dit = wan_from_state_dict(
+        random_state_dict(dim=HEADS * HEAD_DIM, layers=LAYERS, text_dim=64, seed=seed), device=device
+    )
+    vae = vae_from_state_dict(random_vae_state_dict(dim=VAE_DIM, seed=seed), dtype=vae_dtype(device), device=device)
+    context = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(seed)).to(device)
+    why = "random, so the picture is abstract"
+    return _Parts(dit, fast_convolutions(vae), context, _sizes(dit, vae), why)
 
 
-def _attention_options(device: torch.device, settings: DemoSettings) -> tuple[AttentionOptions, str]:
+def _trained_parts(models: Path, device: torch.device, caption: str) -> _Parts:
+    """The demo model in `models`, and the caption as it reads it."""
+    model = load_demo_model(models, device)
+    context = context_of_caption(model.table, caption).to(model.dit.dtype)
+    return _Parts(model.dit, model.vae, context, _sizes(model.dit, model.vae), f"the demo model in {models}")
+
+
+def _sizes(dit: Wan, vae: WanVAE) -> str:
+    return f"{len(dit.blocks)} layers of {dit.dim // HEAD_DIM} heads, width {dit.dim}; Wan VAE layout, width {vae.dim}"
+
+
+def _attention_options(device: torch.device, settings: DemoSettings, heads: int) -> tuple[AttentionOptions, str]:
     """The backend for the whole run, compiled and tried, with a sentence of why.
 
     A single call this small is not worth a compiler's wait, so "auto" would take the slow reference on a CPU; the
-    demo makes hundreds of calls and names flex where it works.
+    demo makes hundreds of calls and names flex where it works, but for blocks so small that all calls together are
+    not worth it either.
     """
-    tokens = settings.tokens_per_frame
-    q, k = (torch.randn(1, frames * tokens, HEADS, HEAD_DIM, device=device) for frames in (1, 2))
-    if device.type == "cpu":
-        options = AttentionOptions(backend="flex")
-        mask = torch.ones(1, HEADS, *(FrameBlocks(tokens, 64).per_frame * n for n in (1, 2)), dtype=torch.bool)
+    tokens, block = settings.tokens_per_frame, (settings.block, settings.block)
+    q, k = (torch.randn(1, frames * tokens, heads, HEAD_DIM, device=device) for frames in (1, 2))
+    if device.type == "cpu" and settings.block >= FLEX_BLOCK:
+        options = AttentionOptions(backend="flex", block=block)
+        per_frame = FrameBlocks(tokens, settings.block).per_frame
+        mask = torch.ones(1, heads, per_frame, 2 * per_frame, dtype=torch.bool)
         try:
             with torch.no_grad():
-                sparse_attention(q, k, k, mask=mask, tokens_per_frame=tokens, backend="flex")
+                sparse_attention(q, k, k, mask=mask, tokens_per_frame=tokens, block=block, backend="flex")
             return options, "flex_attention compiles here"
         except (BackendUnavailable, RuntimeError) as error:
             _log.warning("[Light Forcing] demo: flex_attention does not compile here: %s", error)
-    choice = choose_backend(q, k)
-    return AttentionOptions(backend=choice.name), choice.reason
+    choice = choose_backend(q, k, block=block)
+    return AttentionOptions(backend=choice.name, block=block), choice.reason
 
 
 def _time_attention(
-    chunk: ChunkCost, options: AttentionOptions, device: torch.device, settings: DemoSettings
+    chunk: ChunkCost, options: AttentionOptions, device: torch.device, settings: DemoSettings, heads: int
 ) -> dict[str, Any]:
     """Seconds of one layer's self-attention at the last chunk: dense SDPA, selection, and sparse with selection.
 
@@ -227,7 +278,7 @@ def _time_attention(
     tokens = settings.tokens_per_frame
     generator = torch.Generator().manual_seed(settings.seed)
     q, k, v = (
-        torch.randn(1, frames * tokens, HEADS, HEAD_DIM, generator=generator).to(device)
+        torch.randn(1, frames * tokens, heads, HEAD_DIM, generator=generator).to(device)
         for frames in (chunk.frames, chunk.kv_frames, chunk.kv_frames)
     )
     q_layout, k_layout = (FrameBlocks(tokens, size) for size in options.block)

@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .browser import running_server
 from .decode import LightForcingDecode
+from .demo_prompt import LightForcingDemoPrompt, find_table
 from .encode import LightForcingEncode
 from .loader import LightForcingApply, LightForcingModelLoader
 from .report import LightForcingReport
@@ -31,6 +32,7 @@ NODES: list[type[io.ComfyNode]] = [
     LightForcingReport,
     LightForcingSaveTextEmbeds,
     LightForcingLoadTextEmbeds,
+    LightForcingDemoPrompt,
 ]
 
 
@@ -43,7 +45,8 @@ class LightForcingExtension(ComfyExtension):
             register(server)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return NODES
+        """All nodes; the demo model's own only where that model is."""
+        return [node for node in NODES if node is not LightForcingDemoPrompt or find_table() is not None]
 
 
 async def comfy_entrypoint() -> LightForcingExtension:

@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from lightforcing.lightforcing_core import queue_client
+from lightforcing.lightforcing_core import demo_model, queue_client
 from lightforcing.lightforcing_core.cli import app
 from lightforcing.lightforcing_core.wan import random_state_dict
 
 from .fake_comfy import FakeComfy
+from .tiny_demo import write_tiny_demo
 
 API = {"1": {"class_type": "Load", "inputs": {}, "_meta": {"title": "Load Model"}}}
 CANVAS = {
@@ -27,6 +28,13 @@ CANVAS = {
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(autouse=True)
+def shipped(monkeypatch, tmp_path):
+    """Where the command looks for a demo model: an empty place, whatever the repository ships."""
+    monkeypatch.setattr(demo_model, "SHIPPED", tmp_path / "shipped")
+    return tmp_path / "shipped"
 
 
 @pytest.fixture
@@ -66,6 +74,52 @@ def test_demo_writes_video_contact_sheet_and_report(tmp_path):
     assert timing["dense_over_sparse"] == pytest.approx(timing["dense"] / (timing["sparse"] + timing["selection"]))
     for words in ("the picture is abstract", "attention of the last chunk", "clean pass", "wrote "):
         assert words in result.output
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_demo_with_a_shipped_model_makes_its_caption(tmp_path, shipped):
+    write_tiny_demo(shipped)
+
+    def made(name, *arguments):
+        result = run("demo", "--out", tmp_path / name, *arguments)
+        assert result.exit_code == 0, result.output
+        return result.output, iio.imread(tmp_path / name / "demo.mp4", plugin="pyav")
+
+    output, first = made("first")
+    assert first.shape == (33, 32, 48, 3)  # the model's own sizes
+    assert "'on a plain background a red circle moves right slowly', from the demo model" in output
+    report = json.loads((tmp_path / "first" / "report.json").read_text())
+    assert report["facts"]["settings"]["block"] == 16
+    assert report["facts"]["weights"] == f"the demo model in {shipped}"
+    assert report["facts"]["attention_seconds"] is None
+    assert "which is not timed" in output
+    assert report["chunks"][0]["density"] == 1.0 > report["chunks"][1]["density"]
+    _, other = made("other", "--caption", "on a plain background a blue square moves left quickly", "--chunks", 2)
+    assert (first[:21] != other).any()
+    _, dense = made("dense", "--target", 0, "--chunks", 2)
+    assert (first[9:21] != dense[9:]).any()
+    assert all(c["density"] == 1 for c in json.loads((tmp_path / "dense" / "report.json").read_text())["chunks"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--caption", "on a plain background a red circle moves right slowly"], "a caption needs the demo model"),
+        (["--models", "nowhere"], "nowhere holds no demo model"),
+    ],
+)
+def test_demo_without_the_model_it_needs_says_so(tmp_path, arguments, message):
+    result = run("demo", "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_demo_refuses_words_that_the_model_does_not_know(tmp_path, shipped):
+    write_tiny_demo(shipped)
+    result = run("demo", "--out", tmp_path / "out", "--caption", "on a plain background a red panda moves up slowly")
+    assert result.exit_code == 1
+    assert "'panda'; use circle" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_dense_demo_has_nothing_to_compare(tmp_path):

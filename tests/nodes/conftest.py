@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from lightforcing.lightforcing_core.wan import random_state_dict
 from lightforcing.lightforcing_core.wan_vae import random_vae_state_dict
 
+from ..core.tiny_demo import write_tiny_demo
 from .comfy_server import ComfyServer, environment
 from .graphs import EMBEDS, OTHER_EMBEDS
 
@@ -76,6 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lora[f"{key}.lora_A.weight"] = torch.randn(4, 256, generator=generator) * 0.2
             lora[f"{key}.lora_B.weight"] = torch.randn(256, 4, generator=generator) * 0.2
     save_file(lora, folders["loras"] / "tiny_lora.safetensors")
+    write_tiny_demo(base / "models")
     return base
 
 

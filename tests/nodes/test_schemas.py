@@ -21,6 +21,7 @@ NODES = {
     "LightForcingReport",
     "LightForcingSaveTextEmbeds",
     "LightForcingLoadTextEmbeds",
+    "LightForcingDemoPrompt",
 }
 
 

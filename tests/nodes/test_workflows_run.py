@@ -14,8 +14,8 @@ from lightforcing.lightforcing_core.workflow_form import ui_to_api
 
 from .graphs import EMBEDS, HEIGHT, OTHER_EMBEDS, WIDTH, text
 
-NAMES = ("text_to_video_5s", "image_to_video", "long_video_60s", "continue_video", "prompt_timeline")
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+NAMES = tuple(sorted(path.stem for path in WORKFLOWS.glob("*.json")))
 LENGTH, GIVEN = 33, 9  # video frames: three chunks in all, one to continue from
 SIZES = {"Length": LENGTH, "Width": WIDTH, "Height": HEIGHT}
 

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
+
+from lightforcing.lightforcing_core.demo_model import ABOUT, DIT, SHIPPED, TEXT, VAE, DemoVideo, is_complete
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+DEMO = "quickstart_demo"  # runs on the model that comes with the pack, nothing is downloaded
 CANVAS_ONLY = ("fixed", "increment", "decrement", "randomize", "image")
 DOWNLOADS = re.compile(r"https://(huggingface\.co|civitai\.com)/.+\.(safetensors|sft|ckpt|pth|pt)")
 
@@ -81,7 +85,8 @@ def test_every_node_names_its_pack_and_every_model_its_download(name):
             assert model["url"].endswith(f"/{model['name']}")
             assert model["name"] in node["widgets_values"]
             offered[model["directory"]] = model["name"]
-    assert set(offered) == {"diffusion_models", "text_encoders", "vae"}
+    wanted = set() if name == DEMO else {"diffusion_models", "text_encoders", "vae"}
+    assert set(offered) == wanted
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,3 +107,17 @@ def test_note_and_thumbnail_come_along(name):
     with Image.open(FOLDER / f"{name}.jpg") as thumbnail:
         assert thumbnail.format == "JPEG"
         assert min(thumbnail.size) >= 256
+
+
+@pytest.mark.skipif(not is_complete(SHIPPED), reason="no demo model is shipped with this checkout")
+def test_quickstart_asks_for_what_its_shipped_model_makes():
+    with safe_open(SHIPPED / DIT, "pt") as file:
+        video = DemoVideo(**json.loads(file.metadata()[ABOUT]))
+    by_type = {node["class_type"]: node["inputs"] for node in read("api", f"{DEMO}.json").values()}
+    latent = by_type["EmptyARVideoLatent"]
+    assert (latent["height"], latent["width"]) == (video.height, video.width)
+    assert by_type["PrimitiveInt"]["value"] == video.frames
+    assert by_type["LightForcingModelLoader"]["block"] == str(video.block)
+    assert by_type["LightForcingModelLoader"]["model_name"] == Path(DIT).name
+    assert by_type["VAELoader"]["vae_name"] == Path(VAE).name
+    assert sum((SHIPPED / name).stat().st_size for name in (DIT, VAE, TEXT)) < 24_000_000

@@ -1,6 +1,5 @@
 """The texts of every node's schema in the form of locales/en/nodeDefs.json; written to a fourth argument if given."""
 
-import asyncio
 import json
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ def outputs_of(info):
 
 
 texts = {}
-for node in asyncio.run(asyncio.run(host.pack.comfy_entrypoint()).get_node_list()):
+for node in host.room("nodes").NODES:
     info = node.GET_NODE_INFO_V1()
     texts[node.GET_SCHEMA().node_id] = {
         "display_name": info["display_name"],

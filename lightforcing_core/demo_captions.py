@@ -1,0 +1,138 @@
+"""The demo model's language, readable both ways: a scene ⇄ its caption → word ids → context tokens.
+
+    on a <background> background a <colour> <shape> moves <direction> <speed> [and a <colour> <shape> moves …]
+
+Cross-attention has no order of its own, so a context token is the embedding of a word plus that of its slot. The
+embeddings are random rows that never change: the model learnt to read them, and they are shipped beside it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {  # unit steps in the picture, y pointing down
+    "right": (1, 0),
+    "down-right": (1, 1),
+    "down": (0, 1),
+    "down-left": (-1, 1),
+    "left": (-1, 0),
+    "up-left": (-1, -1),
+    "up": (0, -1),
+    "up-right": (1, -1),
+}
+SPEEDS = ("slowly", "quickly")
+BACKGROUNDS = ("plain", "striped", "checkered", "cloudy")
+MOST_THINGS = 2
+
+PADDING = "<pad>"
+VOCABULARY = (
+    PADDING,
+    "on",
+    "a",
+    "an",
+    "background",
+    "moves",
+    "and",
+    *COLOURS,
+    *SHAPES,
+    *DIRECTIONS,
+    *SPEEDS,
+    *BACKGROUNDS,
+)
+SLOTS = 18  # the longest caption has 17 words, so that at least one slot is padding
+_IDS = {word: index for index, word in enumerate(VOCABULARY)}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One moving object, in the grammar's words."""
+
+    colour: str
+    shape: str
+    direction: str
+    speed: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption promises: a background and one or two things of different colours, the first one behind."""
+
+    background: str
+    things: tuple[Thing, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.things) <= MOST_THINGS:
+            raise ValueError(f"a scene has {len(self.things)} things; use 1 to {MOST_THINGS}")
+        colours = [thing.colour for thing in self.things]
+        if len(set(colours)) < len(colours):
+            raise ValueError(f"two things are {colours[0]}; give each its own colour, it tells them apart")
+
+
+def caption_of(scene: Scene) -> str:
+    """The scene's caption; `parse` is its inverse."""
+    things = " and ".join(f"{_article(t)} {t.colour} {t.shape} moves {t.direction} {t.speed}" for t in scene.things)
+    return f"on a {scene.background} background {things}"
+
+
+def _article(thing: Thing) -> str:
+    return "an" if thing.colour[0] in "aeiou" else "a"
+
+
+def parse(caption: str) -> Scene:
+    """The scene that a caption describes. Raises ValueError naming the word that does not fit and what would.
+
+    Capitals, commas and full stops do not matter.
+    """
+    words = caption.lower().replace(",", " ").replace(".", " ").split()
+    place = 0
+
+    def take(allowed: Sequence[str]) -> str:
+        nonlocal place
+        found = words[place] if place < len(words) else "the end"
+        if found not in allowed:
+            raise ValueError(f"word {place + 1} of the caption is {found!r}; use {' or '.join(allowed)}")
+        place += 1
+        return found
+
+    for word in ("on", "a"):
+        take((word,))
+    background = take(BACKGROUNDS)
+    take(("background",))
+    things: list[Thing] = []
+    while not things or (len(things) < MOST_THINGS and place < len(words)):
+        if things:
+            take(("and",))
+        take(("a", "an"))
+        colour, shape = take(COLOURS), take(SHAPES)
+        take(("moves",))
+        things.append(Thing(colour, shape, take(tuple(DIRECTIONS)), take(SPEEDS)))
+    if place < len(words):
+        raise ValueError(f"the caption goes on with {words[place]!r} after {MOST_THINGS} things; end it there")
+    return Scene(background, tuple(things))
+
+
+def word_ids(caption: str) -> list[int]:
+    """`SLOTS` ids into `VOCABULARY`, padded at the end. Raises ValueError like `parse`."""
+    words = caption_of(parse(caption)).split()
+    return [_IDS[word] for word in words] + [_IDS[PADDING]] * (SLOTS - len(words))
+
+
+def new_table(text_dim: int, seed: int) -> dict[str, Tensor]:
+    """words [vocabulary, text_dim] and slots [SLOTS, text_dim]: random, hence nearly orthogonal, rows, in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"words": len(VOCABULARY), "slots": SLOTS}
+    return {name: torch.randn(rows, text_dim, generator=generator).bfloat16() for name, rows in sizes.items()}
+
+
+def context_of(table: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """Word ids [B, SLOTS] → context [B, SLOTS, text_dim], float32."""
+    return table["words"].float()[ids] + table["slots"].float()
+
+
+def context_of_caption(table: dict[str, Tensor], caption: str) -> Tensor:
+    """[1, SLOTS, text_dim]. Raises ValueError for a caption outside the grammar."""
+    return context_of(table, torch.tensor([word_ids(caption)], device=table["words"].device))

@@ -1,0 +1,83 @@
+"""The demo model inside ComfyUI: its prompt node, and its files in the loaders' lists without a download."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..lightforcing_core.demo_captions import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    SHAPES,
+    SPEEDS,
+    context_of_caption,
+    parse,
+)
+from ..lightforcing_core.demo_model import DEFAULT_CAPTION, DIT, SHIPPED, TEXT, VAE, load_table
+
+
+class LightForcingDemoPrompt(io.ComfyNode):
+    """Caption → CONDITIONING for the demo model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LightForcingDemoPrompt",
+            display_name="Light Forcing Demo Prompt",
+            category="Light Forcing",
+            description="Encodes a caption for the small demo model that comes with the pack. It needs no text encoder "
+            "and knows a few dozen words.",
+            inputs=[
+                io.String.Input(
+                    "caption",
+                    default=DEFAULT_CAPTION,
+                    multiline=True,
+                    tooltip="on a [background] background a [colour] [shape] moves [direction] [speed], and if you "
+                    "like: and a [colour] [shape] moves [direction] [speed]. "
+                    f"Backgrounds: {', '.join(BACKGROUNDS)}. Colours: {', '.join(COLOURS)}. Shapes: "
+                    f"{', '.join(SHAPES)}. Directions: {', '.join(DIRECTIONS)}. Speeds: {', '.join(SPEEDS)}. A word "
+                    "that the model never learnt is refused with those that fit.",
+                )
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    display_name="CONDITIONING", tooltip="Fits light_forcing_demo only: other models read other text."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, caption: str | None) -> bool:
+        """Refuse a caption outside the grammar before anything runs; one that comes over a link is None here.
+
+        Raises ValueError, which the host shows once; a returned reason it repeats for every input.
+        """
+        if caption is not None:
+            parse(caption)
+        return True
+
+    @classmethod
+    def execute(cls, caption: str) -> io.NodeOutput:
+        parse(caption)
+        table = find_table()
+        if table is None:
+            raise ValueError(f"{TEXT} is no longer in {SHIPPED}; install the pack anew, the demo model comes with it")
+        context = context_of_caption(load_table(table), caption)
+        return io.NodeOutput([[context, {"pooled_output": None}]])
+
+
+def find_table() -> Path | None:
+    """The text table: one in ComfyUI's models folder, else the pack's."""
+    places = (folder / TEXT for folder in (Path(folder_paths.models_dir), SHIPPED))
+    return next((file for file in places if file.is_file()), None)
+
+
+def offer_demo_files() -> None:
+    """Put the pack's own models into the lists of ComfyUI's loaders, behind the user's, where they are there."""
+    for file in (SHIPPED / DIT, SHIPPED / VAE):
+        if file.is_file():
+            folder_paths.add_model_folder_path(file.parent.name, str(file.parent))
+
+
+offer_demo_files()

@@ -1,0 +1,67 @@
+"""The pack's own model files, as if they were shipped: what ComfyUI lists and loads of them; printed as JSON.
+
+BASE/models holds tiny ones; here they stand in for workflows/models, and ComfyUI's folders are looked for elsewhere.
+"""
+
+import asyncio
+import importlib
+import json
+from pathlib import Path
+
+import host
+import torch
+
+demo_prompt, loader, patch = (host.room(f"nodes.{name}") for name in ("demo_prompt", "loader", "patch"))
+
+
+def has_prompt_node():
+    """Whether ComfyUI is offered the demo prompt."""
+    listed = asyncio.run(host.room("nodes").LightForcingExtension().get_node_list())
+    return demo_prompt.LightForcingDemoPrompt in listed
+
+
+captions, demo_model = host.room("lightforcing_core.demo_captions"), host.room("lightforcing_core.demo_model")
+folder_paths, nodes = demo_prompt.folder_paths, importlib.import_module("nodes")
+KINDS = ("diffusion_models", "vae")
+facts = {}
+
+
+def folders():
+    return {kind: folder_paths.get_folder_paths(kind) for kind in KINDS}
+
+
+empty = Path(host.BASE, "nothing")
+for kind in KINDS:
+    folder_paths.folder_names_and_paths[kind] = ([str(empty / kind)], {".safetensors"})
+folder_paths.models_dir = str(empty)
+facts["before"] = folders()
+demo_prompt.SHIPPED = empty
+demo_prompt.offer_demo_files()
+facts["without files"] = folders()
+facts["node"] = [has_prompt_node()]
+try:
+    demo_prompt.LightForcingDemoPrompt.execute(demo_model.DEFAULT_CAPTION)
+except ValueError as error:
+    facts["no table"] = str(error)
+
+demo_prompt.SHIPPED = Path(host.BASE, "models")
+demo_prompt.offer_demo_files()
+facts["node"].append(has_prompt_node())
+names = {kind: Path(file).name for kind, file in zip(KINDS, (demo_model.DIT, demo_model.VAE), strict=True)}
+facts["listed"] = {kind: name in folder_paths.get_filename_list(kind) for kind, name in names.items()}
+(stock,) = nodes.UNETLoader().load_unet(names["diffusion_models"], "default")
+(vae,) = nodes.VAELoader().load_vae(names["vae"])
+options = {"backend": "auto", "block": "16", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
+(ours,) = loader.LightForcingModelLoader.execute(
+    names["diffusion_models"], "default", "auto", "none", "auto", **options
+).args
+facts["loaded"] = {
+    "dit": [type(stock.model).__name__, stock.model.diffusion_model.text_embedding[0].in_features],
+    "vae": type(vae.first_stage_model).__name__,
+    "ours": [patch.settings_of(ours).family.id, ours.model.diffusion_model.text_embedding[0].in_features],
+}
+((context, _),) = demo_prompt.LightForcingDemoPrompt.execute(demo_model.DEFAULT_CAPTION)[0]
+table = demo_model.load_table(demo_prompt.find_table())
+same = torch.equal(context, captions.context_of_caption(table, demo_model.DEFAULT_CAPTION))
+facts["context"] = [list(context.shape), same]
+print(json.dumps(facts))

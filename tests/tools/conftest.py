@@ -1,0 +1,13 @@
+"""The training tools are run from the repository's root and are not part of the installed package."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_tensors(one_thread):
+    """Everything here is tiny."""

@@ -1,0 +1,36 @@
+"""Writes the trained models as files that this pack and ComfyUI's own loaders read, and refuses to exceed 24 MB.
+
+Names and layouts are the published ones. The DiT's text width is not Wan's; ComfyUI reads it from the metadata.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightforcing.lightforcing_core.demo_captions import VOCABULARY
+from lightforcing.lightforcing_core.demo_model import DIT, TEXT, VAE, DemoVideo
+from lightforcing.lightforcing_core.tensor_files import write_tensors
+from lightforcing.lightforcing_core.wan import Wan
+from lightforcing.lightforcing_core.wan_vae import WanVAE
+
+MOST_BYTES = 24_000_000
+
+
+def export(folder: Path, dit: Wan, vae: WanVAE, table: dict[str, Tensor], video: DemoVideo) -> list[Path]:
+    """The three files in `folder`, bfloat16. Raises ValueError when they are larger than the repository may carry."""
+    transformer = {"causal_ar": True, "text_dim": dit.text_embedding[0].in_features}
+    files = {
+        DIT: (_bfloat16(dit), {"config": json.dumps({"transformer": transformer}), **video.metadata()}),
+        VAE: (_bfloat16(vae), {}),
+        TEXT: (table, {"vocabulary": json.dumps(VOCABULARY)}),
+    }
+    total = sum(tensor.nbytes for tensors, _ in files.values() for tensor in tensors.values())
+    if total > MOST_BYTES:
+        raise ValueError(f"the models take {total / 1e6:.1f} MB of {MOST_BYTES / 1e6:.0f}; use fewer layers")
+    return [write_tensors(folder / name, tensors, metadata) for name, (tensors, metadata) in files.items()]
+
+
+def _bfloat16(module: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().to("cpu", torch.bfloat16).contiguous() for name, t in module.state_dict().items()}

@@ -1,0 +1,127 @@
+"""What one training run makes and how large everything is; three presets."""
+
+from dataclasses import dataclass
+
+from lightforcing.lightforcing_core.demo_model import DemoVideo, Level
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes of the data, the models and the batches, and how much of each stage there is.
+
+    Steps are upper limits; with a time budget a stage also ends when its share of it is spent, and learning rates
+    fall with whichever comes first. height, width: pixels. frames: of the videos, 1 + 4k. vae_frames: of the crops
+    that the VAE learns on; vae_crop: the side of their squares, None for whole pictures; vae_images: the share of its
+    stage in which it learns on single pictures, half as many as one batch has frames, before it learns on crops.
+    cache_clips, cache_openings: videos whose latents the model learns on, and others of which it knows the first
+    chunk only.
+
+    ar_batch, few_batch: clips of full length; of shorter ones so many more that the chunks are as many. ar_phases:
+    (share, chunks), how long clips are until which share of the stage is over; the first chunk is the hardest to
+    learn and the cheapest. few_chunks: how long they are in the last stage, None for whole. bfloat16: compute in
+    bfloat16 on a CPU too, several times as fast where its instructions know bfloat16.
+    """
+
+    height: int = 128
+    width: int = 192
+    frames: int = 81
+    level: Level = "full"
+    seed: int = 0
+
+    vae_dim: int = 16
+    vae_frames: int = 17
+    vae_crop: int | None = None
+    vae_images: float = 0.0
+    vae_batch: int = 12
+    vae_steps: int = 20_000
+    vae_rate: float = 1.5e-3
+    kl_weight: float = 1e-4
+    cache_clips: int = 12_000
+    cache_openings: int = 0
+    cache_batch: int = 8
+
+    dim: int = 256
+    ffn_dim: int = 1024
+    layers: int = 6
+    text_dim: int = 256
+    frames_per_chunk: int = 3
+    ar_batch: int = 64
+    ar_steps: int = 20_000
+    ar_rate: float = 1e-3
+    ar_phases: tuple[tuple[float, int], ...] = ()
+    few_batch: int = 48
+    few_steps: int = 8_000
+    few_rate: float = 2e-4
+    few_chunks: int | None = None
+
+    bfloat16: bool = False
+    save_every: int = 250
+    held_out_clips: int = 16
+    eval_captions: int = 20
+    block: int = 16
+    shares: tuple[float, float, float, float] = (0.32, 0.08, 0.42, 0.14)  # VAE, cache, AR, few-step; the rest is left
+
+    @property
+    def latent_frames(self) -> int:
+        return self.video.latent_frames
+
+    @property
+    def video(self) -> DemoVideo:
+        """What the exported model says of its videos."""
+        return DemoVideo(self.height, self.width, self.frames, self.frames_per_chunk, self.block, self.level)
+
+
+PRESETS = {
+    "h200": Recipe(),
+    "cpu": Recipe(
+        height=96,
+        width=144,
+        level="simple",
+        vae_dim=8,
+        vae_frames=9,
+        vae_crop=64,
+        vae_images=0.4,
+        vae_batch=3,
+        vae_rate=2e-3,
+        cache_clips=500,
+        cache_openings=5000,
+        cache_batch=4,
+        layers=4,
+        bfloat16=True,
+        ar_batch=4,
+        ar_phases=((0.4, 1), (0.6, 2)),
+        few_batch=3,
+        few_chunks=2,
+        save_every=50,
+        eval_captions=8,
+        shares=(0.42, 0.07, 0.33, 0.12),
+    ),
+    "tiny": Recipe(
+        height=32,
+        width=48,
+        frames=21,
+        level="simple",
+        vae_dim=2,
+        vae_frames=5,
+        vae_crop=32,
+        vae_images=0.4,
+        vae_batch=1,
+        vae_steps=3,
+        cache_clips=4,
+        cache_openings=3,
+        cache_batch=2,
+        dim=128,
+        ffn_dim=64,
+        layers=1,
+        text_dim=32,
+        ar_batch=2,
+        ar_steps=4,
+        ar_phases=((0.5, 1),),
+        few_batch=2,
+        few_steps=2,
+        few_chunks=1,
+        save_every=2,
+        held_out_clips=2,
+        eval_captions=1,
+    ),
+}

@@ -1,0 +1,248 @@
+"""Stages 2 to 4: the latents, the autoregressive model by teacher forcing, and its four-step student.
+
+The student is distilled for consistency along the teacher's own flow: each clip's start is one of many, and plain
+x0 regression would give four steps their blurred mean. Half of its steps read a history that the student itself
+denoised, so that a rollout meets nothing new in its own output.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lightforcing.lightforcing_core.demo_captions import SLOTS, caption_of, context_of, word_ids
+from lightforcing.lightforcing_core.rollout import few_step_sigmas
+from lightforcing.lightforcing_core.tensor_files import write_tensors
+from lightforcing.lightforcing_core.wan import Wan
+from lightforcing.lightforcing_core.wan_vae import WanVAE, normalise_latents
+
+from .recipe import Recipe
+from .shapes import draw_clip, render
+from .stage import OnStep, Stage, autocast, step_generator
+from .whole_clip import encode_clip, teacher_forced
+
+CACHE = "latents.safetensors"
+SHIFT = 5.0
+DIRTY = 0.1  # the most noise in a history that claims to be clean
+GRID = 32  # noise levels along which consistency is distilled
+TRAIN_SEED_OFFSET = 1_000_003  # the model's clips are not those of the VAE
+
+
+def new_model(recipe: Recipe) -> Wan:
+    """A Wan to be trained: Xavier linears, unit norms, a silent head."""
+    model = Wan(
+        dim=recipe.dim,
+        ffn_dim=recipe.ffn_dim,
+        num_layers=recipe.layers,
+        text_dim=recipe.text_dim,
+    )
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for name, parameter in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            nn.init.ones_(parameter)
+        elif name.endswith("modulation"):
+            nn.init.normal_(parameter, std=recipe.dim**-0.5, generator=generator)
+        elif name.endswith("bias") or name.startswith("head.head"):
+            nn.init.zeros_(parameter)
+        elif name.startswith("time_"):
+            nn.init.normal_(parameter, std=0.02, generator=generator)
+        else:
+            nn.init.xavier_uniform_(parameter.flatten(1), generator=generator)
+    return model
+
+
+def cache_latents(
+    recipe: Recipe, vae: WanVAE, folder: Path, device: torch.device, minutes: float | None = None
+) -> dict[str, Tensor]:
+    """The latents that the model learns on, from `folder` or made and kept there.
+
+    latents [clips, 16, F, h, w] (bfloat16, normalised) and ids [clips, SLOTS]; openings and opening_ids, the same of
+    other clips and their first chunk alone. Makes at least one batch of each, then as many as half the minutes allow.
+    """
+    file = folder / CACHE
+    if not file.exists():
+        half = None if minutes is None else minutes / 2
+        latents, ids = encode_clips(recipe, vae, device, range(recipe.cache_clips), recipe.latent_frames, half)
+        others = range(recipe.cache_clips, recipe.cache_clips + recipe.cache_openings)
+        openings, opening_ids = encode_clips(recipe, vae, device, others, recipe.frames_per_chunk, half)
+        tensors = {"latents": latents, "ids": ids, "openings": openings, "opening_ids": opening_ids}
+        write_tensors(file, tensors, {})
+    return {name: tensor.to(device) for name, tensor in load_file(file).items()}
+
+
+@torch.no_grad()
+def encode_clips(
+    recipe: Recipe, vae: WanVAE, device: torch.device, clips: range, latent_frames: int, minutes: float | None
+) -> tuple[Tensor, Tensor]:
+    """The first `latent_frames` of some clips and their captions' word ids, of as many as the minutes allow."""
+    began, aspect = time.monotonic(), recipe.width / recipe.height
+    latents = [torch.empty(0, 16, latent_frames, recipe.height // 8, recipe.width // 8, dtype=torch.bfloat16)]
+    ids = [torch.empty(0, SLOTS, dtype=torch.long)]
+    for first in clips[:: recipe.cache_batch]:
+        if len(ids) > 1 and minutes is not None and time.monotonic() - began > 60 * minutes:
+            break
+        drawn = [
+            draw_clip(recipe.seed + TRAIN_SEED_OFFSET, index, aspect=aspect, level=recipe.level, frames=recipe.frames)
+            for index in range(first, min(first + recipe.cache_batch, clips.stop))
+        ]
+        video = render(drawn, 4 * latent_frames - 3, recipe.height, recipe.width, device=device)
+        with autocast(recipe, device):
+            mean, _ = encode_clip(vae, video.permute(0, 4, 1, 2, 3) * 2 - 1)
+        latents.append(normalise_latents(mean.float()).bfloat16().cpu())
+        ids.append(torch.tensor([word_ids(caption_of(clip.scene)) for clip in drawn]))
+    return torch.cat(latents), torch.cat(ids)
+
+
+class Batches:
+    """Clips, noise levels and noise of any step."""
+
+    def __init__(
+        self, recipe: Recipe, cache: dict[str, Tensor], table: dict[str, Tensor], device: torch.device, stage: str
+    ) -> None:
+        self._recipe, self._cache, self._table, self._device, self._stage = recipe, cache, table, device, stage
+        self.most = -(-recipe.latent_frames // recipe.frames_per_chunk)  # chunks of a whole clip
+
+    def draw(self, step: int, size: int, chunks: int) -> tuple[Tensor, Tensor, torch.Generator]:
+        """Clean latents [B, 16, F, h, w] in float32, their context, and the step's generator on the device.
+
+        As many chunks in all as `size` clips of full length have, in clips of `chunks` each.
+        """
+        generator = step_generator(self._recipe.seed, self._stage, step, self._device)
+        latents, ids = self._cache["latents"], self._cache["ids"]
+        if chunks == 1 and len(self._cache["openings"]):
+            latents, ids = self._cache["openings"], self._cache["opening_ids"]
+        count = size * self.most // chunks
+        index = torch.randint(0, len(ids), (count,), generator=generator, device=self._device)
+        clips = latents[index, :, : chunks * self._recipe.frames_per_chunk]
+        return clips.float(), context_of(self._table, ids[index]), generator
+
+    def per_frame(self, chunk_values: Tensor, frames: int) -> Tensor:
+        """One value a chunk [B, chunks] → one a frame [B, frames]."""
+        return chunk_values.repeat_interleave(self._recipe.frames_per_chunk, 1)[:, :frames]
+
+
+def train_ar(
+    recipe: Recipe,
+    cache: dict[str, Tensor],
+    table: dict[str, Tensor],
+    folder: Path,
+    device: torch.device,
+    minutes: float | None = None,
+    on_step: OnStep | None = None,
+    deadline: float | None = None,
+) -> Wan:
+    """Flow matching (shift 5, a noise level of its own for every chunk) behind clean history; the averaged model."""
+    model = new_model(recipe).to(device)
+    stage = Stage(
+        folder,
+        "ar",
+        model,
+        rate=recipe.ar_rate,
+        steps=recipe.ar_steps,
+        minutes=minutes,
+        save_every=recipe.save_every,
+        deadline=deadline,
+    )
+    batches = Batches(recipe, cache, table, device, "ar")
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        progress = stage.progress
+        chunks = next((chunks for share, chunks in recipe.ar_phases if progress < share), batches.most)
+        x0, context, generator = batches.draw(step, recipe.ar_batch, chunks)
+        u = torch.rand(len(x0), chunks, generator=generator, device=device)
+        sigma = batches.per_frame(SHIFT * u / (1 + (SHIFT - 1) * u), x0.shape[2])
+        noise = torch.randn(x0.shape, generator=generator, device=device)
+        noisy = _mixed(x0, noise, sigma)
+        flow = _flow(model, noisy, _dirtied(x0, generator), sigma, context, recipe)
+        error = (flow - (noise - x0)).square()
+        return error.mean(), {"first_chunk": error[:, :, : recipe.frames_per_chunk].detach().mean()}
+
+    return stage.run(loss_of, on_step)
+
+
+def train_few(
+    recipe: Recipe,
+    teacher: Wan,
+    cache: dict[str, Tensor],
+    table: dict[str, Tensor],
+    folder: Path,
+    device: torch.device,
+    minutes: float | None = None,
+    on_step: OnStep | None = None,
+    deadline: float | None = None,
+) -> Wan:
+    """Consistency distillation of `teacher` into a model for `few_step_sigmas()`; the averaged student."""
+    student = new_model(recipe).to(device)
+    student.load_state_dict(teacher.state_dict())
+    stage = Stage(
+        folder,
+        "few",
+        student,
+        rate=recipe.few_rate,
+        steps=recipe.few_steps,
+        minutes=minutes,
+        save_every=recipe.save_every,
+        deadline=deadline,
+    )
+    batches = Batches(recipe, cache, table, device, "few")
+    u = torch.linspace(0, 1, GRID + 1, device=device)
+    grid = SHIFT * u / (1 + (SHIFT - 1) * u)
+    levels = torch.tensor(few_step_sigmas(shift=SHIFT)[:-1], device=device)
+
+    def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        chunks = recipe.few_chunks or batches.most
+        x0, context, generator = batches.draw(step, recipe.few_batch, chunks)
+        shape = (len(x0), chunks)
+
+        def spread(values: Tensor) -> Tensor:
+            return batches.per_frame(values, x0.shape[2])
+
+        noise = torch.randn(x0.shape, generator=generator, device=device)
+        history = _dirtied(x0, generator)
+        with torch.no_grad():
+            if step % 2:
+                drawn = torch.randint(0, len(levels), shape, generator=generator, device=device)
+                sigma = spread(levels[drawn])
+                other = torch.randn(x0.shape, generator=generator, device=device)
+                history = _denoised(stage.ema, _mixed(x0, other, sigma), history, sigma, context, recipe)
+            place = torch.randint(1, GRID + 1, shape, generator=generator, device=device)
+            sigma, lower = spread(grid[place]), spread(grid[place - 1])
+            noisy = _mixed(x0, noise, sigma)
+            flow = _flow(teacher, noisy, history, sigma, context, recipe)
+            nearer = noisy + _spread(lower - sigma) * flow
+            goal = _denoised(stage.ema, nearer, history, lower, context, recipe)
+        found = _denoised(student, noisy, history, sigma, context, recipe)
+        # Pseudo-Huber: a few frames with another mode must not outweigh the rest.
+        loss = ((found - goal).square() + 0.03**2).sqrt().mean() - 0.03
+        return loss, {"x0_error": (found.detach() - x0).square().mean()}
+
+    return stage.run(loss_of, on_step)
+
+
+def _flow(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Tensor, recipe: Recipe) -> Tensor:
+    with autocast(recipe, noisy.device):
+        flow = teacher_forced(model, noisy, history, 1000 * sigma, context, frames_per_chunk=recipe.frames_per_chunk)
+    return flow.float()
+
+
+def _denoised(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Tensor, recipe: Recipe) -> Tensor:
+    """x0 as the model sees it; at σ = 0 its input."""
+    return noisy - _spread(sigma) * _flow(model, noisy, history, sigma, context, recipe)
+
+
+def _spread(sigma: Tensor) -> Tensor:
+    """[B, F] → [B, 1, F, 1, 1]."""
+    return sigma[:, None, :, None, None]
+
+
+def _mixed(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    return torch.lerp(x0, noise, _spread(sigma))
+
+
+def _dirtied(x0: Tensor, generator: torch.Generator) -> Tensor:
+    """History with up to `DIRTY` noise, different for each clip: what a model makes itself is never quite clean."""
+    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+    share = DIRTY * torch.rand(len(x0), 1, 1, 1, 1, generator=generator, device=x0.device)
+    return torch.lerp(x0, noise, share)
