@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..lightforcing_core.attention import AttentionOptions
+from ..lightforcing_core.causal_wan import CausalState, forward
 from ..lightforcing_core.families import FAMILIES, Family
+from ..lightforcing_core.overlap import OverlappedDecoder
 from ..lightforcing_core.rollout import Chunk, few_step_sigmas, rollout
 from ..lightforcing_core.schedule import Schedule, latent_frames_of
+from ..lightforcing_core.step_graph import CudaGraph, CudaRecorder, why_no_graph
 from ..lightforcing_core.streaming import StreamingDecoder
-from ..lightforcing_core.wan import random_state_dict, wan_from_state_dict
+from ..lightforcing_core.wan import Wan, random_state_dict, wan_from_state_dict
 from ..lightforcing_core.wan_vae import random_vae_state_dict, vae_from_state_dict
 from .record import facts
 
@@ -37,13 +40,16 @@ class RolloutBench:
     arms: any of "dense", "sparse" and "even", which then take turns chunk by chunk in one process; "even" is sparse
     without growth, so that every chunk has the same work once the window is full. setting: "short" sees everything;
     "long" has window 12 and one sink. decode: also decode each chunk, with a VAE of width `vae_dim`
-    (24 is LightVAE's). height, width: video pixels.
+    (24 is LightVAE's); overlap: on a GPU beside the sampling of the next chunk. cuda_graph: as in `rollout`.
+    height, width: video pixels.
     """
 
     frames: int = 81
     arms: tuple[str, ...] = PAIR
     setting: str = "short"
     decode: bool = False
+    overlap: bool = False
+    cuda_graph: CudaGraph = "auto"
     vae_dim: int = 24
     dim: int = 256
     ffn_dim: int = 512
@@ -63,6 +69,12 @@ class RolloutBench:
             raise ValueError(f"arms {self.arms} must be one or more of {', '.join(ARMS)}")
         if self.setting not in FAMILY_OF:
             raise ValueError(f"setting {self.setting!r} is not known; use short or long")
+        if self.cuda_graph == "on" and (reason := CudaRecorder.why_not(torch.device(self.device))):
+            raise ValueError(f"cuda_graph 'on' cannot run: {reason}; use 'auto' or 'off'")
+        if self.overlap and not self.decode:
+            raise ValueError("overlap is about decoding beside the sampling; ask for decode too")
+        if self.overlap and len(self.arms) > 1:
+            raise ValueError(f"arms {', '.join(self.arms)} take turns and would overlap each other; ask for one arm")
 
     @property
     def family(self) -> Family:
@@ -111,6 +123,7 @@ def run_rollout(bench: RolloutBench, on_chunk: Callable[[int, int], None] | None
         "warm_up": WARM_UP,
         "timed": "a chunk's seconds run from the chunk before it to its own arrival: the clean pass that commits the "
         "former, then 4 denoising steps",
+        "cuda_graphs": {name: arm.graphs for name, arm in running.items()},
         "memory": memory.rule,
         "bytes_before": memory.before,
         **summarise(rows, bench.arms),
@@ -121,13 +134,27 @@ def run_rollout(bench: RolloutBench, on_chunk: Callable[[int, int], None] | None
 class _Arm:
     """One rollout, advanced a chunk at a time."""
 
-    def __init__(self, bench: RolloutBench, arm: str, dit: nn.Module, vae: nn.Module | None, frames: int | None = None):
+    def __init__(self, bench: RolloutBench, arm: str, dit: Wan, vae: nn.Module | None, frames: int | None = None):
         self._device = torch.device(bench.device)
         schedule = bench.schedule(arm, frames)
         family = bench.family
         generator = torch.Generator().manual_seed(bench.seed)
         context = torch.randn(1, bench.text_tokens, 4096, generator=generator).to(self._device)
-        self._decoder = StreamingDecoder(vae) if vae is not None else None
+        self._decoder = None
+        if vae is not None:
+            self._decoder = OverlappedDecoder(StreamingDecoder(vae), self._device, beside=bench.overlap)
+        self._overlaps, self._count = bench.overlap, len(schedule.chunk_lengths())
+        self._state: CausalState | None = None
+        self._why_no_graph = why_no_graph(dit, self._device, kv_in_host_memory=False)
+        if bench.cuda_graph == "off":
+            self._why_no_graph = "not asked for"
+
+        def denoise(x: Tensor, sigma: float, state: CausalState) -> Tensor:
+            self._state = state
+            timestep = torch.full((x.shape[0],), sigma * 1000.0, device=self._device)
+            assert state.text is not None
+            return x - sigma * forward(dit, x.to(dit.dtype), timestep, state.text, state).float()
+
         self._chunks: Iterator[Chunk] = rollout(
             dit,
             context,
@@ -142,10 +169,23 @@ class _Arm:
             attention=AttentionOptions(
                 bench.backend, bench.block, family.keep_frames, family.keep_sink, family.keep_near
             ),
+            denoise=denoise,
+            cuda_graph=bench.cuda_graph,
         )
 
+    @property
+    def graphs(self) -> str:
+        """What became of CUDA graphs, in words."""
+        graph = self._state and self._state.graph
+        if not graph:
+            return f"none: {self._why_no_graph}"
+        return f"none: {graph.why_off}" if graph.why_off else f"{graph.launches} steps launched as graphs"
+
     def run(self) -> Iterator[dict[str, float]]:
-        """Seconds of each chunk: `sample` and, with a VAE, `decode`."""
+        """Seconds of each chunk: `sample` and, with a VAE, `decode`, or `both` where they overlap."""
+        if self._overlaps:
+            yield from self._run_overlapped()
+            return
         while True:
             start = self._now()
             chunk = next(self._chunks, None)
@@ -154,10 +194,25 @@ class _Arm:
             seconds = {"sample": self._now() - start}
             if self._decoder is not None:
                 start = self._now()
-                self._decoder.decode(chunk.latents)
+                self._decoder.put(chunk.latents)
                 seconds["decode"] = self._now() - start
             del chunk
             yield seconds
+
+    def _run_overlapped(self) -> Iterator[dict[str, float]]:
+        """From the moment that one chunk's frames are there to the next; waiting for the device would end the overlap.
+
+        The first chunk's share ends when it is asked for, the last one's holds the frames of two.
+        """
+        assert self._decoder is not None
+        start = self._now()
+        for chunk in self._chunks:
+            self._decoder.put(chunk.latents)
+            if chunk.index == self._count - 1:
+                self._decoder.rest()
+            end = time.perf_counter()
+            yield {"both": end - start}
+            start = end
 
     def _now(self) -> float:
         if self._device.type == "cuda":

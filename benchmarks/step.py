@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from ..lightforcing_core import causal_wan
+from ..lightforcing_core import causal_wan, step_graph
 from ..lightforcing_core.attention import AttentionOptions, choose_backend
 from ..lightforcing_core.causal_wan import CausalState, forward
 from ..lightforcing_core.families import FAMILIES
@@ -33,7 +33,7 @@ class StepBench:
     """What is measured: one forward of chunk `chunk` (from 1) of the 81-frame short setting.
 
     dim, ffn_dim: Wan 2.1 1.3B's unless told otherwise. layers: the model has 30; with fewer the record also holds
-    the time scaled to 30. height, width: video pixels.
+    the time scaled to 30. height, width: video pixels. cuda_graph: also measure both arms as one CUDA graph each.
     """
 
     chunk: int = CHUNKS
@@ -49,8 +49,11 @@ class StepBench:
     dtype: str = "bfloat16"
     repeats: int = 3
     seed: int = 0
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
+        if self.cuda_graph and (reason := step_graph.CudaRecorder.why_not(torch.device(self.device))):
+            raise ValueError(f"the forward cannot be recorded: {reason}; leave the graph out")
         if not 2 <= self.chunk <= CHUNKS:
             raise ValueError(f"chunk {self.chunk} is not one of 2 … {CHUNKS}; the first chunk is dense in both arms")
 
@@ -78,9 +81,13 @@ def run_step(bench: StepBench) -> dict[str, Any]:
         return lambda: forward(dit, x, timestep, context, state)
 
     with torch.inference_mode():
-        arms = {"dense": arm(dense), "sparse": arm(sparse)}
-        samples = take_turns(arms, repeats=bench.repeats, device=device)
-        stages = _stages(arms, {"dense": dense, "sparse": sparse}, dit, device)
+        states = {"dense": dense, "sparse": sparse}
+        arms = {name: arm(state) for name, state in states.items()}
+        recorded = {}
+        if bench.cuda_graph:
+            recorded = {f"{name}, graph": arm(_recorded(state)) for name, state in states.items()}
+        samples = take_turns(arms | recorded, repeats=bench.repeats, device=device)
+        stages = _stages(arms, states, dit, device)
         q, k = (torch.empty(1, n, bench.dim // HEAD_DIM, HEAD_DIM, dtype=dtype, device=device) for n in _lengths(bench))
         chosen = choose_backend(q, k, k, block=bench.block, backend=bench.backend)
     return {
@@ -92,10 +99,21 @@ def run_step(bench: StepBench) -> dict[str, Any]:
         "keys": _lengths(bench)[1],
         "density": density,
         "ratio": ratio(samples["dense"], samples["sparse"]),
+        "graph_ratio": {name: ratio(samples[name], samples[f"{name}, graph"]) for name in arms if recorded},
         "arms": {name: arm.to_dict() for name, arm in samples.items()},
         "stages": stages,
-        "scaled_to_30_layers": {name: _scaled(bench, samples[name], stages[name]) for name in samples},
+        "scaled_to_30_layers": {name: _scaled(bench, samples[name], stages[name]) for name in arms},
     }
+
+
+def _recorded(state: CausalState) -> CausalState:
+    """The same open chunk, whose forward is recorded in the second of the two warm-up runs."""
+
+    def stopped(reason: str) -> None:
+        raise RuntimeError(reason)
+
+    graph = step_graph.StepGraph(step_graph.CudaRecorder(state.cache.current_slots().device), stopped)
+    return replace(state, graph=graph, steps=1 << 30)
 
 
 def _lengths(bench: StepBench) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from .kv_cache import KVCache
 from .kv_storage import KeysValues
 from .rope import RopeTable
 from .selection import BlockSelection, SelectionPlan
+from .step_graph import StepGraph
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Watch = Callable[[int, BlockSelection, BackendChoice], object]
@@ -36,8 +37,9 @@ class CausalState:
     `dense_attention` runs dense chunks and cross-attention. `clean` is set for the pass that only commits a
     finished chunk. `text` is the prompt to follow, [B, tokens, text_dim]. `watch` is told of every sparse
     self-attention: its layer, the blocks it read and the backend. The other fields are set by `open_chunk` and filled
-    by the first forward of a chunk or a prompt: `order` is that of a frame's tokens where it is not row by row,
-    `selections` are those of the last step by layer, `passes` counts the chunk's forwards.
+    by the first forward of a chunk or a prompt: `order` is that of a frame's tokens where it is not row by row, and
+    `order_back` its inverse; `selections` are those of the last step by layer, `passes` counts the chunk's forwards.
+    `graph` runs forwards as a CUDA graph; `steps`, how many the open chunk will have, tells it whether that pays.
     """
 
     cache: KVCache
@@ -51,9 +53,12 @@ class CausalState:
     cross: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     rope: RopeTable | None = None
     order: Tensor | None = None
+    order_back: Tensor | None = None
     selections: dict[int, BlockSelection] = field(default_factory=dict)
     passes: int = 0
     watch: Watch | None = None
+    steps: int = 0
+    graph: StepGraph | None = None
 
     def open_chunk(self, frames: int, sparsity: float, device: torch.device | str | None) -> None:
         """Begin the next `frames` latent frames, which skip the share `sparsity` of key blocks (0: dense)."""
@@ -73,6 +78,8 @@ class CausalState:
 
     def follow(self, text: Tensor) -> None:
         """From now on the prompt is `text`, [B, tokens, text_dim]."""
+        if self.graph is not None:
+            self.graph.forget()
         self.text = text
         self.cross.clear()
 
@@ -110,18 +117,22 @@ class CausalState:
         return selection
 
     def _begin(self) -> None:
+        if self.graph is not None:
+            self.graph.forget()
         frames = self.cache.current_frames
         self.frames, self.start_frame = len(frames), frames[0] if frames else 0
         self.rope = self.plan = None
         self.selections.clear()
-        self.passes = 0
+        self.passes = self.steps = 0
 
     def close(self) -> None:
         """Free all memory; the state is of no use afterwards."""
+        if self.graph is not None:
+            self.graph.free()
         self.cache.free()
         self.cross.clear()
         self.selections.clear()
-        self.rope = self.plan = self.order = None
+        self.rope = self.plan = self.order = self.order_back = None
 
     @property
     def density(self) -> float:
@@ -141,14 +152,21 @@ def forward(dit: Any, x: Tensor, timestep: Tensor, context: Tensor, state: Causa
 
     Raises ValueError when frames or size do not fit the open chunk. Source: Wan 2.1; Self Forcing's causal form.
     """
-    batch, _, frames, height, width = x.shape
+    _, _, frames, height, width = x.shape
     if frames != state.frames:
         raise ValueError(f"x holds {frames} latent frames but the open chunk has {state.frames}; open_chunk() first")
-    grid = (frames, height // 2, width // 2)
     tokens = state.cache.layout.tokens_per_frame
-    if height % 2 or width % 2 or grid[1] * grid[2] != tokens:
+    if height % 2 or width % 2 or height * width != 4 * tokens:
         raise ValueError(f"latents of {height}×{width} are not {tokens} tokens per frame of 2×2 patches")
+    if state.graph is not None:
+        return state.graph(_forward, dit, x, timestep, context, state)
+    return _forward(dit, x, timestep, context, state)
 
+
+def _forward(dit: Any, x: Tensor, timestep: Tensor, context: Tensor, state: CausalState) -> Tensor:
+    """`forward`, checked. From a chunk's second pass on all of it is work on the device: see `step_graph`."""
+    batch, _, frames, height, width = x.shape
+    grid = (frames, height // 2, width // 2)
     hidden = dit.patch_embedding(x.float()).to(x.dtype).flatten(2).transpose(1, 2)
     e = dit.time_embedding(_sinusoid(dit.freq_dim, timestep.flatten()).to(x.dtype))
     e = e.unflatten(0, (batch, -1))
@@ -157,6 +175,7 @@ def forward(dit: Any, x: Tensor, timestep: Tensor, context: Tensor, state: Causa
         state.cross = _cross_keys_values(dit, dit.text_embedding(context))
     if state.attention.tiles and state.order is None:
         state.order = tile_order(*grid[1:], state.attention.block[1]).to(x.device)
+        state.order_back = state.order.argsort()
     if state.rope is None:
         wide = torch.promote_types(x.dtype, torch.float32)
         head_dim = state.cache.head_dim
@@ -182,8 +201,8 @@ def forward(dit: Any, x: Tensor, timestep: Tensor, context: Tensor, state: Causa
 
     shift, scale = _modulation(dit.head.modulation, e.unsqueeze(2))
     out = dit.head.head(fused.norm_scale_shift(dit.head.norm, hidden, scale, shift))
-    if state.order is not None:
-        out = _reordered(out, state.order.argsort())
+    if state.order_back is not None:
+        out = _reordered(out, state.order_back)
     return _unpatchify(out, grid)
 
 
@@ -246,7 +265,8 @@ def _sinusoid(dim: int, position: Tensor) -> Tensor:
     """[n] timesteps → [n, dim], cosines first. float32, as the host computes it."""
     half = dim // 2
     position = position.to(torch.promote_types(position.dtype, torch.float32))
-    frequencies = torch.pow(10000, -torch.arange(half).to(position).div(half))
+    # On the device from the start: a copy from the host would wait, and cannot be recorded.
+    frequencies = torch.pow(10000, -torch.arange(half, dtype=position.dtype, device=position.device).div(half))
     angles = torch.outer(position, frequencies)
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 

@@ -33,4 +33,4 @@ def quantise_blocks(x: Tensor, layout: FrameBlocks, dtype: torch.dtype) -> tuple
 def dequantise_blocks(stored: Tensor, scales: Tensor, layout: FrameBlocks, dtype: torch.dtype) -> Tensor:
     """The inverse of `quantise_blocks`, in `dtype`: [B, frames · tokens_per_frame, H, D]."""
     blocks = layout.block_of_token(layout.frames(stored.shape[1]), stored.device)
-    return (stored.float() * scales[:, blocks].unsqueeze(-1)).to(dtype)
+    return stored.float().mul_(scales[:, blocks].unsqueeze(-1)).to(dtype)

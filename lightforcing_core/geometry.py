@@ -72,7 +72,8 @@ class FrameBlocks:
     def block_lengths(self, frames: int, device: torch.device | str | None = None) -> Tensor:
         """Real tokens of every block of `frames` frames: int64 [frames · per_frame]."""
         one = torch.full((self.per_frame,), self.block, dtype=torch.int64, device=device)
-        one[-1] = self.tokens_per_frame - (self.per_frame - 1) * self.block
+        # Filled and not assigned, which would copy a number from the host and wait for the device.
+        one[-1:].fill_(self.tokens_per_frame - (self.per_frame - 1) * self.block)
         return one.repeat(frames)
 
     def block_of_token(self, frames: int, device: torch.device | str | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from .attention import BACKENDS, REFERENCE_CHUNK, AttentionOptions, widens_on_cpu
+from .attention_backends import dequantised
 from .causal_wan import CausalState, forward
 from .geometry import FrameBlocks
 from .kv_cache import KVCache, slots_and_sinks
@@ -59,12 +60,13 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a run needs. `step` and `decode` are held by turns, everything else all the time.
+    """Bytes that a run needs. `step` and `decode` are held by turns unless overlapped, everything else all the time.
 
     weights: the model's; vae: the decoder's weights; cache: keys, values, pooled keys and sink originals; prompt:
     the text and its keys and values in every layer; history: what the decoder keeps between chunks; step: the
     activations of one forward; decode: those of decoding one chunk, its frames included; host: pinned host memory,
-    which is not part of the total.
+    which is not part of the total. overlapped: a chunk is decoded while the next one is sampled. graph: what a
+    recorded step keeps to itself, its activations once more.
     """
 
     weights: int
@@ -75,17 +77,22 @@ class MemoryEstimate:
     history: int = 0
     decode: int = 0
     host: int = 0
+    overlapped: bool = False
+    graph: int = 0
 
     @property
     def total(self) -> int:
         """The peak, in bytes."""
-        return self.weights + self.vae + self.cache + self.prompt + self.history + max(self.step, self.decode)
+        work = self.step + self.decode if self.overlapped else max(self.step, self.decode)
+        return self.weights + self.vae + self.cache + self.prompt + self.history + self.graph + work
 
     def __str__(self) -> str:
         """One line for a log, a node or the command line."""
         parts = {"weights": self.weights, "KV cache": self.cache, "one step": self.step + self.prompt}
         if self.vae:
-            parts |= {"VAE": self.vae, "decode": self.decode + self.history}
+            parts |= {"VAE": self.vae, "decode beside it" if self.overlapped else "decode": self.decode + self.history}
+        if self.graph:
+            parts["CUDA graph"] = self.graph
         listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
         beside = f" and {gib(self.host)} GiB of host memory" if self.host else ""
         return f"needs about {gib(self.total)} GiB ({listed}){beside}"
@@ -107,13 +114,16 @@ def estimate(
     vae_dim: int | None = None,
     vae_dtype: torch.dtype = torch.bfloat16,
     decode_tiles: int = 1,
+    overlap: bool = False,
+    cuda_graph: bool = False,
 ) -> MemoryEstimate:
     """The memory of one `rollout` of `schedule` at `height` × `width` video pixels, multiples of 16.
 
     backend: the sparse attention that will run, one of `attention.BACKENDS`. guided: classifier-free guidance, which
     keeps a second cache and prompt. kv: how the cache is kept. vae_dim: the width of the VAE that decodes each chunk
     on the same device (24 LightVAE, 96 Wan's own), None when nothing is decoded; decode_tiles: tiles per side, see
-    `TiledDecoder`. Not counted: the text encoder and what an allocator wastes between tensors. Raises ValueError for
+    `TiledDecoder`. overlap: decode runs beside the sampling, see `overlap`. cuda_graph: steps are recorded, see
+    `step_graph`. Not counted: the text encoder and what an allocator wastes between tensors. Raises ValueError for
     a size that is no multiple of 16 and an unknown backend.
     """
     for name, pixels in (("height", height), ("width", width)):
@@ -140,6 +150,8 @@ def estimate(
         history=history,
         decode=decode,
         host=passes * cache.storage.host_bytes,
+        overlapped=overlap and vae_dim is not None,
+        graph=step if cuda_graph else 0,
     )
 
 
@@ -229,9 +241,14 @@ class _DryRun:
             # On a CPU keys and values of narrow dtypes are copied once, widened to float32 or packed inside flex;
             # ragged frames are padded besides.
             widened = widens_on_cpu(self.dtype) or at_once < heads
-            shapes = [keys] * (4 if k_layout.ragged else 2) + [queries] * (2 if widened or q_layout.ragged else 0)
+            # A tail's means are put behind them in one more copy.
+            copies = 2 + 2 * k_layout.ragged + 2 * self.options.tail
+            shapes = [keys] * copies + [queries] * (2 if widened or q_layout.ragged else 0)
             dtype = torch.float32 if widened else self.dtype
-            lists = [torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.int32, device="meta") for _ in range(3)]
+            lists = [
+                torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.int32, device="meta")
+                for _ in range(6 if self.options.tail else 3)
+            ]
             apart = [torch.empty_like(q)] if at_once < heads else []
             return apart + lists + [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
         if self.options.backend == "triton" and self.options.tail:
@@ -267,10 +284,13 @@ def decode_bytes(
 
 
 class _DryState(CausalState):
-    """A state whose attention over an 8-bit cache is counted like any other."""
+    """A state that counts what dense attention over an 8-bit cache takes: nothing in the kernel, a head elsewhere."""
 
     def attend_history(self, q: Tensor, kv: KeysValues) -> Tensor:
-        return self.dense_attention(q, kv.k, kv.v)
+        out = self.dense_attention(q, kv.k, kv.v)
+        if kv.scales is not None and self.attention.backend != "triton":
+            dequantised(kv.k, kv.v, kv.scales, self.cache.layout, slice(0, 1), q.dtype)
+        return out
 
 
 def _meta_wan(dim: int, ffn_dim: int, layers: int, text_dim: int, dtype: torch.dtype) -> Wan:

@@ -1,7 +1,8 @@
-"""What to give up when a run does not fit: decode tiles, an 8-bit KV cache, a KV cache in host memory, and no more.
+"""What to give up when a run does not fit: speed-ups, then decode tiles, an 8-bit KV cache, one in host memory.
 
-The choices are taken in the order of what they cost: tiles cost a little time, eight bits a little precision, host
-memory a copy of the cache per forward. One that does not help is left out.
+The choices are taken in the order of what they cost: CUDA graphs and a decode beside the sampling only save time,
+tiles cost a little of it, eight bits a little precision, host memory a copy of the cache per forward. One that does
+not help is left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +28,8 @@ class MemoryPlan:
     """How a run is kept in memory, what it then needs, and what there is.
 
     estimate: with these choices; before: without them. free: bytes that the run may take. latents: bytes of the
-    video's latents beside the chunk's own, and whether they are kept on the device.
+    video's latents beside the chunk's own, and whether they are kept on the device. overlap, cuda_graph: whether
+    chunks are decoded beside the sampling, and steps recorded; both only where they were asked for.
     """
 
     estimate: MemoryEstimate
@@ -37,6 +39,8 @@ class MemoryPlan:
     decode_tiles: int = 1
     latents: int = 0
     latents_on_device: bool = True
+    overlap: bool = False
+    cuda_graph: bool = False
 
     @property
     def needed(self) -> int:
@@ -52,6 +56,10 @@ class MemoryPlan:
     def given_up(self) -> list[str]:
         """The choices that differ from the plain run, in words."""
         words = []
+        if self.before.graph and not self.cuda_graph:
+            words.append("no CUDA graphs")
+        if self.before.overlapped and not self.overlap:
+            words.append("decode between the chunks")
         if self.decode_tiles > 1:
             words.append(f"decode in {self.decode_tiles}×{self.decode_tiles} tiles")
         if self.kv != KVOptions():
@@ -78,24 +86,35 @@ def plan_memory(
     ladder: Sequence[KVOptions] = LADDER,
     most_tiles: int = 1,
     latents: int = 0,
+    overlap: bool = False,
+    cuda_graph: bool = False,
 ) -> MemoryPlan:
     """The cheapest way to make a run fit into `free` bytes, or all of them together when it cannot.
 
     reckon: the estimate for a KV cache and a number of decode tiles per side. ladder: the ways in which the cache may
     be kept, the best first. most_tiles: how far decode may be cut, 1 for a decoder that cannot. latents: bytes that
-    the video's latents take on the device, 0 where the device is the host.
+    the video's latents take on the device, 0 where the device is the host. overlap, cuda_graph: what the run would
+    like to do where there is room.
     """
-    before = reckon(ladder[0], 1)
-    best = MemoryPlan(before, before, free, ladder[0], latents=latents)
-    changes: list[dict[str, Any]] = [{"decode_tiles": tiles} for tiles in range(2, most_tiles + 1)]
+
+    def fill(plan: MemoryPlan) -> MemoryPlan:
+        needed, recorded = reckon(plan.kv, plan.decode_tiles), plan.cuda_graph and not plan.kv.host
+        needed = replace(needed, overlapped=plan.overlap, graph=needed.step if recorded else 0)
+        return replace(plan, estimate=needed)
+
+    plain = reckon(ladder[0], 1)
+    best = fill(MemoryPlan(plain, plain, free, ladder[0], latents=latents, overlap=overlap, cuda_graph=cuda_graph))
+    best = replace(best, before=best.estimate)
+    changes: list[dict[str, Any]] = [{"cuda_graph": False}] if cuda_graph else []
+    changes += [{"overlap": False}] if overlap else []
+    changes += [{"decode_tiles": tiles} for tiles in range(2, most_tiles + 1)]
     changes += [{"kv": kv} for kv in ladder[1:]]
     if latents:
         changes.append({"latents_on_device": False})
     for change in changes:
         if best.fits:
             break
-        plan = replace(best, **change)
-        plan = replace(plan, estimate=reckon(plan.kv, plan.decode_tiles))
+        plan = fill(replace(best, **change))
         if plan.needed < best.needed:
             best = plan
     return best

@@ -125,6 +125,10 @@ class RunRecorder:
         """Keep a sentence about something that ran dense."""
         self._notes.append(text)
 
+    def fact(self, name: str, text: str) -> None:
+        """Keep what else belongs to the run; a later text takes an earlier one's place."""
+        self._facts[name] = text
+
     def open(self, index: int, sparsity: float, steps: int, state: CausalState) -> None:
         """A chunk is about to be generated; `state` has just opened it."""
         self._chunks.append(_Open(index, sparsity, steps, state, self._batch))

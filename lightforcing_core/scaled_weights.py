@@ -10,8 +10,11 @@ from torch import Tensor
 from .layouts import FILE_SCALE, SCALE_NAMES
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# Formats of ComfyUI whose weight is simply value · scale; the others pack or rotate their values.
-_PLAIN_SCALED = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
+# What a file says of its layers that was saved from a model in the loader's weight dtype fp8_rowwise: [N, 1] scales
+# beside float8_e4m3fn. ComfyUI's own loaders know no such format and refuse it by this name.
+BY_ROWS = "fp8_rowwise of Light Forcing Model Loader"
+# Formats in ComfyUI's keys whose weight is simply value · scale; the others pack or rotate their values.
+_PLAIN_SCALED = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", BY_ROWS)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from .wan_vae import LATENT_CHANNELS, denormalise_latents, normalise_latents
 Tree: TypeAlias = Any  # a module tree with the published attribute names: ComfyUI's or ours
 
 PAST_FRAMES = 2  # a causal kernel of 3 looks back at two frames
+NOT_FINITE = "latents hold NaN or infinity, which would spread to every later frame; sample them again"
 
 
 class StreamingDecoder:
@@ -77,15 +78,16 @@ class StreamingDecoder:
             self._stack.past[conv] = past if past.is_meta else past.to(device)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, *, normalised: bool = True) -> Tensor:
+    def decode(self, latents: Tensor, *, normalised: bool = True, trusted: bool = False) -> Tensor:
         """Decode the clip's next latent frames: [B, 16, f, h, w] → [B, video frames, 8h, 8w, 3] in 0…1.
 
         A clip's first latent frame gives 1 video frame, each later one 4. `normalised` latents are in the DiT's
         space, others in the VAE's own. Frames are float32 (float64 from a float64 module) on the module's device.
+        trusted: the caller makes sure that latents are finite; looking at them here waits for the device.
         Raises ValueError for a wrong shape or one that changes within a clip, RuntimeError when an earlier call
         broke off within the clip.
         """
-        self._accept(latents)
+        self._accept(latents, trusted)
         dtype, device = self._place
         wide = torch.promote_types(torch.float32, dtype)
         batch, _, count, height, width = latents.shape
@@ -109,7 +111,7 @@ class StreamingDecoder:
             raise
         return frames.sub_(self._lowest).div_(1 - self._lowest).clamp_(0, 1)
 
-    def _accept(self, latents: Tensor) -> None:
+    def _accept(self, latents: Tensor, trusted: bool) -> None:
         """Raise unless `latents` can continue the clip."""
         if self._broken:
             raise RuntimeError(
@@ -121,8 +123,8 @@ class StreamingDecoder:
         if 0 in shape:
             raise ValueError(f"latents of shape {shape} are empty; pass at least one latent frame")
         # A dry run on the meta device has shapes and no values.
-        if not latents.is_meta and not torch.isfinite(latents).all():
-            raise ValueError("latents hold NaN or infinity, which would spread to every later frame; sample them again")
+        if not trusted and not latents.is_meta and not torch.isfinite(latents).all():
+            raise ValueError(NOT_FINITE)
         batch, _, _, height, width = shape
         if self._shape not in (None, (batch, height, width)):
             raise ValueError(

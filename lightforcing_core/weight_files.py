@@ -57,7 +57,10 @@ def open_weights(path: str | Path) -> WeightFile:
 
 
 def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Every set of weights in a stored object by name: {"generator": …, "generator_ema": …}, or {"": …} when flat."""
+    """Every set of weights in a stored object by name: {"generator": …, "generator_ema": …}, or {"": …} when flat.
+
+    A file that cannot nest (safetensors) may have the names of such sets in front of its keys, `generator_ema.model.…`.
+    """
     groups: dict[str, dict[str, Tensor]] = {}
 
     def visit(value: Mapping[Any, Any], name: str, depth: int) -> None:
@@ -74,6 +77,12 @@ def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     visit(contents, "", 3)
     if not groups and (loose := {name: item for name, item in contents.items() if isinstance(item, Tensor)}):
         return {"": loose}
+    flat = groups.get("", {})
+    if any(key.startswith(("generator.", "generator_ema.")) for key in flat):
+        groups = {}
+        for key, tensor in flat.items():
+            name, _, rest = key.partition(".")
+            groups.setdefault(name, {})[rest] = tensor
     return groups
 
 

@@ -41,8 +41,8 @@ class ChunkSampler(comfy.samplers.Sampler):
 
     schedule: None takes the defaults of the model's family. initial_latents: [B or 1, 16, frames, h, w] in the
     VAE's space, what the video starts with. timeline: prompts that take over later. chunk_seeds: chunk index → seed
-    of its own. replay: as in `rollout`. run: a saved run to go on with; it decides everything but the model, and the
-    arguments above are not read.
+    of its own. replay, context_noise: as in `rollout`. run: a saved run to go on with; it decides everything but the
+    model, and the arguments above are not read.
 
     on_state: called with the run's state after each finished chunk, before on_chunk with the chunk (normalised
     latents), the steps done and the steps in all. decoder: what decodes finished chunks; it is cut into tiles where
@@ -63,6 +63,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         timeline: Sequence[PromptChange] = (),
         chunk_seeds: Mapping[int, int] | None = None,
         replay: Replay = "all",
+        context_noise: float = 0.0,
         run: RunState | None = None,
         on_state: Callable[[RunState], object] | None = None,
         on_chunk: Callable[[Chunk, int, int], None] | None = None,
@@ -76,6 +77,7 @@ class ChunkSampler(comfy.samplers.Sampler):
     ) -> None:
         self.schedule, self.initial_latents, self.timeline = schedule, initial_latents, timeline
         self.chunk_seeds, self.replay, self.run = dict(chunk_seeds or {}), replay, run
+        self.context_noise = context_noise
         self.on_state, self.on_chunk, self.fresh_noise = on_state, on_chunk, fresh_noise
         self.decoder, self.kv, self.on_plan = decoder, kv, on_plan
         self.plan: MemoryPlan | None = None
@@ -101,7 +103,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         self.plan = plan = plan_of(guider.model_patcher, run, self.kv, self.decoder, saved=self.run is not None)
         log.info("[Light Forcing] %s", plan)
         if self.decoder is not None:
-            self.decoder.cut(plan.decode_tiles)
+            self.decoder.cut(plan.decode_tiles, beside=plan.overlap)
         if self.on_plan is not None:
             self.on_plan(plan)
         needed, longest = plan.estimate, max(run.chunk_lengths())
@@ -109,7 +111,9 @@ class ChunkSampler(comfy.samplers.Sampler):
         def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
             # The host's estimate grows linearly with the frames of its argument: speak in that unit.
             one_frame = base.memory_required([*noise_shape[:2], 1, *noise_shape[3:]])
-            held = needed.cache + needed.history + max(longest * one_frame, needed.decode)
+            work = longest * one_frame
+            work = work + needed.decode if needed.overlapped else max(work, needed.decode)
+            held = needed.cache + needed.history + needed.graph + work
             frames = held / max(one_frame, 1)
             return executor(model, [*noise_shape[:2], -int(-frames // 1), *noise_shape[3:]], conds, *args, **kwargs)
 
@@ -182,6 +186,7 @@ class ChunkSampler(comfy.samplers.Sampler):
                 dense_attention=_host_attention,
                 on_step=on_step,
                 recorder=recorder,
+                cuda_graph="auto" if plan.cuda_graph else "off",
                 dtype=inner.get_dtype_inference(),
                 device=noise.device,
             )
@@ -260,7 +265,9 @@ class ChunkSampler(comfy.samplers.Sampler):
         if given is not None:
             given = model.model.process_latent_in(given.to("cpu", torch.float32))
         start = 0 if given is None else given.shape[2]
-        growth = schedule.sparsities(start)
+        growth, last = schedule.sparsities(start), len(schedule.chunk_lengths(start)) - 1
+        if beyond := [chunk for chunk in self.chunk_seeds if chunk > last]:
+            raise ValueError(f"chunk_seeds names chunk {beyond[0]}; this video has chunks 0 to {last}")
         text = guider.conds["positive"][0]["cross_attn"]
         negative = guider.conds["negative"][0]["cross_attn"] if guider.cfg != 1.0 else None
         return RunState(
@@ -276,6 +283,7 @@ class ChunkSampler(comfy.samplers.Sampler):
             sink_rope=schedule.sink_rope,
             seed=seed,
             chunk_seeds=self.chunk_seeds,
+            context_noise=self.context_noise,
             cfg=guider.cfg,
             negative=negative,
             attention=settings.attention if settings else AttentionOptions(),

@@ -11,7 +11,9 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..lightforcing_core.memory import decode_bytes, gib
+from ..lightforcing_core.overlap import OverlappedDecoder
 from ..lightforcing_core.schedule import video_frames_of
+from ..lightforcing_core.step_graph import why_not_resident
 from ..lightforcing_core.streaming import StreamingDecoder
 from ..lightforcing_core.taehv import TaeLatents, is_tae, tae_latents_of
 from ..lightforcing_core.tiled_decode import TiledDecoder, most_tiles, tile_spans
@@ -72,7 +74,7 @@ class LightForcingDecode(io.ComfyNode):
         progress = comfy.utils.ProgressBar(latents.shape[2])
         for piece in latents.split(FRAMES_AT_ONCE, dim=2):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            frames.add(piece, normalised=False)
+            frames.put(piece, normalised=False)
             progress.update(piece.shape[2])
         return io.NodeOutput(frames.images())
 
@@ -108,16 +110,25 @@ class FrameDecoder:
                 f"this VAE cannot decode piece by piece: {error}. Connect one of those, or use VAE Decode on the latent"
             ) from None
 
-    def cut(self, tiles: int) -> None:
-        """Decode in `tiles` × `tiles` overlapping tiles, which needs less memory; before the first latents come."""
-        self._tiles = tiles
+    def cut(self, tiles: int, *, beside: bool = False) -> None:
+        """Decode in `tiles` × `tiles` overlapping tiles, which needs less memory; before the first latents come.
+
+        beside: decode in one go beside the sampling instead, see `overlap`, where the VAE stays on the card.
+        """
+        self._tiles, self._beside = tiles, beside
         self._decoder = TiledDecoder(self._stream, tiles) if tiles > 1 else self._stream()
+        self._line: OverlappedDecoder | None = None
 
     def _stream(self) -> StreamingDecoder:
         vae = self._vae
         return StreamingDecoder(
             vae.first_stage_model, dtype=vae.vae_dtype, device=vae.device, tae_latents=self._tae_latents
         )
+
+    @property
+    def can_run_beside(self) -> bool:
+        """Whether the VAE's device has a second stream."""
+        return self._vae.device.type == "cuda"
 
     @property
     def most_tiles(self) -> int:
@@ -141,7 +152,7 @@ class FrameDecoder:
         needed = self.bytes_of(self._tiles)
         return needed["history"] + needed["decode"]
 
-    def bytes_of(self, tiles: int) -> dict[str, int]:
+    def bytes_of(self, tiles: int) -> dict[str, Any]:
         """What `MemoryEstimate` calls vae, history and decode, with decode in `tiles` × `tiles` tiles."""
         batch, channels, _, height, width = self._shape
         vae = self._vae.patcher.model_size()
@@ -155,9 +166,28 @@ class FrameDecoder:
         alive = TAE_ELEMENTS_PER_PIXEL * batch * 64 * tile[0] * tile[1] * self._vae.vae_dtype.itemsize
         return {"vae": vae, "history": 0, "decode": alive + frames}
 
-    def add(self, latents: Tensor, *, normalised: bool) -> Tensor:
-        """Decode the next latent frames [B, 16, f, h, w]; the new video frames [B, n, H, W, 3]."""
-        pixels = self._decoder.decode(latents, normalised=normalised)
+    def put(self, latents: Tensor, *, normalised: bool) -> list[Tensor]:
+        """Decode the next latent frames [B, 16, f, h, w]; the video frames [B, n, H, W, 3] that are ready."""
+        if self._line is None:  # the VAE is where it will be only now
+            vae = self._vae
+            resident = self._beside and why_not_resident(vae.first_stage_model, vae.device) is None
+            self._line = OverlappedDecoder(self._decoder, vae.device, beside=resident and self._tiles == 1)
+        return [self._kept(pixels) for pixels in self._line.put(latents, normalised=normalised)]
+
+    def arrived(self) -> list[Tensor]:
+        """Video frames that have become ready since."""
+        return [self._kept(pixels) for pixels in self._line.arrived()] if self._line else []
+
+    def rest(self) -> list[Tensor]:
+        """All video frames that are still being made."""
+        return [self._kept(pixels) for pixels in self._line.rest()] if self._line else []
+
+    def drop(self) -> None:
+        """Make no more of the frames that are not ready."""
+        if self._line:
+            self._line.drop()
+
+    def _kept(self, pixels: Tensor) -> Tensor:
         if not self._keep:
             return pixels
         if self._frames is None:

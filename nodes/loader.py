@@ -11,6 +11,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..lightforcing_core.checkpoint import CheckpointError, inspect_checkpoint, load_dit_state_dict
+from ..lightforcing_core.scaled_weights import BY_ROWS
 from .attention_options import AUTO, option_inputs, settings_from
 from .patch import patched
 
@@ -124,12 +125,13 @@ def load_checkpoint(
     state_dict, info = load_dit_state_dict(path, prefer_ema=prefer_ema, weights=group, lora=lora)
     for note in info.notes:
         log.info("[Light Forcing] %s: %s", Path(path).name, note)
-    if weight_dtype == ROWWISE:
-        if info.quantised is not None:
-            raise CheckpointError(f"{path} is quantised already ({info.quantised}); set weight_dtype to default")
-        from .rowwise import adopt, quantized  # not every ComfyUI has comfy-kitchen, which it builds on
+    if weight_dtype == ROWWISE and info.quantised is not None:
+        raise CheckpointError(f"{path} is quantised already ({info.quantised}); set weight_dtype to default")
+    by_rows = weight_dtype == ROWWISE or BY_ROWS in (info.quantised or "")
+    if by_rows:
+        from .rowwise import adopt, opened, quantized  # not every ComfyUI has comfy-kitchen, which it builds on
 
-        state_dict = quantized(state_dict, info.layers)
+        state_dict = quantized(state_dict, info.layers) if weight_dtype == ROWWISE else opened(state_dict)
     model = comfy.sd.load_diffusion_model_state_dict(
         state_dict,
         model_options=dict(WEIGHT_DTYPES[weight_dtype]),
@@ -138,7 +140,7 @@ def load_checkpoint(
     )
     if model is None:
         raise CheckpointError(f"{path} is Wan 2.1 in a form that this ComfyUI does not load; update ComfyUI")
-    if weight_dtype == ROWWISE:
+    if by_rows:
         adopt(model)
     model.cached_patcher_init = (load_checkpoint, (path, weights, lora, weight_dtype))
     return model

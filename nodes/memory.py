@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import comfy.model_management
 import torch
+from comfy.cli_args import PerformanceFeature, args
 from comfy.model_management import VRAMState
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
@@ -97,11 +98,14 @@ def plan_of(
         ladder = [KVOptions(run.kv_dtype), KVOptions(run.kv_dtype, host=True)]
     elif kv is not None:
         ladder = [kv]
-    on_device = device.type != "cpu"
+    on_device, is_cuda = device.type != "cpu", device.type == "cuda"
     return plan_memory(
         reckon,
         memory_for_a_run(device),
         ladder=ladder if on_device else ladder[: max(1, sum(not options.host for options in ladder))],
         most_tiles=1 if decoder is None else decoder.most_tiles,
         latents=LATENT_COPIES * 4 * batch * 16 * frames * height * width if on_device else 0,
+        overlap=is_cuda and decoder is not None and decoder.can_run_beside,
+        # Nobody has measured them yet: only where the host was started with --fast, which asks for such things.
+        cuda_graph=is_cuda and PerformanceFeature.AutoTune in args.fast,
     )

@@ -25,6 +25,7 @@ from ..lightforcing_core.quantize import (
     row_scales,
     why_no_fp8,
 )
+from ..lightforcing_core.scaled_weights import BY_ROWS
 
 LAYOUT = "LightForcingRowwiseFP8Layout"
 _HOST_FORMAT = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
@@ -88,12 +89,21 @@ def quantized(state_dict: Mapping[str, Tensor], layers: int) -> dict[str, Tensor
     return quantised
 
 
+def opened(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the host saved of an adopted model, as `quantized` made it."""
+    return {name: _HOST_FORMAT if name.endswith(".comfy_quant") else tensor for name, tensor in state_dict.items()}
+
+
 def adopt(model: ModelPatcher) -> None:
-    """Hand the FP8 weights that the host has loaded from `quantized` over to our layout."""
+    """Hand the FP8 weights that the host has loaded from `quantized` or `opened` over to our layout.
+
+    When the host saves them it names their format `BY_ROWS`, which only our loader reads: its own would take the
+    scales of rows for one of the whole matrix.
+    """
     for module in model.model.diffusion_model.modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, QuantizedTensor):
             stored, scales = weight.layout_cls.get_plain_tensors(weight)
             params = RowwiseFP8Layout.Params(scales, weight._params.orig_dtype, weight._params.orig_shape)
-            module.layout_type = LAYOUT
+            module.layout_type, module.quant_format = LAYOUT, BY_ROWS
             module.weight = torch.nn.Parameter(QuantizedTensor(stored, LAYOUT, params), requires_grad=False)

@@ -186,6 +186,7 @@ class LightForcingSampler(io.ComfyNode):
         replay: Replay = "all",
         keep_finished: bool = True,
         kv_cache: str = "auto",
+        context_noise: float = 0.0,
     ) -> io.NodeOutput:
         settings = settings_of(model)
         if settings is None:
@@ -210,6 +211,7 @@ class LightForcingSampler(io.ComfyNode):
             run=run,
             keep_finished=keep_finished,
             kv=KV_CACHES[kv_cache],
+            context_noise=context_noise,
             on_cut=told.append,
         )
         live = LiveView(model, latents.shape, decodes=vae is not None)
@@ -222,8 +224,10 @@ class LightForcingSampler(io.ComfyNode):
                 if video_output is not None:
                     files = stack.enter_context(video_files(video_output, latents, cls))
                 before = run.latents if run else initial
-                outputs = ChunkOutputs(frames, before, normalised=run is not None, live=live, files=files)
-                sampler.on_chunk = outputs
+                outputs = stack.enter_context(
+                    ChunkOutputs(frames, before, normalised=run is not None, live=live, files=files)
+                )
+                sampler.on_chunk, sampler.on_step = outputs, outputs.step
             if state is not None:
                 path = stack.enter_context(state.opened())
                 sampler.on_state = lambda run: save_run_state(run, path)
@@ -246,6 +250,8 @@ class LightForcingSampler(io.ComfyNode):
                     disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
                     seed=seed,
                 )
+            if frames is not None:
+                outputs.finish()
             live.end()
             if told and files is not None:
                 files.cut_short(told[0])

@@ -10,8 +10,11 @@ from typer.testing import CliRunner
 from lightforcing.benchmarks import attention, memory, step
 from lightforcing.benchmarks.rollout import EARLY, summarise
 from lightforcing.benchmarks.timing import Samples, StageClock, ratio, take_turns
+from lightforcing.lightforcing_core import step_graph
 from lightforcing.lightforcing_core.cli import app
 from lightforcing.lightforcing_core.schedule import Schedule
+
+from .tape import TapeRecorder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -102,6 +105,35 @@ def test_rollout_lists_every_chunk_and_compares_whole_videos(tmp_path):
     assert "as fast as dense: video" in output
 
 
+def test_step_measures_each_arm_as_a_graph_too(monkeypatch):
+    monkeypatch.setattr(step_graph, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(step_graph, "_verdicts", {})
+    monkeypatch.setattr(TapeRecorder, "events", [])
+    sizes = {"dim": 128, "ffn_dim": 128, "layers": 1, "height": 32, "width": 32, "text_dim": 64}
+    bench = step.StepBench(chunk=2, repeats=2, dtype="float32", cuda_graph=True, **sizes)
+    result = step.run_step(bench)
+    arms = result["arms"]
+    assert set(arms) == {"dense", "sparse", "dense, graph", "sparse, graph"}
+    for name in ("dense", "sparse"):
+        assert result["graph_ratio"][name]["median"] == pytest.approx(median_ratio(arms[name], arms[f"{name}, graph"]))
+    # Recorded in the second of two warm-up runs, timed as launches only.
+    assert [kind for kind, _ in TapeRecorder.events] == 2 * ["record", "launch"] + 4 * ["launch"]
+    assert set(result["stages"]) == {"dense", "sparse"}
+
+
+def test_rollout_says_what_became_of_cuda_graphs(tmp_path):
+    result, output = record(tmp_path, "rollout", *TINY_MODEL, "--frames", 9, "--arm", "dense", "--cuda-graph", "auto")
+    assert result["cuda_graphs"] == {"dense": "none: CUDA graphs are for NVIDIA GPUs, not for cpu"}
+    assert "CUDA graphs, dense: none: CUDA graphs are for NVIDIA GPUs" in output
+
+
+def test_rollout_times_sampling_and_decoding_as_one_where_they_overlap(tmp_path):
+    options = ("--frames", 21, "--arm", "sparse", "--decode", "--overlap", "--vae-dim", 4)
+    result, _ = record(tmp_path, "rollout", *TINY_MODEL, *options)
+    assert [set(row["sparse"]) for row in result["chunks"]] == [{"both"}, {"both"}]
+    assert result["seconds"]["sparse"] == pytest.approx(sum(row["sparse"]["both"] for row in result["chunks"]))
+
+
 def test_rollout_of_one_arm_has_no_ratio(tmp_path):
     result, _ = record(tmp_path, "rollout", *TINY_MODEL, "--arm", "sparse", "--setting", "long", "--frames", 21)
     assert "dense_over_sparse" not in result
@@ -168,6 +200,11 @@ def test_a_stage_inside_a_stage_is_counted_once():
         (["rollout", "--frames", "80"], "length 80 is not 1 + 4·k video frames; use 77 or 81"),
         (["rollout", "--arm", "fast"], "must be one or more of dense, sparse, even"),
         (["rollout", "--setting", "medium"], "setting 'medium' is not known; use short or long"),
+        (["rollout", "--overlap"], "overlap is about decoding beside the sampling; ask for decode too"),
+        (["rollout", "--overlap", "--decode"], "arms dense, sparse take turns and would overlap each other"),
+        (["rollout", "--cuda-graph", "yes"], "--cuda-graph 'yes' is not known; use auto, on, off"),
+        (["rollout", "--cuda-graph", "on", "--device", "cpu"], "CUDA graphs are for NVIDIA GPUs, not for cpu"),
+        (["step", "--cuda-graph", "--device", "cpu"], "CUDA graphs are for NVIDIA GPUs, not for cpu"),
         (["memory", "--device", "mps"], "device 'mps' is not measured here"),
         (["memory", "--threads", "0"], "threads 0 is not positive"),
     ],

@@ -84,6 +84,19 @@ def test_step_and_decode_are_held_by_turns():
     assert MemoryEstimate(**parts, decode=7000).total == 657321
 
 
+def test_overlapped_they_are_held_together_and_a_graph_keeps_its_own():
+    parts = {"weights": 1, "cache": 20, "prompt": 300, "step": 4000, "vae": 50000, "history": 600000, "decode": 1000}
+    assert MemoryEstimate(**parts, overlapped=True).total == 655321
+    assert MemoryEstimate(**parts, graph=4000).total == 658321
+    schedule = Schedule(6)
+    plain, beside = tiny(schedule, vae_dim=24), tiny(schedule, vae_dim=24, overlap=True, cuda_graph=True)
+    assert beside.total == plain.total + min(plain.step, plain.decode) + plain.step
+    assert tiny(schedule, overlap=True).overlapped is False  # nothing is decoded
+    assert "decode beside it" in str(beside)
+    assert "CUDA graph" in str(beside)
+    assert "CUDA graph" not in str(plain)
+
+
 def test_summary_is_one_line_with_the_total():
     line = str(MemoryEstimate(weights=2**30, cache=2**29, prompt=0, step=2**28))
     assert line == "needs about 1.75 GiB (weights 1.00, KV cache 0.50, one step 0.25)"

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -75,6 +76,36 @@ def test_tiles_cut_what_decoding_needs(reckon):
     assert thirds < 0.7 * halves
 
 
+def test_what_only_saves_time_is_given_up_first(reckon):
+    plain = reckon(KVOptions(), 1)
+    beside = plain.total + min(plain.step, plain.decode)
+    both = beside + plain.step
+    made = [
+        plan_memory(reckon, int(room * (1 + HEADROOM)) + 1, most_tiles=3, overlap=True, cuda_graph=True)
+        for room in (both, both - 2, beside - 2, plain.total - 2)
+    ]
+    graph, overlap = "no CUDA graphs", "decode between the chunks"
+    assert [plan.given_up for plan in made] == [
+        [],
+        [graph],
+        [graph, overlap],
+        [graph, overlap, "decode in 2×2 tiles"],
+    ]
+    assert [(plan.overlap, plan.cuda_graph) for plan in made] == [(True, True), (True, False), *[(False, False)] * 2]
+    assert all(plan.fits for plan in made)
+    assert [plan.needed for plan in made[:3]] == [both, beside, plain.total]
+
+
+def test_who_does_not_ask_for_overlap_or_graphs_never_hears_of_them(reckon):
+    assert not any("graph" in word or "between" in word for plan in plans(reckon) for word in plan.given_up)
+
+
+def test_a_cache_in_host_memory_leaves_no_graph_to_count(reckon):
+    options = [KVOptions(host=True)]
+    plan = plan_memory(reckon, 80 << 30, ladder=options, cuda_graph=True)
+    assert plan.estimate.graph == 0
+
+
 def test_a_chosen_cache_is_kept(reckon):
     for kv in (KVOptions(), KVOptions("fp8"), KVOptions(host=True)):
         assert {plan.kv for plan in plans(reckon, ladder=[kv])} == {kv}
@@ -104,3 +135,18 @@ def test_estimate_of_an_eight_bit_cache_in_another_dtype_follows_the_formula():
     small = estimate(WAN, schedule, height=256, width=256, kv=KVOptions("fp8"), dtype=torch.float32)
     again = estimate(WAN, schedule, height=256, width=256, kv=KVOptions("fp8"))
     assert small.cache == again.cache == 2 * 30 * 6 * 12 * (256 * 128 + 4 * 4)
+
+
+def test_a_choice_that_saves_nothing_is_left_out(reckon):
+    """Decoding is not what takes most here, so tiles would only cost time."""
+    small = replace(reckon(KVOptions(), 1), decode=1)
+    plan = plan_memory(lambda kv, tiles: small, small.total, most_tiles=4)
+    assert not plan.fits
+    assert plan.given_up == []
+
+
+def test_an_allocator_is_left_some_room(reckon):
+    needed = reckon(KVOptions(), 1).total
+    assert not plan_memory(reckon, needed, ladder=[KVOptions()]).fits
+    assert not plan_memory(reckon, int(1.05 * needed), ladder=[KVOptions()]).fits
+    assert plan_memory(reckon, int(1.1 * needed), ladder=[KVOptions()]).fits

@@ -209,7 +209,7 @@ def test_a_run_that_ends_early_records_its_finished_chunks(dit, context):
     chunks.close()
     record = recorder.finish()
     assert [chunk.index for chunk in record.chunks] == [0, 1, 2]
-    assert record.facts == {"seed": "7"}
+    assert record.facts["seed"] == "7"
     assert [chunk.index for chunk in recorder.finish(frames=4).chunks] == [0, 1]
 
 
