@@ -4,14 +4,16 @@ POST /prompt takes a prompt, the WebSocket /ws tells how it goes, /history/{id} 
 does not tell success from failure), /view serves files, /interrupt and /queue cancel.
 """
 
+import base64
 import http.client
 import json
 import os
+import re
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import websocket
@@ -21,6 +23,7 @@ from .output_files import free_name, whole_file
 Prompt = Mapping[str, Mapping[str, Any]]
 
 VIEW_CHUNK = 1 << 20
+_UNFIT = re.compile(r"[\x00-\x1f\x7f:]")  # in no file name: control characters, and what stands behind a drive
 
 
 class QueueError(RuntimeError):
@@ -57,19 +60,26 @@ class RemoteFile(NamedTuple):
     @property
     def relative_path(self) -> Path:
         """Where it goes below the output folder; never outside of it, whatever the server says."""
-        parts = [part for part in (*_parts(self.subfolder), *_parts(self.filename)) if part not in ("", ".", "..")]
-        return Path(*parts)
+        return Path(*_parts(self.subfolder), *(_parts(self.filename) or ("unnamed",)))
 
 
 class ComfyServer:
-    """One ComfyUI server. url: `host:port` or `http(s)://host:port[/path]`; http_timeout: seconds per request."""
+    """One ComfyUI server. http_timeout: seconds per request.
+
+    url: `host:port` or `http(s)://[user:password@]host:port[/path]`; the attribute `url` is without the password, which
+    goes to the server (or the proxy before it) as basic authentication.
+    """
 
     def __init__(self, url: str, *, http_timeout: float = 30.0) -> None:
         parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ServerUnreachable(f"{url} is not a server address; use one like http://127.0.0.1:8188")
-        self.url = f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+        login, _, address = parts.netloc.rpartition("@")
+        if parts.scheme not in ("http", "https") or not address:
+            shown = f"{parts.scheme}://{address}"
+            raise ServerUnreachable(f"{shown} is not a server address; use one like http://127.0.0.1:8188")
+        self.url = f"{parts.scheme}://{address.lower()}{parts.path.rstrip('/')}"
         self.http_timeout = http_timeout
+        secret = base64.b64encode(urllib.parse.unquote(login).encode()).decode()
+        self._headers = {"Authorization": f"Basic {secret}"} if login else {}
 
     def get(self, path: str) -> Any:
         """GET a JSON document. Raises ServerUnreachable or QueueError."""
@@ -120,7 +130,7 @@ class ComfyServer:
         """Open the event stream; with `previews` ask for pictures with their node's name. Raises ServerUnreachable."""
         address = f"ws{self.url.removeprefix('http')}/ws?clientId={client_id}"
         try:
-            socket = websocket.create_connection(address, timeout=self.http_timeout)
+            socket = websocket.create_connection(address, timeout=self.http_timeout, header=self._headers)
             if previews:  # must be the first message
                 socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
         except (websocket.WebSocketException, OSError) as error:
@@ -158,6 +168,8 @@ class ComfyServer:
             raise ServerUnreachable(f"{request.full_url} does not answer with JSON; is it a ComfyUI server?") from error
 
     def _open(self, request: urllib.request.Request) -> Any:
+        for name, value in self._headers.items():
+            request.add_unredirected_header(name, value)
         try:
             return urllib.request.urlopen(request, timeout=self.http_timeout)
         except urllib.error.HTTPError as error:
@@ -213,6 +225,6 @@ def _refusal(request: urllib.request.Request, error: urllib.error.HTTPError) -> 
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    """Path components without a root or drive, with either kind of slash."""
-    clean = PurePosixPath(path.replace("\\", "/"))
-    return tuple(part.replace(":", "_") for part in clean.parts if part != clean.root)
+    """Path components without a root, a drive or a way up, with either kind of slash."""
+    parts = (_UNFIT.sub("_", part) for part in path.replace("\\", "/").split("/"))
+    return tuple(part for part in parts if part not in ("", ".", ".."))

@@ -1,10 +1,11 @@
-"""Output files that are whole or absent: folders checked before the work, files renamed into place after it."""
+"""Output files that are whole or absent, and numbered: folders checked before the work, names taken after it."""
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -15,23 +16,39 @@ class OutputError(OSError):
 def prepare_folder(folder: str | Path, *, bytes_needed: int = 0) -> Path:
     """Make `folder` and make sure that a file of `bytes_needed` bytes can be written there.
 
-    Raises OutputError when the folder cannot be made or written, or has less free space.
+    Raises OutputError when the folder cannot be made or written, or has less free space; a folder that was not there
+    before is then not there afterwards.
     """
     folder = Path(folder)
+    made = missing_folders(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"\0")
     except OSError as error:
+        remove_empty(made)
         reason = error.strerror or str(error)
         raise OutputError(f"cannot write to {folder}: {reason}; choose another folder") from error
     free = shutil.disk_usage(folder).free
     if free < bytes_needed:
+        remove_empty(made)
         raise OutputError(
             f"{folder} has {_megabytes(free)} free, {_megabytes(bytes_needed)} are needed; "
             f"free some space or choose another folder"
         )
     return folder
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """`folder` and those above it that are not there yet, the lowest first."""
+    return [one for one in (folder, *folder.parents) if not one.exists()]
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of `folders` that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 @contextmanager
@@ -61,6 +78,42 @@ def free_name(path: Path) -> Path:
         number += 1
         candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return candidate
+
+
+@contextmanager
+def numbered_path(folder: str | Path, prefix: str, suffix: str) -> Iterator[Path]:
+    """The next free `<prefix>_00001<suffix>` in `folder`, reserved against other processes while the block runs.
+
+    Numbers go on from the highest that the prefix has, whatever the suffix, as in ComfyUI. The reservation is a
+    hidden empty file; nothing appears under the name itself, and a folder that was made for a file that never came is
+    removed again. Raises ValueError for a prefix that is no plain file
+    name, OutputError where the folder cannot be written.
+    """
+    if not prefix or Path(prefix).name != prefix or "\0" in prefix:
+        raise ValueError(f"prefix {prefix!r} is no plain file name; put folders into `folder`")
+    made = missing_folders(Path(folder))
+    folder = prepare_folder(folder)
+    taken = re.compile(rf"\.?{re.escape(prefix)}_(\d+)(?!\d)", re.IGNORECASE)
+    while True:
+        numbers = [int(match[1]) for name in os.listdir(folder) if (match := taken.match(name))]
+        path = folder / f"{prefix}_{max(numbers, default=0) + 1:05d}{suffix}"
+        # The suffix is left out: two formats must not share a number either.
+        reservation = folder / f".{path.stem}.reserved"
+        try:
+            os.close(os.open(reservation, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            continue  # another process was faster; it is in the next listing
+        except OSError as error:
+            remove_empty(made)
+            raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
+        if not path.exists():
+            break
+        reservation.unlink()  # another process has even finished since we looked
+    try:
+        yield path
+    finally:
+        reservation.unlink(missing_ok=True)
+        remove_empty(made)
 
 
 def _megabytes(count: int) -> str:

@@ -57,43 +57,63 @@ def run_queue(request: QueueRequest, complain: Callable[[str], None]) -> int:
     servers = [ComfyServer(url, http_timeout=request.options.patience) for url in request.servers]
     if len({server.url for server in servers}) < len(servers):
         raise UsageError("a server is named twice; name each once")
+    jobs = _jobs(request, servers, document, is_canvas, lines, seeds)
+    _check_previews(request, jobs)
     prepare_folder(request.out)
-    jobs = _jobs(request, document, is_canvas, lines, seeds)
     if not request.is_batch:
         return _run(request, jobs, servers, complain, None)
     asked = digests(document, lines=lines, seeds=seeds, overrides=request.overrides, prompt_node=request.prompt_node)
     journal = Journal(request.out, asked)
     try:
         settle_folders(request.out, [job.name for job in jobs], journal)
+    except UsageError:
+        journal.take_back()
+        raise
+    try:
         return _run(request, jobs, servers, complain, journal)
     finally:
         journal.close()
 
 
 def _jobs(
-    request: QueueRequest, document: dict[str, Any], is_canvas: bool, lines: Sequence[Line], seeds: list[int] | None
+    request: QueueRequest,
+    servers: Sequence[ComfyServer],
+    document: dict[str, Any],
+    is_canvas: bool,
+    lines: Sequence[Line],
+    seeds: list[int] | None,
 ) -> list[Job]:
     """The prompts to run. The servers' node definitions are asked for only where they are needed."""
     changes = bool(request.overrides) or request.is_batch
-    object_info = _object_info(request.servers) if is_canvas or changes else {}
+    object_info = _object_info(servers) if is_canvas or changes else {}
     prompt = ui_to_api(document, object_info) if is_canvas else document
     return make_jobs(
         prompt,
         object_info,
         canvas=document if is_canvas else None,
-        overrides=[read_override(prompt, text) for text in request.overrides],
+        overrides=[read_override(prompt, object_info, text) for text in request.overrides],
         lines=lines,
         seeds=seeds,
         prompt_node=request.prompt_node,
     )
 
 
-def _object_info(urls: Sequence[str]) -> Mapping[str, Any]:
+def _check_previews(request: QueueRequest, jobs: Sequence[Job]) -> None:
+    """UsageError where previews would lie in a folder that a job's files are renamed to."""
+    if request.options.previews is None or not request.is_batch:
+        return
+    previews, out = request.options.previews.resolve(), request.out.resolve()
+    taken = {out / job.name for job in jobs}
+    if previews == out or taken.intersection((previews, *previews.parents)):
+        raise UsageError(f"--save-previews {request.options.previews} is where results go; choose another folder")
+
+
+def _object_info(servers: Sequence[ComfyServer]) -> Mapping[str, Any]:
     """The node definitions of the first server that answers. Raises ServerUnreachable when none does."""
     errors = []
-    for url in urls:
+    for server in servers:
         try:
-            return ComfyServer(url).get("/object_info")
+            return server.get("/object_info")
         except ServerUnreachable as error:
             errors.append(str(error))
     raise ServerUnreachable("\n".join(errors))

@@ -60,5 +60,5 @@ class Events:
 
 
 def print_json(event: Event) -> None:
-    """One line on stdout, at once."""
-    print(json.dumps(event, ensure_ascii=False), flush=True)
+    """One line on stdout, at once; ASCII, since a pipe's encoding may be a narrow one (Windows)."""
+    print(json.dumps(event), flush=True)

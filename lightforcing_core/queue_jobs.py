@@ -18,6 +18,8 @@ from .workflow_form import SEED_NAMES, canvas_with
 
 TEXT_ENCODER, TEXT_INPUT = "CLIPTextEncode", "text"
 NAME = re.compile(r"\w(?:[\w .()+-]{0,98}[\w)+-])?")
+# Names that Windows keeps for devices, whatever stands behind a dot.
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 MOST_SEEDS = 100_000
 
 
@@ -43,8 +45,10 @@ class Line:
 def read_prompts(path: Path) -> list[Line]:
     """The lines of a prompt file. Raises UsageError naming the line that cannot be read."""
     try:
-        rows = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        rows = path.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold what splitlines() also breaks at
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 ({error}); save it as UTF-8 text") from error
+    except OSError as error:
         raise UsageError(f"cannot read {path}: {error}") from error
     read = _json_line if path.suffix.lower() in (".jsonl", ".ndjson") else _text_line
     lines = []
@@ -212,7 +216,7 @@ def _check_names(names: Sequence[str]) -> None:
     """Names become folders: plain, and different on every file system."""
     seen = set()
     for name in names:
-        if not NAME.fullmatch(name):
+        if not NAME.fullmatch(name) or DEVICES.fullmatch(name):
             raise UsageError(f"{name!r} cannot be a folder's name; use letters, digits, spaces and . ( ) + - _")
         if name.casefold() in seen:
             raise UsageError(f"{name!r} stands twice; every prompt and seed needs a name of its own")

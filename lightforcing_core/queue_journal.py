@@ -84,6 +84,12 @@ class Journal:
     def close(self) -> None:
         self._file.close()
 
+    def take_back(self) -> None:
+        """Close, and leave no journal behind where there was none before: nothing of this batch has begun."""
+        self.close()
+        if self.is_new:
+            self.path.unlink()
+
     def _end(self, note: str, attempt: Attempt, **more: Any) -> None:
         self._open_attempts.pop(attempt.prompt_id, None)
         self._note(note, attempt, **more)
@@ -93,7 +99,7 @@ class Journal:
         self._append({"note": note, "time": round(time.time(), 3), **told, **more})
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.write(json.dumps(entry).encode() + b"\n")
         os.fsync(self._file.fileno())
 
     def _lock(self) -> None:
@@ -115,13 +121,22 @@ class Journal:
             self._file.truncate(len(whole))
         try:
             entries = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
+            if not entries:
+                return True
+            if not isinstance(entries[0], dict) or entries[0].get("journal") != VERSION:
+                raise UsageError(
+                    f"{self.path} is not a journal of this version; choose another --out, or empty the folder"
+                )
+            self._take_over(entries[0], entries[1:], digests)
+        except UsageError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"{self.path} is damaged ({error}); choose another --out, or empty the folder") from error
-        if not entries:
-            return True
-        head = entries[0]
-        if not isinstance(head, dict) or head.get("journal") != VERSION:
-            raise UsageError(f"{self.path} is not a journal of this version; choose another --out, or empty the folder")
+        return False
+
+    def _take_over(
+        self, head: Mapping[str, Any], notes: Sequence[Mapping[str, Any]], digests: Mapping[str, str]
+    ) -> None:
         changed = [part for part, digest in digests.items() if head["digests"].get(part) != digest]
         if changed:
             raise UsageError(
@@ -129,7 +144,7 @@ class Journal:
                 f"undo the change to go on with it, choose another --out, or empty the folder to start over"
             )
         self.client_id = head["client"]
-        for entry in entries[1:]:
+        for entry in notes:
             attempt = Attempt(entry["prompt"], entry["server"], entry["id"])
             if entry["note"] == "submitted":
                 self._open_attempts[attempt.prompt_id] = attempt
@@ -137,4 +152,3 @@ class Journal:
                 self._open_attempts.pop(attempt.prompt_id, None)
             if entry["note"] == "done":
                 self.done[attempt.job] = entry["files"]
-        return False

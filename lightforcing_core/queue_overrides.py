@@ -5,7 +5,7 @@ everything below it by that key's defaults, so that one override is enough.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .comfy_server import Prompt, title_of
@@ -24,12 +24,18 @@ class Override(NamedTuple):
     value: Any
 
 
-def read_override(prompt: Prompt, text: str) -> Override:
-    """`node.input=value` as an Override. The value is JSON where it can be, else the text as it stands."""
+def read_override(prompt: Prompt, object_info: Mapping[str, Any], text: str) -> Override:
+    """`node.input=value` as an Override, the value read as what the input takes.
+
+    Texts and choices stay as typed (a text may stand in JSON's quotes); anything else is JSON where it can be.
+    """
     target, equals, value = text.partition("=")
     if not equals:
         raise UsageError(f"--set {text}: no '=' in it; write NODE.INPUT=VALUE, for example 4.seed=7")
-    return override(prompt, target.strip(), json_or_text(value))
+    found = override(prompt, target.strip(), json_or_text(value))
+    definition = object_info.get(prompt[found.node]["class_type"]) or {}
+    spec = _spec_of(definition.get("input") or {}, found.input)
+    return found if spec is None else found._replace(value=_as_declared(text, spec, value, found.value))
 
 
 def override(prompt: Prompt, target: str, value: Any) -> Override:
@@ -107,6 +113,33 @@ def json_or_text(text: str) -> Any:
         return json.loads(text, parse_constant=str)
     except ValueError:
         return text
+
+
+def _as_declared(text: str, spec: Sequence[Any], typed: str, read: Any) -> Any:
+    """`typed`, which is `read` as JSON, as an input of this [type, options] wants it."""
+    kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+    if kind == "STRING":
+        return read if isinstance(read, str) else typed
+    if isinstance(kind, list) or kind == "COMBO":
+        return typed if typed in (kind if isinstance(kind, list) else options.get("options") or []) else read
+    if kind == "BOOLEAN" and not isinstance(read, bool):  # a server takes any text for true
+        words = {"true": True, "1": True, "false": False, "0": False}
+        if typed.strip().lower() not in words:
+            raise UsageError(f"--set {text}: {typed!r} is neither true nor false")
+        return words[typed.strip().lower()]
+    return read
+
+
+def _spec_of(fields: Mapping[str, Any], name: str) -> Sequence[Any] | None:
+    """The [type, options] of an input by its dotted name, below whichever key of a dynamic combo; None without any."""
+    declared = {**(fields.get("required") or {}), **(fields.get("optional") or {})}
+    if name in declared:
+        return declared[name]
+    combo, _, below = name.partition(".")
+    if not below or declared.get(combo, [None])[0] != DYNAMIC_COMBO:
+        return None
+    choices = (declared[combo][1] if len(declared[combo]) > 1 else {}).get("options") or []
+    return next((spec for choice in choices if (spec := _spec_of(choice["inputs"], below)) is not None), None)
 
 
 def _declared(fields: Mapping[str, Any], inputs: Mapping[str, Any], prefix: str = "") -> dict[str, list[Any]]:

@@ -1,12 +1,12 @@
-"""Video files that grow while the frames are made and appear whole: MP4 or WebM, in flat memory, numbered."""
+"""Video files that grow while the frames are made and appear whole: MP4 or WebM, in flat memory."""
 
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -220,36 +220,6 @@ class VideoWriter:
             _log.warning("[Light Forcing] %s was not finished; %s in %s", self.path, done, self.partial.name)
         else:
             self._growing.unlink()
-
-
-@contextmanager
-def numbered_path(folder: str | Path, prefix: str, suffix: str) -> Iterator[Path]:
-    """The next free `<prefix>_00001<suffix>` in `folder`, reserved against other processes while the block runs.
-
-    Numbers go on from the highest that the prefix has, whatever the suffix, as in ComfyUI. The reservation is a
-    hidden empty file; nothing appears under the name itself. Raises ValueError for a prefix that is no plain file
-    name, OutputError where the folder cannot be written.
-    """
-    if not prefix or Path(prefix).name != prefix:
-        raise ValueError(f"prefix {prefix!r} is no plain file name; put folders into `folder`")
-    folder = prepare_folder(folder)
-    taken = re.compile(rf"\.?{re.escape(prefix)}_(\d+)(?!\d)", re.IGNORECASE)
-    while True:
-        numbers = [int(match[1]) for name in os.listdir(folder) if (match := taken.match(name))]
-        path = folder / f"{prefix}_{max(numbers, default=0) + 1:05d}{suffix}"
-        # The suffix is left out: two formats must not share a number either.
-        reservation = folder / f".{path.stem}.reserved"
-        try:
-            os.close(os.open(reservation, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            continue  # another process was faster; it is in the next listing
-        if not path.exists():
-            break
-        reservation.unlink()  # another process has even finished since we looked
-    try:
-        yield path
-    finally:
-        reservation.unlink(missing_ok=True)
 
 
 def rescue_abandoned(folder: Path) -> list[Path]:

@@ -87,7 +87,7 @@ def read_workflow(path: str | Path) -> tuple[dict[str, Any], bool]:
     A `{"prompt": …}` envelope around the API form is opened. Raises WorkflowError for anything else.
     """
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise WorkflowError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -1,9 +1,18 @@
 """The pages that watch with the pack's JavaScript, what they draw themselves, and how to reach them."""
 
 from collections.abc import Container
+from dataclasses import dataclass
 from typing import Any
 
-_PAGES: dict[str, bool] = {}  # client id → whether it plays the live view; every one of them draws schedules
+
+@dataclass(frozen=True, eq=False)
+class Page:
+    """A page as it told of itself; one that is loaded again tells again. plays: the live view."""
+
+    plays: bool
+
+
+_PAGES: dict[str, Page] = {}  # by client id
 
 
 def running_server() -> Any | None:
@@ -17,14 +26,9 @@ def note_page(client_id: str, plays: bool, connected: Container[str]) -> None:
     """Remember a page, and whether it plays the live view; pages that are not `connected` any more are forgotten."""
     for gone in [page for page in _PAGES if page not in connected]:
         del _PAGES[gone]
-    _PAGES[client_id] = plays
+    _PAGES[client_id] = Page(plays)
 
 
-def page_draws_schedules(server: Any | None) -> bool:
-    """Whether the page that queued the running prompt draws the schedule on its node by itself."""
-    return server is not None and server.client_id in _PAGES
-
-
-def page_plays_live_view(server: Any | None) -> bool:
-    """Whether the page that queued the running prompt plays the live view by itself."""
-    return server is not None and _PAGES.get(server.client_id, False)
+def watching_page(server: Any | None) -> Page | None:
+    """The page that queued the running prompt, where it has the pack's JavaScript, and so draws schedules itself."""
+    return None if server is None else _PAGES.get(server.client_id)

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..lightforcing_core.memory_plan import MemoryPlan
 from ..lightforcing_core.rollout import StepEvent
 from ..lightforcing_core.schedule import latent_frame_at, video_frames_of
-from .browser import page_plays_live_view, running_server
+from .browser import running_server, watching_page
 
 SHARE = 0.02  # of the run's time that pictures may take
 PAUSE = 0.4  # seconds between pictures
@@ -118,7 +118,8 @@ class LiveView:
     def _pictures(self) -> "Strips | Sheet":
         _, _, frames, height, width = self._shape
         server = running_server()
-        if page_plays_live_view(server):
+        page = watching_page(server)
+        if page is not None and page.plays:
             return Strips(server, video_frames_of(frames))
         return Sheet(frames, width / height)
 
@@ -225,10 +226,14 @@ class Budget:
 
 
 class Strips:
-    """For a page that plays them: every picture is sent once, in strips; a later stretch replaces an earlier one."""
+    """For a page that plays them: every picture is sent once, in strips; a later stretch replaces an earlier one.
+
+    A page that was loaded anew is sent all of them with the next one.
+    """
 
     def __init__(self, server: Any, frames: int) -> None:
         self._server, self._frames, self._unsent = server, frames, list[Stretch]()
+        self._page, self._sent = watching_page(server), list[dict[str, Any]]()
 
     @property
     def is_new(self) -> bool:
@@ -237,10 +242,14 @@ class Strips:
     def add(self, stretch: Stretch) -> None:
         self._unsent = [old for old in self._unsent if old.start >= stretch.stop or old.stop <= stretch.start]
         self._unsent.append(stretch)
+        self._sent = [old for old in self._sent if old["start"] >= stretch.stop or old["stop"] <= stretch.start]
 
     def send(self) -> None:
-        context = get_executing_context()
+        context, page = get_executing_context(), watching_page(self._server)
         strips, self._unsent = [strip_of(stretch) for stretch in self._unsent], []
+        self._sent += strips
+        if page is not self._page:
+            self._page, strips = page, self._sent
         message = {
             "node": context.node_id,
             "prompt_id": context.prompt_id,

@@ -53,4 +53,15 @@ def run_inputs() -> list[io.Input]:
             "and the nodes behind it run. Off: it ends there, as in other samplers, and the chunks are lost.",
         ),
         kv_cache_input(),
+        io.Float.Input(
+            "context_noise",
+            default=0.0,
+            min=0.0,
+            max=1000.0,
+            step=1.0,
+            optional=True,
+            advanced=True,
+            tooltip="The timestep, 0 to 1000, at which a finished chunk is read into the model's memory. 0 for every "
+            "published checkpoint; a little more lets a model trust its own past less, against drift.",
+        ),
     ]

@@ -52,6 +52,7 @@ class LightForcingSamplerSelect(io.ComfyNode):
         replay: Replay = "all",
         keep_finished: bool = True,
         kv_cache: str = "auto",
+        context_noise: float = 0.0,
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
 
@@ -66,6 +67,7 @@ class LightForcingSamplerSelect(io.ComfyNode):
             replay=replay,
             keep_finished=keep_finished,
             kv=KV_CACHES[kv_cache],
+            context_noise=context_noise,
             on_cut=on_cut,
             on_plan=line.plan,
             on_step=line,

@@ -15,7 +15,7 @@ from ..lightforcing_core.families import FAMILIES, Family, SinkRope, guess_famil
 from ..lightforcing_core.growth import CURVES
 from ..lightforcing_core.report import plot_schedule, schedule_costs
 from ..lightforcing_core.schedule import Schedule, latent_frames_of
-from .browser import page_draws_schedules, running_server
+from .browser import running_server, watching_page
 from .patch import settings_of
 from .per_chunk import numbers_per_chunk
 
@@ -30,6 +30,8 @@ H100: dict[str, Family] = {
 PUBLISHED = FAMILIES | H100
 SINK_ROPES = get_args(SinkRope)
 GENTLE_TARGET, GENTLE_BASE = 0.6, 0.7  # what checkpoints bear that were never trained sparse
+MOST_FRAMES = 16001
+NO_PRESET = f"this preset does not exist; use {AUTO}, {DENSE}, {GENTLE}, {CUSTOM} or a family"
 LONG = 961  # stands for a length that is only known when the graph runs
 
 
@@ -49,7 +51,7 @@ class LightForcingSchedule(io.ComfyNode):
                     "length",
                     default=81,
                     min=1,
-                    max=16001,
+                    max=MOST_FRAMES,
                     step=4,
                     tooltip="Video frames, 1 + 4·k; must equal the latent's length. 81 is 5 seconds at 16 fps.",
                 ),
@@ -88,7 +90,7 @@ class LightForcingSchedule(io.ComfyNode):
         Raises ValueError, which the host shows once; a returned reason it repeats for every input.
         """
         if preset is None:
-            raise ValueError(f"this preset does not exist; use {AUTO}, {DENSE}, {GENTLE}, {CUSTOM} or a family")
+            raise ValueError(NO_PRESET)
         if length is not None:
             latent_frames_of(length)
         linked = [name for name, value in preset.items() if value is None and name != "sparsity"]
@@ -102,7 +104,8 @@ class LightForcingSchedule(io.ComfyNode):
     def execute(cls, length: int, preset: dict[str, Any], model: ModelPatcher | None = None) -> io.NodeOutput:
         settings = settings_of(model) if model is not None else None
         schedule = schedule_from(length, preset, settings.family if settings else None)
-        return io.NodeOutput(schedule, ui=None if page_draws_schedules(running_server()) else picture_of(schedule, cls))
+        is_drawn = watching_page(running_server()) is not None
+        return io.NodeOutput(schedule, ui=None if is_drawn else picture_of(schedule, cls))
 
 
 def custom_inputs() -> list[io.Input]:
@@ -205,6 +208,8 @@ def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None)
         )
     if name in PUBLISHED:
         return Schedule.of_family(PUBLISHED[name], frames)
+    if name not in FOLLOWING:
+        raise ValueError(NO_PRESET)
     if family is None:
         raise ValueError(
             f"preset {name} follows the checkpoint, but no patched model is connected; connect the MODEL of Light "
@@ -222,12 +227,12 @@ def schedule_numbers(
     """What the plot on the canvas shows, in JSON types; `follows` where only the running graph knows the model.
 
     family, file: of the connected model as far as the canvas knows them, as in Light Forcing Model Loader. Raises
-    ValueError for a schedule that cannot be met.
+    ValueError for a schedule that cannot be met, TypeError, KeyError or AttributeError for what are not its inputs.
     """
-    known = None
-    if family in FAMILIES:
-        known = FAMILIES[family]
-    elif file is not None:
+    if length > MOST_FRAMES:
+        raise ValueError(f"length {length} is more than {MOST_FRAMES} video frames")
+    known = FAMILIES.get(family or "")
+    if known is None and file is not None:
         known = guess_family(file)
     if preset["preset"] in FOLLOWING and known is None:
         return {"follows": "the connected model decides when the graph runs"}

@@ -9,9 +9,9 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..lightforcing_core.output_files import numbered_path
 from ..lightforcing_core.run_state import RunState, load_run_state
 from ..lightforcing_core.schedule import video_frames_of
-from ..lightforcing_core.video_file import numbered_path
 
 StateType = io.Custom("LIGHTFORCING_STATE")
 FOLDER = "light_forcing"  # inside the output folder
@@ -117,7 +117,10 @@ class LightForcingLoadState(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        path = state_folder() / file
+        folder = state_folder()
+        path = (folder / file).resolve()
+        if not path.is_relative_to(folder):  # a name that came over a link, which the host does not compare to the list
+            raise ValueError(f"file {file!r} is not inside {folder}; choose one of the list")
         return io.NodeOutput(StateFile(path, load_run_state(path)))
 
 

@@ -12,9 +12,11 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..lightforcing_core.video_file import VideoWriter, numbered_path
+from ..lightforcing_core.output_files import numbered_path, remove_empty
+from ..lightforcing_core.video_file import FORMATS, VideoWriter
 
 VideoOutputType = io.Custom("LIGHTFORCING_VIDEO_OUTPUT")
+MOST_CRF = max(known.worst_crf for known in FORMATS.values())
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class LightForcingVideoOutput(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="video/light_forcing",
-                    tooltip="Name in the output folder; a number is added. %date%-like fields work as in Save Video.",
+                    tooltip="Name in the output folder; a number is added. Fields such as %date:yyyy-MM-dd% work as in "
+                    "Save Video.",
                 ),
                 io.Combo.Input(
                     "format",
@@ -55,7 +58,7 @@ class LightForcingVideoOutput(io.ComfyNode):
                     "crf",
                     default=-1,
                     min=-1,
-                    max=63,
+                    max=MOST_CRF,
                     step=1,
                     tooltip="Quality: lower is better and larger. -1 takes 19 for mp4 and 30 for webm.",
                 ),
@@ -83,6 +86,23 @@ class LightForcingVideoOutput(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(
+        cls, filename_prefix: str | None = None, format: str | None = None, crf: int | None = None
+    ) -> bool:
+        """Refuse what cannot be written before anything runs; what comes over a link is None here.
+
+        Raises ValueError, which the host shows once; a returned reason it repeats for every input.
+        """
+        if filename_prefix is not None and Path(filename_prefix).name in ("", ".."):
+            raise ValueError(f"filename_prefix {filename_prefix!r} names no file; write one such as video/clip")
+        if format is not None and f".{format}" not in FORMATS:
+            raise ValueError(f"format {format!r} is not known; use {' or '.join(FORMATS)}".replace(".", ""))
+        worst = MOST_CRF if format is None else FORMATS[f".{format}"].worst_crf
+        if crf is not None and not -1 <= crf <= worst:
+            raise ValueError(f"crf {crf} is outside 0 to {worst} of {format}; -1 takes the usual one")
+        return True
+
+    @classmethod
     def execute(cls, filename_prefix: str, format: str, crf: int, fps: float, keep_images: bool) -> io.NodeOutput:
         return io.NodeOutput(VideoOutput(filename_prefix, format, None if crf < 0 else crf, fps, keep_images))
 
@@ -103,9 +123,12 @@ class VideoFiles:
 
     def __enter__(self) -> "VideoFiles":
         height, width = self._size
-        output, root = self._output, folder_paths.get_output_directory()
-        folder, name, *_ = folder_paths.get_save_image_path(output.filename_prefix, root, width, height)
+        output, root = self._output, Path(folder_paths.get_output_directory())
+        made, name, *_ = folder_paths.get_save_image_path(output.filename_prefix, str(root), width, height)
+        folder = Path(made)
         with contextlib.ExitStack() as stack:
+            # The host has made them; where no file came, they go again.
+            stack.callback(remove_empty, [one for one in (folder, *folder.parents) if root in one.parents])
             for _ in range(self._batch):
                 path = stack.enter_context(numbered_path(folder, name, f".{output.format}"))
                 writer = VideoWriter(

@@ -138,8 +138,9 @@ def test_video_grows_on_the_sampler_and_ends_on_the_canvas(canvas):
     assert len(set(lengths)) >= 3
     assert seen[-1] == (LENGTH, (LENGTH + 1) // 2)  # every second frame of the whole video, decoded
     assert any(re.match(r"chunk \d/4 · step \d/4 · (\d+\.\d s per chunk · )?density \d+ %", line) for line in said)
-    first = canvas.evaluate(f"() => {view}.canvas.toDataURL()")
-    canvas.wait_for(f"{view}.canvas.toDataURL() !== {first!r}")  # it plays
+    picture = f"app.rootGraph.getNodeById({sampler}).lightForcingScreen.canvas.toDataURL()"
+    first = canvas.evaluate(f"() => {picture}")
+    canvas.wait_for(f"{picture} !== {first!r}")  # it plays
     canvas.wait_for("[...document.querySelectorAll('video')].some((video) => video.videoWidth > 0)")
     size = canvas.evaluate("() => { const v = document.querySelector('video'); return [v.videoWidth, v.videoHeight]; }")
     assert size == [WIDTH, HEIGHT]

@@ -1,7 +1,17 @@
-"""A small graph with a text and a seed, and servers that render it into a text file: what the queue's tests share."""
+"""A small graph with a text and a seed, servers that render it into a text file, and batches of it over them."""
 
 import json
+import os
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from lightforcing.lightforcing_core.comfy_server import ComfyServer
+from lightforcing.lightforcing_core.queue_batch import BatchOptions, run_batch
+from lightforcing.lightforcing_core.queue_events import Events
+from lightforcing.lightforcing_core.queue_jobs import Line, make_jobs
+from lightforcing.lightforcing_core.queue_journal import Journal
+from lightforcing.lightforcing_core.queue_outputs import settle_folders, store_in_folders
 
 from .fake_comfy import SUCCESS
 
@@ -19,7 +29,10 @@ MODES = [
     {"key": "plain", "inputs": {}},
     {
         "key": "growth",
-        "inputs": {"required": {"target": ["FLOAT", {"default": 0.6}], "curve": [["linear", "root"], {}]}},
+        "inputs": {
+            "required": {"target": ["FLOAT", {"default": 0.6}], "curve": [["linear", "root"], {}]},
+            "optional": {"note": ["STRING", {"default": ""}]},
+        },
     },
 ]
 OBJECT_INFO = {
@@ -32,7 +45,11 @@ OBJECT_INFO = {
                 "seed": ["INT", {"default": 0, "control_after_generate": True}],
                 "mode": ["COMFY_DYNAMICCOMBO_V3", {"options": MODES}],
             },
-            "optional": {"cfg": ["FLOAT", {"default": 1.0}]},
+            "optional": {
+                "cfg": ["FLOAT", {"default": 1.0}],
+                "block": ["COMBO", {"options": ["16", "64"]}],
+                "tail": ["BOOLEAN", {"default": False}],
+            },
         }
     },
     "Save": {"input": {"required": {"images": ["IMAGE", {}], "prefix": ["STRING", {}]}}},
@@ -77,3 +94,46 @@ def texts_below(folder):
 
 def events_of(output):
     return [json.loads(line) for line in output.splitlines()]
+
+
+def hold(fake, after=0):
+    """Let runs wait, so many of them excepted."""
+    fake.hold, fake.hold_after = True, after
+
+
+class Batch:
+    """Prompts `text 1` … `text n` under the names `0001` …, and what happened to them."""
+
+    def __init__(self, out, servers, count, store=None, **options):
+        self.out, self.servers, self.events = out, servers, []
+        self.jobs = make_jobs(GRAPH, OBJECT_INFO, lines=[Line(f"text {number}") for number in range(1, count + 1)])
+        self.store = store or store_in_folders(out)
+        self.options = BatchOptions(**{"patience": 0.3, **options})
+        self._pool = ThreadPoolExecutor(1)
+
+    def start(self):
+        """Run in another thread; the future's result is the counts."""
+        return self._pool.submit(self.run)
+
+    def run(self):
+        self.out.mkdir(exist_ok=True)
+        journal = Journal(self.out, {"workflow": "same"})
+        try:
+            settle_folders(self.out, [job.name for job in self.jobs], journal)
+            clients = [ComfyServer(fake.url, http_timeout=5) for fake in self.servers]
+            emit = Events(self.events.append)
+            return run_batch(self.jobs, clients, store=self.store, emit=emit, journal=journal, options=self.options)
+        finally:
+            journal.close()
+
+    def of(self, kind):
+        return [event for event in list(self.events) if event["event"] == kind]
+
+    def rendered(self):
+        """How often each text ran to its end, on all servers together."""
+        return Counter(text_of(body) for fake in self.servers for body in fake.rendered)
+
+    def check_complete(self):
+        wanted = {job.name: text_of({"prompt": job.prompt}) for job in self.jobs}
+        assert texts_below(self.out) == wanted
+        assert not [name for name in os.listdir(self.out) if name.endswith(".part")]

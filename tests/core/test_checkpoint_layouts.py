@@ -97,6 +97,21 @@ def test_each_family_runs_the_weights_it_is_published_to_run(tmp_path, file_name
     assert info.other_weights == tuple(name for name in sets if name != expected)
 
 
+@pytest.mark.parametrize(
+    ("file_name", "expected"), [("something.safetensors", "generator_ema"), ("longlive_base.safetensors", "generator")]
+)
+def test_sets_that_a_flat_file_names_in_its_keys_are_told_apart(tmp_path, file_name, expected):
+    sets = {"generator": tiny_wan(seed=1, layers=1), "generator_ema": tiny_wan(seed=2, layers=1)}
+    flat = {"critic.model.blocks.0.self_attn.q.weight": torch.zeros(2, 2)}
+    for name, weights in sets.items():
+        flat |= prefixed(weights, f"{name}.model.")
+    save_file(flat, tmp_path / file_name)
+    loaded, info = load_dit_state_dict(tmp_path / file_name)
+    assert_same(loaded, sets[expected])
+    assert (info.weights, info.layout) == (expected, "original names, prefix model.")
+    assert info.other_weights == tuple(name for name in sets if name != expected)
+
+
 def test_nested_containers_are_opened(tmp_path):
     weights = tiny_wan(layers=1)
     torch.save({"generator": {"state_dict": weights, "step": 1}, "generator_ema": None}, tmp_path / "x.pt")

@@ -47,6 +47,14 @@ def test_too_little_space_is_an_error_before_the_work(tmp_path):
         prepare_folder(tmp_path, bytes_needed=1 << 60)
 
 
+def test_refused_folder_is_not_left_behind(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder in (tmp_path / "new" / "below", tmp_path / "mine"):
+        with pytest.raises(OutputError, match="are needed"):
+            prepare_folder(folder, bytes_needed=1 << 60)
+    assert os.listdir(tmp_path) == ["mine"]
+
+
 def test_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(OutputError, match="choose another folder"):

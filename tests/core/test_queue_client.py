@@ -158,6 +158,18 @@ def test_address_of_another_kind_is_refused():
         ComfyServer("ftp://host")
 
 
+def test_login_in_the_address_goes_to_the_server_and_nowhere_else(comfy, tmp_path):
+    comfy.authorization = "Basic bWU6YSA6Yg=="  # me, "a :b"
+    comfy.record = {"outputs": {"2": {"images": [VIDEO]}}, "status": {"status_str": "success", "messages": []}}
+    comfy.files["clip_00001_.mp4", "video", "output"] = b"frames"
+    server = ComfyServer(comfy.url.replace("http://", "http://me:a%20%3Ab@"))
+    assert server.url == comfy.url
+    (video,) = run_prompt(server, PROMPT).files
+    assert server.download(video, tmp_path).read_bytes() == b"frames"
+    with pytest.raises(QueueError, match="HTTP 401"):
+        ComfyServer(comfy.url).get("/object_info")
+
+
 def test_http_error_keeps_the_servers_words(comfy):
     with pytest.raises(QueueError, match=r"/nowhere answers HTTP 404 Not Found: 404: Not Found"):
         ComfyServer(comfy.url).get("/nowhere")
@@ -194,7 +206,14 @@ def test_broken_download_leaves_nothing(comfy, tmp_path):
 
 @pytest.mark.parametrize(
     ("filename", "subfolder", "expected"),
-    [("../../etc/passwd", "", "etc/passwd"), ("a.mp4", "/root/..", "root/a.mp4"), ("a.mp4", "C:\\x", "C_/x/a.mp4")],
+    [
+        ("../../etc/passwd", "", "etc/passwd"),
+        ("a.mp4", "/root/..", "root/a.mp4"),
+        ("a.mp4", "C:\\x", "C_/x/a.mp4"),
+        ("..", "", "unnamed"),
+        ("/", "clips", "clips/unnamed"),
+        ("a\0b\n.mp4", "", "a_b_.mp4"),
+    ],
 )
 def test_server_cannot_write_outside_the_folder(filename, subfolder, expected):
     assert RemoteFile(filename, subfolder, "output").relative_path.as_posix() == expected

@@ -6,28 +6,14 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from contextlib import ExitStack
 
 import pytest
 from typer.testing import CliRunner
 
-from lightforcing.lightforcing_core import queue_client, queue_events
+from lightforcing.lightforcing_core import queue_events
 from lightforcing.lightforcing_core.cli import app
 
-from .fake_comfy import FakeComfy
-from .queue_samples import GRAPH, events_of, render_text, text_of, texts_below, wait_until
-
-
-@pytest.fixture
-def servers(monkeypatch):
-    monkeypatch.setattr(queue_client, "TICK_SECONDS", 0.05)
-    monkeypatch.setattr(queue_client, "IDLE_SECONDS", 0.2)
-    with ExitStack() as stack:
-        fakes = [FakeComfy(), FakeComfy()]
-        for fake in fakes:
-            render_text(fake)
-            stack.enter_context(fake.running())
-        yield fakes
+from .queue_samples import GRAPH, events_of, text_of, texts_below, wait_until
 
 
 @pytest.fixture
@@ -111,6 +97,15 @@ def test_json_is_all_there_is_on_stdout(servers, command):
     assert finished["prompt_id"] in [body["prompt_id"] for fake in servers for body in fake.prompts]
 
 
+def test_json_is_ascii_whatever_the_prompts_are_called(servers, tmp_path):
+    servers[0].events = [("executing", {"node": "3"})]
+    (tmp_path / "prompts.jsonl").write_text('{"name": "小熊猫", "text": "x"}', encoding="utf-8")
+    result = single(tmp_path, servers[0], "--json", "--prompts", tmp_path / "prompts.jsonl")
+    assert result.exit_code == 0
+    assert result.stdout.isascii()
+    assert {event["prompt"] for event in events_of(result.stdout) if event["event"] == "finished"} == {"小熊猫"}
+
+
 def test_every_event_and_field_is_described():
     rows = {row.split("|")[1].strip(): row for row in queue_events.__doc__.splitlines() if row.startswith("| ")}
     for name, fields in queue_events.FIELDS.items():
@@ -128,7 +123,8 @@ def test_overrides_reach_the_server(servers, tmp_path):
     result = single(tmp_path, servers[0], "--set", "My sampler.mode=growth", "--set", "2.text=a cat")
     assert result.exit_code == 0, result.stderr
     sent = servers[0].prompts[0]["prompt"]
-    assert sent["3"]["inputs"] == {**GRAPH["3"]["inputs"], "mode": "growth", "mode.target": 0.6, "mode.curve": "linear"}
+    below = {"mode.target": 0.6, "mode.curve": "linear", "mode.note": ""}
+    assert sent["3"]["inputs"] == {**GRAPH["3"]["inputs"], "mode": "growth", **below}
     assert sent["2"]["inputs"]["text"] == "a cat"
 
 
@@ -157,7 +153,7 @@ def test_seeds_alone_make_a_batch(servers, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--set", "3.speed=1"], "My sampler (node 3) has no input 'speed'; it has cfg, mode, positive, seed"),
+        (["--set", "3.speed=1"], "My sampler (node 3) has no input 'speed'; it has block, cfg, mode, positive"),
         (["--set", "7.seed=1"], "no node is called '7'"),
         (["--seeds", "x"], "is no seed and no range"),
         (["--prompt-node", "2"], "--prompt-node says where the lines of --prompts go"),
@@ -170,6 +166,22 @@ def test_options_that_do_not_fit_exit_2_and_send_nothing(servers, tmp_path, more
     assert result.exit_code == 2
     assert message in result.stderr
     assert servers[0].prompts == []
+
+
+def test_refused_start_leaves_no_folder_and_no_journal(servers, command, tmp_path):
+    assert run(command("--set", "3.speed=1")).exit_code == 2
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "0002").mkdir(parents=True)
+    assert "is there already and not from this batch" in run(command()).stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0002"]
+
+
+@pytest.mark.parametrize("folder", ["out", "out/0002", "out/0002/seen"])
+def test_previews_may_not_lie_where_results_go(servers, command, tmp_path, folder):
+    result = run(command("--save-previews", tmp_path / folder))
+    assert result.exit_code == 2
+    assert "is where results go; choose another folder" in result.stderr
+    assert servers[0].prompts == servers[1].prompts == []
 
 
 def test_changed_batch_is_refused_with_the_way_out(servers, command):

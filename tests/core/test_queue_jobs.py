@@ -12,7 +12,7 @@ from .queue_samples import GRAPH, OBJECT_INFO
 
 
 def set_inputs(*texts, graph=GRAPH):
-    return apply_overrides(graph, OBJECT_INFO, [read_override(graph, text) for text in texts])
+    return apply_overrides(graph, OBJECT_INFO, [read_override(graph, OBJECT_INFO, text) for text in texts])
 
 
 def encoder(text="x"):
@@ -28,11 +28,18 @@ def encoder(text="x"):
         ("2.text=a=b", "2", "text", "a=b"),
         ('2.text="7"', "2", "text", "7"),
         ("2.text=", "2", "text", ""),
-        ("4.prefix=null", "4", "prefix", None),
-        ("2.text=NaN", "2", "text", "NaN"),
-        ("4.prefix=[1, 2]", "4", "prefix", {"__value__": [1, 2]}),
+        ("2.text=1e5", "2", "text", "1e5"),  # a text stays as typed
+        ("2.text=true", "2", "text", "true"),
+        ("2.text=[a, b]", "2", "text", "[a, b]"),
+        ("4.prefix=[1, 2]", "4", "prefix", "[1, 2]"),
+        ("3.block=64", "3", "block", "64"),  # a choice of digits, not a number
+        ("3.tail=False", "3", "tail", False),  # which a server would take for true
+        ("3.tail=1", "3", "tail", True),
+        ("3.cfg=NaN", "3", "cfg", "NaN"),
         ("3.cfg=1.5", "3", "cfg", 1.5),  # declared, though the workflow leaves it out
         ("2.clip=text", "2", "clip", "text"),  # loses its wire
+        ("2.clip=null", "2", "clip", None),
+        ("2.clip=[1, 2]", "2", "clip", {"__value__": [1, 2]}),
     ],
 )
 def test_override_sets_one_input(text, node, name, value):
@@ -55,9 +62,10 @@ def test_titles_may_have_dots():
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_choosing_a_dynamic_combos_key_brings_what_is_below_it(order):
-    texts = ["3.mode=growth", "3.mode.target=0.9"][::order]
+    texts = ["3.mode=growth", "3.mode.target=0.9", "3.mode.note=7"][::order]
     inputs = set_inputs(*texts)["3"]["inputs"]
-    assert inputs == {"positive": ["2", 0], "seed": 5, "mode": "growth", "mode.target": 0.9, "mode.curve": "linear"}
+    below = {"mode.target": 0.9, "mode.curve": "linear", "mode.note": "7"}
+    assert inputs == {"positive": ["2", 0], "seed": 5, "mode": "growth", **below}
 
 
 def test_leaving_a_dynamic_combos_key_removes_what_was_below_it():
@@ -76,9 +84,10 @@ def test_setting_the_same_key_keeps_what_is_below_it():
         ("3.seed", "--set 3.seed: no '=' in it; write NODE.INPUT=VALUE"),
         ("3=7", "'3' names a node but no input; write 3.INPUT"),
         ("9.seed=7", 'no node is called \'9\'; the workflow has 1 "Load CLIP", 2 "Prompt"'),
-        ("3.seeds=7", "My sampler (node 3) has no input 'seeds'; it has cfg, mode, positive, seed"),
+        ("3.seeds=7", "My sampler (node 3) has no input 'seeds'; it has block, cfg, mode, positive, seed, tail"),
         ("3.mode.target=1", "My sampler (node 3) has no input 'mode.target'"),
         ("3.mode=other", "My sampler: mode: 'other' is not a choice; use one of plain, growth"),
+        ("3.tail=no", "--set 3.tail=no: 'no' is neither true nor false"),
     ],
 )
 def test_override_that_fits_nothing_says_what_there_is(text, message):
@@ -89,7 +98,7 @@ def test_override_that_fits_nothing_says_what_there_is(text, message):
 
 def test_title_of_two_nodes_asks_for_an_id():
     with pytest.raises(UsageError, match="2 nodes are called 'CLIPTextEncode'; use an id: 1, 2"):
-        read_override({"1": encoder(), "2": encoder()}, "CLIPTextEncode.text=x")
+        read_override({"1": encoder(), "2": encoder()}, OBJECT_INFO, "CLIPTextEncode.text=x")
 
 
 def test_text_file_has_a_prompt_per_line(tmp_path):
@@ -120,6 +129,19 @@ def test_prompt_file_that_cannot_be_read_names_the_line(tmp_path, name, content,
     with pytest.raises(UsageError) as caught:
         read_prompts(tmp_path / name)
     assert message in str(caught.value)
+
+
+def test_prompt_may_hold_what_other_line_breaks_look_like(tmp_path):
+    (tmp_path / "a.txt").write_text("a dog\u2028in the rain\r\na cat\x0b", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "a dog\u2028in the rain"}', encoding="utf-8")
+    assert [line.text for line in read_prompts(tmp_path / "a.txt")] == ["a dog\u2028in the rain", "a cat"]
+    assert [line.text for line in read_prompts(tmp_path / "b.jsonl")] == ["a dog\u2028in the rain"]
+
+
+def test_prompt_file_of_another_encoding_says_what_to_do(tmp_path):
+    (tmp_path / "a.txt").write_text("a dog", encoding="utf-16")
+    with pytest.raises(UsageError, match=r"is not UTF-8 .* save it as UTF-8 text"):
+        read_prompts(tmp_path / "a.txt")
 
 
 def test_missing_prompt_file_is_named(tmp_path):
@@ -203,6 +225,7 @@ def test_seed_stays_where_nothing_sets_it():
         ([Line("x", name="../a")], None, "'../a' cannot be a folder's name"),
         ([Line("x", name=".a")], None, "cannot be a folder's name"),
         ([Line("x", name="a.")], None, "cannot be a folder's name"),
+        ([Line("x", name="Con.txt")], None, "cannot be a folder's name"),
         ([Line("x")], [1, 1], "'0001-seed1' stands twice"),
         ([Line("x", seed=1)], [1], "0001 has a seed of its own; leave out --seeds"),
     ],
@@ -237,7 +260,7 @@ CANVAS = {
             "id": 3,
             "type": "Sampler",
             "inputs": [{"name": "positive", "type": "CONDITIONING", "link": 2}],
-            "widgets_values": [5, "fixed", "growth", 0.6, "linear", 1.0],
+            "widgets_values": [5, "fixed", "growth", 0.6, "linear", "", 1.0],
         },
     ],
     "links": [[1, 1, 0, 2, 0, "CLIP"], [2, 2, 0, 3, 0, "CONDITIONING"]],
@@ -251,7 +274,7 @@ def test_canvas_shows_the_values_that_ran():
     (job,) = make_jobs(prompt, OBJECT_INFO, canvas=CANVAS, overrides=overrides, lines=[Line("a cat", seed=8)])
     assert ui_to_api(job.canvas, OBJECT_INFO) == job.prompt
     assert job.canvas["nodes"][1]["widgets_values"] == ["a cat"]
-    assert job.canvas["nodes"][2]["widgets_values"] == [8, "fixed", "growth", 0.9, "linear", 2.0]
+    assert job.canvas["nodes"][2]["widgets_values"] == [8, "fixed", "growth", 0.9, "linear", "", 2.0]
     assert json.dumps(CANVAS) == before
 
 

@@ -64,10 +64,13 @@ def test_journal_of_another_batch_is_refused(filled, tmp_path, parts):
         ("no json\n", "is damaged"),
         ('{"journal": 99}\n', "is not a journal of this version"),
         ("[]\n", "is not a journal"),
+        ('{"journal": 1, "client": "c"}\n', "is damaged"),
+        ('{"journal": 1, "client": "c", "digests": DIGESTS}\n{"note": "done"}\n', "is damaged"),
+        ('{"journal": 1, "client": "c", "digests": DIGESTS}\n7\n', "is damaged"),
     ],
 )
 def test_other_file_under_the_journals_name_is_refused(tmp_path, content, message):
-    (tmp_path / "queue.jsonl").write_text(content)
+    (tmp_path / "queue.jsonl").write_text(content.replace("DIGESTS", json.dumps(ASKED)))
     with pytest.raises(UsageError, match=message):
         Journal(tmp_path, ASKED)
 

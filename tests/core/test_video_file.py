@@ -14,7 +14,7 @@ import torch
 
 from lightforcing.lightforcing_core import video_file
 from lightforcing.lightforcing_core.output_files import OutputError
-from lightforcing.lightforcing_core.video_file import VideoWriter, numbered_path, rescue_abandoned
+from lightforcing.lightforcing_core.video_file import VideoWriter, rescue_abandoned
 
 HEIGHT, WIDTH = 48, 64
 SUFFIXES = (".mp4", ".webm")
@@ -338,69 +338,6 @@ def test_a_missing_encoder_is_named(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="no encoder no-such-encoder; install"), writer(tmp_path / "clip.mp4"):
         pass
     assert os.listdir(tmp_path) == []
-
-
-class TestNumberedPath:
-    def test_numbers_go_on_from_the_highest(self, tmp_path):
-        names = ("clip_00001.mp4", "CLIP_00007_.png", "clip_00003.partial.mp4", "clipper_00050.mp4", "clip_x.mp4")
-        for name in names:
-            (tmp_path / name).touch()
-        with numbered_path(tmp_path, "clip", ".webm") as path:
-            assert path == tmp_path / "clip_00008.webm"
-            assert not path.exists()
-        with numbered_path(tmp_path / "new", "a.b (c)", ".mp4") as path:
-            assert path.name == "a.b (c)_00001.mp4"
-
-    def test_numbers_are_reserved_while_in_use(self, tmp_path):
-        with numbered_path(tmp_path, "clip", ".mp4") as one, numbered_path(tmp_path, "clip", ".webm") as other:
-            assert (one.name, other.name) == ("clip_00001.mp4", "clip_00002.webm")
-        assert os.listdir(tmp_path) == []
-
-    def test_five_digits_are_no_limit(self, tmp_path):
-        (tmp_path / "clip_99999.mp4").touch()
-        with numbered_path(tmp_path, "clip", ".mp4") as path:
-            path.touch()
-        with numbered_path(tmp_path, "clip", ".mp4") as path:
-            assert path.name == "clip_100001.mp4"
-
-    def test_a_faster_process_gets_the_number(self, tmp_path, monkeypatch):
-        """Another process reserves between our look and our claim."""
-        look = os.listdir
-
-        def slow(folder):
-            found = look(folder)
-            monkeypatch.setattr(os, "listdir", look)
-            (tmp_path / ".clip_00001.reserved").touch()
-            return found
-
-        monkeypatch.setattr(os, "listdir", slow)
-        with numbered_path(tmp_path, "clip", ".mp4") as path:
-            assert path.name == "clip_00002.mp4"
-
-    def test_a_file_that_appeared_meanwhile_is_not_replaced(self, tmp_path, monkeypatch):
-        """Another process reserves, writes and releases between our look and our claim."""
-        look = os.listdir
-
-        def slow(folder):
-            found = look(folder)
-            monkeypatch.setattr(os, "listdir", look)
-            (tmp_path / "clip_00001.mp4").touch()
-            return found
-
-        monkeypatch.setattr(os, "listdir", slow)
-        with numbered_path(tmp_path, "clip", ".mp4") as path:
-            assert path.name == "clip_00002.mp4"
-        assert os.listdir(tmp_path) == ["clip_00001.mp4"]
-
-    def test_the_name_may_be_taken_before_the_reservation_goes(self, tmp_path):
-        with numbered_path(tmp_path, "clip", ".mp4") as path, writer(path) as video:
-            video.write(noise(1))
-        assert os.listdir(tmp_path) == ["clip_00001.mp4"]
-
-    @pytest.mark.parametrize("prefix", ["", "a/b", "../a", "/a"])
-    def test_prefixes_that_are_no_file_names_are_refused(self, tmp_path, prefix):
-        with pytest.raises(ValueError, match="no plain file name"), numbered_path(tmp_path, prefix, ".mp4"):
-            pass
 
 
 def test_rates_are_exact(tmp_path):

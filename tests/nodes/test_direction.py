@@ -67,6 +67,13 @@ def test_chunk_seed_changes_its_chunk_and_what_follows(server, plain):
     assert (video[:, :, REST] - plain[:, :, REST]).abs().max() > 0.05
 
 
+def test_context_noise_changes_what_follows_the_first_chunk(server, plain, run_custom):
+    noisy = steered(server, context_noise=300.0)
+    assert (noisy[:, :, FIRST] == plain[:, :, FIRST]).all()
+    assert (noisy[:, :, REST] - plain[:, :, REST]).abs().max() > 0.01
+    assert (run_custom({"context_noise": 300.0}) - run_custom()).abs().max() > 0.01
+
+
 def test_sparsity_of_one_chunk_can_be_given(server):
     def video(**inputs):
         return steered(server, {"plan": schedule(**inputs)}, schedule=link("plan"))

@@ -27,6 +27,7 @@ class Client:
         self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
         server.post("/light_forcing/page", {"client_id": self.id, "plays": plays})
         self.lines, self.sheets, self.messages, self.node_ids = [], [], [], set()
+        self.after_message = lambda: None
 
     def run(self, prompt, **extra):
         prompt_id = str(uuid.uuid4())
@@ -40,6 +41,7 @@ class Client:
             message = json.loads(data)
             if message["type"] == "light_forcing.preview":
                 self.messages.append(message["data"])
+                self.after_message()
             if message["type"] == "execution_error":
                 raise AssertionError(message["data"]["exception_message"])
             if message["type"] == "execution_success" and message["data"]["prompt_id"] == prompt_id:
@@ -128,6 +130,25 @@ def test_page_that_plays_gets_every_frame_once_decoded(client, server):
         assert abs(cell - frames[at]).mean() < 6, at  # JPEG
     first, last = shown[0], shown[LENGTH - 1]
     assert abs(first - last).mean() > 6  # so the comparison above could have failed
+
+
+def test_page_that_is_loaded_anew_gets_the_video_from_its_start(client, server):
+    one = client(plays=True)
+
+    def reload():
+        if len(one.messages) == 2:
+            server.post("/light_forcing/page", {"client_id": one.id, "plays": True})
+
+    one.after_message = reload
+    one.run(run_of(9))
+    starts = [min(strip["start"] for strip in message["strips"]) for message in one.messages]
+    again = starts.index(0, 2)  # the first message that can know of it
+    assert again < len(starts)
+    shown = {at for strip in one.messages[again]["strips"] for at in strip["at"]}
+    assert shown == set(range(0, max(shown) + 1, 2))
+    assert 0 not in starts[again + 1 :]
+    spans = [(strip["start"], strip["stop"]) for strip in one.messages[again]["strips"]]
+    assert len(spans) == len(set(spans))
 
 
 def test_line_tells_chunk_step_pace_and_density(client):

@@ -1,6 +1,7 @@
 """The numbers behind the schedule's plot, and what is refused when a prompt is queued."""
 
 import json
+from urllib.error import HTTPError
 
 import pytest
 
@@ -8,7 +9,7 @@ from lightforcing.lightforcing_core.families import FAMILIES
 from lightforcing.lightforcing_core.schedule import Schedule
 
 from .comfy_server import Refused
-from .graphs import graph, link, loader, schedule
+from .graphs import graph, link, loader, schedule, video_output
 
 CUSTOM = {
     "preset": "custom",
@@ -62,6 +63,38 @@ def test_presets_that_follow_the_model_do(numbers):
     assert (dense["attention_ratio"], dense["target"], dense["window"]) == (1.0, None, 12)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [],
+        {},
+        {"preset": "auto"},
+        {"preset": {"preset": "auto"}, "colour": "red"},
+        {"preset": {"preset": "auto"}, "file": 5},
+        {"preset": {**CUSTOM, "frames_per_chunk": None}},
+        {"preset": {**CUSTOM, "hue": 3}},
+    ],
+)
+def test_what_no_widget_holds_is_said_and_not_a_server_error(server, asked):
+    body = {"length": 81, **asked} if isinstance(asked, dict) else asked
+    with pytest.raises(HTTPError) as refused:
+        server.post("/light_forcing/schedule", body)
+    assert refused.value.code == 400
+    assert "not the inputs of a Light Forcing Schedule" in json.load(refused.value)["error"]
+
+
+def test_plot_knows_the_nodes_own_limits(numbers):
+    assert "16001" in numbers(preset={**CUSTOM, "frames_per_chunk": 1}, length=4_000_001)["error"]
+    assert "does not exist" in numbers(preset={"preset": "of_tomorrow"}, file="short_video_gen.pt")["error"]
+
+
+def test_page_that_says_nothing_of_itself_is_refused(server):
+    for body in ([], {}, {"client_id": [1], "plays": True}):
+        with pytest.raises(HTTPError) as refused:
+            server.post("/light_forcing/page", body)
+        assert refused.value.code == 400
+
+
 def test_plot_says_why_a_schedule_cannot_be_met(numbers):
     assert "use at least 4" in numbers(preset={**CUSTOM, "window": 3, "sink_frames": 1})["error"]
     assert numbers(preset={**CUSTOM, "window": 4, "sink_frames": 1})["window"] == 4
@@ -99,6 +132,10 @@ def test_linked_length_is_not_held_against_a_schedule(server):
         server.queue(prompt)
 
 
+def test_seed_for_a_chunk_that_the_video_does_not_have_is_refused(server):
+    assert "this video has chunks 0 to 1" in server.error_of(graph({"model": loader()}, chunk_seeds="1: 5, 2: 7"))
+
+
 @pytest.mark.parametrize(
     ("inputs", "way_out"),
     [
@@ -116,4 +153,25 @@ def test_wrong_sampler_inputs_are_refused_when_they_are_queued(server, inputs, w
     with pytest.raises(Refused) as refused:
         server.queue(prompt)
     (error,) = refused.value.errors["node_errors"]["sampler"]["errors"]
+    assert way_out in error["details"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "way_out"),
+    [
+        ({"crf": 60}, "outside 0 to 51 of mp4"),
+        ({"crf": 64, "format": "webm"}, "outside 0 to 63 of webm"),
+        ({"crf": -2}, "outside 0 to 51"),
+        ({"format": "avi"}, "use mp4 or webm"),
+        ({"prefix": ""}, "write one such as video/clip"),
+        ({"prefix": "video/.."}, "write one such as video/clip"),
+    ],
+)
+def test_wrong_video_file_is_refused_when_it_is_queued(server, inputs, way_out):
+    prompt = graph({"model": loader(), "out": video_output(**{"prefix": "a", **inputs})}, video_output=link("out"))
+    prompt["sampler"]["inputs"]["vae"] = link("vae")
+    prompt["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}}
+    with pytest.raises(Refused) as refused:
+        server.queue(prompt)
+    (error,) = refused.value.errors["node_errors"]["out"]["errors"]
     assert way_out in error["details"]

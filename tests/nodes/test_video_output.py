@@ -43,6 +43,12 @@ def test_file_plays_and_restores_its_graph(server, extension):
     assert not list((server.output / "clips").glob(".*"))
 
 
+def test_refused_run_leaves_no_folder(server):
+    message = server.error_of(to_file("refused/below/clip", latent=empty(width=104)))
+    assert "width 104 is not a multiple of 16" in message
+    assert not (server.output / "refused").exists()
+
+
 def test_images_stay_empty_unless_they_are_kept(server):
     for keep in (False, True):
         prompt = to_file("clips/kept", keep_images=keep)

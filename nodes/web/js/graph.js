@@ -2,15 +2,17 @@
 
 import { app } from "../../../scripts/app.js";
 
-/** The node that runs under an execution id such as "8" or, inside subgraphs, "12:8"; null if it is not there. */
-export function nodeOfExecution(id) {
+/** The node that runs under an execution id such as "8", behind the subgraph nodes around it ("12:8"); [] for none. */
+export function pathOfExecution(id) {
   let graph = app.rootGraph ?? app.graph;
-  let node = null;
+  const path = [];
   for (const part of String(id).split(":")) {
-    node = graph?.getNodeById(Number(part)) ?? null;
-    graph = node?.subgraph;
+    const node = graph?.getNodeById(Number(part));
+    if (!node) return [];
+    path.push(node);
+    graph = node.subgraph;
   }
-  return node;
+  return path;
 }
 
 /** The node and slot that feed an input, with subgraph borders crossed; null for an open one. */

@@ -1,26 +1,20 @@
-// The live view: plays the video so far on the sampling node while the rest is being made.
+// The live view: plays the video so far on the sampling node while the rest is being made, and on the subgraph nodes
+// around it, as the host does with its own previews.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { nodeOfExecution } from "./graph.js";
+import { pathOfExecution } from "./graph.js";
 
+const NODE = "LightForcingSampler";
 const WIDGET = "light_forcing_live_view";
 const MIN_HEIGHT = 200;
 const MESSAGE = "light_forcing.preview";
 const views = new Map(); // execution id → LiveView; outlives the node object when tabs are switched
 
-/** Pictures of one run, each with the video frame it begins at, and the canvas that plays them. */
+/** Pictures of one run, each with the video frame it begins at, and the screens that play them. */
 class LiveView {
   constructor() {
-    this.element = document.createElement("div");
-    Object.assign(this.element.style, { position: "relative", minHeight: `${MIN_HEIGHT}px` });
-    this.canvas = document.createElement("canvas");
-    this.canvas.className = "light-forcing-live-view";
-    this.canvas.title = "The video so far. Click to pause.";
-    const all = { position: "absolute", inset: 0, width: "100%", height: "100%" };
-    Object.assign(this.canvas.style, { ...all, objectFit: "contain", cursor: "pointer" });
-    this.element.append(this.canvas);
-    this.canvas.addEventListener("click", () => (this.paused = !this.paused));
+    this.screens = new Set();
     this.paused = false;
     this.begin(null);
   }
@@ -31,7 +25,6 @@ class LiveView {
     this.until = 0; // video frames that are there
     this.frames = 0;
     this.clock = 0; // position in video frames
-    this.drawn = null;
     this.live = true;
   }
 
@@ -62,27 +55,56 @@ class LiveView {
     this.ticking = true;
     let before = performance.now();
     const tick = (now) => {
-      if (!this.canvas.isConnected && !this.live) {
+      const shown = [...this.screens].filter((screen) => screen.canvas.isConnected);
+      if (!shown.length && !this.live) {
         this.ticking = false;
         return;
       }
       if (!this.paused && this.until) this.clock = (this.clock + ((now - before) / 1000) * this.fps) % this.until;
       before = now;
-      if (this.canvas.isConnected) this.draw();
+      for (const screen of shown) screen.draw();
       requestAnimationFrame(tick);
     };
     requestAnimationFrame(tick);
   }
+}
+
+/** What a node shows of a view: a canvas, and on a subgraph node the line that the host writes on the inner one. */
+class Screen {
+  constructor() {
+    this.element = document.createElement("div");
+    Object.assign(this.element.style, { display: "flex", flexDirection: "column", minHeight: `${MIN_HEIGHT}px` });
+    const frame = document.createElement("div");
+    Object.assign(frame.style, { position: "relative", flex: "1 1 auto", minHeight: "0" });
+    this.canvas = document.createElement("canvas");
+    this.canvas.className = "light-forcing-live-view";
+    this.canvas.title = "The video so far. Click to pause.";
+    const all = { position: "absolute", inset: 0, width: "100%", height: "100%" };
+    Object.assign(this.canvas.style, { ...all, objectFit: "contain", cursor: "pointer" });
+    this.canvas.addEventListener("click", () => (this.view.paused = !this.view.paused));
+    frame.append(this.canvas);
+    this.line = document.createElement("div");
+    Object.assign(this.line.style, { flex: "none", font: "12px Inter, sans-serif", whiteSpace: "pre-line" });
+    this.element.append(frame, this.line);
+  }
+
+  show(view) {
+    this.view?.screens.delete(this);
+    this.view = view;
+    view.screens.add(this);
+    view.start();
+  }
 
   draw() {
-    const cell = this.cells.findLast((one) => one.at <= this.clock) ?? this.cells[0];
+    const { canvas, view } = this;
+    const cell = view.cells.findLast((one) => one.at <= view.clock) ?? view.cells[0];
     if (!cell) return;
-    const { canvas } = this;
-    const largest = this.cells[0];
+    const largest = view.cells[0];
     const width = Math.max(largest.width, 256);
     const height = Math.round((width * largest.height) / largest.width);
     const bar = 6;
-    const state = `${cell.at}/${this.until}/${this.cells.length}/${Math.round(this.clock)}/${this.live}`;
+    const { promptId, until, cells, clock, live } = view;
+    const state = `${promptId}/${cell.at}/${until}/${cells.length}/${Math.round(clock)}/${live}`;
     if (state === this.drawn && canvas.width === width) return;
     this.drawn = state;
     if (canvas.width !== width || canvas.height !== height + bar) {
@@ -91,27 +113,40 @@ class LiveView {
     }
     const ctx = canvas.getContext("2d");
     ctx.drawImage(cell.picture, cell.x, cell.y, cell.width, cell.height, 0, 0, width, height);
-    const scale = width / Math.max(this.frames, 1);
+    const scale = width / Math.max(view.frames, 1);
     ctx.fillStyle = "#20242a";
     ctx.fillRect(0, height, width, bar);
-    ctx.fillStyle = this.live ? "#3b7dd8" : "#5b6672";
-    ctx.fillRect(0, height + 1, this.until * scale, bar - 2);
+    ctx.fillStyle = live ? "#3b7dd8" : "#5b6672";
+    ctx.fillRect(0, height + 1, until * scale, bar - 2);
     ctx.fillStyle = "#ffffff";
-    ctx.fillRect(Math.min(this.clock * scale, width - 2), height, 2, bar);
+    ctx.fillRect(Math.min(clock * scale, width - 2), height, 2, bar);
   }
 }
 
 function attach(node, view) {
-  if (node.widgets?.some((widget) => widget.name === WIDGET)) return;
-  const widget = node.addDOMWidget(WIDGET, "LIGHT_FORCING_LIVE_VIEW", view.element, {
-    serialize: false,
-    hideOnZoom: false,
-    getMinHeight: () => MIN_HEIGHT + 20,
-    getValue: () => "",
-  });
-  widget.serialize = false;
-  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
-  node.setDirtyCanvas(true, true);
+  node.lightForcingView = view;
+  if (!node.widgets?.some((widget) => widget.name === WIDGET)) {
+    node.lightForcingScreen = new Screen();
+    const widget = node.addDOMWidget(WIDGET, "LIGHT_FORCING_LIVE_VIEW", node.lightForcingScreen.element, {
+      serialize: false,
+      hideOnZoom: false,
+      getMinHeight: () => MIN_HEIGHT + 20,
+      getValue: () => "",
+    });
+    widget.serialize = false;
+    keep(node, widget);
+    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+    node.setDirtyCanvas(true, true);
+  }
+  if (node.lightForcingScreen.view !== view) node.lightForcingScreen.show(view);
+}
+
+/** A subgraph node drawn by Vue makes its list of widgets anew from its inputs: there ours is added to what it makes. */
+function keep(node, widget) {
+  const made = Object.getOwnPropertyDescriptor(node, "widgets");
+  if (node.widgets.includes(widget) || !made?.get || !made.configurable) return;
+  Object.defineProperty(node, "widgets", { ...made, get: () => [...made.get.call(node), widget] });
+  made.get.call(node).push(widget); // a change that Vue notices; the next reading takes it out again
 }
 
 function detach(node) {
@@ -130,17 +165,21 @@ app.registerExtension({
   name: "LightForcing.LiveView",
   setup() {
     api.addEventListener(MESSAGE, ({ detail }) => {
-      const node = nodeOfExecution(detail.node);
-      if (!node) return;
       if (!views.has(detail.node)) views.set(detail.node, new LiveView());
       const view = views.get(detail.node);
-      attach(node, view);
-      node.lightForcingView = view;
+      const path = pathOfExecution(detail.node);
+      // Else the graph is still being loaded, or another workflow is open.
+      if (path.at(-1)?.comfyClass === NODE) for (const node of path) attach(node, view);
       view.take(detail);
+    });
+    api.addEventListener("progress_text", ({ detail }) => {
+      const view = views.get(detail.nodeId);
+      for (const node of view ? pathOfExecution(detail.nodeId).slice(0, -1) : [])
+        if (node.lightForcingScreen?.view === view) node.lightForcingScreen.line.textContent = detail.text;
     });
     api.addEventListener("executed", ({ detail }) => {
       // A node that shows its own video file needs no pictures beside it.
-      if (detail.output?.images && views.has(detail.node)) detach(nodeOfExecution(detail.node));
+      if (detail.output?.images && views.has(detail.node)) detach(pathOfExecution(detail.node).at(-1));
     });
     for (const name of ["execution_success", "execution_error", "execution_interrupted"])
       api.addEventListener(name, ({ detail }) => endOfRun(detail.prompt_id));

@@ -7,12 +7,14 @@ const SETTING = "LightForcing.LiveView";
 
 async function tell() {
   if (!api.clientId) return;
-  const plays = app.extensionManager.setting.get(SETTING) !== false;
-  await api.fetchApi("/light_forcing/page", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ client_id: api.clientId, plays }),
-  });
+  const plays = app.extensionManager?.setting?.get(SETTING) !== false;
+  const message = JSON.stringify({ client_id: api.clientId, plays });
+  const headers = { "Content-Type": "application/json" };
+  try {
+    await api.fetchApi("/light_forcing/page", { method: "POST", headers, body: message });
+  } catch {
+    // The server is gone; when it is back, `reconnected` comes.
+  }
 }
 
 app.registerExtension({

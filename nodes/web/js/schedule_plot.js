@@ -52,6 +52,8 @@ class SchedulePlot {
     this.asked = null;
     this.numbers = null;
     this.busy = false;
+    this.again = () => (this.asked = null); // what a server that went away did not answer
+    api.addEventListener("reconnected", this.again);
     this.timer = setInterval(() => this.follow(), EVERY_MS);
     this.sizes = new ResizeObserver(() => this.draw());
     this.sizes.observe(this.element);
@@ -59,6 +61,7 @@ class SchedulePlot {
 
   stop() {
     clearInterval(this.timer);
+    api.removeEventListener("reconnected", this.again);
     this.sizes.disconnect();
   }
 
@@ -71,9 +74,10 @@ class SchedulePlot {
     this.busy = true;
     try {
       this.numbers = await numbersOf(inputs);
-    } finally {
-      this.busy = false;
+    } catch {
+      this.numbers = { error: "The server does not answer." };
     }
+    this.busy = false;
     this.draw();
   }
 
@@ -96,7 +100,7 @@ async function numbersOf(inputs) {
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify(inputs),
   });
-  return answer.ok ? answer.json() : { error: `the server answered ${answer.status}` };
+  return answer.json();
 }
 
 function colours() {

@@ -1,0 +1,80 @@
+"""The live view where the sampler is not in plain sight: in a subgraph, after a reload, under another workflow."""
+
+import itertools
+import re
+
+import pytest
+
+from .tiny import node_id, tiny_text_to_video
+
+LENGTH = 45  # video frames: four chunks
+SEEDS = itertools.count(500)
+WRAP = """(id) => {
+    const inner = app.rootGraph.getNodeById(id);
+    return app.rootGraph.convertToSubgraph(new Set([inner])).node.id;
+}"""
+# Whether the canvas of a node's live view is on the page and shows more than one colour.
+SHOWS = """(id) => {
+    const canvas = app.rootGraph.getNodeById(id).lightForcingScreen?.canvas;
+    if (!canvas?.isConnected) return false;
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    return new Set(new Uint32Array(data.buffer)).size > 16;
+}"""
+
+
+def test_subgraph_node_shows_what_the_sampler_in_it_makes(canvas):
+    document = tiny_text_to_video(LENGTH + 48, seed=next(SEEDS))
+    sampler = node_id(document, "LightForcingSampler")
+    canvas.open_graph(document)
+    outer = canvas.evaluate(WRAP, sampler)
+    canvas.evaluate("() => app.queuePrompt(0, 1)")
+    view = f"app.rootGraph.getNodeById({outer}).lightForcingView"
+    canvas.wait_for(f"{view}?.until > 0 && {view}.until < {LENGTH + 48}")
+    canvas.wait_for(f"({SHOWS})({outer})")
+    said = canvas.wait_for(
+        f"/^chunk/.test(app.rootGraph.getNodeById({outer}).lightForcingScreen.line.textContent) && "
+        f"app.rootGraph.getNodeById({outer}).lightForcingScreen.line.textContent"
+    )
+    assert re.match(r"chunk \d/8 · step \d/4 · .*density \d+ %", said)
+    canvas.screenshot("subgraph")
+    canvas.wait_for(f"{view}.until === {LENGTH + 48} && !{view}.live", seconds=120)
+    saved = canvas.evaluate("() => app.rootGraph.serialize()")
+    (node,) = [node for node in saved["nodes"] if node["id"] == outer]
+    assert "live_view" not in str(node)
+    inside = f"app.rootGraph.getNodeById({outer}).subgraph.nodes.find((node) => node.type === 'LightForcingSampler')"
+    assert canvas.evaluate(f"() => {inside}.lightForcingView === {view}")
+    assert canvas.evaluate(f"() => {inside}.lightForcingScreen.line.textContent") == ""  # the host writes it there
+
+
+@pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
+def test_page_that_is_reloaded_plays_the_video_from_its_start(canvas):
+    document = tiny_text_to_video(189, seed=next(SEEDS))  # so long that it still runs when the page is back
+    sampler = node_id(document, "LightForcingSampler")
+    canvas.open_graph(document)
+    canvas.evaluate("() => app.queuePrompt(0, 1)")
+    view = f"app.rootGraph.getNodeById({sampler})?.lightForcingView"
+    canvas.wait_for(f"{view}?.until >= 9")
+    canvas.page.remove_listener("console", canvas._on_console)  # a page that goes away breaks off its requests
+    canvas.page.reload()
+    canvas.page.wait_for_function("window.app?.isGraphReady && !!window.app.extensionManager")
+    canvas.open_graph(document)
+    at = canvas.wait_for(f"{view}?.cells[0]?.at === 0 && {view}.cells.map((cell) => cell.at)", seconds=120)
+    assert at[-1] >= 9
+    assert max(after - before for before, after in itertools.pairwise(at)) <= 4  # a draft has one picture in four
+    canvas.evaluate("() => app.api.interrupt()")
+
+
+@pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
+def test_node_of_another_workflow_with_the_same_number_shows_nothing(canvas):
+    document = tiny_text_to_video(LENGTH, seed=next(SEEDS))
+    sampler = node_id(document, "LightForcingSampler")
+    canvas.open_graph(document)
+    canvas.evaluate("() => app.queuePrompt(0, 1)")
+    other = {"id": sampler, "type": "PrimitiveInt", "pos": [0, 0], "size": [200, 80], "properties": {}}
+    other |= {"inputs": [], "outputs": [], "widgets_values": [1, "fixed"]}
+    canvas.evaluate("() => { window.shown = 0; app.api.addEventListener('light_forcing.preview', () => shown++); }")
+    canvas.open_graph({**document, "nodes": [other], "links": []})
+    canvas.wait_for("window.shown >= 2")
+    widgets = canvas.evaluate(f"() => app.rootGraph.getNodeById({sampler}).widgets.map((one) => one.name)")
+    assert widgets[:1] == ["value"]
+    assert "light_forcing_live_view" not in widgets
