@@ -7,18 +7,27 @@ per frame starts at token `(b // n) · tokens_per_frame + (b % n) · block`, and
 Variants of the same kernel: without a list every block is read (dense); keys and values may be int8 or fp8 with one
 scale per block and head, converted tile by tile in registers; with a pooled tail every block that is not in the list
 enters the softmax as its mean. Programs of one head are neighbours in the grid and share its blocks in L2.
+
+How it is launched is chosen by measurement, see `tuning`: the tiles, the pipeline, whether key and value tiles come
+through tensor descriptors (TMA, from sm_90 on), and whether the last wave's units are cut into parts.
 """
 
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import tuning
+from .attend import combine, forward, tail_bias
 from .tuning import Kind, Launch
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # Triton before 3.4
+    TensorDescriptor = None
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
@@ -26,178 +35,36 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 128
 MIN_CAPABILITY = (8, 0)
 MIN_CAPABILITY_FP8 = (8, 9)  # older chips have no instruction that widens float8_e4m3fn
+MIN_CAPABILITY_DESCRIPTORS = (9, 0)
+ONLY_PLAIN_DESCRIPTORS = (12, 0)
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _dot(a, b, total, UPCAST: tl.constexpr):
-    """a · b + total, b in whatever it is stored in."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b.to(a.dtype), total, input_precision="tf32x3")  # float32 keeps its precision on tensor cores
-
-
-@triton.jit
-def _load(base, offsets, dim_is_real, PADDED: tl.constexpr):
-    """A tile whose rows all exist; its padded dims, if there are any, read as zeros."""
-    if PADDED:
-        return tl.load(base + offsets, mask=dim_is_real, other=0.0)
-    return tl.load(base + offsets)
-
-
-@triton.jit
-def _attend(v, scores, v_scale, row_max, row_sum, total, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """One step of the online softmax in base 2: fade what is there, add this tile. Not every score may be −inf."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_max[:, None])
-    fade = tl.exp2(row_max - new_max)
-    row_sum = row_sum * fade + tl.sum(weights, 1)
-    if v_scale is not None:
-        weights = weights * v_scale
-    total = _dot(weights.to(DTYPE), v, total * fade[:, None], UPCAST)
-    return new_max, row_sum, total
-
-
-# fmt: off
-# Lengths, list widths and where a view starts change from chunk to chunk; unspecialised, they cost no compilation.
-@triton.jit(do_not_specialize=[
-    "q_blocks", "k_blocks", "width", "q_frame", "k_frame",
-    "blocks_ptr", "counts_ptr", "k_scales_ptr", "v_scales_ptr", "bias_ptr",
-])
-def _forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, counts_ptr,
-    k_scales_ptr, v_scales_ptr, k_means_ptr, v_means_ptr, bias_ptr,
-    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
-    heads, q_blocks, k_blocks, width, q_frame, k_frame, scale_log2,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, UPCAST: tl.constexpr,
-):
-    # fmt: on
-    q_block = tl.program_id(0) // (BLOCK_Q // TILE_Q)
-    head_row = tl.program_id(1)
-    batch = (head_row // heads).to(tl.int64)
-    head = (head_row % heads).to(tl.int64)
-
-    q_per_frame = tl.cdiv(q_frame, BLOCK_Q)
-    k_per_frame = tl.cdiv(k_frame, BLOCK_K)
-    q_within = (q_block % q_per_frame) * BLOCK_Q + (tl.program_id(0) % (BLOCK_Q // TILE_Q)) * TILE_Q
-    q_first = (q_block // q_per_frame).to(tl.int64) * q_frame + q_within
-
-    if RAGGED_Q and TILE_Q != BLOCK_Q and q_within >= q_frame:
-        return  # a tile of nothing but padding
-
-    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
-    SPLIT: tl.constexpr = BLOCK_K // TILE_K
-    rows = tl.arange(0, TILE_Q)
-    columns = tl.arange(0, TILE_K)
-    dims = tl.arange(0, PADDED_DIM)
-    dim_is_real = dims < HEAD_DIM
-    row_is_real = q_within + rows < q_frame
-
-    q_base = q_ptr + batch * q_stride_b + head * q_stride_h + q_first * q_stride_l
-    q_tile = q_base + rows[:, None] * q_stride_l + dims[None, :]
-    if RAGGED_Q or PADDED:
-        q = tl.load(q_tile, mask=row_is_real[:, None] & dim_is_real[None, :], other=0.0)
-    else:
-        q = tl.load(q_tile)
-
-    k_base = k_ptr + batch * k_stride_b + head * k_stride_h
-    v_base = v_ptr + batch * v_stride_b + head * v_stride_h
-    k_offsets = columns[None, :] * k_stride_l + dims[:, None]
-    v_offsets = columns[:, None] * v_stride_l + dims[None, :]
-
-    list_row = head_row.to(tl.int64) * q_blocks + q_block
-    if blocks_ptr is None:
-        count = k_blocks
-    else:
-        list_ptr = blocks_ptr + list_row * width
-        count = tl.load(counts_ptr + list_row)
-        next_block = tl.load(list_ptr)
-    if k_scales_ptr is not None:
-        k_scale_ptr = k_scales_ptr + batch * k_blocks * heads + head
-        v_scale_ptr = v_scales_ptr + batch * k_blocks * heads + head
-    # Weights times values: 8-bit values fit bfloat16 exactly, and its range holds any weight times a block's scale.
-    WEIGHTS: tl.constexpr = q.dtype if k_scales_ptr is None or q.dtype == tl.float32 else tl.bfloat16
-
-    row_max = tl.full([TILE_Q], float("-inf"), tl.float32)
-    row_sum = tl.zeros([TILE_Q], tl.float32)
-    total = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
-    for i in range(count * SPLIT):
-        if blocks_ptr is None:
-            k_block = i // SPLIT
-        else:  # the next entry is on its way while this block is worked on
-            k_block = next_block
-            next_block = tl.load(list_ptr + tl.minimum((i + 1) // SPLIT, width - 1))
-        k_within = (k_block % k_per_frame) * BLOCK_K + (i % SPLIT) * TILE_K
-        k_first = (k_block // k_per_frame).to(tl.int64) * k_frame + k_within
-        if RAGGED_K:
-            # Columns past the frame's end read its last token instead, which costs fewer registers than a mask.
-            tokens = tl.minimum(columns, k_frame - 1 - k_within)
-            k_offsets = tokens[None, :] * k_stride_l + dims[:, None]
-            v_offsets = tokens[:, None] * v_stride_l + dims[None, :]
-        k = _load(k_base + k_first * k_stride_l, k_offsets, dim_is_real[:, None], PADDED)
-        v = _load(v_base + k_first * v_stride_l, v_offsets, dim_is_real[None, :], PADDED)
-        v_scale = None
-        scores = _dot(q, k, None, UPCAST)
-        if k_scales_ptr is None:
-            scores *= scale_log2
-        else:
-            scores *= scale_log2 * tl.load(k_scale_ptr + k_block * heads)
-            v_scale = tl.load(v_scale_ptr + k_block * heads)
-        if RAGGED_K:
-            scores = tl.where((k_within + columns < k_frame)[None, :], scores, float("-inf"))
-        # Every block's first tile holds a real key, so the running maximum is finite from there on.
-        row_max, row_sum, total = _attend(v, scores, v_scale, row_max, row_sum, total, WEIGHTS, UPCAST)
-
-    if bias_ptr is not None:
-        # After the list: where it was not empty the maximum is finite, where it was every mean takes part.
-        mean_stride = heads * HEAD_DIM
-        mean_base = (batch * k_blocks * heads + head) * HEAD_DIM
-        for first in tl.range(0, k_blocks, TILE_K, num_stages=2):
-            ids = tl.minimum(first + columns, k_blocks - 1)
-            k = _load(k_means_ptr + mean_base, ids[None, :] * mean_stride + dims[:, None], dim_is_real[:, None], PADDED)
-            v = _load(v_means_ptr + mean_base, ids[:, None] * mean_stride + dims[None, :], dim_is_real[None, :], PADDED)
-            bias = tl.load(bias_ptr + list_row * k_blocks + ids)
-            bias = tl.where(first + columns < k_blocks, bias, float("-inf"))
-            scores = _dot(q, k, None, UPCAST) * scale_log2 + bias[None, :]
-            row_max, row_sum, total = _attend(v, scores, None, row_max, row_sum, total, v.dtype, UPCAST)
-
-    # A query block that attends to nothing returns zeros.
-    out = total / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    out_first = batch * (q_blocks // q_per_frame) * q_frame + q_first
-    out_tile = out_ptr + (out_first * heads + head) * HEAD_DIM + rows[:, None] * (heads * HEAD_DIM) + dims[None, :]
-    out = out.to(out_ptr.dtype.element_ty)
-    if RAGGED_Q or PADDED:
-        tl.store(out_tile, out, mask=row_is_real[:, None] & dim_is_real[None, :])
-    else:
-        tl.store(out_tile, out)
-
-
-@triton.jit(do_not_specialize=["k_blocks", "width", "blocks_ptr", "counts_ptr"])
-def _tail_bias(
-    bias_ptr, blocks_ptr, counts_ptr, k_blocks, width, tokens_per_frame, BLOCK_K: tl.constexpr, TILE: tl.constexpr
-):
-    """One row of the tail's bias: log2 of each block's real tokens, −inf for the blocks in the list."""
-    row = tl.program_id(0).to(tl.int64)
-    bias_row = bias_ptr + row * k_blocks
-    per_frame = tl.cdiv(tokens_per_frame, BLOCK_K)
-    for first in range(0, k_blocks, TILE):
-        ids = first + tl.arange(0, TILE)
-        tokens = tl.minimum(tokens_per_frame - (ids % per_frame) * BLOCK_K, BLOCK_K)
-        tl.store(bias_row + ids, tl.log2(tokens.to(tl.float32)), mask=ids < k_blocks)
-    tl.debug_barrier()  # what follows overwrites what other threads of this program stored
-    count = tl.load(counts_ptr + row)
-    for first in range(0, count, TILE):
-        entries = first + tl.arange(0, TILE)
-        ids = tl.load(blocks_ptr + row * width + entries, mask=entries < count, other=0)
-        tl.store(bias_row + ids, tl.full([TILE], float("-inf"), tl.float32), mask=entries < count)
-
+COMBINED_ROWS = 16  # of a unit that was cut, per program that adds up its parts
 
 # Whether TRITON_INTERPRET was set when this module was imported: then the kernel runs on any device, slowly.
-INTERPRETED = not isinstance(_forward, triton.JITFunction)
+INTERPRETED = not isinstance(forward, triton.JITFunction)
 
+_log = logging.getLogger(__name__)
 _launches: dict[tuple[Kind, torch.device], Launch] = {}  # what has been chosen on this process's devices
+
+
+class Work(NamedTuple):
+    """One call of the kernel: what it reads and writes, as in `block_sparse_attention`.
+
+    lists: blocks and counts, None for dense. order: int32, rows of the lists in the order in which they are begun.
+    tail: the means of k and v and the bias of their scores.
+    """
+
+    kind: Kind
+    tokens_per_frame: int
+    scale: float
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lists: tuple[Tensor, Tensor] | None = None
+    order: Tensor | None = None
+    scales: tuple[Tensor, Tensor] | None = None
+    tail: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 def why_not(q: Tensor, block: tuple[int, int], stored: torch.dtype | None = None) -> str | None:
@@ -238,6 +105,7 @@ def block_sparse_attention(
     scale: float | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     tail: tuple[Tensor, Tensor] | None = None,
+    uneven: bool = False,
 ) -> Tensor:
     """Attention of every query block over its listed key blocks only.
 
@@ -245,9 +113,10 @@ def block_sparse_attention(
     [B, H, q_blocks, width], of which the first `counts` (int32 [B, H, q_blocks]) entries of each row are read.
     `scale` multiplies the scores, 1/√D when None. scales: for int8 or float8_e4m3fn k and v their scales, float32
     [B, k_blocks, H] each. tail: the block means of k and v, [B, k_blocks, H, D] in q's dtype: each block that is not
-    listed takes part once, as its mean with log(its real tokens) added to the score. Returns a contiguous
-    [B, Lq, H, D] in q's dtype; a query block with an empty list and no tail gives zeros. Nothing waits on the device,
-    except where launch parameters are timed on first use, see `tuning`.
+    listed takes part once, as its mean with log(its real tokens) added to the score. uneven: counts differ, so the
+    longest lists are begun first, for one sort of the counts. Returns a contiguous [B, Lq, H, D] in q's dtype; a
+    query block with an empty list and no tail gives zeros. Nothing waits on the device, except where launch
+    parameters are timed on first use, see `tuning`.
 
     Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
     """
@@ -262,8 +131,9 @@ def block_sparse_attention(
         )
     if blocks.dtype != torch.int32 or counts.dtype != torch.int32:
         raise ValueError(f"blocks and counts must be int32, not {blocks.dtype} and {counts.dtype}")
+    order = counts.flatten().argsort(descending=True, stable=True).to(torch.int32) if uneven else None
     lists = blocks.contiguous(), counts.contiguous()
-    return _run(q, k, v, lists, (tokens_per_frame, block_q, block_k), scale, scales, tail)
+    return _run(q, k, v, lists, order, (tokens_per_frame, block_q, block_k), scale, scales, tail)
 
 
 def dense_attention(
@@ -280,7 +150,7 @@ def dense_attention(
     """Attention of every query over all keys with the same kernel; arguments as in `block_sparse_attention`."""
     if reason := why_not(q, (block_q, block_k), k.dtype):
         raise ValueError(reason)
-    return _run(q, k, v, None, (tokens_per_frame, block_q, block_k), scale, scales, None)
+    return _run(q, k, v, None, None, (tokens_per_frame, block_q, block_k), scale, scales, None)
 
 
 def _run(
@@ -288,6 +158,7 @@ def _run(
     k: Tensor,
     v: Tensor,
     lists: tuple[Tensor, Tensor] | None,
+    order: Tensor | None,
     sizes: tuple[int, int, int],
     scale: float | None,
     scales: tuple[Tensor, Tensor] | None,
@@ -308,55 +179,91 @@ def _run(
         tail_and_bias = None
         if tail is not None and lists is not None:
             bias = torch.empty(*lists[1].shape, k_blocks, dtype=torch.float32, device=q.device)
-            sizes = k_blocks, lists[0].shape[-1], tokens_per_frame
-            _tail_bias[(lists[1].numel(),)](bias, *lists, *sizes, BLOCK_K=block_k, TILE=128)
+            lengths = k_blocks, lists[0].shape[-1], tokens_per_frame
+            tail_bias[(lists[1].numel(),)](bias, *lists, *lengths, BLOCK_K=block_k, TILE=128)
             tail_and_bias = tail[0].contiguous(), tail[1].contiguous(), bias
+        work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias)
 
         def run(launch: Launch) -> None:
-            shape = kind, launch, tokens_per_frame
-            grid, given, constants = launch_arguments(*shape, (q, k, v, out), lists, scales, tail_and_bias, scale)
-            _forward[grid](*given, **constants)
+            for kernel, grid, arguments, constants in prepared(work, launch, _multiprocessors(q.device)):
+                kernel[grid](*arguments, **constants)
 
         run(_launch_for(kind, q, run))
     return out
 
 
-def launch_arguments(
-    kind: Kind,
-    launch: Launch,
-    tokens_per_frame: int,
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    lists: tuple[Tensor, Tensor] | None,
-    scales: tuple[Tensor, Tensor] | None,
-    tail: tuple[Tensor, Tensor, Tensor] | None,
-    scale: float,
-) -> tuple[tuple[int, int], list[Any], dict[str, Any]]:
-    """Grid, arguments and constants of one launch of the kernel; tensors are q, k, v and out, tail ends in its bias."""
-    q, k, v, _ = tensors
+def prepared(
+    work: Work, launch: Launch, multiprocessors: int
+) -> list[tuple[Any, tuple[int], list[Any], dict[str, Any]]]:
+    """Kernel, grid, arguments and constants of each launch that does the work; buffers for parts are allocated here."""
+    kind, q, k = work.kind, work.q, work.k
     batch, q_tokens, heads, head_dim = q.shape
     # Without lists frames only matter where scales follow them: queries, and keys where they can, are one long frame.
-    q_frame = q_tokens if kind.dense else tokens_per_frame
-    k_frame = k.shape[1] if kind.dense and scales is None else tokens_per_frame
+    q_frame = q_tokens if kind.dense else work.tokens_per_frame
+    k_frame = k.shape[1] if kind.dense and work.scales is None else work.tokens_per_frame
     q_blocks = q_tokens // q_frame * triton.cdiv(q_frame, kind.block_q)
     k_blocks = k.shape[1] // k_frame * triton.cdiv(k_frame, kind.block_k)
-    arguments = [*tensors, *(lists or (None, None)), *(scales or (None, None)), *(tail or (None, None, None))]
-    arguments += [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, q_blocks, k_blocks]
-    arguments += [lists[0].shape[-1] if lists else 0, q_frame, k_frame, scale * LOG2_E]
-    constants = {
+    width = work.lists[0].shape[-1] if work.lists else 0
+    units = batch * heads * q_blocks * (kind.block_q // launch.tile_q)
+    whole, parts = tuning.cut(units, launch.per_sm * multiprocessors, width or k_blocks)
+    programs, padded = whole + (units - whole) * parts, tuning.padded(head_dim)
+    buffers: tuple[Tensor | None, ...] = (None, None, None)
+    if parts > 1:
+        rows = (programs - whole) * launch.tile_q
+        shapes = (rows, padded), (rows,), (rows,)
+        buffers = tuple(torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
+
+    described = launch.descriptors and all(map(_describable, (k, work.v)))
+    keys = [_described(x, k_frame, launch.tile_k, padded) if described else x for x in (k, work.v)]
+    none = None, None
+    arguments = [q, *keys, work.out, *(work.lists or none), work.order, *(work.scales or none)]
+    arguments += [*(work.tail or (None, None, None)), *buffers]
+    arguments += [*q.stride()[:3], *k.stride()[:3], *work.v.stride()[:3], heads, q_blocks, k_blocks]
+    arguments += [width, q_frame, k_frame, whole, parts, work.scale * LOG2_E]
+    common = {
         "HEAD_DIM": head_dim,
-        "PADDED_DIM": tuning.padded(head_dim),
+        "PADDED_DIM": padded,
         "BLOCK_Q": kind.block_q,
-        "BLOCK_K": kind.block_k,
         "TILE_Q": launch.tile_q,
-        "TILE_K": launch.tile_k,
         "RAGGED_Q": kind.ragged[0],
+    }
+    constants = {
+        "BLOCK_K": kind.block_k,
+        "TILE_K": launch.tile_k,
         "RAGGED_K": kind.ragged[1],
+        "DESCRIPTORS": described,
         # The interpreter's tl.dot multiplies the raw bits of bfloat16.
-        "UPCAST": INTERPRETED and (q.dtype == torch.bfloat16 or scales is not None),
+        "UPCAST": INTERPRETED and (q.dtype == torch.bfloat16 or work.scales is not None),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
-    return (q_blocks * (kind.block_q // launch.tile_q), batch * heads), arguments, constants
+    launches = [(forward, (programs,), arguments, common | constants)]
+    if parts > 1:
+        groups = (units - whole) * (launch.tile_q // COMBINED_ROWS)
+        rest = [work.out, work.order, *buffers, heads, q_blocks, q_frame, whole, parts]
+        launches.append((combine, (groups,), rest, common | {"ROWS": COMBINED_ROWS, "num_warps": 4}))
+    return launches
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether TMA can address x: its start and its steps are whole 16 bytes."""
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
+    return all(step % 16 == 0 for step in steps) and min(x.stride()) > 0
+
+
+def _described(x: Tensor, frame: int, rows: int, columns: int) -> Any:
+    """A descriptor of x [B, L, H, D] as [batch, head, frame, token of the frame, dim], read in tiles [rows, columns].
+
+    Frames are a dimension of their own, so that what lies past a frame's end reads as zeros and not as the next frame.
+    """
+    batch, tokens, heads, dim = x.shape
+    by_batch, by_token, by_head, _ = x.stride()
+    shape, strides = [batch, heads, tokens // frame, frame, dim], [by_batch, by_head, frame * by_token, by_token, 1]
+    return TensorDescriptor(x, shape, strides, [1, 1, 1, rows, columns])
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _launch_for(kind: Kind, q: Tensor, run: Callable[[Launch], None]) -> Launch:
@@ -367,17 +274,30 @@ def _launch_for(kind: Kind, q: Tensor, run: Callable[[Launch], None]) -> Launch:
     if found := _launches.get((kind, q.device)):
         return found
     gpu = torch.cuda.get_device_properties(q.device)
-    programs = q.shape[0] * q.shape[2] * triton.cdiv(q.shape[1], default.tile_q)
-    key = f"{gpu.name} | triton {triton.__version__} | {_forward.cache_key[:16]} | {kind}"
-    if programs < gpu.multi_processor_count or torch.cuda.is_current_stream_capturing():
+    units = q.shape[0] * q.shape[2] * triton.cdiv(q.shape[1], default.tile_q)
+    key = f"{gpu.name} | triton {triton.__version__} | {forward.cache_key[:16]} | {kind}"
+    if units < gpu.multi_processor_count or torch.cuda.is_current_stream_capturing():
         return tuning.known(key) or default
 
     def time(launch: Launch) -> float:
         return triton.testing.do_bench(lambda: run(launch), warmup=10, rep=40, return_mode="median")
 
     shared = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"]
-    _launches[kind, q.device] = tuning.fastest(key, tuning.candidates(kind, shared), time)
+    rounds = tuning.rounds(kind, shared, descriptors=_takes_descriptors(kind, q.device))
+    try:
+        _launches[kind, q.device] = tuning.fastest(key, default, rounds, time)
+    except torch.OutOfMemoryError:
+        # Timing wants 256 MB to empty the L2 cache, which a run that just fits does not have.
+        _log.info("[Light Forcing] no memory left to time %s; launching %s", kind, default)
+        _launches[kind, q.device] = default
     return _launches[kind, q.device]
+
+
+def _takes_descriptors(kind: Kind, device: torch.device) -> bool:
+    """Whether TMA is worth timing: the chip has it and, compiled for it, the kernel stays in registers."""
+    capability = torch.cuda.get_device_capability(device)
+    spills = (kind.stored in EIGHT_BIT or kind.tail) and capability >= ONLY_PLAIN_DESCRIPTORS
+    return TensorDescriptor is not None and capability >= MIN_CAPABILITY_DESCRIPTORS and not spills
 
 
 def _check_beside(

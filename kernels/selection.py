@@ -1,6 +1,7 @@
 """Hierarchical block selection in Triton: scores, frame choice, block choice and the compact list in two launches.
 
-The first launch multiplies query means with key and frame means. In the second, one program owns one query block:
+The first launch multiplies query means with key and frame means, or with the means of parts of blocks, whose
+log-sum-exp are the scores of blocks and frames then. In the second, one program owns one query block:
 it holds the row's scores in registers and searches, bit by bit, for the highest bar that still leaves as many
 candidates as are wanted. Nothing is sorted; ties are settled by prefix sums, and the list is written in id order.
 """
@@ -9,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .score import Parts, check_parts, score_means, score_parts
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_BLOCKS = 16384
@@ -19,68 +22,6 @@ LOWEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).min)
 HIGHEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 LOWEST_INT = tl.constexpr(-(2**31))  # lower than the order of any score: what is not eligible
 HIGHEST_INT = tl.constexpr(2**31 - 1)  # higher than the order of any score: a bar that nothing reaches
-
-
-@triton.jit(do_not_specialize=["q_blocks", "k_blocks", "frames"])
-def _score(
-    q_ptr,
-    k_ptr,
-    frame_ptr,
-    scores_ptr,
-    q_stride_b,
-    q_stride_l,
-    q_stride_h,
-    k_stride_b,
-    k_stride_l,
-    k_stride_h,
-    frame_stride_b,
-    frame_stride_l,
-    frame_stride_h,
-    heads,
-    q_blocks,
-    k_blocks,
-    frames,
-    HEAD_DIM: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    TILE_DIM: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """One tile of q_means · [k_means, frame_means]; a row of scores holds the k_blocks and then the frames."""
-    tile = tl.program_id(0)
-    head_row = tl.program_id(2)
-    batch = (head_row // heads).to(tl.int64)
-    head = (head_row % heads).to(tl.int64)
-    k_tiles = tl.cdiv(k_blocks, TILE_K)
-    if tile < k_tiles:
-        base = k_ptr + batch * k_stride_b + head * k_stride_h
-        stride = k_stride_l
-        first = tile * TILE_K
-        length = k_blocks
-        column = first
-    else:
-        base = frame_ptr + batch * frame_stride_b + head * frame_stride_h
-        stride = frame_stride_l
-        first = (tile - k_tiles) * TILE_K
-        length = frames
-        column = k_blocks + first
-
-    rows = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q)
-    columns = tl.arange(0, TILE_K)
-    row_is_real = rows < q_blocks
-    column_is_real = first + columns < length
-    q_tile = (q_ptr + batch * q_stride_b + head * q_stride_h + rows.to(tl.int64) * q_stride_l)[:, None]
-    k_tile = (base + (first + columns).to(tl.int64) * stride)[None, :]
-    scores = tl.zeros([TILE_Q, TILE_K], tl.float32)
-    for start in range(0, HEAD_DIM, TILE_DIM):
-        dims = start + tl.arange(0, TILE_DIM)
-        q = tl.load(q_tile + dims[None, :], mask=row_is_real[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-        k = tl.load(k_tile + dims[:, None], mask=column_is_real[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
-        if UPCAST:
-            q, k = q.to(tl.float32), k.to(tl.float32)
-        scores = tl.dot(q, k, scores, input_precision="ieee")
-    row_ptr = scores_ptr + (head_row.to(tl.int64) * q_blocks + rows) * (k_blocks + frames) + column
-    tl.store(row_ptr[:, None] + columns[None, :], scores, mask=row_is_real[:, None] & column_is_real[None, :])
 
 
 @triton.jit
@@ -167,12 +108,6 @@ def _select(
 INTERPRETED = not isinstance(_select, triton.JITFunction)
 
 
-def score_constants(head_dim: int, itemsize: int) -> dict[str, int]:
-    """Compile-time constants of the first launch, the interpreter's apart; `itemsize` is bytes per element."""
-    # float32 runs on plain multiply-adds, which the compiler unrolls: longer steps would spill registers.
-    return {"HEAD_DIM": head_dim, "TILE_Q": 64, "TILE_K": 64, "TILE_DIM": 32 if itemsize == 4 else 64}
-
-
 def select_constants(k_blocks: int, frames: int) -> dict[str, int]:
     """Compile-time constants of the second launch: coarse powers of two, so that a growing cache rarely compiles."""
     columns = max(512, triton.next_power_of_2(k_blocks))
@@ -204,7 +139,14 @@ def why_not(q_means: Tensor, k_blocks: int, frames: int) -> str | None:
 
 
 def select_blocks(
-    q_means: Tensor, k_means: Tensor, frame_means: Tensor, frame_ranks: Tensor, *, choose: int, kept: int
+    q_means: Tensor,
+    k_means: Tensor,
+    frame_means: Tensor,
+    frame_ranks: Tensor,
+    *,
+    choose: int,
+    kept: int,
+    parts: Parts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The key blocks that each query block keeps: the `kept` best of those whose frame is eligible.
 
@@ -213,6 +155,8 @@ def select_blocks(
     that is always eligible, otherwise its rank, unique and below `frames`, among those that compete for `choose`
     places; the lowest rank wins a tie. Of equal blocks the lowest id wins. NaN counts as the lowest finite score,
     an infinite score as the nearest finite one. At least `choose` frames must compete and `kept` blocks be eligible.
+    parts: score by log-sum-exp over parts of blocks, with products scaled by 1/√D; of k_means and frame_means only the
+    shapes are looked at then. Blocks of the same parts in the same order tie, in another order up to rounding.
 
     Returns int32 ids [B, H, q_blocks, kept], ascending, and int32 counts [B, H, q_blocks]. Nothing waits on the
     device; lengths and counts are runtime values. Raises ValueError when `why_not` gives a reason or a shape or
@@ -222,47 +166,35 @@ def select_blocks(
     k_blocks, frames = k_means.shape[1], frame_means.shape[1]
     if reason := why_not(q_means, k_blocks, frames):
         raise ValueError(reason)
-    for name, means in (("k_means", k_means), ("frame_means", frame_means)):
+    for name, means in (("k_means", k_means), ("frame_means", frame_means), ("parts", parts and parts.means)):
+        if means is None:
+            continue
         if (means.shape[0], *means.shape[2:]) != (batch, heads, head_dim) or means.dtype != q_means.dtype:
             raise ValueError(
                 f"{name} {means.dtype} {tuple(means.shape)} does not fit q_means {q_means.dtype} "
                 f"{tuple(q_means.shape)}; pass [B, n, H, D] with the same B, H, D and dtype"
             )
-    if frame_ranks.dtype != torch.int32 or frame_ranks.shape != (frames,) or k_blocks % frames:
+    if parts is not None:
+        check_parts(parts, k_blocks, frames)
+    fits = frame_ranks.shape == (frames,) and frame_ranks.device == q_means.device and not k_blocks % frames
+    if frame_ranks.dtype != torch.int32 or not fits:
         raise ValueError(
-            f"frame_ranks {frame_ranks.dtype} {tuple(frame_ranks.shape)} and {k_blocks} key blocks do not fit "
-            f"{frames} frames; pass int32 [frames] and whole frames of blocks"
+            f"frame_ranks {frame_ranks.dtype} {tuple(frame_ranks.shape)} on {frame_ranks.device} and {k_blocks} key "
+            f"blocks do not fit {frames} frames on {q_means.device}; pass int32 [frames] and whole frames of blocks"
         )
     if not (1 <= kept <= k_blocks and 0 <= choose <= frames):
         raise ValueError(f"cannot keep {kept} of {k_blocks} key blocks and choose {choose} of {frames} frames")
-    q_means, k_means, frame_means = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q_means, k_means, frame_means)
-    )
     scores = torch.empty(batch, heads, q_blocks, k_blocks + frames, dtype=torch.float32, device=q_means.device)
     blocks = torch.empty(batch, heads, q_blocks, kept, dtype=torch.int32, device=q_means.device)
     counts = torch.empty(batch, heads, q_blocks, dtype=torch.int32, device=q_means.device)
-    tile, row = score_constants(head_dim, q_means.element_size()), select_constants(k_blocks, frames)
-    tiles = triton.cdiv(k_blocks, tile["TILE_K"]) + (triton.cdiv(frames, tile["TILE_K"]) if choose else 0)
+    row = select_constants(k_blocks, frames)
 
     # Triton launches on the current device, which need not be the tensors'; the interpreter also takes CPU tensors.
     with torch.cuda.device(q_means.device if q_means.is_cuda else -1):
-        _score[(tiles, triton.cdiv(q_blocks, tile["TILE_Q"]), batch * heads)](
-            q_means,
-            k_means,
-            frame_means,
-            scores,
-            *q_means.stride()[:3],
-            *k_means.stride()[:3],
-            *frame_means.stride()[:3],
-            heads,
-            q_blocks,
-            k_blocks,
-            frames,
-            **tile,
-            UPCAST=INTERPRETED and q_means.dtype == torch.bfloat16,  # its tl.dot multiplies the raw bits of bfloat16
-            num_warps=4,
-            num_stages=2,
-        )
+        if parts is None:
+            score_means(q_means, k_means, frame_means, scores, with_frames=choose > 0)
+        else:
+            score_parts(q_means, parts, scores, k_blocks // frames)
         _select[(batch * heads * q_blocks,)](
             scores,
             frame_ranks.contiguous(),

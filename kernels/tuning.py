@@ -4,10 +4,11 @@ The defaults are what the ahead-of-time tests hold to "no register spills" on ev
 timed once per kind of work; the winner is kept on disk and read back by later runs.
 """
 
+import contextlib
 import json
 import logging
 import os
-import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ import torch
 SMALLEST_SHARED = 99 * 1024
 # What the compiler adds to the tiles: barriers and scratch for reductions.
 SCRATCH = 3 * 1024
+# Key blocks that a part of a unit walks at least.
+MIN_BLOCKS = 4
 
 _log = logging.getLogger(__name__)
 _known: dict[str, "Launch"] = {}
@@ -26,12 +29,22 @@ _read: set[Path] = set()
 
 
 class Launch(NamedTuple):
-    """How one kind of work is cut and run: rows and columns per step, warps, and stages of the load pipeline."""
+    """How one kind of work is cut and run: rows and columns per step, warps, and stages of the load pipeline.
+
+    descriptors: key and value tiles come through tensor descriptors. per_sm: units that one multiprocessor is taken
+    to work on at once; those of an unfilled last wave are cut into parts, see `cut`. 0 cuts none.
+    """
 
     tile_q: int
     tile_k: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
+    per_sm: int = 0
+
+
+# Launches to time, given the best one so far.
+Round = Callable[[Launch], list[Launch]]
 
 
 @dataclass(frozen=True)
@@ -85,6 +98,14 @@ def default_launch(kind: Kind) -> Launch:
     return _staged(kind, tile_q, min(kind.block_k, 64))
 
 
+def rounds(kind: Kind, shared_limit: int, *, descriptors: bool) -> list[Round]:
+    """What to time, each round given the winner so far: the tiles first, then how tiles are read and units are cut."""
+    found: list[Round] = [lambda _: candidates(kind, shared_limit)]
+    if descriptors and padded(kind.head_dim) == kind.head_dim:
+        found.append(lambda best: through_descriptors(kind, best, shared_limit))
+    return [*found, lambda best: [best._replace(per_sm=units) for units in (1, 2)]]
+
+
 def candidates(kind: Kind, shared_limit: int) -> list[Launch]:
     """The launches worth timing where one program may use `shared_limit` bytes; the default is the first.
 
@@ -99,6 +120,25 @@ def candidates(kind: Kind, shared_limit: int) -> list[Launch]:
     return [x for x in dict.fromkeys(found) if x == found[0] or shared_bytes(kind, x) <= shared_limit]
 
 
+def through_descriptors(kind: Kind, best: Launch, shared_limit: int) -> list[Launch]:
+    """The same tiles read by TMA, with two and three stages: the copies themselves take no registers."""
+    found = [best._replace(descriptors=True, num_stages=stages) for stages in (2, 3)]
+    return [x for x in found if shared_bytes(kind, x) <= shared_limit]
+
+
+def cut(units: int, at_once: int, blocks: int) -> tuple[int, int]:
+    """How many of the units run whole, and into how many parts each of the others is cut.
+
+    at_once: units that the chip works on at once, 0 for no cut; blocks: the key blocks that a unit walks. 864 units on
+    132 multiprocessors of two units each are 3.27 waves and take the time of 4; with the last 72 units cut in three
+    they take that of 3.33. It costs one more launch and here 7 MB that are written and read again, so it is timed like
+    everything else. A cut must leave each part a few blocks, or its queries are loaded for nothing.
+    """
+    rest = units % at_once if at_once else 0
+    parts = min(at_once // rest, blocks // MIN_BLOCKS) if rest else 1
+    return (units - rest, parts) if parts > 1 else (units, 1)
+
+
 def _staged(kind: Kind, tile_q: int, tile_k: int) -> Launch:
     """As many stages, up to three, as the smallest chip has room for."""
     fits = [Launch(tile_q, tile_k, _warps(tile_q), stages) for stages in (3, 2, 1)]
@@ -110,24 +150,24 @@ def _warps(tile_q: int) -> int:
     return 8 if tile_q >= 128 else 4
 
 
-def fastest(key: str, launches: Iterable[Launch], time: Callable[[Launch], float]) -> Launch:
+def fastest(key: str, default: Launch, rounds: Iterable[Round], time: Callable[[Launch], float]) -> Launch:
     """The launch that won under `key`: remembered, read from disk, or timed now and kept.
 
-    The first of `launches` is the default, taken where nothing else runs. `time` returns milliseconds and may raise:
-    a launch that does not compile or does not fit is no candidate.
+    Each of `rounds` names launches to time, given the winner so far; the default is taken where nothing else runs.
+    `time` returns milliseconds and may raise: a launch that does not compile or does not fit is no candidate.
     """
     if found := known(key):
         return found
-    default, *others = launches
-    times: dict[Launch, float] = {}
-    for launch in (default, *others):
-        try:
-            times[launch] = time(launch)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # what a compiler or a driver refuses has no common type
-            _log.debug("[Light Forcing] %s: %s does not run: %s", key, launch, error)
-    winner = min(times, key=times.__getitem__) if times else default
+    winner, times = default, dict[Launch, float]()
+    for candidates_after in rounds:
+        for launch in candidates_after(winner):
+            try:
+                times[launch] = time(launch)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # what a compiler or a driver refuses has no common type
+                _log.debug("[Light Forcing] %s: %s does not run: %s", key, launch, error)
+        winner = min(times, key=times.__getitem__) if times else default
     _known[key] = winner
     if times:
         _log.info("[Light Forcing] tuned %s: %s, %s", key, winner, {tuple(x): f"{t:.3f} ms" for x, t in times.items()})
@@ -170,13 +210,17 @@ def _stored(path: Path) -> dict[str, Launch]:
 
 
 def _keep(key: str, winner: Launch) -> None:
-    """Add one winner to the file, which is replaced whole: a reader sees the old one or the new one."""
+    """Add one winner to the file, which is replaced whole: a reader sees the old one or the new one.
+
+    Of two processes that add one at the same moment the later wins; the other's work is timed again some day.
+    """
     path = cache_file()
+    own = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        entries = _stored(path) | {key: winner}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            json.dump(entries, file, indent=1, ensure_ascii=False)
-        os.replace(file.name, path)
+        own.write_text(json.dumps(_stored(path) | {key: winner}, indent=1, ensure_ascii=False), encoding="utf-8")
+        os.replace(own, path)
     except OSError as error:
         _log.warning("[Light Forcing] launch parameters are not kept for the next run: %s", error)
+        with contextlib.suppress(OSError):  # a full disk leaves half of it
+            own.unlink()

@@ -23,6 +23,7 @@ from .attention_backends import REFERENCE_CHUNK, Attention, Request, widens_on_c
 from .eight_bit import STORED
 from .geometry import FrameBlocks, block_pair
 from .selection import ESTIMATORS, BlockSelection, check_frame_budget
+from .step_graph import is_recording
 
 __all__ = [
     "BACKENDS",
@@ -138,7 +139,7 @@ def sparse_attention(
     _check_beside("scales", scales, (q.shape[0], k_blocks, q.shape[2]), torch.float32, q.device)
     _check_beside("tail", tail, (q.shape[0], k_blocks, *q.shape[2:]), q.dtype, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = Attention(q, k, v, selection, q_layout, k_layout, scale, scales, tail)
+    call = Attention(q, k, v, selection, q_layout, k_layout, scale, scales, tail, uneven=mask is not None)
 
     choose = functools.partial(
         choose_backend, q, k, v, block=block, tail=tail is not None, tokens_per_frame=tokens_per_frame
@@ -154,7 +155,7 @@ def sparse_attention(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if choice.name == BACKENDS[-1]:
+            if choice.name == BACKENDS[-1] or is_recording():
                 raise
             _remember_failure(choice.name, q, k, tail is not None, error)
 
@@ -195,7 +196,7 @@ def dense_attention_8bit(
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                if backend == "triton":
+                if backend == "triton" or is_recording():
                     raise
                 _remember_failure("triton", q, k, False, error)
     return backends.dense_by_head(q, k, v, scales, layout)

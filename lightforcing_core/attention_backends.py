@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .eight_bit import dequantise_blocks
+from .flex_rules import followed_by, inside_frame_rule, one_of_rule, split_ragged, tail_rules, with_tail
 from .geometry import FrameBlocks
 from .selection import BlockSelection
 from .triton_kernels import kernel_module
@@ -46,7 +47,8 @@ class Request(NamedTuple):
 class Attention:
     """One call: q [B, Lq, H, D], k and v [B, Lk, H, D], the compact list, both block layouts, and what is optional.
 
-    scales: those of 8-bit k and v, float32 [B, k_blocks, H] each. tail: the block means of k and v.
+    scales: those of 8-bit k and v, float32 [B, k_blocks, H] each. tail: the block means of k and v. uneven: query
+    blocks may read different numbers of key blocks.
     """
 
     q: Tensor
@@ -58,6 +60,7 @@ class Attention:
     scale: float
     scales: tuple[Tensor, Tensor] | None = None
     tail: tuple[Tensor, Tensor] | None = None
+    uneven: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------- Triton
@@ -86,6 +89,7 @@ def run_triton(a: Attention) -> Tensor:
         scale=a.scale,
         scales=a.scales,
         tail=a.tail,
+        uneven=a.uneven,
     )
 
 
@@ -114,8 +118,6 @@ def why_not_flex(request: Request) -> str | None:
         return f"flex_attention takes bfloat16, float16 or float32, not {q.dtype}"
     if request.needs_grad:
         return "flex is set up for inference; run under torch.no_grad()"
-    if request.tail:
-        return "flex has no pooled tail; run without it, or name the backend 'triton' or 'reference'"
     if q.device.type == "cpu":
         if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             return "flex_attention on CPU needs an x86 CPU with AVX2"
@@ -134,7 +136,9 @@ def why_not_flex(request: Request) -> str | None:
 def run_flex(a: Attention) -> Tensor:
     """Frames are padded to whole blocks; only a frame's ragged last key block is masked token by token.
 
-    8-bit keys and values are dequantised and attended to head by head, so that no copy of the cache is ever made.
+    A pooled tail becomes more keys behind the others, whose scores get log(count) and of which each query block is
+    shown those of the blocks that it does not read. 8-bit keys and values are dequantised and attended to head by
+    head, so that no copy of the cache is ever made.
     """
     if a.scales is None:
         return _flex(a, slice(None))
@@ -154,15 +158,23 @@ def _flex(a: Attention, heads: slice) -> Tensor:
     q, k, v = a.q_layout.pad(q), a.k_layout.pad(k), a.k_layout.pad(v)
     k_blocks = k.shape[1] // a.k_layout.block
     selection = BlockSelection(a.selection.blocks[:, heads], a.selection.counts[:, heads])
-    whole, ragged = _split_ragged(selection, a.k_layout, k_blocks)
+    whole, masked = split_ragged(selection, a.k_layout, k_blocks)
+    mask_mod = inside_frame_rule(a.k_layout.tokens_per_frame, a.k_layout.padded_tokens_per_frame)
+    bias: tuple[Tensor, ...] = ()
+    if a.tail is not None:
+        means = [x[:, :, heads].to(q.dtype) for x in a.tail]
+        k, v = (followed_by(x, more, a.k_layout.block) for x, more in zip((k, v), means, strict=True))
+        whole, masked = with_tail(whole, masked, k_blocks, k.shape[1] // a.k_layout.block)
+        visible, column, bias_of_key = tail_rules(selection, a.k_layout, k_blocks, k.shape[1])
+        mask_mod, bias = one_of_rule(visible, column, a.q_layout.block), (bias_of_key,)
     block = (a.q_layout.block, a.k_layout.block)
     block_mask = BlockMask.from_kv_blocks(
-        ragged.counts,
-        ragged.blocks,
+        masked.counts,
+        masked.blocks,
         whole.counts,
         whole.blocks,
         BLOCK_SIZE=block,
-        mask_mod=_inside_frame(a.k_layout.tokens_per_frame, a.k_layout.padded_tokens_per_frame),
+        mask_mod=mask_mod,
         seq_lengths=(q.shape[1], k.shape[1]),
         compute_q_blocks=False,
     )
@@ -170,40 +182,14 @@ def _flex(a: Attention, heads: slice) -> Tensor:
     if q.device.type != "cpu":  # a GPU tile must divide a block
         tiles = {"BLOCK_M": min(64, block[0]), "BLOCK_N": min(64, block[1])}
     one_head = q.shape[2] == 1  # torch.compile makes code of its own for sizes of 1
-    attend = _compiled_flex(q.device.type, q.dtype, q.shape[-1], *block, a.k_layout.ragged, one_head)
-    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask, a.scale, tiles)
+    attend = _compiled_flex(q.device.type, q.dtype, q.shape[-1], *block, a.k_layout.ragged, one_head, bool(bias))
+    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask, a.scale, tiles, *bias)
     return a.q_layout.unpad(out.transpose(1, 2)).to(a.q.dtype)
 
 
 def widens_on_cpu(dtype: torch.dtype) -> bool:
     """Whether flex runs in float32 for narrower input: CPUs without AMX tiles multiply bfloat16 more slowly."""
     return dtype.itemsize < 4 and not torch.cpu._is_amx_tile_supported()
-
-
-def _split_ragged(
-    selection: BlockSelection, layout: FrameBlocks, k_blocks: int
-) -> tuple[BlockSelection, BlockSelection]:
-    """The listed blocks that are full, and those that are a frame's ragged last one, each k_blocks wide."""
-    blocks, counts = selection
-    if not layout.ragged:
-        # flex on CPU insists on lists as wide as there are key blocks, of which it reads only `counts`, and takes
-        # them for contiguous.
-        wide = torch.nn.functional.pad(blocks, (0, k_blocks - blocks.shape[-1])).contiguous()
-        counts = counts.contiguous()
-        return BlockSelection(wide, counts), BlockSelection(torch.zeros_like(wide), torch.zeros_like(counts))
-    mask = selection.to_mask(k_blocks)
-    is_ragged = torch.arange(k_blocks, device=blocks.device) % layout.per_frame == layout.per_frame - 1
-    return BlockSelection.from_mask(mask & ~is_ragged), BlockSelection.from_mask(mask & is_ragged)
-
-
-@functools.lru_cache(maxsize=64)
-def _inside_frame(tokens_per_frame: int, padded: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """A flex mask_mod that is true for real key tokens; cached because torch.compile guards on its identity."""
-
-    def inside_frame(batch: Tensor, head: Tensor, q_token: Tensor, k_token: Tensor) -> Tensor:
-        return k_token % padded < tokens_per_frame
-
-    return inside_frame
 
 
 @functools.lru_cache(maxsize=64)
@@ -215,8 +201,18 @@ def _compiled_flex(*kind: object) -> Callable[..., Tensor]:
     """
     from torch.nn.attention.flex_attention import flex_attention
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: float, tiles: Any) -> Tensor:
-        return flex_attention(q, k, v, block_mask=block_mask, scale=scale, kernel_options=tiles)
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: float, tiles: Any, bias: Tensor | None = None
+    ) -> Tensor:
+        """bias: added to the scores of each key, float32 [keys]."""
+        if bias is None:
+            return flex_attention(q, k, v, block_mask=block_mask, scale=scale, kernel_options=tiles)
+        added: Tensor = bias
+
+        def biased(score: Tensor, batch: Tensor, head: Tensor, q_token: Tensor, k_token: Tensor) -> Tensor:
+            return score + added[k_token]
+
+        return flex_attention(q, k, v, biased, block_mask, scale, kernel_options=tiles)
 
     attend.__code__ = attend.__code__.replace(co_name=f"attend_{'_'.join(map(str, kind))}")
     return torch.compile(attend, dynamic=True, fullgraph=True)
@@ -330,12 +326,17 @@ def dense_by_head(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor]
     """Dense attention over an 8-bit cache, of which one head at a time is dequantised."""
     out = torch.empty_like(q)
     for head in range(q.shape[2]):
-        one = slice(head, head + 1)
-        keys, values = dequantised(k, v, scales, k_layout, one, q.dtype)
-        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        attended = scaled_dot_product_attention(q[:, :, one].transpose(1, 2), keys, values)
-        out[:, :, one] = attended.transpose(1, 2)
+        out[:, :, head : head + 1] = _attended(q, k, v, scales, k_layout, slice(head, head + 1))
     return out
+
+
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], layout: FrameBlocks, heads: slice
+) -> Tensor:
+    """Dense attention of some heads, whose dequantised keys and values are gone when it returns."""
+    pair = dequantised(k, v, scales, layout, heads, q.dtype)
+    queries, keys, values = (x.transpose(1, 2) for x in (q[:, :, heads], *pair))
+    return scaled_dot_product_attention(queries, keys, values).transpose(1, 2)
 
 
 def dequantised(

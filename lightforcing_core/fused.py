@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .kv_cache import KVCache
 from .rope import RopeTable
+from .step_graph import is_recording
 from .triton_kernels import kernel_module
 from .wan import EPS, RMSNorm
 
@@ -115,6 +116,8 @@ def _attempt(name: str, x: Tensor, function: str, *arguments: Any, **options: An
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if is_recording():
+            raise
         _failed.add(name)
         line = (str(error).strip() or repr(error)).splitlines()[0]
         _log.warning("[Light Forcing] the fused %s failed (%s: %s); running modules", name, type(error).__name__, line)

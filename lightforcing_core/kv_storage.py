@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .eight_bit import STORED, KVDtype, quantise_blocks
 from .geometry import FrameBlocks
+from .host_memory import HostMemory, bytes_of
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ class KeysValues(NamedTuple):
         _write(self.k, k, self.scales and self.scales[0], runs, layout)
 
 
+def _keys_values(tensors: list[Tensor]) -> KeysValues:
+    """From keys, values and, in eight bits, the scales of both."""
+    k, v, *scales = tensors
+    return KeysValues(k, v, (scales[0], scales[1]) if scales else None)
+
+
 def _write(target: Tensor, x: Tensor, scales: Tensor | None, runs: Sequence[tuple[int, int, int]], layout: FrameBlocks):
     if scales is not None:
         x, new_scales = quantise_blocks(x, layout, target.dtype)
@@ -98,27 +105,29 @@ class KVStorage:
     ) -> None:
         self.layout, self.visible = layout, 0
         stored = STORED.get(options.dtype, dtype)
+        shapes: list[tuple[tuple[int, ...], torch.dtype]]
+        shapes = [((batch, slots * layout.tokens_per_frame, heads, head_dim), stored)] * 2
+        if stored is not dtype:
+            shapes += [((batch, slots * layout.per_frame, heads), torch.float32)] * 2
 
-        def allocate(device: torch.device | str | None, pin: bool = False) -> KeysValues:
-            def empty(rows: int, *width: int, dtype: torch.dtype) -> Tensor:
-                return torch.empty(batch, rows, heads, *width, dtype=dtype, device=device, pin_memory=pin)
+        def allocate() -> KeysValues:
+            return _keys_values([torch.empty(shape, dtype=kind, device=device) for shape, kind in shapes])
 
-            k, v = (empty(slots * layout.tokens_per_frame, head_dim, dtype=stored) for _ in range(2))
-            if stored is dtype:
-                return KeysValues(k, v)
-            blocks = slots * layout.per_frame
-            return KeysValues(k, v, (empty(blocks, dtype=torch.float32), empty(blocks, dtype=torch.float32)))
-
+        self._host: HostMemory | None = None
         if not options.host:
-            self._layers, self._stage = [allocate(device) for _ in range(layers)], []
+            self._layers, self._stage = [allocate() for _ in range(layers)], []
             return
-        self._stage = [allocate(device) for _ in range(min(2, layers))]
+        self._stage = [allocate() for _ in range(min(2, layers))]
         self._device = self._stage[0].k.device
         cuda = self._device.type == "cuda"
-        home = "cpu" if cuda else self._device
-        self._layers = [allocate(home, pin=cuda) for _ in range(layers)]
-        self._held: list[int | None] = [None] * len(self._stage)  # the layer that each staging buffer holds
         self._copier = torch.cuda.Stream(self._device) if cuda else None
+        nbytes = layers * bytes_of(shapes)
+        if self._copier is not None:
+            self._host = HostMemory(nbytes, gpu=self._device, wait=self._copier.synchronize)
+        else:
+            self._host = HostMemory(nbytes, device=self._device)
+        self._layers = [_keys_values([self._host.take(*shape) for shape in shapes]) for _ in range(layers)]
+        self._held: list[int | None] = [None] * len(self._stage)  # the layer that each staging buffer holds
         self._ready: list[torch.cuda.Event | None] = [None] * len(self._stage)
 
     @property
@@ -156,9 +165,9 @@ class KVStorage:
 
     def free(self) -> None:
         """Let go of all memory."""
-        if self._stage and self._copier is not None:
-            self._copier.synchronize()  # a copy still under way would read memory that is given away
         self._layers.clear()
+        if self._host is not None:
+            self._host.free()  # which waits for copies under way: they read memory that is given away
         self._stage.clear()
 
     def _bring(self, layer: int) -> None:
@@ -181,9 +190,10 @@ class KVStorage:
             yield
 
     def _copy(self, source: KeysValues, target: KeysValues, first: int, many: int) -> None:
+        """Copy slots, sample by sample: only pieces that are contiguous on both sides are copied without a detour."""
         tokens, blocks = self.layout.tokens_per_frame, self.layout.per_frame
         for a, b in zip(source.tensors(), target.tensors(), strict=True):
             rows = tokens if a.ndim == 4 else blocks
-            b[:, first * rows : (first + many) * rows].copy_(
-                a[:, first * rows : (first + many) * rows], non_blocking=True
-            )
+            part = slice(first * rows, (first + many) * rows)
+            for from_sample, to_sample in zip(a, b, strict=True):
+                to_sample[part].copy_(from_sample[part], non_blocking=True)

@@ -14,12 +14,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .geometry import FrameBlocks, block_pair
+from .step_graph import is_recording
 from .triton_kernels import kernel_module
 
 # How a block's share of attention is estimated: by the product of means, or by the log-sum-exp over sub-blocks.
@@ -29,7 +30,7 @@ ESTIMATORS = ("mean", "lse")
 SUB_BLOCKS = 4
 
 _log = logging.getLogger(__name__)
-_failures: dict[torch.dtype, str] = {}
+_failures: dict[tuple[torch.dtype, bool], str] = {}  # by dtype, and whether parts were scored
 
 
 class BlockSelection(NamedTuple):
@@ -139,8 +140,8 @@ class SelectionPlan:
         if self.kept == k_blocks:
             every = torch.arange(k_blocks, dtype=torch.int32, device=q_means.device)
             return BlockSelection(every.expand(*rows, k_blocks), _constant(rows, k_blocks, q_means.device))
-        if why_not_fused(q_means, k_means, frame_means, estimator) is None:
-            selection = self._select_fused(q_means, k_means, frame_means)
+        if why_not_fused(q_means, k_means, frame_means, sub_means) is None:
+            selection = self._select_fused(q_means, k_means, frame_means, sub_means)
             if selection is not None:
                 return selection
         if sub_means is None:
@@ -176,19 +177,26 @@ class SelectionPlan:
         frames = torch.zeros_like(frame_scores, dtype=torch.bool).scatter_(-1, chosen, True)
         return frames.repeat_interleave(self.layout.per_frame, dim=-1) | self.always
 
-    def _select_fused(self, q_means: Tensor, k_means: Tensor, frame_means: Tensor) -> BlockSelection | None:
-        """The selection from the fused kernel; None, with one warning per dtype, where it fails."""
+    def _select_fused(
+        self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None
+    ) -> BlockSelection | None:
+        """The selection from the fused kernel; None, with one warning per dtype and estimator, where it fails."""
         kernel = kernel_module("selection")
         assert isinstance(kernel, ModuleType)
-        counts = {"choose": self.choose, "kept": self.kept}
+        options: dict[str, Any] = {"choose": self.choose, "kept": self.kept}
+        if sub_means is not None:
+            size = sub_block_layout(self.layout).block
+            options["parts"] = kernel.Parts(sub_means, self.layout.tokens_per_frame, size, SUB_BLOCKS)
         try:
-            return BlockSelection(*kernel.select_blocks(q_means, k_means, frame_means, self.frame_ranks, **counts))
+            return BlockSelection(*kernel.select_blocks(q_means, k_means, frame_means, self.frame_ranks, **options))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
+            if is_recording():
+                raise
             first_line = (str(error).strip() or repr(error)).splitlines()[0]
             reason = f"the fused kernel failed in {q_means.dtype}: {type(error).__name__}: {first_line}"
-            _failures[q_means.dtype] = reason
+            _failures[q_means.dtype, sub_means is not None] = reason
             _log.warning("[Light Forcing] selection: %s; selecting through torch", reason)
             return None
 
@@ -216,20 +224,19 @@ def sub_block_layout(layout: FrameBlocks) -> FrameBlocks:
     return FrameBlocks(layout.tokens_per_frame, layout.block // SUB_BLOCKS)
 
 
-def why_not_fused(q_means: Tensor, k_means: Tensor, frame_means: Tensor, estimator: str = "mean") -> str | None:
+def why_not_fused(q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None) -> str | None:
     """The reason why the fused kernel cannot select from these means, [B, n, H, D] each, or None."""
     if not q_means.is_cuda:
         return f"the fused kernel is for CUDA tensors, not for {q_means.device.type}"
-    if estimator != "mean":
-        return f"the fused kernel scores by means only, not by {estimator!r}"
-    if not q_means.dtype == k_means.dtype == frame_means.dtype:
-        return (
-            f"the fused kernel takes means of one dtype, not {q_means.dtype}, {k_means.dtype} and {frame_means.dtype}"
-        )
+    others = [k_means.dtype, frame_means.dtype, *([] if sub_means is None else [sub_means.dtype])]
+    if set(others) != {q_means.dtype}:
+        given = " and ".join(map(str, [q_means.dtype, *others]))
+        return f"the fused kernel takes means of one dtype, not {given}"
     kernel = kernel_module("selection")
     if isinstance(kernel, str):
         return kernel
-    return _failures.get(q_means.dtype) or kernel.why_not(q_means, k_means.shape[1], frame_means.shape[1])
+    failure = _failures.get((q_means.dtype, sub_means is not None))
+    return failure or kernel.why_not(q_means, k_means.shape[1], frame_means.shape[1])
 
 
 def _constant(shape: tuple[int, ...], value: int, device: torch.device) -> Tensor:

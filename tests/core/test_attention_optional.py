@@ -143,6 +143,30 @@ def test_pooled_tail_equals_brute_force(backend, stored, shape):
     assert (got.double() - problem.brute_force(problem.mask, problem.means)).abs().max() <= 1e-4
 
 
+@pytest.mark.usefixtures("flex")
+def test_flex_with_a_tail_equals_brute_force_and_compiles_once():
+    """Ragged frames, more means than a block holds, and query blocks that read every block of some tiles, or none."""
+    from torch._dynamo.utils import counters
+
+    graphs = []
+    for k_frames in (5, 7, 6):
+        problem = Problem(40, (32, 16), 2, k_frames, None, batch=2)
+        problem.mask[0, 0, 1] = True
+        problem.mask[0, 1, 0, :16] = True
+        problem.mask[0, 1, 0, 16:] = False
+        got = problem.attend("flex", tail=problem.means)
+        assert (got.double() - problem.brute_force(problem.mask, problem.means)).abs().max() <= 1e-4
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2]
+
+
+@pytest.mark.usefixtures("flex")
+def test_flex_with_a_tail_over_8bit_keys_equals_brute_force():
+    problem = Problem(64, (16, 32), 2, 2, torch.int8, batch=2)
+    got = problem.attend("flex", tail=problem.means)
+    assert (got.double() - problem.brute_force(problem.mask, problem.means)).abs().max() <= 1e-4
+
+
 @settings(max_examples=20)
 @given(
     tokens_per_frame=st.integers(1, 40),
@@ -223,15 +247,10 @@ def test_no_wider_copy_of_an_8bit_cache_is_made(stored, monkeypatch):
 
 
 @pytest.mark.usefixtures("flex")
-def test_flex_declines_a_tail_and_says_what_to_do(monkeypatch):
+def test_auto_runs_a_tail_on_flex(monkeypatch):
     monkeypatch.setattr(attention, "_failures", {})
     q, k = torch.empty(1, 4608, 12, 128), torch.empty(1, 9216, 12, 128)
-    assert choose_backend(q, k).name == "flex"
-    with_tail = choose_backend(q, k, tail=True)
-    assert with_tail.name == "reference"
-    assert "pooled tail" in with_tail.reason
-    with pytest.raises(BackendUnavailable, match="name the backend 'triton' or 'reference'"):
-        choose_backend(q, k, tail=True, backend="flex")
+    assert choose_backend(q, k, tail=True).name == choose_backend(q, k).name == "flex"
 
 
 def test_failure_with_8bit_keys_does_not_decide_for_others(monkeypatch):

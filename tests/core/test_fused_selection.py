@@ -44,6 +44,19 @@ def test_the_fused_kernel_runs_where_nothing_speaks_against_it(monkeypatch):
     assert torch.equal(got.counts, want.counts)
 
 
+def test_the_fused_kernel_scores_by_parts_where_that_is_asked_for(monkeypatch):
+    pytest.importorskip("triton")
+    plan, inputs = problem()
+    parts = torch.randn(1, 100, 1, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)  # 10 to a frame of 20
+    options = {"estimator": "lse", "sub_means": parts}
+    want, by_means = plan.select(*inputs, **options), plan.select(*inputs)
+    monkeypatch.setattr(selection_module, "why_not_fused", lambda *arguments: None)
+    monkeypatch.setattr(selection_module, "_best", None)  # the torch path cannot run
+    got = plan.select(*inputs, **options)
+    assert torch.equal(got.blocks, want.blocks)
+    assert not torch.equal(got.blocks, by_means.blocks)
+
+
 def test_a_kernel_that_fails_is_replaced_once_and_for_all(monkeypatch, caplog):
     plan, inputs = problem()
     want, calls = plan.select(*inputs), []
@@ -58,6 +71,9 @@ def test_a_kernel_that_fails_is_replaced_once_and_for_all(monkeypatch, caplog):
         got = plan.select(inputs[0].as_subclass(OnCuda), *inputs[1:])
         assert torch.equal(got.blocks.as_subclass(torch.Tensor), want.blocks)
     assert calls == [{"choose": 3, "kept": plan.kept}]
+    parts = torch.zeros(1, 100, 1, 8, device=DEVICE)
+    assert why_not_fused(inputs[0].as_subclass(OnCuda), *inputs[1:]).startswith("the fused kernel failed")
+    assert why_not_fused(inputs[0].as_subclass(OnCuda), *inputs[1:], parts) is None  # another kernel, not yet tried
     assert [record.getMessage() for record in caplog.records] == [
         "[Light Forcing] selection: the fused kernel failed in torch.float32: RuntimeError: no such luck; "
         "selecting through torch"
@@ -81,8 +97,10 @@ def test_the_reason_against_the_fused_kernel_names_it(monkeypatch):
     on_gpu = [inputs[0].as_subclass(OnCuda), *inputs[1:]]
     if DEVICE == "cpu":
         assert why_not_fused(*inputs) == "the fused kernel is for CUDA tensors, not for cpu"
-    assert "by means only, not by 'lse'" in why_not_fused(*on_gpu, "lse")
-    assert "torch.float32, torch.float16 and torch.float32" in why_not_fused(on_gpu[0], inputs[1].half(), inputs[2])
+    assert "one dtype, not torch.float32 and torch.float16 and torch.float32" in why_not_fused(
+        on_gpu[0], inputs[1].half(), inputs[2]
+    )
+    assert "and torch.bfloat16" in why_not_fused(*on_gpu, inputs[1].bfloat16())
     assert "not torch.float64" in why_not_fused(*(x.double() for x in on_gpu))
     monkeypatch.setattr(selection_module, "kernel_module", lambda name: "triton is not installed")
     assert why_not_fused(*on_gpu) == "triton is not installed"

@@ -1,12 +1,16 @@
 """Where keys and values are kept: eight bits against sixteen, host memory against the device."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightforcing.lightforcing_core.eight_bit import STORED, dequantise_blocks, quantise_blocks
 from lightforcing.lightforcing_core.geometry import FrameBlocks
+from lightforcing.lightforcing_core.host_memory import HostMemory, bytes_of
 from lightforcing.lightforcing_core.kv_cache import KVCache, kv_bytes
 from lightforcing.lightforcing_core.kv_storage import KVOptions
 
@@ -134,6 +138,89 @@ def test_moved_sinks_are_quantised_from_their_first_values(dtype):
     assert (small.kv(1).k[:, :10].float() == stored.float()).all()
     assert (small.kv(1).scales[0][:, :3] == scales).all()
     torch.testing.assert_close(small.block_means(1), plain.block_means(1), rtol=0, atol=0)
+
+
+class Copies(TorchDispatchMode):
+    """Every copy into a tensor, as (target, source) are contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.contiguous = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.contiguous.append((args[0].is_contiguous(), args[1].is_contiguous()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["same", "int8"])
+def test_what_the_bus_carries_is_contiguous_on_both_sides(dtype):
+    """Anything else goes through memory that is not pinned, and the host waits for it."""
+    cache = make_cache(KVOptions(dtype, host=True))
+    fill(cache, 2)
+    assert cache.storage.visible < cache.slots  # so that a batch's slots do not lie side by side
+    with Copies() as copies:
+        cache.storage.at(2), cache.storage.at(0), cache.storage.at(1)
+        cache.storage.written(1, [(1, 2), (0, 1)])
+    assert len(copies.contiguous) > 8
+    assert all(a and b for a, b in copies.contiguous)
+
+
+class Driver:
+    """As much of the CUDA runtime as pinning asks for; `status` is what registering answers."""
+
+    def __init__(self, status=0):
+        self.status, self.pinned, self.calls = status, {}, []
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        self.calls.append("register")
+        if self.status == 0:
+            self.pinned[address] = nbytes
+        return self.status
+
+    def cudaHostUnregister(self, address):
+        self.calls.append("unregister")
+        del self.pinned[address]
+        return 0
+
+
+def test_host_memory_is_one_pinned_piece_that_free_gives_back(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    shapes = [((2, 3, 5), torch.float16), ((2, 7), torch.int8), ((4,), torch.float32)]
+    memory = HostMemory(bytes_of(shapes), torch.device("cpu"), wait=lambda: driver.calls.append("wait"))
+    assert list(driver.pinned.values()) == [bytes_of(shapes)]
+    tensors = [memory.take(*shape) for shape in shapes]
+    for number, (tensor, (shape, dtype)) in enumerate(zip(tensors, shapes, strict=True)):
+        assert (tensor.shape, tensor.dtype, tensor.data_ptr() % 16) == (shape, dtype, 0)
+        tensor.fill_(number + 1)
+    assert [tensor.unique().tolist() for tensor in tensors] == [[1], [2], [3]]  # none lies over another
+    with pytest.raises(RuntimeError, match="are 257 bytes"):
+        memory.take((257,), torch.int8)
+    memory.free()
+    memory.free()
+    assert driver.calls == ["register", "wait", "unregister"]
+
+
+def test_host_memory_that_is_dropped_is_unpinned_too(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    memory = HostMemory(1024, torch.device("cpu"))
+    assert memory.pinned
+    del memory
+    gc.collect()
+    assert driver.pinned == {}
+
+
+def test_host_memory_that_cannot_be_pinned_costs_a_warning(monkeypatch, caplog):
+    driver = Driver(status=2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    memory = HostMemory(1024, torch.device("cpu"))
+    assert not memory.pinned
+    assert "cannot be pinned (CUDA error 2)" in caplog.text
+    memory.take((1024,), torch.int8).zero_()
+    memory.free()
+    assert driver.calls == ["register"]
 
 
 def test_unknown_dtype_is_refused():

@@ -3,8 +3,8 @@
 Run as a process of its own, without TRITON_INTERPRET: an interpreted kernel cannot be compiled. Arguments, one JSON
 row printed for each:
 
-- `cc:block_q:block_k:head_dim:dtype:stored:ragged:variant`, e.g. `90:128:64:128:bf16:int8:1:tail`; `variant` is
-  `sparse`, `tail` or `dense`. Prints what the compiled code takes.
+- `cc:block_q:block_k:head_dim:dtype:stored:ragged:variant:how`, e.g. `90:128:64:128:bf16:int8:1:tail:tma`; `variant`
+  is `sparse`, `tail` or `dense`, `how` empty, `tma`, `cut` or `tma cut`. Prints what the compiled code takes.
 - `chunks:cc`: prepares launches for every chunk of a video and prints how many kernels they compile.
 """
 
@@ -28,6 +28,9 @@ DTYPES = {
 }
 
 
+MULTIPROCESSORS = 10_000  # so many that every unit is cut where units are cut
+
+
 class Absent:
     """As much of a CUDA driver as compiling needs, for a GPU of compute capability `cc` that is not here."""
 
@@ -44,7 +47,7 @@ class Absent:
         return GPUTarget("cuda", self.cc, 32)
 
 
-def prepare(cc, kind, tokens_per_frame, frames, width, *, slots=21, heads=12, device="meta", first_slot=0):
+def prepare(cc, kind, launch, tokens_per_frame, frames, width, *, slots=21, heads=12, device="meta", first_slot=0):
     """Compile what the launcher would launch for a chunk of 3 frames that sees `frames` slots of a cache."""
     driver.set_active(Absent(cc))
 
@@ -64,11 +67,9 @@ def prepare(cc, kind, tokens_per_frame, frames, width, *, slots=21, heads=12, de
     if kind.tail:
         means = empty(1, k_blocks, heads, kind.head_dim, dtype=kind.dtype)
         tail = means, means, empty(1, heads, q_blocks, k_blocks, dtype=torch.float32)
-    launch = tuning.default_launch(kind)
-    grid, arguments, constants = block_sparse.launch_arguments(
-        kind, launch, tokens_per_frame, (q, kv, kv, out), lists, scales, tail, 0.1
-    )
-    return launch, block_sparse._forward.warmup(*arguments, grid=grid, **constants)
+    work = block_sparse.Work(kind, tokens_per_frame, 0.1, q, kv, kv, out, lists, None, scales, tail)
+    launches = block_sparse.prepared(work, launch, MULTIPROCESSORS)
+    return [kernel.warmup(*arguments, grid=grid, **constants) for kernel, grid, arguments, constants in launches]
 
 
 def kind_of(block_q, block_k, head_dim, dtype, stored, ragged, variant):
@@ -84,26 +85,53 @@ def kind_of(block_q, block_k, head_dim, dtype, stored, ragged, variant):
     )
 
 
+def launch_of(kind, how):
+    """The default launch, or what the tuner would make of it: `tma` through descriptors, `cut` with units in parts."""
+    launch = tuning.default_launch(kind)
+    if "tma" in how:
+        launch = launch._replace(descriptors=True)
+    return launch._replace(per_sm=2) if "cut" in how else launch
+
+
 def compile_variant(text):
     """Shared memory in bytes, and registers and stack bytes per thread where cuobjdump is, of one variant."""
-    cc, block_q, block_k, head_dim, dtype, stored, ragged, variant = text.split(":")
+    cc, block_q, block_k, head_dim, dtype, stored, ragged, variant, how = text.split(":")
     kind = kind_of(int(block_q), int(block_k), int(head_dim), dtype, stored, ragged == "1", variant)
-    launch, kernel = prepare(int(cc), kind, 1560 if ragged == "1" else 1536, 21, 60)
+    launch = launch_of(kind, how)
+    kernel, *others = prepare(int(cc), kind, launch, 1560 if ragged == "1" else 1536, 21, 60)
+    assert bool(others) == ("cut" in how)
     row = {"variant": text, "cc": int(cc), "shared": kernel.metadata.shared, **launch._asdict()}
-    return row | {"estimate": tuning.shared_bytes(kind, launch)} | resource_usage(kernel.asm["cubin"])
+    row |= {
+        "tensor_maps": kernel.asm["ptx"].count("cp.async.bulk.tensor"),
+        "estimate": tuning.shared_bytes(kind, launch),
+    }
+    row |= resource_usage(kernel.asm["cubin"])
+    row["combine"] = [other.metadata.shared for other in others]
+    if others and "stack" in row:
+        row["stack"] = max(row["stack"], *(resource_usage(other.asm["cubin"])["stack"] for other in others))
+    return row
 
 
 def count_kernels(cc):
     """How many kernels the chunks of one 81-frame video compile, for each kind of work."""
     found = {}
-    for variant, stored in (("sparse", "bf16"), ("tail", "bf16"), ("dense", "bf16"), ("sparse", "int8")):
+    for variant, stored, how in (
+        ("sparse", "bf16", ""),
+        ("tail", "bf16", ""),
+        ("dense", "bf16", ""),
+        ("sparse", "int8", ""),
+        ("sparse", "bf16", "tma cut"),
+    ):
         kind = kind_of(64, 64, 128, "bf16", stored, True, variant)
-        block_sparse._forward.device_caches.clear()
+        kernels = block_sparse.forward, block_sparse.combine
+        for kernel in kernels:
+            kernel.device_caches.clear()
         for chunk in range(1, 8):
             # Widths of every divisibility, caches and lists that begin anywhere.
-            prepare(cc, kind, 1560, 3 * chunk, 8 * chunk + chunk % 3, heads=2, device="cpu", first_slot=chunk % 2)
-        kernels = sum(len(cache[0]) for cache in block_sparse._forward.device_caches.values())
-        found[f"{variant} {stored}"] = kernels
+            sizes = 1560, 3 * chunk, 8 * chunk + chunk % 3
+            prepare(cc, kind, launch_of(kind, how), *sizes, heads=2, device="cpu", first_slot=chunk % 2)
+        compiled = sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+        found[" ".join(filter(None, (variant, stored, how)))] = compiled
     return found
 
 

@@ -1,6 +1,8 @@
 """The block-sparse Triton kernel: its variants against float64, strides, memory it must not touch, refusals."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from lightforcing.kernels import block_sparse
+import triton
+
+from lightforcing.kernels import block_sparse, tuning
 from lightforcing.kernels.block_sparse import block_sparse_attention, dense_attention, why_not
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,18 +153,142 @@ CASES = st.builds(
 )
 
 
-@given(case=CASES, with_tail=st.booleans())
-def test_every_variant_equals_brute_force(case, with_tail):
+# How the tuner may launch: tiles through descriptors, units beyond the last multiple of `per_sm` cut into parts.
+HOW = st.fixed_dictionaries({"descriptors": st.booleans(), "per_sm": st.sampled_from([0, 3, 5, 8])})
+
+
+@contextmanager
+def launched(**changes):
+    """The default launch with changes, and cuts down to one block; gives the prepared launches of every call."""
+    calls, default, prepared = [], tuning.default_launch, block_sparse.prepared
+
+    def seen(*arguments):
+        calls.append(prepared(*arguments))
+        return calls[-1]
+
+    with (
+        mock.patch.object(tuning, "default_launch", lambda kind: default(kind)._replace(**changes)),
+        mock.patch.object(tuning, "MIN_BLOCKS", 1),
+        mock.patch.object(block_sparse, "prepared", seen),
+    ):
+        yield calls
+
+
+@given(case=CASES, with_tail=st.booleans(), uneven=st.booleans(), how=HOW)
+def test_every_variant_equals_brute_force(case, with_tail, uneven, how):
     means = case.means if with_tail else None
     want = brute_force(case.q, *case.exact, case.mask, case.tokens_per_frame, case.block, means)
-    got = block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, tail=means, **case.options())
+    with launched(**how):
+        got = block_sparse_attention(
+            case.q, *case.stored, case.blocks, case.counts, tail=means, uneven=uneven, **case.options()
+        )
     case.check(got, want)
 
 
-@given(case=CASES)
-def test_dense_mode_equals_brute_force(case):
+@given(case=CASES, how=HOW)
+def test_dense_mode_equals_brute_force(case, how):
     want = brute_force(case.q, *case.exact, torch.ones_like(case.mask), case.tokens_per_frame, case.block)
-    case.check(dense_attention(case.q, *case.stored, **case.options()), want)
+    with launched(**how):
+        got = dense_attention(case.q, *case.stored, **case.options())
+    case.check(got, want)
+
+
+# Blocks of 128 that are walked in tiles of 64, of which a ragged block's second one may be nothing but padding.
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("with_tail", [False, True])
+@pytest.mark.parametrize("tokens_per_frame", [128, 180])
+def test_units_cut_into_parts_equal_brute_force(tokens_per_frame, with_tail, descriptors):
+    case = Case(tokens_per_frame, (128, 128), 2, 1, 2, 1, 16, torch.float16, None, seed=tokens_per_frame)
+    means = case.means if with_tail else None
+    want = brute_force(case.q, *case.exact, case.mask, tokens_per_frame, case.block, means)
+    units = case.counts.numel()
+    for per_sm in (units - 1, 2 * units + 1):  # one unit into many parts; all units into two, none whole
+        with launched(descriptors=descriptors, per_sm=per_sm) as calls:
+            got = block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, tail=means, **case.options())
+        case.check(got, want)
+        ((forward, programs, *_), (combine, *_)) = calls[0]
+        assert (forward, combine) == (block_sparse.forward, block_sparse.combine)
+        assert programs[0] > units
+
+
+def test_parts_that_find_no_key_change_nothing():
+    """One block listed and 6 parts; the tail's 3 tiles leave parts without a mean, or with listed blocks only."""
+    case = Case(16, (16, 16), 1, 5, 1, 1, 32, torch.float32, None, seed=0)
+    blocks, counts = every_query_block_reads([4], 1, 1, 1)
+    mask = torch.zeros_like(case.mask)
+    mask[..., 4] = True
+    for means in (None, case.means):
+        want = brute_force(case.q, *case.exact, mask, 16, case.block, means)
+        with launched(per_sm=6), mock.patch.object(tuning, "cut", return_value=(0, 6)):
+            got = block_sparse_attention(case.q, *case.stored, blocks, counts, tail=means, **case.options())
+        case.check(got, want)
+    none = torch.zeros_like(counts)
+    with launched(per_sm=6), mock.patch.object(tuning, "cut", return_value=(0, 6)):
+        assert (block_sparse_attention(case.q, *case.stored, blocks, none, **case.options()) == 0).all()
+
+
+def test_a_part_that_meets_nothing_but_listed_means_changes_nothing():
+    """Of 16 blocks and 17 tiles of means in 17 parts the first part gets no block, and the tile of the listed ones."""
+    case = Case(16, (16, 16), 1, 271, 1, 1, 16, torch.float32, None, seed=0)
+    blocks, counts = every_query_block_reads(list(range(16)), 1, 1, 1)
+    mask = torch.zeros_like(case.mask)
+    mask[..., :16] = True
+    want = brute_force(case.q, *case.exact, mask, 16, case.block, case.means)
+    with launched(), mock.patch.object(tuning, "cut", return_value=(0, 17)):
+        got = block_sparse_attention(case.q, *case.stored, blocks, counts, tail=case.means, **case.options())
+    case.check(got, want)
+
+
+def test_cut_units_give_the_same_bits_every_time():
+    case = Case(70, (32, 32), 1, 2, 1, 1, 16, torch.float32, None, seed=4)
+    with launched(per_sm=7):
+        runs = [block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, **case.options()) for _ in "ab"]
+    assert torch.equal(*runs)
+
+
+def test_longest_lists_are_begun_first():
+    case = Case(40, (16, 32), 1, 2, 2, 2, 16, torch.float32, None, seed=4)
+    with launched() as calls:
+        block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, uneven=True, **case.options())
+        block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, **case.options())
+    order, none = (dict(zip(block_sparse.forward.arg_names, call[0][2], strict=False))["order_ptr"] for call in calls)
+    begun = case.counts.flatten()[order.long()]
+    assert (begun.diff() <= 0).all()
+    assert begun[0] > begun[-1]
+    assert none is None
+
+
+@pytest.mark.parametrize("stored", [None, *EIGHT_BIT])
+@pytest.mark.parametrize("tokens_per_frame", [32, 50])
+def test_descriptors_never_read_beyond_a_listed_block_or_a_frame(tokens_per_frame, stored):
+    """All other blocks are NaN, or nonsense in eight bits: the ragged end of a block is not the next block's start."""
+    case = Case(tokens_per_frame, (32, 16), 1, 2, 1, 2, 32, torch.float32, stored, seed=3)
+    last = len(ranges(2, tokens_per_frame, 16)) - 1  # of the second frame
+    blocks, counts = every_query_block_reads([0, last], 1, 2, case.counts.shape[-1])
+    mask = torch.zeros_like(case.mask)
+    mask[..., [0, last]] = True
+    want = brute_force(case.q, *case.exact, mask, tokens_per_frame, case.block)
+    for i, (start, end) in enumerate(ranges(3, tokens_per_frame, 16)):
+        if i not in (0, last):
+            for x in case.stored:
+                x[:, start:end] = 127 if stored == torch.int8 else torch.nan
+    with launched(descriptors=True) as calls:
+        got = block_sparse_attention(case.q, *case.stored, blocks, counts, **case.options())
+    assert calls[0][0][3]["DESCRIPTORS"]
+    case.check(got, want)
+
+
+@pytest.mark.parametrize(("dim", "offset", "fits"), [(16, 0, True), (16, 1, False), (12, 0, False)])
+def test_tensors_that_tma_cannot_address_are_read_through_pointers(dim, offset, fits):
+    memory = torch.randn(2, 32 * dim + 8, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.float16)
+    k, v = (x[offset : offset + 32 * dim].view(1, 32, 1, dim) for x in memory)
+    q = torch.randn(1, 16, 1, dim, generator=torch.Generator().manual_seed(1)).to(DEVICE, torch.float16)
+    blocks, counts = every_query_block_reads([1], 1, 1, 1)
+    with launched(descriptors=True) as calls:
+        got = block_sparse_attention(q, k, v, blocks, counts, tokens_per_frame=16, block_q=16, block_k=16)
+    assert calls[0][0][3]["DESCRIPTORS"] == fits
+    assert (got.double() - dense(q, k, v, list(range(16, 32)))).abs().max() <= 4e-3
 
 
 # Blocks that are cut into tiles of 64: ragged ends in the first and in the second tile, whole tiles of padding.
@@ -298,3 +426,66 @@ def test_fp8_is_declined_where_the_chip_cannot_widen_it(monkeypatch, capability,
     assert (reason is not None) == declines
     if reason:
         assert f"sm_{capability[0]}{capability[1]}; keep the cache in int8" in reason
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """As much of a GPU as choosing launch parameters looks at; gives a function that sets its compute capability."""
+    gpu = SimpleNamespace(name="GPU", multi_processor_count=4)
+    utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": 227 * 1024})
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
+    monkeypatch.setattr(block_sparse, "INTERPRETED", False)
+    monkeypatch.setattr(block_sparse, "_launches", {})
+    monkeypatch.setattr(block_sparse.forward, "cache_key", "0" * 64, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def on(capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    on((9, 0))
+    return on
+
+
+KIND = tuning.Kind(64, 64, 128, torch.bfloat16, torch.bfloat16, (False, False))
+ON_GPU = SimpleNamespace(is_cuda=True, shape=(1, 4608, 12, 128), device=torch.device("cuda", 1))
+
+
+def test_a_card_too_full_to_time_anything_takes_the_default_and_the_run_goes_on(a_gpu, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path))
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(triton.testing, "do_bench", full)
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert block_sparse._launch_for(KIND, ON_GPU, None) == tuning.default_launch(KIND)
+    assert caplog.text.count("no memory left to time") == 1
+    assert not list(tmp_path.iterdir())  # the next run, which may have room, times again
+
+
+def test_nothing_is_timed_while_a_graph_is_captured(a_gpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(triton.testing, "do_bench", None)
+    assert block_sparse._launch_for(KIND, ON_GPU, None) == tuning.default_launch(KIND)
+    assert block_sparse._launches == {}
+
+
+@pytest.mark.parametrize(
+    ("capability", "stored", "tail", "takes"),
+    [
+        ((8, 0), torch.bfloat16, False, False),
+        ((8, 9), torch.bfloat16, False, False),
+        ((9, 0), torch.int8, True, True),
+        ((10, 3), torch.int8, False, True),
+        ((12, 0), torch.bfloat16, False, True),
+        ((12, 0), torch.bfloat16, True, False),
+        ((12, 0), torch.int8, False, False),
+    ],
+)
+def test_tma_is_timed_where_the_chip_has_it_and_the_kernel_stays_in_registers(a_gpu, capability, stored, tail, takes):
+    a_gpu(capability)
+    kind = tuning.Kind(64, 64, 128, torch.bfloat16, stored, (False, False), tail=tail)
+    assert block_sparse._takes_descriptors(kind, ON_GPU.device) == takes

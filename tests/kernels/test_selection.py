@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from lightforcing.kernels.score import Parts
 from lightforcing.kernels.selection import _order, select_blocks, select_constants, why_not
 from lightforcing.lightforcing_core.geometry import FrameBlocks
-from lightforcing.lightforcing_core.selection import SelectionPlan
+from lightforcing.lightforcing_core.selection import SUB_BLOCKS, SelectionPlan, sub_block_layout
 
 from .resources import SHARED_KIB
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log")  # of what is masked
 
 # Stack bytes per thread are register spills. Seen: 0 up to 4,096 blocks, 16 at 8,192 (sm_80), 32 at 16,384 (sm_120).
 MAX_STACK = {"bf16": 0, "fp32": 16, 4096: 0, 8192: 16, 16384: 40}
@@ -71,6 +74,24 @@ def plan_for(per_frame, slot_frames, current, sparsity, keep=6, sinks=1, near=2)
     layout = FrameBlocks(16 * per_frame, 16)
     options = {"sparsity": sparsity, "keep_frames": keep, "sink_frames": sinks, "near_frames": near}
     return SelectionPlan.build(slot_frames, current, layout, **options, device=DEVICE)
+
+
+def parts_of(plan, frames, heads=1, dim=16, batch=1, seed=0, dtype=torch.float32):
+    """Random means of four parts to a block, fewer where a frame's last block is too short for more."""
+    rows = frames * sub_block_layout(plan.layout).per_frame
+    generator = torch.Generator().manual_seed(1000 + seed)
+    means = torch.randn(batch, rows, heads, dim, generator=generator).to(DEVICE, dtype)
+    return Parts(means, plan.layout.tokens_per_frame, plan.layout.block // SUB_BLOCKS, SUB_BLOCKS)
+
+
+def lse_scores(q_mean, parts, layout):
+    """Scores of blocks [k_blocks] and frames [frames] in float64 for one query mean [D] and parts [parts, D]."""
+    size = layout.block // SUB_BLOCKS
+    per_frame = -(-layout.tokens_per_frame // size)
+    tokens = torch.tensor([min(size, layout.tokens_per_frame - part * size) for part in range(per_frame)])
+    terms = (parts.double() @ q_mean.double() * len(q_mean) ** -0.5).view(-1, per_frame) + tokens.double().log()
+    blocks = torch.stack([part.logsumexp(1) for part in terms.split(SUB_BLOCKS, dim=1)], dim=1)
+    return blocks.flatten(), blocks.logsumexp(1)
 
 
 def run(plan, q_means, k_means, frame_means):
@@ -133,6 +154,84 @@ def test_equal_scores_go_to_the_lowest_ids_and_the_oldest_frames(sparsity):
     eligible = [slot * 4 + j for slot in slots for j in range(4)]
     assert run(plan, q, k, f)[0][0, 0, 0].tolist() == eligible[: plan.kept]
     assert plan.kept == {0.999: 1, 0.5: 20, 0.1: 36}[sparsity]
+
+
+def lse_plan(layout, slot_frames, sparsity=0.7):
+    budget = {"sparsity": sparsity, "keep_frames": 6, "sink_frames": 1, "near_frames": 2}
+    return SelectionPlan.build(slot_frames, 3, layout, **budget, device=DEVICE)
+
+
+def select_by_parts(plan, q, parts):
+    frames = len(plan.frame_ranks)
+    k, f = (q.new_zeros(q.shape[0], rows, *q.shape[2:]) for rows in (frames * plan.layout.per_frame, frames))
+    got = select_blocks(q, k, f, plan.frame_ranks, choose=plan.choose, kept=plan.kept, parts=parts)
+    through_torch = plan.select(q, k, f, estimator="lse", sub_means=parts.means)
+    assert torch.equal(got[0], through_torch.blocks)
+    assert torch.equal(got[1], through_torch.counts)
+    return got[0].cpu()
+
+
+# Whole blocks; a last block of one part, of two and a bit, of fewer tokens than a part; one block; two tiles of parts.
+@pytest.mark.parametrize(
+    ("tokens_per_frame", "dtype"),
+    [
+        (48, torch.float32),
+        (36, torch.bfloat16),
+        (42, torch.float16),
+        (33, torch.float32),
+        (7, torch.bfloat16),
+        (300, torch.float32),
+    ],
+)
+def test_scores_of_parts_equal_float64_and_torch(tokens_per_frame, dtype):
+    layout = FrameBlocks(tokens_per_frame, 16)
+    plan = lse_plan(layout, RING)
+    generator = torch.Generator().manual_seed(tokens_per_frame)
+    q = torch.randn(2, 2, 1, 16, generator=generator).to(DEVICE, dtype)
+    parts = parts_of(plan, len(RING), batch=2, seed=tokens_per_frame, dtype=dtype)
+    blocks = select_by_parts(plan, q, parts)
+    for b, i, h in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        scores, frame_scores = lse_scores(q[b, i, h], parts.means[b, :, h], layout)
+        eligible = plan.always.clone()
+        if plan.choose:
+            best = frame_scores[plan.middle_slots].topk(plan.choose).indices
+            for slot in plan.middle_slots[best].tolist():
+                eligible[slot * layout.per_frame : (slot + 1) * layout.per_frame] = True
+        want = scores.masked_fill(~eligible, -torch.inf).topk(plan.kept).indices.sort().values
+        assert blocks[b, h, i].tolist() == want.tolist()
+
+
+def test_blocks_of_equal_parts_go_to_the_lowest_ids_and_the_oldest_frames():
+    plan = lse_plan(FrameBlocks(64, 16), RING, sparsity=0.5)
+    parts = parts_of(plan, len(RING))
+    one_block = parts.means[:, :SUB_BLOCKS]
+    parts = parts._replace(means=one_block.repeat(1, 4 * len(RING), 1, 1))
+    frames_kept = [0, 10, 11, 12, 4, 5, 6, 8, 9]  # all but the youngest of the middle frames 4, 5, 6 and 7
+    eligible = [slot * 4 + j for slot, frame in enumerate(RING) if frame in frames_kept for j in range(4)]
+    got = select_by_parts(plan, torch.ones(1, 2, 1, 16, device=DEVICE), parts)
+    assert got[0, 0].tolist() == [eligible[: plan.kept]] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_parts_that_are_not_finite_score_as_in_torch(bad):
+    plan = lse_plan(FrameBlocks(42, 16), RING)
+    parts = parts_of(plan, len(RING), dim=8, seed=1)
+    q = torch.ones(1, 3, 1, 8, device=DEVICE)
+    for rows in (slice(None, None, 5), slice(3, 14), slice(None)):
+        parts.means[:, rows, :, 0] = bad
+        select_by_parts(plan, q, parts)
+
+
+def test_a_loud_part_raises_its_block_as_the_mean_does_not():
+    plan = lse_plan(FrameBlocks(64, 16), list(range(4)), sparsity=0.9)
+    assert plan.kept == 1
+    parts = parts_of(plan, 4)
+    parts.means.zero_()
+    parts.means[:, 4 * 6 + 1] = 4.0
+    parts.means[:, 4 * 6 + 2] = -4.0  # together they are nothing
+    parts.means[:, 4 * 3 : 4 * 4] = 0.5
+    assert select_by_parts(plan, torch.ones(1, 1, 1, 16, device=DEVICE), parts).tolist() == [[[[6]]]]
 
 
 @triton.jit
@@ -214,8 +313,9 @@ def test_any_strides_are_honoured(layout):
     check([q, k, f], RING)
 
 
+@pytest.mark.parametrize("by_parts", [False, True])
 @pytest.mark.parametrize("choose_frames", [True, False])
-def test_nothing_is_left_unwritten_or_written_outside(monkeypatch, choose_frames):
+def test_nothing_is_left_unwritten_or_written_outside(monkeypatch, choose_frames, by_parts):
     real, buffers = torch.empty, []
 
     def poisoned(*shape, dtype, device):
@@ -225,7 +325,11 @@ def test_nothing_is_left_unwritten_or_written_outside(monkeypatch, choose_frames
 
     monkeypatch.setattr(torch, "empty", poisoned)
     keep = 6 if choose_frames else 3
-    check(means(5, 3, len(RING), heads=2), RING, keep=keep)
+    if by_parts:
+        plan = lse_plan(FrameBlocks(42, 16), RING if choose_frames else RING[:8])
+        select_by_parts(plan, torch.ones(1, 3, 1, 16, device=DEVICE), parts_of(plan, len(plan.frame_ranks)))
+    else:
+        check(means(5, 3, len(RING), heads=2), RING, keep=keep)
     assert len(buffers) == 3
     for buffer in buffers:
         edges = torch.cat([buffer[:64], buffer[-64:]])
@@ -246,12 +350,15 @@ def test_all_chunks_of_a_run_share_one_compilation():
         ({"k_means": torch.zeros(1, 20_000, 1, 16)}, "up to 16,384 key blocks in registers, not 20,000"),
         ({"k_means": torch.zeros(1, 8, 2, 16)}, r"k_means torch.float32 \(1, 8, 2, 16\) does not fit q_means"),
         ({"frame_means": torch.zeros(1, 4, 1, 16, dtype=torch.float16)}, "frame_means torch.float16"),
-        ({"k_means": torch.zeros(1, 9, 1, 16)}, "9 key blocks do not fit 4 frames"),
+        ({"k_means": torch.zeros(1, 9, 1, 16)}, "9 key blocks do not fit 4 frames on"),
         ({"frame_ranks": torch.zeros(4, dtype=torch.int64)}, "frame_ranks torch.int64"),
         ({"frame_ranks": torch.zeros(5, dtype=torch.int32)}, r"frame_ranks torch.int32 \(5,\)"),
+        ({"frame_ranks": torch.zeros(4, dtype=torch.int32, device="meta")}, r"\(4,\) on meta and 8 key"),
         ({"kept": 9}, "cannot keep 9 of 8 key blocks"),
         ({"kept": 0}, "cannot keep 0 of 8 key blocks"),
         ({"choose": 5}, "choose 5 of 4 frames"),
+        ({"parts": Parts(torch.zeros(1, 16, 1, 16).half(), 16, 4, 4)}, "parts torch.float16"),
+        ({"parts": Parts(torch.zeros(1, 16, 1, 16), 16, 4, 4)}, r"parts \(1, 16, 1, 16\) of 4 tokens, 4 to a block"),
     ],
 )
 def test_launcher_refuses_with_the_value(change, message):
@@ -264,7 +371,7 @@ def test_launcher_refuses_with_the_value(change, message):
         "kept": 2,
     }
     with pytest.raises(ValueError, match=message):
-        select_blocks(**{name: change.get(name, value) for name, value in arguments.items()})
+        select_blocks(**(arguments | change))
 
 
 def test_long_videos_are_taken_or_declined_with_a_reason():
@@ -279,18 +386,20 @@ def test_long_videos_are_taken_or_declined_with_a_reason():
 def compiled(tmp_path_factory):
     """One row per variant, compiled in a process in which Triton does not interpret."""
     variants = [f"{cc}:{row}" for cc in SHARED_KIB for row in ("score:bf16:128", "select:504:21", "select:5760:240")]
-    variants += [f"{cc}:score:fp32:128" for cc in (86, 90, 120)]
+    variants += [f"{cc}:parts:bf16:128" for cc in (80, 86, 90, 100, 120)]
+    variants += [f"{cc}:score:fp32:128" for cc in (86, 90, 120)] + ["90:parts:fp32:128"]
     variants += [f"120:select:{row}" for row in ("1200:21", "4000:160", "13680:240")]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, Path(__file__).with_name("selection_ahead_of_time.py"), *variants],
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+
+    def run(share):
+        command = [sys.executable, Path(__file__).with_name("selection_ahead_of_time.py"), *share]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor(2) as pool:
+        rows = [row for rows in pool.map(run, (variants[::2], variants[1::2])) for row in rows]
     assert len(rows) == len(variants)
     return rows
 
@@ -305,7 +414,7 @@ def test_kernels_compile_for_every_supported_chip_without_a_gpu(compiled, capsys
             )
     for row in compiled:
         assert row["shared"] <= SHARED_KIB[row["cc"]] * 1024, row
-        bound = row["dtype"] if row["kernel"] == "score" else max(4096, int(row["shape"].split()[0]))
+        bound = row["dtype"] if row["kernel"] != "select" else max(4096, int(row["shape"].split()[0]))
         assert row.get("stack", 0) <= MAX_STACK[bound], row
 
 
@@ -313,5 +422,6 @@ def test_lengths_and_counts_are_never_compiled_in(compiled):
     unspecialised = {row["kernel"]: set(row["unspecialised"]) for row in compiled}
     assert unspecialised == {
         "score": {"q_blocks", "k_blocks", "frames"},
+        "parts": {"q_blocks", "frames", "per_frame", "parts_per_frame", "tokens_per_frame"},
         "select": {"k_blocks", "frames", "per_frame", "choose", "kept"},
     }

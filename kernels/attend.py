@@ -1,0 +1,266 @@
+"""The device code of block-sparse attention: what one program does to the rows that it owns.
+
+A unit of work is up to TILE_Q rows of one query block of one head. Most units are one program each; those that would
+leave the last wave half empty are cut into parts, programs of their own that each walk a share of the list and leave
+what they found for `combine`, which adds the parts up in their order.
+"""
+
+import triton
+import triton.language as tl
+
+LOWEST = tl.constexpr(-1e30)  # below any score, and finite
+
+
+@triton.jit
+def _dot(a, b, total, UPCAST: tl.constexpr):
+    """a · b + total, b in whatever it is stored in."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b.to(a.dtype), total, input_precision="tf32x3")  # float32 keeps its precision on tensor cores
+
+
+@triton.jit
+def _load(base, offsets, dim_is_real, PADDED: tl.constexpr):
+    """A tile whose rows all exist; its padded dims, if there are any, read as zeros."""
+    if PADDED:
+        return tl.load(base + offsets, mask=dim_is_real, other=0.0)
+    return tl.load(base + offsets)
+
+
+@triton.jit
+def _attend(v, scores, v_scale, row_max, row_sum, total, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """One step of the online softmax in base 2: fade what is there, add this tile. Not every score may be −inf."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_max[:, None])
+    fade = tl.exp2(row_max - new_max)
+    row_sum = row_sum * fade + tl.sum(weights, 1)
+    if v_scale is not None:
+        weights = weights * v_scale
+    total = _dot(weights.to(DTYPE), v, total * fade[:, None], UPCAST)
+    return new_max, row_sum, total
+
+
+@triton.jit
+def _place(unit, heads, q_blocks, q_frame, order_ptr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr):
+    """Where a unit stands: its row of the lists, batch, head, first token of all, and that token in its frame."""
+    list_row = unit // (BLOCK_Q // TILE_Q)
+    if order_ptr is not None:
+        list_row = tl.load(order_ptr + list_row)
+    q_block = list_row % q_blocks
+    per_frame = tl.cdiv(q_frame, BLOCK_Q)
+    within = (q_block % per_frame) * BLOCK_Q + (unit % (BLOCK_Q // TILE_Q)) * TILE_Q
+    first = (q_block // per_frame) * q_frame + within
+    head_row = list_row // q_blocks
+    return list_row, head_row // heads, head_row % heads, first, within
+
+
+@triton.jit
+def _write(
+    out_ptr, total, row_sum, batch, head, first, within, rows, heads, q_blocks, q_frame,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, RAGGED_Q: tl.constexpr,
+):  # fmt: skip
+    """Rows of the output, of which the first is token `first` and number `within` of its frame."""
+    dims = tl.arange(0, PADDED_DIM)
+    # A query block that attends to nothing returns zeros.
+    out = total / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    q_tokens = q_blocks // tl.cdiv(q_frame, BLOCK_Q) * q_frame
+    tile = out_ptr + ((batch.to(tl.int64) * q_tokens + first) * heads + head) * HEAD_DIM
+    tile = tile + rows[:, None] * (heads * HEAD_DIM) + dims[None, :]
+    out = out.to(out_ptr.dtype.element_ty)
+    if RAGGED_Q or PADDED_DIM != HEAD_DIM:
+        tl.store(tile, out, mask=(within + rows < q_frame)[:, None] & (dims < HEAD_DIM)[None, :])
+    else:
+        tl.store(tile, out)
+
+
+# fmt: off
+# Lengths, list widths and where a view starts change from chunk to chunk; unspecialised, they cost no compilation.
+@triton.jit(do_not_specialize=[
+    "q_blocks", "k_blocks", "width", "q_frame", "k_frame", "whole", "parts",
+    "blocks_ptr", "counts_ptr", "order_ptr", "k_scales_ptr", "v_scales_ptr", "bias_ptr",
+])
+def forward(
+    q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, counts_ptr, order_ptr,
+    k_scales_ptr, v_scales_ptr, k_means_ptr, v_means_ptr, bias_ptr, totals_ptr, maxima_ptr, sums_ptr,
+    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
+    heads, q_blocks, k_blocks, width, q_frame, k_frame, whole, parts, scale_log2,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+):
+    """Attention of one unit, or of one part of it.
+
+    Units from `whole` on are cut into `parts`, where totals_ptr, maxima_ptr and sums_ptr are given. With DESCRIPTORS
+    k_ptr and v_ptr are tensor descriptors of [batch, head, frame, token of the frame, dim]: tokens past a frame's end
+    read as zeros.
+    """
+    # fmt: on
+    program = tl.program_id(0)
+    unit = program
+    part = 0
+    if totals_ptr is not None and program >= whole:
+        unit = whole + (program - whole) // parts
+        part = (program - whole) % parts
+    list_row, batch, head, q_first, q_within = _place(unit, heads, q_blocks, q_frame, order_ptr, BLOCK_Q, TILE_Q)
+    if RAGGED_Q and TILE_Q != BLOCK_Q and q_within >= q_frame:
+        return  # a tile of nothing but padding
+
+    PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    SPLIT: tl.constexpr = BLOCK_K // TILE_K
+    k_per_frame = tl.cdiv(k_frame, BLOCK_K)
+    rows = tl.arange(0, TILE_Q)
+    columns = tl.arange(0, TILE_K)
+    dims = tl.arange(0, PADDED_DIM)
+    dim_is_real = dims < HEAD_DIM
+
+    # 32 bits hold any number of tokens, blocks or rows; offsets take 64.
+    q_base = q_ptr + batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
+    q_base += q_first.to(tl.int64) * q_stride_l
+    q_tile = q_base + rows[:, None] * q_stride_l + dims[None, :]
+    if RAGGED_Q or PADDED:
+        q = tl.load(q_tile, mask=(q_within + rows < q_frame)[:, None] & dim_is_real[None, :], other=0.0)
+    else:
+        q = tl.load(q_tile)
+
+    if not DESCRIPTORS:
+        k_base = k_ptr + batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
+        v_base = v_ptr + batch.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
+        k_offsets = columns[None, :] * k_stride_l + dims[:, None]
+        v_offsets = columns[:, None] * v_stride_l + dims[None, :]
+
+    start = 0
+    end = k_blocks
+    if blocks_ptr is not None:
+        list_ptr = blocks_ptr + list_row.to(tl.int64) * width
+        end = tl.load(counts_ptr + list_row)
+    if totals_ptr is not None and program >= whole:  # parts begin and end with a block, whose first key is real
+        start = end * part // parts
+        end = end * (part + 1) // parts
+    if blocks_ptr is not None:
+        next_block = tl.load(list_ptr + tl.minimum(start, width - 1))
+    if k_scales_ptr is not None:
+        k_scale_ptr = k_scales_ptr + batch.to(tl.int64) * k_blocks * heads + head
+        v_scale_ptr = v_scales_ptr + batch.to(tl.int64) * k_blocks * heads + head
+    # Weights times values: 8-bit values fit bfloat16 exactly, and its range holds any weight times a block's scale.
+    WEIGHTS: tl.constexpr = q.dtype if k_scales_ptr is None or q.dtype == tl.float32 else tl.bfloat16
+
+    row_max = tl.full([TILE_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([TILE_Q], tl.float32)
+    total = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
+    for i in range(start * SPLIT, end * SPLIT):
+        if blocks_ptr is None:
+            k_block = i // SPLIT
+        else:  # the next entry is on its way while this block is worked on
+            k_block = next_block
+            next_block = tl.load(list_ptr + tl.minimum((i + 1) // SPLIT, width - 1))
+        k_within = (k_block % k_per_frame) * BLOCK_K + (i % SPLIT) * TILE_K
+        if DESCRIPTORS:
+            at = [batch, head, k_block // k_per_frame, k_within, 0]
+            k = tl.reshape(k_ptr.load(at), [TILE_K, PADDED_DIM]).T
+            v = tl.reshape(v_ptr.load(at), [TILE_K, PADDED_DIM])
+        else:
+            k_first = (k_block // k_per_frame).to(tl.int64) * k_frame + k_within
+            if RAGGED_K:
+                # Columns past the frame's end read its last token instead, which costs fewer registers than a mask.
+                tokens = tl.minimum(columns, k_frame - 1 - k_within)
+                k_offsets = tokens[None, :] * k_stride_l + dims[:, None]
+                v_offsets = tokens[:, None] * v_stride_l + dims[None, :]
+            k = _load(k_base + k_first * k_stride_l, k_offsets, dim_is_real[:, None], PADDED)
+            v = _load(v_base + k_first * v_stride_l, v_offsets, dim_is_real[None, :], PADDED)
+        v_scale = None
+        scores = _dot(q, k, None, UPCAST)
+        if k_scales_ptr is None:
+            scores *= scale_log2
+        else:
+            scores *= scale_log2 * tl.load(k_scale_ptr + k_block * heads)
+            v_scale = tl.load(v_scale_ptr + k_block * heads)
+        if RAGGED_K:
+            scores = tl.where((k_within + columns < k_frame)[None, :], scores, float("-inf"))
+        # Every block's first tile holds a real key, so the running maximum is finite from there on.
+        row_max, row_sum, total = _attend(v, scores, v_scale, row_max, row_sum, total, WEIGHTS, UPCAST)
+
+    if bias_ptr is not None:
+        # A whole unit's maximum is finite here, or its list was empty and every mean takes part. A part may have seen
+        # no key so far and meet nothing but listed blocks.
+        if totals_ptr is not None:
+            row_max = tl.maximum(row_max, LOWEST)
+        mean_stride = heads * HEAD_DIM
+        mean_base = (batch.to(tl.int64) * k_blocks * heads + head) * HEAD_DIM
+        start = 0
+        end = tl.cdiv(k_blocks, TILE_K)
+        if totals_ptr is not None and program >= whole:
+            start = end * part // parts
+            end = end * (part + 1) // parts
+        for tile in tl.range(start, end, num_stages=2):
+            first = tile * TILE_K
+            ids = tl.minimum(first + columns, k_blocks - 1)
+            k = _load(k_means_ptr + mean_base, ids[None, :] * mean_stride + dims[:, None], dim_is_real[:, None], PADDED)
+            v = _load(v_means_ptr + mean_base, ids[:, None] * mean_stride + dims[None, :], dim_is_real[None, :], PADDED)
+            bias = tl.load(bias_ptr + list_row.to(tl.int64) * k_blocks + ids)
+            bias = tl.where(first + columns < k_blocks, bias, float("-inf"))
+            scores = _dot(q, k, None, UPCAST) * scale_log2 + bias[None, :]
+            row_max, row_sum, total = _attend(v, scores, None, row_max, row_sum, total, v.dtype, UPCAST)
+
+    if totals_ptr is not None and program >= whole:
+        at = (program - whole).to(tl.int64) * TILE_Q + rows
+        tl.store(maxima_ptr + at, row_max)
+        tl.store(sums_ptr + at, row_sum)
+        tl.store(totals_ptr + at[:, None] * PADDED_DIM + dims[None, :], total)
+    else:
+        _write(
+            out_ptr, total, row_sum, batch, head, q_first, q_within, rows, heads, q_blocks, q_frame,
+            HEAD_DIM, PADDED_DIM, BLOCK_Q, RAGGED_Q,
+        )  # fmt: skip
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["q_blocks", "q_frame", "whole", "parts", "order_ptr"])
+def combine(
+    out_ptr, order_ptr, totals_ptr, maxima_ptr, sums_ptr, heads, q_blocks, q_frame, whole, parts,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
+    ROWS: tl.constexpr, RAGGED_Q: tl.constexpr,
+):
+    """ROWS rows of a unit that was cut: the softmax over all its parts, always added up in the same order."""
+    # fmt: on
+    cut = tl.program_id(0) // (TILE_Q // ROWS)
+    _, batch, head, q_first, q_within = _place(whole + cut, heads, q_blocks, q_frame, order_ptr, BLOCK_Q, TILE_Q)
+    if RAGGED_Q and TILE_Q != BLOCK_Q and q_within >= q_frame:
+        return  # its parts wrote nothing
+    rows = (tl.program_id(0) % (TILE_Q // ROWS)) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, PADDED_DIM)
+    at = cut.to(tl.int64) * parts * TILE_Q + rows
+    row_max = tl.full([ROWS], float("-inf"), tl.float32)
+    for part in range(parts):
+        row_max = tl.maximum(row_max, tl.load(maxima_ptr + at + part * TILE_Q))
+    row_max = tl.where(row_max == float("-inf"), 0.0, row_max)  # no part found a key: all sums are 0
+    row_sum = tl.zeros([ROWS], tl.float32)
+    total = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    for part in range(parts):
+        here = at + part * TILE_Q
+        share = tl.exp2(tl.load(maxima_ptr + here) - row_max)
+        row_sum += share * tl.load(sums_ptr + here)
+        total += share[:, None] * tl.load(totals_ptr + here[:, None] * PADDED_DIM + dims[None, :])
+    _write(
+        out_ptr, total, row_sum, batch, head, q_first, q_within, rows, heads, q_blocks, q_frame,
+        HEAD_DIM, PADDED_DIM, BLOCK_Q, RAGGED_Q,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["k_blocks", "width", "blocks_ptr", "counts_ptr"])
+def tail_bias(
+    bias_ptr, blocks_ptr, counts_ptr, k_blocks, width, tokens_per_frame, BLOCK_K: tl.constexpr, TILE: tl.constexpr
+):
+    """One row of the tail's bias: log2 of each block's real tokens, −inf for the blocks in the list."""
+    row = tl.program_id(0).to(tl.int64)
+    bias_row = bias_ptr + row * k_blocks
+    per_frame = tl.cdiv(tokens_per_frame, BLOCK_K)
+    for first in range(0, k_blocks, TILE):
+        ids = first + tl.arange(0, TILE)
+        tokens = tl.minimum(tokens_per_frame - (ids % per_frame) * BLOCK_K, BLOCK_K)
+        tl.store(bias_row + ids, tl.log2(tokens.to(tl.float32)), mask=ids < k_blocks)
+    tl.debug_barrier()  # what follows overwrites what other threads of this program stored
+    count = tl.load(counts_ptr + row)
+    for first in range(0, count, TILE):
+        entries = first + tl.arange(0, TILE)
+        ids = tl.load(blocks_ptr + row * width + entries, mask=entries < count, other=0)
+        tl.store(bias_row + ids, tl.full([TILE], float("-inf"), tl.float32), mask=entries < count)
