@@ -31,7 +31,8 @@ ABOUT = "light_forcing_demo"  # the metadata entry that holds a DemoVideo
 FPS = 16
 DEFAULT_CAPTION = "on a plain background a red circle moves right slowly"  # within what every demo model has learnt
 
-Level = Literal["simple", "full"]  # what the model has seen; simple: one thing, plain background
+# What the model has seen; simple: one thing, plain background, starting near the middle.
+Level = Literal["simple", "full"]
 
 
 @dataclass(frozen=True)

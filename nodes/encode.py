@@ -8,8 +8,12 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..lightforcing_core.memory import gib
 from ..lightforcing_core.streaming import StreamingEncoder
+from .device_memory import memory_for_a_run
 from .refusals import is_out_of_memory
+
+LESS = 0.8  # of the memory, where the host's estimate says that there is enough
 
 
 class LightForcingEncode(io.ComfyNode):
@@ -61,9 +65,18 @@ class LightForcingEncode(io.ComfyNode):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            free = memory_for_a_run(vae.device)
+            smaller = "×".join(map(str, _smaller((width, height), free / max(needed, 1))))
             raise comfy.model_management.OOM_EXCEPTION(
-                f"out of memory while encoding frame {4 * len(latents)} of {kept.shape[1]} at {width}×{height}; lower "
-                f"the size, or use LightVAE (lightvaew2_1), which takes about a quarter of the memory"
+                f"out of memory while encoding frame {4 * len(latents)} of {kept.shape[1]} at {width}×{height}, which "
+                f"needs about {gib(needed)} GiB of the {gib(free)} GiB there are; lower the size to {smaller}, or use "
+                f"LightVAE (lightvaew2_1), which takes about a quarter of the memory"
             ) from error
         device = comfy.model_management.intermediate_device()
         return io.NodeOutput({"samples": torch.cat(latents, dim=2).to(device)})
+
+
+def _smaller(size: tuple[int, int], share: float) -> list[int]:
+    """A size in steps of 16 pixels that needs at most `share` of the memory, and less in any case."""
+    scale = min(share, LESS) ** 0.5
+    return [max(16, int(side * scale) // 16 * 16) for side in size]

@@ -28,6 +28,7 @@ RGB = {
     "purple": (0.55, 0.18, 0.80),
     "pink": (0.96, 0.45, 0.72),
 }
+SIMPLE_SPREAD = 0.25  # of the places to start from; a small model that must choose among all of them blurs its choices
 CANDIDATES = 48  # start positions tried for a clip with two things
 WAVES = 6  # plane waves in a background
 
@@ -72,11 +73,17 @@ def draw_clip(seed: int, index: int, *, aspect: float = 1.5, level: Level = "ful
         for colour in colours
     )
     background = str(rng.choice(BACKGROUNDS)) if full else "plain"
-    return place_scene(Scene(background, things), rng, aspect=aspect, frames=frames)
+    spread = 1.0 if full else SIMPLE_SPREAD
+    return place_scene(Scene(background, things), rng, aspect=aspect, frames=frames, spread=spread)
 
 
-def place_scene(scene: Scene, rng: np.random.Generator, *, aspect: float = 1.5, frames: int = 81) -> Clip:
-    """A clip of `scene`; two things cross in about half of the clips where they can, and else keep apart."""
+def place_scene(
+    scene: Scene, rng: np.random.Generator, *, aspect: float = 1.5, frames: int = 81, spread: float = 1.0
+) -> Clip:
+    """A clip of `scene`; two things cross in about half of the clips where they can, and else keep apart.
+
+    spread: how far from the middle of all places where a thing may start it does, 1 anywhere.
+    """
     count = len(scene.things)
     radii = rng.uniform(*RADII, count)
     steps = [np.array(DIRECTIONS[thing.direction], float) for thing in scene.things]
@@ -85,7 +92,8 @@ def place_scene(scene: Scene, rng: np.random.Generator, *, aspect: float = 1.5, 
     low, high = _bounds(scene, radii, aspect)
     first = np.where(velocities < 0, low - FREE_RUN * velocities, low)
     last = np.where(velocities > 0, high - FREE_RUN * velocities, high)
-    starts = rng.uniform(first, last, (CANDIDATES, count, 2))
+    middle = (first + last) / 2
+    starts = middle + spread * (rng.uniform(first, last, (CANDIDATES, count, 2)) - middle)
     crosses = rng.random() < 0.5
     chosen = 0
     if count == 2:
