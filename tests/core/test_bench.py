@@ -2,12 +2,13 @@
 
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from lightforcing.benchmarks import attention, memory, step
+from lightforcing.benchmarks import attention, memory, options, step
 from lightforcing.benchmarks.rollout import EARLY, summarise
 from lightforcing.benchmarks.timing import Samples, StageClock, ratio, take_turns
 from lightforcing.lightforcing_core import step_graph
@@ -77,6 +78,24 @@ def test_attention_takes_every_backend_that_can_run_but_not_the_reference():
     assert set(able).isdisjoint(absent)
     assert "triton" in absent  # its interpreter is no backend to be timed
     assert "reference" not in able or able == ["reference"]
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_options_are_compared_on_tensors_laid_out_as_the_models(tiles):
+    assert all(x.is_contiguous() for x in options.made(options.OptionsBench(height=64, width=96), tiles))
+
+
+def test_options_say_what_each_costs_in_error_and_time():
+    small = options.OptionsBench(height=64, width=96, block=(16, 16), backend="reference", dtype="float32", repeats=1)
+    seen = []
+    arms = options.run_options(small, seen.append)["arms"]
+    assert list(arms) == seen == list(options.ARMS)
+    error = {name: arm["error"] for name, arm in arms.items()}
+    assert 0 < error["tail"] < error["published"] < 0.5
+    assert 0 < abs(error["kv int8"] - error["published"]) < 0.02
+    assert arms["published"]["over_published"]["median"] == 1.0
+    denser = options.run_options(replace(small, sparsity=0.5))["arms"]
+    assert denser["published"]["error"] < error["published"]
 
 
 def test_step_times_both_arms_and_their_stages(tmp_path):
