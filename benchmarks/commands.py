@@ -1,23 +1,29 @@
 """`lightforcing bench`: the commands that run the measurements, print their tables and write their JSON."""
 
-from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-LINE = 120  # characters of a table row where nothing else sets them
+from .console import (
+    Block,
+    CudaGraphs,
+    Device,
+    Dtype,
+    Out,
+    Threads,
+    checked_cuda_graph,
+    checked_dtype,
+    integers,
+    milliseconds,
+    new_console,
+    new_table,
+    pair,
+    prepare,
+    ratio_text,
+    show,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Measure dense against sparse on this machine, both in one process.")
-
-Out = Annotated[Path | None, typer.Option(help="File for the raw JSON; without it only the tables are printed.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where torch sees one.")]
-Block = Annotated[str, typer.Option(help="Tokens per query and key block.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
-CudaGraphs = Annotated[str, typer.Option(help="A chunk's steps as one CUDA graph: auto, on or off.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's own choice without it.")]
 
 
 @app.command()
@@ -37,39 +43,41 @@ def attention(
     out: Out = None,
 ) -> None:
     """One layer's self-attention, chunk by chunk of an 81-frame video: the kernel alone and with its selection."""
-    place = _prepare(device, threads)
+    place = prepare(device, threads)
     from .attention import CHUNKS, AttentionBench, run_attention
 
     bench = AttentionBench(
         tokens_per_frame=tokens_per_frame,
         heads=heads,
-        block=_pair(block),
+        block=pair(block),
         sparsity=sparsity,
-        chunks=(CHUNKS,) if chunks == "last" else _integers(chunks, "--chunks"),
+        chunks=(CHUNKS,) if chunks == "last" else integers(chunks, "--chunks"),
         backends=tuple(backend) if backend else None,
         device=place,
-        dtype=_dtype(dtype),
+        dtype=checked_dtype(dtype),
         repeats=repeats,
     )
-    console = _console()
+    console = new_console()
     result = run_attention(bench, lambda row: console.print(f"chunk {row['chunk']} done", highlight=False))
     headings = ("backend", "with selection", "kernel", "ideal", "selection")
-    table = _table("times as fast as the best dense attention", "chunk", *headings, "dense ms", "kernel ms", "whole ms")
+    table = new_table(
+        "times as fast as the best dense attention", "chunk", *headings, "dense ms", "kernel ms", "whole ms"
+    )
     for row in result["chunks"]:
         for name, ratios in row["ratios"].items():
             table.add_row(
                 str(row["chunk"]),
                 name,
-                _ratio(ratios["with_selection"]),
-                _ratio(ratios["kernel"]),
+                ratio_text(ratios["with_selection"]),
+                ratio_text(ratios["kernel"]),
                 f"{row['ideal_ratio']:.2f}x",
                 f"{row['selection_share_of_dense']:.2%}",
                 *(
-                    _milliseconds(row["arms"][arm])
+                    milliseconds(row["arms"][arm])
                     for arm in (f"dense {row['best_dense']}", f"kernel {name}", f"whole {name}")
                 ),
             )
-    _show(console, result, table, out)
+    show(console, result, table, out)
     for name, reason in result["not_here"].items():
         console.print(f"not measured: {name} ({reason})", highlight=False, markup=False, soft_wrap=True)
 
@@ -94,34 +102,34 @@ def step(
     out: Out = None,
 ) -> None:
     """One forward of one chunk at real 1.3B shapes with random weights and a full cache, stage by stage."""
-    place = _prepare(device, threads)
+    place = prepare(device, threads)
     from .step import CHUNKS, REAL_LAYERS, StepBench, run_step
 
     bench = StepBench(
-        chunk=CHUNKS if chunk == "last" else _integers(chunk, "--chunk")[0],
+        chunk=CHUNKS if chunk == "last" else integers(chunk, "--chunk")[0],
         layers=layers or (REAL_LAYERS if place.startswith("cuda") else 2),
         dim=dim,
         ffn_dim=ffn_dim,
         height=height,
         width=width,
-        block=_pair(block),
+        block=pair(block),
         backend=backend,
         device=place,
-        dtype=_dtype(dtype),
+        dtype=checked_dtype(dtype),
         repeats=repeats,
         cuda_graph=cuda_graph,
     )
-    console = _console()
+    console = new_console()
     result = run_step(bench)
     names = list(dict.fromkeys(name for stages in result["stages"].values() for name in stages))
-    table = _table(f"one forward of {bench.layers} layers, chunk {bench.chunk}", "stage", "dense ms", "sparse ms")
+    table = new_table(f"one forward of {bench.layers} layers, chunk {bench.chunk}", "stage", "dense ms", "sparse ms")
     for name in names:
         table.add_row(name, *(f"{1e3 * result['stages'][arm].get(name, 0.0):.1f}" for arm in ("dense", "sparse")))
-    table.add_row("whole forward", *(_milliseconds(result["arms"][arm]) for arm in ("dense", "sparse")), style="bold")
-    console.print(f"sparse forward: {_ratio(result['ratio'])} as fast as dense", highlight=False)
+    table.add_row("whole forward", *(milliseconds(result["arms"][arm]) for arm in ("dense", "sparse")), style="bold")
+    console.print(f"sparse forward: {ratio_text(result['ratio'])} as fast as dense", highlight=False)
     for name, found in result["graph_ratio"].items():
-        console.print(f"{name} forward as a CUDA graph: {_ratio(found)} as fast as without", highlight=False)
-    _show(console, result, table, out)
+        console.print(f"{name} forward as a CUDA graph: {ratio_text(found)} as fast as without", highlight=False)
+    show(console, result, table, out)
     if bench.layers != REAL_LAYERS:
         scaled = result["scaled_to_30_layers"]
         console.print(
@@ -157,7 +165,7 @@ def rollout(
     out: Out = None,
 ) -> None:
     """A whole video with random weights, tiny unless told otherwise: seconds and peak memory of every chunk."""
-    place = _prepare(device, threads)
+    place = prepare(device, threads)
     from .rollout import RolloutBench, run_rollout
 
     bench = RolloutBench(
@@ -166,22 +174,22 @@ def rollout(
         setting=setting,
         decode=decode,
         overlap=overlap,
-        cuda_graph=_cuda_graph(cuda_graph),
+        cuda_graph=checked_cuda_graph(cuda_graph),
         vae_dim=vae_dim,
         dim=dim,
         ffn_dim=ffn_dim,
         layers=layers,
         height=height,
         width=width,
-        block=_pair(block),
+        block=pair(block),
         backend=backend,
         device=place,
-        dtype=_dtype(dtype),
+        dtype=checked_dtype(dtype),
     )
-    console = _console()
+    console = new_console()
     with console.status("running") as status:
         result = run_rollout(bench, lambda done, total: status.update(f"chunk {done} of {total}"))
-    table = _table(
+    table = new_table(
         f"{frames} frames, {bench.setting} setting", "chunk", *(f"{arm} ms" for arm in bench.arms), "peak MB"
     )
     rows = result["chunks"]
@@ -198,23 +206,23 @@ def rollout(
         for name in bench.arms:
             value = flatness[f"{name}_seconds"]
             console.print(f"{name}, seconds of the last 10 chunks / chunks 10-20: {value:.3f}", highlight=False)
-    _show(console, result, table, out)
+    show(console, result, table, out)
 
 
 @app.command()
 def memory(device: Device = None, threads: Threads = None, out: Out = None) -> None:
     """What a run is expected to need against what it takes, for one configuration per part of it."""
-    place = _prepare(device, threads)
+    place = prepare(device, threads)
     from .memory import run_memory
 
-    console = _console()
+    console = new_console()
     with console.status("running"):
         result = run_memory(device_name=place)
-    table = _table("peak memory", "run", "attention", "error", "estimated MB", "measured MB")
+    table = new_table("peak memory", "run", "attention", "error", "estimated MB", "measured MB")
     for row in result["cases"]:
         sizes = (f"{row[size] / 1e6:.1f}" for size in ("estimated_bytes", "measured_bytes"))
         table.add_row(row["case"]["name"], row["backend"], f"{row['error']:+.1%}", *sizes)
-    _show(console, result, table, out)
+    show(console, result, table, out)
 
 
 @app.command()
@@ -233,7 +241,7 @@ def options(
     out: Out = None,
 ) -> None:
     """Each option beyond the published method: its error and its time on one attention over made-up fields."""
-    place = _prepare(device, threads)
+    place = prepare(device, threads)
     from .options import OptionsBench, run_options
 
     bench = OptionsBench(
@@ -241,102 +249,19 @@ def options(
         width=width,
         heads=heads,
         sparsity=sparsity,
-        block=_pair(block),
+        block=pair(block),
         sharpness=sharpness,
         backend=backend,
         device=place,
-        dtype=_dtype(dtype),
+        dtype=checked_dtype(dtype),
         repeats=repeats,
     )
-    console = _console()
+    console = new_console()
     with console.status("running") as status:
         result = run_options(bench, lambda name: status.update(f"{name} done"))
     headings = ("backend", "error against dense", "time over published", "dense over this")
-    table = _table(f"{sparsity:.0%} sparse, last chunk of 81 frames", "option", *headings)
+    table = new_table(f"{sparsity:.0%} sparse, last chunk of 81 frames", "option", *headings)
     for name, row in result["arms"].items():
-        times = (_ratio(row[key]) for key in ("over_published", "dense_over_this"))
+        times = (ratio_text(row[key]) for key in ("over_published", "dense_over_this"))
         table.add_row(name, row["backend"], f"{row['error']:.4f}", *times)
-    _show(console, result, table, out)
-
-
-def _prepare(device: str | None, threads: int | None) -> str:
-    """Set the threads and say where to run."""
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads {threads} is not positive; use 1 or more")
-        torch.set_num_threads(threads)
-    seen = torch.cuda.is_available()
-    place = device or ("cuda" if seen else "cpu")
-    if torch.device(place).type not in ("cpu", "cuda"):
-        raise ValueError(f"device {place!r} is not measured here; use cpu or cuda")
-    if place.startswith("cuda") and not seen:
-        raise ValueError("torch sees no CUDA GPU here; use --device cpu")
-    return place
-
-
-def _dtype(name: str) -> str:
-    names = ("bfloat16", "float16", "float32")
-    if name not in names:
-        raise ValueError(f"dtype {name!r} is not measured; use {', '.join(names)}")
-    return name
-
-
-def _cuda_graph(choice: str) -> Any:
-    from ..lightforcing_core.step_graph import CudaGraph
-
-    if choice not in get_args(CudaGraph):
-        raise ValueError(f"--cuda-graph {choice!r} is not known; use {', '.join(get_args(CudaGraph))}")
-    return choice
-
-
-def _integers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{option} {text!r} is not a list of whole numbers like 2,7") from None
-
-
-def _pair(text: str) -> tuple[int, int]:
-    sizes = _integers(text, "--block")
-    if len(sizes) != 2:
-        raise ValueError(f"--block {text!r} is not two sizes like 64,64")
-    return sizes[0], sizes[1]
-
-
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 else "right", no_wrap=True)
-    return table
-
-
-def _ratio(ratio: dict[str, Any]) -> str:
-    low, high = ratio["quartiles"]
-    return f"{ratio['median']:.2f}x ({low:.2f}-{high:.2f})"
-
-
-def _milliseconds(arm: dict[str, Any]) -> str:
-    return f"{1e3 * arm['median']:.3g}" if arm["median"] < 0.1 else f"{1e3 * arm['median']:.0f}"
-
-
-def _console() -> Console:
-    """The terminal; in a file or a pipe, lines long enough for the tables."""
-    console = Console()
-    return console if console.is_terminal else Console(width=LINE)
-
-
-def _show(console: Console, result: dict[str, Any], table: Table, out: Path | None) -> None:
-    """The table, where it was measured, and the file."""
-    console.print(table)
-    gpu = f", {result['gpu']['name']}" if result["gpu"] else ""
-    where = f"{result['machine']}{gpu}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
-    console.print(where, highlight=False, soft_wrap=True)
-    if "warm_up" in result:
-        console.print(f"warm-up: {result['warm_up']}", highlight=False, soft_wrap=True)
-    if out is not None:
-        from .record import write
-
-        write(out, result)
-        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    show(console, result, table, out)

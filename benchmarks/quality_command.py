@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import Device, Threads, _console, _integers, _prepare, _show, _table
+from .console import Device, Threads, integers, new_console, new_table, prepare, show
 
 
 def quality(
@@ -30,7 +30,7 @@ def quality(
     threads: Threads = None,
 ) -> None:
     """What sparsity does to the demo model's videos: judged by caption, against dense, over time and by layer."""
-    place = _prepare(device, threads)
+    place = prepare(device, threads)
     from ..lightforcing_core import demo_model
     from .quality import QualityBench, run_quality
     from .quality_report import report
@@ -48,25 +48,25 @@ def quality(
         backend=backend,
         device=place,
     )
-    console = _console()
+    console = new_console()
     with console.status("running") as status:
         rows = run_quality(bench, out, lambda done, total: status.update(f"{done} of {total} rows"))
     result, pages = report(bench, out, rows)
     headings = ("sparsity", "measure", "worse by", "95 % interval", "effect", "seeds", "verdict")
-    table = _table("the paper's claims", "claim", *headings)
+    table = new_table("the paper's claims", "claim", *headings)
     for claim in result["claims"]:
         effect = "-" if claim["effect"] is None else f"{claim['effect']:.2f}"
         interval = f"{claim['low']:.3g} to {claim['high']:.3g}"
         numbers = f"{claim['mean']:.3g}", interval, effect, str(claim["seeds"])
         names = f"{claim['worse'].rpartition(' ')[0]} / {claim['better'].rpartition(' ')[0] or claim['better']}"
         table.add_row(names, f"{claim['sparsity']:g}", claim["measure"], *numbers, claim["verdict"])
-    _show(console, result, table, None)
+    show(console, result, table, None)
     for page in pages:
         console.print(f"wrote {page}", highlight=False, soft_wrap=True)
 
 
 def _some(text: str, option: str, count: int) -> tuple[int, ...]:
-    values = _integers(text, option)
+    values = integers(text, option)
     if len(values) != count:
         raise ValueError(f"{option} {text!r} holds {len(values)} numbers; give {count}")
     return values
