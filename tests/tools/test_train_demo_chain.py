@@ -23,7 +23,7 @@ from tools.train_demo.export import export
 from tools.train_demo.recipe import PRESETS
 from tools.train_demo.shapes import draw_clip
 from tools.train_demo.stage import Paused, Stage, step_generator
-from tools.train_demo.train_ar import CACHE, TRAIN_SEED_OFFSET, Batches, new_model
+from tools.train_demo.train_ar import CACHE, TRAIN_SEED_OFFSET, Batches, new_model, thing_weights
 from tools.train_demo.train_vae import crops, new_vae
 from tools.train_demo.whole_clip import decode_clip, encode_clip, teacher_forced
 
@@ -95,6 +95,17 @@ def test_batches_hold_as_many_chunks_however_long_their_clips(uninterrupted):
     assert openings.shape == (6, 16, 3, 4, 6)
     known = cache["openings"].float()
     assert all((clip == known).flatten(1).all(1).any() for clip in openings)
+
+
+def test_things_count_more_than_backgrounds():
+    x0 = torch.zeros(2, 16, 3, 6, 9) + torch.arange(3).view(3, 1, 1)  # a level of its own for every frame
+    x0[:, :, :, 2:4, 3:5] += 5
+    weights = thing_weights(x0, 1.0)
+    assert weights.shape == (2, 1, 3, 6, 9)
+    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
+    torch.testing.assert_close(weights[:, :, :, 2:4, 3:5], torch.full((2, 1, 3, 2, 2), (1 + 54 / 4) / 2))
+    torch.testing.assert_close(weights[:, :, :, 0], torch.full((2, 1, 3, 9), 0.5))
+    assert (thing_weights(x0, 0.0) == 1).all()
 
 
 def test_first_chunk_alone_costs_and_gives_what_it_does_in_a_longer_clip():

@@ -18,8 +18,10 @@ class Recipe:
 
     ar_batch, few_batch: clips of full length; of shorter ones so many more that the chunks are as many. ar_phases:
     (share, chunks), how long clips are until which share of the stage is over; the first chunk is the hardest to
-    learn and the cheapest. few_chunks: how long they are in the last stage, None for whole. bfloat16: compute in
-    bfloat16 on a CPU too, several times as fast where its instructions know bfloat16.
+    learn and the cheapest. few_chunks: how long they are in the last stage, None for whole. thing_weight: how much
+    more the autoregressive model's loss counts where something is to be seen, 0 no more; with few steps to spend it
+    learns backgrounds alone without. bfloat16: compute in bfloat16 on a CPU too, several times as fast where its
+    instructions know bfloat16.
     """
 
     height: int = 128
@@ -49,6 +51,7 @@ class Recipe:
     ar_steps: int = 20_000
     ar_rate: float = 1e-3
     ar_phases: tuple[tuple[float, int], ...] = ()
+    thing_weight: float = 0.0
     few_batch: int = 48
     few_steps: int = 8_000
     few_rate: float = 2e-4
@@ -89,7 +92,8 @@ PRESETS = {
         layers=4,
         bfloat16=True,
         ar_batch=4,
-        ar_phases=((0.4, 1), (0.6, 2)),
+        ar_phases=((0.5, 1), (0.75, 2)),
+        thing_weight=1.0,
         few_batch=3,
         few_chunks=2,
         save_every=50,
@@ -117,6 +121,7 @@ PRESETS = {
         ar_batch=2,
         ar_steps=4,
         ar_phases=((0.5, 1),),
+        thing_weight=1.0,
         few_batch=2,
         few_steps=2,
         few_chunks=1,

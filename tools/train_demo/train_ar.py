@@ -157,9 +157,20 @@ def train_ar(
         noisy = _mixed(x0, noise, sigma)
         flow = _flow(model, noisy, _dirtied(x0, generator), sigma, context, recipe)
         error = (flow - (noise - x0)).square()
-        return error.mean(), {"first_chunk": error[:, :, : recipe.frames_per_chunk].detach().mean()}
+        values = {"mean": error.detach().mean(), "first_chunk": error[:, :, : recipe.frames_per_chunk].detach().mean()}
+        return (thing_weights(x0, recipe.thing_weight) * error).mean(), values
 
     return stage.run(loss_of, on_step)
+
+
+def thing_weights(x0: Tensor, weight: float) -> Tensor:
+    """How much each place of x0 [B, 16, F, h, w] counts, [B, 1, F, h, w] of mean 1.
+
+    1 plus `weight` times its squared distance from its frame's median, which the mean of those divides.
+    """
+    median = x0.flatten(3).median(3).values[..., None, None]
+    far = (x0 - median).square().mean(1, keepdim=True)
+    return (1 + weight * far / far.mean()) / (1 + weight)
 
 
 def train_few(
