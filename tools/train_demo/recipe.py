@@ -97,8 +97,7 @@ PRESETS = {
         few_batch=3,
         few_chunks=2,
         save_every=50,
-        eval_captions=8,
-        shares=(0.42, 0.07, 0.33, 0.12),
+        shares=(0.25, 0.1, 0.52, 0.08),
     ),
     "tiny": Recipe(
         height=32,
