@@ -5,6 +5,7 @@ row printed for each:
 
 - `cc:block_q:block_k:head_dim:dtype:stored:ragged:variant:how`, e.g. `90:128:64:128:bf16:int8:1:tail:tma`; `variant`
   is `sparse`, `tail` or `dense`, `how` empty, `tma`, `cut` or `tma cut`. Prints what the compiled code takes.
+- `tiles:` and the same up to `variant`: the tuner's other tiles, a row each.
 - `chunks:cc`: prepares launches for every chunk of a video and prints how many kernels they compile.
 """
 
@@ -13,7 +14,7 @@ import sys
 
 import torch
 import triton
-from resources import resource_usage
+from resources import SHARED_KIB, resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -95,12 +96,27 @@ def launch_of(kind, how):
 
 def compile_variant(text):
     """Shared memory in bytes, and registers and stack bytes per thread where cuobjdump is, of one variant."""
-    cc, block_q, block_k, head_dim, dtype, stored, ragged, variant, how = text.split(":")
-    kind = kind_of(int(block_q), int(block_k), int(head_dim), dtype, stored, ragged == "1", variant)
-    launch = launch_of(kind, how)
-    kernel, *others = prepare(int(cc), kind, launch, 1560 if ragged == "1" else 1536, 21, 60)
-    assert bool(others) == ("cut" in how)
-    row = {"variant": text, "cc": int(cc), "shared": kernel.metadata.shared, **launch._asdict()}
+    cc, *shape, how = text.split(":")
+    kind = kind_named(*shape)
+    return compiled(int(cc), kind, launch_of(kind, how), text)
+
+
+def compile_tiles(text):
+    """The same of each launch that the tuner times besides the default one; `text` without how it is launched."""
+    cc, *shape = text.split(":")
+    kind = kind_named(*shape)
+    for launch in tuning.candidates(kind, SHARED_KIB[int(cc)] * 1024)[1:]:
+        yield compiled(int(cc), kind, launch, text)
+
+
+def kind_named(block_q, block_k, head_dim, dtype, stored, ragged, variant):
+    return kind_of(int(block_q), int(block_k), int(head_dim), dtype, stored, ragged == "1", variant)
+
+
+def compiled(cc, kind, launch, text):
+    kernel, *others = prepare(cc, kind, launch, 1560 if kind.ragged[0] else 1536, 21, 60)
+    assert bool(others) == bool(launch.per_sm)
+    row = {"variant": text, "cc": cc, "shared": kernel.metadata.shared, **launch._asdict()}
     row |= {
         "tensor_maps": kernel.asm["ptx"].count("cp.async.bulk.tensor"),
         "estimate": tuning.shared_bytes(kind, launch),
@@ -137,5 +153,10 @@ def count_kernels(cc):
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        kind, _, cc = argument.partition(":")
-        print(json.dumps(count_kernels(int(cc)) if kind == "chunks" else compile_variant(argument)), flush=True)
+        task, _, rest = argument.partition(":")
+        if task == "tiles":
+            found = compile_tiles(rest)
+        else:
+            found = [count_kernels(int(rest)) if task == "chunks" else compile_variant(argument)]
+        for row in found:
+            print(json.dumps(row), flush=True)
