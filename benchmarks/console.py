@@ -15,6 +15,10 @@ Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where tor
 Block = Annotated[str, typer.Option(help="Tokens per query and key block.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 CudaGraphs = Annotated[str, typer.Option(help="A chunk's steps as one CUDA graph: auto, on or off.")]
+Height = Annotated[int, typer.Option(help="Video height, a multiple of 16.")]
+Width = Annotated[int, typer.Option(help="Video width, a multiple of 16.")]
+Backend = Annotated[str, typer.Option(help="Sparse backend.")]
+Repeats = Annotated[int, typer.Option(help="Rounds in which each arm runs once.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's own choice without it.")]
 
 

@@ -71,27 +71,28 @@ class Claim:
     measures: tuple[str, ...]
 
 
+OF_VIDEOS = ("latent_error", "psnr", "ms_ssim", "position_error", "right")
 CLAIMS = (
     Claim(
         "sparsifying early chunks hurts more than late ones",
         "early {}",
         "late {}",
         "video",
-        ("latent_error", "psnr", "ms_ssim", "position_error", "right"),
+        OF_VIDEOS,
     ),
     Claim(
         "growth (CAG) beats uniform sparsity at equal FLOPs",
         "uniform {}",
         "published {}",
         "video",
-        ("latent_error", "psnr", "ms_ssim", "position_error", "right"),
+        OF_VIDEOS,
     ),
     Claim(
         "hierarchical selection (HSA) beats one-stage top-k at equal density",
         "one-stage {}",
         "published {}",
         "video",
-        ("latent_error", "psnr", "ms_ssim", "position_error", "right"),
+        OF_VIDEOS,
     ),
     Claim(
         "hierarchical selection (HSA) beats one-stage top-k at equal density",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .console import Device, Threads, integers, new_console, new_table, prepare, show
+from .console import Backend, Device, Threads, integers, new_console, new_table, prepare, show
 
 
 def quality(
@@ -25,7 +25,7 @@ def quality(
     window: Annotated[str, typer.Option(help="Visible latent frames and sinks of long rollouts.")] = "12,1",
     probes: Annotated[int, typer.Option(help="Seeds whose attention is compared layer by layer.")] = 8,
     batch: Annotated[int, typer.Option(help="Seeds that run together.")] = 8,
-    backend: Annotated[str, typer.Option(help="Sparse backend.")] = "reference",
+    backend: Backend = "reference",
     device: Device = None,
     threads: Threads = None,
 ) -> None:

@@ -27,6 +27,14 @@ def _place(tokens_per_frame, frames, ROWS: tl.constexpr):
     return first, within, frame % frames, (frame // frames).to(tl.int64)
 
 
+@triton.jit
+def _tile(first, within, tokens_per_frame, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
+    """Where the program's values lie, [ROWS, PADDED], which of them are real, and their columns."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    real = (within + rows < tokens_per_frame)[:, None] & (columns < WIDTH)[None, :]
+    return first * WIDTH + rows[:, None] * WIDTH + columns[None, :], real, columns
+
+
 # A rollout's frames change from chunk to chunk; unspecialised, they cost no new compilation.
 @triton.jit(do_not_specialize=["frames", "tokens_per_frame"])
 def _norm_scale_shift(
@@ -47,11 +55,8 @@ def _norm_scale_shift(
     INTERPRETED: tl.constexpr,
 ):
     first, within, frame, batch = _place(tokens_per_frame, frames, ROWS)
-    columns = tl.arange(0, PADDED)
+    tile, real, columns = _tile(first, within, tokens_per_frame, WIDTH, PADDED, ROWS)
     column_is_real = columns < WIDTH
-    rows = tl.arange(0, ROWS)
-    real = (within + rows < tokens_per_frame)[:, None] & column_is_real[None, :]
-    tile = first * WIDTH + rows[:, None] * WIDTH + columns[None, :]
     x = tl.load(x_ptr + tile, mask=real, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + batch * scale_stride_b + frame * scale_stride_f + columns, mask=column_is_real)
     shift = tl.load(shift_ptr + batch * shift_stride_b + frame * shift_stride_f + columns, mask=column_is_real)
@@ -78,11 +83,8 @@ def _gated_add(
     INTERPRETED: tl.constexpr,
 ):
     first, within, frame, batch = _place(tokens_per_frame, frames, ROWS)
-    columns = tl.arange(0, PADDED)
+    tile, real, columns = _tile(first, within, tokens_per_frame, WIDTH, PADDED, ROWS)
     column_is_real = columns < WIDTH
-    rows = tl.arange(0, ROWS)
-    real = (within + rows < tokens_per_frame)[:, None] & column_is_real[None, :]
-    tile = first * WIDTH + rows[:, None] * WIDTH + columns[None, :]
     x = tl.load(x_ptr + tile, mask=real, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + tile, mask=real, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + batch * gate_stride_b + frame * gate_stride_f + columns, mask=column_is_real)

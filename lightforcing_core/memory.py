@@ -86,6 +86,10 @@ class MemoryEstimate:
         work = self.step + self.decode if self.overlapped else max(self.step, self.decode)
         return self.weights + self.vae + self.cache + self.prompt + self.history + self.graph + work
 
+    def sped_up(self, *, overlap: bool, cuda_graph: bool) -> "MemoryEstimate":
+        """The same run with decode beside the sampling, and with recorded steps, as far as it is asked for."""
+        return replace(self, overlapped=overlap, graph=self.step if cuda_graph else 0)
+
     def __str__(self) -> str:
         """One line for a log, a node or the command line."""
         parts = {"weights": self.weights, "KV cache": self.cache, "one step": self.step + self.prompt}
@@ -150,9 +154,7 @@ def estimate(
         history=history,
         decode=decode,
         host=passes * cache.storage.host_bytes,
-        overlapped=overlap and vae_dim is not None,
-        graph=step if cuda_graph else 0,
-    )
+    ).sped_up(overlap=overlap and vae_dim is not None, cuda_graph=cuda_graph)
 
 
 @dataclass(frozen=True)

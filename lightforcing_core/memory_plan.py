@@ -98,9 +98,9 @@ def plan_memory(
     """
 
     def fill(plan: MemoryPlan) -> MemoryPlan:
-        needed, recorded = reckon(plan.kv, plan.decode_tiles), plan.cuda_graph and not plan.kv.host
-        needed = replace(needed, overlapped=plan.overlap, graph=needed.step if recorded else 0)
-        return replace(plan, estimate=needed)
+        needed = reckon(plan.kv, plan.decode_tiles)
+        recorded = plan.cuda_graph and not plan.kv.host
+        return replace(plan, estimate=needed.sped_up(overlap=plan.overlap, cuda_graph=recorded))
 
     plain = reckon(ladder[0], 1)
     best = fill(MemoryPlan(plain, plain, free, ladder[0], latents=latents, overlap=overlap, cuda_graph=cuda_graph))

@@ -111,9 +111,8 @@ class ChunkSampler(comfy.samplers.Sampler):
         def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
             # The host's estimate grows linearly with the frames of its argument: speak in that unit.
             one_frame = base.memory_required([*noise_shape[:2], 1, *noise_shape[3:]])
-            work = longest * one_frame
-            work = work + needed.decode if needed.overlapped else max(work, needed.decode)
-            held = needed.cache + needed.history + needed.graph + work
+            # It asks for the weights by itself, and its own estimate of a step holds the prompt.
+            held = replace(needed, weights=0, vae=0, prompt=0, step=longest * one_frame).total
             frames = held / max(one_frame, 1)
             return executor(model, [*noise_shape[:2], -int(-frames // 1), *noise_shape[3:]], conds, *args, **kwargs)
 

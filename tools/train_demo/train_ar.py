@@ -152,7 +152,7 @@ def train_ar(
         chunks = next((chunks for share, chunks in recipe.ar_phases if progress < share), batches.most)
         x0, context, generator = batches.draw(step, recipe.ar_batch, chunks)
         u = torch.rand(len(x0), chunks, generator=generator, device=device)
-        sigma = batches.per_frame(SHIFT * u / (1 + (SHIFT - 1) * u), x0.shape[2])
+        sigma = batches.per_frame(_shifted(u), x0.shape[2])
         noise = torch.randn(x0.shape, generator=generator, device=device)
         noisy = _mixed(x0, noise, sigma)
         flow = _flow(model, noisy, _dirtied(x0, generator), sigma, context, recipe)
@@ -198,8 +198,7 @@ def train_few(
         deadline=deadline,
     )
     batches = Batches(recipe, cache, table, device, "few")
-    u = torch.linspace(0, 1, GRID + 1, device=device)
-    grid = SHIFT * u / (1 + (SHIFT - 1) * u)
+    grid = _shifted(torch.linspace(0, 1, GRID + 1, device=device))
     levels = torch.tensor(few_step_sigmas(shift=SHIFT)[:-1], device=device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -241,6 +240,11 @@ def _flow(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Te
 def _denoised(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Tensor, recipe: Recipe) -> Tensor:
     """x0 as the model sees it; at σ = 0 its input."""
     return noisy - _spread(sigma) * _flow(model, noisy, history, sigma, context, recipe)
+
+
+def _shifted(u: Tensor) -> Tensor:
+    """Shares 0…1 of the steps → noise levels under the flow shift, as in `few_step_sigmas`."""
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
 def _spread(sigma: Tensor) -> Tensor:
