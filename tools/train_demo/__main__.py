@@ -85,8 +85,10 @@ def _stages(
     lap("ar")
     if last == "ar":
         return {}
-    student = train_few(recipe, teacher, cache, table, folder, device, shares[3], on_step, deadline)
-    lap("few")
+    student = teacher
+    if recipe.few_steps:
+        student = train_few(recipe, teacher, cache, table, folder, device, shares[3], on_step, deadline)
+        lap("few")
     for file in export(folder / "models", student, vae, table, recipe.video):
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
     if last == "few":
@@ -115,7 +117,7 @@ def _keep_recipe(recipe: Recipe, folder: Path) -> None:
 
 def draw_curves(folder: Path) -> None:
     """curves.png: every logged value of every stage over its steps."""
-    logs = {name: folder / f"{name}.jsonl" for name in ("vae", "ar", "few")}
+    logs = {name: folder / f"{name}.jsonl" for name in ("vae_images", "vae", "ar", "few")}
     found = {name: [json.loads(line) for line in log.open()] for name, log in logs.items() if log.exists()}
     found = {name: rows for name, rows in found.items() if rows}
     if not found:

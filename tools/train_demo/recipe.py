@@ -11,14 +11,15 @@ class Recipe:
 
     Steps are upper limits; with a time budget a stage also ends when its share of it is spent, and learning rates
     fall with whichever comes first. height, width: pixels. frames: of the videos, 1 + 4k. vae_frames: of the crops
-    that the VAE learns on; vae_crop: the side of their squares, None for whole pictures; vae_images: the share of its
-    stage in which it learns on single pictures, half as many as one batch has frames, before it learns on crops.
+    that the VAE learns on; vae_crop: the side of their squares, None for whole pictures; vae_image_steps, 0 for none:
+    before them it learns on single pictures, half as many as one batch has frames.
     cache_clips, cache_openings: videos whose latents the model learns on, and others of which it knows the first
     chunk only.
 
-    ar_batch, few_batch: clips of full length; of shorter ones so many more that the chunks are as many. ar_phases:
-    (share, chunks), how long clips are until which share of the stage is over; the first chunk is the hardest to
-    learn and the cheapest. few_chunks: how long they are in the last stage, None for whole. thing_weight: how much
+    ar_phases: (share, chunks, clips), until which share of the stage is over how many clips of which length a batch
+    has; the first chunk is the hardest to learn and the cheapest, and the first steps need no large batches.
+    few_share: how often a noise level is one that the four steps use. few_batch, few_chunks: clips and their length
+    in the last stage. thing_weight: how much
     more the autoregressive model's loss counts where something is to be seen, 0 no more; with few steps to spend it
     learns backgrounds alone without. bfloat16: compute in bfloat16 on a CPU too, several times as fast where its
     instructions know bfloat16.
@@ -33,7 +34,8 @@ class Recipe:
     vae_dim: int = 16
     vae_frames: int = 17
     vae_crop: int | None = None
-    vae_images: float = 0.0
+    vae_image_steps: int = 0
+    vae_image_rate: float = 2e-3
     vae_batch: int = 12
     vae_steps: int = 20_000
     vae_rate: float = 1.5e-3
@@ -47,15 +49,16 @@ class Recipe:
     layers: int = 6
     text_dim: int = 256
     frames_per_chunk: int = 3
-    ar_batch: int = 64
     ar_steps: int = 20_000
     ar_rate: float = 1e-3
-    ar_phases: tuple[tuple[float, int], ...] = ()
+    ar_phases: tuple[tuple[float, tuple[tuple[int, int], ...]], ...] = ((1.0, ((7, 64),)),)
+    own_history: float = 0.0
+    few_share: float = 0.0
     thing_weight: float = 0.0
     few_batch: int = 48
     few_steps: int = 8_000
     few_rate: float = 2e-4
-    few_chunks: int | None = None
+    few_chunks: int = 7
 
     bfloat16: bool = False
     save_every: int = 250
@@ -81,20 +84,23 @@ PRESETS = {
         width=144,
         level="simple",
         vae_dim=8,
-        vae_frames=9,
-        vae_crop=64,
-        vae_images=0.4,
-        vae_batch=3,
-        vae_rate=2e-3,
-        cache_clips=500,
-        cache_openings=5000,
+        vae_frames=17,
+        vae_crop=48,
+        vae_image_steps=1200,
+        vae_batch=2,
+        vae_steps=1600,
+        vae_rate=6e-4,
+        cache_clips=320,
+        cache_openings=3200,
         cache_batch=4,
         layers=4,
         bfloat16=True,
-        ar_batch=4,
-        ar_phases=((0.5, 1), (0.75, 2)),
-        thing_weight=1.0,
-        few_batch=3,
+        ar_steps=10400,
+        ar_phases=((0.2, ((1, 8),)), (0.5, ((1, 16),)), (0.6, ((2, 8),)), (1.0, ((7, 3), (1, 16)))),
+        own_history=0.5,
+        few_share=0.5,
+        thing_weight=3.0,
+        few_batch=8,
         few_chunks=2,
         save_every=50,
         shares=(0.25, 0.1, 0.52, 0.08),
@@ -107,9 +113,9 @@ PRESETS = {
         vae_dim=2,
         vae_frames=5,
         vae_crop=32,
-        vae_images=0.4,
+        vae_image_steps=2,
         vae_batch=1,
-        vae_steps=3,
+        vae_steps=2,
         cache_clips=4,
         cache_openings=3,
         cache_batch=2,
@@ -117,9 +123,10 @@ PRESETS = {
         ffn_dim=64,
         layers=1,
         text_dim=32,
-        ar_batch=2,
         ar_steps=4,
-        ar_phases=((0.5, 1),),
+        ar_phases=((0.5, ((1, 4),)), (1.0, ((2, 2), (1, 2)))),
+        own_history=0.5,
+        few_share=0.5,
         thing_weight=1.0,
         few_batch=2,
         few_steps=2,

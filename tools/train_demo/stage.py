@@ -23,7 +23,7 @@ WARM_UP = 50  # steps until the full learning rate
 DECAY_FROM = 0.6  # share of the budget from which on the learning rate falls to 0
 EMA = 0.999
 
-Step = Callable[[int], tuple[Tensor, Mapping[str, Tensor]]]
+StepLoss = Callable[[int], tuple[Tensor, Mapping[str, Tensor]]]
 OnStep = Callable[[str, int, Mapping[str, float]], None]
 
 
@@ -77,7 +77,7 @@ class Stage:
     def _log(self) -> Path:
         return self.folder / f"{self.name}.jsonl"
 
-    def run(self, step_loss: Step, on_step: OnStep | None = None) -> nn.Module:
+    def run(self, step_loss: StepLoss, on_step: OnStep | None = None) -> nn.Module:
         """Train to the end of the budget; `step_loss(step)` gives the loss and what to log. Returns the average."""
         self._cut_log()
         began = time.monotonic() - self.seconds

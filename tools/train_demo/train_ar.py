@@ -102,21 +102,17 @@ class Batches:
         self, recipe: Recipe, cache: dict[str, Tensor], table: dict[str, Tensor], device: torch.device, stage: str
     ) -> None:
         self._recipe, self._cache, self._table, self._device, self._stage = recipe, cache, table, device, stage
-        self.most = -(-recipe.latent_frames // recipe.frames_per_chunk)  # chunks of a whole clip
 
-    def draw(self, step: int, size: int, chunks: int) -> tuple[Tensor, Tensor, torch.Generator]:
-        """Clean latents [B, 16, F, h, w] in float32, their context, and the step's generator on the device.
-
-        As many chunks in all as `size` clips of full length have, in clips of `chunks` each.
-        """
+    def draw(self, step: int, clips: int, chunks: int) -> tuple[Tensor, Tensor, torch.Generator]:
+        """The clean first chunks of some clips, [B, 16, F, h, w] in float32, their context, and the step's generator
+        on the device."""
         generator = step_generator(self._recipe.seed, self._stage, step, self._device)
         latents, ids = self._cache["latents"], self._cache["ids"]
         if chunks == 1 and len(self._cache["openings"]):
             latents, ids = self._cache["openings"], self._cache["opening_ids"]
-        count = size * self.most // chunks
-        index = torch.randint(0, len(ids), (count,), generator=generator, device=self._device)
-        clips = latents[index, :, : chunks * self._recipe.frames_per_chunk]
-        return clips.float(), context_of(self._table, ids[index]), generator
+        index = torch.randint(0, len(ids), (clips,), generator=generator, device=self._device)
+        clean = latents[index, :, : chunks * self._recipe.frames_per_chunk]
+        return clean.float(), context_of(self._table, ids[index]), generator
 
     def per_frame(self, chunk_values: Tensor, frames: int) -> Tensor:
         """One value a chunk [B, chunks] → one a frame [B, frames]."""
@@ -133,7 +129,11 @@ def train_ar(
     on_step: OnStep | None = None,
     deadline: float | None = None,
 ) -> Wan:
-    """Flow matching (shift 5, a noise level of its own for every chunk) behind clean history; the averaged model."""
+    """Flow matching behind clean history; the averaged model.
+
+    Every chunk has a noise level of its own: one of those of the four steps in `few_share` of all cases, else any
+    under shift 5.
+    """
     model = new_model(recipe).to(device)
     stage = Stage(
         folder,
@@ -146,16 +146,22 @@ def train_ar(
         deadline=deadline,
     )
     batches = Batches(recipe, cache, table, device, "ar")
+    levels = torch.tensor(few_step_sigmas(shift=SHIFT)[:-1], device=device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         progress = stage.progress
-        chunks = next((chunks for share, chunks in recipe.ar_phases if progress < share), batches.most)
-        x0, context, generator = batches.draw(step, recipe.ar_batch, chunks)
-        u = torch.rand(len(x0), chunks, generator=generator, device=device)
-        sigma = batches.per_frame(_shifted(u), x0.shape[2])
+        kinds = next((kinds for share, kinds in recipe.ar_phases if progress < share), recipe.ar_phases[-1][1])
+        chunks, clips = kinds[step % len(kinds)]
+        x0, context, generator = batches.draw(step, clips, chunks)
+        u, chance = torch.rand(2, len(x0), chunks, generator=generator, device=device)
+        level = torch.where(chance < recipe.few_share, levels[(u * len(levels)).long()], _shifted(u))
+        sigma = batches.per_frame(level, x0.shape[2])
         noise = torch.randn(x0.shape, generator=generator, device=device)
         noisy = _mixed(x0, noise, sigma)
-        flow = _flow(model, noisy, _dirtied(x0, generator), sigma, context, recipe)
+        history = _dirtied(x0, generator)
+        if chunks > 1 and bool(torch.rand((), generator=generator, device=device) < recipe.own_history):
+            history = _made(stage.ema, x0, history, levels, context, generator, batches, recipe)
+        flow = _flow(model, noisy, history, sigma, context, recipe)
         error = (flow - (noise - x0)).square()
         values = {"mean": error.detach().mean(), "first_chunk": error[:, :, : recipe.frames_per_chunk].detach().mean()}
         return (thing_weights(x0, recipe.thing_weight) * error).mean(), values
@@ -202,7 +208,7 @@ def train_few(
     levels = torch.tensor(few_step_sigmas(shift=SHIFT)[:-1], device=device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        chunks = recipe.few_chunks or batches.most
+        chunks = recipe.few_chunks
         x0, context, generator = batches.draw(step, recipe.few_batch, chunks)
         shape = (len(x0), chunks)
 
@@ -213,10 +219,7 @@ def train_few(
         history = _dirtied(x0, generator)
         with torch.no_grad():
             if step % 2:
-                drawn = torch.randint(0, len(levels), shape, generator=generator, device=device)
-                sigma = spread(levels[drawn])
-                other = torch.randn(x0.shape, generator=generator, device=device)
-                history = _denoised(stage.ema, _mixed(x0, other, sigma), history, sigma, context, recipe)
+                history = _made(stage.ema, x0, history, levels, context, generator, batches, recipe)
             place = torch.randint(1, GRID + 1, shape, generator=generator, device=device)
             sigma, lower = spread(grid[place]), spread(grid[place - 1])
             noisy = _mixed(x0, noise, sigma)
@@ -240,6 +243,26 @@ def _flow(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Te
 def _denoised(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Tensor, recipe: Recipe) -> Tensor:
     """x0 as the model sees it; at σ = 0 its input."""
     return noisy - _spread(sigma) * _flow(model, noisy, history, sigma, context, recipe)
+
+
+@torch.no_grad()
+def _made(
+    model: Wan,
+    x0: Tensor,
+    history: Tensor,
+    levels: Tensor,
+    context: Tensor,
+    generator: torch.Generator,
+    batches: Batches,
+    recipe: Recipe,
+) -> Tensor:
+    """Clips as the model denoises them from one of the four steps' levels, a level for every chunk."""
+    drawn = torch.randint(
+        0, len(levels), (len(x0), x0.shape[2] // recipe.frames_per_chunk), generator=generator, device=x0.device
+    )
+    sigma = batches.per_frame(levels[drawn], x0.shape[2])
+    noise = torch.randn(x0.shape, generator=generator, device=x0.device)
+    return _denoised(model, _mixed(x0, noise, sigma), history, sigma, context, recipe)
 
 
 def _shifted(u: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from lightforcing.lightforcing_core.wan_vae import LATENT_CHANNELS, LATENT_MEAN,
 
 from .recipe import Recipe
 from .shapes import Clip, draw_clip, paths_of, render
-from .stage import OnStep, Stage, autocast, step_generator
+from .stage import OnStep, Stage, StepLoss, autocast, step_generator
 from .whole_clip import decode_clip, encode_clip
 
 FIRST_LOG_VARIANCE = -6.0
@@ -25,7 +25,12 @@ FAINTEST = 0.1  # a channel fainter than this share of the median one stays fain
 
 
 def new_vae(dim: int, seed: int) -> WanVAE:
-    """A WanVAE to be trained: weights of unit gain, quiet residual branches, latents nearly without noise."""
+    """A WanVAE to be trained: weights of unit gain, quiet residual branches, latents nearly without noise.
+
+    It starts blind to the past, each latent showing the last frame of its four: an autoencoder of pictures is then one
+    of videos too, alike at every length, and learns motion on top. Random weights on past frames would be fitted to
+    the few frames, and the padding before them, of the clips that it learns on.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = WanVAE(dim)
@@ -34,7 +39,14 @@ def new_vae(dim: int, seed: int) -> WanVAE:
             module.weight.data.mul_(3**0.5)  # torch's own gain is 1/√3, under which a picture fades layer by layer
         if isinstance(module, nn.Conv3d):  # 3-D convolutions are several times faster so, on CPUs above all
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-    for module in vae.modules():
+        if isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1:
+            module.weight.data[:, :, :-1] = 0
+            module.weight.data[:, :, -1] *= module.kernel_size[0] ** 0.5
+    for name, module in vae.named_modules():
+        if name.endswith("time_conv"):
+            copies = module.out_channels // module.in_channels
+            module.weight.data[:, :, -1, 0, 0] = torch.eye(module.in_channels).repeat(copies, 1)
+            nn.init.zeros_(module.bias)
         if hasattr(module, "residual"):
             module.residual[-1].weight.data.mul_(0.3)
     # Latents noisier than they are large would teach the decoder to ignore them.
@@ -50,27 +62,42 @@ def train_vae(
     on_step: OnStep | None = None,
     deadline: float | None = None,
 ) -> WanVAE:
-    """Train in `folder`, continuing what is there; the averaged VAE, its statistics not yet folded."""
-    vae = new_vae(recipe.vae_dim, recipe.seed).to(device)
-    stage = Stage(
-        folder,
-        "vae",
-        vae,
-        rate=recipe.vae_rate,
-        steps=recipe.vae_steps,
-        minutes=minutes,
-        save_every=recipe.save_every,
-        deadline=deadline,
-    )
+    """Train in `folder`, on single pictures and then on clips, continuing what is there.
 
+    Returns the averaged VAE, its statistics not yet folded.
+    """
+    vae = new_vae(recipe.vae_dim, recipe.seed).to(device)
+    parts = (
+        ("vae_images", recipe.vae_image_steps, recipe.vae_image_rate, 1),
+        ("vae", recipe.vae_steps, recipe.vae_rate, recipe.vae_frames),
+    )
+    total = sum(steps for _, steps, _, _ in parts)
+    for name, steps, rate, frames in parts:
+        if not steps:
+            continue
+        stage = Stage(
+            folder,
+            name,
+            vae,
+            rate=rate,
+            steps=steps,
+            minutes=None if minutes is None else minutes * steps / total,
+            save_every=recipe.save_every,
+            deadline=deadline,
+        )
+        vae.load_state_dict(stage.run(_loss_of(recipe, stage, frames, device), on_step).state_dict())
+    return vae.requires_grad_(False)
+
+
+def _loss_of(recipe: Recipe, stage: Stage, frames: int, device: torch.device) -> StepLoss:
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        video = crops(recipe, step, device, images=stage.progress < recipe.vae_images)
-        noise = step_generator(recipe.seed, "vae", step, device)
+        video = crops(recipe, step, device, frames)
+        noise = step_generator(recipe.seed, stage.name, step, device)
         with autocast(recipe, device):
-            mean, log_variance = encode_clip(vae, video)
+            mean, log_variance = encode_clip(stage.module, video)
             mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
             z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=noise, device=device)
-            decoded = decode_clip(vae, z).float()
+            decoded = decode_clip(stage.module, z).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         error = decoded - video
         # Things cover a twentieth of a picture: absolute errors alone would settle for its background.
@@ -81,14 +108,16 @@ def train_vae(
         values = {"l1": error.detach().abs().mean(), "kl": kl.detach(), "psnr": psnr.detach()}
         return pixels + 0.5 * edges + recipe.kl_weight * kl, values
 
-    return stage.run(loss_of, on_step)
+    return loss_of
 
 
-def crops(recipe: Recipe, step: int, device: torch.device, *, images: bool) -> Tensor:
-    """The step's videos or single pictures, [B, 3, T, H, W] in −1…1, cut from anywhere in their clips."""
+def crops(recipe: Recipe, step: int, device: torch.device, frames: int) -> Tensor:
+    """The step's videos [B, 3, frames, H, W] in −1…1, cut from anywhere in their clips.
+
+    `vae_batch` of them; of single pictures half as many as one batch of videos has frames.
+    """
     generator = step_generator(recipe.seed, "vae crops", step)
-    frames = 1 if images else recipe.vae_frames
-    count = recipe.vae_batch * recipe.vae_frames // 2 if images else recipe.vae_batch
+    count = recipe.vae_batch * recipe.vae_frames // 2 if frames == 1 < recipe.vae_frames else recipe.vae_batch
     start = int(torch.randint(0, recipe.frames - frames + 1, (1,), generator=generator))
     first, aspect = step * count, recipe.width / recipe.height
     clips = [
