@@ -33,6 +33,7 @@ BETWEEN_SPEEDS = 0.28  # heights per second between "slowly" and "quickly"
 FASTEST, LEAP = 0.6, 0.1  # heights per second that a thing may move, and what is added for a covered outline
 OPENING = 13 / 16  # seconds over which the direction is judged
 OUTLINE = 33  # grid of the mean outline
+BLUR = 1.155  # pixels, the standard deviation of `_colours`' two blurs, through which patterns are seen as well
 NEAR = 0.25  # heights within which a centre must be to count as the same thing at the same place
 
 
@@ -90,13 +91,13 @@ class Verdict:
 @torch.no_grad()
 def look(video: Tensor, *, fps: float = 16.0) -> list[Seen]:
     """What is seen in `video`, [frames, H, W, 3] in 0…1, largest first."""
-    colours = _colours(video)
+    colours, chroma = _colours(video)
     pixel = 1.0 / colours.shape[1] ** 2
     found = []
     for index, colour in enumerate(HUES):
         mask = (colours == index).float()
         if (mask.flatten(1).sum(1) * pixel > SMALLEST).float().mean() >= PRESENT:
-            found.append(_thing(colour, mask, fps))
+            found.append(_thing(colour, mask, chroma, fps))
     return sorted((seen for seen in found if seen is not None), key=lambda seen: -seen.radius)
 
 
@@ -112,8 +113,11 @@ def compare(found: list[Seen], scene: Scene, *, aspect: float, fps: float = 16.0
     return Verdict(verdicts, tuple(sorted(seen.keys() - {thing.colour for thing in scene.things})))
 
 
-def _colours(video: Tensor) -> Tensor:
-    """Which colour each pixel has, as its index in `HUES`, −1 for none: [frames, h, w], no side far above 64."""
+def _colours(video: Tensor) -> tuple[Tensor, Tensor]:
+    """Which colour each pixel has, as its index in `HUES`, −1 for none, and how saturated it is.
+
+    Both [frames, h, w], no side far above 64.
+    """
     planes = video.float().permute(0, 3, 1, 2)
     if shrink := video.shape[1] // 64:
         planes = F.avg_pool2d(planes, shrink)
@@ -126,7 +130,7 @@ def _colours(video: Tensor) -> Tensor:
     centres = [*HUES.values(), 360.0]
     borders = torch.tensor([(a + b) / 2 for a, b in pairwise(centres)], device=video.device)
     index = torch.bucketize(hue % 360, borders) % len(HUES)
-    return torch.where(chroma > SATURATED, index, -1)
+    return torch.where(chroma > SATURATED, index, -1), chroma
 
 
 def _blurred(x: Tensor, axis: int) -> Tensor:
@@ -145,8 +149,11 @@ def _crowd(mask: Tensor, half: int) -> Tensor:
     return (rows[:, :, side:] - rows[:, :, :-side]) / side**2
 
 
-def _thing(colour: str, mask: Tensor, fps: float) -> Seen | None:
-    """The thing that a colour's pixels [frames, H, W] show, or None where they are only scattered or a rim."""
+def _thing(colour: str, mask: Tensor, chroma: Tensor, fps: float) -> Seen | None:
+    """The thing that a colour's pixels [frames, H, W] show, or None where they are only scattered or a rim.
+
+    chroma: how saturated each pixel is.
+    """
     height, width = mask.shape[1:]
     crowd = _crowd(mask, height // 12)
     top = crowd.flatten(1).argmax(1)
@@ -168,7 +175,7 @@ def _thing(colour: str, mask: Tensor, fps: float) -> Seen | None:
     velocity = _opening_velocity(path, whole, visible, fps)
     speed = math.hypot(*velocity)
     radius = math.sqrt(usual / math.pi)
-    shape = _shape(mask * near, path, radius, whole)
+    shape = _shape(_inside(mask * near, chroma), path, whole)
     pace = "slowly" if speed < BETWEEN_SPEEDS else "quickly"
     return Seen(colour, shape, _direction(velocity), pace, path.cpu(), visible.cpu(), whole.cpu(), velocity, radius)
 
@@ -196,11 +203,21 @@ def _direction(velocity: tuple[float, float]) -> str | None:
     return max(DIRECTIONS, key=lambda name: math.cos(angle - math.atan2(*reversed(DIRECTIONS[name]))))
 
 
-def _shape(mask: Tensor, path: Tensor, radius: float, whole: Tensor) -> str:
+def _inside(mask: Tensor, chroma: Tensor) -> Tensor:
+    """The pixels of mask [frames, h, w] that are at least half as saturated as the thing is.
+
+    Where a soft edge is half-way is where the thing ends; a lower level makes it larger and its corners rounder.
+    """
+    own = torch.stack([c[m > 0].quantile(0.8) if m.any() else c.amax() for c, m in zip(chroma, mask, strict=True)])
+    return mask * (chroma > own[:, None, None] / 2)
+
+
+def _shape(mask: Tensor, path: Tensor, whole: Tensor) -> str:
     """The shape whose outline of the same area is nearest to the mean outline over the frames that show all of it."""
     index = whole.nonzero()[:, 0] if whole.any() else torch.arange(len(path), device=mask.device)
     index = index[:: max(1, len(index) // 24)]
     height, width = mask.shape[1:]
+    radius = math.sqrt(float(mask[index].flatten(1).sum(1).median()) / math.pi) / height
     line = torch.linspace(-1.8, 1.8, OUTLINE, device=mask.device)
     gy, gx = torch.meshgrid(line, line, indexing="ij")
     at_x = (path[index, 0, None, None] + radius * gx) * height / width * 2 - 1
@@ -214,8 +231,18 @@ def _shape(mask: Tensor, path: Tensor, radius: float, whole: Tensor) -> str:
         "square": torch.maximum(gx.abs(), gy.abs()) - half,
         "triangle": torch.maximum(gy, (math.sqrt(3) / 2) * gx.abs() - 0.5 * gy) - corner / 2,
     }
-    errors = {name: float((mean - (0.5 - d / 0.2).clamp(0, 1)).square().sum()) for name, d in distances.items()}
+    blur = _softness(line, BLUR / (radius * height))
+    errors = {}
+    for name, distance in distances.items():
+        seen = blur @ (0.5 - distance / 0.1).clamp(0, 1) @ blur.T
+        errors[name] = float((mean - (0.5 + (seen - 0.5) / 0.4).clamp(0, 1)).square().sum())
     return min(SHAPES, key=errors.__getitem__)
+
+
+def _softness(line: Tensor, width: float) -> Tensor:
+    """The matrix that blurs along `line` with a Gaussian of this standard deviation."""
+    weights = torch.exp(-0.5 * ((line - line[:, None]) / width).square())
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _verdict(seen: Seen | None, thing: Thing, aspect: float, fps: float) -> ThingVerdict:

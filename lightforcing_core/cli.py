@@ -59,9 +59,9 @@ def demo(
     height: Annotated[int | None, typer.Option(help="Video height in pixels, a multiple of 16.")] = None,
     width: Annotated[int | None, typer.Option(help="Video width in pixels, a multiple of 16.")] = None,
     target: Annotated[
-        float, typer.Option(help="Mean sparsity of the sparse chunks; 0.88 skips 88 % of blocks, 0 none.")
-    ] = 0.88,
-    base: Annotated[float, typer.Option(help="Sparsity that late chunks grow towards, at least the target.")] = 0.98,
+        float, typer.Option(help="Mean sparsity of the sparse chunks; 0.6 skips 60 % of blocks, 0 none.")
+    ] = 0.6,
+    base: Annotated[float, typer.Option(help="Sparsity that late chunks grow towards, at least the target.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of the noise, and of random weights.")] = 0,
     models: Annotated[
         Path | None, typer.Option(help="Folder of a demo model; the one that comes with the pack, where there is one.")

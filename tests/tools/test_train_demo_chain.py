@@ -74,6 +74,15 @@ def test_steps_change_the_weights(uninterrupted):
     assert not torch.equal(student["blocks.0.ffn.0.weight"], teacher["blocks.0.ffn.0.weight"])
 
 
+def test_without_a_last_stage_the_autoregressive_model_itself_is_shipped(tmp_path):
+    run(replace(TINY, few_steps=0), tmp_path, device=CPU, last="few")
+    assert not (tmp_path / "few.pt").exists()
+    shipped, _ = load_dit_state_dict(tmp_path / "models" / DIT)
+    averaged = torch.load(tmp_path / "ar.pt", weights_only=True)["ema"]
+    name = "blocks.0.ffn.0.weight"
+    torch.testing.assert_close(shipped[name], averaged[name].bfloat16())
+
+
 def test_crops_hold_the_middle_of_a_thing():
     recipe = replace(TINY, level="full", vae_batch=4, vae_frames=5)
     pictures, videos = crops(recipe, 5, CPU, 1), crops(recipe, 5, CPU, 5)

@@ -22,7 +22,7 @@ from .recipe import Recipe
 from .shapes import draw_clip
 
 TEST_SEED_OFFSET = 2_000_003
-TARGET, BASE = 0.88, 0.98  # the published 5 s setting, the pack's default
+TARGET, BASE = 0.6, 0.7  # the pack's default for models that never saw sparse attention
 
 
 def evaluation_scenes(recipe: Recipe) -> list[Scene]:

@@ -16,13 +16,13 @@ class Recipe:
     cache_clips, cache_openings: videos whose latents the model learns on, and others of which it knows the first
     chunk only.
 
-    ar_phases: (share, chunks, clips), until which share of the stage is over how many clips of which length a batch
-    has; the first chunk is the hardest to learn and the cheapest, and the first steps need no large batches.
-    few_share: how often a noise level is one that the four steps use. few_batch, few_chunks: clips and their length
-    in the last stage. thing_weight: how much
-    more the autoregressive model's loss counts where something is to be seen, 0 no more; with few steps to spend it
-    learns backgrounds alone without. bfloat16: compute in bfloat16 on a CPU too, several times as fast where its
-    instructions know bfloat16.
+    ar_phases: (share, kinds), the kinds of batches, (chunks, clips) each and in turn, until which share of the stage
+    is over; the first chunk is the hardest to learn and the cheapest, and the first steps need no large batches.
+    own_history: how often clips of several chunks stand behind history that
+    the model made. few_share: how often a noise level is one that the four steps use. few_steps: 0 for no last stage;
+    few_batch, few_chunks: clips and their length there. thing_weight: how much more the autoregressive model's loss
+    counts where something is to be seen, 0 no more; with few steps to spend it learns backgrounds alone without.
+    bfloat16: compute in bfloat16 on a CPU too, several times as fast where its instructions know bfloat16.
     """
 
     height: int = 128
@@ -95,15 +95,14 @@ PRESETS = {
         cache_batch=4,
         layers=4,
         bfloat16=True,
-        ar_steps=10400,
+        ar_steps=9800,
         ar_phases=((0.2, ((1, 8),)), (0.5, ((1, 16),)), (0.6, ((2, 8),)), (1.0, ((7, 3), (1, 16)))),
         own_history=0.5,
         few_share=0.5,
         thing_weight=3.0,
-        few_batch=8,
-        few_chunks=2,
+        few_steps=0,
         save_every=50,
-        shares=(0.25, 0.1, 0.52, 0.08),
+        shares=(0.18, 0.09, 0.7, 0.0),
     ),
     "tiny": Recipe(
         height=32,
