@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from ..benchmarks.commands import app as bench
 from ..benchmarks.quality_command import quality
+from .families import Family
 
 if TYPE_CHECKING:
     from .report import RunReport
@@ -60,8 +61,10 @@ def demo(
     width: Annotated[int | None, typer.Option(help="Video width in pixels, a multiple of 16.")] = None,
     target: Annotated[
         float, typer.Option(help="Mean sparsity of the sparse chunks; 0.6 skips 60 % of blocks, 0 none.")
-    ] = 0.6,
-    base: Annotated[float, typer.Option(help="Sparsity that late chunks grow towards, at least the target.")] = 0.7,
+    ] = Family.target,
+    base: Annotated[float, typer.Option(help="Sparsity that late chunks grow towards, at least the target.")] = (
+        Family.base
+    ),
     seed: Annotated[int, typer.Option(help="Seed of the noise, and of random weights.")] = 0,
     models: Annotated[
         Path | None, typer.Option(help="Folder of a demo model; the one that comes with the pack, where there is one.")

@@ -24,6 +24,7 @@ from .attention import AttentionOptions, BackendUnavailable, choose_backend, spa
 from .causal_wan import CausalState, forward, sdpa
 from .demo_captions import context_of_caption, parse
 from .demo_model import DEFAULT_CAPTION, FPS, DemoVideo, fast_convolutions, load_demo_model, vae_dtype
+from .families import Family
 from .geometry import FrameBlocks
 from .output_files import prepare_folder, whole_file
 from .overlap import OverlappedDecoder
@@ -59,8 +60,8 @@ class DemoSettings:
     width: int = 448
     chunks: int = 7
     frames_per_chunk: int = 3
-    target: float = 0.6
-    base: float = 0.7
+    target: float = Family.target
+    base: float = Family.base
     seed: int = 0
     block: int = 64
     caption: str = DEFAULT_CAPTION

@@ -29,7 +29,7 @@ H100: dict[str, Family] = {
 }
 PUBLISHED = FAMILIES | H100
 SINK_ROPES = get_args(SinkRope)
-GENTLE_TARGET, GENTLE_BASE = 0.6, 0.7  # what checkpoints bear that were never trained sparse
+GENTLE_TARGET, GENTLE_BASE = Family.target, Family.base  # what checkpoints bear that were never trained sparse
 MOST_FRAMES = 16001
 NO_PRESET = f"this preset does not exist; use {AUTO}, {DENSE}, {GENTLE}, {CUSTOM} or a family"
 LONG = 961  # stands for a length that is only known when the graph runs

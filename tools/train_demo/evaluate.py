@@ -13,6 +13,7 @@ from lightforcing.benchmarks.detector import Verdict, judge
 from lightforcing.lightforcing_core.attention import AttentionOptions
 from lightforcing.lightforcing_core.demo_captions import Scene, caption_of, context_of_caption
 from lightforcing.lightforcing_core.demo_model import DemoModel, load_demo_model
+from lightforcing.lightforcing_core.families import Family
 from lightforcing.lightforcing_core.output_files import whole_file
 from lightforcing.lightforcing_core.rollout import few_step_sigmas, rollout
 from lightforcing.lightforcing_core.schedule import Schedule
@@ -22,7 +23,6 @@ from .recipe import Recipe
 from .shapes import draw_clip
 
 TEST_SEED_OFFSET = 2_000_003
-TARGET, BASE = 0.6, 0.7  # the pack's default for models that never saw sparse attention
 
 
 def evaluation_scenes(recipe: Recipe) -> list[Scene]:
@@ -59,7 +59,8 @@ def generate(
 def evaluate(recipe: Recipe, folder: Path, device: torch.device) -> dict:
     """Judge dense and sparse rollouts; writes evaluation.json and one picture sheet each, returns the counts."""
     models = load_demo_model(folder, device)
-    growth = Schedule(recipe.latent_frames, recipe.frames_per_chunk, target=TARGET, base=BASE).sparsities()
+    schedule = Schedule(recipe.latent_frames, recipe.frames_per_chunk, target=Family.target, base=Family.base)
+    growth = schedule.sparsities()
     scenes = evaluation_scenes(recipe)
     results = {}
     for name, sparsities in (("dense", None), ("sparse", growth)):
