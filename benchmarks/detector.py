@@ -34,6 +34,7 @@ FASTEST, LEAP = 0.6, 0.1  # heights per second that a thing may move, and what i
 OPENING = 13 / 16  # seconds over which the direction is judged
 OUTLINE = 33  # grid of the mean outline
 BLUR = 1.155  # pixels, the standard deviation of `_colours`' two blurs, through which patterns are seen as well
+COPY = 0.5  # a second thing of a colour has at least this share of the first one's usual area
 NEAR = 0.25  # heights within which a centre must be to count as the same thing at the same place
 
 
@@ -42,7 +43,8 @@ class Seen:
     """One thing in a video.
 
     path: [frames, 2] centres as (x, y). visible, whole: [frames], whether any of it is seen, and all of it.
-    velocity: (x, y) over the opening. radius: of a circle of its area.
+    velocity: (x, y) over the opening. radius: of a circle of its area. copies: the share of frames in which half as
+    much of its colour again, or more, is elsewhere.
     """
 
     colour: str
@@ -54,6 +56,7 @@ class Seen:
     whole: Tensor
     velocity: tuple[float, float]
     radius: float
+    copies: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class ThingVerdict:
 
     position_error: distance from the path that the caption promises behind the thing's first place, in heights, and
     position_errors the same frame by frame (NaN where it is not whole). identity: it is seen whole again in the last
-    quarter of the video, and nowhere, covered stretches included, has it moved further than a thing can.
+    quarter of the video, and nowhere, covered stretches included, has it moved further than a thing can. copies: the
+    share of frames that show a second thing of its colour.
     """
 
     present: bool
@@ -72,6 +76,7 @@ class ThingVerdict:
     identity: bool
     position_error: float | None
     velocity_error: float | None
+    copies: float | None
     position_errors: Tensor | None
 
 
@@ -177,7 +182,10 @@ def _thing(colour: str, mask: Tensor, chroma: Tensor, fps: float) -> Seen | None
     radius = math.sqrt(usual / math.pi)
     shape = _shape(_inside(mask * near, chroma), path, whole)
     pace = "slowly" if speed < BETWEEN_SPEEDS else "quickly"
-    return Seen(colour, shape, _direction(velocity), pace, path.cpu(), visible.cpu(), whole.cpu(), velocity, radius)
+    elsewhere = mask.flatten(1).sum(1) / height**2 - area
+    copies = float((elsewhere > COPY * usual).float().mean())
+    places = path.cpu(), visible.cpu(), whole.cpu()
+    return Seen(colour, shape, _direction(velocity), pace, *places, velocity, radius, copies)
 
 
 def _opening_velocity(path: Tensor, whole: Tensor, visible: Tensor, fps: float) -> tuple[float, float]:
@@ -247,7 +255,7 @@ def _softness(line: Tensor, width: float) -> Tensor:
 
 def _verdict(seen: Seen | None, thing: Thing, aspect: float, fps: float) -> ThingVerdict:
     if seen is None:
-        return ThingVerdict(False, False, False, False, False, None, None, None)
+        return ThingVerdict(False, False, False, False, False, None, None, None, None)
     step = torch.tensor(DIRECTIONS[thing.direction], dtype=torch.float32)
     promised = step / step.norm() * {"slowly": 0.2, "quickly": 0.4}[thing.speed]
     path = seen.path.float()
@@ -268,6 +276,7 @@ def _verdict(seen: Seen | None, thing: Thing, aspect: float, fps: float) -> Thin
         identity=bool(seen.whole[-max(1, len(path) // 4) :].any() and not (leaps > LEAP).any()),
         position_error=float(errors.nanmean()),
         velocity_error=float(gap.norm()),
+        copies=seen.copies,
         position_errors=errors,
     )
 

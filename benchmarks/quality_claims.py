@@ -33,6 +33,7 @@ VIDEO = {
     "strangers": False,
     "position_error": False,
     "velocity_error": False,
+    "copies": False,
 }
 LONG_VIDEO = {"drift": False, "colour_late": True, "shape_late": True}
 ATTENTION = {"attention_error": False}

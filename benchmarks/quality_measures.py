@@ -100,10 +100,10 @@ def against_dense(
 
 
 def against_caption(video: Tensor, scene: Scene) -> dict[str, Any]:
-    """What the detector says of the promised things: shares of them, and mean errors of those that are there.
+    """What the detector says of the promised things: shares of them, and means over those that are there.
 
-    `colour` is present at all: a thing is found by its colour. Errors are None where nothing promised is there;
-    `position_errors` has a mean for each of 8 parts of the video, None where nothing is seen whole.
+    `colour` is present at all: a thing is found by its colour. Errors and copies are None where nothing promised is
+    there; `position_errors` has a mean for each of 8 parts of the video, None where nothing is seen whole.
     """
     verdict = judge(video, scene)
     things = verdict.things
@@ -130,6 +130,7 @@ def against_caption(video: Tensor, scene: Scene) -> dict[str, Any]:
         "strangers": float(len(verdict.strangers)),
         "position_error": mean([thing.position_error for thing in things]),
         "velocity_error": mean([thing.velocity_error for thing in things]),
+        "copies": mean([thing.copies for thing in things]),
         "position_errors": over_time,
     }
 

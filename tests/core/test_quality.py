@@ -193,6 +193,16 @@ def test_caption_measures_tell_a_kept_promise_from_a_broken_one():
     assert (absent["colour"], absent["strangers"], absent["position_error"]) == (0, 1, None)
 
 
+def test_a_second_thing_of_the_same_colour_counts_as_a_copy():
+    scene = parse("on a plain background a red square moves right slowly")
+    video = square_video(33, speed=0.8)
+    assert against_caption(video, scene)["copies"] == 0
+    video[22:, 40:54, 78:92] = torch.tensor((0.86, 0.13, 0.13))
+    spoiled = against_caption(video, scene)
+    assert spoiled["copies"] == pytest.approx(11 / 33)
+    assert spoiled["right"] == 1  # the promised one is there
+
+
 def test_drift_grows_with_what_fades_and_not_with_motion():
     scene = parse("on a plain background a red square moves right slowly")
     lengths = [3, 3, 3, 3]

@@ -133,6 +133,7 @@ def test_detector_confirms_what_clips_show(judged):
     assert sum(thing.identity for thing in things) >= 0.97 * len(things)
     assert np.mean([thing.position_error for thing in things if thing.present]) < 0.02
     assert np.mean([thing.velocity_error for thing in things if thing.present]) < 0.02
+    assert sum(thing.copies or 0 for thing in things) == 0
 
 
 @pytest.mark.parametrize("kind", ["colour", "shape", "direction"])
