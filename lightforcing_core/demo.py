@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from .overlap import OverlappedDecoder
 from .report import ChunkCost, RunReport, flops_ratio, schedule_costs
 from .rollout import StepEvent, few_step_sigmas, rollout
 from .schedule import Schedule, video_frames_of
-from .selection import SelectionPlan
+from .selection import BlockSelection, SelectionPlan, sub_block_layout
 from .streaming import StreamingDecoder
 from .wan import HEAD_DIM, Wan, random_state_dict, wan_from_state_dict
 from .wan_vae import WanVAE, random_vae_state_dict, vae_from_state_dict
@@ -254,9 +254,10 @@ def _attention_options(device: torch.device, settings: DemoSettings, heads: int)
     not worth it either.
     """
     tokens, block = settings.tokens_per_frame, (settings.block, settings.block)
+    options = AttentionOptions(block=block, estimator=Family.estimator, tail=Family.tail)
     q, k = (torch.randn(1, frames * tokens, heads, HEAD_DIM, device=device) for frames in (1, 2))
     if device.type == "cpu" and settings.block >= FLEX_BLOCK:
-        options = AttentionOptions(backend="flex", block=block)
+        options = replace(options, backend="flex")
         per_frame = FrameBlocks(tokens, settings.block).per_frame
         mask = torch.ones(1, heads, per_frame, 2 * per_frame, dtype=torch.bool)
         try:
@@ -266,7 +267,7 @@ def _attention_options(device: torch.device, settings: DemoSettings, heads: int)
         except (BackendUnavailable, RuntimeError) as error:
             _log.warning("[Light Forcing] demo: flex_attention does not compile here: %s", error)
     choice = choose_backend(q, k, block=block)
-    return AttentionOptions(backend=choice.name, block=block), choice.reason
+    return replace(options, backend=choice.name), choice.reason
 
 
 def _time_attention(
@@ -296,14 +297,18 @@ def _time_attention(
         near_frames=options.near_frames,
         device=device,
     )
-    selection = plan.select(q_layout.block_means(q), k_means, frame_means)
+    sub_means = sub_block_layout(k_layout).block_means(k) if options.estimator == "lse" else None
+    tail = (k_means, k_layout.block_means(v)) if options.tail else None
 
-    def select() -> None:
-        plan.select(q_layout.block_means(q), k_means, frame_means)
+    def select() -> BlockSelection:
+        q_means = q_layout.block_means(q)
+        return plan.select(q_means, k_means, frame_means, estimator=options.estimator, sub_means=sub_means)
+
+    selection, backend = select(), options.backend
 
     def attend() -> None:
         sparse_attention(
-            q, k, v, selection=selection, tokens_per_frame=tokens, block=options.block, backend=options.backend
+            q, k, v, selection=selection, tokens_per_frame=tokens, block=options.block, backend=backend, tail=tail
         )
 
     arms: dict[str, Callable[[], Any]] = {"dense": lambda: sdpa(q, k, v)}

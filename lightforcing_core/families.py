@@ -17,8 +17,12 @@ class Family:
     Light Forcing long). `denoising_steps` are the unwarped few-step list on the 1000-step scale,
     `first_denoising_steps` another one for the video's first chunk (Causal Forcing++). `target` and
     `base` parametrise Chunk-Aware Growth; `keep_frames`, `keep_sink` and `keep_near` parametrise the frame
-    selection. `filename_hints` are lower-case fragments of the published file names. `weights` is the part that
-    the family's own configuration runs where a file holds both.
+    selection, `estimator` is what guesses a block's worth, `tail` whether skipped blocks count as their mean.
+    `filename_hints` are lower-case fragments of the published file names. `weights` is the part that the family's own
+    configuration runs where a file holds both.
+
+    The defaults of `target`, `base`, `estimator` and `tail` are for models that never saw sparse attention while they
+    were trained, as `bench quality` recommends.
     """
 
     id: str
@@ -35,6 +39,8 @@ class Family:
     keep_frames: int = 6
     keep_sink: int = 1
     keep_near: int = 2
+    estimator: Literal["mean", "lse"] = "lse"
+    tail: bool = True
     filename_hints: tuple[str, ...] = ()
     weights: Weights = "generator_ema"
 
@@ -54,6 +60,8 @@ FAMILIES: dict[str, Family] = {
             keep_frames=3,
             keep_sink=1,
             keep_near=1,
+            estimator="mean",
+            tail=False,
             filename_hints=("long_video_gen", "light_forcing_long", "light-forcing-long", "lightforcing_long"),
         ),
         Family(
@@ -61,6 +69,8 @@ FAMILIES: dict[str, Family] = {
             "Light Forcing, 5 s video",
             target=0.88,
             base=0.98,
+            estimator="mean",
+            tail=False,
             filename_hints=("short_video_gen", "light_forcing", "light-forcing", "lightforcing"),
         ),
         Family(

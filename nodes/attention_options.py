@@ -60,20 +60,22 @@ def option_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "estimator",
-            options=list(ESTIMATORS),
-            default=ESTIMATORS[0],
+            options=[AUTO, *ESTIMATORS],
+            default=AUTO,
             optional=True,
             advanced=True,
             tooltip="How a block's worth is guessed before it is read. mean: as published. lse: from its four parts, "
-            "which finds a block with one strong spot; selection takes about four times as long, still little.",
+            "which finds a block with one strong spot; selection takes about four times as long, still little. auto: "
+            "mean for checkpoints that were trained with it, lse for all others.",
         ),
-        io.Boolean.Input(
+        io.Combo.Input(
             "tail",
-            default=False,
+            options=[AUTO, "on", "off"],
+            default=AUTO,
             optional=True,
             advanced=True,
-            tooltip="On: blocks that are skipped still count, each as its mean. Closer to dense attention for a few "
-            "percent of time and memory; not what Light Forcing checkpoints were trained with.",
+            tooltip="on: blocks that are skipped still count, each as its mean. Closer to dense attention for a little "
+            "time and memory. auto: off for checkpoints that were trained without it, on for all others.",
         ),
         io.Boolean.Input(
             "tiles",
@@ -105,12 +107,14 @@ def settings_from(
     keep_frames: int,
     keep_sink: int,
     keep_near: int,
+    estimator: str = AUTO,
+    tail: str = AUTO,
     **beyond: Any,
 ) -> Settings:
     """The patch settings that `option_inputs` describe; `file_name` decides the family on auto.
 
-    beyond: the options of `AttentionOptions` that go beyond the published method. Raises ValueError for values that do
-    not fit together.
+    beyond: the other options of `AttentionOptions` that go beyond the published method. Raises ValueError for values
+    that do not fit together.
     """
     chosen = guess_family(file_name) if family == AUTO else FAMILIES[family]
 
@@ -124,4 +128,6 @@ def settings_from(
         keep_near=or_family(keep_near, chosen.keep_near),
     )
     budget = kept.keep_frames, kept.keep_sink, kept.keep_near
+    beyond["estimator"] = chosen.estimator if estimator == AUTO else estimator
+    beyond["tail"] = chosen.tail if tail == AUTO else tail == "on"
     return Settings(chosen, AttentionOptions(backend, (int(block), int(block)), *budget, **beyond))

@@ -50,7 +50,7 @@ def generate(
         sigmas=sigmas or few_step_sigmas(),
         growth=growth,
         seed=seed,
-        attention=AttentionOptions(block=(recipe.block, recipe.block)),
+        attention=AttentionOptions(block=(recipe.block, recipe.block), estimator=Family.estimator, tail=Family.tail),
     )
     decoder = StreamingDecoder(models.vae)
     return torch.cat([decoder.decode(chunk.latents)[0].float().cpu() for chunk in chunks])
