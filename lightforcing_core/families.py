@@ -49,6 +49,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     family.id: family
     for family in (
+        Family("demo", "the demo model of this pack", filename_hints=("light_forcing_demo",)),
         Family(
             "light_forcing_long",
             "Light Forcing, long video",
