@@ -18,11 +18,11 @@ class Recipe:
 
     ar_phases: (share, kinds), the kinds of batches, (chunks, clips) each and in turn, until which share of the stage
     is over; the first chunk is the hardest to learn and the cheapest, and the first steps need no large batches.
-    own_history: how often clips of several chunks stand behind history that
-    the model made. few_share: how often a noise level is one that the four steps use. few_steps: 0 for no last stage;
-    few_batch, few_chunks: clips and their length there. thing_weight: how much more the autoregressive model's loss
-    counts where something is to be seen, 0 no more; with few steps to spend it learns backgrounds alone without.
-    bfloat16: compute in bfloat16 on a CPU too, several times as fast where its instructions know bfloat16.
+    own_history: how often clips of several chunks stand behind history that the model made. few_share: how often a
+    noise level is one that the four steps use. few_steps: 0 for no last stage; few_batch, few_chunks: clips and their
+    length there. thing_weight: how much more the autoregressive model's loss counts where something is to be seen, 0
+    no more; with few steps to spend it learns backgrounds alone without. bfloat16: compute in bfloat16 on a CPU too,
+    several times as fast where its instructions know bfloat16.
     """
 
     height: int = 128
