@@ -136,7 +136,8 @@ def run_quality(bench: QualityBench, folder: Path, on_row: Callable[[int, int], 
 
 
 def prompt_scenes(level: Level, count: int = PROMPTS) -> list[Scene]:
-    """A fixed list of scenes in which all words come equally often; at level "full" every second has two things."""
+    """A fixed list of scenes in which all words come equally often; except at level "simple" every second has two
+    things."""
     dice = random.Random("light forcing quality laboratory")
 
     def dealt(words: Sequence[str]) -> Iterator[str]:
@@ -148,7 +149,7 @@ def prompt_scenes(level: Level, count: int = PROMPTS) -> list[Scene]:
     scenes = []
     for index in range(count):
         things = [Thing(*(next(deck) for deck in decks))]
-        if level == "full" and index % 2:
+        if level != "simple" and index % 2:
             second = Thing(*(next(deck) for deck in decks))
             while second.colour == things[0].colour:
                 second = Thing(next(decks[0]), second.shape, second.direction, second.speed)

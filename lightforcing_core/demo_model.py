@@ -31,8 +31,9 @@ ABOUT = "light_forcing_demo"  # the metadata entry that holds a DemoVideo
 FPS = 16
 DEFAULT_CAPTION = "on a plain background a red circle moves right slowly"  # within what every demo model has learnt
 
-# What the model has seen; simple: one thing, plain background, starting near the middle.
-Level = Literal["simple", "full"]
+# What the model has seen; simple: one thing, plain background, starting near the middle; pairs: every second time two
+# things, of which one covers the other on its way; full: any background as well.
+Level = Literal["simple", "pairs", "full"]
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,10 @@ def test_prompts_are_fixed_balanced_and_fit_the_level():
     for scenes in (simple, full):
         assert all(parse(caption_of(scene)) == scene for scene in scenes)
     assert {(scene.background, len(scene.things)) for scene in simple} == {("plain", 1)}
-    assert [len(scene.things) for scene in full[:4]] == [1, 2, 1, 2]
+    pairs = prompt_scenes("pairs", 64)
+    assert {scene.background for scene in pairs} == {"plain"}
+    for scenes in (pairs, full):
+        assert [len(scene.things) for scene in scenes[:4]] == [1, 2, 1, 2]
     for words, name in ((COLOURS, "colour"), (tuple(DIRECTIONS), "direction")):
         counts = [sum(getattr(scene.things[0], name) == word for scene in simple) for word in words]
         assert counts == [64 // len(words)] * len(words)

@@ -23,7 +23,7 @@ from tools.train_demo.export import export
 from tools.train_demo.recipe import PRESETS
 from tools.train_demo.shapes import draw_clip
 from tools.train_demo.stage import Paused, Stage, step_generator
-from tools.train_demo.train_ar import CACHE, TRAIN_SEED_OFFSET, Batches, new_model, thing_weights
+from tools.train_demo.train_ar import CACHES, TRAIN_SEED_OFFSET, Batches, new_model, thing_weights
 from tools.train_demo.train_vae import crops, new_vae
 from tools.train_demo.whole_clip import decode_clip, encode_clip, teacher_forced
 
@@ -57,9 +57,11 @@ def test_chain_writes_models_that_the_pack_loads(uninterrupted):
         transformer = json.loads(file.metadata()["config"])["transformer"]
         assert transformer == {"causal_ar": True, "text_dim": TINY.text_dim}
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.bfloat16}  # noqa: SIM118
-    assert set(counts) == {"dense", "sparse"}
+    kinds = {"dense first", "sparse first", "dense second", "sparse second"}
+    assert set(counts) == kinds
     verdicts = json.loads((folder / "models" / "evaluation.json").read_text())
-    assert [len(verdicts[kind]["captions"]) for kind in ("dense", "sparse")] == [1, 1]
+    assert {kind: len(verdicts[kind]["captions"]) for kind in kinds} == dict.fromkeys(kinds, 1)
+    assert load_demo_model(folder / "models").video.level == "pairs"
     assert (folder / "curves.png").stat().st_size > 1000
 
 
@@ -69,22 +71,37 @@ def test_steps_change_the_weights(uninterrupted):
     trained = torch.load(folder / "vae.pt", weights_only=True)["module"]
     fresh = new_vae(TINY.vae_dim, TINY.seed).state_dict()
     assert all(not torch.equal(trained[name], fresh[name]) for name in fresh if name.endswith("weight"))
-    student = torch.load(folder / "few.pt", weights_only=True)["module"]
-    teacher = torch.load(folder / "ar.pt", weights_only=True)["ema"]
-    assert not torch.equal(student["blocks.0.ffn.0.weight"], teacher["blocks.0.ffn.0.weight"])
+    stages = {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("ar", "second", "few")}
+    name = "blocks.0.ffn.0.weight"
+    for before, after in (("ar", "second"), ("second", "few")):
+        assert not torch.equal(stages[after]["module"][name], stages[before]["ema"][name])
+        torch.testing.assert_close(stages[after]["module"][name], stages[before]["ema"][name], rtol=0, atol=0.02)
 
 
 def test_without_a_last_stage_the_autoregressive_model_itself_is_shipped(tmp_path):
-    run(replace(TINY, few_steps=0), tmp_path, device=CPU, last="few")
+    run(replace(TINY, second=None, few_steps=0), tmp_path, device=CPU, last="few")
     assert not (tmp_path / "few.pt").exists()
+    assert not (tmp_path / "second.pt").exists()
     shipped, _ = load_dit_state_dict(tmp_path / "models" / DIT)
     averaged = torch.load(tmp_path / "ar.pt", weights_only=True)["ema"]
     name = "blocks.0.ffn.0.weight"
     torch.testing.assert_close(shipped[name], averaged[name].bfloat16())
 
 
+def test_exported_models_stand_for_the_stages_before_the_second_lesson(uninterrupted, tmp_path):
+    folder, _ = uninterrupted
+    recipe = replace(TINY, few_steps=0)
+    run(recipe, tmp_path, device=CPU, last="few", start=folder / "models")
+    assert not any((tmp_path / name).exists() for name in ("vae.pt", "ar.pt", CACHES["ar"]))
+    before, after = (load_file(path / "models" / DIT) for path in (folder, tmp_path))
+    name = "blocks.0.ffn.0.weight"
+    assert 0 < (after[name].float() - before[name].float()).abs().max() < 0.02
+    known, kept = (load_file(path / "models" / VAE) for path in (folder, tmp_path))
+    assert all(torch.equal(known[key], kept[key]) for key in known)
+
+
 def test_crops_hold_the_middle_of_a_thing():
-    recipe = replace(TINY, level="full", vae_batch=4, vae_frames=5)
+    recipe = replace(TINY, first=replace(TINY.first, level="full"), vae_batch=4, vae_frames=5)
     pictures, videos = crops(recipe, 5, CPU, 1), crops(recipe, 5, CPU, 5)
     assert pictures.shape == (10, 3, 1, 32, 32)
     assert videos.shape == (4, 3, 5, 32, 32)
@@ -109,7 +126,7 @@ def test_an_untrained_vae_is_blind_to_the_past():
 
 def test_batches_of_one_chunk_come_from_the_openings(uninterrupted):
     folder, _ = uninterrupted
-    cache = load_file(folder / CACHE)
+    cache = load_file(folder / CACHES["ar"])
     assert cache["openings"].shape == (3, 16, 3, 4, 6)
     batches = Batches(TINY, cache, new_table(TINY.text_dim, 0), CPU, "ar")
     whole, context, _ = batches.draw(0, 3, 2)
@@ -143,19 +160,20 @@ def test_first_chunk_alone_costs_and_gives_what_it_does_in_a_longer_clip():
 
 def test_interrupted_run_equals_the_uninterrupted_one(uninterrupted, tmp_path):
     whole, _ = uninterrupted
-    stops = {("vae", 1), ("ar", 3), ("few", 1)}  # before a first checkpoint, between two, in the last stage
+    # Before a first checkpoint, between two, in the stages that go on from another.
+    stops = {("vae", 1), ("ar", 3), ("second", 1), ("few", 1)}
 
     def stop(stage, step, values):
         if (stage, step) in stops:
             stops.remove((stage, step))
             raise KeyboardInterrupt
 
-    for _ in range(3):
+    for _ in range(4):
         with pytest.raises(KeyboardInterrupt):
             run(TINY, tmp_path, device=CPU, last="few", on_step=stop)
     run(TINY, tmp_path, device=CPU, last="few", on_step=stop)
     assert not stops
-    for stage in ("vae", "ar", "few"):
+    for stage in ("vae", "ar", "second", "few"):
         assert rows(tmp_path, stage) == rows(whole, stage)
     for name in (DIT, VAE, TEXT):
         mine, theirs = (load_file(folder / "models" / name) for folder in (tmp_path, whole))
@@ -229,10 +247,14 @@ def test_full_recipe_fits_the_limit(tmp_path):
 
 
 def test_evaluation_scenes_are_not_those_of_training():
-    recipe = replace(TINY, eval_captions=20, level="full")
-    scenes = evaluation_scenes(recipe)
-    assert len({caption_of(scene) for scene in scenes}) == 20
-    assert scenes != [draw_clip(recipe.seed + TRAIN_SEED_OFFSET, i).scene for i in range(20)]
+    scenes = evaluation_scenes(replace(TINY, eval_captions=20))
+    assert {name: len({caption_of(scene) for scene in found}) for name, found in scenes.items()} == {
+        "first": 20,
+        "second": 20,
+    }
+    trained_on = [draw_clip(TINY.seed + TRAIN_SEED_OFFSET, index, level="pairs").scene for index in range(20)]
+    assert scenes["second"] != trained_on
+    assert {len(scene.things) for scene in scenes["second"]} == {1, 2}
 
 
 def test_bfloat16_autocast_stays_near_float32():

@@ -16,17 +16,18 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from lightforcing.lightforcing_core.demo_captions import new_table
+from lightforcing.lightforcing_core.demo_model import load_demo_model
 from lightforcing.lightforcing_core.output_files import whole_file
 
 from .evaluate import evaluate
 from .export import export
-from .recipe import PRESETS, Recipe
+from .recipe import PRESETS, Lesson, Recipe
 from .shapes import draw_clip, render
 from .stage import OnStep, Paused, autocast
-from .train_ar import CACHE, cache_latents, train_ar, train_few
+from .train_ar import CACHES, cache_latents, train_ar, train_few
 from .train_vae import fold_statistics, latent_statistics, train_vae, whole_clip_psnr
 
-STAGES = ("vae", "ar", "few", "evaluate")
+STAGES = ("vae", "ar", "second", "few", "evaluate")
 HELD_OUT_SEED_OFFSET = 3_000_017
 PAUSED = 75  # exit status
 
@@ -40,12 +41,16 @@ def run(
     last: str = "evaluate",
     on_step: OnStep | None = None,
     deadline: float | None = None,
+    start: Path | None = None,
 ) -> dict:
-    """Everything up to the stage `last`; what the evaluation counted, where it ran. Raises Paused at the deadline."""
+    """Everything up to the stage `last`; what the evaluation counted, where it ran. Raises Paused at the deadline.
+
+    start: a folder of exported models, which stand for the VAE and the first lesson.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _keep_recipe(recipe, folder)
     try:
-        return _stages(recipe, folder, device, minutes, last, on_step, deadline)
+        return _stages(recipe, folder, device, minutes, last, on_step, deadline, start)
     finally:
         draw_curves(folder)
 
@@ -58,6 +63,7 @@ def _stages(
     last: str,
     on_step: OnStep | None,
     deadline: float | None,
+    start: Path | None,
 ) -> dict:
     shares = [None if minutes is None else minutes * share for share in recipe.shares]
     clock = time.monotonic()
@@ -68,26 +74,43 @@ def _stages(
         print(f"{stage}: {now - clock:.0f} s", flush=True)
         clock = now
 
-    vae = train_vae(recipe, folder, device, shares[0], on_step, deadline)
-    videos = _held_out(recipe, device)
-    with autocast(recipe, device):
-        fold_statistics(vae, *latent_statistics(vae, videos))
-        print(f"vae: {whole_clip_psnr(vae, videos):.2f} dB over whole clips that it never saw")
-    lap("vae")
-    if last == "vae":
+    def latents(lesson: Lesson, stage: str, share: float | None) -> dict[str, torch.Tensor]:
+        file = folder / CACHES[stage]
+        if deadline is not None and not file.exists() and deadline - clock < 60 * (share or 0):
+            raise Paused("there is no time left to make the latents; the same command makes them")
+        found = cache_latents(recipe, lesson, vae, file, device, share)
+        lap(f"latents of {len(found['ids'])} clips")
+        return found
+
+    if start is None:
+        vae = train_vae(recipe, folder, device, shares[0], on_step, deadline)
+        videos = _held_out(recipe, device)
+        with autocast(recipe, device):
+            fold_statistics(vae, *latent_statistics(vae, videos))
+            print(f"vae: {whole_clip_psnr(vae, videos):.2f} dB over whole clips that it never saw")
+        lap("vae")
+        if last == "vae":
+            return {}
+        table = {name: tensor.to(device) for name, tensor in new_table(recipe.text_dim, recipe.seed).items()}
+        cache = latents(recipe.first, "ar", shares[1])
+        teacher = train_ar(recipe, recipe.first, cache, table, folder, device, shares[2], on_step, deadline)
+        lap("ar")
+    else:
+        known = load_demo_model(start, device)
+        vae, table, teacher = known.vae.float(), known.table, known.dit
+    if last in ("vae", "ar"):
         return {}
-    table = {name: tensor.to(device) for name, tensor in new_table(recipe.text_dim, recipe.seed).items()}
-    if deadline is not None and not (folder / CACHE).exists() and deadline - clock < 60 * (shares[1] or 0):
-        raise Paused("there is no time left to make the latents; the same command makes them")
-    cache = cache_latents(recipe, vae, folder, device, shares[1])
-    lap(f"latents of {len(cache['ids'])} clips")
-    teacher = train_ar(recipe, cache, table, folder, device, shares[2], on_step, deadline)
-    lap("ar")
-    if last == "ar":
+    if recipe.second is not None:
+        cache = latents(recipe.second, "second", shares[3])
+        teacher = train_ar(
+            recipe, recipe.second, cache, table, folder, device, shares[4], on_step, deadline, start=teacher
+        )
+        lap("second")
+    if last == "second":
         return {}
     student = teacher
     if recipe.few_steps:
-        student = train_few(recipe, teacher, cache, table, folder, device, shares[3], on_step, deadline)
+        student = train_few(recipe, teacher, cache, table, folder, device, shares[5], on_step, deadline)
         lap("few")
     for file in export(folder / "models", student, vae, table, recipe.video):
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
@@ -101,7 +124,7 @@ def _stages(
 def _held_out(recipe: Recipe, device: torch.device) -> torch.Tensor:
     """Videos [B, 3, T, H, W] in −1…1 of a list that no stage trains on."""
     aspect, seed = recipe.width / recipe.height, recipe.seed + HELD_OUT_SEED_OFFSET
-    clips = [draw_clip(seed, index, aspect=aspect, level=recipe.level) for index in range(recipe.held_out_clips)]
+    clips = [draw_clip(seed, index, aspect=aspect, level=recipe.first.level) for index in range(recipe.held_out_clips)]
     return render(clips, recipe.frames, recipe.height, recipe.width, device=device).permute(0, 4, 1, 2, 3) * 2 - 1
 
 
@@ -117,7 +140,7 @@ def _keep_recipe(recipe: Recipe, folder: Path) -> None:
 
 def draw_curves(folder: Path) -> None:
     """curves.png: every logged value of every stage over its steps."""
-    logs = {name: folder / f"{name}.jsonl" for name in ("vae_images", "vae", "ar", "few")}
+    logs = {name: folder / f"{name}.jsonl" for name in ("vae_images", "vae", "ar", "second", "few")}
     found = {name: [json.loads(line) for line in log.open()] for name, log in logs.items() if log.exists()}
     found = {name: rows for name, rows in found.items() if rows}
     if not found:
@@ -150,6 +173,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="h200")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--pause-after", type=float)
+    parser.add_argument("--start", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
@@ -159,7 +183,16 @@ def main() -> None:
     device = torch.device(options.device)
     deadline = None if options.pause_after is None else time.monotonic() + 60 * options.pause_after
     try:
-        run(recipe, options.out, device=device, minutes=options.minutes, last=last, on_step=_report, deadline=deadline)
+        run(
+            recipe,
+            options.out,
+            device=device,
+            minutes=options.minutes,
+            last=last,
+            on_step=_report,
+            deadline=deadline,
+            start=options.start,
+        )
     except Paused as pause:
         print(pause)
         sys.exit(PAUSED)

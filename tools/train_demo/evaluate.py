@@ -1,5 +1,6 @@
 """Rolls the exported model out over fixed captions, dense and sparse, and lets the detector judge the videos."""
 
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from lightforcing.benchmarks.detector import Verdict, judge
 from lightforcing.lightforcing_core.attention import AttentionOptions
 from lightforcing.lightforcing_core.demo_captions import Scene, caption_of, context_of_caption
-from lightforcing.lightforcing_core.demo_model import DemoModel, load_demo_model
+from lightforcing.lightforcing_core.demo_model import DemoModel, Level, load_demo_model
 from lightforcing.lightforcing_core.families import Family
 from lightforcing.lightforcing_core.output_files import whole_file
 from lightforcing.lightforcing_core.rollout import few_step_sigmas, rollout
@@ -25,10 +26,18 @@ from .shapes import draw_clip
 TEST_SEED_OFFSET = 2_000_003
 
 
-def evaluation_scenes(recipe: Recipe) -> list[Scene]:
-    """The captions of the evaluation; training never drew from their list."""
-    draws = (draw_clip(recipe.seed + TEST_SEED_OFFSET, i, level=recipe.level) for i in range(recipe.eval_captions))
-    return [clip.scene for clip in draws]
+def evaluation_scenes(recipe: Recipe) -> dict[str, list[Scene]]:
+    """The scenes of the evaluation, of each lesson as many, all different; training never drew from their lists."""
+    lessons = {"first": recipe.first, "second": recipe.second}
+    return {name: _drawn(recipe, lesson.level) for name, lesson in lessons.items() if lesson is not None}
+
+
+def _drawn(recipe: Recipe, level: Level) -> list[Scene]:
+    found: dict[Scene, None] = {}
+    drawn = (draw_clip(recipe.seed + TEST_SEED_OFFSET, index, level=level).scene for index in itertools.count())
+    while len(found) < recipe.eval_captions:
+        found[next(drawn)] = None
+    return list(found)
 
 
 def generate(
@@ -57,26 +66,29 @@ def generate(
 
 
 def evaluate(recipe: Recipe, folder: Path, device: torch.device) -> dict:
-    """Judge dense and sparse rollouts; writes evaluation.json and one picture sheet each, returns the counts."""
+    """Judge dense and sparse rollouts of each lesson's captions.
+
+    Writes evaluation.json and one picture sheet each; returns (right, of) by "dense first" and so on.
+    """
     models = load_demo_model(folder, device)
     schedule = Schedule(recipe.latent_frames, recipe.frames_per_chunk, target=Family.target, base=Family.base)
     growth = schedule.sparsities()
-    scenes = evaluation_scenes(recipe)
     results = {}
-    for name, sparsities in (("dense", None), ("sparse", growth)):
-        videos, verdicts = [], []
-        for index, scene in enumerate(scenes):
-            videos.append(generate(models, scene, recipe, seed=index, growth=sparsities))
-            verdicts.append(judge(videos[-1], scene))
-        results[name] = {
-            "right": sum(verdict.right for verdict in verdicts),
-            "of": len(verdicts),
-            "captions": [
-                {"caption": caption_of(scene), **_numbers(verdict)}
-                for scene, verdict in zip(scenes, verdicts, strict=True)
-            ],
-        }
-        save_sheet(videos, folder / f"evaluation_{name}.png")
+    for lesson, scenes in evaluation_scenes(recipe).items():
+        for name, sparsities in (("dense", None), ("sparse", growth)):
+            videos = [
+                generate(models, scene, recipe, seed=seed, growth=sparsities) for seed, scene in enumerate(scenes)
+            ]
+            verdicts = [judge(video, scene) for video, scene in zip(videos, scenes, strict=True)]
+            results[f"{name} {lesson}"] = {
+                "right": sum(verdict.right for verdict in verdicts),
+                "of": len(verdicts),
+                "captions": [
+                    {"caption": caption_of(scene), **_numbers(verdict)}
+                    for scene, verdict in zip(scenes, verdicts, strict=True)
+                ],
+            }
+            save_sheet(videos, folder / f"evaluation_{name}_{lesson}.png")
     with whole_file(folder / "evaluation.json") as partial:
         partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return {name: (result["right"], result["of"]) for name, result in results.items()}

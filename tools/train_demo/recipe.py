@@ -4,6 +4,25 @@ from dataclasses import dataclass
 
 from lightforcing.lightforcing_core.demo_model import DemoVideo, Level
 
+Kinds = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the autoregressive model learns in one stage, and from what.
+
+    clips, openings: videos whose latents it learns on, and others of which it knows the first chunk only. phases:
+    (share, kinds), the kinds of batches, (chunks, clips) each and in turn, until which share of the stage is over;
+    the first chunk is the hardest to learn and the cheapest, and the first steps need no large batches.
+    """
+
+    level: Level
+    clips: int
+    openings: int
+    steps: int
+    rate: float
+    phases: tuple[tuple[float, Kinds], ...]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -13,22 +32,18 @@ class Recipe:
     fall with whichever comes first. height, width: pixels. frames: of the videos, 1 + 4k. vae_frames: of the crops
     that the VAE learns on; vae_crop: the side of their squares, None for whole pictures; vae_image_steps, 0 for none:
     before them it learns on single pictures, half as many as one batch has frames.
-    cache_clips, cache_openings: videos whose latents the model learns on, and others of which it knows the first
-    chunk only.
 
-    ar_phases: (share, kinds), the kinds of batches, (chunks, clips) each and in turn, until which share of the stage
-    is over; the first chunk is the hardest to learn and the cheapest, and the first steps need no large batches.
-    own_history: how often clips of several chunks stand behind history that the model made. few_share: how often a
-    noise level is one that the four steps use. few_steps: 0 for no last stage; few_batch, few_chunks: clips and their
-    length there. thing_weight: how much more the autoregressive model's loss counts where something is to be seen, 0
-    no more; with few steps to spend it learns backgrounds alone without. bfloat16: compute in bfloat16 on a CPU too,
-    several times as fast where its instructions know bfloat16.
+    first, second: what the autoregressive model learns, and what it learns on top of that. The VAE learns on the
+    first's clips. own_history: how often clips of several chunks stand behind history that the model made. few_share:
+    how often a noise level is one that the four steps use. few_steps: 0 for no last stage; few_batch, few_chunks:
+    clips and their length there. thing_weight: how much more the autoregressive model's loss counts where something is
+    to be seen, 0 no more; with few steps to spend it learns backgrounds alone without. bfloat16: compute in bfloat16
+    on a CPU too, several times as fast where its instructions know bfloat16.
     """
 
     height: int = 128
     width: int = 192
     frames: int = 81
-    level: Level = "full"
     seed: int = 0
 
     vae_dim: int = 16
@@ -40,8 +55,6 @@ class Recipe:
     vae_steps: int = 20_000
     vae_rate: float = 1.5e-3
     kl_weight: float = 1e-4
-    cache_clips: int = 12_000
-    cache_openings: int = 0
     cache_batch: int = 8
 
     dim: int = 256
@@ -49,9 +62,8 @@ class Recipe:
     layers: int = 6
     text_dim: int = 256
     frames_per_chunk: int = 3
-    ar_steps: int = 20_000
-    ar_rate: float = 1e-3
-    ar_phases: tuple[tuple[float, tuple[tuple[int, int], ...]], ...] = ((1.0, ((7, 64),)),)
+    first: Lesson = Lesson("full", clips=12_000, openings=0, steps=20_000, rate=1e-3, phases=((1.0, ((7, 64),)),))
+    second: Lesson | None = None
     own_history: float = 0.0
     few_share: float = 0.0
     thing_weight: float = 0.0
@@ -65,7 +77,8 @@ class Recipe:
     held_out_clips: int = 16
     eval_captions: int = 20
     block: int = 16
-    shares: tuple[float, float, float, float] = (0.32, 0.08, 0.42, 0.14)  # VAE, cache, AR, few-step; the rest is left
+    # Of a time budget: VAE, latents, first lesson, latents, second lesson, few-step; the rest is left.
+    shares: tuple[float, float, float, float, float, float] = (0.32, 0.08, 0.42, 0.0, 0.0, 0.14)
 
     @property
     def latent_frames(self) -> int:
@@ -74,7 +87,8 @@ class Recipe:
     @property
     def video(self) -> DemoVideo:
         """What the exported model says of its videos."""
-        return DemoVideo(self.height, self.width, self.frames, self.frames_per_chunk, self.block, self.level)
+        level = (self.second or self.first).level
+        return DemoVideo(self.height, self.width, self.frames, self.frames_per_chunk, self.block, level)
 
 
 PRESETS = {
@@ -82,7 +96,6 @@ PRESETS = {
     "cpu": Recipe(
         height=96,
         width=144,
-        level="simple",
         vae_dim=8,
         vae_frames=17,
         vae_crop=48,
@@ -90,40 +103,51 @@ PRESETS = {
         vae_batch=2,
         vae_steps=1600,
         vae_rate=6e-4,
-        cache_clips=320,
-        cache_openings=3200,
         cache_batch=4,
         layers=4,
         bfloat16=True,
-        ar_steps=10_400,
-        ar_phases=((0.2, ((1, 8),)), (0.5, ((1, 16),)), (0.6, ((2, 8),)), (1.0, ((7, 3), (1, 16)))),
+        first=Lesson(
+            "simple",
+            clips=320,
+            openings=3200,
+            steps=10_400,
+            rate=1e-3,
+            phases=((0.2, ((1, 8),)), (0.5, ((1, 16),)), (0.6, ((2, 8),)), (1.0, ((7, 3), (1, 16)))),
+        ),
+        second=Lesson(
+            "pairs",
+            clips=480,
+            openings=4800,
+            steps=7_500,
+            rate=8e-4,
+            phases=((0.3, ((1, 16),)), (1.0, ((7, 3), (1, 16)))),
+        ),
         own_history=0.5,
         few_share=0.9,
         thing_weight=3.0,
         few_steps=0,
         save_every=50,
-        shares=(0.18, 0.09, 0.7, 0.0),
+        shares=(0.1, 0.04, 0.4, 0.05, 0.4, 0.0),
     ),
     "tiny": Recipe(
         height=32,
         width=48,
         frames=21,
-        level="simple",
         vae_dim=2,
         vae_frames=5,
         vae_crop=32,
         vae_image_steps=2,
         vae_batch=1,
         vae_steps=2,
-        cache_clips=4,
-        cache_openings=3,
         cache_batch=2,
         dim=128,
         ffn_dim=64,
         layers=1,
         text_dim=32,
-        ar_steps=4,
-        ar_phases=((0.5, ((1, 4),)), (1.0, ((2, 2), (1, 2)))),
+        first=Lesson(
+            "simple", clips=4, openings=3, steps=4, rate=1e-3, phases=((0.5, ((1, 4),)), (1.0, ((2, 2), (1, 2))))
+        ),
+        second=Lesson("pairs", clips=3, openings=2, steps=2, rate=1e-3, phases=((1.0, ((2, 2), (1, 2))),)),
         own_history=0.5,
         few_share=0.5,
         thing_weight=1.0,

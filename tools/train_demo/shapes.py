@@ -30,6 +30,7 @@ RGB = {
 }
 SIMPLE_SPREAD = 0.25  # of the places to start from; a small model that must choose among all of them blurs its choices
 CANDIDATES = 48  # start positions tried for a clip with two things
+MEETING = 0.4  # of the sum of two radii: as near as things come that are taken to cross
 WAVES = 6  # plane waves in a background
 
 
@@ -66,23 +67,32 @@ def draw_clip(seed: int, index: int, *, aspect: float = 1.5, level: Level = "ful
     """The `index`-th clip of the endless list that `seed` names. frames: the length in which occlusions should fall."""
     rng = np.random.default_rng([seed, index])
     full = level == "full"
-    count = 1 + int(rng.random() < 0.4) if full else 1
+    count = 1 if level == "simple" else 1 + int(rng.random() < (0.4 if full else 0.5))
     colours = rng.permutation(COLOURS)[:count]
     things = tuple(
         Thing(str(colour), *(str(rng.choice(words)) for words in (SHAPES, list(DIRECTIONS), SPEEDS)))
         for colour in colours
     )
     background = str(rng.choice(BACKGROUNDS)) if full else "plain"
-    spread = 1.0 if full else SIMPLE_SPREAD
-    return place_scene(Scene(background, things), rng, aspect=aspect, frames=frames, spread=spread)
+    scene = Scene(background, things)
+    if full:
+        return place_scene(scene, rng, aspect=aspect, frames=frames)
+    return place_scene(scene, rng, aspect=aspect, frames=frames, crossing=1.0, spread=SIMPLE_SPREAD)
 
 
 def place_scene(
-    scene: Scene, rng: np.random.Generator, *, aspect: float = 1.5, frames: int = 81, spread: float = 1.0
+    scene: Scene,
+    rng: np.random.Generator,
+    *,
+    aspect: float = 1.5,
+    frames: int = 81,
+    crossing: float = 0.5,
+    spread: float = 1.0,
 ) -> Clip:
-    """A clip of `scene`; two things cross in about half of the clips where they can, and else keep apart.
+    """A clip of `scene`; two things cross in a share `crossing` of the clips where they can, and else keep apart.
 
-    spread: how far from the middle of all places where a thing may start it does, 1 anywhere.
+    spread: how far from the middle of all places where a thing may start it does, 1 anywhere. Two things that are to
+    stay near the middle need room to be apart at first: of the ways to cross they take the one nearest to it.
     """
     count = len(scene.things)
     radii = rng.uniform(*RADII, count)
@@ -93,8 +103,9 @@ def place_scene(
     first = np.where(velocities < 0, low - FREE_RUN * velocities, low)
     last = np.where(velocities > 0, high - FREE_RUN * velocities, high)
     middle = (first + last) / 2
-    starts = middle + spread * (rng.uniform(first, last, (CANDIDATES, count, 2)) - middle)
-    crosses = rng.random() < 0.5
+    reach = spread if count == 1 else 1.0
+    starts = middle + reach * (rng.uniform(first, last, (CANDIDATES, count, 2)) - middle)
+    crosses = rng.random() < crossing
     chosen = 0
     if count == 2:
         times = np.arange(frames)[:, None, None, None] / FPS
@@ -102,6 +113,9 @@ def place_scene(
         apart = np.linalg.norm(paths[..., 0, :] - paths[..., 1, :], axis=-1) / radii.sum()
         early, nearest = apart[: round(FREE_RUN * FPS)].min(axis=0), apart.min(axis=0)
         score = np.where(early > 1.5, nearest, 10.0) if crosses else -nearest
+        if crosses and spread < 1:
+            off = np.linalg.norm(starts - middle, axis=-1).sum(-1)
+            score = np.maximum(score, MEETING) + 0.1 * off
         chosen = int(score.argmin())
     ground = np.clip(rng.uniform(0.3, 0.7) + rng.uniform(-0.03, 0.03, 3), 0, 1)
     return Clip(scene, aspect, radii, starts[chosen], velocities, ground, _waves(scene.background, rng))

@@ -1,4 +1,4 @@
-"""Stages 2 to 4: the latents, the autoregressive model by teacher forcing, and its four-step student.
+"""The stages after the VAE: latents, the autoregressive model by teacher forcing, and its four-step student.
 
 The student is distilled for consistency along the teacher's own flow: each clip's start is one of many, and plain
 x0 regression would give four steps their blurred mean. Half of its steps read a history that the student itself
@@ -13,17 +13,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightforcing.lightforcing_core.demo_captions import SLOTS, caption_of, context_of, word_ids
+from lightforcing.lightforcing_core.demo_model import Level
 from lightforcing.lightforcing_core.rollout import few_step_sigmas
 from lightforcing.lightforcing_core.tensor_files import write_tensors
 from lightforcing.lightforcing_core.wan import Wan
 from lightforcing.lightforcing_core.wan_vae import WanVAE, normalise_latents
 
-from .recipe import Recipe
+from .recipe import Lesson, Recipe
 from .shapes import draw_clip, render
 from .stage import OnStep, Stage, autocast, step_generator
 from .whole_clip import encode_clip, teacher_forced
 
-CACHE = "latents.safetensors"
+CACHES = {"ar": "latents.safetensors", "second": "latents_second.safetensors"}
 SHIFT = 5.0
 DIRTY = 0.1  # the most noise in a history that claims to be clean
 GRID = 32  # noise levels along which consistency is distilled
@@ -54,19 +55,18 @@ def new_model(recipe: Recipe) -> Wan:
 
 
 def cache_latents(
-    recipe: Recipe, vae: WanVAE, folder: Path, device: torch.device, minutes: float | None = None
+    recipe: Recipe, lesson: Lesson, vae: WanVAE, file: Path, device: torch.device, minutes: float | None = None
 ) -> dict[str, Tensor]:
-    """The latents that the model learns on, from `folder` or made and kept there.
+    """The latents that the model learns on in a lesson, from `file` or made and kept there.
 
     latents [clips, 16, F, h, w] (bfloat16, normalised) and ids [clips, SLOTS]; openings and opening_ids, the same of
     other clips and their first chunk alone. Makes at least one batch of each, then as many as half the minutes allow.
     """
-    file = folder / CACHE
     if not file.exists():
         half = None if minutes is None else minutes / 2
-        latents, ids = encode_clips(recipe, vae, device, range(recipe.cache_clips), recipe.latent_frames, half)
-        others = range(recipe.cache_clips, recipe.cache_clips + recipe.cache_openings)
-        openings, opening_ids = encode_clips(recipe, vae, device, others, recipe.frames_per_chunk, half)
+        wholes, others = range(lesson.clips), range(lesson.clips, lesson.clips + lesson.openings)
+        latents, ids = encode_clips(recipe, lesson.level, vae, device, wholes, recipe.latent_frames, half)
+        openings, opening_ids = encode_clips(recipe, lesson.level, vae, device, others, recipe.frames_per_chunk, half)
         tensors = {"latents": latents, "ids": ids, "openings": openings, "opening_ids": opening_ids}
         write_tensors(file, tensors, {})
     return {name: tensor.to(device) for name, tensor in load_file(file).items()}
@@ -74,7 +74,13 @@ def cache_latents(
 
 @torch.no_grad()
 def encode_clips(
-    recipe: Recipe, vae: WanVAE, device: torch.device, clips: range, latent_frames: int, minutes: float | None
+    recipe: Recipe,
+    level: Level,
+    vae: WanVAE,
+    device: torch.device,
+    clips: range,
+    latent_frames: int,
+    minutes: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The first `latent_frames` of some clips and their captions' word ids, of as many as the minutes allow."""
     began, aspect = time.monotonic(), recipe.width / recipe.height
@@ -84,7 +90,7 @@ def encode_clips(
         if len(ids) > 1 and minutes is not None and time.monotonic() - began > 60 * minutes:
             break
         drawn = [
-            draw_clip(recipe.seed + TRAIN_SEED_OFFSET, index, aspect=aspect, level=recipe.level, frames=recipe.frames)
+            draw_clip(recipe.seed + TRAIN_SEED_OFFSET, index, aspect=aspect, level=level, frames=recipe.frames)
             for index in range(first, min(first + recipe.cache_batch, clips.stop))
         ]
         video = render(drawn, 4 * latent_frames - 3, recipe.height, recipe.width, device=device)
@@ -121,6 +127,7 @@ class Batches:
 
 def train_ar(
     recipe: Recipe,
+    lesson: Lesson,
     cache: dict[str, Tensor],
     table: dict[str, Tensor],
     folder: Path,
@@ -128,29 +135,33 @@ def train_ar(
     minutes: float | None = None,
     on_step: OnStep | None = None,
     deadline: float | None = None,
+    *,
+    start: Wan | None = None,
 ) -> Wan:
-    """Flow matching behind clean history; the averaged model.
+    """Flow matching behind clean history, from nothing or from the weights of `start`; the averaged model.
 
     Every chunk has a noise level of its own: one of those of the four steps in `few_share` of all cases, else any
     under shift 5.
     """
     model = new_model(recipe).to(device)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     stage = Stage(
         folder,
-        "ar",
+        "ar" if start is None else "second",
         model,
-        rate=recipe.ar_rate,
-        steps=recipe.ar_steps,
+        rate=lesson.rate,
+        steps=lesson.steps,
         minutes=minutes,
         save_every=recipe.save_every,
         deadline=deadline,
     )
-    batches = Batches(recipe, cache, table, device, "ar")
+    batches = Batches(recipe, cache, table, device, stage.name)
     levels = torch.tensor(few_step_sigmas(shift=SHIFT)[:-1], device=device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         progress = stage.progress
-        kinds = next((kinds for share, kinds in recipe.ar_phases if progress < share), recipe.ar_phases[-1][1])
+        kinds = next((kinds for share, kinds in lesson.phases if progress < share), lesson.phases[-1][1])
         chunks, clips = kinds[step % len(kinds)]
         x0, context, generator = batches.draw(step, clips, chunks)
         u, chance = torch.rand(2, len(x0), chunks, generator=generator, device=device)

@@ -121,7 +121,8 @@ def crops(recipe: Recipe, step: int, device: torch.device, frames: int) -> Tenso
     start = int(torch.randint(0, recipe.frames - frames + 1, (1,), generator=generator))
     first, aspect = step * count, recipe.width / recipe.height
     clips = [
-        draw_clip(recipe.seed, first + i, aspect=aspect, level=recipe.level, frames=recipe.frames) for i in range(count)
+        draw_clip(recipe.seed, first + i, aspect=aspect, level=recipe.first.level, frames=recipe.frames)
+        for i in range(count)
     ]
     video = render(clips, frames, recipe.height, recipe.width, start=start, device=device)
     if recipe.vae_crop is not None:
