@@ -164,6 +164,7 @@ def rollout(
     block: Block = "64,64",
     backend: Backend = "auto",
     dtype: Dtype = "bfloat16",
+    rounds: Annotated[int, typer.Option(help="Times that each video is made; seconds are their median.")] = 1,
     device: Device = None,
     threads: Threads = None,
     out: Out = None,
@@ -189,6 +190,7 @@ def rollout(
         backend=backend,
         device=place,
         dtype=checked_dtype(dtype),
+        rounds=rounds,
     )
     console = new_console()
     with console.status("running") as status:

@@ -4,7 +4,7 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -41,7 +41,7 @@ class RolloutBench:
     without growth, so that every chunk has the same work once the window is full. setting: "short" sees everything;
     "long" has window 12 and one sink. decode: also decode each chunk, with a VAE of width `vae_dim`
     (24 is LightVAE's); overlap: on a GPU beside the sampling of the next chunk. cuda_graph: as in `rollout`.
-    height, width: video pixels.
+    height, width: video pixels. rounds: how often each video is made; a chunk's seconds are their median.
     """
 
     frames: int = 81
@@ -62,9 +62,12 @@ class RolloutBench:
     device: str = "cpu"
     dtype: str = "bfloat16"
     seed: int = 0
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         latent_frames_of(self.frames)
+        if self.rounds < 1:
+            raise ValueError(f"rounds {self.rounds} is not positive; one round makes every video once")
         if not self.arms or any(arm not in ARMS for arm in self.arms):
             raise ValueError(f"arms {self.arms} must be one or more of {', '.join(ARMS)}")
         if self.setting not in FAMILY_OF:
@@ -104,19 +107,22 @@ def run_rollout(bench: RolloutBench, on_chunk: Callable[[int, int], None] | None
             pass
     gc.collect()
     memory = PeakMemory(device)
-    running = {arm: _Arm(bench, arm, dit, vae) for arm in bench.arms}
-    turns = [arm.run() for arm in running.values()]
     lengths = bench.schedule("dense").chunk_lengths()
-    rows: list[dict[str, Any]] = []
-    for index, frames in enumerate(lengths):
-        memory.reset()
-        row: dict[str, Any] = {"chunk": index + 1, "latent_frames": frames}
-        for arm, turn in zip(running, turns, strict=True):
-            row[arm] = next(turn)
-        row["peak_bytes"] = memory.peak()
-        rows.append(row)
-        if on_chunk is not None:
-            on_chunk(index + 1, len(lengths))
+    rounds: list[list[dict[str, Any]]] = []
+    for number in range(bench.rounds):
+        running = {arm: _Arm(bench, arm, dit, vae) for arm in bench.arms}
+        turns = [arm.run() for arm in running.values()]
+        rounds.append([])
+        for index, frames in enumerate(lengths):
+            memory.reset()
+            row: dict[str, Any] = {"chunk": index + 1, "latent_frames": frames}
+            for arm, turn in zip(running, turns, strict=True):
+                row[arm] = next(turn)
+            row["peak_bytes"] = memory.peak()
+            rounds[-1].append(row)
+            if on_chunk is not None:
+                on_chunk(number * len(lengths) + index + 1, bench.rounds * len(lengths))
+    rows = [_over_rounds(same, bench.arms) for same in zip(*rounds, strict=True)]
     return {
         "bench": "rollout",
         **facts(device, asdict(bench)),
@@ -129,6 +135,14 @@ def run_rollout(bench: RolloutBench, on_chunk: Callable[[int, int], None] | None
         **summarise(rows, bench.arms),
         "chunks": rows,
     }
+
+
+def _over_rounds(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
+    """One chunk's rows of all rounds as one: the median of the seconds, the most memory."""
+    merged = {**rows[0], "peak_bytes": max(row["peak_bytes"] for row in rows)}
+    for arm in arms:
+        merged[arm] = {part: statistics.median(row[arm][part] for row in rows) for part in rows[0][arm]}
+    return merged
 
 
 class _Arm:

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from lightforcing.benchmarks import attention, memory, options, step
-from lightforcing.benchmarks.rollout import EARLY, summarise
+from lightforcing.benchmarks.rollout import EARLY, _over_rounds, summarise
 from lightforcing.benchmarks.timing import Samples, StageClock, ratio, take_turns
 from lightforcing.lightforcing_core import step_graph
 from lightforcing.lightforcing_core.cli import app
@@ -153,6 +153,17 @@ def test_rollout_times_sampling_and_decoding_as_one_where_they_overlap(tmp_path)
     assert result["seconds"]["sparse"] == pytest.approx(sum(row["sparse"]["both"] for row in result["chunks"]))
 
 
+def test_rollout_takes_the_median_over_rounds_and_the_most_memory(tmp_path):
+    result, _ = record(tmp_path, "rollout", *TINY_MODEL, "--frames", 9, "--rounds", 3)
+    (chunk,) = result["chunks"]
+    assert chunk["dense"]["sample"] > 0
+    rows = [
+        {"chunk": 1, "dense": {"sample": seconds}, "peak_bytes": peak}
+        for seconds, peak in ((3.0, 10), (1.0, 30), (2.0, 20))
+    ]
+    assert _over_rounds(rows, ["dense"]) == {"chunk": 1, "dense": {"sample": 2.0}, "peak_bytes": 30}
+
+
 def test_rollout_of_one_arm_has_no_ratio(tmp_path):
     result, _ = record(tmp_path, "rollout", *TINY_MODEL, "--arm", "sparse", "--setting", "long", "--frames", 21)
     assert "dense_over_sparse" not in result
@@ -219,6 +230,7 @@ def test_a_stage_inside_a_stage_is_counted_once():
         (["rollout", "--frames", "80"], "length 80 is not 1 + 4·k video frames; use 77 or 81"),
         (["rollout", "--arm", "fast"], "must be one or more of dense, sparse, even"),
         (["rollout", "--setting", "medium"], "setting 'medium' is not known; use short or long"),
+        (["rollout", "--rounds", "0"], "rounds 0 is not positive; one round makes every video once"),
         (["rollout", "--overlap"], "overlap is about decoding beside the sampling; ask for decode too"),
         (["rollout", "--overlap", "--decode"], "arms dense, sparse take turns and would overlap each other"),
         (["rollout", "--cuda-graph", "yes"], "--cuda-graph 'yes' is not known; use auto, on, off"),
