@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..lightforcing_core.demo_captions import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
+    PASSING,
     SHAPES,
     SPEEDS,
     Scene,
@@ -43,6 +44,7 @@ ROWS = "rows.jsonl"
 PROMPTS = 64  # the fixed list; seed i follows prompt i, modulo this
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -136,20 +138,22 @@ def run_quality(bench: QualityBench, folder: Path, on_row: Callable[[int, int], 
 
 
 def prompt_scenes(level: Level, count: int = PROMPTS) -> list[Scene]:
-    """A fixed list of scenes in which all words come equally often; except at level "simple" every second has two
-    things."""
+    """A fixed list of scenes in which all words come equally often; at level "full" every second has two things, and
+    at level "pillar" each goes one of the ways that lead behind it."""
     dice = random.Random("light forcing quality laboratory")
 
-    def dealt(words: Sequence[str]) -> Iterator[str]:
+    def dealt(words: Sequence[T]) -> Iterator[T]:
         while True:
             yield from dice.sample(list(words), len(words))
 
     decks = [dealt(words) for words in (COLOURS, SHAPES, tuple(DIRECTIONS), SPEEDS)]
-    backgrounds = dealt(BACKGROUNDS)
+    backgrounds, passing = dealt(BACKGROUNDS), dealt(PASSING)
     scenes = []
     for index in range(count):
         things = [Thing(*(next(deck) for deck in decks))]
-        if level != "simple" and index % 2:
+        if level == "pillar":
+            things = [Thing(things[0].colour, things[0].shape, *next(passing))]
+        if level == "full" and index % 2:
             second = Thing(*(next(deck) for deck in decks))
             while second.colour == things[0].colour:
                 second = Thing(next(decks[0]), second.shape, second.direction, second.speed)

@@ -30,7 +30,6 @@ VIDEO = {
     "direction": True,
     "speed": True,
     "identity": True,
-    "kept": True,
     "strangers": False,
     "position_error": False,
     "velocity_error": False,

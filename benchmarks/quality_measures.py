@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lightforcing_core.demo_captions import Scene
-from .detector import ThingVerdict, judge, look
+from .detector import judge, look
 
 MOST_PSNR = 100.0  # dB, for videos that are equal
 WINDOW, SIGMA = 11, 1.5  # the published SSIM's Gaussian window
@@ -102,8 +102,7 @@ def against_dense(
 def against_caption(video: Tensor, scene: Scene) -> dict[str, Any]:
     """What the detector says of the promised things: shares of them, and means over those that are there.
 
-    `colour` is present at all: a thing is found by its colour. `kept` is `identity` of those of two things alone that
-    were covered for a while, None where none was. Errors and copies are None where nothing promised is
+    `colour` is present at all: a thing is found by its colour. Errors and copies are None where nothing promised is
     there; `position_errors` has a mean for each of 8 parts of the video, None where nothing is seen whole.
     """
     verdict = judge(video, scene)
@@ -128,21 +127,12 @@ def against_caption(video: Tensor, scene: Scene) -> dict[str, Any]:
         "direction": share([thing.direction_right for thing in things]),
         "speed": share([thing.speed_right for thing in things]),
         "identity": share([thing.identity for thing in things]),
-        "kept": mean([float(thing.identity) for thing in things if len(things) > 1 and _was_covered(thing)]),
         "strangers": float(len(verdict.strangers)),
         "position_error": mean([thing.position_error for thing in things]),
         "velocity_error": mean([thing.velocity_error for thing in things]),
         "copies": mean([thing.copies for thing in things]),
         "position_errors": over_time,
     }
-
-
-def _was_covered(thing: ThingVerdict) -> bool:
-    """Whether not all of a thing is seen at some time, and all of it before; one that soon is gone for good counts."""
-    if thing.position_errors is None:
-        return True
-    whole = ~thing.position_errors.isnan()
-    return bool((whole.cummax(0).values & ~whole).any())
 
 
 def over_time(video: Tensor, scene: Scene, lengths: Sequence[int]) -> dict[str, Any]:

@@ -25,6 +25,15 @@ DIRECTIONS = {  # unit steps in the picture, y pointing down
     "up-right": (1, -1),
 }
 SPEEDS = ("slowly", "quickly")
+# Moves that bring a thing behind a pillar in the middle of a picture and out again, once within five seconds.
+PASSING = (
+    ("right", "slowly"),
+    ("left", "slowly"),
+    ("down-right", "quickly"),
+    ("down-left", "quickly"),
+    ("up-left", "quickly"),
+    ("up-right", "quickly"),
+)
 BACKGROUNDS = ("plain", "striped", "checkered", "cloudy")
 MOST_THINGS = 2
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -23,7 +24,14 @@ from lightforcing.benchmarks.quality_probe import AttentionProbe
 from lightforcing.lightforcing_core import demo_model
 from lightforcing.lightforcing_core.attention import AttentionOptions
 from lightforcing.lightforcing_core.cli import app
-from lightforcing.lightforcing_core.demo_captions import COLOURS, DIRECTIONS, caption_of, context_of_caption, parse
+from lightforcing.lightforcing_core.demo_captions import (
+    COLOURS,
+    DIRECTIONS,
+    PASSING,
+    caption_of,
+    context_of_caption,
+    parse,
+)
 from lightforcing.lightforcing_core.geometry import FrameBlocks
 from lightforcing.lightforcing_core.rollout import few_step_sigmas, rollout, seeded_noise
 from lightforcing.lightforcing_core.schedule import Schedule
@@ -120,10 +128,10 @@ def test_prompts_are_fixed_balanced_and_fit_the_level():
     for scenes in (simple, full):
         assert all(parse(caption_of(scene)) == scene for scene in scenes)
     assert {(scene.background, len(scene.things)) for scene in simple} == {("plain", 1)}
-    pairs = prompt_scenes("pairs", 64)
-    assert {scene.background for scene in pairs} == {"plain"}
-    for scenes in (pairs, full):
-        assert [len(scene.things) for scene in scenes[:4]] == [1, 2, 1, 2]
+    assert [len(scene.things) for scene in full[:4]] == [1, 2, 1, 2]
+    passing = prompt_scenes("pillar", 60)
+    ways = Counter((thing.direction, thing.speed) for scene in passing for thing in scene.things)
+    assert ways == dict.fromkeys(PASSING, 10)
     for words, name in ((COLOURS, "colour"), (tuple(DIRECTIONS), "direction")):
         counts = [sum(getattr(scene.things[0], name) == word for scene in simple) for word in words]
         assert counts == [64 // len(words)] * len(words)

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from lightforcing.lightforcing_core.checkpoint import load_dit_state_dict
-from lightforcing.lightforcing_core.demo_captions import SLOTS, VOCABULARY, caption_of, new_table
+from lightforcing.lightforcing_core.demo_captions import PASSING, SLOTS, VOCABULARY, caption_of, new_table
 from lightforcing.lightforcing_core.demo_model import DIT, TEXT, VAE, load_demo_model
 from lightforcing.lightforcing_core.wan import wan_from_state_dict
 from lightforcing.lightforcing_core.wan_vae import vae_from_state_dict
@@ -61,7 +61,7 @@ def test_chain_writes_models_that_the_pack_loads(uninterrupted):
     assert set(counts) == kinds
     verdicts = json.loads((folder / "models" / "evaluation.json").read_text())
     assert {kind: len(verdicts[kind]["captions"]) for kind in kinds} == dict.fromkeys(kinds, 1)
-    assert load_demo_model(folder / "models").video.level == "pairs"
+    assert load_demo_model(folder / "models").video.level == "pillar"
     assert (folder / "curves.png").stat().st_size > 1000
 
 
@@ -252,9 +252,9 @@ def test_evaluation_scenes_are_not_those_of_training():
         "first": 20,
         "second": 20,
     }
-    trained_on = [draw_clip(TINY.seed + TRAIN_SEED_OFFSET, index, level="pairs").scene for index in range(20)]
+    trained_on = [draw_clip(TINY.seed + TRAIN_SEED_OFFSET, index, level="pillar").scene for index in range(20)]
     assert scenes["second"] != trained_on
-    assert {len(scene.things) for scene in scenes["second"]} == {1, 2}
+    assert {(thing.direction, thing.speed) for scene in scenes["second"] for thing in scene.things} <= set(PASSING)
 
 
 def test_bfloat16_autocast_stays_near_float32():

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from lightforcing.benchmarks.detector import Verdict, compare, judge, look
-from lightforcing.benchmarks.quality_measures import against_caption
 from lightforcing.lightforcing_core.demo_captions import (
     COLOURS,
     DIRECTIONS,
@@ -106,20 +104,20 @@ def test_things_stay_in_the_picture_and_run_freely_at_first():
     assert reached["apart"] > 15
 
 
-def test_pairs_begin_apart_and_cover_each_other_on_their_way():
-    clips = [draw_clip(7, index, level="pairs") for index in range(200)]
-    pairs = [clip for clip in clips if len(clip.scene.things) == 2]
-    assert 70 < len(pairs) < 130
-    assert {clip.scene.background for clip in clips} == {"plain"}
-    met = 0
-    for clip in pairs:
-        distances = np.linalg.norm(np.subtract(*paths_of(clip, 81)), axis=1) / clip.radii.sum()
-        assert distances[: round(FREE_RUN * FPS)].min() > 1.0
-        met += distances.min() < 0.5
-    assert met > 0.9 * len(pairs)
-    alone = [clip for clip in clips if len(clip.scene.things) == 1]
-    spread = np.array([clip.starts[0] for clip in alone]).std(axis=0)
-    assert (spread < np.array([clip.starts[0] for clip in map(partial(draw_clip, 8), range(200))]).std(axis=0)).all()
+def test_a_thing_passes_behind_the_pillar_and_is_whole_again_in_the_last_quarter():
+    hidden = 0
+    for index in range(24):
+        clip = draw_clip(7, index, level="pillar")
+        video = render([clip], 81, HEIGHT, WIDTH)[0]
+        (seen,) = look(video)
+        assert seen.whole[: round(0.6 * FPS)].all()  # long enough to see where it goes
+        (thing,) = judge(video, clip.scene).things
+        assert (thing.present, thing.shape_right, thing.direction_right, thing.identity) == (True,) * 4
+        hidden += not seen.visible.all()
+        # It shows on neither side of the pillar's middle column, where nothing but the pillar is.
+        middle = video[:, :, WIDTH // 2]
+        assert (middle.amax(-1) - middle.amin(-1)).max() < 0.1
+    assert hidden > 6
 
 
 def test_shapes_cover_the_area_of_their_outlines_smoothly():
@@ -198,7 +196,6 @@ def test_detector_follows_a_thing_through_occlusion():
     behind = look(video)
     covered = next(seen for seen in behind if seen.colour == clip.scene.things[0].colour)
     assert not covered.whole.all()  # it was covered indeed
-    assert against_caption(video, clip.scene)["kept"] == 1.0
 
     gone = video.clone()
     lonely = replace(
@@ -211,9 +208,6 @@ def test_detector_follows_a_thing_through_occlusion():
     gone[50:] = render([lonely], 81, HEIGHT, WIDTH)[0, 50:]
     lost: Verdict = judge(gone, clip.scene)
     assert [thing.identity for thing in lost.things] == [False, True]
-    assert against_caption(gone, clip.scene)["kept"] == 0.0
-    alone = render([lonely], 81, HEIGHT, WIDTH)[0]
-    assert against_caption(alone, lonely.scene)["kept"] is None
 
 
 def test_position_error_grows_for_a_thing_that_leaves_its_path():

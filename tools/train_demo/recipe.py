@@ -1,6 +1,6 @@
-"""What one training run makes and how large everything is; three presets."""
+"""What one training run makes and how large everything is, as presets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightforcing.lightforcing_core.demo_model import DemoVideo, Level
 
@@ -114,20 +114,12 @@ PRESETS = {
             rate=1e-3,
             phases=((0.2, ((1, 8),)), (0.5, ((1, 16),)), (0.6, ((2, 8),)), (1.0, ((7, 3), (1, 16)))),
         ),
-        second=Lesson(
-            "pairs",
-            clips=480,
-            openings=4800,
-            steps=7_500,
-            rate=8e-4,
-            phases=((0.3, ((1, 16),)), (1.0, ((7, 3), (1, 16)))),
-        ),
         own_history=0.5,
         few_share=0.9,
         thing_weight=3.0,
         few_steps=0,
         save_every=50,
-        shares=(0.1, 0.04, 0.4, 0.05, 0.4, 0.0),
+        shares=(0.18, 0.09, 0.7, 0.0, 0.0, 0.0),
     ),
     "tiny": Recipe(
         height=32,
@@ -147,7 +139,7 @@ PRESETS = {
         first=Lesson(
             "simple", clips=4, openings=3, steps=4, rate=1e-3, phases=((0.5, ((1, 4),)), (1.0, ((2, 2), (1, 2))))
         ),
-        second=Lesson("pairs", clips=3, openings=2, steps=2, rate=1e-3, phases=((1.0, ((2, 2), (1, 2))),)),
+        second=Lesson("pillar", clips=3, openings=2, steps=2, rate=1e-3, phases=((1.0, ((2, 2), (1, 2))),)),
         own_history=0.5,
         few_share=0.5,
         thing_weight=1.0,
@@ -159,3 +151,15 @@ PRESETS = {
         eval_captions=1,
     ),
 }
+PRESETS["pillar"] = replace(
+    PRESETS["cpu"],
+    second=Lesson(
+        "pillar",
+        clips=240,
+        openings=1600,
+        steps=2_500,
+        rate=6e-4,
+        phases=((0.15, ((1, 16),)), (1.0, ((7, 3), (7, 3), (1, 16)))),
+    ),
+    shares=(0.13, 0.06, 0.5, 0.03, 0.22, 0.0),
+)

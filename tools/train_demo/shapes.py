@@ -6,13 +6,22 @@ runs freely for at least its first second, so that a caption's direction can be 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightforcing.lightforcing_core.demo_captions import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SPEEDS, Scene, Thing
+from lightforcing.lightforcing_core.demo_captions import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    PASSING,
+    SHAPES,
+    SPEEDS,
+    Scene,
+    Thing,
+)
 from lightforcing.lightforcing_core.demo_model import FPS, Level
 
 FREE_RUN = 1.0  # seconds before the first bounce and before any occlusion
@@ -30,7 +39,9 @@ RGB = {
 }
 SIMPLE_SPREAD = 0.25  # of the places to start from; a small model that must choose among all of them blurs its choices
 CANDIDATES = 48  # start positions tried for a clip with two things
-MEETING = 0.4  # of the sum of two radii: as near as things come that are taken to cross
+PILLAR = 0.32  # width, in the middle of the picture
+PILLAR_SHADE = 0.6  # of the background
+BEFORE_PILLAR = 0.75  # seconds until a thing reaches it
 WAVES = 6  # plane waves in a background
 
 
@@ -40,6 +51,7 @@ class Clip:
 
     radii: of each thing. starts, velocities: [things, 2] as (x, y) and per second. aspect: width / height.
     ground: RGB of the background's mean; waves: [WAVES, 4] as amplitude, x and y frequency in cycles, phase.
+    pillar: whether one stands before the things.
     """
 
     scene: Scene
@@ -49,6 +61,7 @@ class Clip:
     velocities: np.ndarray
     ground: np.ndarray
     waves: np.ndarray
+    pillar: bool = False
 
 
 def extents(shape: str, radius: float) -> tuple[float, float, float, float]:
@@ -66,33 +79,40 @@ def extents(shape: str, radius: float) -> tuple[float, float, float, float]:
 def draw_clip(seed: int, index: int, *, aspect: float = 1.5, level: Level = "full", frames: int = 81) -> Clip:
     """The `index`-th clip of the endless list that `seed` names. frames: the length in which occlusions should fall."""
     rng = np.random.default_rng([seed, index])
+    if level == "pillar":
+        return _passing_clip(rng, aspect)
     full = level == "full"
-    count = 1 if level == "simple" else 1 + int(rng.random() < (0.4 if full else 0.5))
+    count = 1 + int(rng.random() < 0.4) if full else 1
     colours = rng.permutation(COLOURS)[:count]
     things = tuple(
         Thing(str(colour), *(str(rng.choice(words)) for words in (SHAPES, list(DIRECTIONS), SPEEDS)))
         for colour in colours
     )
     background = str(rng.choice(BACKGROUNDS)) if full else "plain"
-    scene = Scene(background, things)
-    if full:
-        return place_scene(scene, rng, aspect=aspect, frames=frames)
-    return place_scene(scene, rng, aspect=aspect, frames=frames, crossing=1.0, spread=SIMPLE_SPREAD)
+    spread = 1.0 if full else SIMPLE_SPREAD
+    return place_scene(Scene(background, things), rng, aspect=aspect, frames=frames, spread=spread)
+
+
+def _passing_clip(rng: np.random.Generator, aspect: float) -> Clip:
+    """One thing that passes behind a pillar."""
+    direction, speed = PASSING[rng.integers(len(PASSING))]
+    thing = Thing(str(rng.choice(COLOURS)), str(rng.choice(SHAPES)), direction, speed)
+    clip = place_scene(Scene("plain", (thing,)), rng, aspect=aspect, spread=SIMPLE_SPREAD)
+    velocity = clip.velocities[0, 0]
+    left, right, _, _ = extents(thing.shape, float(clip.radii[0]))
+    gap = PILLAR / 2 + BEFORE_PILLAR * abs(velocity)
+    low, high = _bounds(clip.scene, clip.radii, aspect)
+    start = aspect / 2 - gap - right if velocity > 0 else aspect / 2 + gap + left
+    clip.starts[0, 0] = np.clip(start, low[0, 0], high[0, 0])
+    return replace(clip, pillar=True)
 
 
 def place_scene(
-    scene: Scene,
-    rng: np.random.Generator,
-    *,
-    aspect: float = 1.5,
-    frames: int = 81,
-    crossing: float = 0.5,
-    spread: float = 1.0,
+    scene: Scene, rng: np.random.Generator, *, aspect: float = 1.5, frames: int = 81, spread: float = 1.0
 ) -> Clip:
-    """A clip of `scene`; two things cross in a share `crossing` of the clips where they can, and else keep apart.
+    """A clip of `scene`; two things cross in about half of the clips where they can, and else keep apart.
 
-    spread: how far from the middle of all places where a thing may start it does, 1 anywhere. Two things that are to
-    stay near the middle need room to be apart at first: of the ways to cross they take the one nearest to it.
+    spread: how far from the middle of all places where a thing may start it does, 1 anywhere.
     """
     count = len(scene.things)
     radii = rng.uniform(*RADII, count)
@@ -103,9 +123,8 @@ def place_scene(
     first = np.where(velocities < 0, low - FREE_RUN * velocities, low)
     last = np.where(velocities > 0, high - FREE_RUN * velocities, high)
     middle = (first + last) / 2
-    reach = spread if count == 1 else 1.0
-    starts = middle + reach * (rng.uniform(first, last, (CANDIDATES, count, 2)) - middle)
-    crosses = rng.random() < crossing
+    starts = middle + spread * (rng.uniform(first, last, (CANDIDATES, count, 2)) - middle)
+    crosses = rng.random() < 0.5
     chosen = 0
     if count == 2:
         times = np.arange(frames)[:, None, None, None] / FPS
@@ -113,9 +132,6 @@ def place_scene(
         apart = np.linalg.norm(paths[..., 0, :] - paths[..., 1, :], axis=-1) / radii.sum()
         early, nearest = apart[: round(FREE_RUN * FPS)].min(axis=0), apart.min(axis=0)
         score = np.where(early > 1.5, nearest, 10.0) if crosses else -nearest
-        if crosses and spread < 1:
-            off = np.linalg.norm(starts - middle, axis=-1).sum(-1)
-            score = np.maximum(score, MEETING) + 0.1 * off
         chosen = int(score.argmin())
     ground = np.clip(rng.uniform(0.3, 0.7) + rng.uniform(-0.03, 0.03, 3), 0, 1)
     return Clip(scene, aspect, radii, starts[chosen], velocities, ground, _waves(scene.background, rng))
@@ -144,6 +160,9 @@ def render(
             inside = (0.5 - _distance(thing.shape, float(radius), dx[:, None], dy[..., None]) * height).clamp(0, 1)
             colour = torch.tensor(RGB[thing.colour], device=device).view(3, 1, 1, 1)
             planes = torch.lerp(planes, colour.expand_as(planes), inside.expand_as(planes))
+        if clip.pillar:
+            covered = (0.5 + (PILLAR / 2 - (x - clip.aspect / 2).abs()) * height).clamp(0, 1)
+            planes = torch.lerp(planes, PILLAR_SHADE * picture[:, None], covered)
         out.copy_(planes.permute(1, 2, 3, 0))
     return video
 
