@@ -51,7 +51,7 @@ class Work(NamedTuple):
     """One call of the kernel: what it reads and writes, as in `block_sparse_attention`.
 
     lists: blocks and counts, None for dense. order: int32, rows of the lists in the order in which they are begun.
-    tail: the means of k and v and the bias of their scores.
+    tail: the means of k and v and the bias of their scores. lse: float32 [B, Lq, H], None where nobody asked.
     """
 
     kind: Kind
@@ -65,6 +65,7 @@ class Work(NamedTuple):
     order: Tensor | None = None
     scales: tuple[Tensor, Tensor] | None = None
     tail: tuple[Tensor, Tensor, Tensor] | None = None
+    lse: Tensor | None = None
 
 
 def why_not(q: Tensor, block: tuple[int, int], stored: torch.dtype | None = None) -> str | None:
@@ -106,7 +107,8 @@ def block_sparse_attention(
     scales: tuple[Tensor, Tensor] | None = None,
     tail: tuple[Tensor, Tensor] | None = None,
     uneven: bool = False,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of every query block over its listed key blocks only.
 
     q: [B, Lq, H, D]; k, v: [B, Lk, H, D], whole frames, any strides as long as D is contiguous. blocks: int32
@@ -114,9 +116,12 @@ def block_sparse_attention(
     `scale` multiplies the scores, 1/√D when None. scales: for int8 or float8_e4m3fn k and v their scales, float32
     [B, k_blocks, H] each. tail: the block means of k and v, [B, k_blocks, H, D] in q's dtype: each block that is not
     listed takes part once, as its mean with log(its real tokens) added to the score. uneven: counts differ, so the
-    longest lists are begun first, for one sort of the counts. Returns a contiguous [B, Lq, H, D] in q's dtype; a
-    query block with an empty list and no tail gives zeros. Nothing waits on the device, except where launch
+    longest lists are begun first, for one sort of the counts. Nothing waits on the device, except where launch
     parameters are timed on first use, see `tuning`.
+
+    Returns a contiguous [B, Lq, H, D] in q's dtype; with `return_lse` a pair of that and the natural log of the sum of
+    each query's exponentiated scores, means of the tail included, float32 [B, Lq, H]. A query block with an empty list
+    and no tail gives zeros, and −inf.
 
     Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
     """
@@ -133,7 +138,7 @@ def block_sparse_attention(
         raise ValueError(f"blocks and counts must be int32, not {blocks.dtype} and {counts.dtype}")
     order = counts.flatten().argsort(descending=True, stable=True).to(torch.int32) if uneven else None
     lists = blocks.contiguous(), counts.contiguous()
-    return _run(q, k, v, lists, order, (tokens_per_frame, block_q, block_k), scale, scales, tail)
+    return _run(q, k, v, lists, order, (tokens_per_frame, block_q, block_k), scale, scales, tail, return_lse)
 
 
 def dense_attention(
@@ -146,11 +151,12 @@ def dense_attention(
     block_k: int = 64,
     scale: float | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """Attention of every query over all keys with the same kernel; arguments as in `block_sparse_attention`."""
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every query over all keys with the same kernel; as `block_sparse_attention` in all else."""
     if reason := why_not(q, (block_q, block_k), k.dtype):
         raise ValueError(reason)
-    return _run(q, k, v, None, None, (tokens_per_frame, block_q, block_k), scale, scales, None)
+    return _run(q, k, v, None, None, (tokens_per_frame, block_q, block_k), scale, scales, None, return_lse)
 
 
 def _run(
@@ -163,13 +169,15 @@ def _run(
     scale: float | None,
     scales: tuple[Tensor, Tensor] | None,
     tail: tuple[Tensor, Tensor] | None,
-) -> Tensor:
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Launch on q's device; `sizes` is (tokens per frame, block_q, block_k)."""
     tokens_per_frame, block_q, block_k = sizes
     k_blocks = k.shape[1] // tokens_per_frame * triton.cdiv(tokens_per_frame, block_k)
     _check_beside(q, k, v, k_blocks, scales, tail)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
     ragged = tokens_per_frame % block_q != 0, tokens_per_frame % block_k != 0
     kind = Kind(block_q, block_k, q.shape[-1], q.dtype, k.dtype, ragged, tail is not None, lists is None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -182,14 +190,14 @@ def _run(
             lengths = k_blocks, lists[0].shape[-1], tokens_per_frame
             tail_bias[(lists[1].numel(),)](bias, *lists, *lengths, BLOCK_K=block_k, TILE=128)
             tail_and_bias = tail[0].contiguous(), tail[1].contiguous(), bias
-        work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias)
+        work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias, lse)
 
         def run(launch: Launch) -> None:
             for kernel, grid, arguments, constants in prepared(work, launch, _multiprocessors(q.device)):
                 kernel[grid](*arguments, **constants)
 
         run(_launch_for(kind, q, run))
-    return out
+    return out if lse is None else (out, lse)
 
 
 def prepared(
@@ -216,7 +224,7 @@ def prepared(
     described = launch.descriptors and all(map(_describable, (k, work.v)))
     keys = [_described(x, k_frame, launch.tile_k, padded) if described else x for x in (k, work.v)]
     none = None, None
-    arguments = [q, *keys, work.out, *(work.lists or none), work.order, *(work.scales or none)]
+    arguments = [q, *keys, work.out, work.lse, *(work.lists or none), work.order, *(work.scales or none)]
     arguments += [*(work.tail or (None, None, None)), *buffers]
     arguments += [*q.stride()[:3], *k.stride()[:3], *work.v.stride()[:3], heads, q_blocks, k_blocks]
     arguments += [width, q_frame, k_frame, whole, parts, work.scale * LOG2_E]
@@ -240,7 +248,7 @@ def prepared(
     launches = [(forward, (programs,), arguments, common | constants)]
     if parts > 1:
         groups = (units - whole) * (launch.tile_q // COMBINED_ROWS)
-        rest = [work.out, work.order, *buffers, heads, q_blocks, q_frame, whole, parts]
+        rest = [work.out, work.lse, work.order, *buffers, heads, q_blocks, q_frame, whole, parts]
         launches.append((combine, (groups,), rest, common | {"ROWS": COMBINED_ROWS, "num_warps": 4}))
     return launches
 
@@ -283,7 +291,8 @@ def _launch_for(kind: Kind, q: Tensor, run: Callable[[Launch], None]) -> Launch:
         return triton.testing.do_bench(lambda: run(launch), warmup=10, rep=40, return_mode="median")
 
     shared = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"]
-    rounds = tuning.rounds(kind, shared, descriptors=_takes_descriptors(kind, q.device))
+    descriptors = takes_descriptors(kind, torch.cuda.get_device_capability(q.device))
+    rounds = tuning.rounds(kind, shared, descriptors=descriptors)
     try:
         _launches[kind, q.device] = tuning.fastest(key, default, rounds, time)
     except torch.OutOfMemoryError:
@@ -293,9 +302,8 @@ def _launch_for(kind: Kind, q: Tensor, run: Callable[[Launch], None]) -> Launch:
     return _launches[kind, q.device]
 
 
-def _takes_descriptors(kind: Kind, device: torch.device) -> bool:
+def takes_descriptors(kind: Kind, capability: tuple[int, int]) -> bool:
     """Whether TMA is worth timing: the chip has it and, compiled for it, the kernel stays in registers."""
-    capability = torch.cuda.get_device_capability(device)
     spills = (kind.stored in EIGHT_BIT or kind.tail) and capability >= ONLY_PLAIN_DESCRIPTORS
     return TensorDescriptor is not None and capability >= MIN_CAPABILITY_DESCRIPTORS and not spills
 

@@ -75,49 +75,60 @@ def padded(head_dim: int) -> int:
 def shared_bytes(kind: Kind, launch: Launch) -> int:
     """Shared memory that the tiles of `launch` take at most, on any chip.
 
-    One tile of queries, keys and values once per stage, an 8-bit tile widened; the tail's two stages come after.
+    One tile of queries, keys and values once per stage, an 8-bit tile widened (two of them in float32); the tail's two
+    stages come after, and so does what a part of a unit leaves in float32.
     """
     dim = padded(kind.head_dim)
     column = launch.tile_k * dim
     loop = launch.num_stages * 2 * column * kind.stored.itemsize
     if kind.stored != kind.dtype:
-        loop += column * kind.dtype.itemsize
+        loop += column * kind.dtype.itemsize * (2 if kind.dtype == torch.float32 else 1)
     tail = 2 * 2 * column * kind.dtype.itemsize if kind.tail else 0
-    return launch.tile_q * dim * kind.dtype.itemsize + max(loop, tail) + SCRATCH
+    rows = launch.tile_q * dim
+    left = 4 * rows if launch.per_sm else 0
+    return max(rows * kind.dtype.itemsize + max(loop, tail), left) + SCRATCH
 
 
 def default_launch(kind: Kind) -> Launch:
     """What runs untimed: fits every supported chip and, compiled for each of them, stays in registers.
 
-    Key tiles of 128 spill, and so do 128 query rows beside an 8-bit cache and a pooled tail: both are cut in two.
-    float32 takes three products for one and a quarter of the tile.
+    Key tiles of 128 spill, and so do 128 query rows with a pooled tail: both are cut in two. float32 takes three
+    products for one and a quarter of the tile, an eighth beside an 8-bit cache and a tail.
     """
     if kind.dtype == torch.float32:
-        return _staged(kind, min(kind.block_q, 32), min(kind.block_k, 32))
-    tile_q = min(kind.block_q, 64 if kind.tail and kind.stored != kind.dtype else 128)
-    return _staged(kind, tile_q, min(kind.block_k, 64))
+        tile_q = 16 if kind.tail and kind.stored != kind.dtype else 32
+        return _staged(kind, min(kind.block_q, tile_q), min(kind.block_k, 32))
+    return _staged(kind, min(kind.block_q, 64 if kind.tail else 128), min(kind.block_k, 64))
 
 
 def rounds(kind: Kind, shared_limit: int, *, descriptors: bool) -> list[Round]:
     """What to time, each round given the winner so far: the tiles first, then how tiles are read and units are cut."""
-    found: list[Round] = [lambda _: candidates(kind, shared_limit)]
+    # Before TMA, tiles of 128 keys in eight bits spill hundreds of bytes per thread.
+    wide = descriptors or kind.stored == kind.dtype
+    found: list[Round] = [lambda _: candidates(kind, shared_limit, wide=wide)]
     if descriptors and padded(kind.head_dim) == kind.head_dim:
         found.append(lambda best: through_descriptors(kind, best, shared_limit))
     return [*found, lambda best: [best._replace(per_sm=units) for units in (1, 2)]]
 
 
-def candidates(kind: Kind, shared_limit: int) -> list[Launch]:
+def candidates(kind: Kind, shared_limit: int, *, wide: bool = True) -> list[Launch]:
     """The launches worth timing where one program may use `shared_limit` bytes; the default is the first.
 
-    Fewer query rows per program fill the last wave better, more read each key tile for more rows.
+    Fewer query rows per program fill the last wave better, more read each key tile for more rows. wide: key tiles of
+    128 are among them. float32 has the default's tiles only: with 64 it spills over a kilobyte per thread.
     """
-    found = [default_launch(kind)]
-    for tile_q in sorted({min(kind.block_q, rows) for rows in (64, 128)}):
-        for tile_k in sorted({min(kind.block_k, columns) for columns in (64, 128)}):
+    default = default_launch(kind)
+    rows: tuple[int, ...] = (64, 128)
+    columns: tuple[int, ...] = (64, 128) if wide else (64,)
+    if kind.dtype == torch.float32:
+        rows, columns = (default.tile_q,), (default.tile_k,)
+    found = [default]
+    for tile_q in sorted({min(kind.block_q, size) for size in rows}):
+        for tile_k in sorted({min(kind.block_k, size) for size in columns}):
             for num_stages in (2, 3, 4) if tile_k <= 64 else (2,):
                 found.append(Launch(tile_q, tile_k, _warps(tile_q), num_stages))
-    found.append(found[0]._replace(num_warps=8))
-    return [x for x in dict.fromkeys(found) if x == found[0] or shared_bytes(kind, x) <= shared_limit]
+    found.append(default._replace(num_warps=8))
+    return [x for x in dict.fromkeys(found) if x == default or shared_bytes(kind, x) <= shared_limit]
 
 
 def through_descriptors(kind: Kind, best: Launch, shared_limit: int) -> list[Launch]:

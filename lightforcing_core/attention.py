@@ -10,10 +10,9 @@ Backends, in the order in which `auto` falls through:
 On CPU `auto` gives small problems to the reference, because compiling flex takes seconds (`FLEX_MIN_SCORES`).
 """
 
-import functools
 import logging
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -98,6 +97,42 @@ class AttentionOptions:
             raise ValueError(f"reuse_steps {self.reuse_steps} is less than 1; 1 selects anew in every step")
 
 
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    selection: BlockSelection | None = ...,
+    tokens_per_frame: int,
+    block: tuple[int, int] = ...,
+    backend: str = ...,
+    scale: float | None = ...,
+    scales: tuple[Tensor, Tensor] | None = ...,
+    tail: tuple[Tensor, Tensor] | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = ...,
+    selection: BlockSelection | None = ...,
+    tokens_per_frame: int,
+    block: tuple[int, int] = ...,
+    backend: str = ...,
+    scale: float | None = ...,
+    scales: tuple[Tensor, Tensor] | None = ...,
+    tail: tuple[Tensor, Tensor] | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
 def sparse_attention(
     q: Tensor,
     k: Tensor,
@@ -111,7 +146,8 @@ def sparse_attention(
     scale: float | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     tail: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which every query block reads only its own key blocks.
 
     q: [B, Lq, H, D]; k, v: [B, Lk, H, D], in whole frames of `tokens_per_frame` tokens; k and v may be slices of a
@@ -123,6 +159,9 @@ def sparse_attention(
     a value is its stored number times its block's scale. No wider copy of k and v is made.
     tail: the block means of k and of v, [B, k_blocks, H, D] in q's dtype. Every key block that a query block does
     not read enters its softmax once, as its mean with log(the block's real tokens) added to the score.
+    return_lse: return the output and lse, the natural log of the sum of each query's exponentiated scores, a tail's
+    included: [B, Lq, H] in float32 (float64 for queries in float64), −inf for a query without keys. By it attention
+    over disjoint keys, on two devices say, adds up: out = Σ exp(lseᵢ − lse) · outᵢ with lse = log Σ exp(lseᵢ).
 
     With backend "auto" the best backend that can run is taken, and a backend that fails while it compiles or runs
     is replaced by the next one with a warning. Raises ValueError for input that does not fit together and
@@ -139,16 +178,15 @@ def sparse_attention(
     _check_beside("scales", scales, (q.shape[0], k_blocks, q.shape[2]), torch.float32, q.device)
     _check_beside("tail", tail, (q.shape[0], k_blocks, *q.shape[2:]), q.dtype, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = Attention(q, k, v, selection, q_layout, k_layout, scale, scales, tail, uneven=mask is not None)
+    call = Attention(q, k, v, selection, q_layout, k_layout, scale, scales, tail, mask is not None, return_lse)
+    out, lse = _run_auto(call) if backend == "auto" else backends.RUN[_choose(call, backend).name](call)
+    return out if lse is None else (out, lse)
 
-    choose = functools.partial(
-        choose_backend, q, k, v, block=block, tail=tail is not None, tokens_per_frame=tokens_per_frame
-    )
 
-    if backend != "auto":
-        return backends.RUN[choose(backend=backend).name](call)
+def _run_auto(call: Attention) -> backends.Result:
+    """Run the first backend that can, and the next ones where it fails."""
     while True:
-        choice = choose()
+        choice = _choose(call, "auto")
         _announce(choice)
         try:
             return backends.RUN[choice.name](call)
@@ -157,7 +195,20 @@ def sparse_attention(
         except Exception as error:
             if choice.name == BACKENDS[-1] or is_recording():
                 raise
-            _remember_failure(choice.name, q, k, tail is not None, error)
+            _remember_failure(choice.name, call.q, call.k, error, tail=call.tail is not None, lse=call.lse)
+
+
+def _choose(call: Attention, backend: str) -> BackendChoice:
+    return choose_backend(
+        call.q,
+        call.k,
+        call.v,
+        block=(call.q_layout.block, call.k_layout.block),
+        backend=backend,
+        tail=call.tail is not None,
+        tokens_per_frame=call.q_layout.tokens_per_frame,
+        lse=call.lse,
+    )
 
 
 def dense_attention_8bit(
@@ -190,7 +241,7 @@ def dense_attention_8bit(
         reason = backends.WHY_NOT["triton"](request)
         if backend == "triton" and reason:
             raise BackendUnavailable(f"attention backend 'triton' cannot run: {reason}")
-        if not (reason or _failures.get(_failure_key("triton", q, k, False))):
+        if not (reason or _failures.get(_failure_key("triton", q, k))):
             try:
                 return backends.dense_triton(q, k, v, scales, layout)
             except torch.OutOfMemoryError:
@@ -198,7 +249,7 @@ def dense_attention_8bit(
             except Exception as error:
                 if backend == "triton" or is_recording():
                     raise
-                _remember_failure("triton", q, k, False, error)
+                _remember_failure("triton", q, k, error)
     return backends.dense_by_head(q, k, v, scales, layout)
 
 
@@ -211,15 +262,16 @@ def choose_backend(
     backend: str = "auto",
     tail: bool = False,
     tokens_per_frame: int | None = None,
+    lse: bool = False,
 ) -> BackendChoice:
     """The backend that `sparse_attention` takes for these tensors, with one sentence of why.
 
-    q: [B, Lq, H, D]; k, v: [B, Lk, H, D]; only shapes, dtypes and devices are looked at. `tail` is whether a pooled
-    tail is asked for; `tokens_per_frame` matters only to flash4, which takes no ragged frames. Raises ValueError for
-    an unknown backend and BackendUnavailable for a named one that cannot run.
+    q: [B, Lq, H, D]; k, v: [B, Lk, H, D]; only shapes, dtypes and devices are looked at. `tail` and `lse` are whether
+    a pooled tail and a log-sum-exp are asked for; `tokens_per_frame` matters only to flash4, which takes no ragged
+    frames. Raises ValueError for an unknown backend and BackendUnavailable for a named one that cannot run.
     """
     _check_backend(backend)
-    request = Request(q, k, block, _needs_grad(q, k, v), tail, tokens_per_frame)
+    request = Request(q, k, block, _needs_grad(q, k, v), tail, tokens_per_frame, lse)
     if backend != "auto":
         if reason := backends.WHY_NOT[backend](request):
             raise BackendUnavailable(f"attention backend {backend!r} cannot run: {reason}")
@@ -228,7 +280,7 @@ def choose_backend(
     for name in BACKENDS:
         if name in ONLY_NAMED:
             continue
-        reason = _failures.get(_failure_key(name, q, k, tail)) or backends.WHY_NOT[name](request)
+        reason = _failures.get(_failure_key(name, q, k, tail, lse)) or backends.WHY_NOT[name](request)
         if reason is None and name == "triton" and q.device.type != "cuda":
             reason = "Triton's interpreter is only for tests and must be named"
         if reason is None and name == "flex" and q.device.type == "cpu":
@@ -250,15 +302,17 @@ def _too_small_to_compile(q: Tensor, k: Tensor) -> str | None:
     return f"{scores:,} query-key pairs on CPU are fewer than {FLEX_MIN_SCORES:,}, too few to wait for a compiler"
 
 
-def _failure_key(name: str, q: Tensor, k: Tensor, tail: bool) -> tuple[object, ...]:
-    return name, q.device.type, q.dtype, k.dtype, tail
+def _failure_key(name: str, q: Tensor, k: Tensor, tail: bool = False, lse: bool = False) -> tuple[object, ...]:
+    return name, q.device.type, q.dtype, k.dtype, tail, lse
 
 
-def _remember_failure(name: str, q: Tensor, k: Tensor, tail: bool, error: Exception) -> None:
+def _remember_failure(
+    name: str, q: Tensor, k: Tensor, error: Exception, *, tail: bool = False, lse: bool = False
+) -> None:
     """Warn, and do not try this backend again on this kind of tensors."""
     first_line = (str(error).strip() or repr(error)).splitlines()[0]
     reason = f"{name} failed on {q.device.type} in {q.dtype}: {type(error).__name__}: {first_line}"
-    _failures[_failure_key(name, q, k, tail)] = reason
+    _failures[_failure_key(name, q, k, tail, lse)] = reason
     _log.warning("[Light Forcing] attention: %s; trying the next backend", reason)
 
 

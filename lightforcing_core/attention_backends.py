@@ -1,6 +1,7 @@
 """The backends behind `attention`: for each, a reason why it cannot run or None, and the run itself.
 
-A backend takes an `Attention`, everything that one call is about, after the front door has checked it.
+A backend takes an `Attention`, everything that one call is about, after the front door has checked it, and returns
+the output and the log-sum-exp, None where nobody asked.
 """
 
 import functools
@@ -26,6 +27,10 @@ from .triton_kernels import kernel_module
 # Elements that the reference may gather at once.
 REFERENCE_CHUNK = 1 << 24
 
+# [B, Lq, H, D] in q's dtype; where it is asked for, the natural log of the sum of each query's exponentiated scores,
+# [B, Lq, H] in float32 or wider, −inf where a query attends to nothing.
+Result = tuple[Tensor, Tensor | None]
+
 
 class Request(NamedTuple):
     """What decides whether a backend can run: q and k (shape, dtype and device only), (query, key) block, and needs."""
@@ -36,6 +41,7 @@ class Request(NamedTuple):
     needs_grad: bool = False
     tail: bool = False
     tokens_per_frame: int | None = None
+    lse: bool = False
 
     @property
     def stored(self) -> torch.dtype:
@@ -48,7 +54,7 @@ class Attention:
     """One call: q [B, Lq, H, D], k and v [B, Lk, H, D], the compact list, both block layouts, and what is optional.
 
     scales: those of 8-bit k and v, float32 [B, k_blocks, H] each. tail: the block means of k and v. uneven: query
-    blocks may read different numbers of key blocks.
+    blocks may read different numbers of key blocks. lse: whether a log-sum-exp is asked for.
     """
 
     q: Tensor
@@ -61,6 +67,7 @@ class Attention:
     scales: tuple[Tensor, Tensor] | None = None
     tail: tuple[Tensor, Tensor] | None = None
     uneven: bool = False
+    lse: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------- Triton
@@ -75,10 +82,10 @@ def why_not_triton(request: Request) -> str | None:
     return kernel.why_not(request.q, request.block, request.stored)
 
 
-def run_triton(a: Attention) -> Tensor:
+def run_triton(a: Attention) -> Result:
     kernel = kernel_module("block_sparse")
     assert isinstance(kernel, ModuleType)
-    return kernel.block_sparse_attention(
+    result = kernel.block_sparse_attention(
         a.q,
         a.k,
         a.v,
@@ -90,7 +97,9 @@ def run_triton(a: Attention) -> Tensor:
         scales=a.scales,
         tail=a.tail,
         uneven=a.uneven,
+        return_lse=a.lse,
     )
+    return result if a.lse else (result, None)
 
 
 def dense_triton(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], k_layout: FrameBlocks) -> Tensor:
@@ -119,6 +128,8 @@ def why_not_flex(request: Request) -> str | None:
     if request.needs_grad:
         return "flex is set up for inference; run under torch.no_grad()"
     if q.device.type == "cpu":
+        if request.lse:
+            return "flex_attention gives no log-sum-exp on CPU"
         if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             return "flex_attention on CPU needs an x86 CPU with AVX2"
         if cpp_compiler() is None:
@@ -128,12 +139,14 @@ def why_not_flex(request: Request) -> str | None:
         return f"flex_attention is not used on {q.device.type}"
     if importlib.util.find_spec("triton") is None:
         return "flex_attention on a GPU is compiled by triton, which is not installed"
+    if request.lse and not hasattr(importlib.import_module("torch.nn.attention.flex_attention"), "AuxRequest"):
+        return f"flex_attention gives a log-sum-exp from PyTorch 2.9 on, and this is {torch.__version__}"
     if q.shape[-1] < 16:
         return f"flex_attention on a GPU needs a head dim of 16 or more, not {q.shape[-1]}"
     return None
 
 
-def run_flex(a: Attention) -> Tensor:
+def run_flex(a: Attention) -> Result:
     """Frames are padded to whole blocks; only a frame's ragged last key block is masked token by token.
 
     A pooled tail becomes more keys behind the others, whose scores get log(count) and of which each query block is
@@ -142,10 +155,11 @@ def run_flex(a: Attention) -> Tensor:
     """
     if a.scales is None:
         return _flex(a, slice(None))
-    return torch.cat([_flex(a, slice(head, head + 1)) for head in range(a.q.shape[2])], dim=2)
+    outs, lses = zip(*(_flex(a, slice(head, head + 1)) for head in range(a.q.shape[2])), strict=True)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2) if a.lse else None
 
 
-def _flex(a: Attention, heads: slice) -> Tensor:
+def _flex(a: Attention, heads: slice) -> Result:
     from torch.nn.attention.flex_attention import BlockMask
 
     q = a.q[:, :, heads]
@@ -182,9 +196,12 @@ def _flex(a: Attention, heads: slice) -> Tensor:
     if q.device.type != "cpu":  # a GPU tile must divide a block
         tiles = {"BLOCK_M": min(64, block[0]), "BLOCK_N": min(64, block[1])}
     one_head = q.shape[2] == 1  # torch.compile makes code of its own for sizes of 1
-    attend = _compiled_flex(q.device.type, q.dtype, q.shape[-1], *block, a.k_layout.ragged, one_head, bool(bias))
-    out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask, a.scale, tiles, *bias)
-    return a.q_layout.unpad(out.transpose(1, 2)).to(a.q.dtype)
+    attend = _compiled_flex(
+        q.device.type, q.dtype, q.shape[-1], *block, a.k_layout.ragged, one_head, bool(bias), lse=a.lse
+    )
+    out, lse = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask, a.scale, tiles, *bias)
+    out = a.q_layout.unpad(out.transpose(1, 2)).to(a.q.dtype)
+    return out, lse if lse is None else a.q_layout.unpad(lse.transpose(1, 2))
 
 
 def widens_on_cpu(dtype: torch.dtype) -> bool:
@@ -193,28 +210,31 @@ def widens_on_cpu(dtype: torch.dtype) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled_flex(*kind: object) -> Callable[..., Tensor]:
-    """flex_attention compiled once for all lengths; `kind` is whatever makes code of its own necessary.
+def _compiled_flex(*kind: object, lse: bool) -> Callable[..., Result]:
+    """flex_attention compiled once for all lengths; `kind` and `lse` are what makes code of its own necessary.
 
     torch.compile counts recompilations per code object and past a small limit falls back to a dense, uncompiled
     flex. So each kind gets its own code object, and fullgraph turns that fallback into an error.
     """
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention import flex_attention as flex
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: float, tiles: Any, bias: Tensor | None = None
-    ) -> Tensor:
+    ) -> Result:
         """bias: added to the scores of each key, float32 [keys]."""
-        if bias is None:
-            return flex_attention(q, k, v, block_mask=block_mask, scale=scale, kernel_options=tiles)
-        added: Tensor = bias
 
         def biased(score: Tensor, batch: Tensor, head: Tensor, q_token: Tensor, k_token: Tensor) -> Tensor:
-            return score + added[k_token]
+            assert bias is not None
+            return score + bias[k_token]
 
-        return flex_attention(q, k, v, biased, block_mask, scale, kernel_options=tiles)
+        score_mod = None if bias is None else biased
+        if not lse:
+            return flex.flex_attention(q, k, v, score_mod, block_mask, scale, kernel_options=tiles), None
+        asked = flex.AuxRequest(lse=True)
+        out, beside = flex.flex_attention(q, k, v, score_mod, block_mask, scale, kernel_options=tiles, return_aux=asked)
+        return out, beside.lse
 
-    attend.__code__ = attend.__code__.replace(co_name=f"attend_{'_'.join(map(str, kind))}")
+    attend.__code__ = attend.__code__.replace(co_name=f"attend_{'_'.join(map(str, (*kind, lse)))}")
     return torch.compile(attend, dynamic=True, fullgraph=True)
 
 
@@ -252,7 +272,7 @@ def why_not_flash4(request: Request) -> str | None:
     return None
 
 
-def run_flash4(a: Attention) -> Tensor:
+def run_flash4(a: Attention) -> Result:
     """Every listed block is a full one: it needs no mask. Written against flash-attn-4 4.0.0b36."""
     from flash_attn.cute import flash_attn_func
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -265,8 +285,9 @@ def run_flash4(a: Attention) -> Tensor:
         full_block_idx=a.selection.blocks.contiguous(),
         block_size=(a.q_layout.block, a.k_layout.block),
     )
-    out, _ = flash_attn_func(a.q, a.k, a.v, softmax_scale=a.scale, block_sparse_tensors=lists)
-    return out
+    with torch.cuda.device_of(a.q):  # it launches on the current device
+        out, lse = flash_attn_func(a.q, a.k, a.v, softmax_scale=a.scale, block_sparse_tensors=lists, return_lse=a.lse)
+    return out, lse.transpose(1, 2) if a.lse else None
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -276,7 +297,7 @@ def why_not_reference(request: Request) -> str | None:
     return None
 
 
-def run_reference(a: Attention) -> Tensor:
+def run_reference(a: Attention) -> Result:
     """Gather each query block's keys and values and attend to them densely, a few query blocks at a time."""
     q, q_layout, k_layout = a.q, a.q_layout, a.k_layout
     batch, _, heads, dim = q.shape
@@ -289,6 +310,7 @@ def run_reference(a: Attention) -> Tensor:
     listed = torch.arange(width, device=q.device) < counts[..., None]
     queries = q_layout.pad(q).unflatten(1, (q_blocks, q_layout.block))
     out = torch.zeros_like(queries)
+    lse = queries.new_zeros(queries.shape[:-1], dtype=wide) if a.lse else None
     step = max(1, REFERENCE_CHUNK // (width * k_layout.block * (2 * dim + 2 * q_layout.block)))
 
     def gather(side: int, b: int, h: int, ids: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
@@ -307,19 +329,23 @@ def run_reference(a: Attention) -> Tensor:
                 keys, values = (gather(side, b, h, ids, tokens, real) for side in (0, 1))
                 part_q = queries[b, part, :, h].to(wide) * a.scale
                 scores = (part_q @ keys.mT).masked_fill(~real[:, None], -torch.inf)
-                if a.tail is None:
-                    # A softmax over nothing is NaN; an empty list gives zeros instead.
-                    weights = scores.softmax(-1).masked_fill((counts[b, h, part] == 0)[:, None, None], 0)
-                    mixed = weights @ values
-                else:
+                if a.tail is not None:
                     row = BlockSelection(blocks[b, h, part], counts[b, h, part])
                     k_means, v_means = (x[b, :, h].to(wide) for x in a.tail)
                     tail_scores = part_q @ k_means.mT + lengths.to(wide).log()
                     tail_scores = tail_scores.masked_fill(row.to_mask(len(lengths))[:, None], -torch.inf)
-                    weights = torch.cat([scores, tail_scores], -1).softmax(-1)
+                    scores = torch.cat([scores, tail_scores], -1)
+                if lse is not None:
+                    lse[b, part, :, h] = scores.logsumexp(-1)
+                weights = scores.softmax(-1)
+                if a.tail is None:
+                    # A softmax over nothing is NaN; an empty list gives zeros instead.
+                    weights = weights.masked_fill((counts[b, h, part] == 0)[:, None, None], 0)
+                    mixed = weights @ values
+                else:
                     mixed = weights[..., : values.shape[1]] @ values + weights[..., values.shape[1] :] @ v_means
                 out[b, part, :, h] = mixed.to(q.dtype)
-    return q_layout.unpad(out.flatten(1, 2))
+    return q_layout.unpad(out.flatten(1, 2)), lse if lse is None else q_layout.unpad(lse.flatten(1, 2))
 
 
 def dense_by_head(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], k_layout: FrameBlocks) -> Tensor:
@@ -354,7 +380,7 @@ WHY_NOT: dict[str, Callable[[Request], str | None]] = {
     "flash4": why_not_flash4,
     "reference": why_not_reference,
 }
-RUN: dict[str, Callable[[Attention], Tensor]] = {
+RUN: dict[str, Callable[[Attention], Result]] = {
     "triton": run_triton,
     "flex": run_flex,
     "flash4": run_flash4,

@@ -31,8 +31,8 @@ ABOUT = "light_forcing_demo"  # the metadata entry that holds a DemoVideo
 FPS = 16
 DEFAULT_CAPTION = "on a plain background a red circle moves right slowly"  # within what every demo model has learnt
 
-# What the model has seen; simple: one thing, plain background, starting near the middle; pillar: the same, passing behind
-# a pillar that no caption mentions; full: one or two things on any background.
+# What the model has seen; simple: one thing, plain background, starting near the middle; pillar: the same, passing
+# behind a pillar that no caption mentions; full: one or two things on any background.
 Level = Literal["simple", "pillar", "full"]
 
 

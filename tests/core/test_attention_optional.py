@@ -22,88 +22,7 @@ from lightforcing.lightforcing_core.attention import (
 )
 from lightforcing.lightforcing_core.selection import BlockSelection
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EIGHT_BIT = [torch.int8, torch.float8_e4m3fn]
-
-
-def spans(frames, tokens_per_frame, block):
-    """The token range of every block, frame by frame, the last one of a frame cut at the frame's end."""
-    firsts = [(f * tokens_per_frame, s) for f in range(frames) for s in range(0, tokens_per_frame, block)]
-    return [(first + start, first + min(start + block, tokens_per_frame)) for first, start in firsts]
-
-
-class Problem:
-    """Random queries, stored keys and values with their scales, what these stand for in float64, mask and means."""
-
-    def __init__(self, tokens_per_frame, block, q_frames, k_frames, stored, *, batch=1, heads=2, dim=32, dtype=None):
-        generator = torch.Generator().manual_seed(tokens_per_frame + block[0] + k_frames)
-        self.tokens_per_frame, self.block = tokens_per_frame, block
-        self.q_spans, self.k_spans = (
-            spans(frames, tokens_per_frame, size) for frames, size in zip((q_frames, k_frames), block, strict=True)
-        )
-        shape = (batch, k_frames * tokens_per_frame, heads, dim)
-
-        def normal(*shape):
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE)
-
-        self.dtype = dtype or torch.float32
-        self.q = normal(batch, q_frames * tokens_per_frame, heads, dim).to(self.dtype)
-        self.mask = torch.rand(batch, heads, len(self.q_spans), len(self.k_spans), generator=generator) < 0.4
-        self.mask[-1, -1, -1] = True
-        if len(self.q_spans) > 1:
-            self.mask[0, 0, 0] = False
-        self.mask = self.mask.to(DEVICE)
-        self.means = tuple(normal(batch, len(self.k_spans), heads, dim).to(self.dtype) for _ in range(2))
-        self.kv, self.scales, self.exact = [], None, []
-        if stored in EIGHT_BIT:
-            self.scales = tuple(
-                (2.0 ** torch.randint(-9, -4, (batch, len(self.k_spans), heads), generator=generator)).to(DEVICE)
-                for _ in range(2)
-            )
-        for side in range(2):
-            if stored in EIGHT_BIT:
-                numbers = (normal(*shape) * 40).clamp(-127, 127).to(stored)
-                exact = numbers.double()
-                for i, (start, end) in enumerate(self.k_spans):
-                    exact[:, start:end] *= self.scales[side][:, i : i + 1, :, None].double()
-            else:
-                numbers = normal(*shape).to(self.dtype)
-                exact = numbers.double()
-            self.kv.append(numbers)
-            self.exact.append(exact)
-
-    def brute_force(self, mask, means=None):
-        """Float64, one row of the mask at a time; with means every block that is not in the row is one key."""
-        k, v = self.exact
-        out = torch.zeros(self.q.shape, dtype=torch.float64, device=DEVICE)
-        for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in mask.shape[:3])).tolist():
-            keys, values, extra = [], [], []
-            for i, (start, end) in enumerate(self.k_spans):
-                if mask[b, h, row, i]:
-                    keys.append(k[b, start:end, h])
-                    values.append(v[b, start:end, h])
-                    extra.append(torch.zeros(end - start, dtype=torch.float64, device=DEVICE))
-                elif means:
-                    keys.append(means[0][b, i : i + 1, h].double())
-                    values.append(means[1][b, i : i + 1, h].double())
-                    extra.append(torch.tensor([end - start], dtype=torch.float64, device=DEVICE).log())
-            if keys:
-                first, last = self.q_spans[row]
-                scores = self.q[b, first:last, h].double() @ torch.cat(keys).T / self.q.shape[-1] ** 0.5
-                out[b, first:last, h] = (scores + torch.cat(extra)).softmax(-1) @ torch.cat(values)
-        return out
-
-    def attend(self, backend, **rest):
-        return sparse_attention(
-            self.q,
-            *self.kv,
-            mask=self.mask,
-            tokens_per_frame=self.tokens_per_frame,
-            block=self.block,
-            backend=backend,
-            scales=self.scales,
-            **rest,
-        )
+from .attention_problems import DEVICE, EIGHT_BIT, SHAPES, Problem
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +31,6 @@ def flex():
         choose_backend(torch.zeros(1, 64, 1, 64, device=DEVICE), torch.zeros(1, 64, 1, 64), backend="flex")
     except BackendUnavailable as reason:
         pytest.skip(str(reason))
-
-
-SHAPES = [(40, (32, 16), 1, 3), (64, (16, 32), 2, 2), (100, (64, 64), 1, 2)]
 
 
 @pytest.mark.usefixtures("flex")
@@ -224,7 +140,7 @@ class LargestTensor(TorchDispatchMode):
 def test_no_wider_copy_of_an_8bit_cache_is_made(stored, monkeypatch):
     problem = Problem(32, (32, 32), 1, 8, stored, heads=4)
     cache = problem.kv[0].numel()
-    monkeypatch.setattr(attention_backends, "_compiled_flex", lambda *kind: lambda q, *rest: q)
+    monkeypatch.setattr(attention_backends, "_compiled_flex", lambda *kind, lse: lambda q, *rest: (q, None))
     monkeypatch.setattr(attention_backends, "REFERENCE_CHUNK", 1)
     runs = {
         "flex": lambda: attention_backends.run_flex(call),
@@ -328,8 +244,11 @@ class BlockSparseTensorsTorch(NamedTuple):
     block_size: tuple[int, int] | None = None
 
 
-def flash_attn_func(q, k, v, *, softmax_scale, block_sparse_tensors):
-    """What the real one computes from block-sparse tensors, by dense math; reads no list past its count."""
+def flash_attn_func(q, k, v, *, softmax_scale, block_sparse_tensors, return_lse=False):
+    """What the real one computes from block-sparse tensors, by dense math; reads no list past its count.
+
+    Its log-sum-exp is [B, H, L], natural and −inf for rows without keys.
+    """
     lists = block_sparse_tensors
     block_q, block_k = lists.block_size
     assert all(x.dtype == torch.int32 for x in lists[:4])
@@ -342,8 +261,9 @@ def flash_attn_func(q, k, v, *, softmax_scale, block_sparse_tensors):
             for n in ids[b, h, m, : counts[b, h, m]].tolist():
                 allowed[b, h, m * block_q : (m + 1) * block_q, n * block_k : (n + 1) * block_k] = True
     scores = torch.einsum("blhd,bmhd->bhlm", q.float(), k.float()) * softmax_scale
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0.0)
-    return torch.einsum("bhlm,bmhd->blhd", weights, v.float()).to(q.dtype), None
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    out = torch.einsum("bhlm,bmhd->blhd", scores.softmax(-1).nan_to_num(0.0), v.float()).to(q.dtype)
+    return out, scores.logsumexp(-1) if return_lse else None
 
 
 @pytest.fixture
@@ -420,7 +340,10 @@ def test_flash4_is_fed_from_the_compact_list(flash4, monkeypatch):
     blocks, counts = BlockSelection.from_mask(problem.mask)
     past_the_count = torch.arange(blocks.shape[-1]) >= counts[..., None]
     selection = BlockSelection(blocks.masked_fill(past_the_count, 0)[..., : counts.max()], counts)
-    got = sparse_attention(
-        problem.q, *problem.kv, selection=selection, tokens_per_frame=256, block=(128, 128), backend="flash4"
-    )
-    assert (got.double() - problem.brute_force(problem.mask)).abs().max() <= 1e-4
+    options = {"selection": selection, "tokens_per_frame": 256, "block": (128, 128), "backend": "flash4"}
+    got = sparse_attention(problem.q, *problem.kv, **options)
+    want, want_lse = problem.brute_force_and_lse(problem.mask)
+    assert (got.double() - want).abs().max() <= 1e-4
+    same, lse = sparse_attention(problem.q, *problem.kv, **options, return_lse=True)
+    assert torch.equal(same, got)
+    torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=0)

@@ -3,31 +3,27 @@
 Run as a process of its own, without TRITON_INTERPRET: an interpreted kernel cannot be compiled. Arguments, one JSON
 row printed for each:
 
-- `cc:block_q:block_k:head_dim:dtype:stored:ragged:variant:how`, e.g. `90:128:64:128:bf16:int8:1:tail:tma`; `variant`
-  is `sparse`, `tail` or `dense`, `how` empty, `tma`, `cut` or `tma cut`. Prints what the compiled code takes.
-- `tiles:` and the same up to `variant`: the tuner's other tiles, a row each.
+- a variant's name, see `attention_variants`. Prints what the compiled code takes.
+- `tiles:` and a name up to `variant`: the tuner's other tiles, a row each.
+- `bias:cc:block_k:tokens_per_frame`: the kernel that prepares a tail; prints what it takes.
+- `ptx:` and a name with several chips, `80 86 89`: a digest of each one's PTX without its label.
 - `chunks:cc`: prepares launches for every chunk of a video and prints how many kernels they compile.
 """
 
+import functools
+import hashlib
 import json
+import re
 import sys
 
 import torch
 import triton
+from attention_variants import kind_of, launch_of, name_of
 from resources import SHARED_KIB, resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from lightforcing.kernels import block_sparse, tuning
-
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "int8": torch.int8,
-    "fp8": torch.float8_e4m3fn,
-}
-
 
 MULTIPROCESSORS = 10_000  # so many that every unit is cut where units are cut
 
@@ -48,8 +44,13 @@ class Absent:
         return GPUTarget("cuda", self.cc, 32)
 
 
-def prepare(cc, kind, launch, tokens_per_frame, frames, width, *, slots=21, heads=12, device="meta", first_slot=0):
-    """Compile what the launcher would launch for a chunk of 3 frames that sees `frames` slots of a cache."""
+def prepare(
+    cc, kind, launch, tokens_per_frame, frames, width, *, slots=21, heads=12, device="meta", first_slot=0, asked=()
+):
+    """Compile what the launcher would launch for a chunk of 3 frames that sees `frames` slots of a cache.
+
+    asked: "uneven" for lists that are begun longest first, "lse" for a log-sum-exp.
+    """
     driver.set_active(Absent(cc))
 
     def empty(*shape, dtype):
@@ -60,7 +61,7 @@ def prepare(cc, kind, launch, tokens_per_frame, frames, width, *, slots=21, head
     q, out = (empty(1, 3 * tokens_per_frame, heads, kind.head_dim, dtype=kind.dtype) for _ in range(2))
     cache = empty(1, (slots + first_slot) * tokens_per_frame, heads, kind.head_dim, dtype=kind.stored)
     kv = cache[:, first_slot * tokens_per_frame :][:, : frames * tokens_per_frame]
-    lists = scales = tail = None
+    lists = scales = tail = order = lse = None
     if not kind.dense:
         lists = [empty(1, heads, q_blocks, *last, dtype=torch.int32) for last in ((width,), ())]
     if kind.stored != kind.dtype:
@@ -68,64 +69,74 @@ def prepare(cc, kind, launch, tokens_per_frame, frames, width, *, slots=21, head
     if kind.tail:
         means = empty(1, k_blocks, heads, kind.head_dim, dtype=kind.dtype)
         tail = means, means, empty(1, heads, q_blocks, k_blocks, dtype=torch.float32)
-    work = block_sparse.Work(kind, tokens_per_frame, 0.1, q, kv, kv, out, lists, None, scales, tail)
+    if "uneven" in asked:
+        order = empty(heads * q_blocks, dtype=torch.int32)
+    if "lse" in asked:
+        lse = empty(*q.shape[:-1], dtype=torch.float32)
+    work = block_sparse.Work(kind, tokens_per_frame, 0.1, q, kv, kv, out, lists, order, scales, tail, lse)
     launches = block_sparse.prepared(work, launch, MULTIPROCESSORS)
     return [kernel.warmup(*arguments, grid=grid, **constants) for kernel, grid, arguments, constants in launches]
-
-
-def kind_of(block_q, block_k, head_dim, dtype, stored, ragged, variant):
-    return tuning.Kind(
-        block_q=block_q,
-        block_k=block_k,
-        head_dim=head_dim,
-        dtype=DTYPES[dtype],
-        stored=DTYPES[stored],
-        ragged=(ragged, ragged),
-        tail=variant == "tail",
-        dense=variant == "dense",
-    )
-
-
-def launch_of(kind, how):
-    """The default launch, or what the tuner would make of it: `tma` through descriptors, `cut` with units in parts."""
-    launch = tuning.default_launch(kind)
-    if "tma" in how:
-        launch = launch._replace(descriptors=True)
-    return launch._replace(per_sm=2) if "cut" in how else launch
 
 
 def compile_variant(text):
     """Shared memory in bytes, and registers and stack bytes per thread where cuobjdump is, of one variant."""
     cc, *shape, how = text.split(":")
-    kind = kind_named(*shape)
-    return compiled(int(cc), kind, launch_of(kind, how), text)
+    kind = kind_of(*shape)
+    return compiled(int(cc), kind, launch_of(kind, how), text, asked=how.split())
 
 
 def compile_tiles(text):
-    """The same of each launch that the tuner times besides the default one; `text` without how it is launched."""
+    """The same of each launch that the tuner times besides the default one; `text` does not say how it is launched."""
     cc, *shape = text.split(":")
-    kind = kind_named(*shape)
+    kind = kind_of(*shape)
     for launch in tuning.candidates(kind, SHARED_KIB[int(cc)] * 1024)[1:]:
-        yield compiled(int(cc), kind, launch, text)
+        yield compiled(int(cc), kind, launch, name_of(int(cc), kind, launch))
 
 
-def kind_named(block_q, block_k, head_dim, dtype, stored, ragged, variant):
-    return kind_of(int(block_q), int(block_k), int(head_dim), dtype, stored, ragged == "1", variant)
-
-
-def compiled(cc, kind, launch, text):
-    kernel, *others = prepare(cc, kind, launch, 1560 if kind.ragged[0] else 1536, 21, 60)
+def compiled(cc, kind, launch, text, *, asked=()):
+    kernel, *others = prepare(cc, kind, launch, 1560 if any(kind.ragged) else 1536, 21, 60, asked=asked)
     assert bool(others) == bool(launch.per_sm)
+    return row_of(cc, launch, text, kernel, others, [x.asm["cubin"] for x in (kernel, *others)])
+
+
+def compile_bias(text):
+    cc, block_k, tokens_per_frame = map(int, text.split(":"))
+    driver.set_active(Absent(cc))
+    bias, counts = torch.empty(12, 75, 525, device="meta"), torch.empty(12, 75, dtype=torch.int32, device="meta")
+    lists = torch.empty(12, 75, 60, dtype=torch.int32, device="meta"), counts
+    constants = {"BLOCK_K": block_k, "TILE": 128}
+    kernel = block_sparse.tail_bias.warmup(bias, *lists, 525, 60, tokens_per_frame, grid=(900,), **constants)
+    return {"variant": text, "cc": cc, "shared": kernel.metadata.shared, **resource_usage(kernel.asm["cubin"])}
+
+
+def digests(text):
+    """By chip, what tells apart the PTX that each is given."""
+    chips, *shape, how = text.split(":")
+    kind = kind_of(*shape)
+    found = {}
+    for cc in chips.split():
+        kernels = prepare(int(cc), kind, launch_of(kind, how), 1560 if any(kind.ragged) else 1536, 21, 60)
+        ptx = "".join(re.sub(r"\.target sm_\d+", "", kernel.asm["ptx"]) for kernel in kernels)
+        found[cc] = hashlib.sha256(ptx.encode()).hexdigest()
+    return found
+
+
+def row_of(cc, launch, text, kernel, others, cubins):
+    """What the machine code `cubins` of a kernel and of what adds its parts up takes on sm_`cc`."""
     row = {"variant": text, "cc": cc, "shared": kernel.metadata.shared, **launch._asdict()}
     row |= {
         "tensor_maps": kernel.asm["ptx"].count("cp.async.bulk.tensor"),
-        "estimate": tuning.shared_bytes(kind, launch),
+        "tensor_memory": kernel.metadata.tmem_size,
+        "combine": [other.metadata.shared for other in others],
     }
-    row |= resource_usage(kernel.asm["cubin"])
-    row["combine"] = [other.metadata.shared for other in others]
-    if others and "stack" in row:
-        row["stack"] = max(row["stack"], *(resource_usage(other.asm["cubin"])["stack"] for other in others))
+    usage, *rest = map(usage_of, cubins)
+    row |= usage
+    if rest and "stack" in row:
+        row["stack"] = max(row["stack"], *(each["stack"] for each in rest))
     return row
+
+
+usage_of = functools.lru_cache(resource_usage)  # many kernels add their parts up with the same code
 
 
 def count_kernels(cc):
@@ -134,11 +145,11 @@ def count_kernels(cc):
     for variant, stored, how in (
         ("sparse", "bf16", ""),
         ("tail", "bf16", ""),
-        ("dense", "bf16", ""),
+        ("dense", "int8", ""),
         ("sparse", "int8", ""),
         ("sparse", "bf16", "tma cut"),
     ):
-        kind = kind_of(64, 64, 128, "bf16", stored, True, variant)
+        kind = kind_of("64", "64", "128", "bf16", stored, "1", variant)
         kernels = block_sparse.forward, block_sparse.combine
         for kernel in kernels:
             kernel.device_caches.clear()
@@ -151,12 +162,20 @@ def count_kernels(cc):
     return found
 
 
+def rows_of(argument):
+    task, _, rest = argument.partition(":")
+    if task == "tiles":
+        return compile_tiles(rest)
+    if task == "bias":
+        return [compile_bias(rest)]
+    if task == "ptx":
+        return [digests(rest)]
+    if task == "chunks":
+        return [count_kernels(int(rest))]
+    return [compile_variant(argument)]
+
+
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        task, _, rest = argument.partition(":")
-        if task == "tiles":
-            found = compile_tiles(rest)
-        else:
-            found = [count_kernels(int(rest)) if task == "chunks" else compile_variant(argument)]
-        for row in found:
+        for row in rows_of(argument):
             print(json.dumps(row), flush=True)

@@ -1,6 +1,5 @@
 """The block-sparse Triton kernel: its variants against float64, strides, memory it must not touch, refusals."""
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,162 +15,25 @@ import triton
 from lightforcing.kernels import block_sparse, tuning
 from lightforcing.kernels.block_sparse import block_sparse_attention, dense_attention, why_not
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
-
-
-def dense(q, k, v, tokens):
-    """Attention of every query over the keys at `tokens`, in float64."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k[:, tokens], v[:, tokens]))
-    return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2)
-
-
-def every_query_block_reads(ids, batch, heads, q_blocks, width=None):
-    """A list in which all query blocks read the same key blocks; entries past the count are nonsense on purpose."""
-    row = torch.tensor(ids + [10**6] * ((width or len(ids)) - len(ids)), dtype=torch.int32, device=DEVICE)
-    counts = torch.full((batch, heads, q_blocks), len(ids), dtype=torch.int32, device=DEVICE)
-    return row.expand(batch, heads, q_blocks, -1), counts
-
-
-def ranges(frames, tokens_per_frame, block):
-    """The token range of every block, frame by frame, the last one of a frame cut at the frame's end."""
-    starts = [
-        (frame * tokens_per_frame, start) for frame in range(frames) for start in range(0, tokens_per_frame, block)
-    ]
-    return [(first + start, first + min(start + block, tokens_per_frame)) for first, start in starts]
-
-
-def brute_force(q, k, v, mask, tokens_per_frame, block, means=None):
-    """Attention in float64, row by row of the mask; with `means` every block that is not in the row is one key."""
-    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-    q_ranges = ranges(q.shape[1] // tokens_per_frame, tokens_per_frame, block[0])
-    k_ranges = ranges(k.shape[1] // tokens_per_frame, tokens_per_frame, block[1])
-    for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in (q.shape[0], q.shape[2], len(q_ranges)))).tolist():
-        keys, values, extra = [], [], []
-        for i, (start, end) in enumerate(k_ranges):
-            if mask[b, h, row, i]:
-                keys.append(k[b, start:end, h].double())
-                values.append(v[b, start:end, h].double())
-                extra += [0.0] * (end - start)
-            elif means:
-                keys.append(means[0][b, i : i + 1, h].double())
-                values.append(means[1][b, i : i + 1, h].double())
-                extra.append(torch.tensor(float(end - start), dtype=torch.float64).log().item())
-        if keys:
-            first, last = q_ranges[row]
-            scores = q[b, first:last, h].double() @ torch.cat(keys).T / q.shape[-1] ** 0.5
-            weights = (scores + torch.tensor(extra, dtype=torch.float64, device=q.device)).softmax(-1)
-            out[b, first:last, h] = weights @ torch.cat(values)
-    return out
-
-
-class Case:
-    """Random q, k, v in a larger cache, lists and means; all that the kernel must not read is NaN or nonsense."""
-
-    def __init__(self, tokens_per_frame, block, q_frames, past, batch, heads, dim, dtype, stored, seed):
-        generator = torch.Generator().manual_seed(seed)
-        self.tokens_per_frame, self.block = tokens_per_frame, block
-        k_frames = q_frames + past
-        spans = ranges(k_frames, tokens_per_frame, block[1])
-        rows = q_frames * len(ranges(1, tokens_per_frame, block[0]))
-
-        def normal(*shape):
-            return torch.randn(shape, generator=generator)
-
-        self.q = normal(batch, q_frames * tokens_per_frame, heads, dim).to(DEVICE, dtype)
-        self.mask = torch.rand(batch, heads, rows, len(spans), generator=generator) < 0.4
-        self.mask[-1, -1, -1] = True
-        if rows > 1:
-            self.mask[0, 0, 0] = False
-        self.means = tuple(normal(batch, len(spans), heads, dim).to(DEVICE, dtype) for _ in range(2))
-        # Lists in any order, in a row that is wider than needed and ends in ids that do not exist.
-        self.blocks = torch.full((batch, heads, rows, len(spans) + 2), 10**6, dtype=torch.int32)
-        self.counts = self.mask.sum(-1, dtype=torch.int32).to(DEVICE)
-        for index in torch.cartesian_prod(*(torch.arange(n) for n in self.mask.shape[:3])).tolist():
-            ids = self.mask[tuple(index)].nonzero()[:, 0]
-            ids = ids[torch.randperm(len(ids), generator=generator)]
-            self.blocks[tuple(index)][: len(ids)] = ids.int()
-        self.blocks = self.blocks.to(DEVICE)
-
-        self.exact, self.stored, scales = [], [], []
-        for _ in range(2):
-            cache = torch.full((batch, k_frames * tokens_per_frame + 40, heads, dim), torch.nan)
-            block_scales = torch.full((batch, len(spans), heads), 1.0)
-            for i, (start, end) in enumerate(spans):
-                cache[:, 20 + start : 20 + end] = normal(batch, end - start, heads, dim)
-                block_scales[:, i] = 0.002 * 2.0 ** torch.randint(0, 4, (heads,), generator=generator)
-            if stored in EIGHT_BIT:
-                spread = torch.cat(
-                    [block_scales[:, i : i + 1].expand(-1, e - s, -1) for i, (s, e) in enumerate(spans)], 1
-                )
-                inner = cache[:, 20:-20] / spread[..., None] / 16
-                numbers = inner.round().clamp(-127, 127) if stored == torch.int8 else inner
-                cache[:, 20:-20] = numbers
-                cache = cache.nan_to_num(127.0).to(stored) if stored == torch.int8 else cache.to(stored)
-                self.exact.append((cache[:, 20:-20].double() * spread[..., None]).to(DEVICE))
-                scales.append(block_scales.to(DEVICE))
-            else:
-                cache = cache.to(dtype)
-                self.exact.append(cache[:, 20:-20].double().to(DEVICE))
-            self.stored.append(cache.to(DEVICE)[:, 20:-20])
-        self.scales = tuple(scales) or None
-        wide = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-        self.tolerance = wide[torch.bfloat16 if dtype == torch.float16 and scales else dtype]
-
-    def check(self, got, want):
-        assert got.dtype == self.q.dtype
-        assert (got.double() - want).abs().max() <= self.tolerance * max(1.0, want.abs().max().item())
-
-    def options(self):
-        return {
-            "tokens_per_frame": self.tokens_per_frame,
-            "block_q": self.block[0],
-            "block_k": self.block[1],
-            "scales": self.scales,
-        }
-
-
-@pytest.fixture
-def poisoned_outputs(monkeypatch):
-    """Memory that the launcher allocates starts as NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(block_sparse.torch, "empty", lambda *size, **kw: empty(*size, **kw).fill_(torch.nan))
-
-
-CASES = st.builds(
+from .attention_cases import (
+    CASES,
+    DEVICE,
+    EIGHT_BIT,
+    HOW,
     Case,
-    tokens_per_frame=st.integers(1, 70),
-    block=st.tuples(st.sampled_from([16, 32, 128]), st.sampled_from([16, 32, 128])),
-    q_frames=st.integers(1, 2),
-    past=st.integers(0, 2),
-    batch=st.integers(1, 2),
-    heads=st.integers(1, 2),
-    dim=st.sampled_from([16, 24, 64]),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    stored=st.sampled_from([None, *EIGHT_BIT]),
-    seed=st.integers(0, 99),
+    brute_force,
+    dense,
+    every_query_block_reads,
+    launched,
+    poisoned,
+    ranges,
 )
 
 
-# How the tuner may launch: tiles through descriptors, units beyond the last multiple of `per_sm` cut into parts.
-HOW = st.fixed_dictionaries({"descriptors": st.booleans(), "per_sm": st.sampled_from([0, 3, 5, 8])})
-
-
-@contextmanager
-def launched(**changes):
-    """The default launch with changes, and cuts down to one block; gives the prepared launches of every call."""
-    calls, default, prepared = [], tuning.default_launch, block_sparse.prepared
-
-    def seen(*arguments):
-        calls.append(prepared(*arguments))
-        return calls[-1]
-
-    with (
-        mock.patch.object(tuning, "default_launch", lambda kind: default(kind)._replace(**changes)),
-        mock.patch.object(tuning, "MIN_BLOCKS", 1),
-        mock.patch.object(block_sparse, "prepared", seen),
-    ):
-        yield calls
+@pytest.fixture
+def poisoned_outputs():
+    with poisoned():
+        yield
 
 
 @given(case=CASES, with_tail=st.booleans(), uneven=st.booleans(), how=HOW)
@@ -202,7 +64,7 @@ def test_units_cut_into_parts_equal_brute_force(tokens_per_frame, with_tail, des
     case = Case(tokens_per_frame, (128, 128), 2, 1, 2, 1, 16, torch.float16, None, seed=tokens_per_frame)
     means = case.means if with_tail else None
     want = brute_force(case.q, *case.exact, case.mask, tokens_per_frame, case.block, means)
-    units = case.counts.numel()
+    units = case.counts.numel() * (2 if with_tail else 1)  # beside a tail a tile has 64 rows
     for per_sm in (units - 1, 2 * units + 1):  # one unit into many parts; all units into two, none whole
         with launched(descriptors=descriptors, per_sm=per_sm) as calls:
             got = block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, tail=means, **case.options())
@@ -430,7 +292,7 @@ def test_fp8_is_declined_where_the_chip_cannot_widen_it(monkeypatch, capability,
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    """As much of a GPU as choosing launch parameters looks at; gives a function that sets its compute capability."""
+    """As much of an sm_90 GPU as choosing launch parameters looks at."""
     gpu = SimpleNamespace(name="GPU", multi_processor_count=4)
     utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": 227 * 1024})
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
@@ -438,20 +300,16 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(block_sparse, "_launches", {})
     monkeypatch.setattr(block_sparse.forward, "cache_key", "0" * 64, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-
-    def on(capability):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-
-    on((9, 0))
-    return on
 
 
 KIND = tuning.Kind(64, 64, 128, torch.bfloat16, torch.bfloat16, (False, False))
 ON_GPU = SimpleNamespace(is_cuda=True, shape=(1, 4608, 12, 128), device=torch.device("cuda", 1))
 
 
-def test_a_card_too_full_to_time_anything_takes_the_default_and_the_run_goes_on(a_gpu, monkeypatch, tmp_path, caplog):
+@pytest.mark.usefixtures("a_gpu")
+def test_a_card_too_full_to_time_anything_takes_the_default_and_the_run_goes_on(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path))
 
     def full(*arguments, **options):
@@ -465,7 +323,8 @@ def test_a_card_too_full_to_time_anything_takes_the_default_and_the_run_goes_on(
     assert not list(tmp_path.iterdir())  # the next run, which may have room, times again
 
 
-def test_nothing_is_timed_while_a_graph_is_captured(a_gpu, monkeypatch, tmp_path):
+@pytest.mark.usefixtures("a_gpu")
+def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch, tmp_path):
     monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(triton.testing, "do_bench", None)
@@ -485,7 +344,6 @@ def test_nothing_is_timed_while_a_graph_is_captured(a_gpu, monkeypatch, tmp_path
         ((12, 0), torch.int8, False, False),
     ],
 )
-def test_tma_is_timed_where_the_chip_has_it_and_the_kernel_stays_in_registers(a_gpu, capability, stored, tail, takes):
-    a_gpu(capability)
+def test_tma_is_timed_where_the_chip_has_it_and_the_kernel_stays_in_registers(capability, stored, tail, takes):
     kind = tuning.Kind(64, 64, 128, torch.bfloat16, stored, (False, False), tail=tail)
-    assert block_sparse._takes_descriptors(kind, ON_GPU.device) == takes
+    assert block_sparse.takes_descriptors(kind, capability) == takes

@@ -167,6 +167,16 @@ def test_candidates_are_few_divide_the_blocks_and_fit(shared_kib):
             assert launch.num_warps * 32 >= launch.tile_q  # 128 rows on 4 warps spill
 
 
+def test_tiles_that_are_known_to_spill_are_not_timed():
+    for each in KINDS:
+        for launch in rounds(each, 227 * 1024, descriptors=False)[0](default_launch(each)):
+            assert each.dtype != torch.float32 or (launch.tile_q <= 32 and launch.tile_k <= 32)
+            assert each.stored == each.dtype or launch.tile_k <= 64
+    eight_bit = kind(block_k=128, stored=torch.int8)
+    with_tma = rounds(eight_bit, 227 * 1024, descriptors=True)[0](default_launch(eight_bit))
+    assert any(launch.tile_k == 128 for launch in with_tma)
+
+
 def test_rounds_end_with_tma_where_there_is_any_and_with_cuts():
     best = Launch(64, 64, 4, 4)
     for each, descriptors, tma in [
