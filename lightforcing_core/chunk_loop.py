@@ -11,8 +11,9 @@ from torch import Tensor
 
 from . import step_graph
 from .attention import AttentionOptions
-from .causal_wan import CausalState, DenseAttention, forward
+from .causal_wan import GIVEN_NOISE, CausalState, DenseAttention, forward
 from .families import SinkRope
+from .host_memory import sent
 from .kv_cache import KVCache
 from .kv_storage import KVOptions
 from .run_record import RunRecorder
@@ -75,6 +76,7 @@ class ChunkLoop:
     sink_rope: SinkRope
     noise: Noise
     initial_latents: Tensor | None
+    last_latents: Tensor | None
     replay: Replay
     context_noise: float
     attention: AttentionOptions
@@ -191,8 +193,16 @@ class ChunkLoop:
 
     def _given(self, start: int, length: int) -> Tensor:
         assert self.initial_latents is not None
-        given = self.initial_latents[:, :, start : start + length].to(self.device, torch.float32)
-        return given.expand(self.shape[0], -1, -1, -1, -1)
+        return self._for_each_video(self.initial_latents[:, :, start : start + length])
+
+    def _end_of(self, index: int) -> Tensor | None:
+        """What the chunk ends with, if anything: [B, C, frames, h, w]."""
+        if self.last_latents is None or index < len(self.lengths) - 1:
+            return None
+        return self._for_each_video(self.last_latents)
+
+    def _for_each_video(self, given: Tensor) -> Tensor:
+        return sent(given.float(), self.device).expand(self.shape[0], -1, -1, -1, -1)
 
     @torch.no_grad()
     def _follow_prompts(self, states: list[CausalState], index: int, past: list[Tensor]) -> None:
@@ -200,7 +210,7 @@ class ChunkLoop:
         for guide, state in zip(self.guides, states, strict=True):
             change = guide.changes_at(index)
             if index == 0 or change:
-                text = guide.text(index).to(device=self.device, dtype=self.dtype)
+                text = sent(guide.text(index).to(self.dtype), self.device)
                 state.follow(text.expand(self.shape[0], -1, -1))
             if change == "hard":
                 state.reopen_visible()
@@ -221,17 +231,24 @@ class ChunkLoop:
             drawn = self.noise(index, number, shape)
             if drawn.shape != shape:
                 raise ValueError(f"noise({index}, {number}, …) has shape {tuple(drawn.shape)}; expected {shape}")
-            return drawn.to(device=self.device, dtype=torch.float32)
+            return sent(drawn.float(), self.device)
 
         if self.recorder is not None:
             self.recorder.open(index, self._sparsity(index), len(levels) - 1, states[0])
+        end = self._end_of(index)
         for state in states:
-            state.steps = len(levels) - 1
-        x = levels[0] * draw(0) if levels[0] < 1.0 else draw(0)
+            state.steps, state.given = len(levels) - 1, 0 if end is None else end.shape[2]
+        noise = draw(0)
+        x = levels[0] * noise if levels[0] < 1.0 else noise
         for step, (sigma, following) in enumerate(pairwise(levels)):
             if self.recorder is not None and following == 0.0:
                 states[0].watch = self.recorder.saw
+            if end is not None:
+                less = GIVEN_NOISE * sigma
+                x = _with_end(x, (1.0 - less) * end + less * noise[:, :, -end.shape[2] :])
             x0 = self._predict(x, sigma, states)
+            if end is not None:
+                x0 = _with_end(x0, end)
             done += 1
             if self.on_step is not None:
                 generated = len(self.lengths) - self.first_index
@@ -241,7 +258,8 @@ class ChunkLoop:
                 chunk, steps, density = index - self.first_index, len(levels) - 1, states[0].density
                 self.on_step(StepEvent(chunk, generated, index, start, step, steps, done, total, x, x0, density))
             if following > 0.0:
-                x = (1.0 - following) * x0 + following * draw(step + 1)
+                noise = draw(step + 1)
+                x = (1.0 - following) * x0 + following * noise
         if self.recorder is not None:
             states[0].watch = None
             self.recorder.close()
@@ -268,3 +286,8 @@ class ChunkLoop:
         timestep = torch.full((x.shape[0],), sigma * 1000.0, device=self.device)
         assert state.text is not None
         return x - sigma * forward(self.dit, x.to(self.dtype), timestep, state.text, state).float()
+
+
+def _with_end(x: Tensor, end: Tensor) -> Tensor:
+    """x [B, C, frames, h, w] with `end` in the place of its last frames."""
+    return torch.cat([x[:, :, : -end.shape[2]], end], dim=2)

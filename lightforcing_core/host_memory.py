@@ -1,7 +1,7 @@
-"""Host memory that a GPU copies to and from at the bus's full speed: one pinned piece of exactly the bytes asked for.
+"""Host memory that a GPU copies to and from at the bus's full speed, beside its work: small tensors and large pieces.
 
 PyTorch's own pinned memory is rounded up to powers of two and kept after it is freed; a long video's cache is many
-gigabytes, which must be neither.
+gigabytes, which must be neither. So its memory is one piece of exactly the bytes asked for.
 """
 
 import contextlib
@@ -17,6 +17,18 @@ from torch import Tensor
 ALIGNED = 256
 
 _log = logging.getLogger(__name__)
+
+
+def sent(x: Tensor, device: torch.device | str | None) -> Tensor:
+    """x on `device`, None: where it lies; from host memory to a GPU without waiting for what the GPU is doing.
+
+    A copy from memory that is not pinned waits for all that was asked of the stream before.
+    """
+    if device is None:
+        return x
+    if x.device.type != "cpu" or torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def bytes_of(tensors: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:
@@ -42,10 +54,11 @@ class HostMemory:
     ) -> None:
         self._buffer: Tensor | None = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._used = 0
-        self.pinned = gpu is not None and nbytes > 0 and _pinned(self._buffer, gpu)
-        self._unpin = weakref.finalize(self, _unpin, self._buffer.data_ptr(), wait) if self.pinned else None
-        if self._unpin is not None:
+        self._unpin: weakref.finalize | None = None
+        if gpu is not None and nbytes > 0 and _pinned(self._buffer, gpu):
+            self._unpin = weakref.finalize(self, _unpin, self._buffer.data_ptr(), gpu, wait)
             self._unpin.atexit = False  # the driver may be gone by then, and the memory goes with the process
+        self.pinned = self._unpin is not None
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """The next tensor, its values whatever lies there. RuntimeError where it is more than is left."""
@@ -66,7 +79,8 @@ class HostMemory:
 
 def _pinned(buffer: Tensor, gpu: torch.device) -> bool:
     """Whether the driver has locked the buffer's pages in memory."""
-    status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
+    with _current(gpu):
+        status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
     if status == 0:
         return True
     with contextlib.suppress(RuntimeError):  # the refusal lies in wait for whatever the device is told next
@@ -79,6 +93,12 @@ def _pinned(buffer: Tensor, gpu: torch.device) -> bool:
     return False
 
 
-def _unpin(address: int, wait: Callable[[], object]) -> None:
+def _unpin(address: int, gpu: torch.device, wait: Callable[[], object]) -> None:
     wait()
-    torch.cuda.cudart().cudaHostUnregister(address)
+    with _current(gpu):
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _current(gpu: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make `gpu` the current one: what is asked of another one makes a context there, of hundreds of megabytes."""
+    return torch.cuda.device(gpu if gpu.type == "cuda" else -1)

@@ -162,12 +162,17 @@ class KVStorage:
         with self._copying():
             for first, many in slots:
                 self._copy(source, target, first, many)
+        if self._copier is not None and len(self._layers) <= len(self._stage):
+            # A layer that never leaves its buffer is written again without being brought again.
+            self._ready[layer % len(self._stage)] = self._copier.record_event()
 
     def free(self) -> None:
         """Let go of all memory."""
         self._layers.clear()
         if self._host is not None:
-            self._host.free()  # which waits for copies under way: they read memory that is given away
+            if self._copier is not None:
+                self._copier.synchronize()  # copies under way, pinned or not, use memory that is given away
+            self._host.free()
         self._stage.clear()
 
     def _bring(self, layer: int) -> None:

@@ -64,6 +64,7 @@ def rollout(
     seed: int = 0,
     noise: Noise | None = None,
     initial_latents: Tensor | None = None,
+    last_latents: Tensor | None = None,
     replay: Replay = "all",
     context_noise: float = 0.0,
     cfg: float = 1.0,
@@ -81,7 +82,7 @@ def rollout(
     """Generate a video chunk by chunk; a generator of finished `Chunk`s in the model's normalised latent space.
 
     dit: a Wan 2.1 T2V module tree (`wan.wan_from_state_dict` or the host's). context: [B or 1, tokens, text_dim],
-    or the prompts of a timeline. latent_shape: (B, C, frames, h, w), initial latents included.
+    or the prompts of a timeline. latent_shape: (B, C, frames, h, w), initial and last latents included.
     sigmas: falling noise levels in (0, 1], closed by 0; first_sigmas: another list for the video's first chunk.
     growth: one sparsity per chunk of the video (the last one is kept beyond the list), None for dense.
     window: visible latent frames, `sink_frames` and the current chunk included; None sees everything.
@@ -95,6 +96,9 @@ def rollout(
     prompts and noise, count from the start of the video. `replay` "all" feeds every initial frame, so that a
     continued run equals the uninterrupted one; "window" only the sinks and the frames that are still visible, so
     that continuing a long video costs no more than a short one.
+    last_latents: [B or 1, C, frames, h, w], clean, with which the video ends; fewer than the last chunk has, so that
+    something is left to lead to them. They stand in that chunk throughout its steps, with `GIVEN_NOISE` of each
+    step's noise and a timestep to match, and in its x0 as they are. Chunks before it know nothing of them.
     context_noise: the timestep, 0…1000, at which finished chunks are committed.
     cfg, negative: classifier-free guidance with a negative prompt [B or 1, tokens, text_dim] and a cache of its own,
     for models that are not distilled; 1 runs the prompt alone.
@@ -131,6 +135,8 @@ def rollout(
     frames = latent_shape[2]
     initial_frames = 0 if initial_latents is None else initial_latents.shape[2]
     lengths = chunk_lengths(frames, frames_per_chunk, first_chunk_length(frames_per_chunk, initial_frames))
+    if last_latents is not None:
+        check_last_latents(last_latents, latent_shape, frames_per_chunk, lengths[-1])
     if window is not None and window < sink_frames + max(lengths):
         raise ValueError(
             f"window {window} cannot hold {sink_frames} sink frames and a chunk of {max(lengths)}; "
@@ -158,6 +164,7 @@ def rollout(
         sink_rope=rope,
         noise=noise or seeded_noise(seed),
         initial_latents=initial_latents,
+        last_latents=last_latents,
         replay=replay,
         context_noise=context_noise,
         attention=attention or AttentionOptions(),
@@ -206,14 +213,41 @@ def _check_tensors(dit: Any, latent_shape: Sequence[int], guide: Timeline, initi
             raise ValueError("context holds NaN or infinity; encode the text again")
     if initial_latents is None:
         return
-    shape = tuple(initial_latents.shape)
-    if len(shape) != 5 or (shape[1], *shape[3:]) != (channels, height, width) or shape[0] not in (1, batch):
+    _check_given("initial_latents", initial_latents, latent_shape)
+    if initial_latents.shape[2] >= frames:
+        raise ValueError(
+            f"initial_latents already fill {initial_latents.shape[2]} of {frames} latent frames; ask for a longer video"
+        )
+
+
+def check_last_latents(last: Tensor, latent_shape: Sequence[int], frames_per_chunk: int, last_chunk: int) -> None:
+    """ValueError unless a video of `latent_shape` can end with the latents `last`.
+
+    frames_per_chunk, last_chunk: latent frames of a whole chunk, and of the video's last one.
+    """
+    _check_given("last_latents", last, latent_shape)
+    count, frames = last.shape[2], latent_shape[2]
+    if count < last_chunk:
+        return
+    nothing = f"last_latents of {count} latent frames leave none of the last chunk's {last_chunk} to lead to them"
+    if frames_per_chunk == 1:
+        raise ValueError(f"{nothing}; a model that works frame by frame cannot do it: use a chunk-wise checkpoint")
+    if count < frames_per_chunk:
+        whole = frames + frames_per_chunk - last_chunk
+        raise ValueError(f"{nothing}; ask for {whole} latent frames instead of {frames}, then that chunk is whole")
+    raise ValueError(f"{nothing}; give at most {frames_per_chunk - 1}")
+
+
+def _check_given(name: str, given: Tensor, latent_shape: Sequence[int]) -> None:
+    """ValueError unless given latents fit a video of `latent_shape` and are finite."""
+    batch, channels, _, height, width = latent_shape
+    shape = tuple(given.shape)
+    fits = len(shape) == 5 and (shape[1], *shape[3:]) == (channels, height, width) and shape[0] in (1, batch)
+    if not fits or not shape[2]:
         expected = f"[{_either(1, batch)}, {channels}, frames, {height}, {width}]"
-        raise ValueError(f"initial_latents have shape {shape}; expected {expected}")
-    if shape[2] >= frames:
-        raise ValueError(f"initial_latents already fill {shape[2]} of {frames} latent frames; ask for a longer video")
-    if not _is_finite(initial_latents):
-        raise ValueError("initial_latents hold NaN or infinity; encode the start frames again")
+        raise ValueError(f"{name} have shape {shape}; expected {expected}")
+    if not _is_finite(given):
+        raise ValueError(f"{name} hold NaN or infinity; encode the frames again")
 
 
 def _either(one: int, other: int) -> str:

@@ -19,12 +19,13 @@ from .eight_bit import KVDtype
 from .families import SinkRope
 from .growth import chunk_lengths, first_chunk_length
 from .kv_storage import KVOptions
-from .rollout import Chunk, Replay, seeded_noise
+from .rollout import Chunk, Replay, check_last_latents, seeded_noise
 from .tensor_files import write_tensors
 from .timeline import Prompt, Timeline
 
 FORMAT = "light_forcing_run_state"
-VERSION = 1
+VERSION = 2  # 1 knows no given end; a state without one is still written as 1
+TENSORS = ("given", "last_latents", "negative")  # the fields that are one tensor or None
 
 
 class StateError(ValueError):
@@ -63,6 +64,7 @@ class RunState:
     attention: AttentionOptions = field(default_factory=AttentionOptions)
     kv_dtype: KVDtype = "same"
     given: Tensor | None = None
+    last_latents: Tensor | None = None
     finished: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
@@ -74,7 +76,10 @@ class RunState:
                 raise ValueError(f"the given latents have shape {shape}, which does not fit a video of {self._shape()}")
             if shape[2] >= self.latent_shape[2]:
                 raise ValueError(f"the given latents already fill {shape[2]} of {self.latent_shape[2]} latent frames")
-        lengths = self.chunk_lengths()[self.first_index :]
+        planned = self.chunk_lengths()
+        if self.last_latents is not None:
+            check_last_latents(self.last_latents, self.latent_shape, self.frames_per_chunk, planned[-1])
+        lengths = planned[self.first_index :]
         if len(self.finished) > len(lengths):
             raise ValueError(f"{len(self.finished)} chunks are finished; a video of {self._shape()} has {len(lengths)}")
         for number, (latents, frames) in enumerate(zip(self.finished, lengths, strict=False), start=self.first_index):
@@ -131,13 +136,16 @@ class RunState:
         """The same run for a longer video, which continues as if it had been asked for this length at once.
 
         A short last chunk, there because the former length was no multiple of the chunk size, would not be short in
-        the longer video: it is left out and made again at full length. `growth` stays; its last value holds on.
+        the longer video: it is left out and made again at full length. So is one that led to given last latents,
+        which the longer video ends with instead. `growth` stays; its last value holds on.
         """
         batch, channels, frames, height, width = self.latent_shape
         if latent_frames <= frames:
             raise StateError(f"the video already has {frames} latent frames; {latent_frames} would not lengthen it")
         longer = replace(self, latent_shape=(batch, channels, latent_frames, height, width), finished=())
         planned = longer.chunk_lengths()[self.first_index :]
+        if self.last_latents is not None:
+            planned = planned[: len(self.chunk_lengths()) - 1 - self.first_index]
         whole = [chunk for chunk, length in zip(self.finished, planned, strict=False) if chunk.shape[2] == length]
         return replace(longer, finished=tuple(whole))
 
@@ -175,7 +183,7 @@ def resume_arguments(state: RunState, *, replay: Replay = "all") -> dict[str, An
         "sink_frames",
         "sink_rope",
     ]
-    same += ["context_noise", "cfg", "negative", "attention"]
+    same += ["context_noise", "cfg", "negative", "attention", "last_latents"]
     return {
         **{name: getattr(state, name) for name in same},
         "context": list(state.prompts),
@@ -193,7 +201,8 @@ def save_run_state(state: RunState, path: str | Path) -> Path:
     """
     tensors, facts = _packed(state)
     facts["checksums"] = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    return write_tensors(path, tensors, {"format": FORMAT, "version": str(VERSION), "state": json.dumps(facts)})
+    version = 1 if state.last_latents is None else VERSION
+    return write_tensors(path, tensors, {"format": FORMAT, "version": str(version), "state": json.dumps(facts)})
 
 
 def load_run_state(path: str | Path) -> RunState:
@@ -231,11 +240,11 @@ def _packed(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by name, and everything else as plain JSON values."""
     tensors = {f"chunk.{i:05d}": chunk.detach().cpu().contiguous() for i, chunk in enumerate(state.finished)}
     shared = {f"prompt.{i}": prompt.context for i, prompt in enumerate(state.prompts)}
-    shared |= {name: t for name in ("given", "negative") if (t := getattr(state, name)) is not None}
+    shared |= {name: t for name in TENSORS if (t := getattr(state, name)) is not None}
     for name, tensor in shared.items():  # safetensors refuses tensors that share memory, like a prompt that returns
         tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    tensor_fields = {"given", "negative", "finished", "prompts", "attention"}
-    facts = {name: value for name, value in vars(state).items() if name not in tensor_fields}
+    apart = {*TENSORS, "finished", "prompts", "attention"}
+    facts = {name: value for name, value in vars(state).items() if name not in apart}
     facts["chunk_seeds"] = list(state.chunk_seeds.items())
     facts["attention"] = asdict(state.attention)
     facts["prompts"] = [
@@ -253,7 +262,8 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> RunSta
     plain["attention"] = AttentionOptions(**{**facts["attention"], "block": tuple(facts["attention"]["block"])})
     plain["prompts"] = tuple(Prompt(tensors[f"prompt.{i}"], **one) for i, one in enumerate(facts["prompts"]))
     plain["finished"] = tuple(tensors[f"chunk.{i:05d}"] for i in range(facts["finished"]))
-    return RunState(**plain, given=tensors.get("given"), negative=tensors.get("negative"))
+    plain |= {name: tensors.get(name) for name in TENSORS}
+    return RunState(**plain)
 
 
 def _checksum(tensor: Tensor) -> int:

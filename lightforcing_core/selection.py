@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .geometry import FrameBlocks, block_pair
+from .host_memory import sent
 from .step_graph import is_recording
 from .triton_kernels import kernel_module
 
@@ -108,12 +109,13 @@ class SelectionPlan:
             middle = past[sink_frames : len(past) - near_frames]
             choose = keep_frames - sink_frames - near_frames
             ranks[middle] = torch.arange(len(middle), dtype=torch.int32)
-            middle_slots = torch.tensor(middle, device=device)
+            middle_slots = sent(torch.tensor(middle), device)
             eligible = (keep_frames + len(current)) * layout.per_frame
         # Without a past the chunk is dense; the float product is truncated as the published code does.
         kept = max(1, min(int((1.0 - sparsity) * k_blocks), eligible)) if past else k_blocks
-        always = (ranks < 0).repeat_interleave(layout.per_frame).to(device)
-        return cls(layout, always, middle_slots, ranks.to(device), choose, kept)
+        ranks = sent(ranks, device)
+        always = (ranks < 0).repeat_interleave(layout.per_frame)
+        return cls(layout, always, middle_slots, ranks, choose, kept)
 
     def select(
         self,

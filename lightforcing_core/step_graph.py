@@ -10,6 +10,7 @@ of a run share one memory pool; therefore everything that a graph leaves is copi
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ Forward = Callable[[Any, Tensor, Tensor, Tensor, "CausalState"], Tensor]
 LEAST_LAUNCHES = 2
 # How far the first launch of a kind may differ from running it: another algorithm's rounding, not another result.
 TOLERANCE = 0.02
+# Where torch reads which allocator to use.
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 # What became of the first graph of each kind in this process: None, it gave what running gives, or why it may not run.
 _verdicts: dict[tuple[object, ...], str | None] = {}
@@ -272,9 +275,9 @@ class Pass:
     def kind(self) -> tuple[object, ...]:
         """What makes graphs so alike that checking one of them is checking all."""
         state, dit, x, plan = self.state, self.dit, self.x, self.state.plan
-        sizes = (type(dit), dit.dim, len(dit.blocks), x.shape, x.dtype, x.device, state.cache.kv(0).k.dtype)
+        sizes = (type(dit), dit.dim, len(dit.blocks), x.shape, x.dtype, x.device, self.timestep.shape)
         sparse = plan is not None and (self.selects, plan.choose > 0)
-        return (*sizes, state.attention, state.dense_attention, sparse)
+        return (*sizes, state.cache.kv(0).k.dtype, state.attention, state.dense_attention, sparse)
 
 
 class _Step:
@@ -316,6 +319,9 @@ class CudaRecorder:
             return f"CUDA graphs are for NVIDIA GPUs, not for {device.type}"
         if torch.version.hip:
             return "CUDA graphs have not been tried on AMD GPUs"
+        # Without a pool of its own for captures, it warns of every tensor that one frees.
+        if any("cudaMallocAsync" in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS):
+            return "CUDA graphs have not been tried on torch's allocator cudaMallocAsync; use its native one"
         return None
 
     def record(self, work: Callable[[], Tensor]) -> tuple["_CudaRecording", Tensor]:

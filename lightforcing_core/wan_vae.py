@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .host_memory import sent
+
 LATENT_CHANNELS = 16
 
 # Per-channel statistics of the VAE's own latents (Wan 2.1). The DiT works on (latent - mean) / std.
@@ -41,8 +43,9 @@ def denormalise_latents(latents: Tensor) -> Tensor:
 
 
 def _statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (latents.new_tensor(values).view(1, -1, 1, 1, 1) for values in (LATENT_MEAN, LATENT_STD))
-    return mean, std
+    mean, std = (torch.tensor(values, dtype=latents.dtype) for values in (LATENT_MEAN, LATENT_STD))
+    # Sent without waiting, because decode beside the sampling would wait for the sampling.
+    return sent(mean.view(1, -1, 1, 1, 1), latents.device), sent(std.view(1, -1, 1, 1, 1), latents.device)
 
 
 class CausalConv3d(nn.Conv3d):

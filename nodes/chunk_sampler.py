@@ -31,6 +31,7 @@ from .decode import FrameDecoder
 from .memory import plan_of
 from .patch import KEY, RUN, conflicting_patch, settings_of
 from .refusals import is_out_of_memory, memory_advice, unsuitable_guider, unsuitable_latents, unsuitable_sigmas
+from .run_inputs import unsuitable_end
 from .timeline import PromptChange, prompts_of
 
 log = logging.getLogger(__name__)
@@ -40,9 +41,9 @@ class ChunkSampler(comfy.samplers.Sampler):
     """The autoregressive rollout as a host SAMPLER; the guider's cfg and negative prompt are followed.
 
     schedule: None takes the defaults of the model's family. initial_latents: [B or 1, 16, frames, h, w] in the
-    VAE's space, what the video starts with. timeline: prompts that take over later. chunk_seeds: chunk index → seed
-    of its own. replay, context_noise: as in `rollout`. run: a saved run to go on with; it decides everything but the
-    model, and the arguments above are not read.
+    VAE's space, what the video starts with; last_latents: what it ends with. timeline: prompts that take over later.
+    chunk_seeds: chunk index → seed of its own. replay, context_noise: as in `rollout`. run: a saved run to go on
+    with; it decides everything but the model, and the arguments above are not read.
 
     on_state: called with the run's state after each finished chunk, before on_chunk with the chunk (normalised
     latents), the steps done and the steps in all. decoder: what decodes finished chunks; it is cut into tiles where
@@ -60,6 +61,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         schedule: Schedule | None = None,
         *,
         initial_latents: Tensor | None = None,
+        last_latents: Tensor | None = None,
         timeline: Sequence[PromptChange] = (),
         chunk_seeds: Mapping[int, int] | None = None,
         replay: Replay = "all",
@@ -76,6 +78,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         on_cut: Callable[[str], None] | None = None,
     ) -> None:
         self.schedule, self.initial_latents, self.timeline = schedule, initial_latents, timeline
+        self.last_latents = last_latents
         self.chunk_seeds, self.replay, self.run = dict(chunk_seeds or {}), replay, run
         self.context_noise = context_noise
         self.on_state, self.on_chunk, self.fresh_noise = on_state, on_chunk, fresh_noise
@@ -260,10 +263,13 @@ class ChunkSampler(comfy.samplers.Sampler):
         settings = settings_of(model)
         family = settings.family if settings else None
         schedule = self._schedule(family, shape)
-        given = self.initial_latents
-        if given is not None:
-            given = model.model.process_latent_in(given.to("cpu", torch.float32))
-        start = 0 if given is None else given.shape[2]
+        start = 0 if self.initial_latents is None else self.initial_latents.shape[2]
+        if self.last_latents is not None and (reason := unsuitable_end(self.last_latents, shape, schedule, start)):
+            raise ValueError(reason)
+        given, end = (
+            latents if latents is None else model.model.process_latent_in(latents.to("cpu", torch.float32))
+            for latents in (self.initial_latents, self.last_latents)
+        )
         growth, last = schedule.sparsities(start), len(schedule.chunk_lengths(start)) - 1
         if beyond := [chunk for chunk in self.chunk_seeds if chunk > last]:
             raise ValueError(f"chunk_seeds names chunk {beyond[0]}; this video has chunks 0 to {last}")
@@ -287,6 +293,7 @@ class ChunkSampler(comfy.samplers.Sampler):
             negative=negative,
             attention=settings.attention if settings else AttentionOptions(),
             given=given,
+            last_latents=end,
         )
 
     def _schedule(self, family: Family | None, shape: Sequence[int]) -> Schedule:

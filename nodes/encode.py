@@ -1,6 +1,6 @@
-"""Streaming encode: the frames that a video starts with, read four at a time, however many there are."""
+"""Streaming encode: the frames that a video starts or ends with, read four at a time, however many there are."""
 
-from typing import Any
+from typing import Any, Literal
 
 import comfy.model_management
 import comfy.utils
@@ -14,6 +14,9 @@ from .device_memory import memory_for_a_run
 from .refusals import is_out_of_memory
 
 LESS = 0.8  # of the memory, where the host's estimate says that there is enough
+# Latent frames of a still that are encoded before an end and left out: with fewer, the first frame that a VAE encodes
+# by itself shows in those behind it; with more, nothing changes.
+BEFORE_END = 2
 
 
 class LightForcingEncode(io.ComfyNode):
@@ -25,22 +28,35 @@ class LightForcingEncode(io.ComfyNode):
             node_id="LightForcingEncode",
             display_name="Light Forcing Encode",
             category="Light Forcing",
-            description="Encodes a start image or the video to continue, for start_latent. Frames go to the card a few "
-            "at a time, so a long video needs no more memory than a short one.",
+            description="Encodes a start image or the video to continue, for start_latent, or the last image, for "
+            "end_latent. Frames go to the card a few at a time, so a long video needs no more memory than a short one.",
             inputs=[
                 io.Image.Input(
                     "pixels",
-                    tooltip="One image, or the frames of a video. Only 1 + 4·k frames can be encoded: of another "
-                    "number the first ones are left out, so that the end stays.",
+                    tooltip="One image, or the frames of a video. As a start only 1 + 4·k frames can be encoded: of "
+                    "another number the first ones are left out, so that the end stays.",
                 ),
                 io.Vae.Input("vae", tooltip="The Wan 2.1 VAE or LightVAE lightvaew2_1. A TAE is not made for this."),
+                io.Combo.Input(
+                    "place",
+                    options=["start", "end"],
+                    default="start",
+                    optional=True,
+                    tooltip="start: for start_latent. end: for end_latent; every 4 frames, or one image that stands "
+                    "still for 4, make one latent frame, as at the end of a video.",
+                ),
             ],
-            outputs=[io.Latent.Output(display_name="LATENT", tooltip="For start_latent of the samplers.")],
+            outputs=[
+                io.Latent.Output(
+                    display_name="LATENT",
+                    tooltip="For start_latent of the samplers; with place end, for end_latent.",
+                )
+            ],
         )
 
     @classmethod
-    def execute(cls, pixels: Tensor, vae: Any) -> io.NodeOutput:
-        frames, height, width, _ = pixels.shape
+    def execute(cls, pixels: Tensor, vae: Any, place: Literal["start", "end"] = "start") -> io.NodeOutput:
+        _, height, width, _ = pixels.shape
         for side, size in (("height", height), ("width", width)):
             if size % 16:
                 lower = size // 16 * 16
@@ -55,7 +71,7 @@ class LightForcingEncode(io.ComfyNode):
             raise ValueError(f"this VAE cannot encode piece by piece: {error}. Or use VAE Encode") from None
         needed = vae.memory_used_encode((1, 3, 5, height, width), vae.vae_dtype)
         comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
-        kept = pixels[None, (frames - 1) % 4 :, ..., :3]
+        kept = (as_an_end(pixels) if place == "end" else as_a_start(pixels))[None, ..., :3]
         progress, latents = comfy.utils.ProgressBar(kept.shape[1]), []
         try:
             for group in kept.split([1] + [4] * (kept.shape[1] // 4), dim=1):
@@ -73,7 +89,22 @@ class LightForcingEncode(io.ComfyNode):
                 f"LightVAE (lightvaew2_1), which takes about a quarter of the memory"
             ) from error
         device = comfy.model_management.intermediate_device()
-        return io.NodeOutput({"samples": torch.cat(latents, dim=2).to(device)})
+        kept_latents = latents[BEFORE_END:] if place == "end" else latents
+        return io.NodeOutput({"samples": torch.cat(kept_latents, dim=2).to(device)})
+
+
+def as_a_start(pixels: Tensor) -> Tensor:
+    """Of frames [n, H, W, C] the last 1 + 4·k, which a Wan VAE encodes."""
+    return pixels[(len(pixels) - 1) % 4 :]
+
+
+def as_an_end(pixels: Tensor) -> Tensor:
+    """Frames [n, H, W, C] as 4·k, with so many before them that `BEFORE_END` latent frames belong to those.
+
+    What is missing is the first frame, standing still.
+    """
+    still = 1 + 4 * (BEFORE_END - 1) + -len(pixels) % 4
+    return torch.cat([pixels[:1].expand(still, -1, -1, -1), pixels])
 
 
 def _smaller(size: tuple[int, int], share: float) -> list[int]:

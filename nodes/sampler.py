@@ -101,8 +101,8 @@ class LightForcingSampler(io.ComfyNode):
                     "state",
                     optional=True,
                     tooltip="Light Forcing Save State: keep the run on disk after every chunk. Light Forcing Load "
-                    "State: go on with a run; then the seed, prompts, steps, schedule and start of this node are not "
-                    "read, they come from the file.",
+                    "State: go on with a run; then the seed, prompts, steps, schedule, start and end of this node are "
+                    "not read, they come from the file.",
                 ),
                 VideoOutputType.Input(
                     "video_output",
@@ -130,9 +130,16 @@ class LightForcingSampler(io.ComfyNode):
                     "all behind them change, the ones before stay as they were.",
                 ),
                 *run_inputs(),
+                io.Latent.Input(
+                    "end_latent",
+                    optional=True,
+                    tooltip="What the video ends with: an image from Light Forcing Encode with place end. It counts "
+                    "towards the length. Only the last chunk bends toward it, so it has to be near what the prompt "
+                    "leads to; frame-wise checkpoints cannot do it.",
+                ),
             ],
             outputs=[
-                io.Latent.Output(display_name="LATENT", tooltip="The whole video, start_latent included."),
+                io.Latent.Output(display_name="LATENT", tooltip="The whole video, given start and end included."),
                 io.Image.Output(display_name="IMAGE", tooltip="The decoded frames; needs vae."),
             ],
             hidden=HIDDEN,
@@ -187,6 +194,7 @@ class LightForcingSampler(io.ComfyNode):
         keep_finished: bool = True,
         kv_cache: str = "auto",
         context_noise: float = 0.0,
+        end_latent: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         settings = settings_of(model)
         if settings is None:
@@ -205,6 +213,7 @@ class LightForcingSampler(io.ComfyNode):
         sampler = ChunkSampler(
             schedule,
             initial_latents=initial,
+            last_latents=end_latent["samples"] if end_latent else None,
             timeline=timeline,
             chunk_seeds=numbers_per_chunk(chunk_seeds, "chunk_seeds", int, lists=False),
             replay=replay,

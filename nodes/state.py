@@ -103,7 +103,7 @@ class LightForcingLoadState(io.ComfyNode):
                     "file",
                     options=state_files(),
                     tooltip="A file in output/light_forcing; press R to see new ones. Prompts, seed, steps, cfg, "
-                    "schedule and start latent come from the file, and what the sampler is given for them is not "
+                    "schedule, start and end latent come from the file, and what the sampler is given for them is not "
                     "read. The model and the size must be the same; a longer latent lengthens the video.",
                 ),
             ],

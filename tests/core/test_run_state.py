@@ -67,6 +67,7 @@ def uninterrupted(dit, state):
         sink_rope=state.sink_rope,
         noise=seeded_noise(state.seed, state.chunk_seeds),
         initial_latents=state.given,
+        last_latents=state.last_latents,
         context_noise=state.context_noise,
         cfg=state.cfg,
         negative=state.negative,
@@ -106,7 +107,7 @@ def runs(draw):
     changes = draw(st.dictionaries(st.integers(1, 4), st.tuples(switches, st.integers(1, 3)), max_size=2))
     prompts = [Prompt(text(1)), *(Prompt(text(10 + c, 4 + c), c, how, n) for c, (how, n) in changes.items())]
     given_frames = draw(st.integers(0, min(5, frames - 1)))
-    return start(
+    state = start(
         frames,
         frames_per_chunk=per_chunk,
         first_sigmas=draw(st.sampled_from([None, (1.0, 0.0)])),
@@ -121,6 +122,8 @@ def runs(draw):
         prompts=tuple(prompts),
         given=torch.randn(1, 16, given_frames, *SIZE) if given_frames else None,
     )
+    end = draw(st.integers(0, state.chunk_lengths()[-1] - 1))
+    return replace(state, last_latents=torch.randn(1, 16, end, *SIZE)) if end else state
 
 
 @settings(max_examples=25)
@@ -128,6 +131,8 @@ def runs(draw):
 @example(start(8, cfg=3.0, negative=text(9)), [1, 1])
 @example(start(8, growth=(0.0, 0.5), window=5, sink_frames=1, prompts=(Prompt(text(1)), Prompt(text(2), 2))), [2])
 @example(start(8, given=torch.zeros(1, 16, 1, *SIZE)), [0, 2])
+@example(start(8, last_latents=torch.ones(1, 16, 1, *SIZE), cfg=3.0, negative=text(9)), [1, 1])
+@example(start(9, last_latents=torch.ones(1, 16, 2, *SIZE), growth=(0.0, 0.5), window=5, sink_frames=1), [2])
 def test_resumed_equals_uninterrupted(dit, tmp_path_factory, state, cuts):
     whole = uninterrupted(dit, state)
     again = resumed(dit, state, tmp_path_factory.getbasetemp() / "state.safetensors", cuts)
@@ -149,6 +154,21 @@ def test_lengthened_continues_as_if_asked_for_at_once(dit, options, frames):
         state = state.extended_by(chunk)
     whole = uninterrupted(dit, start(14, **options))
     assert torch.equal(state.latents, torch.cat(whole, dim=2))
+
+
+@pytest.mark.parametrize("finished", [1, 3])
+def test_lengthened_moves_the_given_end(dit, finished):
+    """The chunk that led to it is made again; the others stay."""
+    end = torch.randn(1, 16, 1, *SIZE)
+    state = start(9, last_latents=end)
+    for chunk in islice(rollout(dit, **resume_arguments(state)), finished):
+        state = state.extended_by(chunk)
+    state = state.lengthened(15)
+    assert len(state.finished) == min(finished, 2)
+    for chunk in rollout(dit, **resume_arguments(state)):
+        state = state.extended_by(chunk)
+    assert torch.equal(state.latents, torch.cat(uninterrupted(dit, start(15, last_latents=end)), dim=2))
+    assert torch.equal(state.latents[:, :, -1:], end)
 
 
 def test_a_finished_run_says_how_to_go_on():
@@ -173,14 +193,16 @@ def test_every_field_survives_the_file(tmp_path):
             context_noise=12.5,
             cfg=2.5,
             negative=text(3),
-            given=torch.randn(1, 16, 4, *SIZE).bfloat16(),
+            given=torch.randn(1, 16, 5, *SIZE).bfloat16(),
+            last_latents=torch.randn(1, 16, 2, *SIZE),
             prompts=(Prompt(text(1).half()), Prompt(text(2).half(), 1, "blend", 3)),
         )
     )
     loaded = load_run_state(save_run_state(state, tmp_path / "state.safetensors"))
-    plain = vars(state).keys() - {"prompts", "given", "negative", "finished"}
+    plain = vars(state).keys() - {"prompts", "given", "last_latents", "negative", "finished"}
     assert {name: getattr(loaded, name) for name in plain} == {name: getattr(state, name) for name in plain}
-    for one, other in ((loaded.given, state.given), (loaded.negative, state.negative), (loaded.latents, state.latents)):
+    for name in ("given", "last_latents", "negative", "latents"):
+        one, other = getattr(loaded, name), getattr(state, name)
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
     for one, other in zip(loaded.prompts, state.prompts, strict=True):
@@ -242,6 +264,8 @@ def test_a_chunk_after_the_end_is_refused():
         ({"given": torch.zeros(1, 16, 1, 2, 2)}, r"given latents have shape \(1, 16, 1, 2, 2\)"),
         ({"given": torch.zeros(1, 16, 8, *SIZE)}, "already fill 8 of 8"),
         ({"prompts": ()}, "no prompt starts at chunk 0"),
+        ({"last_latents": torch.zeros(1, 16, 1, 2, 2)}, r"last_latents have shape \(1, 16, 1, 2, 2\)"),
+        ({"last_latents": torch.zeros(1, 16, 2, *SIZE)}, "the last chunk's 2.*ask for 9 latent frames instead of 8"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(change, message):
@@ -297,8 +321,16 @@ class TestUnreadableFiles:
         self.refused(saved, "holds no run state.*'pt'")
 
     def test_newer_version(self, saved):
-        self.rewritten(saved, version="2")
-        self.refused(saved, "version 2, this one reads up to 1; update")
+        self.rewritten(saved, version="3")
+        self.refused(saved, "version 3, this one reads up to 2; update")
+
+    def test_only_a_given_end_needs_the_newer_version(self, saved, tmp_path):
+        """An older pack would go on without the end; without one it reads the file as ever."""
+        ended = save_run_state(start(last_latents=torch.zeros(1, 16, 1, *SIZE)), tmp_path / "ended.safetensors")
+        for path, version in ((saved, "1"), (ended, "2")):
+            with run_state.safe_open(path, framework="pt") as file:
+                assert file.metadata()["version"] == version
+                assert ("last_latents" in file.keys()) == (version == "2")  # noqa: SIM118 (no mapping)
 
     @pytest.mark.parametrize("state", ["{", "[]", "{}", '{"checksums": {}}'])
     def test_damaged_header(self, saved, state):

@@ -109,6 +109,7 @@ CASES = {
     "prompt changes": {"context": [Prompt(prompt(1)), Prompt(prompt(2), 1, "soft"), Prompt(prompt(3), 2, "hard")]},
     "a longer first chunk": {"first_sigmas": SIX},
     "two videos": {"latent_shape": (2, 16, 6, 10, 14)},
+    "a given end": {"last_latents": torch.ones(1, 16, 1, 10, 14), "cfg": 2.0, "negative": prompt(9)},
     "nothing chosen by frames": {"growth": (0.0, 0.5, 0.5), "latent_shape": (1, 16, 4, 10, 14)},
 }
 
@@ -399,6 +400,14 @@ def test_weights_that_are_not_simply_there_cannot_be_recorded(dit, events, chang
     change(dit.blocks[1].ffn[0])
     assert reason in why_not_resident(dit, CPU)
     assert reason in why_no_graph(dit, CPU, kv_in_host_memory=False)
+
+
+def test_nothing_is_recorded_on_an_allocator_that_keeps_no_pool_for_it(monkeypatch):
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    assert CudaRecorder.why_not(torch.device("cuda")) is None
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,backend:cudaMallocAsync")
+    assert "use its native one" in CudaRecorder.why_not(torch.device("cuda"))
 
 
 def test_our_own_fp8_layers_can_be_recorded(dit, events):

@@ -60,6 +60,8 @@ def bad_files(models):
     for name, value in (("nan", float("nan")), ("full", 1.0)):
         latent = {"latent_tensor": torch.full((1, 16, 6, 8, 12), value), "latent_format_version_0": torch.zeros(0)}
         save_file(latent, models / "input" / f"{name}.latent")
+    latent = {"latent_tensor": torch.zeros(1, 16, 1, 8, 12), "latent_format_version_0": torch.zeros(0)}
+    save_file(latent, models / "input" / "end.latent")
     states = models / "output" / "light_forcing" / "bad"
     states.mkdir(parents=True)
     save_file({"weight": torch.zeros(2)}, states / "foreign.safetensors")
@@ -128,6 +130,10 @@ def with_timeline(*starts):
     return {**graph({"model": loader()}, timeline=link(before)), **nodes}
 
 
+def with_end(name, model=None, **options):
+    return {**graph({"model": model or loader()}, end_latent=link("end"), **options), "end": load_latent(name)}
+
+
 def with_state(state, **options):
     return {**graph({"model": loader()}, state=link("state"), **options), "state": state}
 
@@ -188,6 +194,14 @@ CASES = {
         },
         ["96×64", "64×64"],
     ),
+    "NaN end": (lambda: with_end("nan.latent"), ["end_latent", "NaN"]),
+    "end of another size": (lambda: with_end("end.latent", latent=empty(width=64)), ["96×64", "64×64", "resize"]),
+    "end longer than a chunk": (lambda: with_end("full.latent"), ["6 latent frames", "at most 2", "last 8 frames"]),
+    "end for a frame-wise model": (
+        lambda: with_end("end.latent", loader(family="causal_forcing_framewise")),
+        ["end_latent", "frame-wise", "chunk-wise checkpoint"],
+    ),
+    "no room before the end": (lambda: with_end("end.latent", latent=empty(25)), ["25 frames", "33 frames long"]),
     "noise mask": (masked, ["mask"]),
     "a guider with two strengths": (two_strengths, ["DualCFG", "CFGGuider"]),
     "cfg without a negative prompt": (lambda: graph({"model": loader()}, cfg=3.0), ["cfg 3", "negative prompt"]),

@@ -28,26 +28,37 @@ class LiveView {
     this.live = true;
   }
 
-  async take(message) {
+  /** Messages are read one behind the other: a draft whose pictures take longer must not replace later frames. */
+  take(message) {
     if (message.prompt_id !== this.promptId) this.begin(message.prompt_id);
+    this.turn = Promise.allSettled([this.turn]).then(() => this.read(message));
+    return this.turn;
+  }
+
+  async read(message) {
+    if (message.prompt_id !== this.promptId) return;
+    const pictures = await Promise.all(message.strips.map(pictureOf));
+    if (message.prompt_id !== this.promptId) return;
     this.frames = message.frames;
     this.fps = message.fps;
-    for (const strip of message.strips) {
-      const picture = new Image();
-      picture.src = strip.image;
-      await picture.decode();
-      if (message.prompt_id !== this.promptId) return;
-      const { width, height, columns } = strip;
-      this.cells = this.cells.filter((cell) => cell.at < strip.start || cell.at >= strip.stop);
-      strip.at.forEach((at, index) => {
-        const x = (index % columns) * width;
-        const y = Math.floor(index / columns) * height;
-        this.cells.push({ at, picture, x, y, width, height });
-      });
-      this.cells.sort((a, b) => a.at - b.at);
-      this.until = Math.max(this.until, strip.stop);
+    message.strips.forEach((strip, index) => this.put(strip, pictures[index]));
+    if (message.end !== null) {
+      this.cells = this.cells.filter((cell) => cell.at < message.end);
+      this.until = message.end;
     }
     this.start();
+  }
+
+  put(strip, picture) {
+    const { width, height, columns } = strip;
+    this.cells = this.cells.filter((cell) => cell.at < strip.start || cell.at >= strip.stop);
+    strip.at.forEach((at, index) => {
+      const x = (index % columns) * width;
+      const y = Math.floor(index / columns) * height;
+      this.cells.push({ at, picture, x, y, width, height });
+    });
+    this.cells.sort((a, b) => a.at - b.at);
+    this.until = Math.max(this.until, strip.stop);
   }
 
   start() {
@@ -67,6 +78,13 @@ class LiveView {
     };
     requestAnimationFrame(tick);
   }
+}
+
+async function pictureOf(strip) {
+  const picture = new Image();
+  picture.src = strip.image;
+  await picture.decode();
+  return picture;
 }
 
 /** What a node shows of a view: a canvas, and on a subgraph node the line that the host writes on the inner one. */

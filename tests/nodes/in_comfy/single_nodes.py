@@ -10,6 +10,7 @@ from host import comfy
 
 decode, loader, patch = (host.room(f"nodes.{name}") for name in ("decode", "loader", "patch"))
 text_embeds, schedule = host.room("nodes.text_embeds"), host.room("nodes.schedule")
+encode = host.room("nodes.encode")
 wan_vae = host.room("lightforcing_core.wan_vae")
 facts = {"asked": {}}
 requests = []
@@ -41,6 +42,20 @@ facts["flat latent"] = refusal(vae, torch.zeros(1, 16, 4, 6))
 facts["NaN"] = refusal(vae, torch.full((1, 16, 2, 4, 6), float("nan")))
 tae = comfy.taesd.taesd.TAESD(latent_channels=16)
 facts["another VAE"] = refusal(comfy.sd.VAE(sd=tae.state_dict()), torch.zeros(1, 16, 2, 4, 6))
+
+# What a video starts or ends with, as latents.
+vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=8))
+pixels = torch.rand(8, 32, 48, 3, generator=torch.Generator().manual_seed(2))
+
+
+def encoded(count, **options):
+    return encode.LightForcingEncode.execute(pixels[:count], vae, **options)[0]["samples"]
+
+
+facts["starts"] = {count: encoded(count).shape[2] for count in (1, 4, 5, 8)}
+facts["ends"] = {count: encoded(count, place="end").shape[2] for count in (1, 3, 4, 5, 8)}
+behind = vae.encode(torch.cat([pixels[:1].expand(5, -1, -1, -1), pixels]))
+facts["an end is what core encodes behind a still"] = float((encoded(8, place="end") - behind[:, :, 2:]).abs().max())
 
 # Apply reads the family from the file that another loader has loaded, and keeps what it is told.
 options = {"backend": "auto", "block": "32", "keep_frames": -1, "keep_sink": 2, "keep_near": -1}

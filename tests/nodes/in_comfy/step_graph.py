@@ -18,7 +18,8 @@ attention, graphs = host.room("lightforcing_core.attention"), host.room("lightfo
 SHAPE = (1, 16, 9, 8, 12)
 settings = patch.Settings(families.FAMILIES["self_forcing"], attention.AttentionOptions(backend="reference"))
 noise = host.noise_of(SHAPE)
-torch.inference_mode().__enter__()  # as the host runs every node
+inference = torch.inference_mode()  # as the host runs every node; it ends with this object
+inference.__enter__()
 torch.set_num_threads(1)
 graphs.CudaRecorder = tape.TapeRecorder
 plan_of = chunk_sampler.plan_of

@@ -1,0 +1,81 @@
+"""Videos that end with a given frame, in a real server: from a latent, from an image, and after a restart."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from .graphs import HEIGHT, WIDTH, empty, graph, latents_of, link, load_state, loader, save_state, schedule
+
+CLOSE = 1e-5  # the rounding of two changes of latent space
+
+
+def load_latent(name):
+    return {"class_type": "LoadLatent", "inputs": {"latent": name}}
+
+
+@pytest.fixture(scope="module")
+def end(models):
+    """A latent frame in the VAE's space, in the server's input folder as end.latent."""
+    latents = torch.randn(1, 16, 1, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(12))
+    save_file({"latent_tensor": latents, "latent_format_version_0": torch.zeros(0)}, models / "input" / "end.latent")
+    return latents
+
+
+def ended(**options):
+    return {**graph({"model": loader()}, end_latent=link("end"), **options), "end": load_latent("end.latent")}
+
+
+def test_video_ends_with_the_given_latent_and_starts_as_ever(server, end):
+    plain, video = latents_of(server, graph({"model": loader()})), latents_of(server, ended())
+    assert video.shape == plain.shape
+    assert (video[:, :, -1:] - end).abs().max() <= CLOSE
+    assert (video[:, :, :3] == plain[:, :, :3]).all()
+    assert (video[:, :, 3:5] - plain[:, :, 3:5]).abs().max() > 0.01
+
+
+def test_each_video_of_a_guided_sparse_batch_ends_with_it(server, end):
+    options = {"latent": empty(33, batch_size=2), "schedule": link("plan"), "negative": link("text"), "cfg": 2.0}
+    video = latents_of(server, ended(**options) | {"plan": schedule(33, window=6, sink_frames=1)})
+    assert (video[:, :, -1:] - end).abs().max() <= CLOSE
+    assert (video[0, :, -2] - video[1, :, -2]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("encode", ["LightForcingEncode", "VAEEncode"])
+def test_last_image_is_encoded_and_decoded_at_the_end(server, encode):
+    prompt = graph({"model": loader()}, vae=True, end_latent=link("end"))
+    inputs = {"pixels": link("image"), "vae": link("vae")} | (
+        {"place": "end"} if encode == "LightForcingEncode" else {}
+    )
+    prompt["end"] = {"class_type": encode, "inputs": inputs}
+    picture = {"width": WIDTH, "height": HEIGHT, "batch_size": 1, "color": 0x3080D0}
+    prompt["image"] = {"class_type": "EmptyImage", "inputs": picture}
+    prompt["save end"] = {"class_type": "SaveLatent", "inputs": {"samples": link("end"), "filename_prefix": "ends/end"}}
+    entry = server.run(prompt)
+    files = server.files(entry)
+    (given,) = [load_file(path)["latent_tensor"] for path in files if path.parent.name == "ends"]
+    (video,) = [load_file(path)["latent_tensor"] for path in files if path.parent.name == "latents"]
+    assert given.shape == (1, 16, 1, HEIGHT // 8, WIDTH // 8)
+    assert (video[:, :, -1:] - given).abs().max() <= CLOSE
+    assert len([path for path in files if path.suffix == ".png"]) == 21
+
+
+def test_saved_run_keeps_its_end_also_when_it_is_lengthened(server, end):
+    def run(length, state=None, **options):
+        prompt = graph({"model": loader()}, latent=empty(length), schedule=link("plan"), **options)
+        prompt |= {"plan": schedule(length, target=0.0), "end": load_latent("end.latent")}
+        if state:
+            prompt["state"] = state
+            prompt["sampler"]["inputs"]["state"] = link("state")
+        return latents_of(server, prompt)
+
+    run(21, save_state("ended"), end_latent=link("end"))
+    longer = run(33, load_state("ended_00001.safetensors"))
+    assert (longer == run(33, end_latent=link("end"))).all()
+    assert (longer[:, :, -1:] - end).abs().max() <= CLOSE
+
+
+def test_images_of_a_video_end_make_a_latent_frame_of_every_four(run_inside):
+    facts = run_inside("single_nodes")
+    assert facts["ends"] == {"1": 1, "3": 1, "4": 1, "5": 2, "8": 2}
+    assert facts["an end is what core encodes behind a still"] <= 1e-5
+    assert facts["starts"] == {"1": 1, "4": 1, "5": 2, "8": 2}
