@@ -65,8 +65,9 @@ def test_version_has_its_release_notes(project):
 def test_changelog_links_every_version(project):
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     versions = re.findall(r"^## \[(.+?)\]", changelog, re.MULTILINE)
-    assert versions[0] == project["version"]
-    assert versions == sorted(versions, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
+    released = versions[versions[0] == "Unreleased" :]
+    assert released[0] == project["version"]
+    assert released == sorted(released, key=lambda version: [int(part) for part in version.split(".")], reverse=True)
     for version in versions:
         assert f"[{version}]: {project['urls']['Repository']}/" in changelog
 
