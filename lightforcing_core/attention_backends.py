@@ -285,7 +285,7 @@ def run_flash4(a: Attention) -> Result:
         full_block_idx=a.selection.blocks.contiguous(),
         block_size=(a.q_layout.block, a.k_layout.block),
     )
-    with torch.cuda.device_of(a.q):  # it launches on the current device
+    with torch.cuda.device(a.q.device):  # it launches on the current one
         out, lse = flash_attn_func(a.q, a.k, a.v, softmax_scale=a.scale, block_sparse_tensors=lists, return_lse=a.lse)
     return out, lse.transpose(1, 2) if a.lse else None
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import re
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -336,6 +337,8 @@ def test_flash4_must_be_named(flash4, monkeypatch):
 
 def test_flash4_is_fed_from_the_compact_list(flash4, monkeypatch):
     monkeypatch.setitem(attention_backends.WHY_NOT, "flash4", lambda request: None)
+    current = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(current.append(device)))
     problem = Problem(256, (128, 128), 1, 3, None, batch=2, dim=16)
     blocks, counts = BlockSelection.from_mask(problem.mask)
     past_the_count = torch.arange(blocks.shape[-1]) >= counts[..., None]
@@ -344,6 +347,7 @@ def test_flash4_is_fed_from_the_compact_list(flash4, monkeypatch):
     got = sparse_attention(problem.q, *problem.kv, **options)
     want, want_lse = problem.brute_force_and_lse(problem.mask)
     assert (got.double() - want).abs().max() <= 1e-4
+    assert current == [problem.q.device]  # it launches on the current one
     same, lse = sparse_attention(problem.q, *problem.kv, **options, return_lse=True)
     assert torch.equal(same, got)
     torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=0)
