@@ -2,6 +2,10 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..lightforcing_core.attention import BackendUnavailable
+from ..lightforcing_core.output_files import OutputError
+from ..lightforcing_core.run_state import StateError
+from ..lightforcing_core.weight_files import CheckpointError
 from .browser import running_server
 from .decode import LightForcingDecode
 from .demo_prompt import LightForcingDemoPrompt, find_table
@@ -34,6 +38,10 @@ NODES: list[type[io.ComfyNode]] = [
     LightForcingLoadTextEmbeds,
     LightForcingDemoPrompt,
 ]
+
+# The host shows an error's module before its message; that of ours is the path of this folder.
+for error in (BackendUnavailable, CheckpointError, OutputError, StateError):
+    error.__module__ = "light_forcing"
 
 
 class LightForcingExtension(ComfyExtension):

@@ -127,8 +127,8 @@ class FrameDecoder:
 
     @property
     def can_run_beside(self) -> bool:
-        """Whether the VAE's device has a second stream."""
-        return self._vae.device.type == "cuda"
+        """Whether the VAE's device has a second stream, and its weights stay there: under DynamicVRAM they may go."""
+        return self._vae.device.type == "cuda" and not self._vae.patcher.is_dynamic()
 
     @property
     def most_tiles(self) -> int:
@@ -159,7 +159,8 @@ class FrameDecoder:
         if not self._is_tae:
             shape = (batch, channels, FRAMES_AT_ONCE, height, width)
             dim, on_host = self._vae.first_stage_model.dim, self._vae.device.type == "cpu"
-            _, history, decode = decode_bytes(shape, dim, self._vae.vae_dtype, tiles, on_host=on_host)
+            with torch.inference_mode(False):  # where a convolution hides what it copies
+                _, history, decode = decode_bytes(shape, dim, self._vae.vae_dtype, tiles, on_host=on_host)
             return {"vae": vae, "history": history, "decode": decode}
         tile = [max(stop - start for start, stop in tile_spans(size, tiles)) for size in (height, width)]
         frames = 4 * FRAMES_AT_ONCE * 3 * batch * 64 * height * width * torch.float32.itemsize
@@ -168,8 +169,10 @@ class FrameDecoder:
 
     def put(self, latents: Tensor, *, normalised: bool) -> list[Tensor]:
         """Decode the next latent frames [B, 16, f, h, w]; the video frames [B, n, H, W, 3] that are ready."""
+        vae = self._vae
+        if vae.patcher.current_loaded_device() != vae.patcher.load_device:  # its room was needed for another model
+            comfy.model_management.load_models_gpu([vae.patcher], memory_required=self.bytes_needed)
         if self._line is None:  # the VAE is where it will be only now
-            vae = self._vae
             resident = self._beside and why_not_resident(vae.first_stage_model, vae.device) is None
             self._line = OverlappedDecoder(self._decoder, vae.device, beside=resident and self._tiles == 1)
         return [self._kept(pixels) for pixels in self._line.put(latents, normalised=normalised)]

@@ -48,13 +48,13 @@ class LightForcingDemoPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, caption: str | None) -> bool:
-        """Refuse a caption outside the grammar before anything runs; one that comes over a link is None here.
-
-        Raises ValueError, which the host shows once; a returned reason it repeats for every input.
-        """
-        if caption is not None:
-            parse(caption)
+    def validate_inputs(cls, caption: str | None) -> bool | str:
+        """Why a caption is outside the grammar, before anything runs; one that comes over a link is None here."""
+        try:
+            if caption is not None:
+                parse(caption)
+        except ValueError as error:
+            return f"{error}. Captions read like: {DEFAULT_CAPTION}"
         return True
 
     @classmethod

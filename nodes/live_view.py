@@ -27,6 +27,7 @@ from ..lightforcing_core.memory_plan import MemoryPlan
 from ..lightforcing_core.rollout import StepEvent
 from ..lightforcing_core.schedule import latent_frame_at, video_frames_of
 from .browser import running_server, watching_page
+from .patch import settings_of
 
 SHARE = 0.02  # of the run's time that pictures may take
 PAUSE = 0.4  # seconds between pictures
@@ -38,6 +39,7 @@ COLUMNS = 8  # pictures side by side in a strip
 CELLS = 40  # at most, in the sheet
 SHEET_WIDTH, EMPTY = 640, (32, 36, 42)
 MESSAGE = "light_forcing.preview"
+DEMO_FAMILY = "demo"
 
 
 @dataclass
@@ -90,13 +92,18 @@ class ProgressLine:
             self._told = now
             tell(
                 f"chunk {event.chunk + 1}/{event.chunks} · step {event.step + 1}/{event.steps} · {self._pace}"
-                f"density {100 * event.density:.0f} %\n{self._plan}"
+                f"density {100 * event.density:.0f} %{self._below}"
             )
 
     def end(self) -> None:
         """The run is over."""
         if self._last is not None:
-            tell(f"{self._last.chunk + 1} of {self._last.chunks} chunks · {self._pace}done\n{self._plan}")
+            tell(f"{self._last.chunk + 1} of {self._last.chunks} chunks · {self._pace}done{self._below}")
+
+    @property
+    def _below(self) -> str:
+        """The plan on a line of its own; nodes that Vue draws put it behind the other."""
+        return f"\n· {self._plan}"
 
 
 class LiveView:
@@ -112,7 +119,11 @@ class LiveView:
         self._model, self._decodes = model, decodes
         self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
         self._draft: Draft | None = None
+        self._decoded = 0  # video frames
         self._shape = tuple(latent_shape)
+        settings = settings_of(model)
+        # The demo model's latents are its own VAE's: in the colours of Wan's a draft would be a wild pattern.
+        self._drafts = settings is None or settings.family.id != DEMO_FAMILY
 
     @cached_property
     def _pictures(self) -> "Strips | Sheet":
@@ -148,7 +159,7 @@ class LiveView:
             return
         self._take_draft()
         must = event.step == event.steps - 1 and not self._decodes  # or the chunk would never be seen
-        wanted = self._decodes or self._previewer is not None
+        wanted = self._drafts and (self._decodes or self._previewer is not None)
         if wanted and (must or (self._draft is None and self._budget.allows())):
             with self._budget.spending():
                 self._draft = self._drawn(event)
@@ -158,7 +169,7 @@ class LiveView:
         """Decoded frames [B, n, H, W, 3] in [0, 1], the first being the video's frame `start`."""
         if self._is_foreign:
             return
-        self._draft = None
+        self._draft, self._decoded = None, start + frames.shape[1]
         with self._budget.spending():
             skipped = -start % EVERY
             at = list(range(start + skipped, start + frames.shape[1], EVERY))
@@ -175,6 +186,9 @@ class LiveView:
     def end(self) -> None:
         """The run is over."""
         self._line.end()
+        if self._decodes and not self._is_foreign:
+            self._draft = None
+            self._pictures.cut(self._decoded)
         if self._pictures.is_new:
             self._done = self._total
             self.show()
@@ -234,10 +248,18 @@ class Strips:
     def __init__(self, server: Any, frames: int) -> None:
         self._server, self._frames, self._unsent = server, frames, list[Stretch]()
         self._page, self._sent = watching_page(server), list[dict[str, Any]]()
+        self._end: int | None = None
 
     @property
     def is_new(self) -> bool:
-        return bool(self._unsent)
+        return bool(self._unsent) or self._end is not None
+
+    def cut(self, stop: int) -> None:
+        """The video ends before frame `stop`: what was a draft behind it is not to come."""
+        self._unsent = [stretch for stretch in self._unsent if stretch.start < stop]
+        if any(strip["start"] >= stop for strip in self._sent):
+            self._sent = [strip for strip in self._sent if strip["start"] < stop]
+            self._end = stop
 
     def add(self, stretch: Stretch) -> None:
         self._unsent = [old for old in self._unsent if old.start >= stretch.stop or old.stop <= stretch.start]
@@ -256,7 +278,9 @@ class Strips:
             "frames": self._frames,
             "fps": FPS,
             "strips": strips,
+            "end": self._end,
         }
+        self._end = None
         self._server.send_sync(MESSAGE, message, self._server.client_id)
 
 
@@ -280,6 +304,13 @@ class Sheet:
             filled = cell
             small = Image.fromarray(picture).resize((self._width - 1, self._height - 1), Image.Resampling.BILINEAR)
             self._image.paste(small, (cell % self._columns * self._width, cell // self._columns * self._height))
+
+    def cut(self, stop: int) -> None:
+        """The video ends before frame `stop`: cells behind it are empty again."""
+        for cell in range(latent_frame_at(stop) * self._cells // self._latent_frames, self._cells):
+            left, top = cell % self._columns * self._width, cell // self._columns * self._height
+            self._image.paste(EMPTY, (left, top, left + self._width, top + self._height))
+            self.is_new = True
 
     def send(self) -> tuple[str, Image.Image, None]:
         self.is_new = False

@@ -78,19 +78,20 @@ def plan_of(
     backend = choose_backend(q, k, block=run.attention.block, backend=run.attention.backend).name
 
     def reckon(kv: KVOptions, tiles: int) -> MemoryEstimate:
-        needed = estimate(
-            size,
-            schedule,
-            height=8 * height,
-            width=8 * width,
-            batch=batch,
-            guided=run.cfg != 1.0,
-            attention=run.attention,
-            kv=kv,
-            backend=backend,
-            text_tokens=text,
-            dtype=dtype,
-        )
+        with torch.inference_mode(False):  # where operations hide the smaller ones that they are made of
+            needed = estimate(
+                size,
+                schedule,
+                height=8 * height,
+                width=8 * width,
+                batch=batch,
+                guided=run.cfg != 1.0,
+                attention=run.attention,
+                kv=kv,
+                backend=backend,
+                text_tokens=text,
+                dtype=dtype,
+            )
         return needed if decoder is None else replace(needed, **decoder.bytes_of(tiles))
 
     ladder: Sequence[KVOptions] = LADDER
@@ -106,6 +107,7 @@ def plan_of(
         most_tiles=1 if decoder is None else decoder.most_tiles,
         latents=LATENT_COPIES * 4 * batch * 16 * frames * height * width if on_device else 0,
         overlap=is_cuda and decoder is not None and decoder.can_run_beside,
-        # Nobody has measured them yet: only where the host was started with --fast, which asks for such things.
-        cuda_graph=is_cuda and PerformanceFeature.AutoTune in args.fast,
+        # Nobody has measured them yet: only where the host was started with --fast, which asks for such things. They
+        # read weights where they lie, which DynamicVRAM may change.
+        cuda_graph=is_cuda and PerformanceFeature.AutoTune in args.fast and not model.is_dynamic(),
     )

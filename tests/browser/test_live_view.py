@@ -21,6 +21,25 @@ SHOWS = """(id) => {
     return new Set(new Uint32Array(data.buffer)).size > 16;
 }"""
 
+# Two messages of a new run, the first of whose pictures is there last; where the pictures of the view then begin.
+TAKE_SLOW_THEN_FAST = """async (id) => {
+    const view = app.rootGraph.getNodeById(id).lightForcingView;
+    const image = document.createElement("canvas").toDataURL();
+    const size = { image, width: 8, height: 8, columns: 1, start: 0, stop: 9 };
+    const message = (at) => ({ prompt_id: "another", frames: 9, fps: 16, end: null, strips: [{ ...size, at }] });
+    const decode = Image.prototype.decode;
+    let wait = 300;
+    Image.prototype.decode = async function () {
+        const milliseconds = wait;
+        wait = 0;
+        await new Promise((done) => setTimeout(done, milliseconds));
+        return decode.call(this);
+    };
+    await Promise.all([view.take(message([0, 3, 6])), view.take(message([0, 2, 4, 6, 8]))]);
+    Image.prototype.decode = decode;
+    return view.cells.map((cell) => cell.at);
+}"""
+
 
 def test_subgraph_node_shows_what_the_sampler_in_it_makes(canvas):
     document = tiny_text_to_video(LENGTH + 48, seed=next(SEEDS))
@@ -62,6 +81,18 @@ def test_page_that_is_reloaded_plays_the_video_from_its_start(canvas):
     assert at[-1] >= 9
     assert max(after - before for before, after in itertools.pairwise(at)) <= 4  # a draft has one picture in four
     canvas.evaluate("() => app.api.interrupt()")
+
+
+@pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
+def test_draft_that_is_slow_to_load_does_not_replace_the_frames_behind_it(canvas):
+    document = tiny_text_to_video(LENGTH, seed=next(SEEDS))
+    sampler = node_id(document, "LightForcingSampler")
+    canvas.open_graph(document)
+    canvas.evaluate("() => app.queuePrompt(0, 1)")
+    view = f"app.rootGraph.getNodeById({sampler})?.lightForcingView"
+    canvas.wait_for(f"{view}?.until === {LENGTH} && !{view}.live")
+    at = canvas.evaluate(TAKE_SLOW_THEN_FAST, sampler)
+    assert at == [0, 2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)

@@ -36,7 +36,9 @@ def test_caption_makes_a_video_and_another_caption_another(server):
 def test_caption_outside_the_grammar_is_refused_before_anything_runs(server):
     with pytest.raises(Refused) as refused:
         server.run(run_of("on a plain background a red cube moves right slowly"))
-    assert "'cube'; use circle or square or triangle" in str(refused.value)
+    assert "'cube'; use circle or square or triangle. Captions read like: " in str(refused.value)
+    (error,) = refused.value.errors["node_errors"]["text"]["errors"]
+    assert error["extra_info"]["input_name"] == "caption"
 
 
 def test_demo_prompt_of_another_model_is_refused(server):
@@ -54,7 +56,7 @@ def facts(run_inside):
 def test_packs_own_files_are_in_the_loaders_lists_and_load(facts):
     """Without any in ComfyUI's folders: what a first start finds."""
     assert facts["listed"] == {"diffusion_models": True, "vae": True}
-    assert facts["loaded"] == {"dit": ["WAN21_CausalAR", 32], "vae": "WanVAE", "ours": ["light_forcing_short", 32]}
+    assert facts["loaded"] == {"dit": ["WAN21_CausalAR", 32], "vae": "WanVAE", "ours": ["demo", 32]}
     assert facts["context"] == [[1, 18, 32], True]
 
 

@@ -151,6 +151,27 @@ def test_page_that_is_loaded_anew_gets_the_video_from_its_start(client, server):
     assert len(spans) == len(set(spans))
 
 
+def is_draft(strip):
+    """Drafts have a picture for every latent frame, decoded chunks one for every second frame."""
+    return len(strip["at"]) > 1 and strip["at"][1] - strip["at"][0] > 2
+
+
+def test_demo_model_is_shown_decoded_only(client):
+    """In the colours that the host has for Wan's latents its drafts would be a wild pattern."""
+    one = client(plays=True)
+    prompt = run_of(11)
+    prompt["model"] = loader(model_name="light_forcing_demo.safetensors", block="16")
+    prompt["text"] = {
+        "class_type": "LightForcingDemoPrompt",
+        "inputs": {"caption": "on a plain background a red circle moves right slowly"},
+    }
+    prompt["vae"]["inputs"]["vae_name"] = "light_forcing_demo_vae.safetensors"
+    one.run(prompt)
+    strips = [strip for message in one.messages for strip in message["strips"]]
+    assert strips
+    assert not any(map(is_draft, strips))
+
+
 def test_line_tells_chunk_step_pace_and_density(client):
     one = client(plays=True)
     one.run(run_of(3))
@@ -191,8 +212,20 @@ def test_page_that_stops_playing_gets_the_sheet(client, server):
     assert not one.messages
 
 
-def test_other_packs_previews_see_the_whole_video_and_cost_stays_bounded(run_inside):
-    facts = run_inside("live_view")
+@pytest.fixture(scope="module")
+def facts(run_inside):
+    return run_inside("live_view")
+
+
+def test_draft_of_a_chunk_that_was_given_up_goes(facts):
+    """A run that ended within its second chunk."""
+    assert facts["cut strips"] == [[[0, 9], [9, 21]], []]
+    assert facts["cut ends"] == [None, 9]
+    before, after = facts["sheet"]
+    assert 0.4 * before < after < 0.6 * before
+
+
+def test_other_packs_previews_see_the_whole_video_and_cost_stays_bounded(facts):
     assert facts["foreign shapes"] == [[1, 16, 6, 8, 12]] * 8
     assert facts["foreign filled"] == sorted(facts["foreign filled"])
     assert facts["ours beside a foreign previewer"] == 0

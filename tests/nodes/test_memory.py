@@ -44,6 +44,11 @@ def test_a_saved_run_goes_on_with_the_precision_it_began_with(facts):
     assert facts["resumed equals uninterrupted"]
 
 
+def test_estimates_are_the_same_in_the_mode_in_which_the_host_runs_nodes(facts):
+    inside, outside = facts["estimates"]
+    assert inside == outside
+
+
 def test_encode_equals_the_hosts_and_keeps_the_end_of_a_video(facts):
     shape, difference = facts["encode"]
     assert shape == [1, 16, 3, 4, 6]

@@ -1,5 +1,10 @@
 """The pack loads in a real ComfyUI, quietly, without triton and under any folder name."""
 
+import pytest
+
+from .comfy_server import Failed
+from .graphs import graph, loader
+
 
 def test_server_loads_the_pack_without_a_word(server):
     about_us = [
@@ -20,3 +25,11 @@ def test_import_needs_no_triton_and_exports_only_the_door(run_inside):
 def test_import_asks_for_nothing_heavy_and_warns_of_nothing(run_inside):
     """Plots, video files and kernels are imported by the run that needs them, not by every start of ComfyUI."""
     assert run_inside("light_import") == {"asked": [], "said": []}
+
+
+def test_errors_are_shown_without_the_path_of_the_folder(server):
+    prompt_id = server.queue(graph({"model": loader(weights="ema")}))
+    with pytest.raises(Failed, match="holds no EMA weights"):
+        server.wait(prompt_id)
+    messages = dict(server.get(f"/history/{prompt_id}")[prompt_id]["status"]["messages"])
+    assert messages["execution_error"]["exception_type"] == "light_forcing.CheckpointError"

@@ -2,10 +2,13 @@
 
 import json
 import time
+from types import SimpleNamespace
 
+import numpy as np
 from host import load, noise_of, room, sample  # first: it finds ComfyUI
 
 import latent_preview  # isort: skip
+import torch
 
 live_view = room("nodes.live_view")
 settings_from = room("nodes.loader").settings_from
@@ -27,9 +30,27 @@ noise = noise_of((1, 16, 6, 8, 12))
 latent_preview.get_previewer = lambda *arguments: ForeignPreviewer()
 live = live_view.LiveView(model, noise.shape, decodes=True)
 ours = []
+add = live_view.Sheet.add
 live_view.Sheet.add = lambda self, stretch: ours.append(stretch)
 sample(model, ChunkSampler(on_step=live.step), noise, callback=live.callback)
 facts["ours beside a foreign previewer"] = len(ours)
+
+# A run that was cut short within its second chunk, on a page that plays and on a sheet.
+latent_preview.get_previewer = lambda *arguments: None
+live_view.Sheet.add, sent = add, []
+live_view.get_executing_context = lambda: SimpleNamespace(node_id="5", prompt_id="one")
+server = SimpleNamespace(client_id="page", send_sync=lambda kind, message, client: sent.append(message))
+draft = live_view.spread(9, 21, np.full((3, 32, 48, 3), 200, np.uint8))
+for pictures in (live_view.Strips(server, 21), live_view.Sheet(6, 1.5)):
+    live = live_view.LiveView(model, (1, 16, 6, 4, 6), decodes=True)
+    live.__dict__["_pictures"] = pictures
+    live.add_frames(torch.full((1, 9, 32, 48, 3), 0.9), 0)
+    pictures.add(draft)
+    shown = pictures.send()
+    live.end()
+facts["cut strips"] = [[[strip["start"], strip["stop"]] for strip in message["strips"]] for message in sent]
+facts["cut ends"] = [message["end"] for message in sent]
+facts["sheet"] = [int((np.asarray(image).mean(-1) > 100).sum()) for image in (shown[1], pictures.send()[1])]
 
 now = 100.0
 time.perf_counter = lambda: now

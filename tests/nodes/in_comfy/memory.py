@@ -77,6 +77,15 @@ loaded = state.LightForcingLoadState.execute(path.name)[0]
 again = run(kv_cache="full", state=loaded)[0]
 facts["resumed equals uninterrupted"] = bool((again == eight).all())
 
+# The host runs nodes in inference mode, where PyTorch shows fewer of the allocations that are counted.
+sizes = []
+for inside in (True, False):
+    decode.decode_bytes.cache_clear()
+    with torch.inference_mode(inside):
+        plan = run(vae=vae, size=(16, 16))[2]
+        sizes.append([plan.estimate.step, plan.estimate.decode])
+facts["estimates"] = sizes
+
 # Encode: equal to the host's, the end of a video kept, clear errors.
 video = torch.rand(11, 32, 48, 3, generator=torch.Generator().manual_seed(2))
 ours = encode.LightForcingEncode.execute(video, vae)[0]["samples"]

@@ -1,0 +1,218 @@
+"""Runs under the host's DynamicVRAM, where each weight comes to the card when it is used; printed as JSON.
+
+The host's own Python decides everything. A stand-in does what its C library does with a GPU's page tables: which
+weights have pages there, and what lies in them.
+"""
+
+import json
+import weakref
+from types import SimpleNamespace
+from typing import ClassVar
+
+import card_runs as runs
+import comfy_aimdo.host_buffer
+import comfy_aimdo.model_vbar
+import comfy_aimdo.torch
+import torch
+from card import OnCard
+from card_runs import CARD, card, decode, host, management, new_vae, run, same
+from host import comfy
+
+device_memory, encode = host.room("nodes.device_memory"), host.room("nodes.encode")
+facts = {}
+
+
+class Pages:
+    """In the place of ModelVBAR: a weight gets pages when it is used, as long as the card has room.
+
+    Pages that nobody uses are given up for whatever else needs room, and what lay in them is spoilt.
+    """
+
+    most = 1 << 40  # bytes of weights that may stay
+    alive: ClassVar = weakref.WeakSet()
+
+    def __init__(self, size, device):
+        self.end, self.pages, self.used, self.faults, self.misses = 0, {}, {}, 0, 0
+        Pages.alive.add(self)
+
+    def alloc(self, size):
+        self.end += size
+        return self, self.end - size, size
+
+    def fault(self, offset, size):
+        """What tells the content of a weight's pages from another, or None where there is no room for them."""
+        self.faults += 1
+        if offset not in self.pages:
+            if self.loaded_size() + size > min(Pages.most, card.size - card.used):
+                self.misses += 1
+                return None
+            card.take(size)
+            held = torch.empty(size, dtype=torch.uint8)
+            card.hold_for_free(held)
+            self.pages[offset] = OnCard(held), f"{self.faults:8}".encode()
+        self.used[offset] = self.used.get(offset, 0) + 1
+        return self.pages[offset][1]
+
+    def unpin(self, offset, size):
+        self.used[offset] -= 1
+
+    def prioritize(self):
+        pass
+
+    def loaded_size(self):
+        return sum(memory.nbytes for memory, _ in self.pages.values())
+
+    def free_memory(self, size):
+        freed = 0
+        for offset in [offset for offset in reversed(self.pages) if not self.used.get(offset)]:
+            if freed >= size:
+                break
+            memory, _ = self.pages.pop(offset)
+            memory.held.fill_(0xFF)
+            card.drop(memory.nbytes)
+            freed += memory.nbytes
+        return freed
+
+    def __del__(self):
+        self.used.clear()
+        self.free_memory(self.end)
+
+
+class NoBuffer:
+    """In the place of HostBuffer: nothing is pinned here."""
+
+    size = 0
+
+    def __init__(self, *_):
+        pass
+
+    def truncate(self, *_, **__):
+        pass
+
+
+comfy_aimdo.model_vbar.ModelVBAR = Pages
+comfy_aimdo.host_buffer.HostBuffer = NoBuffer
+comfy_aimdo.torch.aimdo_to_tensor = lambda place, device: place[0].pages[place[1]][0]
+comfy.cli_args.args.disable_pinned_memory = True
+
+
+def switch(on):
+    """What main.py does where DynamicVRAM works, or undo it."""
+    patcher = comfy.model_patcher
+    patcher.CoreModelPatcher = patcher.ModelPatcherDynamic if on else patcher.ModelPatcher
+    comfy.memory_management.aimdo_enabled = on
+    card.give_up = (lambda size: [pages.free_memory(size) for pages in list(Pages.alive)]) if on else lambda size: None
+
+
+def after_a_node():
+    """What the host does after every node."""
+    management.reset_cast_buffers()
+    comfy.model_prefetch.cleanup_prefetch_queues()
+
+
+def pages_of(model):
+    return model.model.dynamic_vbars[CARD]
+
+
+def contents(model):
+    """But for the modulations, which the host casts where they are and leaves on the card."""
+    return {name: content for name, content in runs.contents(model).items() if not name.endswith(".modulation")}
+
+
+# Every kind of weight, on a card with room for all of them, for half, and for none.
+facts["kinds"] = {}
+for name, make in runs.KINDS.items():
+    switch(False)
+    model = make()
+    usual = run(model, steps=1)
+    management.vram_state = management.VRAMState.NO_VRAM
+    exact = run(model, steps=1)  # every LoRA is added at every use, and no sum is rounded
+    management.vram_state = management.VRAMState.NORMAL_VRAM
+    management.unload_all_models()
+    switch(True)
+    model = make()
+    before = contents(model)
+    found = facts["kinds"][name] = {"dynamic": model.is_dynamic(), "rounding": {"usual": runs.distance(usual, exact)}}
+    if name == "float32":
+        plain = usual
+    for room, most in (("all", 1 << 40), ("half", model.model_size() // 2), ("none", 0)):
+        Pages.most = most
+        made = run(model, steps=1)
+        found[room] = [torch.equal(made[0], usual[0]), len(pages_of(model).pages), pages_of(model).misses]
+        found["rounding"][room] = runs.distance(made, exact)
+        found["from the file"] = [runs.distance(usual, plain), runs.distance(made, plain)]
+        after_a_node()
+    management.unload_all_models()
+    found["no trace"] = contents(model) == before
+Pages.most = 1 << 40
+
+# A LoRA on float32 weights, with a VAE: the same bits in every case.
+switch(False)
+ordinary, vae = runs.with_lora(runs.file()), new_vae()
+whole = run(ordinary, vae=vae)
+full = card.peak
+management.unload_all_models()
+switch(True)
+model, vae, seen = runs.with_lora(runs.file()), new_vae(), []
+runs.watched_norms(seen)
+made = run(model, vae=vae, graph=True)
+facts["watched"] = {
+    "dynamic": [model.is_dynamic(), vae.patcher.is_dynamic()],
+    "same": same(whole, made),
+    "norms": sorted(set(seen)),
+    "graphs": made[2].facts["CUDA graphs"],
+}
+size = full - model.model_size() // 2
+facts["small card"] = [same(whole, run(model, vae=vae, size=size)), card.peak <= size, pages_of(model).misses > 0]
+facts["line"] = str(runs.plans[-1])
+
+# What a run may take does not depend on what an earlier one left loaded.
+with runs.sized(2 * full):
+    management.unload_all_models()
+    free = [device_memory.memory_for_a_run(CARD), management.get_free_memory(CARD)]
+    runs.node.execute(**runs.arguments(model), vae=vae)
+    after = device_memory.memory_for_a_run(CARD), management.get_free_memory(CARD)
+    facts["free"] = [after[0] - free[0], after[1] - free[1], model.model_size()]
+
+# Pages are taken away while the run goes on: some, by a model of the older kind; then everything, twice.
+taken = []
+
+
+def some_go():
+    before = pages_of(model).loaded_size()
+    management.free_memory(management.get_free_memory(CARD) + model.model_size() // 2, CARD)
+    taken.append(before - pages_of(model).loaded_size())
+
+
+def all_go():
+    management.unload_all_models()
+    taken.append(pages_of(model).loaded_size() + vae.patcher.model.dynamic_vbars[CARD].loaded_size())
+
+
+facts["some pages go"] = [same(whole, run(runs.meanwhile(model, 4, some_go), vae=vae)), taken.pop() > 0]
+
+# Without small weights that a LoRA changed in place, even a whole unload in the middle does no harm.
+plain = runs.file()
+expected = run(plain, vae=vae)
+model_of_pages, model = model, plain
+facts["all weights go"] = [same(expected, run(runs.meanwhile(plain, 4, all_go), vae=vae)), taken.pop()]
+model = model_of_pages
+
+# Bypassing the node gives the stock model back; where hooks need it, the host makes an ordinary MODEL of ours.
+other = model.get_non_dynamic_delegate()
+facts["delegate"] = [other.is_dynamic(), same(whole, run(other, vae=vae))]
+
+# The nodes that decode and encode by themselves.
+latents, video = host.noise_of((1, 16, 3, 4, 6)), torch.rand(9, 32, 48, 3, generator=torch.Generator().manual_seed(2))
+# On a GPU one could decode beside the sampling, but not with weights that may go: it is not even planned.
+made, facts["beside"] = [], []
+for on in (False, True):
+    switch(on)
+    vae = new_vae()
+    on_gpu = SimpleNamespace(_vae=SimpleNamespace(device=torch.device("cuda"), patcher=vae.patcher))
+    facts["beside"].append(decode.FrameDecoder.can_run_beside.fget(on_gpu))
+    made.append(decode.LightForcingDecode.execute({"samples": latents}, vae)[0])
+    made.append(encode.LightForcingEncode.execute(video, vae)[0]["samples"])
+    management.unload_all_models()
+facts["nodes"] = [torch.equal(made[0], made[2]), torch.equal(made[1], made[3])]
+print(json.dumps(facts))

@@ -1,0 +1,159 @@
+"""Runs on a card that is too small for the weights, and one that loses them meanwhile; printed as JSON."""
+
+import gc
+import json
+from contextlib import contextmanager
+
+import card_runs as runs
+import torch
+from card_runs import CARD, card, decode, host, management, new_vae, run, same, sized
+from host import comfy
+
+encode = host.room("nodes.encode")
+facts = {}
+
+
+@contextmanager
+def started_with(state):
+    """ComfyUI as started with --lowvram or --novram."""
+    before, management.vram_state = management.vram_state, getattr(management.VRAMState, state)
+    yield
+    management.vram_state = before
+
+
+def too_small(model, by=5):
+    """A size of the card that the last run's peak misses by a fifth of the weights, or another share."""
+    return card.peak - model.model_size() // by
+
+
+def trace_of(model):
+    """All that loading, patching and sampling could leave on a module tree."""
+    found = {}
+    for name, module in model.model.named_modules():
+        flags = [getattr(module, flag, None) for flag in ("comfy_cast_weights", "comfy_patched_weights")]
+        functions = len(getattr(module, "weight_function", ())) + len(getattr(module, "bias_function", ()))
+        found[name] = [type(module).__name__, *flags, hasattr(module, "prev_comfy_cast_weights"), functions]
+        for key, tensor in module.named_parameters(recurse=False):
+            found[f"{name}.{key}"] = [type(tensor).__name__, str(tensor.dtype), str(tensor.device)]
+    return found | runs.contents(model)
+
+
+# Every kind of weight: all on the card, as many as fit, none; with --lowvram the host does what it does without.
+facts["kinds"] = {}
+for name, make in runs.KINDS.items():
+    model = make()
+    found = facts["kinds"][name] = {}
+    whole = run(model, steps=1)
+    found["fully"], size = runs.away(model), too_small(model)
+    partly = run(model, size=size, steps=1)
+    found |= {"partly": runs.away(model), "line": str(runs.plans[-1]), "fits": [runs.plans[-1].fits, card.peak <= size]}
+    with started_with("NO_VRAM"):
+        novram = run(model, steps=1)
+    found |= {"novram": runs.away(model), "novram weights": runs.plans[-1].estimate.weights}
+    found["same"] = [torch.equal(whole[0], other[0]) for other in (partly, novram)]
+    # Patched while they are used, weights are never rounded to how they are stored.
+    found["rounding"] = [runs.distance(other, novram) for other in (whole, partly)]
+    if name == "float32":
+        with started_with("LOW_VRAM"):
+            found["lowvram"] = [torch.equal(whole[0], run(model, size=size, steps=1)[0]), runs.away(model)]
+
+# What a run leaves behind, LoRA and patch included; what it decided on the way.
+model, vae = runs.with_lora(runs.file()), new_vae()
+stock = comfy.sd.load_diffusion_model(str(runs.DIT))
+mine = runs.loader.LightForcingApply.execute(stock, "light_forcing_short", **runs.OPTIONS)[0]
+euler = comfy.samplers.sampler_object("euler")
+
+
+def stock_video():
+    return host.sample(stock, euler, host.noise_of((1, 16, 3, 4, 6)), positive=runs.prompt()).cpu()
+
+
+before, untouched, shift = stock_video(), trace_of(model), stock.model.model_sampling.shift
+management.unload_all_models()
+facts["nothing on the card"] = [card.used]
+whole = run(model, vae=vae)
+seen, size = [], too_small(model, by=2)
+runs.watched_norms(seen)
+wrapped = runs.with_lora(runs.file())
+wrapped.add_weight_wrapper("diffusion_model.blocks.1.self_attn.norm_q.weight", torch.clone)  # a change at every use
+for name, made, limit, state in (
+    ("fully", model, None, "NORMAL_VRAM"),
+    ("partly", model, size, "NORMAL_VRAM"),
+    ("novram", model, None, "NO_VRAM"),
+    ("one norm wrapped", wrapped, None, "NORMAL_VRAM"),
+):
+    seen.clear()
+    with started_with(state):
+        latents, frames, record = run(made, vae=vae, size=limit, graph=True)
+    facts[f"{name}, watched"] = {
+        "same": same(whole, (latents, frames)),
+        "norms": sorted(set(seen)),
+        "graphs": record.facts["CUDA graphs"],
+        "reason": runs.graphs.why_not_resident(made.model.diffusion_model, CARD),
+    }
+run(mine, size=size)
+management.unload_all_models()
+gc.collect()
+facts["nothing on the card"].append(card.used)
+facts["no trace"] = [trace_of(model) == untouched, stock.model.model_sampling.shift == shift]
+facts["stock result unchanged"] = torch.equal(before, stock_video())
+
+# Other models come while the run goes on: the host makes room.
+other, calls = new_vae(16), []
+
+
+def another_comes():
+    calls.append(runs.away(model))
+    management.load_models_gpu([other.patcher])
+    calls.append(runs.away(model))
+
+
+def the_vae_goes():
+    """All of it, as where the host has nothing smaller to take."""
+    (at,) = [at for at, loaded in enumerate(management.current_loaded_models) if loaded.model is vae.patcher]
+    management.current_loaded_models[at].model_unload()
+    del management.current_loaded_models[at]
+    calls.append([str(vae.patcher.current_loaded_device())])
+
+
+whole = run(model, vae=vae)
+tight = card.peak + other.patcher.model_size() // 2
+facts["another model comes"] = [same(whole, run(runs.meanwhile(model, 4, another_comes), vae=vae, size=tight)), *calls]
+calls.clear()
+facts["the VAE goes"] = [same(whole, run(runs.meanwhile(model, 4, the_vae_goes), vae=vae)), *calls]
+
+# Decode and encode on a card that is too small for the VAE; a decoder beside the sampling needs all of it.
+wide, line, facts["beside"], facts["VAE"] = new_vae(16), decode.OverlappedDecoder, {}, {}
+latents, video = host.noise_of((1, 16, 3, 4, 6)), torch.rand(9, 32, 48, 3, generator=torch.Generator().manual_seed(2))
+
+
+def noted(decoder, device, *, beside):
+    facts["beside"]["partly" if wide.patcher.model.model_lowvram else "fully"] = beside
+    return line(decoder, device, beside=False)
+
+
+def decode_beside():
+    decode.OverlappedDecoder = noted
+    decoder = decode.FrameDecoder(wide, latents.shape)
+    decoder.cut(1, beside=True)
+    decoder.put(latents, normalised=False)
+    decode.OverlappedDecoder = line
+
+
+for what, node in (
+    ("decode", lambda: decode.LightForcingDecode.execute({"samples": latents}, wide)[0]),
+    ("encode", lambda: encode.LightForcingEncode.execute(video, wide)[0]["samples"]),
+):
+    made, needed, size = [], 0, 1 << 40
+    for _ in range(2):
+        # The host's own figure is for its own encode, all frames at once.
+        wide.memory_used_encode = lambda *_, needed=needed: needed
+        management.unload_all_models()
+        with sized(size):
+            made.append((node(), bool(wide.patcher.model.model_lowvram)))
+            decode_beside()
+        needed = card.peak - wide.patcher.model_size()
+        size = card.peak - wide.patcher.model_size() // 2
+    (whole, full), (partly, lowvram) = made
+    facts["VAE"][what] = {"same": torch.equal(whole, partly), "partly loaded": [full, lowvram]}
+print(json.dumps(facts))
