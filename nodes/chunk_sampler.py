@@ -30,8 +30,14 @@ from ..lightforcing_core.schedule import Schedule, video_frames_of
 from .decode import FrameDecoder
 from .memory import plan_of
 from .patch import KEY, RUN, conflicting_patch, settings_of
-from .refusals import is_out_of_memory, memory_advice, unsuitable_guider, unsuitable_latents, unsuitable_sigmas
-from .run_inputs import unsuitable_end
+from .refusals import (
+    is_out_of_memory,
+    memory_advice,
+    unsuitable_end,
+    unsuitable_guider,
+    unsuitable_latents,
+    unsuitable_sigmas,
+)
 from .timeline import PromptChange, prompts_of
 
 log = logging.getLogger(__name__)

@@ -1,15 +1,10 @@
-"""What the sampling nodes ask for, why an end cannot be met, and which runs were cut short."""
+"""What both sampling nodes ask for, and which of their runs were cut short."""
 
 from collections import Counter
-from collections.abc import Sequence
 
-import torch
 from comfy_api.latest import io
-from torch import Tensor
 
-from ..lightforcing_core.schedule import Schedule, video_frames_of
 from .memory import kv_cache_input
-from .patch import LATENT_CHANNELS
 from .schedule import ScheduleType
 from .timeline import TimelineType
 
@@ -70,43 +65,3 @@ def run_inputs() -> list[io.Input]:
             "published checkpoint; a little more lets a model trust its own past less, against drift.",
         ),
     ]
-
-
-def unsuitable_end(end: Tensor, latent_shape: Sequence[int], schedule: Schedule, initial_frames: int) -> str | None:
-    """Why a video of `latent_shape`, [B, 16, frames, h, w], cannot end with the latents `end`, or None.
-
-    initial_frames: latent frames that it starts with.
-    """
-    batch, _, frames, height, width = latent_shape
-    if end.ndim != 5 or end.shape[1] != LATENT_CHANNELS:
-        return (
-            f"the end_latent has shape {list(end.shape)}, not [batch, {LATENT_CHANNELS}, frames, height, width]; "
-            f"use Light Forcing Encode with place end and a Wan 2.1 VAE"
-        )
-    if not torch.isfinite(end).all():
-        return "the end_latent holds NaN or infinity; encode it again"
-    if end.shape[3:] != (height, width):
-        return (
-            f"end_latent is {8 * end.shape[4]}×{8 * end.shape[3]} and the video {8 * width}×{8 * height}; "
-            f"resize the last image to the video's size before encoding it"
-        )
-    if end.shape[0] not in (1, batch):
-        return f"end_latent is a batch of {end.shape[0]}, the video one of {batch}; use 1 or the same"
-    usual, last = schedule.frames_per_chunk, schedule.chunk_lengths(initial_frames)[-1]
-    if usual == 1:
-        return (
-            "end_latent cannot be met by a frame-wise model: the frame before it is finished before it is seen; use a "
-            "chunk-wise checkpoint"
-        )
-    if end.shape[2] >= usual:
-        return (
-            f"end_latent holds {end.shape[2]} latent frames, and a chunk of {usual} can end with at most {usual - 1}; "
-            f"encode one image, or the last {4 * (usual - 1)} frames of a video"
-        )
-    if end.shape[2] >= last:
-        whole = video_frames_of(frames + usual - last)
-        return (
-            f"the video's {video_frames_of(frames)} frames leave its last chunk {last} latent frames, of which nothing "
-            f"is left to lead to an end_latent of {end.shape[2]}; make the video {whole} frames long"
-        )
-    return None

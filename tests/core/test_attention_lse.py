@@ -12,7 +12,7 @@ from lightforcing.lightforcing_core.attention import BackendUnavailable, choose_
 from lightforcing.lightforcing_core.geometry import FrameBlocks
 from lightforcing.lightforcing_core.selection import BlockSelection
 
-from .attention_problems import EIGHT_BIT, SHAPES, Problem
+from .attention_problems import EIGHT_BIT, SHAPES, SIZES, Problem
 
 # The interpreter computes with numpy, which remarks that the logarithm of nothing is −inf.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -46,15 +46,7 @@ def test_log_sum_exp_of_narrow_queries_is_kept_in_float32(backend, dtype):
 
 
 @settings(max_examples=20)
-@given(
-    tokens_per_frame=st.integers(1, 40),
-    block=st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32, 64])),
-    q_frames=st.integers(1, 2),
-    k_frames=st.integers(2, 3),
-    batch=st.integers(1, 2),
-    dim=st.sampled_from([8, 24]),
-    with_tail=st.booleans(),
-)
+@given(**SIZES, with_tail=st.booleans())
 def test_reference_keeps_float64(with_tail, **sizes):
     problem = Problem(stored=None, dtype=torch.float64, **sizes)
     means = problem.means if with_tail else None

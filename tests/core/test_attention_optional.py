@@ -23,7 +23,7 @@ from lightforcing.lightforcing_core.attention import (
 )
 from lightforcing.lightforcing_core.selection import BlockSelection
 
-from .attention_problems import DEVICE, EIGHT_BIT, SHAPES, Problem
+from .attention_problems import DEVICE, EIGHT_BIT, SHAPES, SIZES, Problem
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +85,7 @@ def test_flex_with_a_tail_over_8bit_keys_equals_brute_force():
 
 
 @settings(max_examples=20)
-@given(
-    tokens_per_frame=st.integers(1, 40),
-    block=st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32, 64])),
-    q_frames=st.integers(1, 2),
-    k_frames=st.integers(2, 3),
-    batch=st.integers(1, 2),
-    dim=st.sampled_from([8, 24]),
-    with_tail=st.booleans(),
-)
+@given(**SIZES, with_tail=st.booleans())
 def test_reference_keeps_float64_with_and_without_tail(with_tail, **sizes):
     problem = Problem(stored=None, dtype=torch.float64, **sizes)
     means = problem.means if with_tail else None
