@@ -304,7 +304,8 @@ def _launch_for(kind: Kind, q: Tensor, run: Callable[[Launch], None]) -> Launch:
 
 def takes_descriptors(kind: Kind, capability: tuple[int, int]) -> bool:
     """Whether TMA is worth timing: the chip has it and, compiled for it, the kernel stays in registers."""
-    spills = (kind.stored in EIGHT_BIT or kind.tail) and capability >= ONLY_PLAIN_DESCRIPTORS
+    plain = kind.stored not in EIGHT_BIT and not kind.tail and kind.block_q <= 64
+    spills = capability >= ONLY_PLAIN_DESCRIPTORS and not plain
     return TensorDescriptor is not None and capability >= MIN_CAPABILITY_DESCRIPTORS and not spills
 
 

@@ -52,7 +52,7 @@ class Ring(NamedTuple):
 
 
 # Frames and the split over programs change from call to call; unspecialised, they cost no new compilation.
-@triton.jit(do_not_specialize=["batch", "frames", "slots", "heads_per_program"])
+@triton.jit(do_not_specialize=["batch", "frames", "slots", "heads_per_program", "tokens_per_frame"])
 def _store(
     q_ptr,
     k_ptr,
@@ -198,11 +198,15 @@ def launch_options(block_q: int, block_k: int, itemsize: int, sub_means: bool) -
     """Warps, registers and load-ahead for the larger of two tiles; `itemsize` is bytes per element.
 
     Eight tokens a warp (four where parts of blocks are pooled too, which takes registers) and at most 128 registers
-    a thread let 16 warps live on every multiprocessor. Two tiles of a 16-bit dtype are loaded ahead of the one at
-    work, 64 KB at most; float32 would not fit and loads none ahead.
+    a thread let 16 warps live on every multiprocessor. Parts of 128 tokens and float32 spill then: twice the tokens
+    and the registers. Two tiles of a 16-bit dtype are loaded ahead of the one at work, 64 KB at most; float32 would
+    not fit and loads none ahead.
     """
-    warps = max(block_q, block_k) // (4 if sub_means else 8)
-    return {"STAGES": 3 if itemsize == 2 else 1, "num_warps": min(16, max(4, warps)), "maxnreg": 128}
+    larger, tokens_a_warp, most_warps, registers = max(block_q, block_k), 4 if sub_means else 8, 16, 128
+    if itemsize == 4 or (sub_means and larger == 128):
+        tokens_a_warp, most_warps, registers = 2 * tokens_a_warp, 8, 255
+    warps = min(most_warps, max(4, larger // tokens_a_warp))
+    return {"STAGES": 3 if itemsize == 2 else 1, "num_warps": warps, "maxnreg": registers}
 
 
 def why_not(x: Tensor, head_dim: int, block: tuple[int, int], cache_dtype: torch.dtype | None = None) -> str | None:

@@ -103,31 +103,39 @@ def default_launch(kind: Kind) -> Launch:
 
 def rounds(kind: Kind, shared_limit: int, *, descriptors: bool) -> list[Round]:
     """What to time, each round given the winner so far: the tiles first, then how tiles are read and units are cut."""
-    # Before TMA, tiles of 128 keys in eight bits spill hundreds of bytes per thread.
-    wide = descriptors or kind.stored == kind.dtype
-    found: list[Round] = [lambda _: candidates(kind, shared_limit, wide=wide)]
-    if descriptors and padded(kind.head_dim) == kind.head_dim:
+    found: list[Round] = [lambda _: candidates(kind, shared_limit, wide=descriptors)]
+    if descriptors and is_tuned(kind):
         found.append(lambda best: through_descriptors(kind, best, shared_limit))
     return [*found, lambda best: [best._replace(per_sm=units) for units in (1, 2)]]
+
+
+def is_tuned(kind: Kind) -> bool:
+    """Whether tiles are worth timing: large models' blocks in 16 bits.
+
+    Every tile costs its user a compilation. Blocks under 64 are those of models that run in a moment, and float32,
+    which no model on a GPU runs in, has no tiles besides the default's that stay in registers.
+    """
+    large = min(kind.block_q, kind.block_k, kind.head_dim) >= 64
+    return large and padded(kind.head_dim) == kind.head_dim and kind.dtype != torch.float32
 
 
 def candidates(kind: Kind, shared_limit: int, *, wide: bool = True) -> list[Launch]:
     """The launches worth timing where one program may use `shared_limit` bytes; the default is the first.
 
-    Fewer query rows per program fill the last wave better, more read each key tile for more rows. wide: key tiles of
-    128 are among them. float32 has the default's tiles only: with 64 it spills over a kilobyte per thread.
+    Fewer query rows per program fill the last wave better, which dense work hardly has, more read each key tile for
+    more rows. Left out is what was seen to spill: 128 rows with a tail, and beside an 8-bit cache other stages than
+    the default's. wide: key tiles of 128 are among them, which only chips with TMA have the registers for.
     """
     default = default_launch(kind)
-    rows: tuple[int, ...] = (64, 128)
-    columns: tuple[int, ...] = (64, 128) if wide else (64,)
-    if kind.dtype == torch.float32:
-        rows, columns = (default.tile_q,), (default.tile_k,)
     found = [default]
-    for tile_q in sorted({min(kind.block_q, size) for size in rows}):
-        for tile_k in sorted({min(kind.block_k, size) for size in columns}):
-            for num_stages in (2, 3, 4) if tile_k <= 64 else (2,):
-                found.append(Launch(tile_q, tile_k, _warps(tile_q), num_stages))
-    found.append(default._replace(num_warps=8))
+    if is_tuned(kind):
+        plain = kind.stored == kind.dtype
+        for tile_q in sorted({default.tile_q, default.tile_q if kind.dense else min(kind.block_q, 64)}):
+            found.append(_staged(kind, tile_q, 64))
+            if plain:
+                found += [Launch(tile_q, 64, _warps(tile_q), stages) for stages in (2, 3)]
+            if plain and wide and kind.block_k >= 128 and not kind.tail:
+                found.append(Launch(tile_q, 128, _warps(tile_q), 2))
     return [x for x in dict.fromkeys(found) if x == default or shared_bytes(kind, x) <= shared_limit]
 
 

@@ -1,11 +1,9 @@
-"""Compiles the block-sparse kernel for GPUs that are not here, from the very arguments its launcher would pass.
+"""Compiles kernels for GPUs that are not here, from the very arguments that their launchers would pass.
 
 Run as a process of its own, without TRITON_INTERPRET: an interpreted kernel cannot be compiled. Arguments, one JSON
 row printed for each:
 
-- a variant's name, see `attention_variants`. Prints what the compiled code takes.
-- `tiles:` and a name up to `variant`: the tuner's other tiles, a row each.
-- `bias:cc:block_k:tokens_per_frame`: the kernel that prepares a tail; prints what it takes.
+- a variant's name, see `attention_variants` and `fused_variants`. Prints what the compiled code takes.
 - `ptx:` and a name with several chips, `80 86 89`: a digest of each one's PTX without its label.
 - `chunks:cc`: prepares launches for every chunk of a video and prints how many kernels they compile.
 """
@@ -18,12 +16,14 @@ import sys
 
 import torch
 import triton
-from attention_variants import kind_of, launch_of, name_of
-from resources import SHARED_KIB, resource_usage
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lightforcing.kernels import block_sparse, tuning
+from lightforcing.kernels import block_sparse
+
+from . import fused_variants
+from .attention_variants import kind_of, launch_of
+from .resources import resource_usage
 
 MULTIPROCESSORS = 10_000  # so many that every unit is cut where units are cut
 
@@ -81,16 +81,11 @@ def prepare(
 def compile_variant(text):
     """Shared memory in bytes, and registers and stack bytes per thread where cuobjdump is, of one variant."""
     cc, *shape, how = text.split(":")
+    if not shape[0].isdigit():
+        kernel = fused_kernel(int(cc), text)
+        return fused_row(int(cc), text, kernel, kernel.asm["cubin"])
     kind = kind_of(*shape)
     return compiled(int(cc), kind, launch_of(kind, how), text, asked=how.split())
-
-
-def compile_tiles(text):
-    """The same of each launch that the tuner times besides the default one; `text` does not say how it is launched."""
-    cc, *shape = text.split(":")
-    kind = kind_of(*shape)
-    for launch in tuning.candidates(kind, SHARED_KIB[int(cc)] * 1024)[1:]:
-        yield compiled(int(cc), kind, launch, name_of(int(cc), kind, launch))
 
 
 def compiled(cc, kind, launch, text, *, asked=()):
@@ -99,23 +94,16 @@ def compiled(cc, kind, launch, text, *, asked=()):
     return row_of(cc, launch, text, kernel, others, [x.asm["cubin"] for x in (kernel, *others)])
 
 
-def compile_bias(text):
-    cc, block_k, tokens_per_frame = map(int, text.split(":"))
-    driver.set_active(Absent(cc))
-    bias, counts = torch.empty(12, 75, 525, device="meta"), torch.empty(12, 75, dtype=torch.int32, device="meta")
-    lists = torch.empty(12, 75, 60, dtype=torch.int32, device="meta"), counts
-    constants = {"BLOCK_K": block_k, "TILE": 128}
-    kernel = block_sparse.tail_bias.warmup(bias, *lists, 525, 60, tokens_per_frame, grid=(900,), **constants)
-    return {"variant": text, "cc": cc, "shared": kernel.metadata.shared, **resource_usage(kernel.asm["cubin"])}
-
-
 def digests(text):
     """By chip, what tells apart the PTX that each is given."""
     chips, *shape, how = text.split(":")
-    kind = kind_of(*shape)
     found = {}
     for cc in chips.split():
-        kernels = prepare(int(cc), kind, launch_of(kind, how), 1560 if any(kind.ragged) else 1536, 21, 60)
+        if shape[0].isdigit():
+            kind = kind_of(*shape)
+            kernels = prepare(int(cc), kind, launch_of(kind, how), 1560 if any(kind.ragged) else 1536, 21, 60)
+        else:
+            kernels = [fused_kernel(int(cc), text)]
         ptx = "".join(re.sub(r"\.target sm_\d+", "", kernel.asm["ptx"]) for kernel in kernels)
         found[cc] = hashlib.sha256(ptx.encode()).hexdigest()
     return found
@@ -134,6 +122,27 @@ def row_of(cc, launch, text, kernel, others, cubins):
     if rest and "stack" in row:
         row["stack"] = max(row["stack"], *(each["stack"] for each in rest))
     return row
+
+
+def fused_kernel(cc, text):
+    driver.set_active(Absent(cc))
+    return fused_variants.compiled(text)
+
+
+def fused_row(cc, text, kernel, cubin):
+    row = {"variant": text, "cc": cc, "shared": kernel.metadata.shared, "tensor_memory": 0}
+    if ":store:" in text:
+        row["counts_in_order"] = counts_in_order(kernel.asm["ptx"])
+    return row | usage_of(cubin)
+
+
+def counts_in_order(ptx):
+    """Whether all threads meet between their last store and the one atomic count, which releases to the GPU."""
+    steps = re.findall(r"bar\.sync|st\.global|atom\.\S+", ptx)
+    counts = [index for index, step in enumerate(steps) if step.startswith("atom")]
+    if len(counts) != 1 or not {"acq_rel", "gpu"} <= set(steps[counts[0]].split(".")):
+        return False
+    return steps[counts[0] - 1] == "bar.sync"
 
 
 usage_of = functools.lru_cache(resource_usage)  # many kernels add their parts up with the same code
@@ -164,10 +173,6 @@ def count_kernels(cc):
 
 def rows_of(argument):
     task, _, rest = argument.partition(":")
-    if task == "tiles":
-        return compile_tiles(rest)
-    if task == "bias":
-        return [compile_bias(rest)]
     if task == "ptx":
         return [digests(rest)]
     if task == "chunks":

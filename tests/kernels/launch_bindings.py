@@ -2,60 +2,44 @@
 
 Run as a process of its own, without TRITON_INTERPRET. Everything happens that a launch does but the launch: the
 arguments are specialised as on a GPU and the kernel is compiled for sm_90. One JSON row per kernel:
-`{"kernel": ..., "calls": ..., "versions": ...}`.
+`{"kernel": ..., "versions": ...}`.
 """
 
 import json
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
+import triton
+from triton.runtime import driver
 
-from lightforcing.kernels import modulation, store
-from lightforcing.kernels.store import Ring
+from lightforcing.kernels import modulation, score, selection, store
 
-TOKENS, HEADS, HEAD_DIM = 48, 12, 128
-# (batch, frames, slots): a first frame, chunks, a window recomputed at once, another video's ring, two samples.
-CALLS = [(1, 1, 21), (1, 3, 21), (1, 16, 21), (1, 3, 7), (2, 3, 12)]
+from .ahead_of_time import Absent
+from .fused_variants import stopped_short
 
-
-class AbsentGpu:
-    """What Triton asks of a driver before it launches."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class Bound:
-    """A kernel whose launches stop short of the GPU."""
-
-    def __init__(self, kernel: JITFunction) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int]):
-        return lambda *arguments, **options: self.kernel.warmup(*arguments, grid=grid, **options)
-
-    @property
-    def versions(self) -> int:
-        return sum(len(compiled[0]) for compiled in self.kernel.device_caches.values())
+HEADS, HEAD_DIM = 12, 128
+# (batch, frames, slots, tokens per frame): a first frame, chunks, a window recomputed at once, another video's ring,
+# two samples, another size.
+CALLS = [(1, 1, 21, 48), (1, 3, 21, 48), (1, 16, 21, 48), (1, 3, 7, 48), (2, 3, 12, 48), (1, 3, 21, 52)]
+KERNELS = (
+    store._store,
+    modulation._norm_scale_shift,
+    modulation._gated_add,
+    score._score,
+    score._score_parts,
+    selection._select,
+)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def store_a_chunk(batch: int, frames: int, slots: int) -> None:
-    tokens, width, blocks = frames * TOKENS, HEADS * HEAD_DIM, slots * 3
+def store_a_chunk(batch: int, frames: int, slots: int, tokens_per_frame: int) -> None:
+    tokens, width, blocks = frames * tokens_per_frame, HEADS * HEAD_DIM, slots * triton.cdiv(tokens_per_frame, 16)
     q, k, v = empty(batch, tokens, 3 * width).chunk(3, -1)
-    ring = Ring(
-        empty(batch, slots * TOKENS, HEADS, HEAD_DIM),
-        empty(batch, slots * TOKENS, HEADS, HEAD_DIM),
+    ring = store.Ring(
+        empty(batch, slots * tokens_per_frame, HEADS, HEAD_DIM),
+        empty(batch, slots * tokens_per_frame, HEADS, HEAD_DIM),
         key_means=empty(batch, blocks, HEADS, HEAD_DIM),
         frame_means=empty(batch, slots, HEADS, HEAD_DIM),
         arrivals=empty(batch, slots, HEADS, dtype=torch.int32),
@@ -71,30 +55,37 @@ def store_a_chunk(batch: int, frames: int, slots: int) -> None:
         sin=empty(tokens, HEAD_DIM // 2, dtype=torch.float32),
         ring=ring,
         slots=empty(frames, dtype=torch.int32),
-        tokens_per_frame=TOKENS,
+        tokens_per_frame=tokens_per_frame,
         head_dim=HEAD_DIM,
         block=(16, 16),
     )
 
 
-def modulate_a_chunk(batch: int, frames: int, slots: int) -> None:
-    x = empty(batch, frames * TOKENS, 1536)
+def select_for_a_chunk(batch: int, frames: int, slots: int, tokens_per_frame: int) -> None:
+    per_frame, parts_per_frame = triton.cdiv(tokens_per_frame, 16), triton.cdiv(tokens_per_frame, 4)
+    q_means, k_means, frame_means = (
+        empty(batch, rows, HEADS, HEAD_DIM) for rows in (frames * per_frame, slots * per_frame, slots)
+    )
+    parts = score.Parts(empty(batch, slots * parts_per_frame, HEADS, HEAD_DIM), tokens_per_frame, 4, 4)
+    ranks = empty(slots, dtype=torch.int32)
+    for how in (None, parts):
+        selection.select_blocks(q_means, k_means, frame_means, ranks, choose=frames % 3, kept=slots, parts=how)
+
+
+def modulate_a_chunk(batch: int, frames: int, slots: int, tokens_per_frame: int) -> None:
+    x = empty(batch, frames * tokens_per_frame, 1536)
     shift, scale, gate, *_ = empty(batch, frames, 6, 1536).unbind(2)
     modulation.norm_scale_shift(x, scale, shift, 1e-6)
     modulation.gated_add(x, x, gate)
 
 
 if __name__ == "__main__":
-    driver.set_active(AbsentGpu())
-    store.why_not = modulation.why_not = lambda *arguments: None
-    kernels = {
-        (room, name): Bound(getattr(room, name))
-        for room, name in ((store, "_store"), (modulation, "_norm_scale_shift"), (modulation, "_gated_add"))
-    }
-    for (room, name), bound in kernels.items():
-        setattr(room, name, bound)
-    for call in CALLS:
-        store_a_chunk(*call)
-        modulate_a_chunk(*call)
-    for (_, name), bound in kernels.items():
-        print(json.dumps({"kernel": name, "calls": len(CALLS), "versions": bound.versions}))
+    driver.set_active(Absent(90))
+    with stopped_short():
+        for call in CALLS:
+            store_a_chunk(*call)
+            modulate_a_chunk(*call)
+            select_for_a_chunk(*call)
+    for kernel in KERNELS:
+        versions = sum(len(compiled[0]) for compiled in kernel.device_caches.values())
+        print(json.dumps({"kernel": kernel.fn.__name__, "versions": versions}))

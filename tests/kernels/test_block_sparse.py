@@ -333,17 +333,18 @@ def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("capability", "stored", "tail", "takes"),
+    ("capability", "block", "stored", "tail", "takes"),
     [
-        ((8, 0), torch.bfloat16, False, False),
-        ((8, 9), torch.bfloat16, False, False),
-        ((9, 0), torch.int8, True, True),
-        ((10, 3), torch.int8, False, True),
-        ((12, 0), torch.bfloat16, False, True),
-        ((12, 0), torch.bfloat16, True, False),
-        ((12, 0), torch.int8, False, False),
+        ((8, 0), 64, torch.bfloat16, False, False),
+        ((8, 9), 64, torch.bfloat16, False, False),
+        ((9, 0), 64, torch.int8, True, True),
+        ((10, 3), 128, torch.int8, False, True),
+        ((12, 0), 64, torch.bfloat16, False, True),
+        ((12, 0), 64, torch.bfloat16, True, False),
+        ((12, 0), 64, torch.int8, False, False),
+        ((12, 0), 128, torch.bfloat16, False, False),
     ],
 )
-def test_tma_is_timed_where_the_chip_has_it_and_the_kernel_stays_in_registers(capability, stored, tail, takes):
-    kind = tuning.Kind(64, 64, 128, torch.bfloat16, stored, (False, False), tail=tail)
+def test_tma_is_timed_where_the_chip_has_it_and_the_kernel_stays_in_registers(capability, block, stored, tail, takes):
+    kind = tuning.Kind(block, block, 128, torch.bfloat16, stored, (False, False), tail=tail)
     assert block_sparse.takes_descriptors(kind, capability) == takes

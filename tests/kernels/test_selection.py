@@ -1,12 +1,6 @@
 """The selection kernels: equal to a brute force and to the torch path, ties included; memory, refusals, compilation."""
 
-import json
 import math
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,13 +15,8 @@ from lightforcing.kernels.selection import _order, select_blocks, select_constan
 from lightforcing.lightforcing_core.geometry import FrameBlocks
 from lightforcing.lightforcing_core.selection import SUB_BLOCKS, SelectionPlan, sub_block_layout
 
-from .resources import SHARED_KIB
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log")  # of what is masked
-
-# Stack bytes per thread are register spills. Seen: 0 up to 4,096 blocks, 16 at 8,192 (sm_80), 32 at 16,384 (sm_120).
-MAX_STACK = {"bf16": 0, "fp32": 16, 4096: 0, 8192: 16, 16384: 40}
 
 RING = [0, 10, 11, 12, 4, 5, 6, 7, 8, 9]  # the frame that each slot holds: a sink, then a window that has wrapped
 LARGEST = torch.finfo(torch.float32).max
@@ -380,48 +369,3 @@ def test_long_videos_are_taken_or_declined_with_a_reason():
     assert why_not(q, 240 * 25, 240) is None
     assert "not 23,940" in why_not(q, 420 * 57, 420)
     assert "not 8,000" in why_not(q, 8_000, 8_000)
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """One row per variant, compiled in a process in which Triton does not interpret."""
-    variants = [f"{cc}:{row}" for cc in SHARED_KIB for row in ("score:bf16:128", "select:504:21", "select:5760:240")]
-    variants += [f"{cc}:parts:bf16:128" for cc in (80, 86, 90, 100, 120)]
-    variants += [f"{cc}:score:fp32:128" for cc in (86, 90, 120)] + ["90:parts:fp32:128"]
-    variants += [f"120:select:{row}" for row in ("1200:21", "4000:160", "13680:240")]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-
-    def run(share):
-        command = [sys.executable, Path(__file__).with_name("selection_ahead_of_time.py"), *share]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    with ThreadPoolExecutor(2) as pool:
-        rows = [row for rows in pool.map(run, (variants[::2], variants[1::2])) for row in rows]
-    assert len(rows) == len(variants)
-    return rows
-
-
-def test_kernels_compile_for_every_supported_chip_without_a_gpu(compiled, capsys):
-    with capsys.disabled():
-        print("\n  sm  kernel  shape                       dtype  warps  shared KiB  registers  stack")
-        for row in compiled:
-            print(
-                f"{row['cc']:4d}  {row['kernel']:6s}  {row['shape']:26s}  {row['dtype']:5s}  {row['warps']:5d}  "
-                f"{row['shared'] / 1024:10.1f}  {row.get('registers', '?'):>9}  {row.get('stack', '?'):>5}"
-            )
-    for row in compiled:
-        assert row["shared"] <= SHARED_KIB[row["cc"]] * 1024, row
-        bound = row["dtype"] if row["kernel"] != "select" else max(4096, int(row["shape"].split()[0]))
-        assert row.get("stack", 0) <= MAX_STACK[bound], row
-
-
-def test_lengths_and_counts_are_never_compiled_in(compiled):
-    unspecialised = {row["kernel"]: set(row["unspecialised"]) for row in compiled}
-    assert unspecialised == {
-        "score": {"q_blocks", "k_blocks", "frames"},
-        "parts": {"q_blocks", "frames", "per_frame", "parts_per_frame", "tokens_per_frame"},
-        "select": {"k_blocks", "frames", "per_frame", "choose", "kept"},
-    }
