@@ -4,12 +4,14 @@ Within a chunk every step has the same shapes, cache slots, plan and text; only 
 chunk's first pass runs as it is (there kernels are compiled and tuned, and the rotary table and the prompt's keys are
 made), the second one is recorded, and from it on each pass is one launch. The clean pass is never recorded.
 
-What a graph reads must stay where it was, so `CausalState` calls `forget` wherever it replaces any of it. All graphs
-of a run share one memory pool; therefore everything that a graph leaves is copied out before another one runs.
+What a graph reads must stay where it was, so `CausalState` calls `forget` wherever it replaces any of it, and a graph
+is let go of when the host has moved the weights. All graphs of a run share one memory pool; therefore everything that a
+graph leaves is copied out before another one runs.
 """
 
 import contextlib
 import functools
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -137,10 +139,13 @@ class StepGraph:
             self._warm = None if state.clean else called
             return self._run(run)
         step = self._steps.get(run.selects)
-        if step is not None:
+        if step is not None and step.weights == _addresses(dit):
             state.passes += 1
             return self._launch(step, run)
-        if self.why_off or run.alike() < LEAST_LAUNCHES:
+        if step is not None:
+            self.forget()
+            self._warm = called
+        if step is not None or self.why_off or run.alike() < LEAST_LAUNCHES:
             return self._run(run)
         return self._first(run)
 
@@ -168,7 +173,7 @@ class StepGraph:
     def _first(self, run: "Pass") -> Tensor:
         """Record this pass and launch it; the first one of its kind in this process is compared with running it."""
         state, passes, kind = run.state, run.state.passes, run.kind()
-        if reason := _verdicts.get(kind):
+        if reason := _verdicts.get(kind) or why_not_resident(run.dit, run.x.device):
             self._stop(reason)
             return self._run(run)
         try:
@@ -215,7 +220,7 @@ class StepGraph:
             _thread.recording = False
             state.watch = watch
         self._free_spent()
-        return _Step(recording, selects, out, seen, dict(state.selections))
+        return _Step(recording, selects, out, seen, dict(state.selections), _addresses(run.dit))
 
     def _settle(self, state: "CausalState", made: "dict[int, BlockSelection]") -> None:
         """Bring a pass's selections to where the passes that reuse them look: the chunk's first pass says where."""
@@ -281,7 +286,7 @@ class Pass:
 
 
 class _Step:
-    """A recorded pass, and the tensors that a launch fills: out, what a watcher is shown, selections by layer."""
+    """A recorded pass, where its weights lay, and what a launch fills: out, what a watcher is shown, selections."""
 
     def __init__(
         self,
@@ -290,14 +295,20 @@ class _Step:
         out: Tensor,
         seen: list[tuple[Any, ...]],
         selections: "dict[int, BlockSelection]",
+        weights: tuple[int, ...],
     ) -> None:
-        self.recording, self.selects = recording, selects
+        self.recording, self.selects, self.weights = recording, selects, weights
         self.out, self.seen, self.selections = out, seen, selections
 
     def let_go(self) -> None:
         """Its tensors go back to the pool, for the next recording to use."""
         self.seen, self.selections = [], {}
         del self.out
+
+
+def _addresses(tree: nn.Module) -> tuple[int, ...]:
+    """Where all weights and buffers lie."""
+    return tuple(tensor.data_ptr() for tensor in itertools.chain(tree.parameters(), tree.buffers()))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .host_memory import sent
 from .streaming import StreamingDecoder
 
 OVERLAP = 8  # latent rows or columns that neighbouring tiles share: 64 pixels
@@ -64,7 +65,8 @@ class TiledDecoder:
                 if frames is None:
                     height, width = (8 * size for size in latents.shape[-2:])
                     frames = tile.new_zeros(*tile.shape[:2], height, width, 3)
-                weights = row_weights.to(tile)[:, None] * column_weights.to(tile)
+                down, across = (sent(fade.to(tile.dtype), tile.device) for fade in (row_weights, column_weights))
+                weights = down[:, None] * across
                 place = frames[:, :, 8 * row[0] : 8 * row[1], 8 * column[0] : 8 * column[1]]
                 place.addcmul_(tile, weights[:, :, None])
         assert frames is not None

@@ -282,21 +282,26 @@ def counted(function, calls):
     return run
 
 
-def test_a_prompt_that_changes_within_a_chunk_is_followed(dit, events):
-    def passes(with_graph):
-        state = next(states(dit, with_graph))
-        state.open_chunk(2, 0.0, "cpu")
-        state.steps = 8
-        x = torch.randn(1, 16, 2, 10, 14, generator=torch.Generator().manual_seed(3))
-        out = []
-        for number in range(8):
-            if number in (0, 4):
-                state.follow(prompt(number))
-            out.append(forward(dit, x, torch.full((1,), 900.0 - number), state.text, state))
-        return out
+def passes_of_a_chunk(dit, with_graph, before):
+    """Eight of them; `before` is called before each one with its number and the state."""
+    state = next(states(dit, with_graph))
+    state.open_chunk(2, 0.0, "cpu")
+    state.steps = 8
+    x = torch.randn(1, 16, 2, 10, 14, generator=torch.Generator().manual_seed(3))
+    out = []
+    for number in range(8):
+        before(number, state)
+        out.append(forward(dit, x, torch.full((1,), 900.0 - number), state.text, state))
+    return out
 
-    for launched, plain in zip(passes(True), passes(False), strict=True):
-        assert torch.equal(launched, plain)
+
+def test_a_prompt_that_changes_within_a_chunk_is_followed(dit, events):
+    def change(number, state):
+        if number in (0, 4):
+            state.follow(prompt(number))
+
+    launched, plain = (passes_of_a_chunk(dit, with_graph, change) for with_graph in (True, False))
+    assert all(map(torch.equal, launched, plain))
     assert [kind for kind, _ in events].count("record") == 2
 
 
@@ -330,6 +335,35 @@ def test_a_chunk_that_is_opened_anew_is_run_first(dit, events):
     for launched, plain in zip(passes(True), passes(False), strict=True):
         assert torch.equal(launched, plain)
     assert [kind for kind, _ in events if kind == "record"] == ["record"] * 2
+
+
+def test_weights_that_the_host_moves_within_a_chunk_are_not_read_where_they_were(dit, events):
+    weight = dit.blocks[0].ffn[0].weight
+
+    def move(number, state):
+        if number == 0:
+            state.follow(prompt(1))
+        if number == 4:
+            old, weight.data = weight.data, weight.data.clone()
+            old.fill_(torch.nan)  # somebody else has that memory now
+
+    launched, plain = (passes_of_a_chunk(dit, with_graph, move) for with_graph in (True, False))
+    assert all(map(torch.equal, launched, plain))
+    assert [kind for kind, _ in events].count("record") == 2
+
+
+def test_weights_that_the_host_begins_to_cast_are_no_longer_recorded_in_this_run(dit, events):
+    def cast_from_the_second_chunk_on(event):
+        module.comfy_cast_weights = event.chunk > 0
+
+    module = dit.blocks[1].ffn[0]
+    expected = video(run(dit, "off"))
+    recorder = RunRecorder()
+    assert torch.equal(video(run(dit, "auto", on_step=cast_from_the_second_chunk_on, recorder=recorder)), expected)
+    assert [kind for kind, _ in events].count("record") == 1
+    assert "no longer used: the host moves, casts" in recorder.finish().facts["CUDA graphs"]
+    module.comfy_cast_weights = False
+    list(run(dit, "on"))  # the next run is not held to it
 
 
 def states(dit, with_graph):
