@@ -195,7 +195,7 @@ def queue(
     ] = None,
     prompt_node: Annotated[
         str | None,
-        typer.Option(metavar="NODE[.INPUT]", help="Where the text goes; else the CLIPTextEncode that feeds positive."),
+        typer.Option(metavar="NODE[.INPUT]", help="Where the text goes; else the prompt node that feeds positive."),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(help="Batch: every prompt once per seed, like 1,2,5-8; without it the seed stays.")

@@ -194,7 +194,8 @@ def node_error_lines(prompt: Prompt, node_errors: Mapping[str, Any] | None) -> l
             name = (error.get("extra_info") or {}).get("input_name")
             message, details = str(error.get("message", "error")), str(error.get("details") or "")
             if name:
-                details = details.removeprefix(name).removeprefix(":").strip()
+                # "name: why", "name - why" where a node refuses by itself, or the name alone
+                details = re.sub(rf"^{re.escape(name)}(:\s*|\s+-\s+|$)", "", details).strip()
             message += f" ({details})" if details and details not in message else ""
             lines.append(": ".join(part for part in (title_of(prompt, node_id), name, message) if part))
     return lines

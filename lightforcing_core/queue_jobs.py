@@ -16,7 +16,8 @@ from .comfy_server import Prompt, title_of
 from .queue_overrides import Override, UsageError, apply_overrides, list_nodes, node_id, override, split_target
 from .workflow_form import SEED_NAMES, canvas_with
 
-TEXT_ENCODER, TEXT_INPUT = "CLIPTextEncode", "text"
+# The nodes that a prompt is written into, and their input for it.
+PROMPT_INPUTS = {"CLIPTextEncode": "text", "LightForcingDemoPrompt": "caption"}
 NAME = re.compile(r"\w(?:[\w .()+-]{0,98}[\w)+-])?")
 # Names that Windows keeps for devices, whatever stands behind a dot.
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
@@ -78,19 +79,21 @@ def read_seeds(text: str) -> list[int]:
 def text_input(prompt: Prompt, wanted: str | None = None) -> tuple[str, str]:
     """The node id and input that a line's text goes to.
 
-    wanted: `NODE` (its input `text`) or `NODE.INPUT`; without it, the one CLIPTextEncode that feeds a `positive` input.
+    wanted: `NODE.INPUT`, or `NODE` for its prompt (`text` where the node is not known); without it, the one prompt
+    node that feeds a `positive` input.
     """
     if wanted is not None:
         name, name_of_input = split_target(prompt, wanted)
-        return node_id(prompt, name), name_of_input or TEXT_INPUT
-    found = _encoders_of_positive(prompt)
-    if len(found) == 1:
-        return found[0], TEXT_INPUT
+        found = node_id(prompt, name)
+        return found, name_of_input or PROMPT_INPUTS.get(prompt[found]["class_type"], "text")
+    candidates = _prompts_of_positive(prompt)
+    if len(candidates) == 1:
+        return candidates[0], PROMPT_INPUTS[prompt[candidates[0]]["class_type"]]
     way_out = f"say with --prompt-node NODE or NODE.INPUT where the text goes; the workflow has {list_nodes(prompt)}"
-    if not found:
-        raise UsageError(f"no {TEXT_ENCODER} feeds a positive input; {way_out}")
-    listed = ", ".join(f"{one} ({title_of(prompt, one)})" for one in found)
-    raise UsageError(f"{len(found)} nodes feed positive inputs: {listed}; {way_out}")
+    if not candidates:
+        raise UsageError(f"no {' or '.join(PROMPT_INPUTS)} feeds a positive input; {way_out}")
+    listed = ", ".join(f"{one} ({title_of(prompt, one)})" for one in candidates)
+    raise UsageError(f"{len(candidates)} nodes feed positive inputs: {listed}; {way_out}")
 
 
 def make_jobs(
@@ -155,8 +158,8 @@ def digests(
     }
 
 
-def _encoders_of_positive(prompt: Prompt) -> list[str]:
-    """Ids of the text encoders whose conditioning arrives at a `positive` input, whatever it passes on its way."""
+def _prompts_of_positive(prompt: Prompt) -> list[str]:
+    """Ids of the prompt nodes whose conditioning arrives at a `positive` input, whatever it passes on its way."""
     ways = [link for node in prompt.values() for link in _links(node, "positive")]
     found: dict[str, None] = {}
     seen = set()
@@ -166,7 +169,7 @@ def _encoders_of_positive(prompt: Prompt) -> list[str]:
             continue
         seen.add((origin, slot))
         node = prompt[origin]
-        if node["class_type"] == TEXT_ENCODER:
+        if node["class_type"] in PROMPT_INPUTS:
             found[origin] = None
         elif list(_links(node, "positive")) and list(_links(node, "negative")):  # passes both through, in this order
             ways += _links(node, "negative" if slot == 1 else "positive")

@@ -170,13 +170,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def memory_advice(state: RunState, plan: MemoryPlan, *, decoding: bool) -> str:
     """What to lower, and by how much, after a run of `state` ran out of memory although it was planned for."""
+    ways = _ways_to_need_less(state, plan)
+    said = f"lower {', or '.join(ways)}" if ways else "nothing is left to lower; end what else uses this memory"
+    more = "; LightVAE (lightvaew2_1) decodes in about a quarter of the full VAE's memory" if decoding else ""
+    return said + more
+
+
+def _ways_to_need_less(state: RunState, plan: MemoryPlan) -> list[str]:
+    """What of the run can still be lowered, each as `thing from old to new (GiB less)`."""
     batch, _, frames, h, w = state.latent_shape
     cache = plan.estimate.cache
-    smaller = "×".join(str(max(16, round(8 * side * 0.866 / 16) * 16)) for side in (w, h))
-    share = plan.estimate.total - plan.estimate.weights - plan.estimate.vae
-    ways = [f"the size from {8 * w}×{8 * h} to {smaller} ({gib(share // 4)} GiB less)"]
+    ways = []
     if batch > 1:
-        ways.insert(0, f"the batch from {batch} to {batch // 2}")
+        ways.append(f"the batch from {batch} to {batch // 2}")
+    smaller = [_smaller_side(8 * side) for side in (w, h)]
+    if smaller != [8 * w, 8 * h]:
+        share = plan.estimate.total - plan.estimate.weights - plan.estimate.vae
+        saved = share - share * smaller[0] * smaller[1] // (64 * w * h)
+        ways.append(f"the size from {8 * w}×{8 * h} to {smaller[0]}×{smaller[1]} ({gib(saved)} GiB less)")
     if plan.kv.dtype == "same" and not plan.kv.host:
         ways.append(f"kv_cache to int8 ({gib(cache * 15 // 32)} GiB less)")
     elif not plan.kv.host:
@@ -188,5 +199,9 @@ def memory_advice(state: RunState, plan: MemoryPlan, *, decoding: bool) -> str:
         ways.append(f"the schedule's window from {visible} to {window} latent frames ({gib(saved)} GiB less KV cache)")
     if state.cfg != 1.0:
         ways.append(f"cfg to 1 ({gib(cache // 2)} GiB less KV cache)")
-    more = "; LightVAE (lightvaew2_1) decodes in about a quarter of the full VAE's memory" if decoding else ""
-    return f"lower {', or '.join(ways)}{more}"
+    return ways
+
+
+def _smaller_side(pixels: int) -> int:
+    """A side of a picture with three quarters of the area, in steps of 16 pixels; less in any case, but for 16."""
+    return max(16, min(round(pixels * 0.866 / 16) * 16, pixels - 16))

@@ -33,7 +33,7 @@ def timeline_input() -> io.Input:
 
 
 def run_inputs() -> list[io.Input]:
-    """The options at the end of both nodes."""
+    """The inputs at the end of both nodes."""
     return [
         io.Combo.Input(
             "replay",
@@ -63,5 +63,12 @@ def run_inputs() -> list[io.Input]:
             advanced=True,
             tooltip="The timestep, 0 to 1000, at which a finished chunk is read into the model's memory. 0 for every "
             "published checkpoint; a little more lets a model trust its own past less, against drift.",
+        ),
+        io.Latent.Input(
+            "end_latent",
+            optional=True,
+            tooltip="What the video ends with: an image from Light Forcing Encode with place end. It counts towards "
+            "the length. Only the last chunk bends toward it, so it has to be near what the prompt leads to; "
+            "frame-wise checkpoints cannot do it.",
         ),
     ]

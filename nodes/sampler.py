@@ -83,7 +83,7 @@ class LightForcingSampler(io.ComfyNode):
                     "vae",
                     optional=True,
                     tooltip="Wan 2.1 VAE, LightVAE or a TAE: decodes while sampling and fills IMAGE. Left open: decode "
-                    "LATENT afterwards.",
+                    "LATENT afterwards. Under ComfyUI's DynamicVRAM it decodes between the chunks, not beside them.",
                 ),
                 io.Latent.Input(
                     "start_latent",
@@ -130,13 +130,6 @@ class LightForcingSampler(io.ComfyNode):
                     "all behind them change, the ones before stay as they were.",
                 ),
                 *run_inputs(),
-                io.Latent.Input(
-                    "end_latent",
-                    optional=True,
-                    tooltip="What the video ends with: an image from Light Forcing Encode with place end. It counts "
-                    "towards the length. Only the last chunk bends toward it, so it has to be near what the prompt "
-                    "leads to; frame-wise checkpoints cannot do it.",
-                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="LATENT", tooltip="The whole video, given start and end included."),

@@ -53,6 +53,7 @@ class LightForcingSamplerSelect(io.ComfyNode):
         keep_finished: bool = True,
         kv_cache: str = "auto",
         context_noise: float = 0.0,
+        end_latent: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         node_id = cls.hidden.unique_id
 
@@ -63,6 +64,7 @@ class LightForcingSamplerSelect(io.ComfyNode):
         sampler = ChunkSampler(
             schedule,
             initial_latents=start_latent["samples"] if start_latent else None,
+            last_latents=end_latent["samples"] if end_latent else None,
             timeline=timeline,
             replay=replay,
             keep_finished=keep_finished,

@@ -51,8 +51,9 @@ def test_templates_open_from_browse_templates_with_nothing_missing(canvas, model
         wanted = [model for node in document["nodes"] for model in node["properties"].get("models", ())]
         there = [(models / "models" / model["directory"] / model["name"]).exists() for model in wanted]
         missing = page.get_by_role("button", name=re.compile("Show missing models|See Errors"))
+        page.wait_for_timeout(1000)
+        assert canvas.evaluate("() => app.canvas.ds.scale") > 0.6, name  # below 0.57 litegraph draws no text
         if not wanted:  # the quickstart's files come with the pack
-            page.wait_for_timeout(1000)
             assert missing.count() == 0
             canvas.screenshot(f"opened_{name}")
             continue
@@ -61,6 +62,19 @@ def test_templates_open_from_browse_templates_with_nothing_missing(canvas, model
         downloads.first.wait_for()
         assert downloads.count() == len(wanted) - sum(there) > 0
         canvas.screenshot(f"opened_{name}")
+
+
+def test_workflows_open_at_their_own_scale_and_no_node_covers_another(canvas, media):
+    for name in NAMES:
+        document = workflow(name)
+        canvas.open_graph(document)
+        canvas.page.wait_for_timeout(2000)  # until each node has the height of what it shows
+        assert canvas.evaluate("() => app.canvas.ds.scale") == document["extra"]["ds"]["scale"]
+        boxes = canvas.evaluate("() => app.rootGraph.nodes.map((node) => [node.type, ...node.getBounding()])")
+        for (one, x, y, width, height), (other, left, top, wide, high) in itertools.combinations(boxes, 2):
+            beside = x + width <= left or left + wide <= x
+            assert beside or y + height <= top or top + high <= y, f"{name}: {one} and {other}"
+        canvas.screenshot(name)
 
 
 def test_plot_follows_the_widgets(canvas):

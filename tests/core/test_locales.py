@@ -81,6 +81,16 @@ def test_every_node_has_a_help_page_in_each_language_and_no_page_is_left_over():
     assert {path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.*")} == wanted
 
 
+def test_help_pages_name_the_same_start_options_of_the_host():
+    """In the order of the page; `--disable-dynamic-vram` and the like have to be typed as they are."""
+    option = re.compile(r"--[a-z][a-z-]+")
+    for page in PAGES.glob("*.md"):
+        english = option.findall(page.read_text(encoding="utf-8"))
+        for language in OTHERS:
+            translated = (PAGES / page.stem / f"{language}.md").read_text(encoding="utf-8")
+            assert option.findall(translated) == english, f"{page.stem}/{language}.md"
+
+
 def test_help_pages_are_titled_and_name_every_input_as_the_node_does():
     english, chinese = (
         json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8")) for language in ("en", "zh")

@@ -118,6 +118,16 @@ def test_refusal_names_node_input_and_message(comfy):
     ]
 
 
+def test_refusal_by_a_node_itself_reads_as_its_own_words(comfy):
+    """The host writes `input - reason` for it."""
+    said = "caption - word 1 of the caption is 'a'; use on"
+    error = {"message": "Custom validation failed for node", "details": said, "extra_info": {"input_name": "caption"}}
+    comfy.node_errors = {"1": {"errors": [error]}}
+    assert run_prompt(ComfyServer(comfy.url), PROMPT).left_out == [
+        "Load Model: caption: Custom validation failed for node (word 1 of the caption is 'a'; use on)"
+    ]
+
+
 def test_parts_that_the_server_leaves_out_are_listed(comfy):
     comfy.node_errors = {"2": {"errors": [{"message": "Bad", "details": "", "extra_info": {"input_name": "seed"}}]}}
     assert run_prompt(ComfyServer(comfy.url), PROMPT).left_out == ["Chunk sampler: seed: Bad"]

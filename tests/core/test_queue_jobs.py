@@ -1,6 +1,7 @@
 """What a batch is made of: prompt files, seeds, overrides, and the canvas that goes with them."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -184,8 +185,32 @@ def test_more_than_one_encoder_is_ambiguous():
         text_input(graph)
 
 
-def test_no_encoder_asks_for_the_node():
-    with pytest.raises(UsageError, match="no CLIPTextEncode feeds a positive input; say with --prompt-node"):
+def test_text_goes_to_the_caption_of_the_quickstart():
+    path = Path(__file__).resolve().parents[2] / "workflows" / "api" / "quickstart_demo.json"
+    graph = json.loads(path.read_text(encoding="utf-8"))
+    (node,) = [one for one in graph if graph[one]["class_type"] == "LightForcingDemoPrompt"]
+    assert text_input(graph) == text_input(graph, node) == (node, "caption")
+    caption = "on a striped background a blue square moves up quickly"
+    (job,) = make_jobs(graph, {}, lines=[Line(caption)])
+    assert job.prompt[node]["inputs"] == {"caption": caption}
+
+
+def test_demo_prompt_beside_an_encoder_is_ambiguous():
+    graph = {
+        "1": {"class_type": "LightForcingDemoPrompt", "inputs": {"caption": "x"}, "_meta": {"title": "Shapes"}},
+        "2": encoder(),
+        "3": {"class_type": "Timeline", "inputs": {"positive": ["1", 0]}},
+        "4": {"class_type": "Sampler", "inputs": {"positive": ["2", 0], "timeline": ["3", 0]}},
+    }
+    with pytest.raises(UsageError) as caught:
+        text_input(graph)
+    assert "2 nodes feed positive inputs: 1 (Shapes), 2 (CLIPTextEncode); say with --prompt-node" in str(caught.value)
+    assert text_input(graph, "Shapes") == ("1", "caption")
+
+
+def test_no_prompt_node_asks_for_the_node():
+    said = "no CLIPTextEncode or LightForcingDemoPrompt feeds a positive input; say with --prompt-node"
+    with pytest.raises(UsageError, match=said):
         text_input({"1": {"class_type": "Sampler", "inputs": {"positive": ["9", 0]}}})
 
 

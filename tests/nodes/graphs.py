@@ -118,3 +118,20 @@ def graph(models, *, latent=None, vae=False, seed=3, **sampler):
         prompt["sampler"]["inputs"]["vae"] = link("vae")
         prompt["images"] = save_images(link("sampler", 1))
     return prompt
+
+
+def custom_graph(models, **select):
+    """The same through SamplerCustomAdvanced; `select` are inputs of Sampler Select."""
+    prompt = graph(models)
+    prompt["noise"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}}
+    prompt["guider"] = {
+        "class_type": "BasicGuider",
+        "inputs": {"model": link("model"), "conditioning": link("text")},
+    }
+    prompt["select"] = {"class_type": "LightForcingSamplerSelect", "inputs": select}
+    levels = {"model": link("model"), "scheduler": "simple", "steps": 4, "denoise": 1.0}
+    prompt["sigmas"] = {"class_type": "BasicScheduler", "inputs": levels}
+    inputs = {name: link(name) for name in ("noise", "guider", "sigmas")}
+    inputs |= {"sampler": link("select"), "latent_image": link("latent")}
+    prompt["sampler"] = {"class_type": "SamplerCustomAdvanced", "inputs": inputs}
+    return prompt

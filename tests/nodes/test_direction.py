@@ -2,7 +2,7 @@
 
 import pytest
 
-from .graphs import OTHER_EMBEDS, change, empty, graph, latents_of, link, loader, schedule, text
+from .graphs import OTHER_EMBEDS, change, custom_graph, empty, graph, latents_of, link, loader, schedule, text
 
 FIRST = slice(0, 3)  # latent frames of the first chunk
 REST = slice(3, None)
@@ -98,16 +98,6 @@ def run_custom(server):
     """Run SamplerCustomAdvanced with our sampler; options of Sampler Select, and nodes to add or replace."""
 
     def run(options=None, nodes=None):
-        prompt = graph({"model": loader()})
-        prompt["noise"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}}
-        basic = {"model": link("model"), "conditioning": link("text")}
-        prompt["guider"] = {"class_type": "BasicGuider", "inputs": basic}
-        prompt["select"] = {"class_type": "LightForcingSamplerSelect", "inputs": options or {}}
-        levels = {"model": link("model"), "scheduler": "simple", "steps": 4, "denoise": 1.0}
-        prompt["sigmas"] = {"class_type": "BasicScheduler", "inputs": levels}
-        inputs = {name: link(name) for name in ("noise", "guider", "sigmas")}
-        inputs |= {"sampler": link("select"), "latent_image": link("latent")}
-        prompt["sampler"] = {"class_type": "SamplerCustomAdvanced", "inputs": inputs}
-        return latents_of(server, {**prompt, **(nodes or {})})
+        return latents_of(server, {**custom_graph({"model": loader()}, **(options or {})), **(nodes or {})})
 
     return run

@@ -3,8 +3,12 @@
 The host's own code decides which weights come, are cast, patched and kept; the stand-in spoils what it gives up.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 
+HELP = Path(__file__).resolve().parents[2] / "nodes" / "web" / "docs" / "LightForcingSampler.md"
 KINDS = ["float32", "bfloat16", "fp8_e4m3fn", "fp8_rowwise"]
 WITH_LORA = [f"{kind}, LoRA" for kind in KINDS]
 ROOMS = ["all", "half", "none"]
@@ -83,3 +87,9 @@ def test_where_hooks_need_an_ordinary_model_the_host_can_make_one(facts):
 
 def test_decode_and_encode_nodes_give_the_same(facts):
     assert facts["nodes"] == [True, True]
+
+
+def test_start_options_that_the_help_names_are_the_hosts_and_turn_dynamic_vram_off(facts):
+    named = set(re.findall(r"--[a-z][a-z-]+", HELP.read_text(encoding="utf-8")))
+    assert {"--disable-dynamic-vram", "--fast", "--disable-cuda-malloc"} <= named <= set(facts["start options"])
+    assert facts["on by default, and when it is disabled"] == [True, False]

@@ -15,7 +15,7 @@ def test_out_of_memory_in_a_step_returns_the_finished_chunks(facts):
         (text,) = facts[case]["ui"]["text"]
         assert "out of memory while sampling a chunk, after 1 of 3 chunks: 9 of 33 frames" in text
         assert "window from 9 to 6 latent frames" in text
-        assert "size from 48×32 to" in text
+        assert "size from 48×32 to 32×16" in text
     assert facts["step"]["frames"] == 9
 
 
@@ -30,7 +30,24 @@ def test_out_of_memory_in_decoding_returns_all_latents_and_the_frames_so_far(fac
 def test_out_of_memory_with_nothing_to_keep_is_an_error_that_the_host_knows(facts, case):
     assert facts[case]["kind"] == "OutOfMemoryError"
     assert facts[case]["to the host"]
-    assert "lower the size from 48×32 to" in facts[case]["error"]
+    assert "lower the size from 48×32 to 32×16" in facts[case]["error"]
+
+
+def test_advised_size_is_smaller_by_about_a_quarter_or_the_next_there_is(facts):
+    wanted = {"832×480": "720×416 (2.00 GiB less)", "48×32": "32×16 (5.33 GiB less)", "64×16": "48×16 (2.00 GiB less)"}
+    for size, smaller in wanted.items():
+        assert f"lower the size from {size} to {smaller}" in facts["advice"][size]
+
+
+def test_least_size_is_not_to_be_lowered(facts):
+    assert "16×16" not in facts["advice at the least size"]
+    assert facts["advice at the least size"].startswith("lower kv_cache to int8_host (")
+
+
+def test_run_with_nothing_left_to_lower_is_told_what_else_helps(facts):
+    sampling, decoding = facts["no advice left"]
+    assert sampling == "nothing is left to lower; end what else uses this memory"
+    assert decoding.startswith(f"{sampling}; LightVAE (lightvaew2_1) decodes in")
 
 
 def test_other_errors_go_on_as_they_are(facts):

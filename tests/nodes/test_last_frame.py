@@ -4,7 +4,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from .graphs import HEIGHT, WIDTH, empty, graph, latents_of, link, load_state, loader, save_state, schedule
+from .graphs import (
+    HEIGHT,
+    WIDTH,
+    custom_graph,
+    empty,
+    graph,
+    latents_of,
+    link,
+    load_state,
+    loader,
+    save_state,
+    schedule,
+)
 
 CLOSE = 1e-5  # the rounding of two changes of latent space
 
@@ -28,6 +40,15 @@ def ended(**options):
 def test_video_ends_with_the_given_latent_and_starts_as_ever(server, end):
     plain, video = latents_of(server, graph({"model": loader()})), latents_of(server, ended())
     assert video.shape == plain.shape
+    assert (video[:, :, -1:] - end).abs().max() <= CLOSE
+    assert (video[:, :, :3] == plain[:, :, :3]).all()
+    assert (video[:, :, 3:5] - plain[:, :, 3:5]).abs().max() > 0.01
+
+
+def test_custom_sampler_ends_with_it_too(server, end):
+    plain = latents_of(server, custom_graph({"model": loader()}))
+    nodes = {"end": load_latent("end.latent")}
+    video = latents_of(server, {**custom_graph({"model": loader()}, end_latent=link("end")), **nodes})
     assert (video[:, :, -1:] - end).abs().max() <= CLOSE
     assert (video[:, :, :3] == plain[:, :, :3]).all()
     assert (video[:, :, 3:5] - plain[:, :, 3:5]).abs().max() > 0.01
@@ -59,19 +80,27 @@ def test_last_image_is_encoded_and_decoded_at_the_end(server, encode):
     assert len([path for path in files if path.suffix == ".png"]) == 21
 
 
-def test_saved_run_keeps_its_end_also_when_it_is_lengthened(server, end):
-    def run(length, state=None, **options):
-        prompt = graph({"model": loader()}, latent=empty(length), schedule=link("plan"), **options)
-        prompt |= {"plan": schedule(length, target=0.0), "end": load_latent("end.latent")}
-        if state:
-            prompt["state"] = state
-            prompt["sampler"]["inputs"]["state"] = link("state")
-        return latents_of(server, prompt)
+def dense(server, length, state=None, **options):
+    """The latents of a run without sparsity, whose chunks do not depend on the length, with end.latent at hand."""
+    prompt = graph({"model": loader()}, latent=empty(length), schedule=link("plan"), **options)
+    prompt |= {"plan": schedule(length, target=0.0), "end": load_latent("end.latent")}
+    if state:
+        prompt["state"] = state
+        prompt["sampler"]["inputs"]["state"] = link("state")
+    return latents_of(server, prompt)
 
-    run(21, save_state("ended"), end_latent=link("end"))
-    longer = run(33, load_state("ended_00001.safetensors"))
-    assert (longer == run(33, end_latent=link("end"))).all()
+
+def test_saved_run_keeps_its_end_also_when_it_is_lengthened(server, end):
+    dense(server, 21, save_state("ended"), end_latent=link("end"))
+    longer = dense(server, 33, load_state("ended_00001.safetensors"))
+    assert (longer == dense(server, 33, end_latent=link("end"))).all()
     assert (longer[:, :, -1:] - end).abs().max() <= CLOSE
+
+
+def test_saved_run_without_an_end_does_not_get_one(server, end):
+    dense(server, 21, save_state("endless"))
+    longer = dense(server, 33, load_state("endless_00001.safetensors"), end_latent=link("end"))
+    assert (longer == dense(server, 33)).all()
 
 
 def test_images_of_a_video_end_make_a_latent_frame_of_every_four(run_inside):

@@ -215,4 +215,12 @@ for on in (False, True):
     made.append(encode.LightForcingEncode.execute(video, vae)[0]["samples"])
     management.unload_all_models()
 facts["nodes"] = [torch.equal(made[0], made[2]), torch.equal(made[1], made[3])]
+
+# The start options that the host has, and what one of them does to DynamicVRAM.
+arguments, parser = comfy.cli_args.args, comfy.cli_args.parser
+facts["start options"] = [text for action in parser._actions for text in action.option_strings]
+arguments.cpu = False
+by_default = comfy.cli_args.enables_dynamic_vram()
+arguments.disable_dynamic_vram = True
+facts["on by default, and when it is disabled"] = [by_default, comfy.cli_args.enables_dynamic_vram()]
 print(json.dumps(facts))

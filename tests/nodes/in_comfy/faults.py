@@ -12,6 +12,9 @@ sampler, loader, state = (host.room(f"nodes.{name}") for name in ("sampler", "lo
 decode, video_output, schedules = (host.room(f"nodes.{name}") for name in ("decode", "video_output", "schedule"))
 core, wan_vae = host.room("lightforcing_core.video_file"), host.room("lightforcing_core.wan_vae")
 run_state, tensor_files = (host.room(f"lightforcing_core.{name}") for name in ("run_state", "tensor_files"))
+memory, refusals = host.room("lightforcing_core.memory"), host.room("nodes.refusals")
+memory_plan, kv_storage = (host.room(f"lightforcing_core.{name}") for name in ("memory_plan", "kv_storage"))
+timeline = host.room("lightforcing_core.timeline")
 Out = torch.OutOfMemoryError
 options = {"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
 model = loader.LightForcingApply.execute(host.load("tiny_wan.safetensors"), "unknown", **options)[0]
@@ -82,4 +85,19 @@ facts["chunks in the state"] = len(run_state.load_run_state(kept).finished)
 facts["left"] = sorted(path.name for path in (OUTPUT / "faults").iterdir())
 with core.av.open(str(OUTPUT / "faults" / "clip_00001.partial.mp4")) as container:
     facts["frames in the partial file"] = len(list(container.decode(video=0)))
+
+
+def advice(width, height, *, decoding=False, host_memory=False, **options):
+    """What a run of this size is told when its memory runs out."""
+    shape = (1, 16, 9, height // 8, width // 8)
+    prompts = (timeline.Prompt(torch.zeros(1, 4, 8)),)
+    run = run_state.RunState("tiny", shape, 3, (1.0, 0.5, 0.0), prompts, window=3, **options)
+    needed = memory.MemoryEstimate(weights=1 << 30, cache=4 << 30, prompt=0, step=4 << 30)
+    plan = memory_plan.MemoryPlan(needed, needed, 0, kv_storage.KVOptions("int8", host=host_memory))
+    return refusals.memory_advice(run, plan, decoding=decoding)
+
+
+facts["advice"] = {f"{width}×{height}": advice(width, height) for width, height in ((832, 480), (48, 32), (64, 16))}
+facts["advice at the least size"] = advice(16, 16)
+facts["no advice left"] = [advice(16, 16, host_memory=True, decoding=decoding) for decoding in (False, True)]
 print(json.dumps(facts))
