@@ -63,7 +63,7 @@ def test_the_record_is_within_every_chips_memory(record):
         assert tensor_memory <= 512, kind
 
 
-@pytest.mark.skipif(not os.environ.get(EVERYTHING), reason=f"takes half an hour; {EVERYTHING}=FILE keeps its rows in FILE")
+@pytest.mark.skipif(not os.environ.get(EVERYTHING), reason=f"takes half an hour; {EVERYTHING}=FILE keeps rows in FILE")
 def test_everything_that_a_run_can_pick_fits_every_chip(tmp_path, capsys):
     file = Path(os.environ[EVERYTHING])
     in_a_process("every_variant", str(file), cache=tmp_path, timeout=None)
