@@ -28,6 +28,7 @@ from triton.runtime import KernelInterface
 from lightforcing.kernels import attend, modulation, rounding, score, selection, store, store_part
 
 from . import attention_variants, fused_variants
+from .ahead_of_time import fused_kernel, fused_row, prepare, row_of
 from .attention_variants import CHIPS, name_of
 from .resource_table import kernel_of
 from .resources import SHARED_KIB
@@ -90,8 +91,6 @@ def attention_families():
 
 def fused_task(names):
     def compiled():
-        from .ahead_of_time import fused_kernel, fused_row
-
         first = next(iter(names))
         kernel = fused_kernel(first, names[first])
         for cc, name in names.items():
@@ -104,8 +103,6 @@ def attention_task(kind, launch, chips):
     names = {cc: name_of(cc, kind, launch) for cc in chips}
 
     def compiled():
-        from .ahead_of_time import prepare, row_of
-
         first = chips[0]
         kernels = prepare(first, kind, launch, 1560 if any(kind.ragged) else 1536, 21, 60)
         for cc, name in names.items():

@@ -2,8 +2,8 @@
 
 from lightforcing.kernels import tuning
 
-from .attention_variants import is_timed, kind_of, launch_of
-from .resource_table import is_attention
+from .attention_variants import kind_of, launch_of
+from .resource_table import is_attention, kind
 from .resources import SHARED_KIB
 
 TENSOR_MEMORY = 512  # columns of sm_100
@@ -15,50 +15,44 @@ MAX_STACK_WIDE = 144  # key tiles of 128 on sm_100: only where they are measured
 MAX_STACK_STORE = {"bf16": 64, "fp16": 64, "fp32": 96}
 MAX_STACK_SCORE = {"bf16": 0, "fp16": 0, "fp32": 16}
 MAX_STACK_ROW = {2048: 8, 4096: 8, 8192: 16, 16384: 40}
-MAX_REGISTERS = {"norm_scale_shift": 64, "gated_add": 64}
 
 
 def check(row):
     """Assert that a row of `ahead_of_time` fits its chip and stays in registers, up to what is stated above."""
     assert row["shared"] <= SHARED_KIB[row["cc"]] * 1024, row
     assert (row["tensor_memory"] or 0) <= TENSOR_MEMORY, row
+    assert row.get("registers", 0) <= most_registers(kind(row)), row
+    assert row.get("stack", 0) <= most_stack(kind(row)), row
     if is_attention(row):
-        check_attention(row)
-    else:
-        check_fused(row)
-
-
-def check_attention(row):
-    _, *shape, how = row["variant"].split(":")
-    kind = kind_of(*shape)
-    estimate = tuning.shared_bytes(kind, launch_of(kind, how))  # what the choice of launch parameters goes by
-    assert row["shared"] <= estimate, (row, estimate)
-    assert (row["tensor_maps"] > 0) == row["descriptors"], row  # copies by TMA exactly where they were asked for
-    assert row.get("stack", 0) <= most_stack(row), row
-
-
-def most_stack(row):
-    _, _, _, _, dtype, stored, *_ = row["variant"].split(":")
-    blackwell = row["cc"] // 10 == 10
-    if is_timed(row) and blackwell and row["tile_k"] == 128:
-        return MAX_STACK_WIDE
-    if dtype == "fp32":
-        return MAX_STACK["fp32"]
-    if stored in ("int8", "fp8"):
-        return MAX_STACK["8-bit"]
-    return MAX_STACK["16-bit timed" if is_timed(row) and blackwell else "16-bit"]
-
-
-def check_fused(row):
-    _, kernel, first, *_ = row["variant"].split(":")
-    stack, registers = row.get("stack", 0), row.get("registers", 0)
-    assert registers <= MAX_REGISTERS.get(kernel, 255), row
-    if kernel == "store":
-        assert stack <= MAX_STACK_STORE[first], row
+        _, *shape, how = row["variant"].split(":")
+        work = kind_of(*shape)
+        estimate = tuning.shared_bytes(work, launch_of(work, how))  # what the choice of launch parameters goes by
+        assert row["shared"] <= estimate, (row, estimate)
+        assert (row["tensor_maps"] > 0) == row["descriptors"], row  # copies by TMA exactly where they were asked for
+    if ":store:" in row["variant"]:
         assert row["counts_in_order"] == ("+means" in row["variant"]), row  # whoever pools a frame sees all its blocks
-    elif kernel in ("score", "parts"):
-        assert stack <= MAX_STACK_SCORE[first], row
-    elif kernel == "select":
-        assert stack <= MAX_STACK_ROW.get(int(first), 0), row
-    else:
-        assert stack == 0, row
+
+
+def most_registers(work):
+    return 64 if work.split()[1] in ("norm_scale_shift", "gated_add") else 255
+
+
+def most_stack(work):
+    """Stack bytes that a kind of work, as `resource_table.kind` says it, may take."""
+    chip, kernel, *rest = work.split()
+    if kernel == "store":
+        return MAX_STACK_STORE[rest[0]]
+    if kernel in ("score", "parts"):
+        return MAX_STACK_SCORE[rest[0]]
+    if kernel == "select":
+        return MAX_STACK_ROW.get(int(rest[0]), 0)
+    if kernel not in ("bf16", "fp16", "fp32"):
+        return 0
+    blackwell, timed, wide = chip in ("sm_100", "sm_103"), "timed" in rest, "wide" in rest
+    if blackwell and wide:
+        return MAX_STACK_WIDE
+    if kernel == "fp32":
+        return MAX_STACK["fp32"]
+    if rest[0] in ("int8", "fp8"):
+        return MAX_STACK["8-bit"]
+    return MAX_STACK["16-bit timed" if blackwell and timed else "16-bit"]

@@ -11,6 +11,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from .attention_variants import is_timed
+from .resources import SHARED_KIB
+
 RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "ahead-of-time.json"
 COLUMNS = ("variants", "registers", "stack bytes", "shared bytes", "tensor memory columns")
 
@@ -20,42 +23,43 @@ def digest(names):
     return hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:16]
 
 
-def by_kind(rows, is_timed):
-    """Most of each resource by chip and kind of work, untimed or timed; ragged and whole frames are one kind."""
+def by_kind(rows):
+    """Most of each resource by chip and kind of work; ragged and whole frames are one kind."""
     found = defaultdict(list)
     for row in rows:
-        key = f"sm_{row['cc']} {kind(row, is_timed)}"
-        found[key].append([row[name] for name in ("registers", "stack", "shared", "tensor_memory")])
+        found[kind(row)].append([row[name] for name in ("registers", "stack", "shared", "tensor_memory")])
     return {key: [len(taken), *map(max, zip(*taken, strict=True))] for key, taken in found.items()}
 
 
-def kind(row, is_timed):
-    _, kernel, *rest = row["variant"].split(":")
+def kind(row):
+    """The chip and the kind of work; of the attention also whether it is untimed, timed, or timed with wide tiles."""
+    cc, kernel, *rest = row["variant"].split(":")
     if is_attention(row):
         block_k, _, dtype, stored, _, variant, _ = rest
-        return f"{dtype} {stored} {kernel}×{block_k} {variant} {'timed' if is_timed(row) else 'untimed'}"
+        timed = ("timed wide" if row["tile_k"] == 128 else "timed") if is_timed(row) else "untimed"
+        return f"sm_{cc} {dtype} {stored} {kernel}×{block_k} {variant} {timed}"
     of = {"store": rest[:2], "score": rest[:1], "parts": rest[:1], "select": rest[:1], "bias": []}
-    return " ".join([kernel, *of.get(kernel, rest[1:2])])
+    return " ".join([f"sm_{cc}", kernel, *of.get(kernel, rest[1:2])])
 
 
 def is_attention(row):
     return kernel_of(row["variant"]) == "attention"
 
 
-def attention_table(rows, is_timed, shared_kib):
+def attention_table(rows):
     """Markdown: what runs untimed and what the tuner may prefer, with the worst of each on each chip."""
     lines = [
         "| chip | launches | variants | most registers | on the stack | most bytes of it | most shared memory |",
         "|---|---|---|---|---|---|---|",
     ]
-    for cc in shared_kib:
+    for cc in SHARED_KIB:
         for timed in (False, True):
             here = [row for row in rows if is_attention(row) and row["cc"] == cc and is_timed(row) == timed]
             if here:
                 lines.append(
                     f"| sm_{cc} | {'timed' if timed else 'untimed'} | {len(here):,} "
                     f"| {max(row['registers'] for row in here)} | {sum(row['stack'] > 0 for row in here):,} "
-                    f"| {most_stack(here)} | {max(row['shared'] for row in here) / 1024:.0f} of {shared_kib[cc]} KiB |"
+                    f"| {most_stack(here)} | {max(row['shared'] for row in here) / 1024:.0f} of {SHARED_KIB[cc]} KiB |"
                 )
     return lines
 
@@ -91,7 +95,7 @@ def most_stack(rows):
     return f"{worst['stack']} ({dtypes}, {block_q}×{block_k}, {variant}, {how})"
 
 
-def record_of(names, rows, is_timed, sources, last):
+def record_of(names, rows, sources, last):
     """The new record from `rows` by name, and from the `last` one of each kernel that is as it was and has no rows."""
     kinds, variants = {}, {}
     for kernel, source in sources.items():
@@ -102,7 +106,7 @@ def record_of(names, rows, is_timed, sources, last):
                 raise SystemExit(f"{len(missing):,} variants of {kernel} are not compiled, {missing[0]} is one of them")
             kinds |= {kind: taken for kind, taken in last["kinds"].items() if kernel_of_kind(kind) == kernel}
         else:
-            kinds |= by_kind([rows[name] for name in wanted], is_timed)
+            kinds |= by_kind([rows[name] for name in wanted])
     return {"sources": sources, "variants": variants, "columns": COLUMNS, "kinds": dict(sorted(kinds.items()))}
 
 
@@ -125,15 +129,13 @@ def dumped(record):
 
 
 if __name__ == "__main__":
-    from .attention_variants import is_timed
     from .every_variant import CODE, every_name, identity, is_current
-    from .resources import SHARED_KIB
 
     read = map(json.loads, Path(sys.argv[1]).read_text().splitlines())
     rows = {row["variant"]: row for row in read if is_current(row)}
     names = every_name()
     last = json.loads(RECORD.read_text(encoding="utf-8"))
     sources = {kernel: identity(kernel) for kernel in CODE}
-    RECORD.write_text(dumped(record_of(names, rows, is_timed, sources, last)), encoding="utf-8")
+    RECORD.write_text(dumped(record_of(names, rows, sources, last)), encoding="utf-8")
     current = [rows[name] for name in names if name in rows]
-    print(*attention_table(current, is_timed, SHARED_KIB), "", *fused_table(current), sep="\n")
+    print(*attention_table(current), "", *fused_table(current), sep="\n")

@@ -14,10 +14,9 @@ pytest.importorskip("triton")
 
 import triton
 
-from .attention_variants import is_timed
 from .compiling import compile_all, in_a_process
 from .every_variant import CODE, every_name, identity
-from .resource_bounds import check
+from .resource_bounds import TENSOR_MEMORY, check, most_registers, most_stack
 from .resource_table import RECORD, attention_table, digest, fused_table, kernel_of, record_of
 from .resources import SHARED_KIB
 
@@ -48,19 +47,20 @@ def test_a_record_keeps_what_is_as_it_was_and_has_no_rows():
     sources = {"bias": "one", "score": "two"}
     kept = {"sm_90 score bf16": [1, 78, 0, 32768, 0]}
     last = {"sources": sources, "variants": {"score": digest(names[1:])}, "kinds": kept | {"sm_90 bias": [9] * 5}}
-    renewed = record_of(names, {names[0]: row}, is_timed, sources, last)
+    renewed = record_of(names, {names[0]: row}, sources, last)
     assert renewed["kinds"] == kept | {"sm_90 bias": [1, 20, 0, 0, 0]}
     for gone in ({"score": "three"}, {"score": "two", "select": "new"}):
         with pytest.raises(SystemExit, match="90:score:bf16:64x64" if len(gone) == 1 else "select"):
-            record_of([*names, "90:select:512:32:1"], {names[0]: row}, is_timed, sources | gone, last)
+            record_of([*names, "90:select:512:32:1"], {names[0]: row}, sources | gone, last)
 
 
-def test_the_record_is_within_every_chips_memory(record):
-    for kind, (_, registers, _, shared, tensor_memory) in record["kinds"].items():
+def test_the_record_is_within_every_chips_bounds(record):
+    for kind, (_, registers, stack, shared, tensor_memory) in record["kinds"].items():
         cc = int(kind.split()[0].removeprefix("sm_"))
+        assert registers <= most_registers(kind), kind
+        assert stack <= most_stack(kind), kind
         assert shared <= SHARED_KIB[cc] * 1024, kind
-        assert registers <= 255, kind
-        assert tensor_memory <= 512, kind
+        assert tensor_memory <= TENSOR_MEMORY, kind
 
 
 @pytest.mark.skipif(not os.environ.get(EVERYTHING), reason=f"takes half an hour; {EVERYTHING}=FILE keeps rows in FILE")
@@ -70,7 +70,7 @@ def test_everything_that_a_run_can_pick_fits_every_chip(tmp_path, capsys):
     found = {row["variant"]: row for row in map(json.loads, file.read_text().splitlines())}
     rows = [found[name] for name in every_name()]
     with capsys.disabled():
-        print("", *attention_table(rows, is_timed, SHARED_KIB), "", *fused_table(rows), sep="\n")
+        print("", *attention_table(rows), "", *fused_table(rows), sep="\n")
     for row in rows:
         check(row)
 
