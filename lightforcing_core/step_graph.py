@@ -9,10 +9,7 @@ is let go of when the host has moved the weights. All graphs of a run share one 
 graph leaves is copied out before another one runs.
 """
 
-import contextlib
-import functools
 import itertools
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from .cuda_recorder import CudaRecorder, indexed
 
 if TYPE_CHECKING:
     from .causal_wan import CausalState
@@ -32,8 +31,6 @@ Forward = Callable[[Any, Tensor, Tensor, Tensor, "CausalState"], Tensor]
 LEAST_LAUNCHES = 2
 # How far the first launch of a kind may differ from running it: another algorithm's rounding, not another result.
 TOLERANCE = 0.02
-# Where torch reads which allocator to use.
-ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 # What became of the first graph of each kind in this process: None, it gave what running gives, or why it may not run.
 _verdicts: dict[tuple[object, ...], str | None] = {}
@@ -76,7 +73,7 @@ def why_not_resident(tree: nn.Module, device: torch.device) -> str | None:
 
     What moves, casts, patches or unpacks weights while they are used would be recorded once and then be out of date.
     """
-    device = _indexed(device)
+    device = indexed(device)
     for name, module in tree.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} carries a hook"
@@ -90,11 +87,6 @@ def why_not_resident(tree: nn.Module, device: torch.device) -> str | None:
             if tensor.device != device:
                 return f"{name}.{key} is on {tensor.device}, not on {device}"
     return None
-
-
-def _indexed(device: torch.device) -> torch.device:
-    """The device as tensors on it name it: "cuda" is "cuda:0"."""
-    return torch.empty(0, device=device).device
 
 
 class StepGraph:
@@ -313,87 +305,3 @@ def _addresses(tree: nn.Module) -> tuple[int, ...]:
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-
-
-class CudaRecorder:
-    """Records CUDA graphs, all that live at a time in one memory pool. Raises whatever a capture refuses."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = _indexed(device)
-        self._pool: Any = None
-        self._alive: set[_CudaRecording] = set()
-
-    @staticmethod
-    def why_not(device: torch.device) -> str | None:
-        """Why nothing can be recorded on `device`, or None."""
-        if device.type != "cuda":
-            return f"CUDA graphs are for NVIDIA GPUs, not for {device.type}"
-        if torch.version.hip:
-            return "CUDA graphs have not been tried on AMD GPUs"
-        # Without a pool of its own for captures, it warns of every tensor that one frees.
-        if any("cudaMallocAsync" in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS):
-            return "CUDA graphs have not been tried on torch's allocator cudaMallocAsync; use its native one"
-        return None
-
-    def record(self, work: Callable[[], Tensor]) -> tuple["_CudaRecording", Tensor]:
-        """Capture `work`, which runs on the host only.
-
-        `torch.cuda.graph` would wait for the device and empty the allocator's cache each time; neither is needed
-        here. Other threads may go on asking things of the device meanwhile.
-        """
-        if not self._alive:
-            self._pool = torch.cuda.graph_pool_handle()  # a pool goes with the last of its graphs
-        graph, stream = torch.cuda.CUDAGraph(), _capture_stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                result = work()
-            except BaseException:
-                self._abandon(graph)
-                raise
-            try:
-                graph.capture_end()
-            except BaseException:
-                self._abandon(graph)
-                raise
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        recording = _CudaRecording(graph, self._device, self._alive)
-        self._alive.add(recording)
-        return recording, result
-
-    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that broke, so that the allocator serves ordinary requests again; the first error counts."""
-        with contextlib.suppress(Exception):
-            graph.capture_end()
-        with contextlib.suppress(Exception):  # a capture that ends with an error can leave the allocator recording
-            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-
-
-@functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that captures happen on, because none can on the default one.
-
-    One for the whole process: the matrix libraries keep a workspace for every stream that they ever met. They meet it
-    here, so that the workspace lies in ordinary memory and not in a graph's pool.
-    """
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        x = torch.zeros(16, 16, device=device)
-        nn.functional.linear(x @ x, x, x[0])
-    return stream
-
-
-class _CudaRecording:
-    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device, alive: "set[_CudaRecording]") -> None:
-        self._graph, self._device, self._alive = graph, device, alive
-        self._done = torch.cuda.Event()
-
-    def launch(self) -> None:
-        self._graph.replay()
-        self._done.record(torch.cuda.current_stream(self._device))
-
-    def free(self) -> None:
-        self._done.synchronize()  # a graph that runs must not be destroyed; this one is a whole pass behind
-        self._graph.reset()
-        self._alive.discard(self)

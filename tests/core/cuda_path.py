@@ -31,6 +31,7 @@ from lightforcing.lightforcing_core import (
     attention,
     attention_backends,
     causal_wan,
+    cuda_recorder,
     fused,
     overlap,
     quantize,
@@ -137,7 +138,7 @@ def forget_earlier_runs() -> None:
     for kernel in KERNELS:
         if isinstance(kernel, JITFunction):
             kernel.device_caches.clear()
-    for cached in (overlap._second_stream, step_graph._capture_stream, quantize.why_not_scaled_mm):
+    for cached in (overlap._second_stream, cuda_recorder.capture_stream, quantize.why_not_scaled_mm):
         cached.cache_clear()
 
 

@@ -61,7 +61,7 @@ KERNELS = {
 WITHOUT_GRAPHS = {mode for mode in KERNELS if "host memory" in mode or "no graphs" in mode}
 # Where the host may wait: before a run, while launches are timed, for a kind of graph's first launch, for a graph that
 # is a chunk old, and behind a run. Each is one that a rollout meets once or is never late for.
-MAY_WAIT = {"rollout._is_finite", "block_sparse.time", "step_graph._first", "step_graph.free"}
+MAY_WAIT = {"rollout._is_finite", "block_sparse.time", "step_graph._first", "cuda_recorder.free"}
 MAY_WAIT_BESIDE = {
     "host memory": {"kv_storage.free", "host_memory._unpin"},
     "beside": {"overlap.frames"},

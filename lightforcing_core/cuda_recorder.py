@@ -1,0 +1,115 @@
+"""CUDA graphs of work that one device is asked to do; all that live at a time share one memory pool."""
+
+import contextlib
+import functools
+import gc
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Where torch reads which allocator to use.
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def indexed(device: torch.device) -> torch.device:
+    """The device as tensors on it name it: "cuda" is "cuda:0"."""
+    return torch.empty(0, device=device).device
+
+
+class CudaRecorder:
+    """Records CUDA graphs, all that live at a time in one memory pool. Raises whatever a capture refuses."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = indexed(device)
+        self._pool: Any = None
+        self._alive: set[_CudaRecording] = set()
+
+    @staticmethod
+    def why_not(device: torch.device) -> str | None:
+        """Why nothing can be recorded on `device`, or None."""
+        if device.type != "cuda":
+            return f"CUDA graphs are for NVIDIA GPUs, not for {device.type}"
+        if torch.version.hip:
+            return "CUDA graphs have not been tried on AMD GPUs"
+        # Without a pool of its own for captures, it warns of every tensor that one frees.
+        if any("cudaMallocAsync" in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS):
+            return "CUDA graphs have not been tried on torch's allocator cudaMallocAsync; use its native one"
+        return None
+
+    def record(self, work: Callable[[], Tensor]) -> tuple["_CudaRecording", Tensor]:
+        """Capture `work`, which runs on the host only.
+
+        `torch.cuda.graph` would wait for the device and empty the allocator's cache each time; neither is needed
+        here. Other threads may go on asking things of the device meanwhile.
+        """
+        if not self._alive:
+            self._pool = torch.cuda.graph_pool_handle()  # a pool goes with the last of its graphs
+        graph, stream = torch.cuda.CUDAGraph(), capture_stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream), _garbage_kept():
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = work()
+            except BaseException:
+                self._abandon(graph)
+                raise
+            try:
+                graph.capture_end()
+            except BaseException:
+                self._abandon(graph)
+                raise
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        recording = _CudaRecording(graph, self._device, self._alive)
+        self._alive.add(recording)
+        return recording, result
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a capture that broke, so that the allocator serves ordinary requests again; the first error counts."""
+        with contextlib.suppress(Exception):
+            graph.capture_end()
+        with contextlib.suppress(Exception):  # a capture that ends with an error can leave the allocator recording
+            torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+
+
+@contextlib.contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Keeps reference cycles until the end: what is freed with them may ask of the driver what a capture forbids."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that captures happen on, because none can on the default one.
+
+    One for the whole process: the matrix libraries keep a workspace for every stream that they ever met. They meet it
+    here, so that the workspace lies in ordinary memory and not in a graph's pool.
+    """
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        x = torch.zeros(16, 16, device=device)
+        nn.functional.linear(x @ x, x, x[0])
+    return stream
+
+
+class _CudaRecording:
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device, alive: "set[_CudaRecording]") -> None:
+        self._graph, self._device, self._alive = graph, device, alive
+        self._done = torch.cuda.Event()
+
+    def launch(self) -> None:
+        self._graph.replay()
+        self._done.record(torch.cuda.current_stream(self._device))
+
+    def free(self) -> None:
+        self._done.synchronize()  # a graph that runs must not be destroyed; this one is a whole pass behind
+        self._graph.reset()
+        self._alive.discard(self)
