@@ -198,9 +198,8 @@ def launch_options(block_q: int, block_k: int, itemsize: int, sub_means: bool) -
     """Warps, registers and load-ahead for the larger of two tiles; `itemsize` is bytes per element.
 
     Eight tokens a warp (four where parts of blocks are pooled too, which takes registers) and at most 128 registers
-    a thread let 16 warps live on every multiprocessor. Parts of 128 tokens and float32 spill then: twice the tokens
-    and the registers. Two tiles of a 16-bit dtype are loaded ahead of the one at work, 64 KB at most; float32 would
-    not fit and loads none ahead.
+    a thread let 16 warps live on every multiprocessor. Parts of 128 tokens and float32 spill then: twice of both. Two
+    tiles of 16 bits are loaded ahead of the one at work, 64 KB at most; float32 would not fit and loads none ahead.
     """
     larger, tokens_a_warp, most_warps, registers = max(block_q, block_k), 4 if sub_means else 8, 16, 128
     if itemsize == 4 or (sub_means and larger == 128):
