@@ -29,10 +29,13 @@ def _load(base, offsets, dim_is_real, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _attend(v, scores, v_scale, row_max, row_sum, total, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """One step of the online softmax in base 2: fade what is there, add this tile. Not every score may be −inf."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_max[:, None])
+def _attend(v, scores, factor, v_scale, row_max, row_sum, total, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """One step of the online softmax in base 2: fade what is there, add this tile. Not every score may be −inf.
+
+    Scores still want `factor`, which is positive: taken into the exponent's subtraction it costs nothing a score.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+    weights = tl.exp2(scores * factor - new_max[:, None])
     fade = tl.exp2(row_max - new_max)
     row_sum = row_sum * fade + tl.sum(weights, 1)
     if v_scale is not None:
@@ -152,6 +155,8 @@ def forward(
     # Weights times values: 8-bit values fit bfloat16 exactly, and its range holds any weight times a block's scale.
     WEIGHTS: tl.constexpr = q.dtype if k_scales_ptr is None or q.dtype == tl.float32 else tl.bfloat16
 
+    BRANCHES: tl.constexpr = k_scales_ptr is None and TILE_Q <= 64
+
     row_max = tl.full([TILE_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE_Q], tl.float32)
     total = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
@@ -176,16 +181,17 @@ def forward(
             k = _load(k_base + k_first * k_stride_l, k_offsets, dim_is_real[:, None], PADDED)
             v = _load(v_base + k_first * v_stride_l, v_offsets, dim_is_real[None, :], PADDED)
         v_scale = None
+        factor = scale_log2
         scores = _dot(q, k, None, UPCAST)
-        if k_scales_ptr is None:
-            scores *= scale_log2
-        else:
-            scores *= scale_log2 * tl.load(k_scale_ptr + k_block * heads)
+        if k_scales_ptr is not None:
+            factor *= tl.load(k_scale_ptr + k_block * heads)
             v_scale = tl.load(v_scale_ptr + k_block * heads)
-        if RAGGED_K:
-            scores = tl.where((k_within + columns < k_frame)[None, :], scores, float("-inf"))
+        if RAGGED_K:  # noqa: SIM102 (one is known when it is compiled)
+            # One tile of a frame is ragged. To branch around the mask in all others takes registers, where there are.
+            if not BRANCHES or k_within + TILE_K > k_frame:
+                scores = tl.where((k_within + columns < k_frame)[None, :], scores, float("-inf"))
         # Every block's first tile holds a real key, so the running maximum is finite from there on.
-        row_max, row_sum, total = _attend(v, scores, v_scale, row_max, row_sum, total, WEIGHTS, UPCAST)
+        row_max, row_sum, total = _attend(v, scores, factor, v_scale, row_max, row_sum, total, WEIGHTS, UPCAST)
 
     if bias_ptr is not None:
         # A whole unit's maximum is finite here, or its list was empty and every mean takes part. A part may have seen
@@ -207,7 +213,7 @@ def forward(
             bias = tl.load(bias_ptr + list_row.to(tl.int64) * k_blocks + ids)
             bias = tl.where(first + columns < k_blocks, bias, float("-inf"))
             scores = _dot(q, k, None, UPCAST) * scale_log2 + bias[None, :]
-            row_max, row_sum, total = _attend(v, scores, None, row_max, row_sum, total, v.dtype, UPCAST)
+            row_max, row_sum, total = _attend(v, scores, 1.0, None, row_max, row_sum, total, v.dtype, UPCAST)
 
     if totals_ptr is not None and program >= whole:
         at = (program - whole).to(tl.int64) * TILE_Q + rows

@@ -113,10 +113,10 @@ def block_sparse_attention(
 
     q: [B, Lq, H, D]; k, v: [B, Lk, H, D], whole frames, any strides as long as D is contiguous. blocks: int32
     [B, H, q_blocks, width], of which the first `counts` (int32 [B, H, q_blocks]) entries of each row are read.
-    `scale` multiplies the scores, 1/√D when None. scales: for int8 or float8_e4m3fn k and v their scales, float32
-    [B, k_blocks, H] each. tail: the block means of k and v, [B, k_blocks, H, D] in q's dtype: each block that is not
-    listed takes part once, as its mean with log(its real tokens) added to the score. uneven: counts differ, so the
-    longest lists are begun first, for one sort of the counts. Nothing waits on the device, except where launch
+    `scale` multiplies the scores, 1/√D when None. scales: for int8 or float8_e4m3fn k and v their scales, positive,
+    float32 [B, k_blocks, H] each. tail: the block means of k and v, [B, k_blocks, H, D] in q's dtype: each block that
+    is not listed takes part once, as its mean with log(its real tokens) added to the score. uneven: counts differ, so
+    the longest lists are begun first, for one sort of the counts. Nothing waits on the device, except where launch
     parameters are timed on first use, see `tuning`.
 
     Returns a contiguous [B, Lq, H, D] in q's dtype; with `return_lse` a pair of that and the natural log of the sum of
@@ -181,6 +181,8 @@ def _run(
     ragged = tokens_per_frame % block_q != 0, tokens_per_frame % block_k != 0
     kind = Kind(block_q, block_k, q.shape[-1], q.dtype, k.dtype, ragged, tail is not None, lists is None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if scale <= 0:  # the kernel takes a row's maximum before it scales
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     # Triton launches on the current device, which need not be q's; the interpreter also takes CPU tensors.
     with torch.cuda.device(q.device if q.is_cuda else -1):
         scales = scales and (scales[0].contiguous(), scales[1].contiguous())

@@ -124,7 +124,7 @@ def candidates(kind: Kind, shared_limit: int, *, wide: bool = True) -> list[Laun
 
     Fewer query rows per program fill the last wave better, which dense work hardly has, more read each key tile for
     more rows. Left out is what was seen to spill: 128 rows with a tail, and beside an 8-bit cache other stages than
-    the default's. wide: key tiles of 128 are among them, which only chips with TMA have the registers for.
+    the default's. wide: key tiles of 128 are among them, for 128 rows, which only chips with TMA have registers for.
     """
     default = default_launch(kind)
     found = [default]
@@ -134,7 +134,7 @@ def candidates(kind: Kind, shared_limit: int, *, wide: bool = True) -> list[Laun
             found.append(_staged(kind, tile_q, 64))
             if plain:
                 found += [Launch(tile_q, 64, _warps(tile_q), stages) for stages in (2, 3)]
-            if plain and wide and kind.block_k >= 128 and not kind.tail:
+            if plain and wide and tile_q == 128 and kind.block_k >= 128:
                 found.append(Launch(tile_q, 128, _warps(tile_q), 2))
     return [x for x in dict.fromkeys(found) if x == default or shared_bytes(kind, x) <= shared_limit]
 

@@ -10,7 +10,7 @@ TENSOR_MEMORY = 512  # columns of sm_100
 # Stack bytes per thread of the attention: none in 16 bits; seen in 8 bits 24 and 32 with units cut (fp8 in blocks of
 # 128 on sm_120), in float32 56. On sm_100 and sm_103 the compiler stops at 168 registers in some of what is timed.
 MAX_STACK = {"16-bit": 0, "16-bit timed": 8, "8-bit": 32, "fp32": 64}
-MAX_STACK_WIDE = 144  # key tiles of 128 on sm_100: only where they are measured to be faster all the same
+MAX_STACK_WIDE = 128  # key tiles of 128 on sm_100: only where they are measured to be faster all the same
 # Of the others, by dtype or by the blocks of a row.
 MAX_STACK_STORE = {"bf16": 64, "fp16": 64, "fp32": 96}
 MAX_STACK_SCORE = {"bf16": 0, "fp16": 0, "fp32": 16}

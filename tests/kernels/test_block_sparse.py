@@ -102,6 +102,15 @@ def test_a_part_that_meets_nothing_but_listed_means_changes_nothing():
     case.check(got, want)
 
 
+@pytest.mark.parametrize("stored", [None, torch.int8])
+@pytest.mark.parametrize("scale", [2.0, 0.0, -0.3])
+def test_scores_are_scaled_by_any_number(scale, stored):
+    case = Case(40, (16, 32), 1, 2, 1, 2, 16, torch.float32, stored, seed=7)
+    want = brute_force(case.q * scale * 16**0.5, *case.exact, case.mask, 40, case.block, case.means)
+    options = {"scale": scale, "tail": case.means, **case.options()}
+    case.check(block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, **options), want)
+
+
 def test_cut_units_give_the_same_bits_every_time():
     case = Case(70, (32, 32), 1, 2, 1, 1, 16, torch.float32, None, seed=4)
     with launched(per_sm=7):

@@ -173,7 +173,7 @@ def test_tiles_that_are_known_to_spill_are_not_timed():
             for launch in rounds(each, 227 * 1024, descriptors=descriptors)[0](default_launch(each)):
                 assert each.dtype != torch.float32 or (launch.tile_q <= 32 and launch.tile_k <= 32)
                 assert launch.tile_k <= 64 or (descriptors and each.stored == each.dtype and not each.tail)
-    wide = kind(block_k=128)
+    wide = kind(block_q=128, block_k=128)
     assert any(launch.tile_k == 128 for launch in rounds(wide, 227 * 1024, descriptors=True)[0](default_launch(wide)))
 
 
