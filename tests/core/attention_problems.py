@@ -3,6 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
+from lightforcing.lightforcing_core import attention, attention_backends
 from lightforcing.lightforcing_core.attention import sparse_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,3 +105,15 @@ class Problem:
             scales=self.scales,
             **rest,
         )
+
+
+def let_flex_fail(monkeypatch):
+    """`auto` takes flex for calls of any size, and it raises."""
+    monkeypatch.setattr(attention, "_failures", {})
+    monkeypatch.setattr(attention, "FLEX_MIN_SCORES", 0)
+    monkeypatch.setitem(attention_backends.WHY_NOT, "flex", lambda request: None)
+
+    def fails(call):
+        raise RuntimeError("not today")
+
+    monkeypatch.setitem(attention_backends.RUN, "flex", fails)

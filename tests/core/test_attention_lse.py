@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightforcing.lightforcing_core import attention, attention_backends
+from lightforcing.lightforcing_core import attention_backends
 from lightforcing.lightforcing_core.attention import BackendUnavailable, choose_backend, sparse_attention
 from lightforcing.lightforcing_core.geometry import FrameBlocks
 from lightforcing.lightforcing_core.selection import BlockSelection
 
-from .attention_problems import EIGHT_BIT, SHAPES, SIZES, Problem
+from .attention_problems import EIGHT_BIT, SHAPES, SIZES, Problem, let_flex_fail
 
 # The interpreter computes with numpy, which remarks that the logarithm of nothing is −inf.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -133,14 +133,7 @@ def test_flex_is_asked_for_what_its_compiler_can_do():
 
 
 def test_a_failure_with_a_log_sum_exp_does_not_decide_for_calls_without(monkeypatch):
-    monkeypatch.setattr(attention, "_failures", {})
-    monkeypatch.setattr(attention, "FLEX_MIN_SCORES", 0)
-    monkeypatch.setitem(attention_backends.WHY_NOT, "flex", lambda request: None)
-
-    def fails(call):
-        raise RuntimeError("no lse today")
-
-    monkeypatch.setitem(attention_backends.RUN, "flex", fails)
+    let_flex_fail(monkeypatch)
     problem = Problem(*SHAPES[0], None)
     check(problem.attend("auto", return_lse=True), problem.brute_force_and_lse(problem.mask))
     assert choose_backend(problem.q, problem.q, lse=True).name == "reference"

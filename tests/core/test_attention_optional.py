@@ -23,7 +23,7 @@ from lightforcing.lightforcing_core.attention import (
 )
 from lightforcing.lightforcing_core.selection import BlockSelection
 
-from .attention_problems import DEVICE, EIGHT_BIT, SHAPES, SIZES, Problem
+from .attention_problems import DEVICE, EIGHT_BIT, SHAPES, SIZES, Problem, let_flex_fail
 
 
 @pytest.fixture(scope="module")
@@ -163,14 +163,7 @@ def test_auto_runs_a_tail_on_flex(monkeypatch):
 
 
 def test_failure_with_8bit_keys_does_not_decide_for_others(monkeypatch):
-    monkeypatch.setattr(attention, "_failures", {})
-    monkeypatch.setattr(attention, "FLEX_MIN_SCORES", 0)
-    monkeypatch.setitem(attention_backends.WHY_NOT, "flex", lambda request: None)
-
-    def fails(call):
-        raise RuntimeError("no 8-bit today")
-
-    monkeypatch.setitem(attention_backends.RUN, "flex", fails)
+    let_flex_fail(monkeypatch)
     problem = Problem(*SHAPES[0], torch.int8)
     assert (problem.attend("auto").double() - problem.brute_force(problem.mask)).abs().max() <= 1e-4
     assert choose_backend(problem.q, problem.kv[0]).name == "reference"

@@ -65,6 +65,7 @@ def every_name():
     return [name for names, _ in tasks() for name in names.values()]
 
 
+@functools.cache
 def tasks():
     """Names by chips of one family, and a function that compiles them; what runs untimed comes first."""
     return [*map(fused_task, fused_families()), *(attention_task(*family) for family in attention_families())]
@@ -142,15 +143,12 @@ def is_current(row):
 
 def compile_task(index):
     """The rows of one of the tasks. Compiled code is forgotten, but for the kernel that adds parts up."""
-    _, compiled = every_task()[index]
+    _, compiled = tasks()[index]
     rows = [row | {"source": identity(kernel_of(row["variant"]))} for row in compiled()]
     for kernel in (attend.forward, store._store):
         kernel.device_caches.clear()
     shutil.rmtree(triton.knobs.cache.dir, ignore_errors=True)
     return rows
-
-
-every_task = functools.cache(tasks)
 
 
 def own_cache():

@@ -3,7 +3,7 @@
 from lightforcing.kernels import tuning
 
 from .attention_variants import kind_of, launch_of
-from .resource_table import is_attention, kind
+from .resource_table import is_attention, kernel_of_kind, kind
 from .resources import SHARED_KIB
 
 TENSOR_MEMORY = 512  # columns of sm_100
@@ -46,7 +46,7 @@ def most_stack(work):
         return MAX_STACK_SCORE[rest[0]]
     if kernel == "select":
         return MAX_STACK_ROW.get(int(rest[0]), 0)
-    if kernel not in ("bf16", "fp16", "fp32"):
+    if kernel_of_kind(work) != "attention":
         return 0
     blackwell, timed, wide = chip in ("sm_100", "sm_103"), "timed" in rest, "wide" in rest
     if blackwell and wide:
