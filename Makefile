@@ -31,7 +31,8 @@ locales:
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=$(VENV)/src $(BIN)/mypy -m lightforcing -p lightforcing.kernels -p lightforcing.lightforcing_core \
+	$(BIN)/lint-imports
+	MYPYPATH=$(VENV)/src $(BIN)/mypy -m lightforcing -p lightforcing.cli -p lightforcing.kernels -p lightforcing.lightforcing_core \
 		-p lightforcing.nodes -p lightforcing.benchmarks
 
 # mypy reads the package under its installed name, so the root is linked as `lightforcing` beside the environment.

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..lightforcing_core.attention import BACKENDS, BackendUnavailable, choose_backend, sparse_attention
-from ..lightforcing_core.causal_wan import sdpa
+from ..lightforcing_core.attention.blocks import FrameBlocks
+from ..lightforcing_core.attention.dispatch import BACKENDS, BackendUnavailable, choose_backend, sparse_attention
+from ..lightforcing_core.attention.selection import BlockSelection, SelectionPlan
 from ..lightforcing_core.families import FAMILIES
-from ..lightforcing_core.geometry import FrameBlocks
-from ..lightforcing_core.growth import chunk_sparsities
-from ..lightforcing_core.selection import BlockSelection, SelectionPlan
+from ..lightforcing_core.model.causal import sdpa
+from ..lightforcing_core.rollout.growth import chunk_sparsities
 from .record import facts
 from .timing import Samples, ratio, take_turns, warm_up_rule
 

@@ -47,7 +47,7 @@ def checked_dtype(name: str) -> str:
 
 
 def checked_cuda_graph(choice: str) -> Any:
-    from ..lightforcing_core.step_graph import CudaGraph
+    from ..lightforcing_core.model.cuda_graph import CudaGraph
 
     if choice not in get_args(CudaGraph):
         raise ValueError(f"--cuda-graph {choice!r} is not known; use {', '.join(get_args(CudaGraph))}")

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from ..lightforcing_core.attention import AttentionOptions, choose_backend
-from ..lightforcing_core.kv_storage import KVOptions
-from ..lightforcing_core.memory import MemoryEstimate, ModelSize, estimate
-from ..lightforcing_core.rollout import few_step_sigmas, rollout
-from ..lightforcing_core.schedule import Schedule
-from ..lightforcing_core.streaming import StreamingDecoder
-from ..lightforcing_core.tiled_decode import TiledDecoder
-from ..lightforcing_core.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
-from ..lightforcing_core.wan_vae import random_vae_state_dict, vae_from_state_dict
+from ..lightforcing_core.attention.dispatch import AttentionOptions, choose_backend
+from ..lightforcing_core.memory.estimate import MemoryEstimate, ModelSize, estimate
+from ..lightforcing_core.model.kv_storage import KVOptions
+from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
+from ..lightforcing_core.rollout.rollout import few_step_sigmas, rollout
+from ..lightforcing_core.rollout.schedule import Schedule
+from ..lightforcing_core.vae.streaming import StreamingDecoder
+from ..lightforcing_core.vae.tiled import TiledDecoder
+from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
 from .record import facts
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lightforcing_core.attention import choose_backend, sparse_attention
-from ..lightforcing_core.causal_wan import sdpa
-from ..lightforcing_core.eight_bit import STORED, KVDtype, quantise_blocks
+from ..lightforcing_core.attention.blocks import FrameBlocks, tile_order
+from ..lightforcing_core.attention.dispatch import choose_backend, sparse_attention
+from ..lightforcing_core.attention.quantised import STORED, KVDtype, quantise_blocks
+from ..lightforcing_core.attention.selection import SelectionPlan, sub_block_layout
 from ..lightforcing_core.families import FAMILIES
-from ..lightforcing_core.geometry import FrameBlocks, tile_order
-from ..lightforcing_core.rope import RopeTable
-from ..lightforcing_core.selection import SelectionPlan, sub_block_layout
+from ..lightforcing_core.model.causal import sdpa
+from ..lightforcing_core.model.rope import RopeTable
 from .record import facts
 from .timing import ratio, take_turns, warm_up_rule
 

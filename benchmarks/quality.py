@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..lightforcing_core.attention import AttentionOptions
-from ..lightforcing_core.demo_captions import (
+from ..lightforcing_core.attention.dispatch import AttentionOptions
+from ..lightforcing_core.demo.captions import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
@@ -30,12 +30,12 @@ from ..lightforcing_core.demo_captions import (
     caption_of,
     context_of_caption,
 )
-from ..lightforcing_core.demo_model import DIT, DemoModel, DemoVideo, Level, demo_video, load_demo_model
-from ..lightforcing_core.output_files import prepare_folder, whole_file
-from ..lightforcing_core.quantize import quantize_linears
-from ..lightforcing_core.rollout import StepEvent, few_step_sigmas, rollout, seeded_noise
-from ..lightforcing_core.schedule import Schedule, latent_frames_of
-from ..lightforcing_core.streaming import StreamingDecoder
+from ..lightforcing_core.demo.model import DIT, DemoModel, DemoVideo, Level, demo_video, load_demo_model
+from ..lightforcing_core.files.output import prepare_folder, whole_file
+from ..lightforcing_core.fp8.linear import quantize_linears
+from ..lightforcing_core.rollout.rollout import StepEvent, few_step_sigmas, rollout, seeded_noise
+from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
+from ..lightforcing_core.vae.streaming import StreamingDecoder
 from .quality_arms import Arm, all_arms, chosen
 from .quality_measures import against_caption, against_dense, over_time
 from .quality_probe import AttentionProbe, is_probed

@@ -31,7 +31,7 @@ def quality(
 ) -> None:
     """What sparsity does to the demo model's videos: judged by caption, against dense, over time and by layer."""
     place = prepare(device, threads)
-    from ..lightforcing_core import demo_model
+    from ..lightforcing_core.demo import model as demo_model
     from .quality import QualityBench, run_quality
     from .quality_report import report
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lightforcing_core.demo_captions import Scene
+from ..lightforcing_core.demo.captions import Scene
 from .detector import judge, look
 
 MOST_PSNR = 100.0  # dB, for videos that are equal

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..lightforcing_core.output_files import whole_file
+from ..lightforcing_core.files.output import whole_file
 from .quality_arms import LONG, OPTIONS
 from .quality_claims import Table, sparsities_of
 

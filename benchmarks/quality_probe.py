@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lightforcing_core.attention import sparse_attention
-from ..lightforcing_core.causal_wan import CausalState, forward, sdpa
-from ..lightforcing_core.eight_bit import STORED, quantise_blocks
-from ..lightforcing_core.geometry import FrameBlocks, tile_order
-from ..lightforcing_core.selection import SelectionPlan, sub_block_layout
-from ..lightforcing_core.wan import Wan
+from ..lightforcing_core.attention.blocks import FrameBlocks, tile_order
+from ..lightforcing_core.attention.dispatch import sparse_attention
+from ..lightforcing_core.attention.quantised import STORED, quantise_blocks
+from ..lightforcing_core.attention.selection import SelectionPlan, sub_block_layout
+from ..lightforcing_core.model.causal import CausalState, forward, sdpa
+from ..lightforcing_core.model.wan import Wan
 from .quality_arms import Arm
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..lightforcing_core.demo_model import demo_video
+from ..lightforcing_core.demo.model import demo_video
 from .quality import QualityBench, Row
 from .quality_claims import summary
 from .quality_pages import write_pages

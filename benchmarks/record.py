@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..lightforcing_core.output_files import prepare_folder, whole_file
+from ..lightforcing_core.files.output import prepare_folder, whole_file
 
 ROOT = Path(__file__).resolve().parent.parent
 _FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")

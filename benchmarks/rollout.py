@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lightforcing_core.attention import AttentionOptions
-from ..lightforcing_core.causal_wan import CausalState, forward
+from ..lightforcing_core.attention.dispatch import AttentionOptions
 from ..lightforcing_core.families import FAMILIES, Family
-from ..lightforcing_core.overlap import OverlappedDecoder
-from ..lightforcing_core.rollout import Chunk, few_step_sigmas, rollout
-from ..lightforcing_core.schedule import Schedule, latent_frames_of
-from ..lightforcing_core.step_graph import CudaGraph, CudaRecorder, why_no_graph
-from ..lightforcing_core.streaming import StreamingDecoder
-from ..lightforcing_core.wan import Wan, random_state_dict, wan_from_state_dict
-from ..lightforcing_core.wan_vae import random_vae_state_dict, vae_from_state_dict
+from ..lightforcing_core.model.causal import CausalState, forward
+from ..lightforcing_core.model.cuda_graph import CudaGraph, CudaRecorder, why_no_graph
+from ..lightforcing_core.model.wan import Wan, random_state_dict, wan_from_state_dict
+from ..lightforcing_core.rollout.rollout import Chunk, few_step_sigmas, rollout
+from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
+from ..lightforcing_core.vae.overlap import OverlappedDecoder
+from ..lightforcing_core.vae.streaming import StreamingDecoder
+from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
 from .record import facts
 
 PAIR = ("dense", "sparse")

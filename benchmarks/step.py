@@ -9,15 +9,16 @@ from unittest import mock
 
 import torch
 
-from ..lightforcing_core import causal_wan, step_graph
-from ..lightforcing_core.attention import AttentionOptions, choose_backend
-from ..lightforcing_core.causal_wan import CausalState, forward
+from ..lightforcing_core.attention.blocks import FrameBlocks
+from ..lightforcing_core.attention.dispatch import AttentionOptions, choose_backend
+from ..lightforcing_core.attention.selection import SelectionPlan
 from ..lightforcing_core.families import FAMILIES
-from ..lightforcing_core.geometry import FrameBlocks
-from ..lightforcing_core.growth import chunk_sparsities
-from ..lightforcing_core.kv_cache import KVCache
-from ..lightforcing_core.selection import SelectionPlan
-from ..lightforcing_core.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
+from ..lightforcing_core.model import causal as causal_wan
+from ..lightforcing_core.model import cuda_graph as step_graph
+from ..lightforcing_core.model.causal import CausalState, forward
+from ..lightforcing_core.model.kv_cache import KVCache
+from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
+from ..lightforcing_core.rollout.growth import chunk_sparsities
 from .attention import CHUNKS, FRAMES
 from .record import facts
 from .timing import Samples, StageClock, ratio, take_turns, warm_up_rule

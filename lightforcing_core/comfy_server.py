@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import websocket
 
-from .output_files import free_name, whole_file
+from .files.output import free_name, whole_file
 
 Prompt = Mapping[str, Mapping[str, Any]]
 

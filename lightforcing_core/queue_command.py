@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from .comfy_server import ComfyServer, ServerUnreachable
-from .output_files import prepare_folder
+from .files.output import prepare_folder
 from .queue_batch import BatchOptions, run_batch
 from .queue_display import QueueDisplay
 from .queue_events import Events, print_json

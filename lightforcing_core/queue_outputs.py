@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from .comfy_server import RemoteFile
-from .output_files import whole_file
+from .files.output import whole_file
 from .queue_client import Preview
 from .queue_jobs import Job
 from .queue_journal import Journal

@@ -2,19 +2,19 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..lightforcing_core.attention import BackendUnavailable
-from ..lightforcing_core.output_files import OutputError
-from ..lightforcing_core.run_state import StateError
-from ..lightforcing_core.weight_files import CheckpointError
-from .browser import running_server
+from ..lightforcing_core.attention.dispatch import BackendUnavailable
+from ..lightforcing_core.checkpoint.files import CheckpointError
+from ..lightforcing_core.files.output import OutputError
+from ..lightforcing_core.rollout.state import StateError
+from .canvas.browser import running_server
+from .canvas.routes import register
 from .decode import LightForcingDecode
 from .demo_prompt import LightForcingDemoPrompt, find_table
 from .encode import LightForcingEncode
-from .loader import LightForcingApply, LightForcingModelLoader
+from .model.loader import LightForcingApply, LightForcingModelLoader
 from .report import LightForcingReport
-from .routes import register
-from .sampler import LightForcingSampler
-from .sampler_select import LightForcingSamplerSelect
+from .sampling.sampler import LightForcingSampler
+from .sampling.select import LightForcingSamplerSelect
 from .schedule import LightForcingSchedule
 from .state import LightForcingLoadState, LightForcingSaveState
 from .text_embeds import LightForcingLoadTextEmbeds, LightForcingSaveTextEmbeds

@@ -10,13 +10,13 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..lightforcing_core.memory import decode_bytes, gib
-from ..lightforcing_core.overlap import OverlappedDecoder
-from ..lightforcing_core.schedule import video_frames_of
-from ..lightforcing_core.step_graph import why_not_resident
-from ..lightforcing_core.streaming import StreamingDecoder
-from ..lightforcing_core.taehv import TaeLatents, is_tae, tae_latents_of
-from ..lightforcing_core.tiled_decode import TiledDecoder, most_tiles, tile_spans
+from ..lightforcing_core.memory.estimate import decode_bytes, gib
+from ..lightforcing_core.model.cuda_graph import why_not_resident
+from ..lightforcing_core.rollout.schedule import video_frames_of
+from ..lightforcing_core.vae.overlap import OverlappedDecoder
+from ..lightforcing_core.vae.streaming import StreamingDecoder
+from ..lightforcing_core.vae.taehv import TaeLatents, is_tae, tae_latents_of
+from ..lightforcing_core.vae.tiled import TiledDecoder, most_tiles, tile_spans
 from .device_memory import memory_for_a_run
 
 log = logging.getLogger(__name__)

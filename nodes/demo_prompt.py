@@ -5,7 +5,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..lightforcing_core.demo_captions import (
+from ..lightforcing_core.demo.captions import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
@@ -14,7 +14,7 @@ from ..lightforcing_core.demo_captions import (
     context_of_caption,
     parse,
 )
-from ..lightforcing_core.demo_model import DEFAULT_CAPTION, DIT, SHIPPED, TEXT, VAE, load_table
+from ..lightforcing_core.demo.model import DEFAULT_CAPTION, DIT, SHIPPED, TEXT, VAE, load_table
 
 
 class LightForcingDemoPrompt(io.ComfyNode):

@@ -8,10 +8,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..lightforcing_core.memory import gib
-from ..lightforcing_core.streaming import StreamingEncoder
+from ..lightforcing_core.memory.estimate import gib
+from ..lightforcing_core.vae.streaming import StreamingEncoder
 from .device_memory import memory_for_a_run
-from .refusals import is_out_of_memory
+from .sampling.refusals import is_out_of_memory
 
 LESS = 0.8  # of the memory, where the host's estimate says that there is enough
 # Latent frames of a still that are encoded before an end and left out: with fewer, the first frame that a VAE encodes

@@ -9,8 +9,8 @@ from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
-from ..lightforcing_core.record_pages import describe, pages
-from ..lightforcing_core.run_record import RunRecord
+from ..lightforcing_core.report.pages import describe, pages
+from ..lightforcing_core.rollout.record import RunRecord
 
 # Where a LATENT carries the record of the run that made it; nodes that hand a LATENT on keep it.
 RECORD = "light_forcing_record"

@@ -10,13 +10,13 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
-from ..lightforcing_core.cost import clip_cost
 from ..lightforcing_core.families import FAMILIES, Family, SinkRope, guess_family
-from ..lightforcing_core.growth import CURVES
-from ..lightforcing_core.report import plot_schedule, schedule_costs
-from ..lightforcing_core.schedule import Schedule, latent_frames_of
-from .browser import running_server, watching_page
-from .patch import settings_of
+from ..lightforcing_core.report.plots import plot_schedule
+from ..lightforcing_core.rollout.cost import clip_cost, schedule_costs
+from ..lightforcing_core.rollout.growth import CURVES
+from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
+from .canvas.browser import running_server, watching_page
+from .model.patch import settings_of
 from .per_chunk import numbers_per_chunk
 
 ScheduleType = io.Custom("LIGHTFORCING_SCHEDULE")

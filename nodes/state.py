@@ -9,9 +9,9 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..lightforcing_core.output_files import numbered_path
-from ..lightforcing_core.run_state import RunState, load_run_state
-from ..lightforcing_core.schedule import video_frames_of
+from ..lightforcing_core.files.output import numbered_path
+from ..lightforcing_core.rollout.schedule import video_frames_of
+from ..lightforcing_core.rollout.state import RunState, load_run_state
 
 StateType = io.Custom("LIGHTFORCING_STATE")
 FOLDER = "light_forcing"  # inside the output folder

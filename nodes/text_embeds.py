@@ -10,7 +10,7 @@ import torch
 from comfy_api.latest import io, ui
 from safetensors import SafetensorError, safe_open
 
-from ..lightforcing_core.tensor_files import write_tensors
+from ..lightforcing_core.files.tensors import write_tensors
 
 FOLDER = "text_embeds"
 FORMAT = "light_forcing_text_embeds"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..lightforcing_core.schedule import latent_frame_at, video_frames_of
-from ..lightforcing_core.timeline import Prompt, Switch
-from .refusals import unsuitable_prompt
+from ..lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
+from ..lightforcing_core.rollout.timeline import Prompt, Switch
+from .sampling.refusals import unsuitable_prompt
 
 TimelineType = io.Custom("LIGHTFORCING_TIMELINE")
 FRAMES_PER_SECOND = 16

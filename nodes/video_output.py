@@ -12,8 +12,8 @@ from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..lightforcing_core.output_files import numbered_path, remove_empty
-from ..lightforcing_core.video_file import FORMATS, VideoWriter
+from ..lightforcing_core.files.output import numbered_path, remove_empty
+from ..lightforcing_core.files.video import FORMATS, VideoWriter
 
 VideoOutputType = io.Custom("LIGHTFORCING_VIDEO_OUTPUT")
 MOST_CRF = max(known.worst_crf for known in FORMATS.values())

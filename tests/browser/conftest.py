@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightforcing.lightforcing_core.video_file import VideoWriter
+from lightforcing.lightforcing_core.files.video import VideoWriter
 
-from ..nodes.comfy_server import ComfyServer
 from ..nodes.conftest import comfyui, models, server  # noqa: F401
+from ..support.comfy_server import ComfyServer
 
 HERE = Path(__file__).resolve().parent
 CHROMIUM = os.environ.get("CHROMIUM") or next(

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ..nodes.graphs import HEIGHT, WIDTH
+from ..support.graphs import HEIGHT, WIDTH
 from .tiny import NAMES, node_id, tiny_text_to_video, workflow
 
 LENGTH = 45  # video frames: four chunks

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from ..nodes.graphs import empty, graph, link, loader, video_output
+from ..support.graphs import empty, graph, link, loader, video_output
 from .tiny import tiny_text_to_video
 
 VAE = {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}}

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..nodes.graphs import EMBEDS, HEIGHT, WIDTH
+from ..support.graphs import EMBEDS, HEIGHT, WIDTH
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))

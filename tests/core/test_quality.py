@@ -21,10 +21,12 @@ from lightforcing.benchmarks.quality_measures import (
     structural_similarity,
 )
 from lightforcing.benchmarks.quality_probe import AttentionProbe
-from lightforcing.lightforcing_core import demo_model
-from lightforcing.lightforcing_core.attention import AttentionOptions
-from lightforcing.lightforcing_core.cli import app
-from lightforcing.lightforcing_core.demo_captions import (
+from lightforcing.cli.main import app
+from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
+from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.attention.selection import SelectionPlan
+from lightforcing.lightforcing_core.demo import model as demo_model
+from lightforcing.lightforcing_core.demo.captions import (
     COLOURS,
     DIRECTIONS,
     PASSING,
@@ -32,12 +34,10 @@ from lightforcing.lightforcing_core.demo_captions import (
     context_of_caption,
     parse,
 )
-from lightforcing.lightforcing_core.geometry import FrameBlocks
-from lightforcing.lightforcing_core.rollout import few_step_sigmas, rollout, seeded_noise
-from lightforcing.lightforcing_core.schedule import Schedule
-from lightforcing.lightforcing_core.selection import SelectionPlan
+from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout, seeded_noise
+from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
-from .tiny_demo import TINY_VIDEO, write_tiny_demo
+from ..support.tiny_demo import TINY_VIDEO, write_tiny_demo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

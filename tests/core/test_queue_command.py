@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 from typer.testing import CliRunner
 
+from lightforcing.cli.main import app
 from lightforcing.lightforcing_core import queue_events
-from lightforcing.lightforcing_core.cli import app
 
 from .queue_samples import GRAPH, events_of, text_of, texts_below, wait_until
 
@@ -42,7 +42,7 @@ def single(tmp_path, fake, *more):
 
 def start(arguments):
     """The command as a process of its own, with a Ctrl-C that works."""
-    code = "from lightforcing.lightforcing_core.cli import main; main()"
+    code = "from lightforcing.cli.main import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         stdout=subprocess.PIPE,

@@ -16,7 +16,7 @@ import torch
 
 from lightforcing.kernels import block_sparse, tuning
 from lightforcing.kernels.tuning import Kind, Launch
-from lightforcing.lightforcing_core.wan import HEAD_DIM
+from lightforcing.lightforcing_core.model.wan import HEAD_DIM
 
 CHIPS = (80, 86, 89, 90, 100, 103, 120)
 BLOCKS = (16, 32, 64, 128)

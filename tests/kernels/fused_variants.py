@@ -19,7 +19,7 @@ import torch
 import triton
 
 from lightforcing.kernels import block_sparse, modulation, score, selection, store
-from lightforcing.lightforcing_core.wan import HEAD_DIM
+from lightforcing.lightforcing_core.model.wan import HEAD_DIM
 
 from .attention_variants import BLOCKS, DTYPES
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from lightforcing.kernels import block_sparse
-from lightforcing.lightforcing_core.attention import dense_attention_8bit, sparse_attention
-from lightforcing.lightforcing_core.geometry import FrameBlocks
+from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
+from lightforcing.lightforcing_core.attention.dispatch import dense_attention_8bit, sparse_attention
 
 from .attention_variants import BLOCKS, HEAD_DIM, kind_of, kinds, launch_of, launches, name_of
 from .resources import SHARED_KIB
@@ -74,7 +74,7 @@ def test_no_call_of_a_run_asks_for_a_kind_of_work_that_is_not_in_the_set(dtype, 
 
 
 def test_blocks_are_those_that_the_nodes_offer():
-    nodes = Path(block_sparse.__file__).parents[1] / "nodes" / "attention_options.py"
+    nodes = Path(block_sparse.__file__).parents[1] / "nodes" / "model" / "options.py"
     (offered,) = re.findall(r'"block",\s*options=\[([^]]*)\]', nodes.read_text(encoding="utf-8"))
     assert [int(size) for size in re.findall(r"\d+", offered)] == list(BLOCKS)
 

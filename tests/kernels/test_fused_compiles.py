@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lightforcing.lightforcing_core.kv_cache import KVCache, KVOptions
+from lightforcing.lightforcing_core.model.kv_cache import KVCache, KVOptions
 
 from .compiling import compile_all, in_a_process
 from .fused_variants import BLOCKS, DTYPES, HEAD_DIM, POOLED, launch_of, names

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from lightforcing.kernels.score import Parts
 from lightforcing.kernels.selection import _order, select_blocks, select_constants, why_not
-from lightforcing.lightforcing_core.geometry import FrameBlocks
-from lightforcing.lightforcing_core.selection import SUB_BLOCKS, SelectionPlan, sub_block_layout
+from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
+from lightforcing.lightforcing_core.attention.selection import SUB_BLOCKS, SelectionPlan, sub_block_layout
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log")  # of what is masked

@@ -9,9 +9,9 @@ pytest.importorskip("triton")
 
 from lightforcing.kernels import store
 from lightforcing.kernels.store import Ring, fused_store, why_not
-from lightforcing.lightforcing_core.eight_bit import quantise_blocks
-from lightforcing.lightforcing_core.geometry import FrameBlocks
-from lightforcing.lightforcing_core.rope import RopeTable
+from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
+from lightforcing.lightforcing_core.attention.quantised import quantise_blocks
+from lightforcing.lightforcing_core.model.rope import RopeTable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6

@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightforcing.lightforcing_core.wan import random_state_dict
-from lightforcing.lightforcing_core.wan_vae import random_vae_state_dict
+from lightforcing.lightforcing_core.model.wan import random_state_dict
+from lightforcing.lightforcing_core.vae.wan_vae import random_vae_state_dict
 
-from ..core.tiny_demo import write_tiny_demo
-from .comfy_server import ComfyServer, environment
-from .graphs import EMBEDS, OTHER_EMBEDS
+from ..support.comfy_server import ComfyServer, environment
+from ..support.graphs import EMBEDS, OTHER_EMBEDS
+from ..support.tiny_demo import write_tiny_demo
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from .comfy_server import Failed, Refused
-from .graphs import empty, graph, latents_of, link, loader, save_images
+from ..support.comfy_server import Failed, Refused
+from ..support.graphs import empty, graph, latents_of, link, loader, save_images
 
 CAPTION = "on a plain background a red circle moves right slowly"
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from lightforcing.lightforcing_core.cli import app
-from lightforcing.lightforcing_core.wan import random_state_dict
+from lightforcing.cli.main import app
+from lightforcing.lightforcing_core.model.wan import random_state_dict
 
-from .graphs import EMBEDS, apply, core_loader, graph, latents_of, link, loader
+from ..support.graphs import EMBEDS, apply, core_loader, graph, latents_of, link, loader
 
 FP8 = "self_forcing_fp8.safetensors"
 PLAIN = "tiny_wan.safetensors"

@@ -11,7 +11,7 @@ import pytest
 import websocket
 from PIL import Image
 
-from .graphs import HEIGHT, WIDTH, empty, graph, link, loader, save_images
+from ..support.graphs import HEIGHT, WIDTH, empty, graph, link, loader, save_images
 
 LENGTH = 45  # video frames: four chunks
 CHUNK_ENDS = (9, 21, 33, 45)

@@ -6,10 +6,10 @@ from urllib.error import HTTPError
 import pytest
 
 from lightforcing.lightforcing_core.families import FAMILIES
-from lightforcing.lightforcing_core.schedule import Schedule
+from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
-from .comfy_server import Refused
-from .graphs import graph, link, loader, schedule, video_output
+from ..support.comfy_server import Refused
+from ..support.graphs import graph, link, loader, schedule, video_output
 
 CUSTOM = {
     "preset": "custom",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from .comfy_server import Failed
-from .graphs import graph, loader
+from ..support.comfy_server import Failed
+from ..support.graphs import graph, loader
 
 
 def test_server_loads_the_pack_without_a_word(server):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from .comfy_server import ComfyServer
+from ..support.comfy_server import ComfyServer
+from ..support.graphs import graph, loader
 from .conftest import ROOT
-from .graphs import graph, loader
 
 COUNT = 20
 LARGE = 1500  # pixels a side: a prompt takes a moment, so that a server can die in the middle of one
@@ -40,7 +40,7 @@ def second(comfyui, tmp_path_factory):
 
 def start(*arguments):
     """`lightforcing queue` as a process of its own."""
-    code = "from lightforcing.lightforcing_core.cli import main; main()"
+    code = "from lightforcing.cli.main import main; main()"
     command = [sys.executable, "-c", code, "queue", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .graphs import EMBEDS, change, empty, graph, link, loader, save_images, schedule, text
+from ..support.graphs import EMBEDS, change, empty, graph, link, loader, save_images, schedule, text
 
 WIDTH, HEIGHT = 160, 128  # 80 tokens per latent frame: two blocks of 64
 

@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from .comfy_server import ComfyServer
+from ..support.comfy_server import ComfyServer
+from ..support.graphs import empty, graph, latents_of, link, load_state, loader, save_state, schedule
 from .conftest import ROOT
-from .graphs import empty, graph, latents_of, link, load_state, loader, save_state, schedule
 
 LENGTH = 93  # 24 latent frames: 8 chunks
 

@@ -6,7 +6,7 @@ import av
 import pytest
 from safetensors.torch import load_file
 
-from .graphs import HEIGHT, LENGTH, WIDTH, empty, graph, link, loader, save_images, video_output
+from ..support.graphs import HEIGHT, LENGTH, WIDTH, empty, graph, link, loader, save_images, video_output
 
 
 def to_file(prefix, latent=None, seed=3, keep_finished=True, **output):

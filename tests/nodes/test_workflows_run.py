@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightforcing.lightforcing_core.video_file import VideoWriter
+from lightforcing.lightforcing_core.files.video import VideoWriter
 from lightforcing.lightforcing_core.workflow_form import ui_to_api
 
-from .graphs import EMBEDS, HEIGHT, OTHER_EMBEDS, WIDTH, text
+from ..support.graphs import EMBEDS, HEIGHT, OTHER_EMBEDS, WIDTH, text
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = tuple(sorted(path.stem for path in WORKFLOWS.glob("*.json")))

@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lightforcing.lightforcing_core.checkpoint import load_dit_state_dict
-from lightforcing.lightforcing_core.demo_captions import PASSING, SLOTS, VOCABULARY, caption_of, new_table
-from lightforcing.lightforcing_core.demo_model import DIT, TEXT, VAE, load_demo_model
-from lightforcing.lightforcing_core.wan import wan_from_state_dict
-from lightforcing.lightforcing_core.wan_vae import vae_from_state_dict
+from lightforcing.lightforcing_core.checkpoint.load import load_dit_state_dict
+from lightforcing.lightforcing_core.demo.captions import PASSING, SLOTS, VOCABULARY, caption_of, new_table
+from lightforcing.lightforcing_core.demo.model import DIT, TEXT, VAE, load_demo_model
+from lightforcing.lightforcing_core.model.wan import wan_from_state_dict
+from lightforcing.lightforcing_core.vae.wan_vae import vae_from_state_dict
 from tools.train_demo.__main__ import run
 from tools.train_demo.evaluate import evaluation_scenes
 from tools.train_demo.export import export

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lightforcing.benchmarks.detector import Verdict, compare, judge, look
-from lightforcing.lightforcing_core.demo_captions import (
+from lightforcing.lightforcing_core.demo.captions import (
     COLOURS,
     DIRECTIONS,
     PADDING,
@@ -22,7 +22,7 @@ from lightforcing.lightforcing_core.demo_captions import (
     parse,
     word_ids,
 )
-from lightforcing.lightforcing_core.demo_model import FPS
+from lightforcing.lightforcing_core.demo.model import FPS
 from tools.train_demo.shapes import FREE_RUN, draw_clip, extents, paths_of, render
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 15

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from lightforcing.lightforcing_core.attention import AttentionOptions
-from lightforcing.lightforcing_core.causal_wan import CausalState, forward
-from lightforcing.lightforcing_core.kv_cache import KVCache
-from lightforcing.lightforcing_core.streaming import StreamingDecoder, encode_video
-from lightforcing.lightforcing_core.wan import random_state_dict, wan_from_state_dict
-from lightforcing.lightforcing_core.wan_vae import normalise_latents
+from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.model.causal import CausalState, forward
+from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder, encode_video
+from lightforcing.lightforcing_core.vae.wan_vae import normalise_latents
 from tools.train_demo.recipe import PRESETS
 from tools.train_demo.train_ar import new_model
 from tools.train_demo.train_vae import fold_statistics, latent_statistics, new_vae

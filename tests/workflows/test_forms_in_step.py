@@ -11,7 +11,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from safetensors import safe_open
 
-from lightforcing.lightforcing_core.demo_model import ABOUT, DIT, SHIPPED, TEXT, VAE, DemoVideo
+from lightforcing.lightforcing_core.demo.model import ABOUT, DIT, SHIPPED, TEXT, VAE, DemoVideo
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "workflows"

@@ -15,9 +15,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-from lightforcing.lightforcing_core.demo_captions import new_table
-from lightforcing.lightforcing_core.demo_model import load_demo_model
-from lightforcing.lightforcing_core.output_files import whole_file
+from lightforcing.lightforcing_core.demo.captions import new_table
+from lightforcing.lightforcing_core.demo.model import load_demo_model
+from lightforcing.lightforcing_core.files.output import whole_file
 
 from .evaluate import evaluate
 from .export import export

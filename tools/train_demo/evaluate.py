@@ -11,14 +11,14 @@ from PIL import Image
 from torch import Tensor
 
 from lightforcing.benchmarks.detector import Verdict, judge
-from lightforcing.lightforcing_core.attention import AttentionOptions
-from lightforcing.lightforcing_core.demo_captions import Scene, caption_of, context_of_caption
-from lightforcing.lightforcing_core.demo_model import DemoModel, Level, load_demo_model
+from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.demo.captions import Scene, caption_of, context_of_caption
+from lightforcing.lightforcing_core.demo.model import DemoModel, Level, load_demo_model
 from lightforcing.lightforcing_core.families import Family
-from lightforcing.lightforcing_core.output_files import whole_file
-from lightforcing.lightforcing_core.rollout import few_step_sigmas, rollout
-from lightforcing.lightforcing_core.schedule import Schedule
-from lightforcing.lightforcing_core.streaming import StreamingDecoder
+from lightforcing.lightforcing_core.files.output import whole_file
+from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout
+from lightforcing.lightforcing_core.rollout.schedule import Schedule
+from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
 
 from .recipe import Recipe
 from .shapes import draw_clip

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightforcing.lightforcing_core.demo_captions import VOCABULARY
-from lightforcing.lightforcing_core.demo_model import DIT, TEXT, VAE, DemoVideo
-from lightforcing.lightforcing_core.tensor_files import write_tensors
-from lightforcing.lightforcing_core.wan import Wan
-from lightforcing.lightforcing_core.wan_vae import WanVAE
+from lightforcing.lightforcing_core.demo.captions import VOCABULARY
+from lightforcing.lightforcing_core.demo.model import DIT, TEXT, VAE, DemoVideo
+from lightforcing.lightforcing_core.files.tensors import write_tensors
+from lightforcing.lightforcing_core.model.wan import Wan
+from lightforcing.lightforcing_core.vae.wan_vae import WanVAE
 
 MOST_BYTES = 24_000_000
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from lightforcing.lightforcing_core.demo_model import DemoVideo, Level
+from lightforcing.lightforcing_core.demo.model import DemoVideo, Level
 
 Kinds = tuple[tuple[int, int], ...]
 

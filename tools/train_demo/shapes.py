@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightforcing.lightforcing_core.demo_captions import (
+from lightforcing.lightforcing_core.demo.captions import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
@@ -22,7 +22,7 @@ from lightforcing.lightforcing_core.demo_captions import (
     Scene,
     Thing,
 )
-from lightforcing.lightforcing_core.demo_model import FPS, Level
+from lightforcing.lightforcing_core.demo.model import FPS, Level
 
 FREE_RUN = 1.0  # seconds before the first bounce and before any occlusion
 HEIGHTS_PER_SECOND = {"slowly": 0.2, "quickly": 0.4}

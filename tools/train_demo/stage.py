@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightforcing.lightforcing_core.output_files import whole_file
+from lightforcing.lightforcing_core.files.output import whole_file
 
 from .recipe import Recipe
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightforcing.lightforcing_core.demo_captions import SLOTS, caption_of, context_of, word_ids
-from lightforcing.lightforcing_core.demo_model import Level
-from lightforcing.lightforcing_core.rollout import few_step_sigmas
-from lightforcing.lightforcing_core.tensor_files import write_tensors
-from lightforcing.lightforcing_core.wan import Wan
-from lightforcing.lightforcing_core.wan_vae import WanVAE, normalise_latents
+from lightforcing.lightforcing_core.demo.captions import SLOTS, caption_of, context_of, word_ids
+from lightforcing.lightforcing_core.demo.model import Level
+from lightforcing.lightforcing_core.files.tensors import write_tensors
+from lightforcing.lightforcing_core.model.wan import Wan
+from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas
+from lightforcing.lightforcing_core.vae.wan_vae import WanVAE, normalise_latents
 
 from .recipe import Lesson, Recipe
 from .shapes import draw_clip, render

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightforcing.lightforcing_core.wan_vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, WanVAE
+from lightforcing.lightforcing_core.vae.wan_vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, WanVAE
 
 from .recipe import Recipe
 from .shapes import Clip, draw_clip, paths_of, render

@@ -1,7 +1,7 @@
 """Whole-clip forms of the VAE and the model, with gradients: what training runs instead of the chunk-wise code.
 
-Both drive the same module trees as `lightforcing_core.streaming` and `lightforcing_core.causal_wan`, and give the same
-values; the tests hold them to it.
+Both drive the same module trees as `lightforcing_core.vae.streaming` and `lightforcing_core.model.causal`, and give the
+same values; the tests hold them to it.
 """
 
 from collections.abc import Iterable
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from lightforcing.lightforcing_core.causal_wan import _modulation, _sinusoid, _unpatchify
-from lightforcing.lightforcing_core.rope import RopeTable
-from lightforcing.lightforcing_core.wan import HEAD_DIM, Wan
-from lightforcing.lightforcing_core.wan_vae import WanVAE
+from lightforcing.lightforcing_core.model.causal import _modulation, _sinusoid, _unpatchify
+from lightforcing.lightforcing_core.model.rope import RopeTable
+from lightforcing.lightforcing_core.model.wan import HEAD_DIM, Wan
+from lightforcing.lightforcing_core.vae.wan_vae import WanVAE
 
 
 def encode_clip(vae: WanVAE, video: Tensor) -> tuple[Tensor, Tensor]:

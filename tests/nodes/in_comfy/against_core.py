@@ -5,9 +5,9 @@ import json
 import host
 import torch
 
-patch, chunk_sampler = host.room("nodes.patch"), host.room("nodes.chunk_sampler")
-schedules, families = host.room("lightforcing_core.schedule"), host.room("lightforcing_core.families")
-attention = host.room("lightforcing_core.attention")
+patch, chunk_sampler = host.room("nodes.model.patch"), host.room("nodes.sampling.chunk_sampler")
+schedules, families = host.room("lightforcing_core.rollout.schedule"), host.room("lightforcing_core.families")
+attention = host.room("lightforcing_core.attention.dispatch")
 SEED, SHAPE = 7, (1, 16, 6, 8, 12)
 
 

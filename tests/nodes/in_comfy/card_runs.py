@@ -19,10 +19,10 @@ torch.set_num_threads(1)  # tiny layers: threads cost more than they bring
 inference = torch.inference_mode()  # as the host runs every node; it ends with this object
 inference.__enter__()
 
-sampler, loader, decode = (host.room(f"nodes.{name}") for name in ("sampler", "loader", "decode"))
-chunk_sampler, report = host.room("nodes.chunk_sampler"), host.room("nodes.report")
-fused, graphs = host.room("lightforcing_core.fused"), host.room("lightforcing_core.step_graph")
-wan, wan_vae = host.room("lightforcing_core.wan"), host.room("lightforcing_core.wan_vae")
+sampler, loader, decode = (host.room(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "decode"))
+chunk_sampler, report = host.room("nodes.sampling.chunk_sampler"), host.room("nodes.report")
+fused, graphs = host.room("lightforcing_core.model.fused"), host.room("lightforcing_core.model.cuda_graph")
+wan, wan_vae = host.room("lightforcing_core.model.wan"), host.room("lightforcing_core.vae.wan_vae")
 LAYERS, WIDTH, TEXT, FRAMES = 3, 256, 256, 6
 FOLDER = Path(host.BASE, "low_memory")
 DIT = FOLDER / "light_forcing_short.safetensors"

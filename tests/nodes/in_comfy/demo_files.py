@@ -11,7 +11,7 @@ from pathlib import Path
 import host
 import torch
 
-demo_prompt, loader, patch = (host.room(f"nodes.{name}") for name in ("demo_prompt", "loader", "patch"))
+demo_prompt, loader, patch = (host.room(f"nodes.{name}") for name in ("demo_prompt", "model.loader", "model.patch"))
 
 
 def has_prompt_node():
@@ -20,7 +20,7 @@ def has_prompt_node():
     return demo_prompt.LightForcingDemoPrompt in listed
 
 
-captions, demo_model = host.room("lightforcing_core.demo_captions"), host.room("lightforcing_core.demo_model")
+captions, demo_model = host.room("lightforcing_core.demo.captions"), host.room("lightforcing_core.demo.model")
 folder_paths, nodes = demo_prompt.folder_paths, importlib.import_module("nodes")
 KINDS = ("diffusion_models", "vae")
 facts = {}

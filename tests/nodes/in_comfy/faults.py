@@ -8,13 +8,13 @@ import torch
 from comfy_api.latest import io
 from host import comfy
 
-sampler, loader, state = (host.room(f"nodes.{name}") for name in ("sampler", "loader", "state"))
+sampler, loader, state = (host.room(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "state"))
 decode, video_output, schedules = (host.room(f"nodes.{name}") for name in ("decode", "video_output", "schedule"))
-core, wan_vae = host.room("lightforcing_core.video_file"), host.room("lightforcing_core.wan_vae")
-run_state, tensor_files = (host.room(f"lightforcing_core.{name}") for name in ("run_state", "tensor_files"))
-memory, refusals = host.room("lightforcing_core.memory"), host.room("nodes.refusals")
-memory_plan, kv_storage = (host.room(f"lightforcing_core.{name}") for name in ("memory_plan", "kv_storage"))
-timeline = host.room("lightforcing_core.timeline")
+core, wan_vae = host.room("lightforcing_core.files.video"), host.room("lightforcing_core.vae.wan_vae")
+run_state, tensor_files = (host.room(f"lightforcing_core.{name}") for name in ("rollout.state", "files.tensors"))
+memory, refusals = host.room("lightforcing_core.memory.estimate"), host.room("nodes.sampling.refusals")
+memory_plan, kv_storage = (host.room(f"lightforcing_core.{name}") for name in ("memory.plan", "model.kv_storage"))
+timeline = host.room("lightforcing_core.rollout.timeline")
 Out = torch.OutOfMemoryError
 options = {"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
 model = loader.LightForcingApply.execute(host.load("tiny_wan.safetensors"), "unknown", **options)[0]

@@ -13,9 +13,11 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from host import comfy
 
-loader, patch, chunk_sampler = (host.room(f"nodes.{name}") for name in ("loader", "patch", "chunk_sampler"))
-schedules, families = host.room("lightforcing_core.schedule"), host.room("lightforcing_core.families")
-attention, quantize = host.room("lightforcing_core.attention"), host.room("lightforcing_core.quantize")
+loader, patch, chunk_sampler = (
+    host.room(f"nodes.{name}") for name in ("model.loader", "model.patch", "sampling.chunk_sampler")
+)
+schedules, families = host.room("lightforcing_core.rollout.schedule"), host.room("lightforcing_core.families")
+attention, quantize = host.room("lightforcing_core.attention.dispatch"), host.room("lightforcing_core.fp8.linear")
 PLAIN, FP8, OUTLIER, CUT, CALIBRATED = sys.argv[4:9]
 FOLDER = f"{host.BASE}/models/diffusion_models"
 SHAPE = (1, 16, 6, 8, 12)

@@ -10,9 +10,14 @@ from host import comfy
 
 import comfy_extras.nodes_model_merging as merging  # isort: skip (host says where it is)
 
-loader, patch, chunk_sampler = (host.room(f"nodes.{name}") for name in ("loader", "patch", "chunk_sampler"))
-schedules, families = host.room("lightforcing_core.schedule"), host.room("lightforcing_core.families")
-attention, checkpoint = host.room("lightforcing_core.attention"), host.room("lightforcing_core.checkpoint")
+loader, patch, chunk_sampler = (
+    host.room(f"nodes.{name}") for name in ("model.loader", "model.patch", "sampling.chunk_sampler")
+)
+schedules, families = host.room("lightforcing_core.rollout.schedule"), host.room("lightforcing_core.families")
+attention, checkpoint = (
+    host.room("lightforcing_core.attention.dispatch"),
+    host.room("lightforcing_core.checkpoint.load"),
+)
 PLAIN = sys.argv[4]
 FOLDER = Path(host.BASE, "models", "diffusion_models")
 SHAPE = (1, 16, 6, 8, 12)

@@ -30,7 +30,7 @@ spec.loader.exec_module(pack)
 
 
 def room(name):
-    """A module of the pack, such as "nodes.patch"."""
+    """A module of the pack, such as "nodes.model.patch"."""
     return importlib.import_module(f"{NAME}.{name}")
 
 

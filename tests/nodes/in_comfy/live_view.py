@@ -10,10 +10,10 @@ from host import load, noise_of, room, sample  # first: it finds ComfyUI
 import latent_preview  # isort: skip
 import torch
 
-live_view = room("nodes.live_view")
-settings_from = room("nodes.loader").settings_from
-patched = room("nodes.patch").patched
-ChunkSampler = room("nodes.chunk_sampler").ChunkSampler
+live_view = room("nodes.canvas.live_view")
+settings_from = room("nodes.model.loader").settings_from
+patched = room("nodes.model.patch").patched
+ChunkSampler = room("nodes.sampling.chunk_sampler").ChunkSampler
 
 facts = {"foreign shapes": [], "foreign filled": []}
 

@@ -7,16 +7,16 @@ import torch
 from comfy_api.latest import io
 from host import comfy
 
-sampler, loader, encode = (host.room(f"nodes.{name}") for name in ("sampler", "loader", "encode"))
-decode, memory, state = (host.room(f"nodes.{name}") for name in ("decode", "memory", "state"))
-run_state, wan_vae = host.room("lightforcing_core.run_state"), host.room("lightforcing_core.wan_vae")
+sampler, loader, encode = (host.room(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "encode"))
+decode, memory, state = (host.room(f"nodes.{name}") for name in ("decode", "sampling.memory", "state"))
+run_state, wan_vae = host.room("lightforcing_core.rollout.state"), host.room("lightforcing_core.vae.wan_vae")
 device_memory = host.room("nodes.device_memory")
 options = {"backend": "auto", "block": "16", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
 model = loader.LightForcingApply.execute(host.load("tiny_wan.safetensors"), "light_forcing_short", **options)[0]
 vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=8))
 node = sampler.LightForcingSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
 plans, plan_of = [], memory.plan_of
-chunk_sampler = host.room("nodes.chunk_sampler")
+chunk_sampler = host.room("nodes.sampling.chunk_sampler")
 
 
 def remember(*arguments, **named):

@@ -9,12 +9,12 @@ import torch
 from comfy_api.latest import io
 from host import comfy
 
-sampler, loader, decode = (host.room(f"nodes.{name}") for name in ("sampler", "loader", "decode"))
+sampler, loader, decode = (host.room(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "decode"))
 chunk_sampler, video_output, live_view = (
-    host.room(f"nodes.{name}") for name in ("chunk_sampler", "video_output", "live_view")
+    host.room(f"nodes.{name}") for name in ("sampling.chunk_sampler", "video_output", "canvas.live_view")
 )
-overlap, core = host.room("lightforcing_core.overlap"), host.room("lightforcing_core.video_file")
-wan_vae = host.room("lightforcing_core.wan_vae")
+overlap, core = host.room("lightforcing_core.vae.overlap"), host.room("lightforcing_core.files.video")
+wan_vae = host.room("lightforcing_core.vae.wan_vae")
 options = {"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
 model = loader.LightForcingApply.execute(host.load("tiny_wan.safetensors"), "unknown", **options)[0]
 vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=8))

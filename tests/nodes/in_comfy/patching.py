@@ -6,9 +6,9 @@ import host
 import torch
 from host import comfy
 
-patch, chunk_sampler = host.room("nodes.patch"), host.room("nodes.chunk_sampler")
-schedules, families = host.room("lightforcing_core.schedule"), host.room("lightforcing_core.families")
-attention = host.room("lightforcing_core.attention")
+patch, chunk_sampler = host.room("nodes.model.patch"), host.room("nodes.sampling.chunk_sampler")
+schedules, families = host.room("lightforcing_core.rollout.schedule"), host.room("lightforcing_core.families")
+attention = host.room("lightforcing_core.attention.dispatch")
 WrappersMP = comfy.patcher_extension.WrappersMP
 SHAPE = (1, 16, 6, 8, 12)
 settings = patch.Settings(families.FAMILIES["unknown"], attention.AttentionOptions())
@@ -117,7 +117,7 @@ facts["linear layers may be replaced"] = error_of(
 )
 
 # Memory of a run is gone after success, an error and an interrupt; the cache alone would be this large.
-cache = host.room("lightforcing_core.kv_cache").kv_bytes(2, 1, SHAPE[2], 24, 2, 128, torch.float32)
+cache = host.room("lightforcing_core.model.kv_cache").kv_bytes(2, 1, SHAPE[2], 24, 2, 128, torch.float32)
 facts["cache bytes"] = cache
 host.sample(model, ours(), noise)
 start = host.tensor_bytes()
@@ -150,7 +150,7 @@ facts["run after interrupt repeats"] = torch.equal(first, host.sample(model, our
 spied = []
 real = comfy.sampler_helpers.estimate_memory
 comfy.sampler_helpers.estimate_memory = lambda m, shape, conds: spied.append(shape) or real(m, shape, conds)
-vae = comfy.sd.VAE(sd=host.room("lightforcing_core.wan_vae").random_vae_state_dict(dim=8))
+vae = comfy.sd.VAE(sd=host.room("lightforcing_core.vae.wan_vae").random_vae_state_dict(dim=8))
 decoder = host.room("nodes.decode").FrameDecoder(vae, SHAPE)
 host.sample(model, ours(decoder=decoder), noise)
 chunk = stock.model.memory_required([1, 16, 3, 8, 12])

@@ -8,10 +8,10 @@ import host
 import torch
 from host import comfy
 
-decode, loader, patch = (host.room(f"nodes.{name}") for name in ("decode", "loader", "patch"))
+decode, loader, patch = (host.room(f"nodes.{name}") for name in ("decode", "model.loader", "model.patch"))
 text_embeds, schedule = host.room("nodes.text_embeds"), host.room("nodes.schedule")
 encode = host.room("nodes.encode")
-wan_vae = host.room("lightforcing_core.wan_vae")
+wan_vae = host.room("lightforcing_core.vae.wan_vae")
 facts = {"asked": {}}
 requests = []
 load = comfy.model_management.load_models_gpu

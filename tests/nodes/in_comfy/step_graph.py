@@ -9,12 +9,14 @@ import host
 import torch
 from host import comfy
 
-sys.path.insert(0, str(Path(host.PACK, "tests", "core")))
+sys.path.insert(0, str(Path(host.PACK, "tests", "support")))
 import tape  # isort: skip
 
-chunk_sampler, patch, loader = (host.room(f"nodes.{name}") for name in ("chunk_sampler", "patch", "loader"))
-schedules, families = host.room("lightforcing_core.schedule"), host.room("lightforcing_core.families")
-attention, graphs = host.room("lightforcing_core.attention"), host.room("lightforcing_core.step_graph")
+chunk_sampler, patch, loader = (
+    host.room(f"nodes.{name}") for name in ("sampling.chunk_sampler", "model.patch", "model.loader")
+)
+schedules, families = host.room("lightforcing_core.rollout.schedule"), host.room("lightforcing_core.families")
+attention, graphs = host.room("lightforcing_core.attention.dispatch"), host.room("lightforcing_core.model.cuda_graph")
 SHAPE = (1, 16, 9, 8, 12)
 settings = patch.Settings(families.FAMILIES["self_forcing"], attention.AttentionOptions(backend="reference"))
 noise = host.noise_of(SHAPE)

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import folder_paths  # isort: skip
 import nodes as host_nodes  # isort: skip
 
-decode, sampler, loader = (host.room(f"nodes.{name}") for name in ("decode", "sampler", "loader"))
-streaming, taehv = (host.room(f"lightforcing_core.{name}") for name in ("streaming", "taehv"))
+decode, sampler, loader = (host.room(f"nodes.{name}") for name in ("decode", "sampling.sampler", "model.loader"))
+streaming, taehv = (host.room(f"lightforcing_core.{name}") for name in ("vae.streaming", "vae.taehv"))
 from_model = comfy.latent_formats.Wan21()
 
 # Random weights under the host's own names, small enough for colours inside 0…1.

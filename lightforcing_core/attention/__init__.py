@@ -1,0 +1,1 @@
+"""Block-sparse attention: selection of blocks, and the backends that read them."""

@@ -1,0 +1,318 @@
+"""Hierarchical Sparse Attention: for each query block first the past frames, then the key blocks inside them.
+
+Scores are inner products of block means (Light Forcing, arXiv 2602.04789, section on HSA): not scaled and not
+softmaxed, because only their order matters. The rules that make a selection exact:
+
+- of equal frames the oldest wins, of equal blocks the lowest id, that is the first in slot order;
+- a NaN score counts as the lowest finite one, an infinite score as the nearest finite one;
+- a block whose frame is not eligible is never kept.
+
+Nothing here waits on the device: every count is a Python int. On a GPU a fused kernel makes the same selection.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..pinned import sent
+from .blocks import FrameBlocks, block_pair
+from .fast_path import is_recording, kernel_module
+
+# How a block's share of attention is estimated: by the product of means, or by the log-sum-exp over sub-blocks.
+ESTIMATORS = ("mean", "lse")
+
+# Sub-blocks per key block, for the estimator "lse".
+SUB_BLOCKS = 4
+
+_log = logging.getLogger(__name__)
+_failures: dict[tuple[torch.dtype, bool], str] = {}  # by dtype, and whether parts were scored
+
+
+class BlockSelection(NamedTuple):
+    """The key blocks that each query block attends to, as a compact list that never leaves the device.
+
+    blocks: int32 [B, H, q_blocks, width], key-block ids, ascending; only the first `counts` entries of a row are
+    valid, the rest are 0. counts: int32 [B, H, q_blocks].
+    """
+
+    blocks: Tensor
+    counts: Tensor
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> "BlockSelection":
+        """The list form of a boolean mask [B, H, q_blocks, k_blocks]."""
+        counts = mask.sum(-1, dtype=torch.int32)
+        ids = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+        # Selected ids sort before the sentinel, so every row starts with its own ids in ascending order.
+        blocks = torch.where(mask, ids, mask.shape[-1]).sort(-1).values
+        return cls(blocks.masked_fill(blocks == mask.shape[-1], 0), counts)
+
+    def to_mask(self, k_blocks: int) -> Tensor:
+        """The mask form: bool [B, H, q_blocks, k_blocks]."""
+        valid = torch.arange(self.blocks.shape[-1], device=self.blocks.device) < self.counts[..., None]
+        mask = torch.zeros(*self.counts.shape, k_blocks + 1, dtype=torch.bool, device=self.blocks.device)
+        # Invalid entries land in a column of their own, which is dropped.
+        mask.scatter_(-1, self.blocks.long().masked_fill(~valid, k_blocks), True)
+        return mask[..., :k_blocks]
+
+
+@dataclass(frozen=True)
+class SelectionPlan:
+    """Which frame slots play which part for one chunk; made once per chunk, read by every layer and step.
+
+    `always` bool [k_blocks]: the blocks that are eligible for every query block. `middle_slots` int64 [m]: the
+    slots that compete for the `choose` remaining places, oldest frame first (None when every block is eligible).
+    `frame_ranks` int32 [slots] says the same as both: a slot's place in `middle_slots`, or −1 where its blocks are
+    always eligible. `kept` is how many blocks each query block keeps.
+    """
+
+    layout: FrameBlocks
+    always: Tensor
+    middle_slots: Tensor | None
+    frame_ranks: Tensor
+    choose: int
+    kept: int
+
+    @classmethod
+    def build(
+        cls,
+        slot_frames: Sequence[int],
+        current_frames: int,
+        layout: FrameBlocks,
+        *,
+        sparsity: float,
+        keep_frames: int,
+        sink_frames: int,
+        near_frames: int,
+        device: torch.device | str | None = None,
+    ) -> "SelectionPlan":
+        """Plan for slots that hold the latent frames `slot_frames` (in memory order).
+
+        The `current_frames` newest frames are the current chunk, all others are past. `sparsity` in [0, 1) is the
+        share of key blocks to skip; `keep_frames`, `sink_frames` and `near_frames` count past latent frames.
+        """
+        check_frame_budget(keep_frames, sink_frames, near_frames)
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"sparsity {sparsity} is outside [0, 1); 0 keeps every block, 0.88 skips 88 % of them")
+        slots_by_time = sorted(range(len(slot_frames)), key=slot_frames.__getitem__)
+        past, current = slots_by_time[:-current_frames], slots_by_time[-current_frames:]
+        k_blocks = len(slot_frames) * layout.per_frame
+        ranks = torch.full((len(slot_frames),), -1, dtype=torch.int32)
+        middle_slots, choose, eligible = None, 0, k_blocks
+        if len(past) > keep_frames:
+            middle = past[sink_frames : len(past) - near_frames]
+            choose = keep_frames - sink_frames - near_frames
+            ranks[middle] = torch.arange(len(middle), dtype=torch.int32)
+            middle_slots = sent(torch.tensor(middle), device)
+            eligible = (keep_frames + len(current)) * layout.per_frame
+        # Without a past the chunk is dense; the float product is truncated as the published code does.
+        kept = max(1, min(int((1.0 - sparsity) * k_blocks), eligible)) if past else k_blocks
+        ranks = sent(ranks, device)
+        always = (ranks < 0).repeat_interleave(layout.per_frame)
+        return cls(layout, always, middle_slots, ranks, choose, kept)
+
+    def select(
+        self,
+        q_means: Tensor,
+        k_means: Tensor,
+        frame_means: Tensor,
+        *,
+        estimator: str = "mean",
+        sub_means: Tensor | None = None,
+    ) -> BlockSelection:
+        """Choose frames, then blocks.
+
+        q_means [B, q_blocks, H, D], k_means [B, k_blocks, H, D], frame_means [B, frames, H, D], the last two in
+        slot order. With `estimator` "lse" the keys are read from `sub_means` instead, [B, sub-blocks, H, D] in the
+        layout `sub_block_layout(layout)`: a block's score is the log-sum-exp over its sub-blocks of
+        q·k/√D + log(tokens in the sub-block), which a few strong keys can raise as they raise attention itself; a
+        frame's score is the log-sum-exp of its blocks.
+
+        Raises ValueError for an unknown estimator and for sub-block means that are missing or do not fit.
+        """
+        self._check_estimator(k_means, estimator, sub_means)
+        batch, q_blocks, heads = q_means.shape[:3]
+        rows, k_blocks = (batch, heads, q_blocks), k_means.shape[1]
+        if self.kept == k_blocks:
+            every = torch.arange(k_blocks, dtype=torch.int32, device=q_means.device)
+            return BlockSelection(every.expand(*rows, k_blocks), _constant(rows, k_blocks, q_means.device))
+        if why_not_fused(q_means, k_means, frame_means, sub_means) is None:
+            selection = self._select_fused(q_means, k_means, frame_means, sub_means)
+            if selection is not None:
+                return selection
+        if sub_means is None:
+            scores, frame_scores = self._mean_scores(q_means, k_means, frame_means)
+        else:
+            scores, frame_scores = self._lse_scores(q_means, sub_means)
+        blocks = _best(scores, self.kept, self._eligible(frame_scores)).to(torch.int32)
+        return BlockSelection(blocks, _constant(rows, self.kept, q_means.device))
+
+    def _mean_scores(self, q_means: Tensor, k_means: Tensor, frame_means: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores of blocks [B, H, q_blocks, k_blocks] and of frames [B, H, q_blocks, frames]: products of means."""
+        wide = torch.promote_types(q_means.dtype, torch.float32)
+        q = q_means.to(wide).transpose(1, 2)
+        return q @ k_means.to(wide).permute(0, 2, 3, 1), q @ frame_means.to(wide).permute(0, 2, 3, 1)
+
+    def _lse_scores(self, q_means: Tensor, sub_means: Tensor) -> tuple[Tensor, Tensor]:
+        """The same shapes: the log of the attention that a block's and a frame's keys draw, were sub-blocks uniform."""
+        wide = torch.promote_types(q_means.dtype, torch.float32)
+        q = q_means.to(wide).transpose(1, 2) * q_means.shape[-1] ** -0.5
+        subs = sub_block_layout(self.layout)
+        tokens = subs.block_lengths(1, q.device).to(wide)
+        scores = (q @ sub_means.to(wide).permute(0, 2, 3, 1)).unflatten(-1, (-1, subs.per_frame)) + tokens.log()
+        missing = self.layout.per_frame * SUB_BLOCKS - subs.per_frame  # of a frame's ragged last block
+        scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
+        blocks = scores.unflatten(-1, (-1, SUB_BLOCKS)).logsumexp(-1)
+        return blocks.flatten(-2), blocks.logsumexp(-1)
+
+    def _eligible(self, frame_scores: Tensor) -> Tensor:
+        """Boolean mask of eligible blocks, broadcastable to [B, H, q_blocks, k_blocks]."""
+        if self.middle_slots is None or self.choose == 0:
+            return self.always
+        chosen = self.middle_slots[_best(frame_scores[..., self.middle_slots], self.choose)]
+        frames = torch.zeros_like(frame_scores, dtype=torch.bool).scatter_(-1, chosen, True)
+        return frames.repeat_interleave(self.layout.per_frame, dim=-1) | self.always
+
+    def _select_fused(
+        self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None
+    ) -> BlockSelection | None:
+        """The selection from the fused kernel; None, with one warning per dtype and estimator, where it fails."""
+        kernel = kernel_module("selection")
+        assert isinstance(kernel, ModuleType)
+        options: dict[str, Any] = {"choose": self.choose, "kept": self.kept}
+        if sub_means is not None:
+            size = sub_block_layout(self.layout).block
+            options["parts"] = kernel.Parts(sub_means, self.layout.tokens_per_frame, size, SUB_BLOCKS)
+        try:
+            return BlockSelection(*kernel.select_blocks(q_means, k_means, frame_means, self.frame_ranks, **options))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if is_recording():
+                raise
+            first_line = (str(error).strip() or repr(error)).splitlines()[0]
+            reason = f"the fused kernel failed in {q_means.dtype}: {type(error).__name__}: {first_line}"
+            _failures[q_means.dtype, sub_means is not None] = reason
+            _log.warning("[Light Forcing] selection: %s; selecting through torch", reason)
+            return None
+
+    def _check_estimator(self, k_means: Tensor, estimator: str, sub_means: Tensor | None) -> None:
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"unknown estimator {estimator!r}; use {' or '.join(map(repr, ESTIMATORS))}")
+        if estimator == "mean":
+            if sub_means is not None:
+                raise ValueError("sub_means are only for the estimator 'lse'; leave them out or name it")
+            return
+        sub_blocks = k_means.shape[1] // self.layout.per_frame * sub_block_layout(self.layout).per_frame
+        wanted = (k_means.shape[0], sub_blocks, *k_means.shape[2:])
+        if sub_means is None or sub_means.shape != wanted:
+            given = None if sub_means is None else tuple(sub_means.shape)
+            raise ValueError(f"the estimator 'lse' needs sub_means {wanted}, not {given}; pool with sub_block_layout")
+
+
+def sub_block_layout(layout: FrameBlocks) -> FrameBlocks:
+    """The layout of `layout`'s sub-blocks, which nest in its blocks; ValueError when they do not divide a block."""
+    if layout.block % SUB_BLOCKS:
+        raise ValueError(
+            f"blocks of {layout.block} tokens do not split into {SUB_BLOCKS} sub-blocks; "
+            f"use a multiple of {SUB_BLOCKS} or the estimator 'mean'"
+        )
+    return FrameBlocks(layout.tokens_per_frame, layout.block // SUB_BLOCKS)
+
+
+def why_not_fused(q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None) -> str | None:
+    """The reason why the fused kernel cannot select from these means, [B, n, H, D] each, or None."""
+    if not q_means.is_cuda:
+        return f"the fused kernel is for CUDA tensors, not for {q_means.device.type}"
+    others = [k_means.dtype, frame_means.dtype, *([] if sub_means is None else [sub_means.dtype])]
+    if set(others) != {q_means.dtype}:
+        given = " and ".join(map(str, [q_means.dtype, *others]))
+        return f"the fused kernel takes means of one dtype, not {given}"
+    kernel = kernel_module("selection")
+    if isinstance(kernel, str):
+        return kernel
+    failure = _failures.get((q_means.dtype, sub_means is not None))
+    return failure or kernel.why_not(q_means, k_means.shape[1], frame_means.shape[1])
+
+
+def _constant(shape: tuple[int, ...], value: int, device: torch.device) -> Tensor:
+    return torch.full(shape, value, dtype=torch.int32, device=device)
+
+
+def _best(scores: Tensor, count: int, eligible: Tensor | None = None) -> Tensor:
+    """Ids of each row's `count` highest scores, ascending: int64 [..., count]. The module's first lines say the rules.
+
+    scores [..., n], overwritten; eligible: bool, broadcastable to scores, with at least `count` in each row.
+    """
+    scores.nan_to_num_(nan=torch.finfo(scores.dtype).min)
+    if eligible is not None:
+        scores.masked_fill_(~eligible, -torch.inf)
+    if scores.dtype == torch.float64:
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(-1).values
+    # `topk` makes no promise about ties, so there are none: the score, as an integer of the same order, in the high
+    # half and the id, backwards, in the low half. Adding 0 turns −0 into the 0 that it equals.
+    bits = scores.add_(0.0).view(torch.int32)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    backwards = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    keys = order.to(torch.int64).mul_(1 << 32).add_(backwards)
+    return keys.topk(count, dim=-1, sorted=False).indices.sort(-1).values
+
+
+def check_frame_budget(keep_frames: int, sink_frames: int, near_frames: int) -> None:
+    """ValueError unless 0 ≤ sinks + nearest ≤ keep_frames."""
+    for name, value in (("keep_frames", keep_frames), ("sink_frames", sink_frames), ("near_frames", near_frames)):
+        if value < 0:
+            raise ValueError(f"{name} {value} is negative; use 0 or more latent frames")
+    if sink_frames + near_frames > keep_frames:
+        raise ValueError(
+            f"sink_frames {sink_frames} + near_frames {near_frames} exceed keep_frames {keep_frames}; "
+            f"raise keep_frames to {sink_frames + near_frames} or keep fewer sinks or nearest frames"
+        )
+
+
+def hierarchical_block_mask(
+    q: Tensor,
+    k: Tensor,
+    *,
+    tokens_per_frame: int,
+    block: tuple[int, int] = (64, 64),
+    sparsity: float,
+    keep_frames: int = 6,
+    sink_frames: int = 1,
+    near_frames: int = 2,
+) -> Tensor:
+    """The blocks that Hierarchical Sparse Attention keeps, for whole q and k (the rollout pools only once).
+
+    q: [B, Lq, H, D], the current chunk; k: [B, Lk, H, D], history followed by the current chunk, both after RoPE
+    and in whole frames of `tokens_per_frame` tokens. `block` is (query, key) tokens per block. `sparsity` in
+    [0, 1) is the share of all key blocks that a query block skips; `keep_frames` past frames stay eligible, among
+    them the first `sink_frames` and the last `near_frames`.
+
+    Returns bool [B, H, q_blocks, k_blocks], blocks aligned to frames. Without history every block is kept; with
+    `keep_frames` or fewer past frames every block competes. Raises ValueError for lengths that are not whole
+    frames, a sparsity outside [0, 1) and impossible frame counts.
+
+    Source: Light Forcing, arXiv 2602.04789; equal to the released selection where blocks divide the frame.
+    """
+    q_layout, k_layout = (FrameBlocks(tokens_per_frame, size) for size in block_pair(block))
+    q_frames, k_frames = q_layout.frames(q.shape[1]), k_layout.frames(k.shape[1])
+    if q_frames > k_frames:
+        raise ValueError(f"q holds {q_frames} frames but k only {k_frames}; k must end with the current chunk")
+    plan = SelectionPlan.build(
+        range(k_frames),
+        q_frames,
+        k_layout,
+        sparsity=sparsity,
+        keep_frames=keep_frames,
+        sink_frames=sink_frames,
+        near_frames=near_frames,
+        device=k.device,
+    )
+    k_means = k_layout.block_means(k)
+    selection = plan.select(q_layout.block_means(q), k_means, k_layout.frame_means(k_means))
+    return selection.to_mask(k_means.shape[1])

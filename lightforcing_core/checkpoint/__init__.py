@@ -1,0 +1,1 @@
+"""Published checkpoints of every layout as one state dict."""

@@ -1,0 +1,133 @@
+"""Reads LoRA files of every common naming and adds them to a Wan state dict."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from .files import CheckpointError, open_weights, some, tensor_groups
+from .layouts import original_name, without_wrappers
+
+# layer, what it is, PEFT's adapter name. Kohya and diffusers say down/up, PEFT says A/B.
+_KEY = re.compile(
+    r"^(?P<layer>.+?)\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|alpha|diff_b|diff|dora_scale|lora_magnitude_vector)"
+    r"(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?$"
+)
+_PARTS = {"lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up"}
+_PAIR = re.compile(r"\.(lora_[AB]|lora_down|lora_up|lora\.down|lora\.up)(\.|$)")
+_KOHYA = "lora_unet_"
+
+
+def looks_like_lora(names: Mapping[str, object]) -> bool:
+    """Whether these weights are low-rank pairs."""
+    return any(_PAIR.search(name) for name in names)
+
+
+def merge_lora(
+    state_dict: Mapping[str, Tensor], path: str | Path, strength: float = 1.0
+) -> tuple[dict[str, Tensor], str]:
+    """Add a LoRA to a Wan state dict with original names: W' = W + strength · (alpha / rank) · up · down.
+
+    Computed in float32 layer by layer and cast back to each weight's dtype; without a stored alpha the scale is 1
+    (LongLive: rank 256, alpha 256). Understands LongLive's `generator_lora` container, PEFT (`base_model.model.…
+    lora_A/lora_B`, with or without adapter name), `diffusion_model.…lora_down/lora_up`, diffusers and Kohya names,
+    and full differences (`.diff`, `.diff_b`). Returns the new dict, which shares every untouched tensor, and a
+    sentence about what was added. Raises CheckpointError where any target or shape does not fit.
+    """
+    path = Path(path)
+    layers = _by_layer(path, _read(path), state_dict)
+    merged = dict(state_dict)
+    for layer, parts in layers.items():
+        for name, delta in _deltas(path, layer, parts).items():
+            weight = merged.get(name)
+            if weight is None or weight.numel() != delta.numel() or weight.shape[0] != delta.shape[0]:
+                there = "no such weight" if weight is None else f"{tuple(weight.shape)}"
+                raise CheckpointError(
+                    f"{path}: changes {name} by {tuple(delta.shape)}, but the model has {there}; "
+                    "the LoRA was made for a model of another size"
+                )
+            merged[name] = (weight.float() + strength * delta.reshape(weight.shape)).to(weight.dtype)
+    ranks = sorted({str(parts["down"].shape[0]) for parts in layers.values() if "down" in parts})
+    rank = f", rank {', '.join(ranks)}" if ranks else ""
+    return merged, f"LoRA {path.name} added: {len(layers)} layers{rank}, strength {strength:g}"
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    opened = open_weights(path)
+    groups = {name: group for name, group in tensor_groups(opened.contents).items() if looks_like_lora(group)}
+    if not groups:
+        raise CheckpointError(
+            f"{path}: not a LoRA (no lora_A/lora_B or lora_down/lora_up weights); pass a model as the model"
+        )
+    for wanted in ("generator_lora", "generator_ema_lora"):
+        if wanted in groups:
+            return groups[wanted]
+    groups = {name: group for name, group in groups.items() if "critic" not in name} or groups
+    if len(groups) > 1:
+        raise CheckpointError(f"{path}: holds several LoRAs ({some(groups)}); save the one to use as its own file")
+    return next(iter(groups.values()))
+
+
+def _by_layer(
+    path: Path, stored: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """The LoRA's tensors by the layer of the model they belong to: layer → part ("down", "up", "alpha", …) → tensor."""
+    known = {name.rpartition(".")[0] for name in state_dict} | set(state_dict)
+    underscored = {f"{_KOHYA}{layer.replace('.', '_')}": layer for layer in known}
+    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    adapters = set()
+    strangers = []
+    for key, tensor in stored.items():
+        match = _KEY.match(without_wrappers(key))
+        layer = underscored.get(match["layer"]) or _layer_of(match["layer"], known) if match else None
+        if match is None or layer is None:
+            strangers.append(key)
+            continue
+        adapters.add(match["adapter"])
+        layers[layer][_PARTS.get(match["part"], match["part"])] = tensor
+    if strangers:
+        raise CheckpointError(
+            f"{path}: {len(strangers)} of its {len(stored)} weights have no counterpart in this model "
+            f"({some(strangers)}); the LoRA belongs to another model"
+        )
+    if len(adapters - {None}) > 1:
+        raise CheckpointError(f"{path}: holds several adapters ({some(adapters - {None})}); save one of them alone")
+    return dict(layers)
+
+
+def _layer_of(name: str, known: set[str]) -> str | None:
+    """`name` without the prefixes that stand before the model's own names, in Wan's or in diffusers' naming."""
+    parts = name.split(".")
+    for start in range(len(parts)):
+        tail = ".".join(parts[start:])
+        for candidate in (tail, original_name(tail, diffusers=True)):
+            if candidate in known:
+                return candidate
+    return None
+
+
+def _deltas(path: Path, layer: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weight name → what is added to it at strength 1, float32, rows first."""
+    if unknown := parts.keys() & {"dora_scale", "lora_magnitude_vector"}:
+        raise CheckpointError(
+            f"{path}: {layer} has {some(unknown)}; DoRA is not supported, merge it into the model first"
+        )
+    deltas = {}
+    if "down" in parts or "up" in parts:
+        if not {"down", "up"} <= parts.keys():
+            raise CheckpointError(f"{path}: {layer} has only one half of its pair; the file is incomplete")
+        down, up = parts["down"].float().flatten(1), parts["up"].float().flatten(1)
+        if up.shape[1] != down.shape[0]:
+            raise CheckpointError(
+                f"{path}: {layer} pairs up {tuple(up.shape)} with down {tuple(down.shape)}; ranks differ"
+            )
+        scale = float(parts["alpha"]) / down.shape[0] if "alpha" in parts else 1.0
+        deltas[f"{layer}.weight"] = scale * (up @ down)
+    if "diff" in parts:
+        name = layer if layer.endswith("modulation") else f"{layer}.weight"
+        deltas[name] = deltas.get(name, 0) + parts["diff"].float()
+    if "diff_b" in parts:
+        deltas[f"{layer}.bias"] = parts["diff_b"].float()
+    return deltas

@@ -1,0 +1,83 @@
+"""Safetensors files that are whole or absent."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .output import OutputError, prepare_folder, whole_file
+
+# What the format calls each dtype: https://github.com/huggingface/safetensors#format
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
+}
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Write a safetensors file whole or not at all; a former file stays until the new one is complete.
+
+    Raises OutputError when the folder cannot take the file or the disk is full.
+    """
+    path = Path(path)
+    prepare_folder(path.parent, bytes_needed=sum(tensor.nbytes for tensor in tensors.values()))
+    with whole_file(path) as partial:
+        try:
+            save_file(dict(tensors), partial, metadata=dict(metadata))
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())  # a rename may reach the disk before the data
+        except (OSError, SafetensorError) as error:
+            left = "the former file there is unharmed" if path.exists() else "nothing was left there"
+            raise OutputError(f"cannot write {path}: {error}; {left}; free some space") from error
+    return path
+
+
+def stream_tensors(
+    path: str | Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> Path:
+    """As `write_tensors`, with one tensor in memory at a time.
+
+    layout: name → a tensor (on the meta device, say) of the shape and dtype to come; `tensors` yields every name of
+    it once, in any order. Raises OutputError like `write_tensors`, ValueError where a tensor is not as announced.
+    """
+    path = Path(path)
+    # Widest first, so that every tensor starts at a multiple of its element size.
+    names = sorted(layout, key=lambda name: (-layout[name].element_size(), name))
+    ends = list(accumulate(layout[name].nbytes for name in names))
+    starts = dict(zip(names, [0, *ends], strict=False))
+    header = {
+        name: {
+            "dtype": _NAMES[layout[name].dtype],
+            "shape": list(layout[name].shape),
+            "data_offsets": [starts[name], end],
+        }
+        for name, end in zip(names, ends, strict=True)
+    }
+    text = json.dumps({"__metadata__": dict(metadata), **header}).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    prepare_folder(path.parent, bytes_needed=data + ends[-1])
+    with whole_file(path) as partial, partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        missing = set(names)
+        for name, tensor in tensors:
+            if name not in missing or (tensor.dtype, tensor.shape) != (layout[name].dtype, layout[name].shape):
+                raise ValueError(f"{path}: {name}, {tensor.dtype} {list(tensor.shape)}, is not what was announced")
+            missing.remove(name)
+            file.seek(data + starts[name])
+            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if missing:
+            raise ValueError(f"{path}: {len(missing)} announced tensors never came, such as {min(missing)}")
+        file.flush()
+        os.fsync(file.fileno())
+    return path

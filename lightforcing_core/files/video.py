@@ -1,0 +1,285 @@
+"""Video files that grow while the frames are made and appear whole: MP4 or WebM, in flat memory."""
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+from .output import OutputError, free_name, prepare_folder, whole_file
+
+_log = logging.getLogger(__name__)
+ABANDONED_AFTER = 24 * 3600  # seconds without a write
+_BOX_HEADER = 8  # bytes of size and type before every MP4 box
+_BT601, _BT709, _LIMITED_RANGE = 6, 1, 1  # H.273 code points
+
+
+@dataclass(frozen=True)
+class VideoFormat:
+    """How frames are encoded: the encoder, its constant rate factor (lower is better and larger) and options.
+
+    `growing` are the container's options while frames arrive: they leave a file that plays up to the last second or
+    two whatever happens. `rearranged`: copied into the customary layout at the end.
+    """
+
+    codec: str
+    crf: int
+    worst_crf: int
+    options: Mapping[str, str] = field(default_factory=dict)
+    growing: Mapping[str, str] = field(default_factory=dict)
+    rearranged: bool = False
+
+
+FORMATS: dict[str, VideoFormat] = {
+    ".mp4": VideoFormat(
+        "h264",
+        crf=19,
+        worst_crf=51,
+        growing={"movflags": "frag_keyframe+empty_moov+default_base_moof+use_metadata_tags"},
+        rearranged=True,
+    ),
+    ".webm": VideoFormat(
+        "libvpx-vp9", crf=30, worst_crf=63, options={"deadline": "good", "cpu-used": "4", "row-mt": "1"}
+    ),
+}
+
+
+class VideoWriter:
+    """A context manager that encodes frames as they are made; the file appears under its name when the block ends.
+
+    path: its suffix is one of FORMATS, and a former file is replaced. height, width: even pixels. fps: frames per
+    second. crf: quality, the format's own by default. metadata: texts, or values stored as JSON; ComfyUI restores a
+    graph from "workflow" and "prompt".
+
+    When the block raises, the final name stays as it was. With `keep_partial` the frames written so far are kept
+    beside it as a playable `<stem>.partial<suffix>`, whose path is then in `partial`; otherwise they go. `frames`
+    counts the frames written.
+
+    Raises ValueError for sizes, suffixes, rates and frames that cannot be encoded, and OutputError where the folder
+    cannot take the file.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        height: int,
+        width: int,
+        fps: float | Fraction = 16,
+        crf: int | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        keep_partial: bool = True,
+    ) -> None:
+        self.path = Path(path)
+        suffix = self.path.suffix.lower()
+        if suffix not in FORMATS:
+            known = " or ".join(FORMATS)
+            raise ValueError(f"{self.path.name}: suffix {suffix!r} is no known video format; use {known}")
+        self._format = FORMATS[suffix]
+        for side, pixels in (("height", height), ("width", width)):
+            if pixels < 2 or pixels % 2:
+                even = max(2, pixels // 2 * 2)
+                raise ValueError(f"{side} {pixels} is not an even number of pixels; use {even} or {even + 2}")
+        if not 0.01 <= fps <= 1000:
+            raise ValueError(f"fps {fps} is outside 0.01 … 1000 frames per second")
+        self._crf = self._format.crf if crf is None else crf
+        if not 0 <= self._crf <= self._format.worst_crf:
+            worst, usual = self._format.worst_crf, self._format.crf
+            raise ValueError(f"crf {crf} is outside 0 … {worst} of {suffix}; lower is better, {usual} is usual")
+        self.height, self.width = height, width
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self._metadata = {
+            key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()
+        }
+        self._keep_partial = keep_partial
+        self.frames = 0
+        self.partial: Path | None = None
+        self._growing = self.path.with_name(f".{self.path.stem}.{os.getpid()}.growing{suffix}")
+        self._container: av.container.OutputContainer | None = None
+
+    def __enter__(self) -> "VideoWriter":
+        rescue_abandoned(prepare_folder(self.path.parent))
+        try:
+            self._open()
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def write(self, frames: Tensor | np.ndarray) -> None:
+        """Append frames [n, height, width, 3]: uint8, or floating point in 0…1; what lies outside is clamped."""
+        if self._container is None:
+            raise RuntimeError(f"{self.path} is not open; write frames inside `with VideoWriter(...) as video:`")
+        frames = torch.from_numpy(frames) if isinstance(frames, np.ndarray) else frames.detach()
+        if frames.ndim != 4 or tuple(frames.shape[1:]) != (self.height, self.width, 3):
+            raise ValueError(f"frames have shape {tuple(frames.shape)}; expected [n, {self.height}, {self.width}, 3]")
+        if not (frames.dtype == torch.uint8 or frames.is_floating_point()):
+            raise ValueError(f"frames are {frames.dtype}; expected uint8, or floating point in 0…1")
+        for frame in frames:
+            if frame.is_floating_point():
+                frame = frame.float().mul(255.0).round_().clamp_(0.0, 255.0).to(torch.uint8)
+            picture = av.VideoFrame.from_ndarray(frame.contiguous().cpu().numpy(), format="rgb24")
+            try:
+                # The matrix that readers assume who ignore the tag, and the tag for those who do not.
+                self._encode(picture.reformat(format="yuv420p", dst_colorspace="ITU601"))
+            except av.FFmpegError as error:
+                raise self._failure(error) from error
+            self.frames += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None or self._container is None:  # None: a failed write was reported, and dealt with, inside
+            self._abandon()
+            return
+        if not self.frames:
+            self._abandon()
+            raise ValueError(f"no frame was written to {self.path}; nothing was saved")
+        try:
+            self._close()
+            with whole_file(self.path) as whole:
+                if self._format.rearranged:
+                    _rearrange(self._growing, whole)
+                else:
+                    os.replace(self._growing, whole)
+        except (OSError, av.FFmpegError) as broken:
+            raise self._failure(broken) from broken
+        except BaseException:
+            self._abandon()
+            raise
+        self._growing.unlink(missing_ok=True)
+
+    def _open(self) -> None:
+        container = av.open(str(self._growing), "w", container_options=dict(self._format.growing))
+        self._container = container
+        container.metadata.update(self._metadata)
+        try:
+            stream = container.add_stream(self._format.codec, rate=self.fps)
+        except av.codec.codec.UnknownCodecError as error:
+            raise OutputError(
+                f"this build of PyAV has no encoder {self._format.codec}; install the av wheel, or write another "
+                f"format ({' or '.join(FORMATS)})"
+            ) from error
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = self.width, self.height, "yuv420p"
+        stream.options = {"crf": str(self._crf), **self._format.options}
+        context = stream.codec_context
+        context.bit_rate = 0  # the rate factor alone decides
+        context.gop_size = max(1, round(2 * self.fps))  # seekable, and safe on disk, every two seconds
+        context.colorspace, context.color_range = _BT601, _LIMITED_RANGE
+        context.color_primaries = context.color_trc = _BT709
+        self._stream = stream
+
+    def _encode(self, picture: av.VideoFrame | None) -> None:
+        """Encode a picture, or with None what the encoder still holds back."""
+        assert self._container is not None
+        for packet in self._stream.encode(picture):
+            self._container.mux(packet)
+
+    def _close(self) -> None:
+        """Write what is held back and the file's end; the container is closed however that goes."""
+        container = self._container
+        try:
+            if self.frames:
+                self._encode(None)
+        finally:
+            self._container = None
+            if container is not None:
+                container.close()
+
+    def _failure(self, error: OSError | av.FFmpegError) -> OutputError:
+        """Give the file up, and say what became of it."""
+        self._abandon()
+        root = error.__cause__ if isinstance(error, OutputError) and isinstance(error.__cause__, OSError) else error
+        kept = f"the first part is kept in {self.partial.name}" if self.partial else "nothing was left there"
+        return OutputError(f"cannot write {self.path}: {root.strerror or root}; {kept}")
+
+    def _abandon(self) -> None:
+        """Leave nothing but, if asked for, the playable part. Does nothing after a success or a second time."""
+        if self._container is not None:
+            with suppress(av.FFmpegError):  # on a full disk the end cannot be written; what is there counts
+                self._close()
+        if not self._growing.exists():
+            return
+        if self._keep_partial and (playable := _playable_frames(self._growing)):
+            self.partial = free_name(self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}"))
+            os.replace(self._growing, self.partial)
+            done = f"its first {playable} of {self.frames} frames are"
+            _log.warning("[Light Forcing] %s was not finished; %s in %s", self.path, done, self.partial.name)
+        else:
+            self._growing.unlink()
+
+
+def rescue_abandoned(folder: Path) -> list[Path]:
+    """Bring to light what killed processes left hidden in `folder`: videos as far as they play, the rest is deleted.
+
+    Left is what nobody has written to for a day. Returns the playable `<stem>.partial<suffix>` files.
+    """
+    rescued = []
+    for path in folder.iterdir():
+        growing = re.fullmatch(r"\.(.+)\.\d+\.growing", path.stem)
+        if not growing and not re.fullmatch(r"\..+\.reserved", path.name):
+            continue
+        with suppress(FileNotFoundError):  # another process may be at it too
+            if time.time() - path.stat().st_mtime < ABANDONED_AFTER:
+                continue
+            if growing and _playable_frames(path):
+                partial = free_name(folder / f"{growing[1]}.partial{path.suffix}")
+                os.replace(path, partial)
+                rescued.append(partial)
+                _log.warning("[Light Forcing] %s holds what a killed process had finished of a video", partial)
+            else:
+                path.unlink()
+    return rescued
+
+
+def _rearrange(source: Path, target: Path) -> None:
+    """Copy an MP4 that was written in fragments into the customary layout, its index and metadata in front.
+
+    So it plays while it loads, every editor takes it, and ComfyUI, which reads the first 64 MB for a graph, finds it.
+    """
+    options = {"movflags": "use_metadata_tags+faststart"}
+    with av.open(str(source)) as fragments, av.open(str(target), "w", container_options=options) as whole:
+        technical = {"major_brand", "minor_version", "compatible_brands", "encoder"}
+        whole.metadata.update({key: text for key, text in fragments.metadata.items() if key not in technical})
+        stream = whole.add_stream_from_template(fragments.streams.video[0])
+        start = None
+        for packet in fragments.demux(video=0):
+            if packet.dts is None or packet.pts is None:
+                continue  # the end
+            if start is None:
+                start = packet.pts  # fragments begin late by the frames that were encoded out of order
+            packet.pts, packet.dts = packet.pts - start, packet.dts - start
+            packet.stream = stream
+            whole.mux(packet)
+
+
+def _playable_frames(path: Path) -> int:
+    """Cut an interrupted MP4 behind its last whole fragment (WebM needs no cut) and count the frames that are left."""
+    if path.suffix.lower() == ".mp4":
+        end, size = 0, path.stat().st_size
+        with path.open("r+b") as file:
+            position = 0
+            while len(header := file.read(_BOX_HEADER)) == _BOX_HEADER:
+                position += max(int.from_bytes(header[:4], "big"), _BOX_HEADER)
+                if header[4:] == b"mdat" and position <= size:
+                    end = position
+                file.seek(position)
+            file.truncate(end)
+    try:
+        with av.open(str(path)) as container:
+            return sum(packet.dts is not None for packet in container.demux(video=0))
+    except av.FFmpegError:
+        return 0

@@ -1,0 +1,1 @@
+"""The memory a run needs, and what to reduce if it does not fit."""

@@ -1,0 +1,345 @@
+"""What a run will need in memory, before it starts: weights, KV cache, one forward's activations, decode.
+
+Nothing is looked up in a table: one layer's forward and one chunk's decode are run dry, on tensors that have a shape
+and no data, while their allocations are counted. It follows the code when the code changes.
+"""
+
+import functools
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from ..attention.attention_backends import dequantised
+from ..attention.blocks import FrameBlocks
+from ..attention.dispatch import BACKENDS, REFERENCE_CHUNK, AttentionOptions, widens_on_cpu
+from ..model.causal import CausalState, forward
+from ..model.kv_cache import KVCache, slots_and_sinks
+from ..model.kv_storage import KeysValues, KVOptions
+from ..model.wan import HEAD_DIM, Wan
+from ..rollout.schedule import Schedule
+from ..vae.streaming import StreamingDecoder
+from ..vae.tiled import TiledDecoder, tile_spans
+from ..vae.wan_vae import LATENT_CHANNELS, WanVAE
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A Wan-layout model's widths, and the bytes that its weights take where it runs."""
+
+    dim: int
+    ffn_dim: int
+    layers: int
+    text_dim: int
+    weight_bytes: int
+
+    @classmethod
+    def of_module(cls, dit: Any) -> "ModelSize":
+        """The sizes of a loaded module tree, ours or the host's."""
+        block = dit.blocks[0]
+        return cls(
+            dim=dit.dim,
+            ffn_dim=block.ffn[0].out_features,
+            layers=len(dit.blocks),
+            text_dim=dit.text_embedding[0].in_features,
+            weight_bytes=sum(tensor.nbytes for tensor in (*dit.parameters(), *dit.buffers())),
+        )
+
+    @classmethod
+    def of_wan(
+        cls, *, dim: int, ffn_dim: int, layers: int, text_dim: int = 4096, dtype: torch.dtype = torch.bfloat16
+    ) -> "ModelSize":
+        """A Wan 2.1 T2V model of these widths, all weights in `dtype` but the patch embedding, which is float32."""
+        tree = _meta_wan(dim, ffn_dim, layers, text_dim, dtype)
+        return cls(dim, ffn_dim, layers, text_dim, sum(tensor.nbytes for tensor in tree.parameters()))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a run needs. `step` and `decode` are held by turns unless overlapped, everything else all the time.
+
+    weights: the model's; vae: the decoder's weights; cache: keys, values, pooled keys and sink originals; prompt:
+    the text and its keys and values in every layer; history: what the decoder keeps between chunks; step: the
+    activations of one forward; decode: those of decoding one chunk, its frames included; host: pinned host memory,
+    which is not part of the total. overlapped: a chunk is decoded while the next one is sampled. graph: what a
+    recorded step keeps to itself, its activations once more.
+    """
+
+    weights: int
+    cache: int
+    prompt: int
+    step: int
+    vae: int = 0
+    history: int = 0
+    decode: int = 0
+    host: int = 0
+    overlapped: bool = False
+    graph: int = 0
+
+    @property
+    def total(self) -> int:
+        """The peak, in bytes."""
+        work = self.step + self.decode if self.overlapped else max(self.step, self.decode)
+        return self.weights + self.vae + self.cache + self.prompt + self.history + self.graph + work
+
+    def sped_up(self, *, overlap: bool, cuda_graph: bool) -> "MemoryEstimate":
+        """The same run with decode beside the sampling, and with recorded steps, as far as it is asked for."""
+        return replace(self, overlapped=overlap, graph=self.step if cuda_graph else 0)
+
+    def __str__(self) -> str:
+        """One line for a log, a node or the command line."""
+        parts = {"weights": self.weights, "KV cache": self.cache, "one step": self.step + self.prompt}
+        if self.vae:
+            parts |= {"VAE": self.vae, "decode beside it" if self.overlapped else "decode": self.decode + self.history}
+        if self.graph:
+            parts["CUDA graph"] = self.graph
+        listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
+        beside = f" and {gib(self.host)} GiB of host memory" if self.host else ""
+        return f"needs about {gib(self.total)} GiB ({listed}){beside}"
+
+
+def estimate(
+    model: ModelSize,
+    schedule: Schedule,
+    *,
+    height: int,
+    width: int,
+    batch: int = 1,
+    guided: bool = False,
+    attention: AttentionOptions | None = None,
+    kv: KVOptions | None = None,
+    backend: str = "triton",
+    text_tokens: int = 512,
+    dtype: torch.dtype = torch.bfloat16,
+    vae_dim: int | None = None,
+    vae_dtype: torch.dtype = torch.bfloat16,
+    decode_tiles: int = 1,
+    overlap: bool = False,
+    cuda_graph: bool = False,
+) -> MemoryEstimate:
+    """The memory of one `rollout` of `schedule` at `height` × `width` video pixels, multiples of 16.
+
+    backend: the sparse attention that will run, one of `attention.BACKENDS`. guided: classifier-free guidance, which
+    keeps a second cache and prompt. kv: how the cache is kept. vae_dim: the width of the VAE that decodes each chunk
+    on the same device (24 LightVAE, 96 Wan's own), None when nothing is decoded; decode_tiles: tiles per side, see
+    `TiledDecoder`. overlap: decode runs beside the sampling, see `overlap`. cuda_graph: steps are recorded, see
+    `step_graph`. Not counted: the text encoder and what an allocator wastes between tensors. Raises ValueError for
+    a size that is no multiple of 16 and an unknown backend.
+    """
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels < 16 or pixels % 16:
+            below = max(16, pixels // 16 * 16)
+            raise ValueError(f"{name} {pixels} is not a multiple of 16; use {below} or {below + 16}")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}; use one of {', '.join(map(repr, BACKENDS))}")
+    sparse = any(sparsity > 0.0 for sparsity in schedule.sparsities() or [])
+    options = replace(attention or AttentionOptions(), backend=backend)
+    run = _DryRun(model, schedule, height, width, batch, options, sparse, text_tokens, dtype, kv or KVOptions())
+    step, prompt = run.step()
+    history = decode = vae = 0
+    if vae_dim is not None:
+        vae, history, decode = run.decode(vae_dim, vae_dtype, decode_tiles)
+    passes = 2 if guided else 1
+    cache = run.cache(model.layers)
+    return MemoryEstimate(
+        weights=model.weight_bytes,
+        cache=passes * cache.nbytes,
+        prompt=passes * prompt,
+        step=step,
+        vae=vae,
+        history=history,
+        decode=decode,
+        host=passes * cache.storage.host_bytes,
+    ).sped_up(overlap=overlap and vae_dim is not None, cuda_graph=cuda_graph)
+
+
+@dataclass(frozen=True)
+class _DryRun:
+    """One run without data; fields as in `estimate`."""
+
+    model: ModelSize
+    schedule: Schedule
+    height: int
+    width: int
+    batch: int
+    options: AttentionOptions
+    sparse: bool
+    text_tokens: int
+    dtype: torch.dtype
+    kv: KVOptions
+
+    def cache(self, layers: int) -> KVCache:
+        """The cache that `rollout` makes, `layers` layers of it."""
+        plan = self.schedule
+        slots, sinks, rope = slots_and_sinks(plan.latent_frames, plan.window, plan.sink_frames, plan.sink_rope)
+        return KVCache(
+            layers=layers,
+            batch=self.batch,
+            slots=slots,
+            tokens_per_frame=(self.height // 16) * (self.width // 16),
+            heads=self.model.dim // HEAD_DIM,
+            head_dim=HEAD_DIM,
+            block_k=self.options.block[1],
+            sink_frames=sinks,
+            sink_rope=rope,
+            options=self.kv,
+            pooled=self.sparse,
+            value_means=self.options.tail,
+            sub_blocks=self.options.estimator == "lse",
+            dtype=self.dtype,
+            device="meta",
+        )
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 (holds sizes, no tensors)
+    def step(self) -> tuple[int, int]:
+        """Bytes of one forward's activations, and of what stays of the prompt."""
+        layers = 2  # the second one meets what the first one left
+        model = self.model
+        dit = _meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, self.dtype)
+        state = _DryState(self.cache(layers), self.options, self._attend)
+        state.open_chunk(max(self.schedule.chunk_lengths()), 0.0, "meta")
+        shape = (self.batch, LATENT_CHANNELS, state.frames, self.height // 8, self.width // 8)
+        timestep = torch.empty(self.batch, device="meta")
+        with torch.no_grad(), AllocationPeak() as peak:
+            x = torch.empty(shape, device="meta")
+            text = torch.empty(self.batch, self.text_tokens, model.text_dim, dtype=self.dtype, device="meta")
+            x0 = x - forward(dit, x.to(self.dtype), timestep, text, state).float()
+            prompt = sum(k.nbytes + v.nbytes for k, v in state.cross)
+            state.rope = None  # a chunk's first forward also makes its table
+            peak.reset()
+            forward(dit, x0.to(self.dtype), timestep, text, state)
+        # One text serves a whole batch; its keys and values do not.
+        return peak.peak - text.nbytes - prompt, text.nbytes // self.batch + model.layers * prompt // layers
+
+    def decode(self, vae_dim: int, vae_dtype: torch.dtype, tiles: int) -> tuple[int, int, int]:
+        """Bytes of the VAE's weights, of what its decoder keeps between chunks, and of decoding one chunk."""
+        frames = max(self.schedule.chunk_lengths())
+        shape = (self.batch, LATENT_CHANNELS, frames, self.height // 8, self.width // 8)
+        return decode_bytes(shape, vae_dim, vae_dtype, tiles)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stands in for every attention: its output, and while that is made what a sparse backend needs beside it."""
+        workspace = self._workspace(q) if self.sparse and k.shape[1] != self.text_tokens else []
+        out = torch.empty_like(q)
+        workspace.clear()
+        return out
+
+    def _workspace(self, q: Tensor) -> list[Tensor]:
+        """What the sparse backend allocates beside its output when every slot of the cache is visible."""
+        batch, tokens, heads, dim = q.shape
+        tokens_per_frame = (self.height // 16) * (self.width // 16)
+        q_layout, k_layout = (FrameBlocks(tokens_per_frame, size) for size in self.options.block)
+        visible = self.schedule.visible_frames()
+        q_blocks, k_blocks = tokens // tokens_per_frame * q_layout.per_frame, visible * k_layout.per_frame
+        if self.options.backend == "flex":
+            # 8-bit keys and values are widened one head at a time; the heads' outputs are put together at the end.
+            at_once = heads if self.kv.dtype == "same" else 1
+            keys = (batch, visible * k_layout.padded_tokens_per_frame, at_once, dim)
+            queries = (batch, q_blocks * q_layout.block, at_once, dim)
+            # On a CPU keys and values of narrow dtypes are copied once, widened to float32 or packed inside flex;
+            # ragged frames are padded besides.
+            widened = widens_on_cpu(self.dtype) or at_once < heads
+            # A tail's means are put behind them in one more copy.
+            copies = 2 + 2 * k_layout.ragged + 2 * self.options.tail
+            shapes = [keys] * copies + [queries] * (2 if widened or q_layout.ragged else 0)
+            dtype = torch.float32 if widened else self.dtype
+            lists = [
+                torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.int32, device="meta")
+                for _ in range(6 if self.options.tail else 3)
+            ]
+            apart = [torch.empty_like(q)] if at_once < heads else []
+            return apart + lists + [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+        if self.options.backend == "triton" and self.options.tail:
+            return [torch.empty(batch, heads, q_blocks, k_blocks, device="meta")]
+        if self.options.backend == "reference":
+            per_pair = k_layout.block * (2 * dim + 2 * q_layout.block)
+            return [torch.empty(min(REFERENCE_CHUNK, q_blocks * k_blocks * per_pair), device="meta")]
+        return []
+
+
+@functools.lru_cache(maxsize=16)
+def decode_bytes(
+    shape: tuple[int, ...], vae_dim: int, vae_dtype: torch.dtype, tiles: int, *, on_host: bool = False
+) -> tuple[int, int, int]:
+    """Bytes of a Wan VAE's weights, of what its decoder keeps between chunks, and of decoding one chunk.
+
+    shape: of the chunk's latents, [B, C, frames, h, w]. tiles: per side, see `TiledDecoder`. on_host: the decoder
+    runs in host memory, where tiles that wait are not out of the way.
+    """
+    with torch.device("meta"):
+        vae = WanVAE(vae_dim).to(vae_dtype)
+    decoder = TiledDecoder(lambda: StreamingDecoder(vae), tiles)
+    latents = torch.empty(shape, device="meta")
+    with AllocationPeak(convolutions_copy=True) as peak:
+        decoder.decode(latents)
+        peak.reset()
+        decoder.decode(latents)  # what the first chunk left is replaced piece by piece
+    history = decoder.cache_bytes
+    decode = peak.peak - history
+    if not on_host:
+        history //= len(tile_spans(shape[-2], tiles)) * len(tile_spans(shape[-1], tiles))
+    return sum(tensor.nbytes for tensor in vae.parameters()), history, decode
+
+
+class _DryState(CausalState):
+    """A state that counts what dense attention over an 8-bit cache takes: nothing in the kernel, a head elsewhere."""
+
+    def attend_history(self, q: Tensor, kv: KeysValues) -> Tensor:
+        out = self.dense_attention(q, kv.k, kv.v)
+        if kv.scales is not None and self.attention.backend != "triton":
+            dequantised(kv.k, kv.v, kv.scales, self.cache.layout, slice(0, 1), q.dtype)
+        return out
+
+
+def _meta_wan(dim: int, ffn_dim: int, layers: int, text_dim: int, dtype: torch.dtype) -> Wan:
+    with torch.device("meta"):
+        tree = Wan(dim=dim, ffn_dim=ffn_dim, num_layers=layers, text_dim=text_dim).to(dtype)
+        tree.patch_embedding.float()
+    return tree.requires_grad_(False)
+
+
+class AllocationPeak(TorchDispatchMode):
+    """Counts the bytes of tensors made inside it, and the most that were alive at once; views cost nothing.
+
+    convolutions_copy: take a convolution to hold its input and output once more while it runs, as oneDNN and cuDNN
+    do to bring them into their own layouts.
+    """
+
+    def __init__(self, *, convolutions_copy: bool = False) -> None:
+        super().__init__()
+        self._convolutions_copy = convolutions_copy
+        self._sizes: dict[int, int] = {}
+        self._now = 0
+        self.peak = 0
+
+    def reset(self) -> None:
+        """Forget the peak so far, not what is alive."""
+        self.peak = self._now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes and storage._cdata not in given:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self._now += storage.nbytes()
+                    weakref.finalize(storage, self._forget, storage._cdata)
+        workspace = 0
+        if self._convolutions_copy and func is torch.ops.aten.convolution.default:
+            workspace = args[0].nbytes + out.nbytes
+        self.peak = max(self.peak, self._now + workspace)
+        return out
+
+    def _forget(self, storage: int) -> None:
+        self._now -= self._sizes.pop(storage)
+
+
+def gib(size: int) -> str:
+    """Bytes in GiB, for a sentence."""
+    return f"{size / 2**30:.2f}"

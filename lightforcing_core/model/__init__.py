@@ -1,0 +1,1 @@
+"""The causal Wan transformer: modules, KV cache, fused kernels and CUDA graphs."""

@@ -1,0 +1,301 @@
+"""A run's record as an artist reads it: a text, and pictures 512 × 512 that say what was kept where and how long.
+
+Three pages: density per chunk and layer; seconds per stage and what ran dense; the block map over the frames.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from math import ceil
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..attention.blocks import tile_order
+from ..rollout.cost import flops_ratio
+from ..rollout.record import ChunkRecord, RunRecord
+from ..rollout.schedule import video_frames_of
+from .plots import BUDGET, FILL, GRID, INK, image_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+SIDE = 512
+MOST_FRAMES = 48  # on the block map; of more, the evenly spaced ones
+STAGES = {"denoise": FILL, "clean pass": "#7fb069", "output": "#f2a541", "replay": "#8d6a9f", "recompute": BUDGET}
+
+
+def describe(record: RunRecord) -> str:
+    """The whole record as text: the run, a line per chunk, layers where they differ, stages, and what ran dense."""
+    lines = [f"{name}: {value}" for name, value in record.facts.items()]
+    lines += [_title(record), "attention: " + ("; ".join(record.attention) or "dense in every call"), ""]
+    lines.append("chunk  latent frames  sees  asked to skip  read  steps  seconds")
+    for chunk in record.chunks:
+        span = f"{chunk.start_frame}-{chunk.start_frame + chunk.frames - 1}"
+        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in chunk.seconds.items())
+        lines.append(
+            f"{chunk.index:>5}  {span:>13}  {len(chunk.visible):>4}  {chunk.sparsity:>12.1%}  {chunk.density:>5.1%}"
+            f"  {chunk.steps:>5}  {stages}"
+        )
+    lines += ["", *_layer_lines(record), "seconds: " + _stages(record), *_dense_lines(record)]
+    return "\n".join(lines)
+
+
+def pages(
+    record: RunRecord,
+    frames: Tensor | None = None,
+    *,
+    chunk: int = -1,
+    layer: int | None = None,
+    head: int | None = None,
+) -> list[Image.Image]:
+    """The three pages, RGB 512 × 512.
+
+    frames: the first video of the run, [frames, H, W, 3] in 0…1, as far as it is there. chunk, layer, head: whose
+    block map is shown; −1 is the last chunk, None the mean over all layers or heads. Raises ValueError for ones that
+    are not in the record.
+    """
+    return [_density_page(record), _time_page(record), _map_page(record, frames, record.chunk(chunk), layer, head)]
+
+
+def block_share(chunk: ChunkRecord, layer: int | None, head: int | None) -> Tensor | None:
+    """The share of query blocks that read each key block, float32 [visible frames, blocks per frame].
+
+    Ones where the chunk was dense, None where the run kept no map of it. Raises ValueError for a layer or a head that
+    the model does not have.
+    """
+    if chunk.block_map is None:
+        return torch.ones(len(chunk.visible), 1) if chunk.why_dense else None
+    shares = chunk.block_map.float() / chunk.query_blocks
+    for axis, (name, wanted) in enumerate((("layer", layer), ("head", head))):
+        count = shares.shape[axis]
+        if wanted is not None and not 0 <= wanted < count:
+            raise ValueError(f"{name} {wanted} is not there; the model has {count}, 0 to {count - 1}")
+        shares = shares.mean(axis, keepdim=True) if wanted is None else shares.narrow(axis, wanted, 1)
+    return shares[0, 0]
+
+
+def _title(record: RunRecord) -> str:
+    if not record.chunks:
+        return "no chunk was finished"
+    ratio = flops_ratio(chunk.cost for chunk in record.chunks)
+    return f"{len(record.chunks)} chunks, {ratio:.0%} of dense attention FLOPs"
+
+
+def _stages(record: RunRecord) -> str:
+    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in record.seconds.items()) or "none"
+
+
+def _layer_lines(record: RunRecord) -> list[str]:
+    """Density per layer where layers differ."""
+    if all(max(chunk.layer_density) - min(chunk.layer_density) < 1e-6 for chunk in record.chunks):
+        return [f"all {record.layers} layers read the same share"]
+    rows = ["read by layer, chunk after chunk"]
+    for layer in range(record.layers):
+        rows.append(f"{layer:>5}  " + " ".join(f"{chunk.layer_density[layer]:.1%}" for chunk in record.chunks))
+    return rows
+
+
+def _dense_lines(record: RunRecord) -> list[str]:
+    """Every reason for dense attention once, with the chunks it holds for."""
+    chunks_of: dict[str, list[int]] = {}
+    for chunk in record.chunks:
+        if chunk.why_dense:
+            chunks_of.setdefault(chunk.why_dense, []).append(chunk.index)
+    return [f"dense: chunk {_listed(chunks)}: {why}" for why, chunks in chunks_of.items()] + [
+        f"dense: {note}" for note in record.notes
+    ]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 7 → "1-3, 7"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+# ----------------------------------------------------------------------------------------------------- the pages
+
+
+def _figure(title: str) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(SIDE / 100, SIDE / 100), dpi=100, layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=12, color=INK)
+    return figure
+
+
+def _plain(axes: "Axes", **labels: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(**labels)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _density_page(record: RunRecord) -> Image.Image:
+    """Bars of what was read per chunk against what was asked, over a picture of every layer."""
+    from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
+
+    figure = _figure(_title(record))
+    if not record.chunks:
+        return image_of(figure)
+    bars, layers = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.3))
+    index = [chunk.index for chunk in record.chunks]
+    bars.bar(index, [chunk.density for chunk in record.chunks], width=0.8, color=FILL, label="read")
+    asked = [1 - chunk.sparsity for chunk in record.chunks]
+    bars.step(index, asked, where="mid", color=BUDGET, linewidth=1.5, linestyle="--", label="asked by the schedule")
+    bars.set_ylim(0, 1.12)
+    bars.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    bars.grid(axis="y", color=GRID, linewidth=0.8)
+    bars.legend(fontsize=9, frameon=False, loc="upper right")
+    _plain(bars, ylabel="key blocks read")
+    if len(record.chunks) <= 12:
+        for x, chunk in zip(index, record.chunks, strict=True):
+            bars.text(x, chunk.density + 0.02, f"{chunk.density:.0%}", ha="center", fontsize=9, color=INK)
+    values = np.array([chunk.layer_density for chunk in record.chunks]).T
+    extent = (index[0] - 0.5, index[-1] + 0.5, record.layers - 0.5, -0.5)
+    most = values[values < 1].max(initial=0.0) or 1.0
+    colours = colormaps["viridis"].with_extremes(over=GRID)
+    shown = layers.imshow(
+        values, aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=most, interpolation="nearest"
+    )
+    _plain(layers, xlabel="chunk", ylabel="layer")
+    layers.yaxis.set_major_locator(MaxNLocator(integer=True))
+    # What is dense lies beyond the scale, in grey, so that sparse ones can be told apart.
+    bar = figure.colorbar(shown, ax=layers, format=lambda value, _: f"{value:.0%}", fraction=0.05, extend="max")
+    bar.ax.tick_params(labelsize=9)
+    return image_of(figure)
+
+
+def _time_page(record: RunRecord) -> Image.Image:
+    """Seconds per chunk, stacked by stage, over the reasons for dense calls."""
+    from matplotlib.transforms import blended_transform_factory
+
+    figure = _figure(f"{sum(record.seconds.values()):.1f} seconds" if record.chunks else _title(record))
+    if not record.chunks:
+        return image_of(figure)
+    told = ["attention: " + ("; ".join(record.attention) or "dense in every call"), *_dense_lines(record)]
+    lines = [line for one in told for line in textwrap.wrap(one, 72, subsequent_indent="   ")]
+    if len(lines) > 14:
+        lines[13:] = ["… all of it is in the text"]
+    bars, words = figure.subplots(2, 1, height_ratios=(1, (len(lines) + 1) / 20))
+    index = [chunk.index for chunk in record.chunks]
+    below = np.zeros(len(index))
+    for stage, colour in STAGES.items():
+        seconds = np.array([chunk.seconds.get(stage, 0.0) for chunk in record.chunks])
+        if seconds.any():
+            bars.bar(index, seconds, 0.8, below, color=colour, label=f"{stage} {seconds.sum():.1f} s")
+            below += seconds
+    bars.set_ylim(0, 1.3 * max(below.max(), 1e-6))
+    bars.grid(axis="y", color=GRID, linewidth=0.8)
+    bars.legend(fontsize=9, frameon=False, ncols=3, loc="upper center", handlelength=1, columnspacing=1)
+    _plain(bars, xlabel="chunk", ylabel="seconds")
+    words.axis("off")
+    place = blended_transform_factory(figure.transFigure, words.transAxes)
+    text = words.text(0.02, 1, "\n".join(lines), va="top", fontsize=9, color=INK, transform=place)
+    text.set_in_layout(False)
+    return image_of(figure)
+
+
+def _map_page(
+    record: RunRecord, frames: Tensor | None, chunk: ChunkRecord, layer: int | None, head: int | None
+) -> Image.Image:
+    """Every visible frame with its key blocks coloured by how many query blocks read them."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    who = "all layers" if layer is None else f"layer {layer}"
+    who += ", all heads" if head is None else f", head {head}"
+    figure = _figure(f"What chunk {chunk.index} read ({who})")
+    shares = block_share(chunk, layer, head)
+    axes = figure.add_subplot()
+    axes.axis("off")
+    axes.set_anchor("N")
+    if shares is None:
+        kept = _listed([one.index for one in record.chunks if one.block_map is not None])
+        axes.text(0.5, 0.5, f"no map of this chunk was kept;\nthere are maps of chunk {kept}", ha="center", fontsize=11)
+        return image_of(figure)
+    places = np.arange(len(chunk.visible))
+    if len(places) > MOST_FRAMES:
+        places = np.unique(np.linspace(0, len(places) - 1, MOST_FRAMES).round().astype(int))
+    columns, width, height = _cells(len(places), record.grid)
+    colours, scale = colormaps["inferno"], Normalize(0, max(float(shares.max()), 1e-6))
+    label = 16
+    page = np.ones((ceil(len(places) / columns) * (height + label), columns * (width + 4), 3))
+    for number, place in enumerate(places):
+        top, left = number // columns * (height + label), number % columns * (width + 4)
+        heat = scale(_token_picture(shares[place], record.grid, chunk, (width, height)))
+        frame = chunk.visible[place]
+        picture = _frame_of(frames, frame, (width, height))
+        page[top : top + height, left : left + width] = _laid_over(picture, np.asarray(heat), colours)
+        now = frame >= chunk.start_frame
+        axes.text(
+            left,
+            top + height + label - 4,
+            f"{frame}{' now' if now else ''}: {float(shares[place].mean()):.0%}",
+            fontsize=8,
+            color=BUDGET if now else INK,
+        )
+    axes.imshow(page, interpolation="nearest")
+    bar = figure.colorbar(
+        ScalarMappable(scale, colours),
+        ax=axes,
+        orientation="horizontal",
+        fraction=0.05,
+        panchor=False,
+        format=lambda value, _: f"{value:.0%}",
+    )
+    bar.set_label("query blocks that read a block (under a frame: its number, its mean)", fontsize=9)
+    bar.ax.tick_params(labelsize=9)
+    return image_of(figure)
+
+
+def _cells(count: int, grid: tuple[int, int]) -> tuple[int, int, int]:
+    """Columns, and the width and height of a frame, so that `count` frames fit on the page."""
+    for columns in range(1, 9):
+        width = (SIDE - 24) // columns - 4
+        height = round(width * grid[0] / grid[1])
+        if ceil(count / columns) * (height + 16) <= 400:
+            break
+    return columns, width, height
+
+
+def _token_picture(shares: Tensor, grid: tuple[int, int], chunk: ChunkRecord, size: tuple[int, int]) -> np.ndarray:
+    """One frame's block values [blocks] at the tokens they cover: float [height, width]."""
+    of_token = shares[(torch.arange(grid[0] * grid[1]) // chunk.key_block).clamp(max=len(shares) - 1)]
+    if chunk.tiles:
+        of_token = torch.empty_like(of_token).index_copy_(0, tile_order(*grid, chunk.key_block), of_token)
+    values = of_token.view(*grid).numpy()
+    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
+
+
+def _frame_of(frames: Tensor | None, latent_frame: int, size: tuple[int, int]) -> np.ndarray | None:
+    """The last video frame of a latent frame, [height, width, 3]; None where it is not there."""
+    number = video_frames_of(latent_frame + 1) - 1
+    if frames is None or number >= len(frames):
+        return None
+    pixels = (frames[number].float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)) / 255.0
+
+
+def _laid_over(picture: np.ndarray | None, heat: np.ndarray, colours: "Colormap") -> np.ndarray:
+    """Heat [height, width] in 0…1 as colours over a frame's greys: the less it was read, the more the frame shows."""
+    colour = colours(heat)[..., :3]
+    if picture is None:
+        return colour
+    cover = 0.3 + 0.55 * heat[..., None]
+    return (1 - cover) * picture.mean(-1, keepdims=True) + cover * colour

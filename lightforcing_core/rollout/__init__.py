@@ -1,0 +1,1 @@
+"""The rollout: schedule, loop over chunks and steps, saved state, record."""

@@ -1,0 +1,255 @@
+"""The record of one run: what every chunk saw and kept in each layer, how long it took, and why anything ran dense.
+
+A recorder only notes Python numbers and keeps a few small tensors on the device while a run lasts; nothing waits on
+the device before `finish`, which brings all of it to the CPU at once.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..attention.blocks import FrameBlocks
+from ..attention.dispatch import BackendChoice
+from ..attention.selection import BlockSelection
+from ..model.causal import CausalState
+from ..rollout.cost import ChunkCost
+
+MAP_BYTES = 32 << 20  # block maps of a run; a longer one keeps those of every second, fourth, … chunk
+
+Moment: TypeAlias = "float | torch.cuda.Event"
+
+
+@dataclass(frozen=True)
+class ChunkRecord:
+    """One generated chunk: `frames` latent frames from `start_frame` on.
+
+    visible: the latent frames it attended to, oldest first, its own included. sparsity: what the schedule asked to
+    skip. layer_density: the share of visible key blocks that each layer read at the last denoising step, the mean
+    over heads and query blocks. seconds: per stage, `denoise`, `clean pass`, `output`. why_dense: a sentence where
+    every block was read, else None.
+
+    block_map: how many query blocks kept each key block at that step, over the batch's videos: int16
+    [layers, heads, visible frames, blocks per frame], frames as in `visible`, on the CPU. None where the chunk was
+    dense or the run kept no map of it. query_blocks: what the counts are out of. key_block: tokens per key block.
+    tiles: blocks are patches of the picture, see `geometry.tile_order`.
+    """
+
+    index: int
+    start_frame: int
+    frames: int
+    visible: tuple[int, ...]
+    sparsity: float
+    layer_density: tuple[float, ...]
+    steps: int
+    seconds: dict[str, float]
+    why_dense: str | None
+    query_blocks: int
+    key_block: int
+    tiles: bool = False
+    block_map: Tensor | None = None
+
+    @property
+    def density(self) -> float:
+        """The mean over the layers."""
+        return sum(self.layer_density) / len(self.layer_density)
+
+    @property
+    def cost(self) -> ChunkCost:
+        """The chunk as the report reckons with it."""
+        return ChunkCost(self.index, self.start_frame, self.frames, len(self.visible), self.sparsity, self.density)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run did.
+
+    grid: tokens per latent frame, (rows, columns). attention: the backends
+    that ran sparse attention, each with its reason; empty where none did. notes: what else ran dense. seconds: per
+    stage over the whole run, the reading of given frames (`replay`) and prompt switches (`recompute`) included.
+    facts: whatever else belongs to the run, as text.
+    """
+
+    chunks: tuple[ChunkRecord, ...]
+    batch: int
+    layers: int
+    heads: int
+    grid: tuple[int, int]
+    attention: tuple[str, ...]
+    notes: tuple[str, ...]
+    seconds: dict[str, float]
+    facts: dict[str, str]
+
+    def chunk(self, index: int) -> ChunkRecord:
+        """The chunk of this index in the video, −1 for the last one. Raises ValueError for one that is not there."""
+        found = next((chunk for chunk in self.chunks if chunk.index == index), None)
+        if index == -1 and self.chunks:
+            found = self.chunks[-1]
+        if found is None:
+            there = f"{self.chunks[0].index} to {self.chunks[-1].index}" if self.chunks else "none"
+            raise ValueError(f"chunk {index} is not in the record; it holds chunks {there}, and -1 is the last one")
+        return found
+
+
+class RunRecorder:
+    """Collects one run; `rollout` calls it. One recorder serves one run.
+
+    facts: text to keep in the record. map_bytes: how much memory block maps may take.
+    """
+
+    def __init__(self, facts: dict[str, str] | None = None, *, map_bytes: int = MAP_BYTES) -> None:
+        self._facts, self._map_bytes = dict(facts or {}), map_bytes
+        self._chunks: list[_Open] = []
+        self._laps: list[tuple[int, str, Moment, Moment]] = []
+        self._notes: list[str] = []
+        self._attention: dict[str, str] = {}  # backends that ran, and why
+        self._every = 1
+
+    def start(self, dit: Any, latent_shape: Sequence[int], device: torch.device) -> None:
+        """The run begins: the first lap counts from here. latent_shape: (B, C, frames, h, w)."""
+        self._batch, _, _, height, width = latent_shape
+        self._layers, self._heads = len(dit.blocks), dit.blocks[0].self_attn.num_heads
+        self._grid, self._device = (height // 2, width // 2), device
+        self._last = _now(device)
+
+    def lap(self, chunk: int, stage: str) -> None:
+        """Everything since the last lap belongs to this stage of this chunk."""
+        now = _now(self._device)
+        self._laps.append((chunk, stage, self._last, now))
+        self._last = now
+
+    def note(self, text: str) -> None:
+        """Keep a sentence about something that ran dense."""
+        self._notes.append(text)
+
+    def fact(self, name: str, text: str) -> None:
+        """Keep what else belongs to the run; a later text takes an earlier one's place."""
+        self._facts[name] = text
+
+    def open(self, index: int, sparsity: float, steps: int, state: CausalState) -> None:
+        """A chunk is about to be generated; `state` has just opened it."""
+        self._chunks.append(_Open(index, sparsity, steps, state, self._batch))
+
+    def saw(self, layer: int, selection: BlockSelection, choice: BackendChoice) -> None:
+        """A layer's sparse attention in the open chunk; the watcher for `CausalState`."""
+        self._attention.setdefault(choice.name, choice.reason)
+        chunk = self._chunks[-1]
+        mask = selection.to_mask(len(chunk.slot_frames) * chunk.per_frame)
+        chunk.kept[layer] = mask.sum((0, 2), dtype=torch.int16)
+
+    def close(self) -> None:
+        """The open chunk is denoised: put its layers together, and thin out the maps when they grow too many."""
+        chunk = self._chunks[-1]
+        if not chunk.kept:
+            return
+        chunk.block_map, chunk.kept = torch.stack(list(chunk.kept.values())), {}
+        chunk.kept_sums = chunk.block_map.sum((1, 2), dtype=torch.int64)
+        while True:
+            for number, one in enumerate(self._chunks):
+                if number % self._every:
+                    one.block_map = None
+            if sum(one.block_map.nbytes for one in self._chunks if one.block_map is not None) <= self._map_bytes:
+                return
+            if self._every >= len(self._chunks):
+                chunk.block_map = None
+                return
+            self._every *= 2
+
+    def finish(self, *, frames: int | None = None) -> RunRecord:
+        """The record of all chunks that were denoised, or of those within the first `frames` latent frames.
+
+        Waits for the device.
+        """
+        if isinstance(self._last, torch.cuda.Event):
+            self._last.synchronize()
+        denoised = {chunk for chunk, stage, _, _ in self._laps if stage == "denoise"}
+        kept = [one for one in self._chunks if one.index in denoised and (frames is None or one.end <= frames)]
+        per_chunk: dict[int, dict[str, float]] = {}
+        whole: dict[str, float] = {}
+        for chunk, stage, start, end in self._laps:
+            for seconds in (per_chunk.setdefault(chunk, {}), whole):
+                seconds[stage] = seconds.get(stage, 0.0) + _seconds(start, end)
+        chunks = tuple(one.record(per_chunk[one.index], self._layers, self._heads) for one in kept)
+        return RunRecord(
+            chunks,
+            batch=self._batch,
+            layers=self._layers,
+            heads=self._heads,
+            grid=self._grid,
+            attention=tuple(f"{name} ({reason})" for name, reason in self._attention.items()),
+            notes=tuple(self._notes),
+            seconds=whole,
+            facts=self._facts,
+        )
+
+
+class _Open:
+    """A chunk while it runs: Python numbers of its plan, and small tensors on the device."""
+
+    def __init__(self, index: int, sparsity: float, steps: int, state: CausalState, batch: int) -> None:
+        layout, plan = state.cache.layout, state.plan
+        self.index, self.sparsity, self.steps = index, sparsity, steps
+        self.start_frame, self.frames = state.start_frame, state.frames
+        self.end = self.start_frame + self.frames
+        self.slot_frames = tuple(state.cache.slot_frames)
+        self.per_frame = layout.per_frame
+        self.key_block, self.tiles = layout.block, state.attention.tiles
+        blocks = len(self.slot_frames) * self.per_frame
+        queries = FrameBlocks(layout.tokens_per_frame, state.attention.block[0])
+        self.query_blocks = batch * self.frames * queries.per_frame
+        self.why_dense = None
+        if len(self.slot_frames) == self.frames:
+            self.why_dense = "it sees nothing but itself"
+        elif plan is None:
+            self.why_dense = "the schedule asks for no sparsity here"
+        elif plan.kept == blocks:
+            self.why_dense = f"a sparsity of {sparsity:g} leaves no whole block to skip among {blocks}"
+        self.kept: dict[int, Tensor] = {}  # by layer, int16 [heads, key blocks] in slot order
+        self.kept_sums: Tensor | None = None
+        self.block_map: Tensor | None = None
+
+    def record(self, seconds: dict[str, float], layers: int, heads: int) -> ChunkRecord:
+        """What stays of the chunk, on the CPU and in time order."""
+        density: Sequence[float] = (1.0,) * layers
+        by_time = sorted(range(len(self.slot_frames)), key=self.slot_frames.__getitem__)
+        block_map = None
+        if self.kept_sums is not None:
+            pairs = heads * self.query_blocks * len(self.slot_frames) * self.per_frame
+            density = [kept / pairs for kept in self.kept_sums.tolist()]
+        if self.block_map is not None and self.why_dense is None:
+            block_map = self.block_map.cpu().unflatten(-1, (-1, self.per_frame))[:, :, by_time]
+        return ChunkRecord(
+            index=self.index,
+            start_frame=self.start_frame,
+            frames=self.frames,
+            visible=tuple(self.slot_frames[slot] for slot in by_time),
+            sparsity=self.sparsity,
+            layer_density=tuple(density),
+            steps=self.steps,
+            seconds=seconds,
+            why_dense=self.why_dense,
+            query_blocks=self.query_blocks,
+            key_block=self.key_block,
+            tiles=self.tiles,
+            block_map=block_map,
+        )
+
+
+def _now(device: torch.device) -> Moment:
+    """This moment in the device's own queue of work, or on the host's clock where the device has no such events."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(start: Moment, end: Moment) -> float:
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        return start.elapsed_time(end) / 1e3
+    assert isinstance(end, float)
+    return end - start

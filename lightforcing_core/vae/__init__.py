@@ -1,0 +1,1 @@
+"""Streaming VAEs: Wan, LightVAE and TAE."""

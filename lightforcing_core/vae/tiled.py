@@ -1,0 +1,93 @@
+"""Decode in overlapping tiles, so that a large picture fits where one decode of it would not.
+
+Every tile is a clip of its own with its own memory of the past, which waits in host memory while the others decode;
+neighbours are faded into each other. A tile sees only itself, so the frames are close to a decode in one go and not
+equal to it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..pinned import sent
+from .streaming import StreamingDecoder
+
+OVERLAP = 8  # latent rows or columns that neighbouring tiles share: 64 pixels
+SMALLEST = 16  # latent rows or columns of a tile; narrower ones would be overlap and little else
+
+
+def most_tiles(height: int, width: int) -> int:
+    """Tiles per side that latents of `height` × `width` can be cut into."""
+    return max(1, (max(height, width) - OVERLAP) // (SMALLEST - OVERLAP))
+
+
+def tile_spans(length: int, tiles: int) -> list[tuple[int, int]]:
+    """(start, stop) of up to `tiles` equal tiles over `length` latents, neighbours sharing at least `OVERLAP`."""
+    tiles = max(1, min(tiles, (length - OVERLAP) // (SMALLEST - OVERLAP)))
+    size = -(-(length + (tiles - 1) * OVERLAP) // tiles)
+    return [(start, start + size) for start in (i * (length - size) // max(1, tiles - 1) for i in range(tiles))]
+
+
+class TiledDecoder:
+    """Decodes one clip over any number of calls, tile by tile; the interface of `StreamingDecoder`.
+
+    make: makes a decoder for one tile. tiles: how many there are along the height and along the width, fewer where
+    the picture is too small.
+    """
+
+    def __init__(self, make: Callable[[], StreamingDecoder], tiles: int) -> None:
+        self._make, self._tiles = make, tiles
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the clip; the next latent frame is a first one."""
+        self._decoders: dict[tuple[tuple[int, int], tuple[int, int]], StreamingDecoder] = {}
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes held between calls, wherever they are."""
+        return sum(decoder.cache_bytes for decoder in self._decoders.values())
+
+    def decode(self, latents: Tensor, *, normalised: bool = True) -> Tensor:
+        """The clip's next frames [B, n, 8h, 8w, 3] in 0…1, from latents [B, 16, f, h, w]; errors as in one go."""
+        rows, columns = (tile_spans(size, self._tiles) for size in latents.shape[-2:])
+        frames = None
+        for row, row_weights in zip(rows, _fades(rows), strict=True):
+            for column, column_weights in zip(columns, _fades(columns), strict=True):
+                if (row, column) not in self._decoders:
+                    self._decoders[row, column] = self._make()
+                decoder = self._decoders[row, column]
+                decoder.unpark()
+                tile = decoder.decode(latents[..., slice(*row), slice(*column)], normalised=normalised)
+                if len(rows) * len(columns) > 1:
+                    decoder.park()
+                if frames is None:
+                    height, width = (8 * size for size in latents.shape[-2:])
+                    frames = tile.new_zeros(*tile.shape[:2], height, width, 3)
+                down, across = (sent(fade.to(tile.dtype), tile.device) for fade in (row_weights, column_weights))
+                weights = down[:, None] * across
+                place = frames[:, :, 8 * row[0] : 8 * row[1], 8 * column[0] : 8 * column[1]]
+                place.addcmul_(tile, weights[:, :, None])
+        assert frames is not None
+        return frames
+
+
+def _fades(spans: list[tuple[int, int]]) -> list[Tensor]:
+    """Every tile's weight per pixel along one side, float32 [8 · length]: ramps over what it shares, 1 elsewhere."""
+    fades = []
+    for i, (start, stop) in enumerate(spans):
+        fade = torch.ones(8 * (stop - start))
+        if i:
+            fade[: 8 * (spans[i - 1][1] - start)] = _ramp(spans[i - 1][1] - start)
+        if i + 1 < len(spans):
+            shared = stop - spans[i + 1][0]
+            fade[len(fade) - 8 * shared :] = 1 - _ramp(shared)
+        fades.append(fade)
+    return fades
+
+
+def _ramp(latents: int) -> Tensor:
+    """From just above 0 to just below 1 over 8 · `latents` pixels."""
+    pixels = 8 * latents
+    return (torch.arange(pixels) + 0.5) / pixels

@@ -1,0 +1,367 @@
+"""The video so far, on the sampling node while it runs: decoded frames, the current chunk as a draft, and a line.
+
+A page with the pack's JavaScript is sent every new picture once and plays them; any other client gets the host's own
+preview: one sheet of the whole video that fills up. Pictures wait until they have cost less than `SHARE` of the run.
+"""
+
+import base64
+import io
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import comfy.utils
+import latent_preview
+import numpy as np
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_execution.utils import get_executing_context
+from PIL import Image
+from torch import Tensor
+
+from ...lightforcing_core.memory.plan import MemoryPlan
+from ...lightforcing_core.rollout.rollout import StepEvent
+from ...lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
+from ..model.patch import settings_of
+from .browser import running_server, watching_page
+
+SHARE = 0.02  # of the run's time that pictures may take
+PAUSE = 0.4  # seconds between pictures
+LINE_PAUSE = 0.2  # seconds between lines
+FPS = 16  # of Wan 2.1
+EVERY = 2  # video frames for one picture of decoded video
+SIDE = 256  # longest side of a picture in pixels
+COLUMNS = 8  # pictures side by side in a strip
+CELLS = 40  # at most, in the sheet
+SHEET_WIDTH, EMPTY = 640, (32, 36, 42)
+MESSAGE = "light_forcing.preview"
+DEMO_FAMILY = "demo"
+
+
+@dataclass
+class Stretch:
+    """Pictures [n, h, w, 3] (uint8) of video frames `start` up to `stop`; `at` tells which frame each begins at."""
+
+    start: int
+    stop: int
+    at: list[int]
+    pictures: np.ndarray
+
+
+@dataclass
+class Draft:
+    """A chunk's pictures on their way from the device; `ready` tells when they have arrived, None: they have."""
+
+    start: int
+    stop: int
+    pictures: Tensor
+    ready: Any = None
+
+    def arrived(self) -> Stretch | None:
+        """The pictures, None while they are on their way."""
+        if self.ready is not None and not self.ready.query():
+            return None
+        return spread(self.start, self.stop, self.pictures.numpy())
+
+
+class ProgressLine:
+    """A line on the executing node after every step: chunk, step, seconds per chunk and density; below it the plan."""
+
+    def __init__(self) -> None:
+        self._plan = ""
+        self._told = self._begun = 0.0
+        self._pace = ""
+        self._last: StepEvent | None = None
+
+    def plan(self, plan: MemoryPlan) -> None:
+        """How the run is kept in memory; nothing has been loaded yet."""
+        self._plan = str(plan)
+        tell(self._plan)
+
+    def __call__(self, event: StepEvent) -> None:
+        now, self._last = time.perf_counter(), event
+        if event.done == 1:
+            self._told, self._begun, self._pace = -math.inf, now, ""
+        elif event.step == 0:
+            self._pace = f"{(now - self._begun) / event.chunk:.1f} s per chunk · "
+        if now - self._told >= LINE_PAUSE:
+            self._told = now
+            tell(
+                f"chunk {event.chunk + 1}/{event.chunks} · step {event.step + 1}/{event.steps} · {self._pace}"
+                f"density {100 * event.density:.0f} %{self._below}"
+            )
+
+    def end(self) -> None:
+        """The run is over."""
+        if self._last is not None:
+            tell(f"{self._last.chunk + 1} of {self._last.chunks} chunks · {self._pace}done{self._below}")
+
+    @property
+    def _below(self) -> str:
+        """The plan on a line of its own; nodes that Vue draws put it behind the other."""
+        return f"\n· {self._plan}"
+
+
+class LiveView:
+    """Shows one run on its node: `callback` is for the sampler, `step` and `add_frames` are told what it makes.
+
+    latent_shape: [B, 16, frames, h, w] of the whole video; the first of the batch is shown. decodes: whether decoded
+    frames will come; without them there are drafts alone, if the host's preview method asks for any.
+    """
+
+    def __init__(self, model: ModelPatcher, latent_shape: Sequence[int], *, decodes: bool) -> None:
+        self._line, self._budget = ProgressLine(), Budget()
+        self._bar, self._done, self._total = comfy.utils.ProgressBar(1), 0, 1
+        self._model, self._decodes = model, decodes
+        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self._draft: Draft | None = None
+        self._decoded = 0  # video frames
+        self._shape = tuple(latent_shape)
+        settings = settings_of(model)
+        # The demo model's latents are its own VAE's: in the colours of Wan's a draft would be a wild pattern.
+        self._drafts = settings is None or settings.family.id != DEMO_FAMILY
+
+    @cached_property
+    def _pictures(self) -> "Strips | Sheet":
+        _, _, frames, height, width = self._shape
+        server = running_server()
+        page = watching_page(server)
+        if page is not None and page.plays:
+            return Strips(server, video_frames_of(frames))
+        return Sheet(frames, width / height)
+
+    @property
+    def callback(self) -> Callable[[int, Tensor, Tensor, int], None]:
+        """What a sampler calls with (step, x0, x, steps in all), x0 being the whole video so far.
+
+        Where another pack has put animated previews in the place of the host's, they are shown and ours are not.
+        """
+        if self._is_foreign:
+            return latent_preview.prepare_callback(self._model, 1)
+        return self._progress
+
+    @property
+    def _is_foreign(self) -> bool:
+        return self._previewer is not None and type(self._previewer).__module__ != latent_preview.__name__
+
+    def plan(self, plan: MemoryPlan) -> None:
+        """How the run is kept in memory; nothing has been loaded yet."""
+        self._line.plan(plan)
+
+    def step(self, event: StepEvent) -> None:
+        """A denoising step is done; `callback` follows."""
+        self._line(event)
+        if self._is_foreign:
+            return
+        self._take_draft()
+        must = event.step == event.steps - 1 and not self._decodes  # or the chunk would never be seen
+        wanted = self._drafts and (self._decodes or self._previewer is not None)
+        if wanted and (must or (self._draft is None and self._budget.allows())):
+            with self._budget.spending():
+                self._draft = self._drawn(event)
+            self._take_draft()
+
+    def add_frames(self, frames: Tensor, start: int) -> None:
+        """Decoded frames [B, n, H, W, 3] in [0, 1], the first being the video's frame `start`."""
+        if self._is_foreign:
+            return
+        self._draft, self._decoded = None, start + frames.shape[1]
+        with self._budget.spending():
+            skipped = -start % EVERY
+            at = list(range(start + skipped, start + frames.shape[1], EVERY))
+            self._pictures.add(Stretch(start, start + frames.shape[1], at, small_pictures(frames[0, skipped::EVERY])))
+
+    def show(self) -> None:
+        """Send what is new, if that is affordable or the run is over."""
+        preview = None
+        if self._pictures.is_new and (self._budget.allows() or self._done >= self._total):
+            with self._budget.spending(shown=True):
+                preview = self._pictures.send()
+        self._bar.update_absolute(self._done, self._total, preview)
+
+    def end(self) -> None:
+        """The run is over."""
+        self._line.end()
+        if self._decodes and not self._is_foreign:
+            self._draft = None
+            self._pictures.cut(self._decoded)
+        if self._pictures.is_new:
+            self._done = self._total
+            self.show()
+
+    def _progress(self, step: int, x0: Tensor, x: Tensor, steps: int) -> None:
+        self._done, self._total = step + 1, steps
+        self.show()
+
+    def _take_draft(self) -> None:
+        stretch = self._draft.arrived() if self._draft is not None else None
+        if stretch is not None:
+            self._draft = None
+            self._pictures.add(stretch)
+
+    def _drawn(self, event: StepEvent) -> Draft:
+        """The current chunk's pictures: by the host's tiny VAE where it is chosen, else by its colours of a latent."""
+        start = video_frames_of(event.start_frame) if event.start_frame else 0
+        stop = video_frames_of(event.start_frame + event.x0.shape[2])
+        if isinstance(self._previewer, latent_preview.TAESDPreviewerImpl) and self._budget.allows():
+            return Draft(start, stop, torch.from_numpy(small_pictures(self._previewer.taesd.decode(event.x0[:1])[0])))
+        colours = latent_colours(event.x0[0], self._model.model.latent_format)
+        if not colours.is_cuda:
+            return Draft(start, stop, colours.cpu())
+        pictures, ready = colours.to("cpu", non_blocking=True), torch.cuda.Event()
+        ready.record()
+        return Draft(start, stop, pictures, ready)
+
+
+class Budget:
+    """How long pictures took, against how long the run took."""
+
+    def __init__(self) -> None:
+        self._begun, self._shown, self.spent = time.perf_counter(), -math.inf, 0.0
+
+    def allows(self) -> bool:
+        """Whether a picture may be made now."""
+        now = time.perf_counter()
+        return now - self._shown >= PAUSE and self.spent <= SHARE * (now - self._begun)
+
+    @contextmanager
+    def spending(self, *, shown: bool = False) -> Iterator[None]:
+        """Count the time that this takes; `shown`: a picture goes out."""
+        begun = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self.spent += now - begun
+        if shown:
+            self._shown = now
+
+
+class Strips:
+    """For a page that plays them: every picture is sent once, in strips; a later stretch replaces an earlier one.
+
+    A page that was loaded anew is sent all of them with the next one.
+    """
+
+    def __init__(self, server: Any, frames: int) -> None:
+        self._server, self._frames, self._unsent = server, frames, list[Stretch]()
+        self._page, self._sent = watching_page(server), list[dict[str, Any]]()
+        self._end: int | None = None
+
+    @property
+    def is_new(self) -> bool:
+        return bool(self._unsent) or self._end is not None
+
+    def cut(self, stop: int) -> None:
+        """The video ends before frame `stop`: what was a draft behind it is not to come."""
+        self._unsent = [stretch for stretch in self._unsent if stretch.start < stop]
+        if any(strip["start"] >= stop for strip in self._sent):
+            self._sent = [strip for strip in self._sent if strip["start"] < stop]
+            self._end = stop
+
+    def add(self, stretch: Stretch) -> None:
+        self._unsent = [old for old in self._unsent if old.start >= stretch.stop or old.stop <= stretch.start]
+        self._unsent.append(stretch)
+        self._sent = [old for old in self._sent if old["start"] >= stretch.stop or old["stop"] <= stretch.start]
+
+    def send(self) -> None:
+        context, page = get_executing_context(), watching_page(self._server)
+        strips, self._unsent = [strip_of(stretch) for stretch in self._unsent], []
+        self._sent += strips
+        if page is not self._page:
+            self._page, strips = page, self._sent
+        message = {
+            "node": context.node_id,
+            "prompt_id": context.prompt_id,
+            "frames": self._frames,
+            "fps": FPS,
+            "strips": strips,
+            "end": self._end,
+        }
+        self._end = None
+        self._server.send_sync(MESSAGE, message, self._server.client_id)
+
+
+class Sheet:
+    """For any other client: one picture of the whole video, whose cells fill up."""
+
+    def __init__(self, latent_frames: int, aspect: float) -> None:
+        self._latent_frames, self._cells = latent_frames, min(latent_frames, CELLS)
+        self._columns = math.ceil(math.sqrt(1.3 * self._cells / aspect))
+        self._width = SHEET_WIDTH // self._columns
+        self._height = max(round(self._width / aspect), 1)
+        size = self._width * self._columns, self._height * -(-self._cells // self._columns)
+        self._image, self.is_new = Image.new("RGB", size, EMPTY), False
+
+    def add(self, stretch: Stretch) -> None:
+        self.is_new, filled = True, -1
+        for at, picture in zip(stretch.at, stretch.pictures, strict=True):
+            cell = latent_frame_at(at) * self._cells // self._latent_frames
+            if cell == filled:
+                continue
+            filled = cell
+            small = Image.fromarray(picture).resize((self._width - 1, self._height - 1), Image.Resampling.BILINEAR)
+            self._image.paste(small, (cell % self._columns * self._width, cell // self._columns * self._height))
+
+    def cut(self, stop: int) -> None:
+        """The video ends before frame `stop`: cells behind it are empty again."""
+        for cell in range(latent_frame_at(stop) * self._cells // self._latent_frames, self._cells):
+            left, top = cell % self._columns * self._width, cell // self._columns * self._height
+            self._image.paste(EMPTY, (left, top, left + self._width, top + self._height))
+            self.is_new = True
+
+    def send(self) -> tuple[str, Image.Image, None]:
+        self.is_new = False
+        return "JPEG", self._image.copy(), None
+
+
+def tell(text: str) -> None:
+    """Write a line on the executing node."""
+    server, context = running_server(), get_executing_context()
+    if server is not None and context is not None:
+        server.send_progress_text(text, context.node_id, server.client_id)
+
+
+def spread(start: int, stop: int, pictures: np.ndarray) -> Stretch:
+    """Pictures spread evenly over frames `start` up to `stop`."""
+    count = len(pictures)
+    return Stretch(start, stop, [start + (stop - start) * index // count for index in range(count)], pictures)
+
+
+def small_pictures(frames: Tensor) -> np.ndarray:
+    """Frames [n, H, W, 3] in [0, 1] as uint8, no side longer than `SIDE`: pixels are skipped, which is fast."""
+    step = math.ceil(max(frames.shape[1:3]) / SIDE)
+    few = frames[:, ::step, ::step].cpu()
+    values = few.numpy() if few.dtype in (torch.float32, torch.float16) else few.float().numpy()
+    return (values * 255).astype(np.uint8)
+
+
+def latent_colours(latents: Tensor, latent_format: Any) -> Tensor:
+    """The colours that the host sees in latents [16, f, h, w]: [f, h, w, 3] uint8 on the same device."""
+    factors = torch.tensor(latent_format.latent_rgb_factors, device=latents.device, dtype=latents.dtype)
+    bias = torch.tensor(latent_format.latent_rgb_factors_bias, device=latents.device, dtype=latents.dtype)
+    colours = torch.nn.functional.linear(latents.movedim(0, -1), factors.t(), bias)
+    return ((colours + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+
+
+def strip_of(stretch: Stretch) -> dict[str, Any]:
+    """A stretch as a message: its pictures as one JPEG, `COLUMNS` in a row."""
+    count, height, width, _ = stretch.pictures.shape
+    columns = min(count, COLUMNS)
+    rows = -(-count // columns)
+    grid = np.zeros((rows * columns, height, width, 3), np.uint8)
+    grid[:count] = stretch.pictures
+    sheet = grid.reshape(rows, columns, height, width, 3).swapaxes(1, 2).reshape(rows * height, columns * width, 3)
+    encoded = io.BytesIO()
+    Image.fromarray(sheet).save(encoded, "JPEG", quality=80)
+    return {
+        "start": stretch.start,
+        "stop": stretch.stop,
+        "at": stretch.at,
+        "width": width,
+        "height": height,
+        "columns": columns,
+        "image": "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode(),
+    }

@@ -1,0 +1,1 @@
+"""Nodes that load and patch a model."""

@@ -1,0 +1,133 @@
+"""The attention options that the loader and the apply node share: widgets, and the settings that they make."""
+
+from dataclasses import replace
+from typing import Any
+
+from comfy_api.latest import io
+
+from ...lightforcing_core.attention.dispatch import BACKENDS, AttentionOptions
+from ...lightforcing_core.attention.selection import ESTIMATORS
+from ...lightforcing_core.families import FAMILIES, guess_family
+from .patch import Settings
+
+AUTO = "auto"
+AS_FAMILY = -1
+
+
+def option_inputs() -> list[io.Input]:
+    """The inputs that loader and apply node share; `settings_from` reads them."""
+    frames = {"default": AS_FAMILY, "min": AS_FAMILY, "max": 64, "step": 1, "advanced": True}
+    return [
+        io.Combo.Input(
+            "family",
+            options=[AUTO, *FAMILIES],
+            default=AUTO,
+            tooltip="Which checkpoint this is: sets the chunk length, window, sparsity and shift that the samplers "
+            "use. auto reads the file's name; weights alone cannot tell.",
+        ),
+        io.Combo.Input(
+            "backend",
+            options=[AUTO, *BACKENDS],
+            default=AUTO,
+            tooltip="What computes sparse attention. auto takes the fastest that runs here; a named one that cannot "
+            "run is an error instead of a silent fallback.",
+            advanced=True,
+        ),
+        io.Combo.Input(
+            "block",
+            options=["16", "32", "64", "128"],
+            default="64",
+            tooltip="Tokens per attention block. Smaller blocks choose more precisely and run slower; 64 is what the "
+            "method was published with.",
+            advanced=True,
+        ),
+        io.Int.Input(
+            "keep_frames",
+            tooltip="Past latent frames that stay eligible for sparse attention, sinks and nearest included. Fewer "
+            "is faster and forgets more; -1 takes the family's value.",
+            **frames,
+        ),
+        io.Int.Input(
+            "keep_sink",
+            tooltip="How many of the kept frames are always the video's first ones. -1 takes the family's value.",
+            **frames,
+        ),
+        io.Int.Input(
+            "keep_near",
+            tooltip="How many of the kept frames are always the nearest ones: motion stays smooth. -1 takes the "
+            "family's value.",
+            **frames,
+        ),
+        io.Combo.Input(
+            "estimator",
+            options=[AUTO, *ESTIMATORS],
+            default=AUTO,
+            optional=True,
+            advanced=True,
+            tooltip="How a block's worth is guessed before it is read. mean: as published. lse: from its four parts, "
+            "which finds a block with one strong spot; selection takes about four times as long, still little. auto: "
+            "mean for checkpoints that were trained with it, lse for all others.",
+        ),
+        io.Combo.Input(
+            "tail",
+            options=[AUTO, "on", "off"],
+            default=AUTO,
+            optional=True,
+            advanced=True,
+            tooltip="on: blocks that are skipped still count, each as its mean. Closer to dense attention for a little "
+            "time and memory. auto: off for checkpoints that were trained without it, on for all others.",
+        ),
+        io.Boolean.Input(
+            "tiles",
+            default=False,
+            optional=True,
+            advanced=True,
+            tooltip="On: a block is a compact patch of the picture instead of a run of its rows, so what is chosen "
+            "together belongs together. Not what Light Forcing checkpoints were trained with.",
+        ),
+        io.Int.Input(
+            "reuse_steps",
+            default=1,
+            min=1,
+            max=16,
+            step=1,
+            optional=True,
+            advanced=True,
+            tooltip="Denoising steps of a chunk that share one choice of blocks. 1 chooses anew in every step; more "
+            "saves a little time.",
+        ),
+    ]
+
+
+def settings_from(
+    file_name: str,
+    family: str,
+    backend: str,
+    block: str,
+    keep_frames: int,
+    keep_sink: int,
+    keep_near: int,
+    estimator: str = AUTO,
+    tail: str = AUTO,
+    **beyond: Any,
+) -> Settings:
+    """The patch settings that `option_inputs` describe; `file_name` decides the family on auto.
+
+    beyond: the other options of `AttentionOptions` that go beyond the published method. Raises ValueError for values
+    that do not fit together.
+    """
+    chosen = guess_family(file_name) if family == AUTO else FAMILIES[family]
+
+    def or_family(value: int, default: int) -> int:
+        return default if value == AS_FAMILY else value
+
+    kept = replace(
+        chosen,
+        keep_frames=or_family(keep_frames, chosen.keep_frames),
+        keep_sink=or_family(keep_sink, chosen.keep_sink),
+        keep_near=or_family(keep_near, chosen.keep_near),
+    )
+    budget = kept.keep_frames, kept.keep_sink, kept.keep_near
+    beyond["estimator"] = chosen.estimator if estimator == AUTO else estimator
+    beyond["tail"] = chosen.tail if tail == AUTO else tail == "on"
+    return Settings(chosen, AttentionOptions(backend, (int(block), int(block)), *budget, **beyond))

@@ -1,0 +1,1 @@
+"""Nodes that sample a video chunk by chunk."""

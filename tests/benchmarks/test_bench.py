@@ -1,0 +1,247 @@
+"""`lightforcing bench` at its smallest: what the JSON holds, and that every ratio is made from both arms."""
+
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lightforcing.benchmarks import attention, memory, options, step
+from lightforcing.benchmarks.rollout import EARLY, _over_rounds, summarise
+from lightforcing.benchmarks.timing import Samples, StageClock, ratio, take_turns
+from lightforcing.cli.main import app
+from lightforcing.lightforcing_core.model import cuda_graph as step_graph
+from lightforcing.lightforcing_core.rollout.schedule import Schedule
+
+from ..support.tape import TapeRecorder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CPU = torch.device("cpu")
+MACHINE = {"machine", "threads", "torch", "triton", "commit", "arguments", "gpu", "bench"}
+TINY_MODEL = ("--dim", 128, "--ffn-dim", 128, "--layers", 1, "--height", 32, "--width", 32)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+def record(tmp_path, *arguments):
+    path = tmp_path / "new" / "result.json"
+    done = run(*arguments, "--device", "cpu", "--out", path)
+    assert done.exit_code == 0, done.output
+    result = json.loads(path.read_text())
+    assert set(result) >= MACHINE
+    assert result["bench"] == arguments[0]
+    return result, done.output
+
+
+def median_ratio(slow, fast):
+    return statistics.median(a / b for a, b in zip(slow["seconds"], fast["seconds"], strict=True))
+
+
+def test_attention_compares_both_arms_of_each_chunk(tmp_path):
+    small = ("--tokens-per-frame", 24, "--heads", 1, "--block", "16,16", "--chunks", "2,7", "--repeats", 3)
+    result, output = record(tmp_path, "attention", *small, "--backend", "reference")
+    assert [row["chunk"] for row in result["chunks"]] == [2, 7]
+    assert [(row["queries"], row["keys"]) for row in result["chunks"]] == [(72, 144), (72, 504)]
+    for row in result["chunks"]:
+        arms, ratios = row["arms"], row["ratios"]["reference"]
+        assert set(arms) == {"dense sdpa", "selection", "kernel reference", "whole reference"}
+        assert all(len(arm["seconds"]) == 3 for arm in arms.values())
+        assert ratios["kernel"]["median"] == pytest.approx(median_ratio(arms["dense sdpa"], arms["kernel reference"]))
+        assert ratios["with_selection"]["median"] == pytest.approx(
+            median_ratio(arms["dense sdpa"], arms["whole reference"])
+        )
+        assert row["selection_share_of_dense"] == pytest.approx(median_ratio(arms["selection"], arms["dense sdpa"]))
+        assert row["ideal_ratio"] == row["key_blocks"] / row["kept_blocks"]
+        assert row["largest_error"]["reference"] < 0.02
+    for words in ("with selection", "warm-up: every arm runs 2 times", "commit"):
+        assert words in output
+
+
+def test_attention_refuses_to_time_a_wrong_result(monkeypatch):
+    monkeypatch.setattr(attention, "sparse_attention", lambda q, k, v, **rest: torch.zeros_like(q))
+    bench = attention.AttentionBench(24, 1, (16, 16), chunks=(2,), backends=("reference",), repeats=1)
+    with pytest.raises(RuntimeError, match="differs from the reference"):
+        attention.run_attention(bench)
+
+
+def test_attention_takes_every_backend_that_can_run_but_not_the_reference():
+    bench = attention.AttentionBench(24, 1, (16, 16))
+    q, k = torch.zeros(1, 72, 1, 128), torch.zeros(1, 144, 1, 128)
+    absent = {}
+    able = attention._sparse_backends(bench, q, k, k, absent)
+    assert able
+    assert set(able).isdisjoint(absent)
+    assert "triton" in absent  # its interpreter is no backend to be timed
+    assert "reference" not in able or able == ["reference"]
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_options_are_compared_on_tensors_laid_out_as_the_models(tiles):
+    assert all(x.is_contiguous() for x in options.made(options.OptionsBench(height=64, width=96), tiles))
+
+
+def test_options_say_what_each_costs_in_error_and_time():
+    small = options.OptionsBench(height=64, width=96, block=(16, 16), backend="reference", dtype="float32", repeats=1)
+    seen = []
+    arms = options.run_options(small, seen.append)["arms"]
+    assert list(arms) == seen == list(options.ARMS)
+    error = {name: arm["error"] for name, arm in arms.items()}
+    assert 0 < error["tail"] < error["published"] < 0.5
+    assert 0 < abs(error["kv int8"] - error["published"]) < 0.02
+    assert arms["published"]["over_published"]["median"] == 1.0
+    denser = options.run_options(replace(small, sparsity=0.5))["arms"]
+    assert denser["published"]["error"] < error["published"]
+
+
+def test_step_times_both_arms_and_their_stages(tmp_path):
+    result, output = record(tmp_path, "step", *TINY_MODEL, "--repeats", 2, "--chunk", 3)
+    arms = result["arms"]
+    assert result["ratio"]["median"] == pytest.approx(median_ratio(arms["dense"], arms["sparse"]))
+    assert (result["queries"], result["keys"]) == (12, 36)
+    assert result["density"] < 1.0
+    shared = {"store and pool", "attention", "cross-attention", "feed-forward", "embedding and head", step.REST}
+    assert set(result["stages"]["dense"]) == shared
+    assert set(result["stages"]["sparse"]) == shared | {"selection"}
+    outside = result["stages"]["dense"]["embedding and head"]
+    assert result["scaled_to_30_layers"]["dense"] == pytest.approx((arms["dense"]["median"] - outside) * 30 + outside)
+    assert "reckoned for 30 layers from 1, not measured" in output
+
+
+def test_rollout_lists_every_chunk_and_compares_whole_videos(tmp_path):
+    result, output = record(tmp_path, "rollout", *TINY_MODEL, "--decode", "--vae-dim", 4, "--frames", 25)
+    rows = result["chunks"]
+    assert [row["latent_frames"] for row in rows] == [3, 3, 1]
+    totals = {arm: sum(sum(row[arm].values()) for row in rows) for arm in ("dense", "sparse")}
+    assert all(set(row["sparse"]) == {"sample", "decode"} for row in rows)
+    assert all(row["peak_bytes"] > 0 for row in rows)
+    assert result["dense_over_sparse"]["video"] == pytest.approx(totals["dense"] / totals["sparse"])
+    assert "flatness" not in result
+    assert "as fast as dense: video" in output
+
+
+def test_step_measures_each_arm_as_a_graph_too(monkeypatch):
+    monkeypatch.setattr(step_graph, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(step_graph, "_verdicts", {})
+    monkeypatch.setattr(TapeRecorder, "events", [])
+    sizes = {"dim": 128, "ffn_dim": 128, "layers": 1, "height": 32, "width": 32, "text_dim": 64}
+    bench = step.StepBench(chunk=2, repeats=2, dtype="float32", cuda_graph=True, **sizes)
+    result = step.run_step(bench)
+    arms = result["arms"]
+    assert set(arms) == {"dense", "sparse", "dense, graph", "sparse, graph"}
+    for name in ("dense", "sparse"):
+        assert result["graph_ratio"][name]["median"] == pytest.approx(median_ratio(arms[name], arms[f"{name}, graph"]))
+    # Recorded in the second of two warm-up runs, timed as launches only.
+    assert [kind for kind, _ in TapeRecorder.events] == 2 * ["record", "launch"] + 4 * ["launch"]
+    assert set(result["stages"]) == {"dense", "sparse"}
+
+
+def test_rollout_says_what_became_of_cuda_graphs(tmp_path):
+    result, output = record(tmp_path, "rollout", *TINY_MODEL, "--frames", 9, "--arm", "dense", "--cuda-graph", "auto")
+    assert result["cuda_graphs"] == {"dense": "none: CUDA graphs are for NVIDIA GPUs, not for cpu"}
+    assert "CUDA graphs, dense: none: CUDA graphs are for NVIDIA GPUs" in output
+
+
+def test_rollout_times_sampling_and_decoding_as_one_where_they_overlap(tmp_path):
+    options = ("--frames", 21, "--arm", "sparse", "--decode", "--overlap", "--vae-dim", 4)
+    result, _ = record(tmp_path, "rollout", *TINY_MODEL, *options)
+    assert [set(row["sparse"]) for row in result["chunks"]] == [{"both"}, {"both"}]
+    assert result["seconds"]["sparse"] == pytest.approx(sum(row["sparse"]["both"] for row in result["chunks"]))
+
+
+def test_rollout_takes_the_median_over_rounds_and_the_most_memory(tmp_path):
+    result, _ = record(tmp_path, "rollout", *TINY_MODEL, "--frames", 9, "--rounds", 3)
+    (chunk,) = result["chunks"]
+    assert chunk["dense"]["sample"] > 0
+    rows = [
+        {"chunk": 1, "dense": {"sample": seconds}, "peak_bytes": peak}
+        for seconds, peak in ((3.0, 10), (1.0, 30), (2.0, 20))
+    ]
+    assert _over_rounds(rows, ["dense"]) == {"chunk": 1, "dense": {"sample": 2.0}, "peak_bytes": 30}
+
+
+def test_rollout_of_one_arm_has_no_ratio(tmp_path):
+    result, _ = record(tmp_path, "rollout", *TINY_MODEL, "--arm", "sparse", "--setting", "long", "--frames", 21)
+    assert "dense_over_sparse" not in result
+    assert set(result["seconds"]) == {"sparse"}
+
+
+def test_flatness_compares_chunks_of_full_length():
+    rows = [
+        {"chunk": n, "latent_frames": 3, "sparse": {"sample": 1.0 if n <= 20 else 1.5}, "peak_bytes": 100 + n}
+        for n in range(1, 81)
+    ]
+    rows.append({"chunk": 81, "latent_frames": 1, "sparse": {"sample": 9.0}, "peak_bytes": 999})
+    result = summarise(rows, ("sparse",))
+    assert result["flatness"] == {"chunks": [10, 80], "memory": 180 / 110, "sparse_seconds": 1.5}
+    assert result["peak_bytes"] == 999
+    assert "flatness" not in summarise(rows[: 2 * EARLY - 1], ("sparse",))
+
+
+def test_memory_prints_estimate_beside_measurement(tmp_path, monkeypatch):
+    case = memory.MemoryCase("small", Schedule(6), 32, 32, dim=128, ffn_dim=128, layers=1, text_tokens=8, text_dim=16)
+    monkeypatch.setattr(memory, "CPU_CASES", (case,))
+    result, output = record(tmp_path, "memory")
+    (row,) = result["cases"]
+    assert row["error"] == pytest.approx(row["estimated_bytes"] / row["measured_bytes"] - 1)
+    assert result["largest_error"] == abs(row["error"])
+    assert "small" in output
+
+
+def test_arms_take_turns_after_their_warm_up():
+    calls = []
+    samples = take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3, device=CPU)
+    assert "".join(calls) == "aabb" + "ab" + "ba" + "ab"
+    assert [len(arm.seconds) for arm in samples.values()] == [3, 3]
+
+
+def test_ratio_is_the_median_of_the_rounds_and_not_of_the_medians():
+    slow, fast = Samples((1.0, 8.0, 4.0)), Samples((1.0, 2.0, 2.0))
+    assert ratio(slow, fast) == {"median": 2.0, "quartiles": [1.5, 3.0]}
+
+
+def test_a_stage_inside_a_stage_is_counted_once():
+    clock = StageClock(CPU)
+    inner = clock.timed("inner", lambda: None)
+    with clock.stage("outer"):
+        inner()
+    assert set(clock.seconds()) == {"outer"}
+    inner()
+    assert set(clock.seconds()) == {"outer", "inner"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attention", "--chunks", "1"], "chunk 1 is not one of 2 … 7"),
+        (["attention", "--chunks", "x"], "--chunks 'x' is not a list of whole numbers"),
+        (["attention", "--block", "64"], "--block '64' is not two sizes"),
+        (["attention", "--backend", "magic"], "unknown attention backend 'magic'"),
+        (
+            ["attention", "--repeats", "0", "--heads", "1", "--tokens-per-frame", "16", "--backend", "reference"],
+            "repeats 0",
+        ),
+        (["step", "--chunk", "8"], "chunk 8 is not one of 2 … 7"),
+        (["step", "--dtype", "int8"], "dtype 'int8' is not measured"),
+        (["rollout", "--frames", "80"], "length 80 is not 1 + 4·k video frames; use 77 or 81"),
+        (["rollout", "--arm", "fast"], "must be one or more of dense, sparse, even"),
+        (["rollout", "--setting", "medium"], "setting 'medium' is not known; use short or long"),
+        (["rollout", "--rounds", "0"], "rounds 0 is not positive; one round makes every video once"),
+        (["rollout", "--overlap"], "overlap is about decoding beside the sampling; ask for decode too"),
+        (["rollout", "--overlap", "--decode"], "arms dense, sparse take turns and would overlap each other"),
+        (["rollout", "--cuda-graph", "yes"], "--cuda-graph 'yes' is not known; use auto, on, off"),
+        (["rollout", "--cuda-graph", "on", "--device", "cpu"], "CUDA graphs are for NVIDIA GPUs, not for cpu"),
+        (["step", "--cuda-graph", "--device", "cpu"], "CUDA graphs are for NVIDIA GPUs, not for cpu"),
+        (["memory", "--device", "mps"], "device 'mps' is not measured here"),
+        (["memory", "--threads", "0"], "threads 0 is not positive"),
+    ],
+)
+def test_impossible_requests_are_one_line_on_stderr(arguments, message):
+    done = run(*arguments)
+    assert done.exit_code == 1, done.output
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

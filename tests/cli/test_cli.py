@@ -1,0 +1,252 @@
+"""The command line: what it writes, prints and exits with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import imageio.v3 as iio
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from lightforcing.cli.main import app
+from lightforcing.lightforcing_core import queue_client
+from lightforcing.lightforcing_core.demo import model as demo_model
+from lightforcing.lightforcing_core.model.wan import random_state_dict
+
+from ..core.fake_comfy import FakeComfy
+from ..support.tiny_demo import write_tiny_demo
+
+API = {"1": {"class_type": "Load", "inputs": {}, "_meta": {"title": "Load Model"}}}
+CANVAS = {
+    "nodes": [{"id": 7, "type": "Load", "mode": 0, "widgets_values": ["b.pt"], "title": "My model"}],
+    "links": [],
+}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(autouse=True)
+def shipped(monkeypatch, tmp_path):
+    """Where the command looks for a demo model: an empty place, whatever the repository ships."""
+    monkeypatch.setattr(demo_model, "SHIPPED", tmp_path / "shipped")
+    return tmp_path / "shipped"
+
+
+@pytest.fixture
+def comfy(monkeypatch):
+    monkeypatch.setattr(queue_client, "IDLE_SECONDS", 0.2)
+    fake = FakeComfy()
+    fake.object_info = {"Load": {"input": {"required": {"name": [["a.pt", "b.pt"]]}}}}
+    with fake.running():
+        yield fake
+
+
+@pytest.fixture
+def workflow(tmp_path):
+    def write(document):
+        path = tmp_path / "workflow.json"
+        path.write_text(json.dumps(document))
+        return path
+
+    return write
+
+
+def test_demo_writes_video_contact_sheet_and_report(tmp_path):
+    result = run("demo", "--out", tmp_path / "new" / "demo", "--height", 64, "--width", 96, "--chunks", 2)
+    assert result.exit_code == 0, result.output
+    folder = tmp_path / "new" / "demo"
+    assert sorted(os.listdir(folder)) == ["contact_sheet.png", "demo.mp4", "report.json"]
+    video = iio.improps(folder / "demo.mp4", plugin="pyav")
+    assert video.shape == (21, 64, 96, 3)  # 6 latent frames: 1 + 5 · 4
+    assert iio.immeta(folder / "demo.mp4", plugin="pyav")["fps"] == 16.0
+    with Image.open(folder / "contact_sheet.png") as sheet:
+        assert sheet.format == "PNG"
+        assert sheet.width > 2 * 256
+    report = json.loads((folder / "report.json").read_text())
+    assert [chunk["density"] for chunk in report["chunks"]] == [1.0, pytest.approx(0.4, abs=0.08)]
+    assert set(report["seconds"]) >= {"denoise", "clean pass", "decode", "encode video"}
+    timing = report["facts"]["attention_seconds"]
+    assert timing["dense_over_sparse"] == pytest.approx(timing["dense"] / (timing["sparse"] + timing["selection"]))
+    for words in ("the picture is abstract", "attention of the last chunk", "clean pass", "wrote "):
+        assert words in result.output
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_demo_with_a_shipped_model_makes_its_caption(tmp_path, shipped):
+    write_tiny_demo(shipped)
+
+    def made(name, *arguments):
+        result = run("demo", "--out", tmp_path / name, *arguments)
+        assert result.exit_code == 0, result.output
+        return result.output, iio.imread(tmp_path / name / "demo.mp4", plugin="pyav")
+
+    output, first = made("first")
+    assert first.shape == (33, 32, 48, 3)  # the model's own sizes
+    assert "'on a plain background a red circle moves right slowly', from the demo model" in output
+    report = json.loads((tmp_path / "first" / "report.json").read_text())
+    assert report["facts"]["settings"]["block"] == 16
+    assert report["facts"]["weights"] == f"the demo model in {shipped}"
+    assert report["facts"]["attention_seconds"] is None
+    assert "which is not timed" in output
+    assert report["chunks"][0]["density"] == 1.0 > report["chunks"][1]["density"]
+    _, other = made("other", "--caption", "on a plain background a blue square moves left quickly", "--chunks", 2)
+    assert (first[:21] != other).any()
+    _, dense = made("dense", "--target", 0, "--chunks", 2)
+    assert (first[9:21] != dense[9:]).any()
+    assert all(c["density"] == 1 for c in json.loads((tmp_path / "dense" / "report.json").read_text())["chunks"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--caption", "on a plain background a red circle moves right slowly"], "a caption needs the demo model"),
+        (["--models", "nowhere"], "nowhere holds no demo model"),
+    ],
+)
+def test_demo_without_the_model_it_needs_says_so(tmp_path, arguments, message):
+    result = run("demo", "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_demo_refuses_words_that_the_model_does_not_know(tmp_path, shipped):
+    write_tiny_demo(shipped)
+    result = run("demo", "--out", tmp_path / "out", "--caption", "on a plain background a red panda moves up slowly")
+    assert result.exit_code == 1
+    assert "'panda'; use circle" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_dense_demo_has_nothing_to_compare(tmp_path):
+    result = run("demo", "--out", tmp_path, "--height", 32, "--width", 32, "--chunks", 1)
+    assert result.exit_code == 0, result.output
+    timing = json.loads((tmp_path / "report.json").read_text())["facts"]["attention_seconds"]
+    assert timing["dense"] > 0
+    assert "sparse" not in timing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--height", 500], "height 500 is not a multiple of 16; use 496 or 512"),
+        (["--chunks", 0], "chunks 0 is not positive; use 1 or more"),
+        (["--target", 1.0], "target 1.0 is outside [0, 1)"),
+        (["--target", 0.9, "--base", 0.5], "base 0.5 is not between target 0.9 and 1"),
+    ],
+)
+def test_impossible_demo_says_what_is_possible(tmp_path, arguments, message):
+    result = run("demo", "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_into_a_place_that_takes_no_files_fails_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    result = run("demo", "--out", tmp_path / "file")
+    assert result.exit_code == 1
+    assert "cannot write to" in result.stderr
+    assert "choose another folder" in result.stderr
+
+
+def test_demo_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    from lightforcing.cli import demo
+
+    class FullDisk(demo.StreamingDecoder):
+        def decode(self, *arguments, **options):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo, "StreamingDecoder", FullDisk)
+    result = run("demo", "--out", tmp_path, "--height", 32, "--width", 32, "--chunks", 1)
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_inspect_describes_a_checkpoint(tmp_path):
+    path = tmp_path / "self_forcing_dmd.safetensors"
+    save_file(random_state_dict(dim=128, layers=1, text_dim=32), path)
+    result = run("inspect", path)
+    assert result.exit_code == 0, result.stderr
+    for words in ("Self Forcing", "dim 128", "1 layers", "KV cache", "needs about", "8-bit KV cache"):
+        assert words in result.output
+
+
+def test_inspect_of_something_else_is_one_line_on_stderr(tmp_path):
+    path = tmp_path / "notes.safetensors"
+    path.write_text("these are not weights")
+    result = run("inspect", path)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert str(path) in result.stderr
+
+
+def test_version_is_printed():
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.startswith("lightforcing 0.")
+
+
+def test_queue_runs_a_canvas_and_downloads(comfy, workflow, tmp_path):
+    comfy.events = [("executing", {"node": "7"})]
+    comfy.record["outputs"] = {"7": {"video": [{"filename": "clip.mp4", "subfolder": "", "type": "output"}]}}
+    comfy.files["clip.mp4", "", "output"] = b"frames"
+    result = run("queue", workflow(CANVAS), "--server", comfy.url, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "out" / "clip.mp4").read_bytes() == b"frames"
+    assert comfy.prompts[0]["prompt"]["7"]["inputs"] == {"name": "b.pt"}
+    assert comfy.prompts[0]["extra_data"]["extra_pnginfo"]["workflow"] == CANVAS
+    assert "My model" in result.output
+
+
+def test_queue_prints_the_servers_message_and_fails(comfy, workflow, tmp_path):
+    failure = {"node_id": "1", "exception_message": "out of memory"}
+    comfy.record = {"outputs": {}, "status": {"status_str": "error", "messages": [["execution_error", failure]]}}
+    result = run("queue", workflow(API), "--server", comfy.url, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "Load Model: out of memory" in result.stderr
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_queue_fails_when_parts_were_left_out(comfy, workflow, tmp_path):
+    comfy.node_errors = {"1": {"errors": [{"message": "Bad", "details": "", "extra_info": {"input_name": "name"}}]}}
+    result = run("queue", workflow(API), "--server", comfy.url, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "Load Model: name: Bad" in result.stderr
+
+
+def test_queue_without_a_server_says_so(workflow, tmp_path):
+    result = run("queue", workflow(API), "--server", "http://127.0.0.1:9", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "no ComfyUI server answers at http://127.0.0.1:9" in result.stderr
+
+
+def test_ctrl_c_interrupts_the_run_and_exits_130(comfy, workflow, tmp_path):
+    comfy.hold = True
+    comfy.events = [("executing", {"node": "1"})]
+    code = "from lightforcing.cli.main import main; main()"
+    arguments = ["queue", workflow(API), "--server", comfy.url, "--out", tmp_path / "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A suite that runs in the background ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        comfy.wait_for_prompt()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert comfy.interrupts == [comfy.prompts[0]["prompt_id"]]

@@ -1,0 +1,262 @@
+"""Every published layout gives the same tensors under Wan's own names."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightforcing.lightforcing_core.checkpoint.layouts import wan_shapes
+from lightforcing.lightforcing_core.checkpoint.load import describe, inspect_checkpoint, load_dit_state_dict
+
+from ...support.checkpoint_samples import assert_same, fsdp_wrapped, in_diffusers_names, prefixed, tiny_wan
+
+WRAPPINGS = {
+    "original": lambda w: w,
+    "self_forcing": lambda w: prefixed(w, "model."),
+    "fsdp": fsdp_wrapped,
+    "torch_compile": lambda w: prefixed(w, "model._orig_mod."),
+    "activation_checkpointing": lambda w: {
+        name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): value for name, value in w.items()
+    },
+    "data_parallel": lambda w: prefixed(w, "module."),
+    "compiled_data_parallel_fsdp": lambda w: prefixed(fsdp_wrapped(w), "_orig_mod.module."),
+    "comfyui_checkpoint": lambda w: prefixed(w, "model.diffusion_model."),
+    "comfyui_diffusion_model": lambda w: prefixed(w, "diffusion_model."),
+    "comfyui_model_model": lambda w: prefixed(w, "model.model."),
+    "comfyui_net": lambda w: prefixed(w, "net."),
+    "diffusers": in_diffusers_names,
+    "diffusers_prefixed": lambda w: prefixed(in_diffusers_names(w), "transformer."),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_every_naming_gives_wans_own_names(tmp_path, wrapping, suffix):
+    weights = tiny_wan()
+    path = tmp_path / f"weights{suffix}"
+    stored = WRAPPINGS[wrapping](weights)
+    save_file(stored, path) if suffix == ".safetensors" else torch.save(stored, path)
+    loaded, info = load_dit_state_dict(path)
+    assert_same(loaded, weights)
+    assert (info.dim, info.ffn_dim, info.layers, info.heads, info.in_dim, info.text_dim) == (128, 192, 2, 1, 16, 32)
+    assert info.weights == ""
+    assert not any("left out" in note for note in info.notes)
+
+
+def test_diffusers_norm2_is_wans_norm3(tmp_path):
+    weights = tiny_wan(layers=1)
+    stored = in_diffusers_names(weights)
+    assert "blocks.0.norm2.weight" in stored
+    assert not any("norm3" in name for name in stored)
+    save_file(stored, tmp_path / "d.safetensors")
+    loaded, info = load_dit_state_dict(tmp_path / "d.safetensors")
+    assert torch.equal(loaded["blocks.0.norm3.weight"], stored["blocks.0.norm2.weight"])
+    assert info.layout == "diffusers names"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stored_dtypes_are_kept(tmp_path, dtype):
+    weights = tiny_wan(dtype=dtype, layers=1)
+    torch.save({"generator_ema": prefixed(weights, "model.")}, tmp_path / "x.pt")
+    loaded, info = load_dit_state_dict(tmp_path / "x.pt")
+    assert_same(loaded, weights)
+    assert info.dtypes == (str(dtype).removeprefix("torch."),)
+
+
+@pytest.mark.parametrize("container", ["generator", "generator_ema", "model", "state_dict", "student"])
+def test_a_single_container_is_opened_whatever_its_name(tmp_path, container):
+    weights = tiny_wan(layers=1)
+    torch.save({container: prefixed(weights, "model."), "step": 3000}, tmp_path / "x.pt")
+    loaded, info = load_dit_state_dict(tmp_path / "x.pt")
+    assert_same(loaded, weights)
+    assert info.weights == container
+
+
+@pytest.mark.parametrize(
+    ("file_name", "options", "expected"),
+    [
+        ("self_forcing_dmd.pt", {}, "generator_ema"),
+        ("short_video_gen.pt", {}, "generator_ema"),
+        ("something.pt", {}, "generator_ema"),
+        ("something.pt", {"prefer_ema": False}, "generator"),
+        ("longlive_base.pt", {}, "generator"),
+        ("longlive_base.pt", {"weights": "generator_ema"}, "generator_ema"),
+        ("causal_forcing.pt", {}, "generator"),
+        ("framewise-2step.pt", {}, "generator_ema"),
+    ],
+)
+def test_each_family_runs_the_weights_it_is_published_to_run(tmp_path, file_name, options, expected):
+    sets = {"generator": tiny_wan(seed=1, layers=1), "generator_ema": tiny_wan(seed=2, layers=1)}
+    stored = {name: prefixed(weights, "model.") for name, weights in sets.items()}
+    critic = {"model.blocks.0.self_attn.q.weight": torch.zeros(2, 2)}
+    torch.save({"critic": critic, **stored}, tmp_path / file_name)
+    loaded, info = load_dit_state_dict(tmp_path / file_name, **options)
+    assert_same(loaded, sets[expected])
+    assert info.weights == expected
+    assert info.other_weights == tuple(name for name in sets if name != expected)
+
+
+@pytest.mark.parametrize(
+    ("file_name", "expected"), [("something.safetensors", "generator_ema"), ("longlive_base.safetensors", "generator")]
+)
+def test_sets_that_a_flat_file_names_in_its_keys_are_told_apart(tmp_path, file_name, expected):
+    sets = {"generator": tiny_wan(seed=1, layers=1), "generator_ema": tiny_wan(seed=2, layers=1)}
+    flat = {"critic.model.blocks.0.self_attn.q.weight": torch.zeros(2, 2)}
+    for name, weights in sets.items():
+        flat |= prefixed(weights, f"{name}.model.")
+    save_file(flat, tmp_path / file_name)
+    loaded, info = load_dit_state_dict(tmp_path / file_name)
+    assert_same(loaded, sets[expected])
+    assert (info.weights, info.layout) == (expected, "original names, prefix model.")
+    assert info.other_weights == tuple(name for name in sets if name != expected)
+
+
+def test_nested_containers_are_opened(tmp_path):
+    weights = tiny_wan(layers=1)
+    torch.save({"generator": {"state_dict": weights, "step": 1}, "generator_ema": None}, tmp_path / "x.pt")
+    loaded, info = load_dit_state_dict(tmp_path / "x.pt")
+    assert_same(loaded, weights)
+    assert info.weights == "generator.state_dict"
+
+
+def test_parameters_and_the_old_pickle_format_load_as_plain_tensors(tmp_path):
+    weights = tiny_wan(layers=1)
+    stored = {name: torch.nn.Parameter(value) for name, value in weights.items()}
+    torch.save({"generator": stored}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    loaded, _ = load_dit_state_dict(tmp_path / "x.pt")
+    assert_same(loaded, weights)
+    assert not any(value.requires_grad or isinstance(value, torch.nn.Parameter) for value in loaded.values())
+
+
+def test_content_decides_what_a_file_is_not_its_name(tmp_path):
+    weights = tiny_wan(layers=1)
+    torch.save(weights, tmp_path / "x.safetensors")
+    save_file(weights, tmp_path / "y.pt")
+    assert_same(load_dit_state_dict(tmp_path / "x.safetensors")[0], weights)
+    assert_same(load_dit_state_dict(tmp_path / "y.pt")[0], weights)
+
+
+def save_shards(weights, folder, stem="diffusion_pytorch_model", count=3):
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(weights)
+    weight_map = {}
+    for i in range(count):
+        shard = f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors"
+        part = names[i::count]
+        save_file({name: weights[name] for name in part}, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_shards_load_from_repository_folder_index_or_any_shard(tmp_path):
+    weights = tiny_wan()
+    repository = tmp_path / "krea-realtime-video"
+    folder = repository / "transformer"
+    save_shards(prefixed(weights, "model."), folder)
+    index = "diffusion_pytorch_model.safetensors.index.json"
+    for path in (repository, folder, folder / index, folder / "diffusion_pytorch_model-00002-of-00003.safetensors"):
+        loaded, info = load_dit_state_dict(path)
+        assert_same(loaded, weights)
+        assert info.family.id == "krea_realtime", path
+        assert info.file_bytes == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    (folder / index).unlink()
+    assert_same(load_dit_state_dict(folder)[0], weights)
+
+
+def test_a_folder_with_one_file_beside_other_pickles_loads_the_safetensors(tmp_path):
+    weights = tiny_wan(layers=1)
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    torch.save({"decoder.conv1.weight": torch.zeros(1)}, tmp_path / "Wan2.1_VAE.pth")
+    assert_same(load_dit_state_dict(tmp_path)[0], weights)
+
+
+def test_chunkwise_and_framewise_causal_forcing_differ_by_their_folder(tmp_path):
+    for folder in ("chunkwise", "framewise"):
+        (tmp_path / folder).mkdir()
+        torch.save({"generator": tiny_wan(layers=1)}, tmp_path / folder / "causal_forcing.pt")
+    assert inspect_checkpoint(tmp_path / "chunkwise" / "causal_forcing.pt").family.frames_per_chunk == 3
+    info = inspect_checkpoint(tmp_path / "framewise" / "causal_forcing.pt")
+    assert info.family.frames_per_chunk == 1
+    assert any("framewise" in note for note in info.notes)
+
+
+def test_other_weights_in_the_file_are_left_out_and_named(tmp_path):
+    weights = tiny_wan(layers=1)
+    extra = {"first_stage_model.decoder.conv.weight": torch.zeros(1), "freqs": torch.zeros(3)}
+    save_file(prefixed(weights, "model.diffusion_model.") | extra, tmp_path / "all.safetensors")
+    loaded, info = load_dit_state_dict(tmp_path / "all.safetensors")
+    assert_same(loaded, weights)
+    assert any("first_stage_model" in note and note.startswith("1 weights") for note in info.notes)
+
+
+@pytest.mark.parametrize(
+    ("dim", "ffn_dim", "layers", "tensors", "parameters"),
+    [(1536, 8960, 30, 825, 1_418_996_800), (5120, 13824, 40, 1095, 14_288_491_584)],
+)
+def test_published_sizes_have_the_published_counts(dim, ffn_dim, layers, tensors, parameters):
+    shapes = wan_shapes(dim, ffn_dim, layers)
+    assert len(shapes) == tensors
+    assert sum(torch.empty(shape, device="meta").numel() for shape in shapes.values()) == parameters
+
+
+def test_the_table_of_shapes_is_that_of_the_hand_written_weights():
+    shapes = wan_shapes(256, 320, 3, text_dim=32)
+    assert shapes == {name: tuple(value.shape) for name, value in tiny_wan(dim=256, ffn_dim=320, layers=3).items()}
+
+
+def test_kv_bytes_follow_the_layers_and_the_picture(tmp_path):
+    torch.save(tiny_wan(dim=256, layers=2), tmp_path / "x.pt")
+    info = inspect_checkpoint(tmp_path / "x.pt")
+    assert info.kv_bytes_per_frame() == 2 * 2 * 1560 * 256 * 2  # K and V, layers, tokens, dim, bytes
+    assert info.kv_bytes_per_frame(512, 768, torch.float32) == 2 * 2 * 1536 * 256 * 4
+    with pytest.raises(ValueError, match="height 500 is not a multiple of 16; use 496 or 512"):
+        info.kv_bytes_per_frame(height=500)
+
+
+def test_kv_bytes_of_the_1_3b_model_are_180_kib_per_token(tmp_path):
+    from dataclasses import replace
+
+    torch.save(tiny_wan(layers=1), tmp_path / "x.pt")
+    info = replace(inspect_checkpoint(tmp_path / "x.pt"), dim=1536, layers=30)
+    assert info.kv_bytes_per_frame() == 1560 * 180 * 1024
+    assert round(12 * info.kv_bytes_per_frame() / 2**30, 2) == 3.21
+    assert round(21 * info.kv_bytes_per_frame(512, 768) / 2**30, 2) == 5.54
+
+
+def test_description_tells_what_a_user_asks(tmp_path):
+    torch.save({"generator": tiny_wan(), "generator_ema": tiny_wan()}, tmp_path / "self_forcing_dmd.pt")
+    rows = dict(describe(inspect_checkpoint(tmp_path / "self_forcing_dmd.pt")))
+    assert rows["family"] == "Self Forcing (guessed from the name)"
+    assert rows["would load"] == "generator_ema (also there: generator)"
+    assert rows["chunk"] == "3 latent frames"
+    assert rows["dimensions"] == "dim 128, ffn 192, 2 layers, 1 heads of 128"
+    assert rows["KV cache"] == "1.5 MiB per latent frame at 480x832 in bfloat16"
+    assert "note" not in rows
+
+
+def test_an_unknown_name_is_told_that_weights_cannot_show_the_fine_tune(tmp_path):
+    weights = tiny_wan(layers=1)
+    save_file(weights, tmp_path / "wan2.1_t2v_1.3B_bf16.safetensors")
+    (note,) = inspect_checkpoint(tmp_path / "wan2.1_t2v_1.3B_bf16.safetensors").notes
+    assert "the name is that of plain Wan 2.1" in note
+    assert "weights alone cannot tell" in note
+    config = {"config": json.dumps({"transformer": {"causal_ar": True}})}
+    save_file(weights, tmp_path / "mine.safetensors", metadata=config)
+    info = inspect_checkpoint(tmp_path / "mine.safetensors")
+    assert info.causal_metadata
+    assert info.metadata == config
+    assert info.notes == ()
+
+
+def test_reading_does_not_depend_on_the_file_staying_and_writing_never_reaches_it(tmp_path):
+    for name, save in (("x.pt", torch.save), ("x.safetensors", save_file)):
+        weights = tiny_wan(layers=1)
+        save(weights, tmp_path / name)
+        before = (tmp_path / name).read_bytes()
+        loaded, _ = load_dit_state_dict(tmp_path / name)
+        loaded["blocks.0.ffn.0.bias"].add_(1)
+        assert (tmp_path / name).read_bytes() == before
+        (tmp_path / name).unlink()
+        loaded["blocks.0.ffn.0.bias"].sub_(1)
+        assert torch.allclose(loaded["blocks.0.ffn.0.bias"], weights["blocks.0.ffn.0.bias"], atol=1e-5)

@@ -1,0 +1,303 @@
+"""Files that cannot be used: each gives one error with the file, what was found and the way out, and runs nothing."""
+
+import io
+import json
+import os
+import pickle
+import random
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightforcing.lightforcing_core.checkpoint.load import CheckpointError, inspect_checkpoint, load_dit_state_dict
+
+from ...support.checkpoint_samples import in_diffusers_names, prefixed, tiny_wan
+
+
+class Malicious:
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.target}",)
+
+
+def refusal(path, **options) -> str:
+    """The message of the error, which must name the file and be one paragraph."""
+    with pytest.raises(CheckpointError) as caught:
+        load_dit_state_dict(path, **options)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert len(message) - len(str(path)) < 400
+    return message
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare", "text protocol", "renamed"])
+def test_a_malicious_pickle_is_refused_and_nothing_runs(tmp_path, form):
+    target, path = tmp_path / "pwned", tmp_path / ("x.safetensors" if form == "renamed" else "x.pt")
+    stored = {"generator_ema": tiny_wan(layers=1), "config": Malicious(target)}
+    if form in ("bare", "text protocol"):
+        path.write_bytes(pickle.dumps(stored, protocol=0 if form == "text protocol" else 4))
+    else:
+        torch.save(stored, path, _use_new_zipfile_serialization=form != "legacy")
+    message = refusal(path)
+    assert not target.exists()
+    if form != "text protocol":
+        assert "nothing was run" in message
+        assert "system" in message or form == "bare"
+    pickle.loads(pickle.dumps(Malicious(target)))  # the sample does bite where pickles are trusted
+    assert target.exists()
+
+
+@pytest.mark.parametrize("kept", [0.999, 0.5, 0.1, 0.001])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".legacy.pt"])
+def test_a_truncated_file_says_so(tmp_path, suffix, kept):
+    path = tmp_path / f"x{suffix}"
+    weights = tiny_wan(layers=1)
+    if suffix == ".safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=suffix == ".pt")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    message = refusal(path)
+    assert "truncated" in message
+    assert "download it again" in message
+    if suffix == ".safetensors" and kept > 0.1:
+        assert f"{len(whole):,} bytes" in message
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_damaged_bytes_never_crash_the_reader(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    weights = {"blocks.0.self_attn.q.weight": torch.zeros(4, 4), "head.modulation": torch.zeros(1, 2, 4)}
+    save_file(weights, path) if suffix == ".safetensors" else torch.save(weights, path)
+    whole = path.read_bytes()
+    dice = random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        for _ in range(dice.choice((1, 4, 32))):
+            damaged[dice.randrange(len(damaged))] = dice.randrange(256)
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            load_dit_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "the file is empty"),
+        (b"prompt: a cat walks on the grass, realistic style.\n", "neither a safetensors nor a PyTorch file"),
+        (b"abc", "neither a safetensors nor a PyTorch file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:bdb1b475\nsize 5676220819\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html><body>401</body></html>", "web page"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(64), "GGUF"),
+        (b"PK\x03\x04" + bytes(100), "truncated or damaged"),
+        (bytes(4096), "neither a safetensors nor a PyTorch file"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_other_content_under_a_weight_files_name(tmp_path, content, expected, suffix):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    assert expected in refusal(path)
+
+
+def test_a_missing_file_tells_what_is_there_instead(tmp_path):
+    assert "holds no weight file" in refusal(tmp_path / "self_forcing_dmd.pt")
+    save_file(tiny_wan(layers=1), tmp_path / "longlive_base.safetensors")
+    assert "longlive_base.safetensors" in refusal(tmp_path / "self_forcing_dmd.pt")
+    assert "no such file" in refusal(tmp_path / "nowhere" / "x.pt")
+
+
+def test_folders_that_hold_no_model_or_several(tmp_path):
+    assert "holds no weights" in refusal(tmp_path)
+    for name in ("a", "b"):
+        save_file(tiny_wan(layers=1), tmp_path / f"{name}.safetensors")
+    assert "a.safetensors, b.safetensors" in refusal(tmp_path)
+
+
+def test_missing_shards_are_named(tmp_path):
+    save_file({"blocks.0.modulation": torch.zeros(1)}, tmp_path / "model-00001-of-00003.safetensors")
+    message = refusal(tmp_path / "model-00001-of-00003.safetensors")
+    assert "2 of its 3 shards are missing" in message
+    assert "model-00002-of-00003.safetensors" in message
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        ("not json", "not an index"),
+        ("[]", "not an index"),
+        ("{}", "not an index"),
+        (json.dumps({"weight_map": {"a": "../../etc/passwd"}}), "outside its own folder"),
+        (json.dumps({"weight_map": {"a": "gone.safetensors"}}), "1 of its 1 shards are missing"),
+        (json.dumps({"weight_map": {}}), "shards are missing"),
+        (json.dumps({"weight_map": {"a": 3}}), "outside its own folder"),
+    ],
+)
+def test_an_index_that_leads_nowhere(tmp_path, index, expected):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(index)
+    assert expected in refusal(path)
+
+
+def wan_with(extra=None, **sizes):
+    return tiny_wan(layers=1, **sizes) | {name: torch.zeros(shape) for name, shape in (extra or {}).items()}
+
+
+IMAGE = {"img_emb.proj.0.bias": (8,), "blocks.0.cross_attn.k_img.weight": (128, 128)}
+OTHER_KINDS = {
+    "Wan 2.1 I2V": wan_with(IMAGE, in_dim=36),
+    "Wan 2.1 FLF2V": wan_with(IMAGE | {"img_emb.emb_pos": (1, 514, 8)}, in_dim=36),
+    "Wan 2.2 I2V A14B": wan_with(in_dim=36),
+    "Wan VACE": wan_with(
+        {"vace_patch_embedding.weight": (128, 96, 1, 2, 2), "vace_blocks.0.self_attn.q.weight": (1, 1)}
+    ),
+    "Wan Fun Camera": wan_with({"control_adapter.conv.weight": (8, 8)} | IMAGE, in_dim=32),
+    "Wan Fun Control": wan_with({"ref_conv.weight": (8, 8)} | IMAGE, in_dim=48),
+    "Wan 2.2 S2V": wan_with({"casual_audio_encoder.encoder.final_linear.weight": (8, 8)}),
+    "HuMo": wan_with({"audio_proj.audio_proj_glob_1.layer.bias": (8,)}, in_dim=36),
+    "Wan 2.2 Animate": wan_with({"face_adapter.fuser_blocks.0.k_norm.weight": (8,)}, in_dim=36),
+    "SCAIL": wan_with({"patch_embedding_pose.weight": (8, 8)}),
+    "Wan 2.2 TI2V 5B": wan_with(in_dim=48, out_dim=48),
+    "a Wan with 20 input": wan_with(in_dim=20),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+@pytest.mark.parametrize("stored_as", ["original", "self_forcing", "diffusers"])
+def test_other_kinds_of_wan_are_refused_by_name(tmp_path, kind, stored_as):
+    weights = OTHER_KINDS[kind]
+    if stored_as == "self_forcing":
+        weights = {"generator_ema": prefixed(weights, "model.")}
+    elif stored_as == "diffusers":
+        weights = in_diffusers_names(weights)
+    torch.save(weights, tmp_path / "x.pt")
+    message = refusal(tmp_path / "x.pt")
+    assert f"this is {kind}" in message
+    assert "text-to-video checkpoint" in message
+
+
+def test_diffusers_image_to_video_names_are_understood(tmp_path):
+    weights = in_diffusers_names(tiny_wan(layers=1, in_dim=36))
+    weights["condition_embedder.image_embedder.norm1.weight"] = torch.zeros(8)
+    weights["blocks.0.attn2.add_k_proj.weight"] = torch.zeros(8, 8)
+    torch.save(weights, tmp_path / "x.pt")
+    assert "Wan 2.1 I2V" in refusal(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["decoder.middle.0.residual.0.gamma", "encoder.conv1.weight"], "a Wan VAE"),
+        (["token_embedding.weight", "blocks.0.attn.q.weight"], "a text encoder"),
+        (["double_blocks.0.img_attn.qkv.weight"], "a Flux or HunyuanVideo model"),
+        (["model.diffusion_model.input_blocks.0.0.weight"], "a Stable Diffusion UNet"),
+        (["net.blocks.0.self_attn.q_proj.weight"], "no Wan transformer in it (its 1 names begin with net.blocks"),
+        (["layers.0.weight"], "no Wan transformer in it (its 1 names begin with layers.0.weight"),
+        (["emb_params"], "no Wan transformer in it"),
+    ],
+)
+def test_files_that_are_no_wan_are_named_where_possible(tmp_path, names, expected):
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "x.safetensors")
+    assert expected in refusal(tmp_path / "x.safetensors")
+
+
+def test_files_without_weights(tmp_path):
+    torch.save([torch.zeros(3)], tmp_path / "list.pt")
+    assert "holds a list, not a dict" in refusal(tmp_path / "list.pt")
+    torch.save({"step": 3, "generator": None}, tmp_path / "numbers.pt")
+    assert "holds no weights" in refusal(tmp_path / "numbers.pt")
+    torch.save({"critic": tiny_wan(layers=1)}, tmp_path / "critic.pt")
+    assert "holds only critic" in refusal(tmp_path / "critic.pt")
+
+
+def test_missing_weights_are_counted_and_the_first_named(tmp_path):
+    weights = tiny_wan()
+    for name in ("blocks.1.ffn.0.weight", "blocks.1.ffn.2.bias", "head.head.bias", "patch_embedding.bias"):
+        del weights[name]
+    torch.save({"generator_ema": weights, "generator": tiny_wan()}, tmp_path / "x.pt")
+    message = refusal(tmp_path / "x.pt")
+    assert (
+        "4 of 69 weights are missing (blocks.1.ffn.0.weight, blocks.1.ffn.2.bias, head.head.bias and 1 more)" in message
+    )
+    assert "other weights in this file: generator" in message
+
+
+@pytest.mark.parametrize("absent", ["head.modulation", "blocks.0.", "text_embedding."])
+def test_a_part_of_a_model_is_called_incomplete(tmp_path, absent):
+    weights = {name: value for name, value in tiny_wan().items() if not name.startswith(absent)}
+    save_file(weights, tmp_path / "x.safetensors")
+    assert "incomplete" in refusal(tmp_path / "x.safetensors")
+
+
+def test_a_lone_layer_with_a_huge_number_does_not_fill_memory(tmp_path):
+    weights = tiny_wan(layers=1) | {"blocks.987654321.modulation": torch.zeros(1)}
+    save_file(weights, tmp_path / "x.safetensors")
+    assert "incomplete" in refusal(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("blocks.1.ffn.0.weight", (192, 64)),
+        ("patch_embedding.weight", (128,)),
+        ("head.modulation", ()),
+        ("head.head.weight", (64,)),
+        ("blocks.0.ffn.0.bias", ()),
+        ("head.modulation", (1, 2, 100)),
+        ("text_embedding.0.weight", (0,)),
+    ],
+)
+def test_weights_of_another_shape_are_refused(tmp_path, name, shape):
+    save_file(tiny_wan() | {name: torch.zeros(shape)}, tmp_path / "x.safetensors")
+    refusal(tmp_path / "x.safetensors")
+
+
+def test_layers_with_unknown_parts_are_refused_rather_than_run_without_them(tmp_path):
+    torch.save(tiny_wan() | {"blocks.0.cam_encoder.weight": torch.zeros(2)}, tmp_path / "x.pt")
+    assert "blocks.0.cam_encoder.weight" in refusal(tmp_path / "x.pt")
+
+
+def test_two_models_in_one_flat_file_are_not_mixed(tmp_path):
+    both = prefixed(tiny_wan(layers=1), "student.") | prefixed(tiny_wan(layers=1, seed=1), "average.")
+    save_file(both, tmp_path / "x.safetensors")
+    assert "2 models side by side, under average., student." in refusal(tmp_path / "x.safetensors")
+
+
+def test_several_unnamed_sets_of_weights_need_a_choice(tmp_path):
+    torch.save({"first": tiny_wan(layers=1), "second": tiny_wan(layers=1)}, tmp_path / "x.pt")
+    assert "first, second; name one with weights=" in refusal(tmp_path / "x.pt")
+    assert "'first', 'second'" in refusal(tmp_path / "x.pt", weights="third")
+    assert load_dit_state_dict(tmp_path / "x.pt", weights="second")[1].weights == "second"
+
+
+def test_a_lora_given_as_a_model_says_where_it_belongs(tmp_path):
+    pair = {
+        "blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 128),
+        "blocks.0.self_attn.q.lora_B.weight": torch.zeros(128, 4),
+    }
+    torch.save({"generator_lora": prefixed(pair, "base_model.model.")}, tmp_path / "lora.pt")
+    save_file(prefixed(pair, "diffusion_model."), tmp_path / "lora.safetensors")
+    for name in ("lora.pt", "lora.safetensors"):
+        message = refusal(tmp_path / name)
+        assert "this is a LoRA" in message
+        assert "lora=" in message
+
+
+def test_inspecting_refuses_what_loading_refuses(tmp_path):
+    torch.save(OTHER_KINDS["Wan VACE"], tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="Wan VACE"):
+        inspect_checkpoint(tmp_path / "x.pt")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch 2.13 calls its own TorchScript deprecated
+def test_a_compiled_program_is_not_a_checkpoint(tmp_path):
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), buffer)
+    (tmp_path / "x.pt").write_bytes(buffer.getvalue())
+    assert "TorchScript" in refusal(tmp_path / "x.pt")

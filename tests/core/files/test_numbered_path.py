@@ -1,0 +1,92 @@
+"""Numbered names: they go on from what is there, and two runs never share one."""
+
+import os
+
+import pytest
+
+from lightforcing.lightforcing_core.files.output import OutputError, numbered_path, whole_file
+
+
+def test_numbers_go_on_from_the_highest(tmp_path):
+    names = ("clip_00001.mp4", "CLIP_00007_.png", "clip_00003.partial.mp4", "clipper_00050.mp4", "clip_x.mp4")
+    for name in names:
+        (tmp_path / name).touch()
+    with numbered_path(tmp_path, "clip", ".webm") as path:
+        assert path == tmp_path / "clip_00008.webm"
+        assert not path.exists()
+    with numbered_path(tmp_path / "new", "a.b (c)", ".mp4") as path:
+        assert path.name == "a.b (c)_00001.mp4"
+
+
+def test_numbers_are_reserved_while_in_use(tmp_path):
+    with numbered_path(tmp_path, "clip", ".mp4") as one, numbered_path(tmp_path, "clip", ".webm") as other:
+        assert (one.name, other.name) == ("clip_00001.mp4", "clip_00002.webm")
+    assert os.listdir(tmp_path) == []
+
+
+def test_five_digits_are_no_limit(tmp_path):
+    (tmp_path / "clip_99999.mp4").touch()
+    with numbered_path(tmp_path, "clip", ".mp4") as path:
+        path.touch()
+    with numbered_path(tmp_path, "clip", ".mp4") as path:
+        assert path.name == "clip_100001.mp4"
+
+
+def test_a_faster_process_gets_the_number(tmp_path, monkeypatch):
+    """Another process reserves between our look and our claim."""
+    look = os.listdir
+
+    def slow(folder):
+        found = look(folder)
+        monkeypatch.setattr(os, "listdir", look)
+        (tmp_path / ".clip_00001.reserved").touch()
+        return found
+
+    monkeypatch.setattr(os, "listdir", slow)
+    with numbered_path(tmp_path, "clip", ".mp4") as path:
+        assert path.name == "clip_00002.mp4"
+
+
+def test_a_file_that_appeared_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    """Another process reserves, writes and releases between our look and our claim."""
+    look = os.listdir
+
+    def slow(folder):
+        found = look(folder)
+        monkeypatch.setattr(os, "listdir", look)
+        (tmp_path / "clip_00001.mp4").touch()
+        return found
+
+    monkeypatch.setattr(os, "listdir", slow)
+    with numbered_path(tmp_path, "clip", ".mp4") as path:
+        assert path.name == "clip_00002.mp4"
+    assert os.listdir(tmp_path) == ["clip_00001.mp4"]
+
+
+def test_the_name_may_be_taken_before_the_reservation_goes(tmp_path):
+    with numbered_path(tmp_path, "clip", ".mp4") as path, whole_file(path) as partial:
+        partial.write_bytes(b"frames")
+    assert os.listdir(tmp_path) == ["clip_00001.mp4"]
+
+
+def test_folder_made_for_a_file_that_never_came_goes_again(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder in (tmp_path / "new" / "below", tmp_path / "mine"):
+        with numbered_path(folder, "clip", ".mp4"):
+            assert folder.is_dir()
+    assert os.listdir(tmp_path) == ["mine"]
+
+
+def test_name_that_no_file_can_have_is_an_error(tmp_path):
+    with (
+        pytest.raises(OutputError, match="File name too long; choose another name"),
+        numbered_path(tmp_path / "new", "x" * 250, ".mp4"),
+    ):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("prefix", ["", "a/b", "../a", "/a", "a\0"])
+def test_prefixes_that_are_no_file_names_are_refused(tmp_path, prefix):
+    with pytest.raises(ValueError, match="no plain file name"), numbered_path(tmp_path, prefix, ".mp4"):
+        pass

@@ -1,0 +1,244 @@
+"""The FP8 writer: what it stores, what it says of the file, and what it refuses before any work."""
+
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from lightforcing.cli.main import app
+from lightforcing.lightforcing_core.checkpoint.load import CheckpointError, inspect_checkpoint, load_dit_state_dict
+from lightforcing.lightforcing_core.files.output import OutputError
+from lightforcing.lightforcing_core.files.tensors import stream_tensors, write_tensors
+from lightforcing.lightforcing_core.fp8.export import write_fp8_checkpoint
+from lightforcing.lightforcing_core.model.wan import wan_from_state_dict
+
+from ...support.checkpoint_samples import LINEARS, assert_same, fsdp_wrapped, in_diffusers_names, prefixed, tiny_wan
+
+LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in LINEARS]
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def source(tmp_path):
+    torch.save({"generator_ema": prefixed(tiny_wan(), "model.")}, tmp_path / "self_forcing_dmd.pt")
+    return tmp_path / "self_forcing_dmd.pt"
+
+
+def metadata_of(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["quantize", *(str(argument) for argument in arguments)])
+
+
+def test_every_published_matrix_is_fp8_with_one_scale_and_the_formats_name(source, tmp_path):
+    written = write_fp8_checkpoint(source, tmp_path / "self_forcing_fp8.safetensors")
+    stored, weights = load_file(written.path), tiny_wan()
+    extra = {f"{layer}.{leaf}" for layer in LAYERS for leaf in ("weight_scale", "comfy_quant")}
+    assert stored.keys() == weights.keys() | extra
+    for layer in LAYERS:
+        weight, scale = weights[f"{layer}.weight"], stored[f"{layer}.weight_scale"]
+        assert scale.dtype == torch.float32
+        assert scale.shape == ()
+        assert scale == weight.abs().max() / 448
+        assert stored[f"{layer}.weight"].dtype == torch.float8_e4m3fn
+        assert torch.equal(stored[f"{layer}.weight"].float(), (weight / scale).to(torch.float8_e4m3fn).float())
+        assert json.loads(bytes(stored[f"{layer}.comfy_quant"].tolist())) == {"format": "float8_e4m3fn"}
+    rest = {name: value for name, value in weights.items() if name.removesuffix(".weight") not in LAYERS}
+    kept = {n: v if n.startswith("patch_embedding.") else v.bfloat16() for n, v in rest.items()}
+    assert_same({name: stored[name] for name in rest}, kept)
+
+
+def test_our_reader_takes_the_file_as_comfyuis_format_and_makes_it_plain(source, tmp_path):
+    written = write_fp8_checkpoint(source, tmp_path / "self_forcing_fp8.safetensors")
+    loaded, info = load_dit_state_dict(written.path)
+    assert_same(loaded, load_file(written.path))
+    assert info.quantised == "float8_e4m3fn in ComfyUI's format (comfy_quant), 20 layers"
+    assert info.family.id == "self_forcing"
+    plain, _ = load_dit_state_dict(written.path, dequantise_all=True)
+    wan_from_state_dict(plain)
+    squares = [0.0, 0.0]
+    for layer in LAYERS:
+        weight = tiny_wan()[f"{layer}.weight"]
+        difference = (plain[f"{layer}.weight"].float() - weight).norm() / weight.norm()
+        assert 0.02 < difference < 0.03
+        exact = load_file(written.path)[f"{layer}.weight"].float() * load_file(written.path)[f"{layer}.weight_scale"]
+        squares = [squares[0] + (exact - weight).square().sum(), squares[1] + weight.square().sum()]
+    assert written.error == pytest.approx((squares[0] / squares[1]).sqrt().item(), rel=1e-4)
+    assert written.error < written.worst[1] < 0.03
+    assert written.worst[0] in LAYERS
+
+
+def test_halves_a_bf16_file(tmp_path):
+    save_file(tiny_wan(dtype=torch.bfloat16), tmp_path / "self_forcing.safetensors")
+    written = write_fp8_checkpoint(tmp_path / "self_forcing.safetensors", tmp_path / "self_forcing_fp8.safetensors")
+    matrices = sum(tiny_wan()[f"{layer}.weight"].numel() for layer in LAYERS)
+    assert written.bytes_before == (tmp_path / "self_forcing.safetensors").stat().st_size
+    assert written.bytes_after == (tmp_path / "self_forcing_fp8.safetensors").stat().st_size
+    saved = written.bytes_before - written.bytes_after
+    assert 20 * (4 + 27) < matrices - saved < 20 * (4 + 27) + 40 * 150  # scales, markers, their 40 header entries
+
+
+@pytest.mark.parametrize("rename", [fsdp_wrapped, in_diffusers_names])
+def test_any_layout_comes_out_in_original_names(source, tmp_path, rename):
+    save_file(rename(tiny_wan()), tmp_path / "self_forcing_other.safetensors")
+    for name in ("self_forcing_dmd.pt", "self_forcing_other.safetensors"):
+        write_fp8_checkpoint(tmp_path / name, tmp_path / f"{name}.safetensors")
+    first, second = (
+        load_file(tmp_path / f"{name}.safetensors")
+        for name in ("self_forcing_dmd.pt", "self_forcing_other.safetensors")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name].float(), second[name].float()) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "causal"),
+    [
+        ("self_forcing.safetensors", {}, True),
+        ("wan2.1_t2v.safetensors", {}, False),
+        ("mine.safetensors", {"config": json.dumps({"transformer": {"causal_ar": True}})}, True),
+        ("krea.safetensors", {"config": json.dumps({"transformer": {"x": 1}, "y": 2}), "author": "someone"}, True),
+    ],
+)
+def test_says_that_it_is_autoregressive_only_where_that_is_known(tmp_path, name, metadata, causal):
+    save_file(tiny_wan(), tmp_path / name, metadata=metadata)
+    written = write_fp8_checkpoint(tmp_path / name, tmp_path / f"fp8_{name}")
+    stored = metadata_of(written.path)
+    assert inspect_checkpoint(written.path).causal_metadata is causal
+    if name.startswith("krea"):
+        assert stored["author"] == "someone"
+        assert json.loads(stored["config"]) == {"transformer": {"x": 1, "causal_ar": True}, "y": 2}
+    if not causal:
+        assert "config" not in stored
+
+
+def test_a_lora_is_merged_before_rounding(tmp_path):
+    save_file(tiny_wan(), tmp_path / "longlive_base.safetensors")
+    up, down = torch.randn(128, 4), torch.randn(4, 128)
+    lora = {
+        "diffusion_model.blocks.1.self_attn.q.lora_A.weight": down,
+        "diffusion_model.blocks.1.self_attn.q.lora_B.weight": up,
+    }
+    save_file(lora, tmp_path / "lora.safetensors")
+    written = write_fp8_checkpoint(
+        tmp_path / "longlive_base.safetensors",
+        tmp_path / "longlive_fp8.safetensors",
+        lora=tmp_path / "lora.safetensors",
+    )
+    plain, _ = load_dit_state_dict(written.path, dequantise_all=True)
+    merged = tiny_wan()["blocks.1.self_attn.q.weight"] + up @ down
+    assert (plain["blocks.1.self_attn.q.weight"].float() - merged).norm() / merged.norm() < 0.03
+    assert any("LoRA lora.safetensors added: 1 layers" in note for note in written.notes)
+
+
+def test_layers_that_fp8_cannot_take_stay_in_16_bits_and_are_noted(tmp_path):
+    save_file(tiny_wan(ffn_dim=200), tmp_path / "self_forcing.safetensors")
+    written = write_fp8_checkpoint(tmp_path / "self_forcing.safetensors", tmp_path / "self_forcing_fp8.safetensors")
+    stored = load_file(written.path)
+    assert written.layers == 16
+    assert stored["blocks.0.ffn.0.weight"].dtype == torch.bfloat16
+    assert "blocks.0.ffn.0.comfy_quant" not in stored
+    assert any("4 layers stay in 16 bits" in note for note in written.notes)
+
+
+def refusals(folder):
+    """(arguments, words of the message) for everything that is refused; `folder` is filled with what they need."""
+    save_file(tiny_wan(), folder / "self_forcing.safetensors")
+    save_file({"a.weight": torch.zeros(4, 4)}, folder / "no_wan.safetensors")
+    (folder / "there.safetensors").write_bytes(b"mine")
+    fp8 = {n: v.to(torch.float8_e4m3fn) for n, v in tiny_wan().items()}
+    save_file(fp8, folder / "cast.safetensors")
+    source = folder / "self_forcing.safetensors"
+    return {
+        "exists already; choose another name, or replace it with --force": (source, folder / "there.safetensors"),
+        "is the source itself": (source, source, "--force"),
+        "no such folder": (source, folder / "absent" / "x.safetensors"),
+        "name the output with .safetensors": (source, folder / "x.pt"),
+        "is quantised already (float8_e4m3fn without scales)": (folder / "cast.safetensors", folder / "x.safetensors"),
+        "no_wan.safetensors: ": (folder / "no_wan.safetensors", folder / "x.safetensors"),
+        "no such file": (folder / "absent.pt", folder / "x.safetensors"),
+        "has no weights named 'ema'": (source, folder / "x.safetensors", "--weights", "ema"),
+    }
+
+
+def test_what_cannot_work_is_refused_in_one_line_and_leaves_nothing(tmp_path):
+    cases = refusals(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for words, arguments in cases.items():
+        result = run(*arguments)
+        assert result.exit_code == 1, words
+        assert words in result.output
+        assert result.output.count("\n") == 1
+        assert "Traceback" not in result.output
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_disk_that_is_too_small_is_told_before_any_work(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9, 1000))
+    save_file({"0.cond": torch.randn(1, 7, 32)}, tmp_path / "prompts.safetensors")
+    work = []
+    with pytest.raises(OutputError, match="free some space"):
+        write_fp8_checkpoint(
+            source,
+            tmp_path / "x.safetensors",
+            prompts=tmp_path / "prompts.safetensors",
+            on_progress=lambda *step: work.append(step),
+        )
+    assert work == []
+
+
+def test_damaged_weights_leave_the_former_file_as_it_was(tmp_path):
+    weights = tiny_wan()
+    weights["blocks.1.ffn.2.weight"][3, 5] = float("nan")
+    save_file(weights, tmp_path / "self_forcing.safetensors")
+    (tmp_path / "out.safetensors").write_bytes(b"mine")
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.2\.weight holds values that are not finite"):
+        write_fp8_checkpoint(tmp_path / "self_forcing.safetensors", tmp_path / "out.safetensors", overwrite=True)
+    assert (tmp_path / "out.safetensors").read_bytes() == b"mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "self_forcing.safetensors"]
+
+
+def test_the_command_says_what_it_wrote(source, tmp_path):
+    out = tmp_path / "mine.safetensors"
+    result = run(source, out)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {out} " in result.output
+    assert "20 layers in FP8; rounding moved their weights by 2.6" in result.output
+    assert "rename the file to contain 'self_forcing'" in result.output
+    out.write_bytes(b"old")
+    assert run(source, out, "--force").exit_code == 0
+    assert inspect_checkpoint(out).layers == 2
+
+
+def test_a_streamed_file_is_the_one_written_at_once_in_any_order(tmp_path):
+    tensors = {
+        "b": torch.arange(7, dtype=torch.uint8),
+        "a": torch.randn(3, 5).to(torch.float8_e4m3fn),
+        "c": torch.randn(2, 3, dtype=torch.bfloat16),
+        "d": torch.tensor(3.5),
+        "e": torch.randn(4, 6).t(),
+    }
+    streamed = stream_tensors(tmp_path / "s.safetensors", tensors, reversed(tensors.items()), {"k": "ü"})
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_tensors(tmp_path / "w.safetensors", contiguous, {"k": "ü"})
+    loaded = load_file(streamed)
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in load_file(tmp_path / "w.safetensors").items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name].float(), tensor.float())
+    assert metadata_of(streamed) == {"k": "ü"}
+
+
+@pytest.mark.parametrize("tensors", [{}, {"a": torch.zeros(3)}, {"b": torch.zeros(2)}])
+def test_a_stream_that_breaks_its_announcement_leaves_no_file(tmp_path, tensors):
+    with pytest.raises(ValueError, match="announced"):
+        stream_tensors(tmp_path / "s.safetensors", {"a": torch.zeros(2)}, tensors.items(), {})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,131 @@
+"""The memory estimate against exact counts, and what it must follow."""
+
+import math
+
+import pytest
+import torch
+
+from lightforcing.benchmarks.memory import MemoryCase, _estimated, measured_peak
+from lightforcing.lightforcing_core.memory.estimate import AllocationPeak, MemoryEstimate, ModelSize, estimate
+from lightforcing.lightforcing_core.model.kv_cache import kv_bytes
+from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.rollout.schedule import Schedule
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = ModelSize.of_wan(dim=256, ffn_dim=512, layers=3, text_dim=64)
+SPARSE = {"target": 0.5, "base": 0.7}
+
+
+def tiny(schedule=None, **options):
+    return estimate(TINY, schedule or Schedule(12), **{"height": 64, "width": 96, **options})
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        MemoryCase("dense", Schedule(9), 128, 192, ffn_dim=1536, layers=3, text_dim=64),
+        MemoryCase(
+            "window, sinks", Schedule(9, window=6, sink_frames=1, sink_rope="follow", **SPARSE), 64, 96, layers=2
+        ),
+        MemoryCase("ragged frames", Schedule(6, **SPARSE), 80, 112, text_dim=64, backend="reference"),
+        MemoryCase("decode", Schedule(6), 64, 96, dim=128, ffn_dim=256, layers=1, text_dim=64, vae_dim=24),
+        MemoryCase("guided, batch 2", Schedule(6, **SPARSE), 64, 96, layers=2, text_dim=64, batch=2, cfg=2.0),
+    ],
+    ids=lambda case: case.name,
+)
+def test_estimate_is_within_ten_percent_of_what_the_allocator_held(case):
+    expected, _ = _estimated(case, torch.device("cpu"))
+    assert expected.total == pytest.approx(measured_peak(case, torch.device("cpu")), rel=0.10)
+
+
+def test_cache_is_the_stated_formula_plus_pooled_keys():
+    dense, sparse = tiny(), tiny(Schedule(12, **SPARSE))
+    keys_and_values = kv_bytes(3, 1, 12, 24, 2, 128, torch.bfloat16)
+    assert dense.cache == keys_and_values
+    assert sparse.cache == keys_and_values + 3 * 12 * (1 + 1) * 2 * 128 * 2  # a block mean and a frame mean per frame
+
+
+def test_cache_counts_sink_originals_of_a_window_that_moves():
+    window = {"window": 6, "sink_frames": 2}
+    fixed, follow = (tiny(Schedule(12, sink_rope=rope, **window)) for rope in ("fixed", "follow"))
+    assert follow.cache - fixed.cache == 3 * 2 * 24 * 2 * 128 * 2
+    assert tiny(Schedule(6, sink_rope="follow", **window)).cache == tiny(Schedule(6)).cache  # nothing is evicted
+
+
+def test_length_costs_nothing_once_the_window_is_full():
+    long, longer = (tiny(Schedule(frames, window=6, sink_frames=1)) for frames in (12, 1200))
+    assert long == longer
+
+
+def test_guidance_keeps_a_second_cache_and_prompt():
+    plain, guided = tiny(), tiny(guided=True)
+    assert (guided.cache, guided.prompt) == (2 * plain.cache, 2 * plain.prompt)
+    assert (guided.step, guided.weights) == (plain.step, plain.weights)
+
+
+def test_weights_are_those_of_the_module():
+    dit = wan_from_state_dict(random_state_dict(dim=256, ffn_dim=512, layers=3, text_dim=64), dtype=torch.bfloat16)
+    assert ModelSize.of_module(dit) == TINY
+    assert TINY.weight_bytes == sum(tensor.nbytes for tensor in dit.state_dict().values())
+
+
+def test_real_model_is_known_from_its_widths_alone():
+    size = ModelSize.of_wan(dim=1536, ffn_dim=8960, layers=30)
+    expected = estimate(size, Schedule(21, target=0.88, base=0.98), height=480, width=832, vae_dim=24)
+    assert size.weight_bytes == pytest.approx(2 * 1.419e9, rel=0.001)  # 1.3B's 1,418,996,800 parameters
+    assert expected.cache == pytest.approx(21 * 287.5e6, rel=0.02)  # and the pooled keys
+    assert expected.total < 10.5e9
+
+
+def test_step_and_decode_are_held_by_turns():
+    parts = {"weights": 1, "cache": 20, "prompt": 300, "step": 4000, "vae": 50000, "history": 600000}
+    assert MemoryEstimate(**parts, decode=1000).total == 654321
+    assert MemoryEstimate(**parts, decode=7000).total == 657321
+
+
+def test_overlapped_they_are_held_together_and_a_graph_keeps_its_own():
+    parts = {"weights": 1, "cache": 20, "prompt": 300, "step": 4000, "vae": 50000, "history": 600000, "decode": 1000}
+    assert MemoryEstimate(**parts, overlapped=True).total == 655321
+    assert MemoryEstimate(**parts, graph=4000).total == 658321
+    schedule = Schedule(6)
+    plain, beside = tiny(schedule, vae_dim=24), tiny(schedule, vae_dim=24, overlap=True, cuda_graph=True)
+    assert beside.total == plain.total + min(plain.step, plain.decode) + plain.step
+    assert tiny(schedule, overlap=True).overlapped is False  # nothing is decoded
+    assert "decode beside it" in str(beside)
+    assert "CUDA graph" in str(beside)
+    assert "CUDA graph" not in str(plain)
+
+
+def test_summary_is_one_line_with_the_total():
+    line = str(MemoryEstimate(weights=2**30, cache=2**29, prompt=0, step=2**28))
+    assert line == "needs about 1.75 GiB (weights 1.00, KV cache 0.50, one step 0.25)"
+
+
+def test_peak_counts_what_is_alive_and_no_views():
+    with AllocationPeak() as peak:
+        first = torch.zeros(1000)
+        first.view(10, 100).add_(1)
+        assert peak.peak == 4000
+        second = first + 1
+        del first
+        third = second + 1
+        assert peak.peak == 8000
+        del second, third
+        peak.reset()
+        assert peak.peak == 0
+        assert math.isclose(float(torch.ones(500).sum()), 500)
+        assert peak.peak == 2004
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 100}, "height 100 is not a multiple of 16; use 96 or 112"),
+        ({"width": 8}, "width 8 is not a multiple of 16; use 16 or 32"),
+        ({"backend": "magic"}, "unknown attention backend 'magic'; use one of 'triton'"),
+    ],
+)
+def test_impossible_sizes_say_what_is_possible(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**options)

@@ -1,0 +1,168 @@
+"""The cached causal forward against one masked pass of an independent model over the whole sequence."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.model.causal import CausalState, forward
+from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+
+_spec = importlib.util.spec_from_file_location("naive_wan", Path(__file__).parents[2] / "support" / "naive_wan.py")
+naive_wan = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(naive_wan)
+
+LAYERS, HEIGHT, WIDTH, TEXT = 2, 4, 6, 32
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_state_dict(dim=256, ffn_dim=320, layers=LAYERS, text_dim=TEXT)
+
+
+def make_state(slots, sinks=0, sink_rope="fixed", batch=1, dtype=torch.float32, **options):
+    cache = KVCache(
+        layers=LAYERS,
+        batch=batch,
+        slots=slots,
+        tokens_per_frame=HEIGHT * WIDTH // 4,
+        heads=2,
+        head_dim=128,
+        sink_frames=sinks,
+        sink_rope=sink_rope,
+        dtype=dtype,
+    )
+    return CausalState(cache, AttentionOptions(**options))
+
+
+def visible_mask(lengths, window, sinks):
+    """Which frames each frame may see: its chunk, the sinks and the newest others inside the window."""
+    frames = sum(lengths)
+    mask = torch.zeros(frames, frames, dtype=torch.bool)
+    start = 0
+    for length in lengths:
+        end = start + length
+        newest = range(max(0, end - (window - sinks)), end)
+        for frame in range(start, end):
+            mask[frame, [*range(min(sinks, end)), *newest]] = True
+        start = end
+    return mask
+
+
+def run_cached(dit, latents, lengths, timestep, context, state):
+    """Commit all chunks but the last with clean passes, then predict the last one's flow."""
+    start = 0
+    for index, length in enumerate(lengths):
+        state.open_chunk(length, 0.0, "cpu")
+        chunk = latents[:, :, start : start + length]
+        if index == len(lengths) - 1:
+            return forward(dit, chunk, torch.full((latents.shape[0],), timestep), context, state)
+        state.clean = True
+        forward(dit, chunk, torch.zeros(latents.shape[0]), context, state)
+        state.clean = False
+        state.cache.commit()
+        start += length
+
+
+@pytest.mark.parametrize(
+    ("lengths", "window", "sinks"),
+    [([3, 3, 3], 9, 0), ([1, 1, 1, 1], 4, 0), ([1, 3, 3, 2], 9, 0), ([3, 3, 3, 3], 6, 0), ([2, 2, 2, 2, 2], 5, 1)],
+)
+def test_cached_forward_equals_one_masked_pass(weights, lengths, window, sinks):
+    dit = wan_from_state_dict(weights, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(len(lengths))
+    frames = sum(lengths)
+    latents = torch.randn(1, 16, frames, HEIGHT, WIDTH, generator=generator, dtype=torch.float64)
+    context = torch.randn(1, 7, TEXT, generator=generator, dtype=torch.float64)
+    flow = run_cached(dit, latents, lengths, 833.25, context, make_state(window, sinks, dtype=torch.float64))
+
+    timesteps = torch.zeros(frames)
+    timesteps[-lengths[-1] :] = 833.25
+    expected = naive_wan.naive_forward(
+        weights, latents[0], timesteps, context[0], visible_mask(lengths, window, sinks), LAYERS
+    )
+    # float32 enters through the patch embedding and the sinusoid, as in the host.
+    torch.testing.assert_close(flow[0], expected[:, -lengths[-1] :], rtol=0, atol=2e-4)
+    assert expected.std() > 0.1
+
+
+def test_per_frame_timesteps_equal_one_masked_pass(weights):
+    dit = wan_from_state_dict(weights, dtype=torch.float64)
+    latents, context = torch.randn(1, 16, 3, HEIGHT, WIDTH, dtype=torch.float64), torch.randn(1, 7, TEXT).double()
+    timesteps = torch.tensor([[900.0, 500.0, 100.0]])
+    state = make_state(3, dtype=torch.float64)
+    state.open_chunk(3, 0.0, "cpu")
+    flow = forward(dit, latents, timesteps, context, state)
+    everything = torch.ones(3, 3, dtype=torch.bool)
+    expected = naive_wan.naive_forward(weights, latents[0], timesteps[0], context[0], everything, LAYERS)
+    torch.testing.assert_close(flow[0], expected, rtol=0, atol=2e-4)
+
+
+def test_batch_items_do_not_mix(weights):
+    dit = wan_from_state_dict(weights)
+    latents, context = torch.randn(2, 16, 6, HEIGHT, WIDTH), torch.randn(2, 7, TEXT)
+    together = run_cached(dit, latents, [3, 3], 500.0, context, make_state(6, batch=2))
+    for item in range(2):
+        alone = run_cached(dit, latents[item : item + 1], [3, 3], 500.0, context[item : item + 1], make_state(6))
+        torch.testing.assert_close(together[item : item + 1], alone, rtol=0, atol=1e-4)
+
+
+def test_frame_indices_beyond_1024_work(weights):
+    dit = wan_from_state_dict(weights)
+    state = make_state(6)
+    state.cache._next_frame = 2000
+    latents, context = torch.randn(1, 16, 6, HEIGHT, WIDTH), torch.randn(1, 7, TEXT)
+    late = run_cached(dit, latents, [3, 3], 500.0, context, state)
+    early = run_cached(dit, latents, [3, 3], 500.0, context, make_state(6))
+    # Attention depends on differences of frame indices only.
+    torch.testing.assert_close(late, early, rtol=0, atol=1e-3)
+
+
+def test_cross_attention_keys_are_computed_once_per_prompt(weights):
+    dit = wan_from_state_dict(weights)
+    calls = []
+    dit.blocks[0].cross_attn.k.register_forward_hook(lambda *_: calls.append(1))
+    run_cached(dit, torch.randn(1, 16, 9, HEIGHT, WIDTH), [3, 3, 3], 500.0, torch.randn(1, 7, TEXT), make_state(9))
+    assert len(calls) == 1
+
+
+def test_clean_pass_skips_what_only_the_output_needs(weights):
+    dit = wan_from_state_dict(weights)
+    calls = []
+    dit.blocks[-1].ffn.register_forward_hook(lambda *_: calls.append(1))
+    run_cached(dit, torch.randn(1, 16, 6, HEIGHT, WIDTH), [3, 3], 500.0, torch.randn(1, 7, TEXT), make_state(6))
+    assert len(calls) == 1  # the denoising pass alone
+
+
+def test_sparse_chunks_report_their_density(weights):
+    state = make_state(9, keep_frames=6)
+    for _ in range(2):
+        state.open_chunk(3, 0.5, "cpu")
+        state.cache.commit()
+    # 6 tokens make one block per frame: half of 6 blocks.
+    assert state.density == 0.5
+
+
+def test_wrong_frames_and_sizes_are_named(weights):
+    dit = wan_from_state_dict(weights)
+    state = make_state(6)
+    state.open_chunk(3, 0.0, "cpu")
+    context = torch.randn(1, 7, TEXT)
+    with pytest.raises(ValueError, match="2 latent frames but the open chunk has 3"):
+        forward(dit, torch.randn(1, 16, 2, HEIGHT, WIDTH), torch.zeros(1), context, state)
+    with pytest.raises(ValueError, match="8×6 are not 6 tokens"):
+        forward(dit, torch.randn(1, 16, 3, 8, WIDTH), torch.zeros(1), context, state)
+
+
+def test_state_dicts_that_do_not_fit_are_named(weights):
+    broken = dict(weights)
+    del broken["blocks.1.ffn.0.bias"]
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.0\.bias is missing"):
+        wan_from_state_dict(broken)
+    with pytest.raises(ValueError, match=r"img_emb\.proj\.0\.bias is not part of"):
+        wan_from_state_dict({**weights, "img_emb.proj.0.bias": torch.zeros(2)})
+    with pytest.raises(ValueError, match=r"patch_embedding\.weight is missing"):
+        wan_from_state_dict({})

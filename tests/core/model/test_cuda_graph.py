@@ -1,0 +1,502 @@
+"""Denoising steps that are recorded once per chunk and launched again: equal to running them, bit for bit.
+
+Recording is done on a tape of operations in the place of a CUDA graph, see `tape`.
+"""
+
+import logging
+
+import pytest
+import torch
+
+from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.attention.fast_path import is_recording, kernel_module
+from lightforcing.lightforcing_core.fp8.linear import quantize_linears
+from lightforcing.lightforcing_core.model import cuda_graph as step_graph
+from lightforcing.lightforcing_core.model import fused
+from lightforcing.lightforcing_core.model.causal import CausalState, forward
+from lightforcing.lightforcing_core.model.cuda_graph import why_no_graph, why_not_resident
+from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.model.kv_storage import KVOptions
+from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.rollout.record import RunRecorder
+from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout
+from lightforcing.lightforcing_core.rollout.timeline import Prompt
+
+from ...support import tape
+from ...support.tape import TapeRecorder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXT = 32
+CPU = torch.device("cpu")
+FOUR, SIX = few_step_sigmas(), few_step_sigmas((1000, 850, 700, 550, 400, 250))
+
+
+@pytest.fixture
+def dit():
+    return wan_from_state_dict(random_state_dict(dim=128, ffn_dim=128, layers=2, text_dim=TEXT, seed=0))
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """Steps are recorded on tapes; what became of the recordings."""
+    monkeypatch.setattr(step_graph, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(step_graph, "_verdicts", {})
+    monkeypatch.setattr(TapeRecorder, "events", [])
+    return TapeRecorder.events
+
+
+def prompt(seed):
+    return torch.randn(1, 6, TEXT, generator=torch.Generator().manual_seed(seed))
+
+
+def run(dit, cuda_graph, *, seen=None, options=None, context=None, **changes):
+    """Chunks of 2 frames of 35 tokens in ragged blocks of 16; `seen` gets what every pass leaves behind."""
+
+    def denoise(x, sigma, state):
+        timestep = torch.full((x.shape[0],), sigma * 1000.0)
+        x0 = x - sigma * forward(dit, x, timestep, state.text, state)
+        if seen is not None:
+            seen.append(left_by(state))
+        return x0
+
+    settings = {
+        "latent_shape": (1, 16, 6, 10, 14),
+        "frames_per_chunk": 2,
+        "sigmas": FOUR,
+        "growth": (0.0, 0.5, 0.6),
+        "attention": AttentionOptions("reference", (16, 16), 3, 1, 1, **(options or {})),
+        "denoise": denoise,
+        "cuda_graph": cuda_graph,
+        **changes,
+    }
+    return rollout(dit, prompt(1) if context is None else context, **settings)
+
+
+def video(chunks):
+    return torch.cat([chunk.latents for chunk in chunks], dim=2)
+
+
+def left_by(state):
+    """Everything that a pass leaves in a state: numbers, and copies of all that is visible of its tensors."""
+    cache = state.cache
+    layers = range(cache.layers)
+    stored = [part.clone() for layer in layers for part in cache.kv(layer).tensors()]
+    means = [cache._visible(name, layer).clone() for name in cache._means for layer in layers]
+    numbers = (state.passes, state.steps, state.clean, state.frames, state.start_frame, list(cache.slot_frames))
+    numbers += (list(cache._current), cache._committed, cache._next_frame, cache.storage.visible)
+    chosen = {layer: [part.clone() for part in parts] for layer, parts in state.selections.items()}
+    return numbers, stored + means + [part.clone() for pair in state.cross for part in pair], chosen
+
+
+CASES = {
+    "dense": {"growth": None},
+    "sparse": {},
+    "int8": {"kv": KVOptions("int8")},
+    "fp8, dense": {"kv": KVOptions("fp8"), "growth": None},
+    "tail": {"options": {"tail": True}},
+    "parts of blocks": {"options": {"estimator": "lse"}},
+    "tiles": {"options": {"tiles": True}},
+    "all of them": {"options": {"tail": True, "estimator": "lse", "tiles": True}, "kv": KVOptions("int8")},
+    "selections kept for two steps": {"options": {"reuse_steps": 2}, "sigmas": SIX},
+    "selections kept for three steps": {"options": {"reuse_steps": 3}, "sigmas": SIX},
+    "selections kept for a chunk": {"options": {"reuse_steps": 9}},
+    "ring wrapped, sinks follow": {"window": 4, "sink_frames": 1, "sink_rope": "follow"},
+    "guided": {"cfg": 2.0, "negative": prompt(9)},
+    "guided, selections kept": {"cfg": 2.0, "negative": prompt(9), "options": {"reuse_steps": 2}, "sigmas": SIX},
+    "prompt changes": {"context": [Prompt(prompt(1)), Prompt(prompt(2), 1, "soft"), Prompt(prompt(3), 2, "hard")]},
+    "a longer first chunk": {"first_sigmas": SIX},
+    "two videos": {"latent_shape": (2, 16, 6, 10, 14)},
+    "a given end": {"last_latents": torch.ones(1, 16, 1, 10, 14), "cfg": 2.0, "negative": prompt(9)},
+    "nothing chosen by frames": {"growth": (0.0, 0.5, 0.5), "latent_shape": (1, 16, 4, 10, 14)},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_launched_steps_leave_exactly_what_running_them_leaves(dit, events, case):
+    plainly, launched = [], []
+    expected = video(run(dit, "off", seen=plainly, **case))
+    assert not events
+    assert torch.equal(video(run(dit, "on", seen=launched, **case)), expected)
+    assert sum(kind == "launch" for kind, _ in events) >= 4
+    for (numbers, held, chosen), (same_numbers, same_held, same_chosen) in zip(plainly, launched, strict=True):
+        assert numbers == same_numbers
+        assert len(held) == len(same_held)
+        assert all(map(torch.equal, held, same_held))
+        assert chosen.keys() == same_chosen.keys()
+        for layer in chosen:
+            assert all(map(torch.equal, chosen[layer], same_chosen[layer]))
+
+
+def test_a_chunk_runs_its_first_step_and_launches_the_others(dit, events):
+    list(run(dit, "on"))
+    # The first launch of each kind, dense and sparse, was compared with running it.
+    launches = [[kind for kind, number in events if number == one].count("launch") for one in (1, 2, 3)]
+    assert launches == [3, 3, 3]
+
+
+def test_a_recording_goes_only_when_the_next_one_is_there(dit, events):
+    list(run(dit, "on"))
+    order = [event for event in events if event[0] != "launch"]
+    assert order == [("record", 1), ("record", 2), ("free", 1), ("record", 3), ("free", 2), ("free", 3)]
+
+
+def test_guided_runs_free_the_recordings_of_both_prompts(dit, events):
+    list(run(dit, "on", cfg=2.0, negative=prompt(9)))
+    assert sorted(number for kind, number in events if kind == "free") == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("end", ["closed", "broken"])
+def test_recordings_go_with_a_run_that_ends_early(dit, events, end):
+    def on_step(event):
+        if end == "broken" and event.index == 1 and event.step == 2:
+            raise RuntimeError("stop")
+
+    chunks = run(dit, "on", on_step=on_step)
+    next(chunks)
+    if end == "closed":
+        chunks.close()
+    else:
+        with pytest.raises(RuntimeError, match="stop"):
+            next(chunks)
+    recorded, freed = ({number for kind, number in events if kind == what} for what in ("record", "free"))
+    assert recorded == freed != set()
+
+
+@pytest.mark.parametrize("steps", [(1000,), (1000, 500)])
+def test_too_few_steps_are_not_worth_recording(dit, events, steps):
+    expected = video(run(dit, "off", sigmas=few_step_sigmas(steps)))
+    assert torch.equal(video(run(dit, "on", sigmas=few_step_sigmas(steps))), expected)
+    assert not events
+
+
+def test_steps_that_select_and_steps_that_reuse_are_recorded_apart(dit, events):
+    list(run(dit, "on", options={"reuse_steps": 2}, sigmas=SIX, latent_shape=(1, 16, 4, 10, 14)))
+    numbers = [number for kind, number in events if kind == "launch"]
+    # A dense chunk; then passes 1, 3, 5 reuse (launched thrice), 2, 4 select (twice).
+    assert numbers == [1, 1, 1, 1, 1, 2, 3, 2, 3, 2]
+
+
+def test_a_recorder_of_the_run_sees_launched_steps_as_it_sees_others(dit, events):
+    records = {}
+    for how in ("off", "on"):
+        recorder = RunRecorder({"seed": "1"})
+        list(run(dit, how, recorder=recorder))
+        records[how] = recorder.finish()
+    for plain, launched in zip(records["off"].chunks, records["on"].chunks, strict=True):
+        assert plain.layer_density == launched.layer_density
+        assert plain.block_map is launched.block_map is None or torch.equal(plain.block_map, launched.block_map)
+    assert records["off"].attention == records["on"].attention
+    assert "CUDA graphs" not in records["off"].facts
+    assert records["on"].facts["CUDA graphs"] == "9 steps launched as graphs"
+
+
+def test_what_cannot_be_recorded_is_run_and_the_reason_kept(dit, events, monkeypatch, caplog):
+    tries = []
+
+    def record(self, work):
+        tries.append(1)
+        work()  # leaves marks in the state, as a capture does that breaks half-way
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    expected = video(run(dit, "off"))
+    monkeypatch.setattr(TapeRecorder, "record", record)
+    recorder = RunRecorder()
+    seen, plainly = [], []
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(video(run(dit, "auto", recorder=recorder, seen=seen)), expected)
+    list(run(dit, "off", seen=plainly))
+    assert [numbers for numbers, *_ in seen] == [numbers for numbers, *_ in plainly]
+    assert (
+        "no longer used: a step cannot be recorded (RuntimeError: operation not"
+        in recorder.finish().facts["CUDA graphs"]
+    )
+    assert len([record for record in caplog.records if "CUDA graphs" in record.message]) == 1
+    list(run(dit, "auto"))
+    assert len(tries) == 1  # in the next run it is known
+
+
+def test_running_out_of_memory_while_recording_is_no_verdict_on_the_next_run(dit, events, monkeypatch):
+    tries = []
+
+    def record(self, work):
+        tries.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TapeRecorder, "record", record)
+    for _ in range(2):
+        list(run(dit, "auto"))
+    assert len(tries) == 2
+
+
+def test_steps_that_must_be_recorded_and_cannot_are_an_error(dit, events, monkeypatch):
+    def record(self, work):
+        raise RuntimeError("no capture today")
+
+    monkeypatch.setattr(TapeRecorder, "record", record)
+    with pytest.raises(RuntimeError, match=r"cuda_graph 'on' cannot go on.*no capture today.*use 'auto' or 'off'"):
+        list(run(dit, "on"))
+
+
+@pytest.mark.parametrize("value", [1.5, torch.nan])
+def test_a_launch_that_gives_another_result_is_found_out_at_once(dit, events, monkeypatch, value):
+    expected = video(run(dit, "off"))
+    monkeypatch.setattr(TapeRecorder, "spoil", staticmethod(lambda out: out.mul_(value)))
+    recorder = RunRecorder()
+    assert torch.equal(video(run(dit, "auto", recorder=recorder)), expected)
+    assert "gave another result than running it" in recorder.finish().facts["CUDA graphs"]
+    assert [kind for kind, _ in events] == ["record", "launch", "free"]
+
+
+def test_the_first_launch_is_compared_once_in_a_process(dit, events, monkeypatch):
+    passes = []
+    monkeypatch.setattr(dit.head.head, "forward", counted(dit.head.head.forward, passes))
+    list(run(dit, "on"))
+    first, passes[:] = len(passes), []
+    list(run(dit, "on"))
+    # Twelve steps, of which nine are launched, and each recording runs the modules once. Dense and sparse, and of
+    # the sparse chunks the one with frames to choose from, are kinds of their own; replayed operations are no calls.
+    assert len(passes) == 3 + 3
+    assert first == len(passes) + 3
+
+
+@pytest.mark.parametrize("how", ["off", "on"])
+def test_clean_passes_run_as_they_are_and_skip_what_only_the_output_needs(dit, events, monkeypatch, how):
+    calls = {}
+    for layer in (0, 1):
+        ffn, calls[layer] = dit.blocks[layer].ffn, []
+        monkeypatch.setattr(ffn, "forward", counted(ffn.forward, calls[layer]))
+    list(run(dit, how))
+    clean = 2  # of three chunks all but the last
+    assert len(calls[0]) - len(calls[1]) == clean
+    assert len(calls[1]) == (12 if how == "off" else 3 + 3 + 3)  # first steps, recordings, and the checks of those
+
+
+def counted(function, calls):
+    def run(*arguments):
+        calls.append(1)
+        return function(*arguments)
+
+    return run
+
+
+def passes_of_a_chunk(dit, with_graph, before):
+    """Eight of them; `before` is called before each one with its number and the state."""
+    state = next(states(dit, with_graph))
+    state.open_chunk(2, 0.0, "cpu")
+    state.steps = 8
+    x = torch.randn(1, 16, 2, 10, 14, generator=torch.Generator().manual_seed(3))
+    out = []
+    for number in range(8):
+        before(number, state)
+        out.append(forward(dit, x, torch.full((1,), 900.0 - number), state.text, state))
+    return out
+
+
+def test_a_prompt_that_changes_within_a_chunk_is_followed(dit, events):
+    def change(number, state):
+        if number in (0, 4):
+            state.follow(prompt(number))
+
+    launched, plain = (passes_of_a_chunk(dit, with_graph, change) for with_graph in (True, False))
+    assert all(map(torch.equal, launched, plain))
+    assert [kind for kind, _ in events].count("record") == 2
+
+
+def test_a_pass_of_another_shape_is_run(dit, events):
+    def passes(with_graph):
+        state = next(states(dit, with_graph))
+        state.follow(prompt(1))
+        state.open_chunk(2, 0.0, "cpu")
+        state.steps = 9
+        x = torch.randn(1, 16, 2, 10, 14, generator=torch.Generator().manual_seed(3))
+        times = [torch.full(shape, 800.0) for shape in 3 * [(1,)] + 3 * [(1, 2)] + 3 * [(1,)]]
+        return [forward(dit, x, time, state.text, state) for time in times]
+
+    for launched, plain in zip(passes(True), passes(False), strict=True):
+        assert torch.equal(launched, plain)
+
+
+def test_a_chunk_that_is_opened_anew_is_run_first(dit, events):
+    def passes(with_graph):
+        state = next(states(dit, with_graph))
+        state.follow(prompt(1))
+        out = []
+        for _ in range(2):
+            state.open_chunk(1, 0.0, "cpu")
+            state.steps = 4
+            x = torch.randn(1, 16, 1, 10, 14, generator=torch.Generator().manual_seed(3))
+            out += [forward(dit, x, torch.full((1,), time), state.text, state) for time in (900.0, 600.0, 300.0)]
+            state.cache.commit()  # the last pass counts as the clean one
+        return out
+
+    for launched, plain in zip(passes(True), passes(False), strict=True):
+        assert torch.equal(launched, plain)
+    assert [kind for kind, _ in events if kind == "record"] == ["record"] * 2
+
+
+def test_weights_that_the_host_moves_within_a_chunk_are_not_read_where_they_were(dit, events):
+    weight = dit.blocks[0].ffn[0].weight
+
+    def move(number, state):
+        if number == 0:
+            state.follow(prompt(1))
+        if number == 4:
+            old, weight.data = weight.data, weight.data.clone()
+            old.fill_(torch.nan)  # somebody else has that memory now
+
+    launched, plain = (passes_of_a_chunk(dit, with_graph, move) for with_graph in (True, False))
+    assert all(map(torch.equal, launched, plain))
+    assert [kind for kind, _ in events].count("record") == 2
+
+
+def test_weights_that_the_host_begins_to_cast_are_no_longer_recorded_in_this_run(dit, events):
+    def cast_from_the_second_chunk_on(event):
+        module.comfy_cast_weights = event.chunk > 0
+
+    module = dit.blocks[1].ffn[0]
+    expected = video(run(dit, "off"))
+    recorder = RunRecorder()
+    assert torch.equal(video(run(dit, "auto", on_step=cast_from_the_second_chunk_on, recorder=recorder)), expected)
+    assert [kind for kind, _ in events].count("record") == 1
+    assert "no longer used: the host moves, casts" in recorder.finish().facts["CUDA graphs"]
+    module.comfy_cast_weights = False
+    list(run(dit, "on"))  # the next run is not held to it
+
+
+def states(dit, with_graph):
+    cache = KVCache(layers=2, batch=1, slots=2, tokens_per_frame=35, heads=1, head_dim=128, block_k=16)
+    state = CausalState(cache, AttentionOptions("reference", (16, 16), 3, 1, 1))
+    if with_graph:
+        state.graph = step_graph.StepGraph(TapeRecorder(CPU), print, must=True)
+    yield state
+
+
+# ------------------------------------------------------------------------------------------- where it cannot work
+
+
+def test_a_cpu_has_no_cuda_graphs_and_says_so(dit):
+    recorder = RunRecorder()
+    list(run(dit, "auto", recorder=recorder, latent_shape=(1, 16, 2, 10, 14)))
+    assert recorder.finish().facts["CUDA graphs"] == "not used: CUDA graphs are for NVIDIA GPUs, not for cpu"
+    with pytest.raises(ValueError, match=r"cuda_graph 'on' cannot run: CUDA graphs are for NVIDIA GPUs, not for cpu"):
+        run(dit, "on")
+    with pytest.raises(ValueError, match=r"cuda_graph 'maybe' is not known; use one of auto, on, off"):
+        run(dit, "maybe")
+
+
+def test_a_cache_in_host_memory_cannot_be_recorded(dit, events):
+    recorder = RunRecorder()
+    list(run(dit, "auto", recorder=recorder, kv=KVOptions(host=True)))
+    assert "host memory" in recorder.finish().facts["CUDA graphs"]
+    assert not events
+    with pytest.raises(ValueError, match="host memory"):
+        run(dit, "on", kv=KVOptions(host=True))
+
+
+def moving(module):
+    module.comfy_cast_weights = True
+
+
+def patched(module):
+    module.weight_function = [lambda weight: weight]
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *_: None)
+
+
+def packed(module):
+    class Packed(torch.Tensor):
+        pass
+
+    module.weight = torch.nn.Parameter(module.weight.data.as_subclass(Packed), requires_grad=False)
+
+
+def elsewhere(module):
+    module.weight = torch.nn.Parameter(module.weight.to("meta"), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (moving, "the host moves, casts or patches the weights of blocks.1.ffn.0"),
+        (patched, "the host moves, casts or patches the weights of blocks.1.ffn.0"),
+        (hooked, "blocks.1.ffn.0 carries a hook"),
+        (packed, "blocks.1.ffn.0.weight is a Packed, which is unpacked"),
+        (elsewhere, "blocks.1.ffn.0.weight is on meta, not on cpu"),
+    ],
+)
+def test_weights_that_are_not_simply_there_cannot_be_recorded(dit, events, change, reason):
+    assert why_not_resident(dit, CPU) is None
+    change(dit.blocks[1].ffn[0])
+    assert reason in why_not_resident(dit, CPU)
+    assert reason in why_no_graph(dit, CPU, kv_in_host_memory=False)
+
+
+def test_our_own_fp8_layers_can_be_recorded(dit, events):
+    quantize_linears(dit)
+    expected = video(run(dit, "off"))
+    assert torch.equal(video(run(dit, "on")), expected)
+    assert events
+
+
+# ------------------------------------------------------------------------------------------------- fused kernels
+
+
+# Two chunks of a frame of 10 tokens, three steps each: the interpreter is slow.
+FEW = {
+    "latent_shape": (1, 16, 2, 4, 10),
+    "frames_per_chunk": 1,
+    "growth": (0.0, 0.5),
+    "sigmas": few_step_sigmas((1000, 750, 500)),
+}
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The fused kernels under Triton's interpreter; on a tape each launch is one entry."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(fused, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(fused, "_failed", set())
+    calls = []
+
+    def entry(name, function, writes):
+        kernel = kernel_module(name)
+        launcher = tape.opaque(getattr(kernel, function), writes)
+
+        def called(*arguments, **options):
+            calls.append(function)
+            return launcher(*arguments, **options)
+
+        monkeypatch.setattr(kernel, function, called)
+
+    entry("store", "fused_store", lambda args, kwargs: [part for part in kwargs["ring"] if part is not None])
+    entry("modulation", "norm_scale_shift", lambda args, kwargs: [])
+    entry("modulation", "gated_add", lambda args, kwargs: [])
+    return calls
+
+
+def test_fused_kernels_are_recorded_with_the_step(dit, events, kernels):
+    expected = video(run(dit, "off", **FEW))
+    kernels.clear()
+    assert torch.equal(video(run(dit, "on", **FEW)), expected)
+    # Of each of two chunks a first step and a recording, of which the first are checked by a third, and a clean pass.
+    assert kernels.count("fused_store") == 2 * (2 * 3 + 1)
+
+
+def test_a_kernel_that_fails_while_recording_fails_the_recording_and_stays_in_use(dit, events, kernels, monkeypatch):
+    expected = video(run(dit, "off", **FEW))
+    kernel = kernel_module("modulation")
+    works = kernel.gated_add
+
+    def gated_add(*arguments):
+        if is_recording():
+            raise RuntimeError("not while capturing")
+        return works(*arguments)
+
+    monkeypatch.setattr(kernel, "gated_add", gated_add)
+    recorder = RunRecorder()
+    assert torch.equal(video(run(dit, "auto", recorder=recorder, **FEW)), expected)
+    assert "not while capturing" in recorder.finish().facts["CUDA graphs"]
+    assert fused._failed == set()

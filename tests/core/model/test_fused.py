@@ -1,0 +1,137 @@
+"""The fused kernels inside whole rollouts, under Triton's interpreter, against the modules that they stand for."""
+
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.attention.fast_path import kernel_module
+from lightforcing.lightforcing_core.model import fused
+from lightforcing.lightforcing_core.model.kv_storage import KVOptions
+from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYERS = 2
+
+
+@pytest.fixture
+def dit():
+    return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=LAYERS, text_dim=32, seed=0))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The kernels taken on the CPU too, and what ran: launcher names in order."""
+    calls = []
+    monkeypatch.setattr(fused, "DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(fused, "_failed", set())
+    for name, functions in (("store", ["fused_store"]), ("modulation", ["norm_scale_shift", "gated_add"])):
+        kernel = kernel_module(name)
+        for function in functions:
+            plain = getattr(kernel, function)
+
+            def counted(*arguments, plain=plain, function=function, **options):
+                calls.append(function)
+                return plain(*arguments, **options)
+
+            monkeypatch.setattr(kernel, function, counted)
+    return calls
+
+
+def video(dit, *, growth=(0.0, 0.5, 0.6), kv=None, window=None, sinks=0, sink_rope="fixed", **options):
+    """Latents of three chunks of 2 frames; 35 tokens per frame in blocks of 16, so blocks are ragged."""
+    chunks = rollout(
+        dit,
+        torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1)),
+        latent_shape=(1, 16, 6, 10, 14),
+        frames_per_chunk=2,
+        sigmas=few_step_sigmas((1000,)),
+        growth=growth,
+        window=window,
+        sink_frames=sinks,
+        sink_rope=sink_rope,
+        kv=kv,
+        attention=AttentionOptions("reference", (16, 16), 3, 1, 1, **options),
+    )
+    return torch.cat([chunk.latents for chunk in chunks], dim=2)
+
+
+CASES = {
+    "dense": {"growth": None},
+    "sparse": {},
+    "ring wrapped, sinks stay": {"window": 4, "sinks": 1},
+    "ring wrapped, sinks follow": {"window": 4, "sinks": 1, "sink_rope": "follow"},
+    "int8": {"kv": KVOptions("int8")},
+    "host memory": {"kv": KVOptions(host=True)},
+    "tail, parts, tiles": {"tail": True, "estimator": "lse", "tiles": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_whole_video_equals_the_one_of_the_modules(dit, ran, case, monkeypatch):
+    with_kernels = video(dit, **case)
+    # 3 chunks of one step and 2 clean passes; those skip the last layer's attention and all behind it.
+    passes = 3 + 2
+    followers = 2 if case.get("sink_rope") == "follow" else 0  # the sinks' own chunk keeps its originals
+    assert ran.count("fused_store") == LAYERS * (passes - followers)
+    assert ran.count("gated_add") == 2 * (LAYERS * passes - 2)
+    assert ran.count("norm_scale_shift") == 2 * LAYERS * passes - 2 + passes - 2
+    monkeypatch.setattr(fused, "DEVICES", ())
+    modules = video(dit, **case)
+    bound = 3e-3 if case.get("kv") == KVOptions("int8") else 1e-4  # a value on the edge of two codes may fall to either
+    assert (with_kernels - modules).abs().max() <= bound * modules.abs().max()
+
+
+def test_norms_that_do_more_than_read_their_weights_are_left_alone(dit, ran):
+    attention = dit.blocks[0].self_attn
+    attention.norm_q.register_forward_hook(lambda module, inputs, output: output)
+    dit.blocks[1].self_attn.norm_k.weight_function = [lambda weight: weight]
+    video(dit)
+    assert "fused_store" not in ran
+    assert "gated_add" in ran
+
+
+def test_weights_of_another_dtype_are_left_alone(dit, ran):
+    dit.blocks[0].self_attn.norm_q.double()
+    x = torch.zeros(1, 4, 256)
+    assert fused._plain_weight(dit.blocks[0].self_attn.norm_q, x) is None
+    assert fused._plain_weight(dit.blocks[1].self_attn.norm_q, x) is not None
+
+
+@pytest.mark.parametrize(("kernel", "function"), [("store", "fused_store"), ("modulation", "gated_add")])
+def test_a_kernel_that_fails_is_replaced_for_good_with_one_warning(dit, ran, monkeypatch, caplog, kernel, function):
+    want = video(dit)
+    tries = []
+
+    def broken(*arguments, **options):
+        tries.append(function)
+        raise RuntimeError("PTX was compiled with an unsupported toolchain")
+
+    monkeypatch.setattr(kernel_module(kernel), function, broken)
+    with caplog.at_level(logging.WARNING):
+        got = video(dit)
+    assert len(tries) == 1
+    (record,) = [record for record in caplog.records if "fused" in record.message]
+    assert "unsupported toolchain" in record.message
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(dit, ran, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernel_module("store"), "fused_store", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        video(dit)
+    assert fused._failed == set()
+
+
+def test_the_modules_run_where_there_is_no_gpu(dit, ran, monkeypatch):
+    monkeypatch.setattr(fused, "DEVICES", ("cuda",))
+    video(dit)
+    assert ran == []

@@ -1,0 +1,186 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightforcing.lightforcing_core.model.kv_cache import KVCache, kv_bytes
+from lightforcing.lightforcing_core.model.rope import RopeTable, axis_dims
+
+TOKENS, HEADS, DIM = 5, 2, 12
+
+
+def make_cache(slots, sinks=0, **options):
+    shape = {"layers": 2, "batch": 2, "tokens_per_frame": TOKENS, "heads": HEADS, "head_dim": DIM, "block_k": 2}
+    return KVCache(slots=slots, sink_frames=sinks, **{**shape, **options})
+
+
+def stamped(frames, layer, pass_index):
+    """Keys that say which frame, layer and pass they come from, [2, frames · TOKENS, HEADS, DIM]."""
+    generator = torch.Generator().manual_seed(1000 * layer + pass_index)
+    k = torch.randn(2, len(frames) * TOKENS, HEADS, DIM, generator=generator)
+    for position, frame in enumerate(frames):
+        k[:, position * TOKENS : (position + 1) * TOKENS, :, 0] = frame
+    return k
+
+
+@st.composite
+def runs(draw):
+    sinks = draw(st.integers(0, 3))
+    longest = draw(st.integers(1, 4))
+    slots = sinks + longest + draw(st.integers(0, 6))
+    chunks = draw(st.lists(st.integers(1, longest), min_size=1, max_size=12))
+    return sinks, slots, chunks
+
+
+@given(run=runs(), sink_rope=st.sampled_from(["fixed", "follow"]), switches=st.sets(st.integers(1, 11), max_size=3))
+def test_visible_frames_are_sinks_and_the_newest_and_pooling_equals_repooling(run, sink_rope, switches):
+    sinks, slots, chunks = run
+    cache = make_cache(slots, sinks, sink_rope=sink_rope)
+    cache_keys, written = {}, 0
+    for index, length in enumerate(chunks):
+        if index in switches:  # a hard prompt switch: all that is visible but the sinks is stored anew
+            before = sorted(cache.slot_frames)
+            cache.reopen()
+            again = cache.current_frames
+            for layer in range(2 if again else 0):
+                k = stamped(again, layer, 1000 + index)
+                cache.store(layer, k, -k)
+                for position, frame in enumerate(again):
+                    cache_keys[layer, frame] = k[:, position * TOKENS : (position + 1) * TOKENS]
+            cache.commit()
+            assert sorted(cache.slot_frames) == before
+            assert again == [frame for frame in before if frame >= sinks]
+        cache.open(length)
+        frames = list(range(written, written + length))
+        for repeat in range(2):  # a later pass overwrites the earlier one
+            for layer in range(2):
+                k = stamped(frames, layer, 2 * index + repeat)
+                cache.store(layer, k, -k)
+                for position, frame in enumerate(frames):
+                    cache_keys[layer, frame] = k[:, position * TOKENS : (position + 1) * TOKENS]
+        cache.commit()
+        written += length
+
+        # The rule, stated on its own: the first frames, then as many of the newest as still fit.
+        visible_sinks = range(min(sinks, written))
+        newest = range(max(len(visible_sinks), written - (slots - len(visible_sinks))), written)
+        assert sorted(cache.slot_frames) == [*visible_sinks, *newest]
+        assert cache.current_frames == frames
+        for layer in range(2):
+            k, v, _ = cache.kv(layer)
+            for slot, frame in enumerate(cache.slot_frames):
+                rows = slice(slot * TOKENS, (slot + 1) * TOKENS)
+                torch.testing.assert_close(v[:, rows], -cache_keys[layer, frame], rtol=0, atol=0)
+                if sink_rope == "fixed" or frame >= sinks:
+                    torch.testing.assert_close(k[:, rows], cache_keys[layer, frame], rtol=0, atol=0)
+            torch.testing.assert_close(cache.block_means(layer), cache.layout.block_means(k), rtol=0, atol=0)
+            repooled = cache.layout.frame_means(cache.layout.block_means(k))
+            torch.testing.assert_close(cache.frame_means(layer), repooled, rtol=0, atol=0)
+
+
+def test_frames_before_a_skip_are_forgotten_but_the_sinks():
+    cache = make_cache(8, 1)
+    cache.open(3)
+    cache.commit()
+    cache.skip(6)
+    assert cache.slot_frames == [0]
+    cache.open(3)
+    assert sorted(cache.slot_frames) == [0, 9, 10, 11]
+    cache.commit()
+    cache.open(3)
+    assert sorted(cache.slot_frames) == [0, 9, 10, 11, 12, 13, 14]
+
+
+def test_sinks_cannot_be_skipped():
+    with pytest.raises(ValueError, match="frame 0 is one of 2 sinks"):
+        make_cache(8, 2).skip(3)
+
+
+def test_evicting_moves_no_memory():
+    cache = make_cache(6)
+    cache.open(3)
+    addresses = [cache.kv(layer).k.data_ptr() for layer in range(2)]
+    for _ in range(5):
+        cache.commit()
+        cache.open(3)
+    assert [cache.kv(layer).k.data_ptr() for layer in range(2)] == addresses
+    assert cache.slot_frames == [12, 13, 14, 15, 16, 17] or cache.slot_frames == [15, 16, 17, 12, 13, 14]
+
+
+def relative_scores(q, keys, positions, q_start, chunk):
+    """q·k with keys roped at their place in the window, as models with an un-roped cache do it."""
+    roped = torch.cat(
+        [RopeTable(p, 1, 1, TOKENS, DIM, dtype=torch.float64).rotate(k) for p, k in zip(positions, keys, strict=True)],
+        dim=1,
+    )
+    q = RopeTable(q_start, chunk, 1, TOKENS, DIM, dtype=torch.float64).rotate(q)
+    return torch.einsum("bqhd,bkhd->bhqk", q, roped)
+
+
+@pytest.mark.parametrize(("sinks", "slots", "chunk"), [(1, 6, 2), (2, 7, 3), (3, 12, 3), (1, 2, 1)])
+def test_following_sinks_equal_roping_the_whole_window_each_time(sinks, slots, chunk):
+    generator = torch.Generator().manual_seed(slots)
+    cache = make_cache(slots, sinks, sink_rope="follow", dtype=torch.float64, layers=1)
+    raw = []
+    for index in range(9):
+        cache.open(chunk)
+        start = index * chunk
+        k = torch.randn(2, chunk * TOKENS, HEADS, DIM, dtype=torch.float64, generator=generator)
+        raw += list(k.split(TOKENS, dim=1))
+        table = RopeTable(start, chunk, 1, TOKENS, DIM, dtype=torch.float64)
+        cache.store(0, table.rotate(k), k)
+        q = torch.randn(2, chunk * TOKENS, HEADS, DIM, dtype=torch.float64, generator=generator)
+        ours = torch.einsum("bqhd,bkhd->bhqk", table.rotate(q), cache.kv(0).k)
+        order = sorted(range(len(cache.slot_frames)), key=cache.slot_frames.__getitem__)
+        in_time = torch.cat([ours[..., slot * TOKENS : (slot + 1) * TOKENS] for slot in order], dim=-1)
+
+        visible = sorted(cache.slot_frames)
+        window = [raw[frame] for frame in visible]
+        theirs = relative_scores(q, window, range(len(visible)), len(visible) - chunk, chunk)
+        torch.testing.assert_close(in_time, theirs, rtol=0, atol=1e-10)
+        cache.commit()
+
+
+def test_rotation_in_time_shifts_only_the_frame_index():
+    k = torch.randn(1, 12, 2, 128, dtype=torch.float64)
+    moved = RopeTable.of_time_shift(7, 128, dtype=torch.float64, device=k.device).rotate(
+        RopeTable(2, 1, 3, 4, 128, dtype=torch.float64).rotate(k)
+    )
+    torch.testing.assert_close(moved, RopeTable(9, 1, 3, 4, 128, dtype=torch.float64).rotate(k))
+
+
+def test_rope_splits_a_head_as_wan_does_and_has_no_last_frame():
+    assert axis_dims(128) == (44, 42, 42)
+    table = RopeTable(5000, 1, 1, 1, 128, dtype=torch.float64)
+    expected = torch.tensor([5000 / 10000 ** (2 * j / 44) for j in range(22)], dtype=torch.float64).cos()
+    torch.testing.assert_close(table.cos[0, 0, 0, :22], expected)
+    assert (table.cos[0, 0, 0, 22:] == 1).all()
+
+
+def test_bytes_equal_the_published_sizes():
+    gib = 2**30
+    assert kv_bytes(30, 1, 12, 1560, 12, 128, torch.bfloat16) / gib == pytest.approx(3.21, abs=0.005)
+    assert kv_bytes(30, 1, 21, 1536, 12, 128, torch.bfloat16) / gib == pytest.approx(5.54, abs=0.005)
+    assert kv_bytes(40, 1, 21, 1560, 40, 128, torch.bfloat16) / gib == pytest.approx(24.99, abs=0.005)
+
+
+def test_allocation_equals_the_formula():
+    cache = make_cache(6, pooled=False)
+    assert cache.nbytes == kv_bytes(2, 2, 6, TOKENS, HEADS, DIM, torch.float32)
+
+
+def test_a_chunk_must_be_committed_before_the_next_opens():
+    cache = make_cache(6)
+    cache.open(3)
+    with pytest.raises(RuntimeError, match="not committed"):
+        cache.open(3)
+
+
+def test_sinks_and_chunk_must_fit_the_window():
+    cache = make_cache(4, 2)
+    cache.open(3)
+    cache.commit()
+    with pytest.raises(ValueError, match="window of at least 5"):
+        cache.open(3)
+    with pytest.raises(ValueError, match="sink_frames 4"):
+        make_cache(4, 4)

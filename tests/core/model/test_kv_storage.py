@@ -1,0 +1,228 @@
+"""Where keys and values are kept: eight bits against sixteen, host memory against the device."""
+
+import gc
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
+from lightforcing.lightforcing_core.attention.quantised import STORED, dequantise_blocks, quantise_blocks
+from lightforcing.lightforcing_core.model.kv_cache import KVCache, kv_bytes
+from lightforcing.lightforcing_core.model.kv_storage import KVOptions
+from lightforcing.lightforcing_core.pinned import HostMemory, bytes_of
+
+LAYOUT = FrameBlocks(tokens_per_frame=10, block=4)
+LAYERS, BATCH, HEADS, DIM = 3, 2, 2, 12
+
+
+def make_cache(options, slots=6, layers=LAYERS, **more):
+    shape = {"layers": layers, "batch": BATCH, "tokens_per_frame": 10, "heads": HEADS, "head_dim": DIM, "block_k": 4}
+    return KVCache(slots=slots, options=options, **{**shape, **more})
+
+
+def draw(frames, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, frames * 10, HEADS, DIM, generator=generator)
+
+
+def fill(cache, chunks, seed=0):
+    """Run chunks of 2 frames through every layer in order, two passes each, as forwards do; all that was read."""
+    read = []
+    for chunk in range(chunks):
+        cache.open(2)
+        for step in range(2):
+            for layer in range(cache.layers):
+                number = 100 * (100 * (100 * seed + chunk) + step) + layer
+                cache.store(layer, draw(2, number), draw(2, number + 50))
+                k, v, scales = cache.kv(layer)
+                read.append([x.clone() for x in (k, v, *(scales or ()), cache.block_means(layer))])
+        cache.commit()
+    return read
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 3e4])
+def test_eight_bits_err_by_at_most_half_a_step_of_the_blocks_largest(dtype, magnitude):
+    x = magnitude * draw(3, 1)
+    stored, scales = quantise_blocks(x, LAYOUT, STORED[dtype])
+    assert stored.dtype is STORED[dtype]
+    assert scales.shape == (BATCH, 3 * LAYOUT.per_frame, HEADS)
+    error = (dequantise_blocks(stored, scales, LAYOUT, torch.float32) - x).abs()
+    blocks = LAYOUT.block_of_token(3)
+    for block in range(3 * LAYOUT.per_frame):
+        inside = x[:, blocks == block].abs()
+        largest = inside.amax((1, 3), keepdim=True)
+        # int8 steps are even; an e4m3 number has 3 bits of mantissa, and below 2^-6 even steps of 2^-9.
+        bound = largest / 254 if dtype == "int8" else torch.maximum(inside / 16, largest / 448 * 2**-10)
+        assert (error[:, blocks == block] <= bound * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_blocks_of_zeros_come_back_as_zeros(dtype):
+    x = draw(2, 2)
+    x[:, 4:8] = 0
+    stored, scales = quantise_blocks(x, LAYOUT, STORED[dtype])
+    back = dequantise_blocks(stored, scales, LAYOUT, torch.float32)
+    assert (back[:, 4:8] == 0).all()
+    assert torch.isfinite(back).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_an_outlier_costs_its_own_block_and_head_only(dtype):
+    x = draw(2, 3)
+    loud = x.clone()
+    loud[0, 5, 1, 0] = 1e4
+    (a, _), (b, _) = (quantise_blocks(each, LAYOUT, STORED[dtype]) for each in (x, loud))
+    changed = (a.float() != b.float()).nonzero()
+    assert len(changed)
+    assert {tuple(row) for row in changed[:, [0, 2]].tolist()} == {(0, 1)}
+    assert set(changed[:, 1].tolist()) <= {4, 5, 6, 7}
+
+
+@pytest.mark.parametrize("dtype", ["same", "int8", "fp8"])
+@pytest.mark.parametrize("host", [False, True])
+def test_bytes_equal_the_stated_formula(dtype, host):
+    cache = make_cache(KVOptions(dtype, host), pooled=False, dtype=torch.bfloat16)
+    whole = kv_bytes(LAYERS, BATCH, 6, 10, HEADS, DIM, torch.bfloat16, kv_dtype=dtype, block_k=4)
+    assert cache.storage.host_bytes == (whole if host else 0)
+    assert cache.nbytes == (whole * 2 // LAYERS if host else whole)
+
+
+@pytest.mark.parametrize("sink_rope", ["fixed", "follow"])
+@pytest.mark.parametrize("dtype", ["same", "int8"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_host_memory_changes_no_bit(sink_rope, dtype, layers):
+    near, far = (
+        fill(make_cache(KVOptions(dtype, host), layers=layers, sink_frames=1, sink_rope=sink_rope), 7)
+        for host in (False, True)
+    )
+    for a, b in zip(near, far, strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@given(chunks=st.lists(st.integers(1, 3), min_size=1, max_size=8), dtype=st.sampled_from(["int8", "fp8"]))
+def test_eight_bit_cache_holds_each_visible_frame_as_it_would_be_quantised_alone(chunks, dtype):
+    cache = make_cache(KVOptions(dtype), slots=5, sink_frames=1)
+    frames, made = {}, 0
+    for number, length in enumerate(chunks):
+        cache.open(length)
+        k = draw(length, number)
+        for i in range(length):
+            frames[made + i] = k[:, i * 10 : (i + 1) * 10]
+        for layer in range(LAYERS):
+            cache.store(layer, k, -k)
+        cache.commit()
+        made += length
+        for slot, frame in enumerate(cache.slot_frames):
+            stored, scales = quantise_blocks(frames[frame], LAYOUT, STORED[dtype])
+            k_read, v_read, (k_scales, v_scales) = cache.kv(LAYERS - 1)
+            rows, blocks = slice(slot * 10, (slot + 1) * 10), slice(slot * 3, (slot + 1) * 3)
+            assert (k_read[:, rows].float() == stored.float()).all()
+            assert (v_read[:, rows].float() == -stored.float()).all()
+            assert (k_scales[:, blocks] == scales).all()
+            assert (v_scales[:, blocks] == scales).all()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_moved_sinks_are_quantised_from_their_first_values(dtype):
+    plain, small = (make_cache(KVOptions(kind), sink_frames=1, sink_rope="follow", slots=4) for kind in ("same", dtype))
+    for cache in (plain, small):
+        fill(cache, 5)
+    assert plain.sink_shift() > 0
+    moved = plain.kv(1).k[:, :10]
+    stored, scales = quantise_blocks(moved, LAYOUT, STORED[dtype])
+    assert (small.kv(1).k[:, :10].float() == stored.float()).all()
+    assert (small.kv(1).scales[0][:, :3] == scales).all()
+    torch.testing.assert_close(small.block_means(1), plain.block_means(1), rtol=0, atol=0)
+
+
+class Copies(TorchDispatchMode):
+    """Every copy into a tensor, as (target, source) are contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.contiguous = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.contiguous.append((args[0].is_contiguous(), args[1].is_contiguous()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["same", "int8"])
+def test_what_the_bus_carries_is_contiguous_on_both_sides(dtype):
+    """Anything else goes through memory that is not pinned, and the host waits for it."""
+    cache = make_cache(KVOptions(dtype, host=True))
+    fill(cache, 2)
+    assert cache.storage.visible < cache.slots  # so that a batch's slots do not lie side by side
+    with Copies() as copies:
+        cache.storage.at(2), cache.storage.at(0), cache.storage.at(1)
+        cache.storage.written(1, [(1, 2), (0, 1)])
+    assert len(copies.contiguous) > 8
+    assert all(a and b for a, b in copies.contiguous)
+
+
+class Driver:
+    """As much of the CUDA runtime as pinning asks for; `status` is what registering answers."""
+
+    def __init__(self, status=0):
+        self.status, self.pinned, self.calls = status, {}, []
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        self.calls.append("register")
+        if self.status == 0:
+            self.pinned[address] = nbytes
+        return self.status
+
+    def cudaHostUnregister(self, address):
+        self.calls.append("unregister")
+        del self.pinned[address]
+        return 0
+
+
+def test_host_memory_is_one_pinned_piece_that_free_gives_back(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    shapes = [((2, 3, 5), torch.float16), ((2, 7), torch.int8), ((4,), torch.float32)]
+    memory = HostMemory(bytes_of(shapes), torch.device("cpu"), wait=lambda: driver.calls.append("wait"))
+    assert list(driver.pinned.values()) == [bytes_of(shapes)]
+    tensors = [memory.take(*shape) for shape in shapes]
+    for number, (tensor, (shape, dtype)) in enumerate(zip(tensors, shapes, strict=True)):
+        assert (tensor.shape, tensor.dtype, tensor.data_ptr() % 16) == (shape, dtype, 0)
+        tensor.fill_(number + 1)
+    assert [tensor.unique().tolist() for tensor in tensors] == [[1], [2], [3]]  # none lies over another
+    with pytest.raises(RuntimeError, match="are 257 bytes"):
+        memory.take((257,), torch.int8)
+    memory.free()
+    memory.free()
+    assert driver.calls == ["register", "wait", "unregister"]
+
+
+def test_host_memory_that_is_dropped_is_unpinned_too(monkeypatch):
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    memory = HostMemory(1024, torch.device("cpu"))
+    assert memory.pinned
+    del memory
+    gc.collect()
+    assert driver.pinned == {}
+
+
+def test_host_memory_that_cannot_be_pinned_costs_a_warning(monkeypatch, caplog):
+    driver = Driver(status=2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    memory = HostMemory(1024, torch.device("cpu"))
+    assert not memory.pinned
+    assert "cannot be pinned (CUDA error 2)" in caplog.text
+    memory.take((1024,), torch.int8).zero_()
+    memory.free()
+    assert driver.calls == ["register"]
+
+
+def test_unknown_dtype_is_refused():
+    with pytest.raises(ValueError, match="'int4' is not known; use one of same, int8, fp8"):
+        KVOptions("int4")

@@ -1,0 +1,197 @@
+"""Prompt changes, guidance, first-chunk steps, per-chunk seeds and continuation: what steers a running video."""
+
+import pytest
+import torch
+
+from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout, seeded_noise
+from lightforcing.lightforcing_core.rollout.timeline import Prompt, Timeline
+
+TEXT, SIZE = 32, (4, 6)
+SIGMAS = few_step_sigmas((1000, 500))
+FINE = AttentionOptions(backend="reference", block=(16, 16), keep_frames=3, sink_frames=1, near_frames=1)
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=2, text_dim=TEXT))
+
+
+def text(seed, tokens=7):
+    return torch.randn(1, tokens, TEXT, generator=torch.Generator().manual_seed(seed))
+
+
+def run(dit, context, frames=12, **options):
+    arguments = {"frames_per_chunk": 3, "sigmas": SIGMAS, "attention": FINE, **options}
+    return rollout(dit, context, latent_shape=(1, 16, frames, *SIZE), **arguments)
+
+
+def video(chunks):
+    return torch.cat([chunk.latents for chunk in chunks], dim=2)
+
+
+def passes(dit, context, **options):
+    """(noise level, frames, clean) of every forward."""
+    seen = []
+
+    def denoise(x, sigma, state):
+        seen.append((sigma, x.shape[2], state.clean))
+        return 0.5 * x
+
+    list(run(dit, context, denoise=denoise, **options))
+    return seen
+
+
+class TestTimeline:
+    def test_each_chunk_follows_the_newest_prompt(self):
+        a, b, c = text(1), text(2), text(3)
+        timeline = Timeline([Prompt(c, 4), Prompt(a), Prompt(b, 2, "soft")])
+        assert [next(i for i, t in enumerate((a, b, c)) if timeline.text(k) is t) for k in range(6)] == [
+            *(0, 0),
+            *(1, 1),
+            *(2, 2),
+        ]
+        assert [timeline.changes_at(k) for k in range(6)] == [None, None, "soft", None, "hard", None]
+
+    def test_blend_moves_in_equal_parts_and_pads_the_shorter_text(self):
+        a, b = text(1, 5), text(2, 8)
+        timeline = Timeline([Prompt(a), Prompt(b, 2, "blend", 4)])
+        padded = torch.cat([a, torch.zeros(1, 3, TEXT)], dim=1)
+        for chunk, share in ((2, 0.25), (3, 0.5), (4, 0.75)):
+            torch.testing.assert_close(timeline.text(chunk), (1 - share) * padded + share * b)
+        assert timeline.text(5) is b
+        assert [timeline.changes_at(k) for k in range(7)] == [None, None, "soft", "soft", "soft", "soft", None]
+
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda: Timeline([]), "no prompt starts at chunk 0"),
+            (lambda: Timeline([Prompt(text(1), 1)]), "first starts at 1"),
+            (lambda: Timeline([Prompt(text(1)), Prompt(text(2))]), "two prompts start at chunk 0"),
+            (lambda: Timeline([Prompt(text(1)), Prompt(torch.zeros(1, 7, 16), 1)]), "widths 32 and 16"),
+            (lambda: Prompt(text(1), -1), "start_chunk -1"),
+            (lambda: Prompt(text(1), 1, "fade"), "'fade'"),
+            (lambda: Prompt(text(1), 1, "blend", 0), "blend_chunks 0"),
+            (lambda: Prompt(torch.zeros(7, 16)), r"\(7, 16\)"),
+        ],
+    )
+    def test_impossible_timelines_are_refused(self, make, message):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_a_change_leaves_earlier_chunks_alone(dit):
+    plain = video(run(dit, text(1)))
+    for switch in ("hard", "soft", "blend"):
+        changed = video(run(dit, [Prompt(text(1)), Prompt(text(2), 2, switch, 2)]))
+        assert torch.equal(plain[:, :, :6], changed[:, :, :6])
+        assert not torch.allclose(plain[:, :, 6:9], changed[:, :, 6:9], atol=1e-3)
+
+
+def test_changing_to_the_same_text_softly_changes_nothing(dit):
+    same = [Prompt(text(1)), Prompt(text(1), 2, "soft")]
+    assert torch.equal(video(run(dit, text(1))), video(run(dit, same)))
+
+
+def test_a_hard_switch_equals_a_run_whose_past_was_made_under_the_new_text(dit):
+    """Recomputed history must be what one clean pass over those frames under the new text stores."""
+    switched = list(run(dit, [Prompt(text(1)), Prompt(text(2), 1)], frames=6))
+    continued = list(run(dit, text(2), frames=6, initial_latents=switched[0].latents))
+    assert torch.equal(switched[1].latents, continued[0].latents)
+
+
+@pytest.mark.parametrize(("window", "sinks", "recomputed"), [(None, 0, 9), (7, 1, 6), (6, 3, 3), (6, 0, 6)])
+def test_a_hard_switch_recomputes_the_visible_past_but_the_sinks(dit, window, sinks, recomputed):
+    prompts = [Prompt(text(1)), Prompt(text(2), 3)]
+    seen = passes(dit, prompts, window=window, sink_frames=sinks)
+    ordinary = passes(dit, text(1), window=window, sink_frames=sinks)
+    assert seen[: len(ordinary) - 2] + seen[len(ordinary) - 1 :] == ordinary
+    assert seen[len(ordinary) - 2] == (0.0, recomputed, True)
+
+
+def test_soft_switches_cost_no_pass(dit):
+    assert passes(dit, [Prompt(text(1)), Prompt(text(2), 2, "soft")]) == passes(dit, text(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 7, "sink_frames": 1, "sink_rope": "follow"}])
+@pytest.mark.parametrize("cut", [3, 6, 9])
+def test_resuming_with_a_timeline_equals_the_uninterrupted_run(dit, options, cut):
+    prompts = [Prompt(text(1)), Prompt(text(2), 1, "hard"), Prompt(text(3), 2, "blend", 2)]
+    arguments = {"growth": [0.0, 0.5, 0.6, 0.7], "seed": 3, **options}
+    whole = video(run(dit, prompts, **arguments))
+    rest = video(run(dit, prompts, initial_latents=whole[:, :, :cut], **arguments))
+    assert torch.equal(whole[:, :, cut:], rest)
+
+
+def test_replaying_the_window_runs_only_sinks_and_visible_frames(dit):
+    options = {"frames": 24, "window": 7, "sink_frames": 1, "initial_latents": torch.randn(1, 16, 21, *SIZE)}
+    everything = passes(dit, text(1), **options)
+    short = passes(dit, text(1), replay="window", **options)
+    assert [clean for *_, clean in everything] == [True] * 7 + [False] * 2
+    # Chunk 0 holds the sink; frames 15…20 fill the other 6 places.
+    assert [clean for *_, clean in short] == [True] * 3 + [False] * 2
+
+
+def test_replaying_the_window_sees_the_same_frames(dit, monkeypatch):
+    visible = {}
+    for replay in ("all", "window"):
+        seen = []
+        original = KVCache.open
+
+        def spy(self, frames, original=original, seen=seen):
+            original(self, frames)
+            seen.append(sorted(self.slot_frames))
+
+        monkeypatch.setattr(KVCache, "open", spy)
+        given = torch.randn(1, 16, 21, *SIZE)
+        options = {"frames": 27, "window": 7, "sink_frames": 1, "initial_latents": given, "replay": replay}
+        list(run(dit, text(1), **options))
+        monkeypatch.setattr(KVCache, "open", original)
+        visible[replay] = seen[-2:]
+    assert visible["all"] == visible["window"] == [[0, 18, 19, 20, 21, 22, 23], [0, 21, 22, 23, 24, 25, 26]]
+
+
+def test_guidance_is_a_mix_of_two_predictions(dit):
+    alone = video(run(dit, text(1), frames=3, sigmas=[1.0, 0.0]))
+    negative = video(run(dit, text(2), frames=3, sigmas=[1.0, 0.0]))
+    guided = video(run(dit, text(1), frames=3, sigmas=[1.0, 0.0], cfg=3.0, negative=text(2)))
+    torch.testing.assert_close(guided, negative + 3.0 * (alone - negative), rtol=0, atol=1e-4)
+
+
+def test_guidance_with_the_prompt_itself_changes_nothing(dit):
+    plain = video(run(dit, text(1), growth=[0.0, 0.5]))
+    guided = video(run(dit, text(1), growth=[0.0, 0.5], cfg=4.0, negative=text(1)))
+    torch.testing.assert_close(plain, guided, rtol=0, atol=1e-5)
+    assert torch.equal(plain, video(run(dit, text(1), growth=[0.0, 0.5], cfg=1.0, negative=text(2))))
+
+
+def test_guidance_without_a_negative_prompt_is_refused(dit):
+    with pytest.raises(ValueError, match=r"cfg 2\.0 needs a negative prompt"):
+        run(dit, text(1), cfg=2.0)
+
+
+def test_the_first_chunk_may_take_other_steps(dit):
+    events = []
+    first = few_step_sigmas()
+    list(run(dit, text(1), first_sigmas=first, sigmas=few_step_sigmas((1000,)), on_step=events.append))
+    assert [(e.chunk, e.step, e.steps) for e in events] == [(0, s, 4) for s in range(4)] + [
+        (c, 0, 1) for c in range(1, 4)
+    ]
+    assert [(e.done, e.total) for e in events] == [(1 + i, 7) for i in range(7)]
+
+
+def test_one_chunk_may_have_its_own_seed(dit):
+    plain = video(run(dit, text(1), seed=1))
+    other = video(run(dit, text(1), noise=seeded_noise(1, {2: 99})))
+    assert torch.equal(plain[:, :, :6], other[:, :, :6])
+    assert not torch.equal(plain[:, :, 6:9], other[:, :, 6:9])
+
+
+def test_a_hard_switch_spares_the_sinks_even_where_the_window_holds_the_whole_video(dit):
+    """A longer video with the same window starts the same."""
+    prompts = [Prompt(text(1)), Prompt(text(2), 2)]
+    short = video(run(dit, prompts, frames=9, window=9, sink_frames=1))
+    longer = video(run(dit, prompts, frames=12, window=9, sink_frames=1))
+    assert torch.equal(short, longer[:, :, :9])

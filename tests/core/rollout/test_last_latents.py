@@ -1,0 +1,176 @@
+"""A video that ends with given latents: with exactly those, its last chunk leads to them, the rest is as ever."""
+
+import pytest
+import torch
+
+from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.demo.captions import context_of_caption
+from lightforcing.lightforcing_core.demo.model import SHIPPED, load_demo_model
+from lightforcing.lightforcing_core.model import causal as causal_wan
+from lightforcing.lightforcing_core.model.causal import GIVEN_NOISE, forward
+from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.rollout.record import RunRecorder
+from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout, seeded_noise
+from lightforcing.lightforcing_core.rollout.timeline import Prompt
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TEXT, SIZE = 32, (4, 6)
+SIGMAS = few_step_sigmas((1000, 750, 500))
+FINE = AttentionOptions(backend="reference", block=(16, 16), keep_frames=3, sink_frames=1, near_frames=1)
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=2, text_dim=TEXT))
+
+
+def text(seed):
+    return torch.randn(1, 7, TEXT, generator=torch.Generator().manual_seed(seed))
+
+
+def latents(frames, batch=1, seed=4):
+    return torch.randn(batch, 16, frames, *SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def run(dit, frames=9, batch=1, context=None, **options):
+    arguments = {"frames_per_chunk": 3, "sigmas": SIGMAS, "attention": FINE, **options}
+    return rollout(dit, text(1) if context is None else context, latent_shape=(batch, 16, frames, *SIZE), **arguments)
+
+
+def video(chunks):
+    return torch.cat([chunk.latents for chunk in chunks], dim=2)
+
+
+CASES = {
+    "dense": {},
+    "sparse": {"growth": [0.0, 0.5, 0.6]},
+    "a window with sinks": {"window": 5, "sink_frames": 1, "sink_rope": "follow"},
+    "guided": {"cfg": 3.0, "negative": text(2)},
+    "other steps for the first chunk": {"first_sigmas": few_step_sigmas()},
+    "context noise": {"context_noise": 125.0},
+    "a prompt that changes hard at the last chunk": {"context": [Prompt(text(1)), Prompt(text(2), 2, "hard")]},
+    "two videos": {"batch": 2},
+    "a short last chunk": {"frames": 8},
+    "a start image": {"frames": 7, "initial_latents": latents(1, seed=8)},
+    "all but the last chunk given": {"initial_latents": latents(6, seed=8)},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_the_video_ends_with_what_was_given_and_only_its_last_chunk_changes(dit, case):
+    given = latents(1)
+    plain, ended = list(run(dit, **case)), list(run(dit, last_latents=given, **case))
+    assert [(chunk.index, chunk.start_frame) for chunk in ended] == [
+        (chunk.index, chunk.start_frame) for chunk in plain
+    ]
+    assert all(torch.equal(one.latents, other.latents) for one, other in zip(plain[:-1], ended[:-1], strict=True))
+    last = ended[-1].latents
+    assert torch.equal(last[:, :, -1:], given.expand(last.shape[0], -1, -1, -1, -1))
+    assert not torch.allclose(last[:, :, :-1], plain[-1].latents[:, :, :-1], atol=1e-2)
+
+
+def test_two_latent_frames_and_one_for_each_video_of_a_batch(dit):
+    given = latents(2, batch=2)
+    assert torch.equal(video(run(dit, batch=2, last_latents=given))[:, :, -2:], given)
+
+
+def test_the_only_chunk_can_end_with_what_is_given(dit):
+    given = latents(1)
+    (chunk,) = run(dit, frames=3, first_sigmas=few_step_sigmas(), last_latents=given)
+    assert torch.equal(chunk.latents[:, :, -1:], given)
+
+
+def test_given_frames_are_seen_with_less_noise_than_the_others(dit):
+    """From outside, with noise and predictions of our choosing: what the model is shown, and the time it is told."""
+    shown, told = [], []
+
+    def denoise(x, sigma, state):
+        if state.start_frame == 6 and not state.clean:
+            shown.append((sigma, x[:, :, -1:].clone()))
+        forward(dit, x, torch.full((1,), sigma * 1000.0), state.text, state)
+        return 0.5 * x
+
+    sinusoid = causal_wan._sinusoid
+    given, draws = latents(1), seeded_noise(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal_wan, "_sinusoid", lambda dim, position: told.append(position) or sinusoid(dim, position))
+        list(run(dit, denoise=denoise, noise=draws, last_latents=given))
+    assert [sigma for sigma, _ in shown] == SIGMAS[:-1]
+    for step, (sigma, x) in enumerate(shown):
+        noise, less = draws(2, step, (1, 16, 3, *SIZE))[:, :, -1:], GIVEN_NOISE * sigma
+        torch.testing.assert_close(x, (1 - less) * given + less * noise)
+    assert [len(times) for times in told] == [1] * 8 + [3] * 3  # two chunks with their clean passes, then the last
+    for sigma, times in zip(SIGMAS, told[8:], strict=False):
+        torch.testing.assert_close(times, 1000 * sigma * torch.tensor([1.0, 1.0, GIVEN_NOISE]))
+
+
+def test_every_step_that_is_told_ends_with_what_was_given(dit):
+    events, given = [], latents(1)
+    list(run(dit, on_step=events.append, last_latents=given))
+    assert [event.index for event in events] == [0] * 3 + [1] * 3 + [2] * 3
+    assert [torch.equal(event.x0[:, :, -1:], given) for event in events] == [False] * 6 + [True] * 3
+
+
+def test_a_recorder_notes_what_it_notes_without(dit):
+    records = []
+    for options in ({}, {"last_latents": latents(1)}):
+        recorder = RunRecorder()
+        list(run(dit, growth=[0.0, 0.5, 0.6], recorder=recorder, **options))
+        records.append([(chunk.layer_density, chunk.steps) for chunk in recorder.finish().chunks])
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("cut", [3, 6])
+@pytest.mark.parametrize("options", [{}, {"growth": [0.0, 0.5, 0.6], "window": 5, "sink_frames": 1}])
+def test_continued_run_equals_the_uninterrupted_one(dit, options, cut):
+    whole = video(run(dit, last_latents=latents(1), **options))
+    rest = video(run(dit, last_latents=latents(1), initial_latents=whole[:, :, :cut], **options))
+    assert torch.equal(rest, whole[:, :, cut:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"last_latents": latents(3)}, "3 latent frames leave none of the last chunk's 3.*give at most 2"),
+        ({"last_latents": latents(1), "frames_per_chunk": 1}, "frame by frame.*use a chunk-wise checkpoint"),
+        ({"last_latents": latents(1), "frames": 7}, "none of the last chunk's 1.*ask for 9 latent frames instead of 7"),
+        (
+            {"last_latents": latents(2), "frames": 3, "initial_latents": latents(1)},
+            "ask for 4 latent frames instead of 3",
+        ),
+        ({"last_latents": latents(0)}, r"last_latents have shape \(1, 16, 0, 4, 6\)"),
+        (
+            {"last_latents": latents(1)[..., :4]},
+            r"last_latents have shape \(1, 16, 1, 4, 4\); expected \[1, 16, frames",
+        ),
+        ({"last_latents": latents(1, batch=3), "batch": 2}, r"\(3, 16, 1, 4, 6\); expected \[1 or 2, 16"),
+        ({"last_latents": torch.full((1, 16, 1, *SIZE), torch.nan)}, "last_latents hold NaN"),
+    ],
+)
+def test_bad_requests_fail_before_anything_runs(dit, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(dit, **options)
+
+
+@torch.no_grad()
+def test_the_last_chunk_leads_to_the_given_frame():
+    """With the model that comes along: the end of a video that it has made itself draws other noise toward it."""
+    model = load_demo_model(SHIPPED)
+    captions = [
+        f"on a plain background a {thing}"
+        for thing in ("red circle moves right slowly", "blue square moves down slowly")
+    ]
+    context = torch.cat([context_of_caption(model.table, caption) for caption in captions])
+    sizes = {"frames_per_chunk": 3, "sigmas": few_step_sigmas(), "attention": FINE}
+    shape = (2, 16, 9, model.video.height // 8, model.video.width // 8)
+
+    def made(seed, **options):
+        return video(rollout(model.dit, context, latent_shape=shape, seed=seed, **sizes, **options))
+
+    truth = made(0)
+    far = {}
+    for name, options in {"without": {}, "with": {"last_latents": truth[:, :, -1:]}}.items():
+        ends = [made(seed, initial_latents=truth[:, :, :6], **options) for seed in range(1, 5)]
+        far[name] = sum(float((end[:, :, :2] - truth[:, :, 6:8]).square().mean()) for end in ends)
+    assert far["with"] < 0.95 * far["without"]

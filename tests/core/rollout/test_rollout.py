@@ -1,0 +1,257 @@
+import gc
+import weakref
+
+import pytest
+import torch
+
+from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.rollout.growth import chunk_sparsities
+from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout, seeded_noise
+
+TEXT, SIZE = 32, (8, 8)
+SIGMAS = few_step_sigmas()
+FINE = AttentionOptions(backend="reference", block=(16, 16), keep_frames=3, sink_frames=1, near_frames=1)
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=2, text_dim=TEXT))
+
+
+@pytest.fixture(scope="module")
+def context():
+    return torch.randn(1, 7, TEXT, generator=torch.Generator().manual_seed(1))
+
+
+def video(chunks):
+    return torch.cat([chunk.latents for chunk in chunks], dim=2)
+
+
+def run(dit, context, frames=9, batch=1, **options):
+    defaults = {"latent_shape": (batch, 16, frames, *SIZE), "frames_per_chunk": 3, "sigmas": SIGMAS, "attention": FINE}
+    return rollout(dit, **{"context": context, **defaults, **options})
+
+
+def test_few_step_sigmas_are_the_published_ones():
+    assert few_step_sigmas() == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0])
+    assert few_step_sigmas((1000, 500)) == pytest.approx([1, 5 / 6, 0])
+    assert few_step_sigmas((1000, 750, 500, 250), shift=8.0) == pytest.approx([1, 0.96, 8 / 9, 8 / 11, 0])
+
+
+def test_steps_follow_the_few_step_rule(dit, context):
+    """x0 = x − σ·flow, then x = (1 − σ')·x0 + σ'·fresh noise: seen from outside, with a flow of our choosing."""
+    seen = []
+
+    def denoise(x, sigma, state):
+        seen.append((x.clone(), sigma, state.clean))
+        return 0.5 * x
+
+    def noise(chunk, draw, shape):
+        return torch.full(shape, float(10 * chunk + draw))
+
+    chunks = list(run(dit, context, frames=6, denoise=denoise, noise=noise))
+    assert [sigma for _, sigma, _ in seen] == [*SIGMAS[:4], 0.0, *SIGMAS[:4]]
+    assert [clean for *_, clean in seen] == [False] * 4 + [True] + [False] * 4
+    for chunk, offset in ((0, 0), (1, 5)):
+        value = 10.0 * chunk
+        for step in range(4):
+            assert seen[offset + step][0].unique().item() == pytest.approx(value)
+            value *= 0.5
+            if step < 3:
+                value = (1 - SIGMAS[step + 1]) * value + SIGMAS[step + 1] * (10 * chunk + step + 1)
+        assert chunks[chunk].latents.unique().item() == pytest.approx(value)
+    assert seen[4][0].unique().item() == pytest.approx(chunks[0].latents.unique().item())
+
+
+@pytest.mark.parametrize(("per_chunk", "frames", "lengths"), [(3, 9, [3, 3, 3]), (1, 3, [1, 1, 1]), (3, 7, [3, 3, 1])])
+def test_chunks_cover_the_video(dit, context, per_chunk, frames, lengths):
+    chunks = list(run(dit, context, frames=frames, frames_per_chunk=per_chunk))
+    assert [chunk.index for chunk in chunks] == list(range(len(lengths)))
+    assert [chunk.latents.shape[2] for chunk in chunks] == lengths
+    assert [chunk.start_frame for chunk in chunks] == [sum(lengths[:i]) for i in range(len(lengths))]
+    assert video(chunks).shape == (1, 16, frames, *SIZE)
+    assert torch.isfinite(video(chunks)).all()
+
+
+def test_noise_depends_on_seed_chunk_and_draw_alone(dit, context):
+    state = torch.get_rng_state()
+    draw = seeded_noise(7)
+    assert torch.equal(draw(1, 2, (4, 4)), seeded_noise(7)(1, 2, (4, 4)))
+    others = [draw(1, 3, (4, 4)), draw(2, 2, (4, 4)), seeded_noise(8)(1, 2, (4, 4))]
+    assert not any(torch.equal(draw(1, 2, (4, 4)), other) for other in others)
+    longer, shorter = video(run(dit, context, seed=3)), video(run(dit, context, frames=6, seed=3))
+    assert torch.equal(longer[:, :, :6], shorter)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("growth", [None, [0.0, 0.5, 0.6, 0.7]])
+def test_ring_as_long_as_the_video_equals_the_full_cache(dit, context, growth):
+    full = video(run(dit, context, frames=12, growth=growth))
+    for window in (12, 15):
+        assert torch.equal(full, video(run(dit, context, frames=12, growth=growth, window=window)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"growth": chunk_sparsities(12, 3, target=0.6, base=0.7)},
+        {"window": 7, "sink_frames": 1, "sink_rope": "follow", "growth": [0.0, 0.5, 0.6, 0.7]},
+        {"window": 6, "sink_frames": 2},
+    ],
+    ids=["dense", "sparse", "sparse window with following sinks", "window with fixed sinks"],
+)
+def test_continued_run_equals_the_uninterrupted_one(dit, context, options):
+    whole = video(run(dit, context, frames=12, seed=5, **options))
+    rest = list(run(dit, context, frames=12, seed=5, initial_latents=whole[:, :, :6], **options))
+    assert [chunk.index for chunk in rest] == [2, 3]
+    assert [chunk.start_frame for chunk in rest] == [6, 9]
+    assert torch.equal(video(rest), whole[:, :, 6:])
+
+
+def test_one_start_image_makes_a_first_chunk_of_its_own(dit, context):
+    image = torch.randn(1, 16, 1, *SIZE)
+    chunks = list(run(dit, context, frames=7, initial_latents=image))
+    assert [(chunk.index, chunk.start_frame, chunk.latents.shape[2]) for chunk in chunks] == [(1, 1, 3), (2, 4, 3)]
+    other = list(run(dit, context, frames=7, initial_latents=-image))
+    assert not torch.allclose(chunks[0].latents, other[0].latents, atol=1e-3)
+
+
+def test_sparse_growth_changes_only_what_it_may(dit, context):
+    dense = video(run(dit, context))
+    sparse = video(run(dit, context, growth=[0.0, 0.6, 0.7]))
+    assert torch.equal(dense[:, :, :3], sparse[:, :, :3])
+    assert not torch.allclose(dense[:, :, 3:], sparse[:, :, 3:], atol=1e-3)
+
+
+def test_the_last_sparsity_holds_beyond_the_list(dit, context):
+    assert torch.equal(
+        video(run(dit, context, frames=12, growth=[0.0, 0.6])),
+        video(run(dit, context, frames=12, growth=[0.0, 0.6, 0.6, 0.6])),
+    )
+
+
+def test_batch_items_equal_single_runs(dit):
+    context = torch.randn(2, 7, TEXT)
+    draws = seeded_noise(0)
+
+    def noise_of(item):
+        return lambda chunk, draw, shape: draws(chunk, draw, (2, *shape[1:]))[item]
+
+    both = video(run(dit, context, batch=2, growth=[0.0, 0.6, 0.7]))
+    for item in range(2):
+        single = video(
+            run(dit, context[item : item + 1], growth=[0.0, 0.6, 0.7], noise=lambda *a, i=item: noise_of(i)(*a)[None])
+        )
+        torch.testing.assert_close(both[item : item + 1], single, rtol=0, atol=2e-4)
+
+
+def caches():
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing) is KVCache and thing.storage.device_bytes]
+
+
+def test_memory_starts_with_iteration_and_ends_with_it(dit, context):
+    generator = run(dit, context)
+    assert not caches()
+    next(generator)
+    assert len(caches()) == 1
+    generator.close()
+    assert not caches()
+    list(run(dit, context))
+    assert not caches()
+
+
+def test_an_error_keeps_finished_chunks_and_frees_the_cache(dit, context):
+    def on_step(event):
+        if event.chunk == 1 and event.step == 2:
+            raise RuntimeError("out of memory")
+
+    finished = []
+    error = None
+    try:
+        for chunk in run(dit, context, on_step=on_step):
+            finished.append(chunk)
+    except RuntimeError as caught:
+        error = caught  # still holds the traceback, as a host's logger may
+    assert str(error) == "out of memory"
+    assert len(finished) == 1
+    assert not caches()
+
+
+def test_finished_chunks_do_not_keep_the_run_alive(dit, context):
+    generator = run(dit, context)
+    chunk = next(generator)
+    alive = weakref.ref(generator)
+    del generator
+    gc.collect()
+    assert alive() is None
+    assert torch.isfinite(chunk.latents).all()
+
+
+def test_steps_are_reported_with_chunk_and_density(dit, context):
+    events = []
+    list(run(dit, context, growth=[0.0, 0.5, 0.75], on_step=events.append))
+    assert [(e.chunk, e.step) for e in events] == [(c, s) for c in range(3) for s in range(4)]
+    assert [(e.done, e.total) for e in events] == [(1 + i, 12) for i in range(12)]
+    assert {(e.chunks, e.steps) for e in events} == {(3, 4)}
+    assert [events[4 * c].density for c in range(3)] == [1.0, 0.5, 2 / 9]  # of 6 and 9 one-block frames
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 0}, "empty side"),
+        ({"frames_per_chunk": 0}, "frames_per_chunk 0"),
+        ({"sigmas": [1.0, 0.5]}, r"\[1\.0, 0\.5\] must fall"),
+        ({"sigmas": [0.5, 0.7, 0.0]}, "must fall"),
+        ({"sigmas": [1.5, 0.0]}, r"start at 1\.5"),
+        ({"growth": [0.0, 1.0]}, r"growth \[0\.0, 1\.0\]"),
+        ({"growth": []}, "at least one"),
+        ({"window": 2}, "window 2 cannot hold"),
+        ({"sink_frames": -1}, "sink_frames -1"),
+        ({"sink_rope": "sideways"}, "sink_rope 'sideways'.*fixed, follow"),
+        ({"replay": "some"}, "replay 'some'.*all, window"),
+        ({"context": torch.zeros(1, 7, 64)}, "64 wide, the model takes 32"),
+        ({"context": torch.full((1, 7, TEXT), torch.nan)}, "NaN"),
+        ({"latent_shape": (1, 16, 9, 8)}, r"\(1, 16, 9, 8\) is not"),
+        ({"latent_shape": (1, 4, 9, 8, 8)}, "4 channels, the model takes 16"),
+        ({"window": 4, "sink_frames": 2}, "use at least 5"),
+        ({"context_noise": -1.0}, r"context_noise -1\.0"),
+        ({"initial_latents": torch.zeros(1, 16, 9, 8, 8)}, "already fill 9 of 9"),
+        ({"initial_latents": torch.zeros(1, 16, 3, 8, 6)}, r"\(1, 16, 3, 8, 6\)"),
+        ({"initial_latents": torch.full((1, 16, 3, 8, 8), torch.nan)}, "NaN"),
+        ({"initial_latents": torch.zeros(3, 16, 3, 8, 8)}, r"\(3, 16, 3, 8, 8\)"),
+    ],
+)
+def test_bad_requests_fail_before_anything_runs(dit, context, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(dit, **{"context": context, **options})
+
+
+def test_noise_of_another_shape_is_named(dit, context):
+    with pytest.raises(ValueError, match=r"noise\(0, 0, …\) has shape \(2, 2\)"):
+        list(run(dit, context, noise=lambda *_: torch.zeros(2, 2)))
+
+
+def test_the_clean_pass_runs_at_the_context_noise(dit, context):
+    levels = []
+
+    def denoise(x, sigma, state):
+        levels.extend([sigma] * state.clean)
+        return x
+
+    list(run(dit, context, denoise=denoise, context_noise=50.0))
+    assert levels == [0.05, 0.05]
+
+
+def test_odd_sizes_name_the_video_size(dit, context):
+    with pytest.raises(ValueError, match="height 72 and width 64"):
+        rollout(dit, context, latent_shape=(1, 16, 3, 9, 8), frames_per_chunk=3, sigmas=SIGMAS)
+
+
+def test_an_empty_prompt_is_refused(dit):
+    with pytest.raises(ValueError, match=r"\(1, 0, 32\)"):
+        run(dit, torch.zeros(1, 0, TEXT))

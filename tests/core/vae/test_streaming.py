@@ -1,0 +1,326 @@
+"""Streaming decode and encode against a whole-clip evaluation written from the equations, without any cache."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder, StreamingEncoder, encode_video
+from lightforcing.lightforcing_core.vae.wan_vae import (
+    LATENT_MEAN,
+    LATENT_STD,
+    random_vae_state_dict,
+    vae_from_state_dict,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DIM = 4
+
+
+def weights(dtype=torch.float64, dim=DIM, seed=0):
+    """Random weights whose gammas are not all one."""
+    state_dict = random_vae_state_dict(dim=dim, seed=seed, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in state_dict.items():
+        if name.endswith("gamma"):
+            tensor += 0.3 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    return {name: tensor.to(dtype) for name, tensor in state_dict.items()}
+
+
+def clip(frames, *, batch=1, height=4, width=6, seed=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 16, frames, height, width, generator=generator, dtype=torch.float64).to(dtype)
+
+
+class WholeClip:
+    """The Wan VAE over a whole clip at once, straight from the tensors: every convolution padded with past zeros."""
+
+    def __init__(self, state_dict):
+        self.sd = state_dict
+
+    def conv3d(self, name, x):
+        weight = self.sd[name + ".weight"]
+        time, height, width = weight.shape[2:]
+        padded = F.pad(x, (width // 2, width // 2, height // 2, height // 2, time - 1, 0))
+        return F.conv3d(padded, weight, self.sd[name + ".bias"])
+
+    def conv2d(self, name, x, **options):
+        weight, bias = self.sd[name + ".weight"], self.sd[name + ".bias"]
+        return torch.stack([F.conv2d(frame, weight, bias, **options) for frame in x.unbind(2)], dim=2)
+
+    def norm(self, name, x):
+        gamma = self.sd[name + ".gamma"].flatten().view(1, -1, 1, 1, 1)
+        return x / x.square().mean(1, keepdim=True).sqrt() * gamma
+
+    def residual(self, name, x):
+        y = self.conv3d(name + ".residual.2", F.silu(self.norm(name + ".residual.0", x)))
+        y = self.conv3d(name + ".residual.6", F.silu(self.norm(name + ".residual.3", y)))
+        return y + (self.conv3d(name + ".shortcut", x) if name + ".shortcut.weight" in self.sd else x)
+
+    def attention(self, name, x):
+        b, c, t, h, w = x.shape
+        q, k, v = self.conv2d(name + ".to_qkv", self.norm(name + ".norm", x)).flatten(3).chunk(3, dim=1)
+        scores = torch.einsum("bctp,bcts->btps", q, k) / c**0.5
+        mixed = torch.einsum("btps,bcts->bctp", scores.softmax(-1), v)
+        return x + self.conv2d(name + ".proj", mixed.view(b, c, t, h, w))
+
+    def middle(self, name, x):
+        return self.residual(f"{name}.2", self.attention(f"{name}.1", self.residual(f"{name}.0", x)))
+
+    def head(self, name, x):
+        return self.conv3d(name + ".2", F.silu(self.norm(name + ".0", x)))
+
+    def upsample(self, name, x):
+        if name + ".time_conv.weight" in self.sd:
+            first, rest = x[:, :, :1], x[:, :, 1:]
+            frames = [first]
+            if rest.shape[2]:
+                doubled = self.conv3d(name + ".time_conv", rest)
+                even, odd = doubled.chunk(2, dim=1)
+                frames += [t for pair in zip(even.split(1, 2), odd.split(1, 2), strict=True) for t in pair]
+            x = torch.cat(frames, dim=2)
+        big = x.repeat_interleave(2, 3).repeat_interleave(2, 4)
+        return self.conv2d(name + ".resample.1", big, padding=1)
+
+    def downsample(self, name, x):
+        x = self.conv2d(name + ".resample.1", F.pad(x, (0, 1, 0, 1)), stride=2)
+        if name + ".time_conv.weight" in self.sd and x.shape[2] > 1:
+            weight, bias = self.sd[name + ".time_conv.weight"], self.sd[name + ".time_conv.bias"]
+            x = torch.cat([x[:, :, :1], F.conv3d(x, weight, bias, stride=(2, 1, 1))], dim=2)
+        return x
+
+    def decode(self, latents):
+        mean, std = (latents.new_tensor(v).view(1, 16, 1, 1, 1) for v in (LATENT_MEAN, LATENT_STD))
+        x = self.conv3d("decoder.conv1", self.conv3d("conv2", latents * std + mean))
+        x = self.middle("decoder.middle", x)
+        for i in range(15):
+            layer = self.upsample if i in (3, 7, 11) else self.residual
+            x = layer(f"decoder.upsamples.{i}", x)
+        x = self.head("decoder.head", x)
+        return ((x + 1) / 2).permute(0, 2, 3, 4, 1)
+
+    def encode(self, frames):
+        x = self.conv3d("encoder.conv1", frames.permute(0, 4, 1, 2, 3) * 2 - 1)
+        for i in range(11):
+            layer = self.downsample if i in (2, 5, 8) else self.residual
+            x = layer(f"encoder.downsamples.{i}", x)
+        x = self.head("encoder.head", self.middle("encoder.middle", x))
+        mean, std = (x.new_tensor(v).view(1, 16, 1, 1, 1) for v in (LATENT_MEAN, LATENT_STD))
+        return (self.conv3d("conv1", x)[:, :16] - mean) / std
+
+
+def test_streamed_decode_equals_the_whole_clip_evaluation():
+    latents = clip(5, batch=2)
+    expected = WholeClip(weights()).decode(latents)
+    frames = StreamingDecoder(vae_from_state_dict(weights())).decode(latents)
+    assert expected.min() > 0, "clamping would hide a difference"
+    assert expected.max() < 1, "clamping would hide a difference"
+    assert expected.std() > 0.01
+    assert frames.dtype == torch.float64
+    torch.testing.assert_close(frames, expected, rtol=0, atol=1e-10)
+
+
+def test_encode_equals_the_whole_clip_evaluation():
+    frames = torch.rand(2, 13, 24, 16, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected = WholeClip(weights()).encode(frames)
+    latents = encode_video(vae_from_state_dict(weights()), frames)
+    assert latents.shape == (2, 16, 4, 3, 2)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-10)
+
+
+def test_encoding_one_image_gives_one_latent_frame_the_same_as_a_clips_first():
+    vae = vae_from_state_dict(weights())
+    frames = torch.rand(1, 5, 16, 16, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    image = encode_video(vae, frames[:, :1])
+    assert image.shape == (1, 16, 1, 2, 2)
+    assert torch.equal(image, encode_video(vae, frames)[:, :, :1])
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cut", [(3, 3, 1, 2), (1,) * 9, (2, 7), (8, 1)])
+def test_any_cut_of_a_clip_decodes_bit_for_bit_as_the_whole(cut, dtype, device):
+    latents = clip(9, batch=2, height=2, width=3, dtype=torch.float32)
+    decoder = StreamingDecoder(vae_from_state_dict(weights(dtype), device=device))
+    whole = decoder.decode(latents)
+    decoder.reset()
+    pieces = [decoder.decode(piece) for piece in latents.split(list(cut), dim=2)]
+    assert torch.equal(torch.cat(pieces, dim=1), whole)
+    assert whole.dtype == torch.float32
+    assert whole.isfinite().all()
+
+
+@pytest.mark.parametrize("permutation", [(0, 1, 2, 3, 4), (2, 0, 3, 4, 1), (4, 3, 2, 1, 0)])
+def test_the_memory_layout_of_the_latents_does_not_change_a_bit(permutation):
+    latents = clip(3, dtype=torch.float32)
+    decoder = StreamingDecoder(vae_from_state_dict(weights(torch.float32)))
+    whole = decoder.decode(latents)
+    decoder.reset()
+    inverse = [permutation.index(axis) for axis in range(5)]
+    assert torch.equal(decoder.decode(latents.permute(permutation).contiguous().permute(inverse)), whole)
+
+
+def test_first_latent_frame_gives_one_video_frame_and_each_later_one_four():
+    decoder = StreamingDecoder(vae_from_state_dict(weights(torch.float32)))
+    latents = clip(7, dtype=torch.float32)
+    counts = [tuple(decoder.decode(piece).shape) for piece in latents.split([3, 3, 1], dim=2)]
+    assert counts == [(1, 9, 32, 48, 3), (1, 12, 32, 48, 3), (1, 4, 32, 48, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_frames_are_float32_between_zero_and_one_whatever_the_modules_dtype(dtype):
+    vae = vae_from_state_dict(weights(dtype))
+    seen = []
+    vae.decoder.head[2].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    frames = StreamingDecoder(vae).decode(20 * clip(2, dtype=torch.float32))
+    assert set(seen) == {dtype}
+    assert frames.dtype == torch.float32
+    assert frames.min() >= 0
+    assert frames.max() <= 1
+
+
+def test_values_beyond_the_range_are_clamped_not_wrapped():
+    state_dict = weights(torch.float32)
+    state_dict["decoder.head.2.bias"] = torch.tensor([5.0, -5.0, 0.0])
+    frames = StreamingDecoder(vae_from_state_dict(state_dict)).decode(clip(1, dtype=torch.float32))
+    assert (frames[..., 0] == 1).all()
+    assert (frames[..., 1] == 0).all()
+    assert 0.2 < frames[..., 2].mean() < 0.8
+
+
+def test_raw_latents_are_taken_as_they_are():
+    latents = clip(2)
+    mean, std = (latents.new_tensor(v).view(1, 16, 1, 1, 1) for v in (LATENT_MEAN, LATENT_STD))
+    vae = vae_from_state_dict(weights())
+    raw = StreamingDecoder(vae).decode(latents * std + mean, normalised=False)
+    torch.testing.assert_close(raw, StreamingDecoder(vae).decode(latents), rtol=0, atol=1e-12)
+    frames = torch.rand(1, 5, 16, 16, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    stats = torch.tensor([LATENT_MEAN, LATENT_STD], dtype=torch.float64)[:, None, :, None, None, None]
+    expected = (encode_video(vae, frames, normalised=False) - stats[0]) / stats[1]
+    torch.testing.assert_close(encode_video(vae, frames), expected, rtol=0, atol=1e-12)
+
+
+def test_latents_and_global_generator_are_left_as_they_were():
+    latents = clip(2, dtype=torch.float32)
+    kept, state = latents.clone(), torch.random.get_rng_state()
+    StreamingDecoder(vae_from_state_dict(weights(torch.float32))).decode(latents)
+    assert torch.equal(latents, kept)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_cache_does_not_grow_with_length_and_pins_no_larger_tensor():
+    decoder = StreamingDecoder(vae_from_state_dict(weights(torch.float32)))
+    sizes = []
+    for piece in clip(7, dtype=torch.float32).split(1, dim=2):
+        decoder.decode(piece)
+        sizes.append(decoder.cache_bytes)
+    assert sizes[2:] == sizes[2:3] * 5
+    # Two past frames in front of each cached convolution; positions per frame and channels are read off the layout:
+    # 4 × 6 latent positions; conv1, two middle blocks, then three blocks per size with a time_conv after two of them.
+    low, mid, high, full = (24 * 4**level for level in range(4))
+    values = low * 16 + low * 16 * (4 + 6 + 1)
+    values += mid * (8 + 16 + 16 * 4 + 16)
+    values += high * (8 * 6)
+    values += full * (4 * 6 + 4)
+    assert sizes[-1] == 2 * 4 * values
+    decoder.reset()
+    assert decoder.cache_bytes == 0
+
+
+def test_reset_forgets_the_clip():
+    decoder = StreamingDecoder(vae_from_state_dict(weights(torch.float32)))
+    first = clip(2, dtype=torch.float32)
+    expected = decoder.decode(first)
+    decoder.decode(clip(3, seed=9, dtype=torch.float32))
+    decoder.reset()
+    assert torch.equal(decoder.decode(first), expected)
+    decoder.reset()
+    assert decoder.decode(clip(1, height=2, width=2, dtype=torch.float32)).shape == (1, 1, 16, 16, 3)
+
+
+def test_a_call_that_broke_off_ends_the_clip_until_reset():
+    vae = vae_from_state_dict(weights(torch.float32))
+    decoder = StreamingDecoder(vae)
+    latents = clip(3, dtype=torch.float32)
+    expected = decoder.decode(latents)
+    decoder.reset()
+    decoder.decode(latents[:, :, :1])
+    runs = []
+
+    def run_out_of_memory(module, args):
+        runs.append(module)
+        if len(runs) == 2:
+            raise MemoryError("no room")
+
+    with vae.decoder.head[2].register_forward_pre_hook(run_out_of_memory), pytest.raises(MemoryError, match="no room"):
+        decoder.decode(latents[:, :, 1:])
+    assert decoder.cache_bytes == 0
+    with pytest.raises(RuntimeError, match=r"broke off; call reset\(\)"):
+        decoder.decode(latents[:, :, 1:])
+    decoder.reset()
+    assert torch.equal(decoder.decode(latents), expected)
+
+
+def test_encode_cut_into_calls_equals_one_call():
+    vae = vae_from_state_dict(weights())
+    frames = torch.rand(1, 13, 16, 24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    encoder = StreamingEncoder(vae)
+    pieces = [encoder.encode(piece) for piece in frames.split((5, 4, 4), dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=2), encode_video(vae, frames), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"5 video frames are not 0 \+ 4k; use 4 or 8"):
+        encoder.encode(frames[:, :5])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((16, 3, 4, 6), r"\(16, 3, 4, 6\) are not \[B, 16, frames, h, w\]"),
+        ((1, 48, 3, 4, 6), r"\(1, 48, 3, 4, 6\) are not \[B, 16"),
+        ((1, 16, 0, 4, 6), "empty; pass at least one latent frame"),
+        ((2, 16, 1, 4, 6), r"\(2, 4, 6\) do not continue a clip of \(1, 4, 6\); call reset\(\)"),
+        ((1, 16, 1, 4, 8), r"\(1, 4, 8\) do not continue a clip of \(1, 4, 6\)"),
+    ],
+)
+def test_latents_that_cannot_continue_the_clip_are_refused_and_it_goes_on(shape, message):
+    decoder = StreamingDecoder(vae_from_state_dict(weights(torch.float32)))
+    latents = clip(2, dtype=torch.float32)
+    whole = decoder.decode(latents)
+    decoder.reset()
+    decoder.decode(latents[:, :, :1])
+    with pytest.raises(ValueError, match=message):
+        decoder.decode(torch.zeros(shape))
+    assert torch.equal(decoder.decode(latents[:, :, 1:]), whole[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 4, 16, 16, 3), r"4 video frames are not 1 \+ 4k; use 1 or 5"),
+        ((1, 82, 16, 16, 3), "use 81 or 85"),
+        ((1, 1, 500, 16, 3), "height 500 is not a multiple of 8; use 496 or 504"),
+        ((1, 1, 16, 7, 3), "width 7 is not a multiple of 8; use 8"),
+        ((1, 1, 16, 16, 4), r"not \[B, frames, H, W, 3\]"),
+        ((1, 16, 16, 3), r"not \[B, frames, H, W, 3\]"),
+        ((1, 0, 16, 16, 3), r"\(1, 0, 16, 16, 3\) are not"),
+    ],
+)
+def test_frames_that_cannot_be_encoded_are_refused_with_the_nearest_that_can(shape, message):
+    with pytest.raises(ValueError, match=message):
+        encode_video(vae_from_state_dict(weights(torch.float32)), torch.zeros(shape))
+
+
+def test_modules_that_are_no_wan_vae_are_refused():
+    with pytest.raises(ValueError, match="Linear is not a Wan VAE"):
+        StreamingDecoder(nn.Linear(2, 2))
+    wan22, layered = (vae_from_state_dict(weights(torch.float32)) for _ in range(2))
+    wan22.conv2 = nn.Conv3d(48, 48, 1)
+    with pytest.raises(ValueError, match="48 latent channels instead of 16"):
+        StreamingDecoder(wan22)
+    layered.decoder.head[2] = nn.Conv3d(DIM, 12, 3)
+    with pytest.raises(ValueError, match="decodes to 12 channels instead of 3"):
+        encode_video(layered, torch.zeros(1, 1, 8, 8, 3))

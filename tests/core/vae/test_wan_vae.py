@@ -1,0 +1,137 @@
+"""The Wan VAE's module tree: published names and counts, widths read from files, and what is refused."""
+
+import pytest
+import torch
+
+from lightforcing.lightforcing_core.vae.wan_vae import (
+    LATENT_MEAN,
+    LATENT_STD,
+    WanVAE,
+    denormalise_latents,
+    normalise_latents,
+    random_vae_state_dict,
+    vae_from_state_dict,
+)
+
+
+def meta_state_dict(dim):
+    with torch.device("meta"):
+        return WanVAE(dim).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("dim", "encoder", "decoder", "total"),
+    [(96, 53_595_872, 73_295_331, 126_892_531), (24, 3_416_336, 4_617_339, 8_035_003)],
+)
+def test_tensor_and_parameter_counts_are_the_published_ones(dim, encoder, decoder, total):
+    state_dict = meta_state_dict(dim)
+
+    def count(prefix):
+        return sum(t.numel() for name, t in state_dict.items() if name.startswith(prefix))
+
+    assert len(state_dict) == 194
+    assert (count("encoder."), count("decoder."), count("")) == (encoder, decoder, total)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("conv1.weight", (32, 32, 1, 1, 1)),
+        ("conv2.bias", (16,)),
+        ("encoder.conv1.weight", (24, 3, 3, 3, 3)),
+        ("encoder.downsamples.3.shortcut.weight", (48, 24, 1, 1, 1)),
+        ("encoder.downsamples.2.resample.1.weight", (24, 24, 3, 3)),
+        ("encoder.downsamples.8.time_conv.weight", (96, 96, 3, 1, 1)),
+        ("encoder.middle.1.norm.gamma", (96, 1, 1)),
+        ("encoder.middle.1.to_qkv.weight", (288, 96, 1, 1)),
+        ("encoder.head.2.weight", (32, 96, 3, 3, 3)),
+        ("decoder.conv1.weight", (96, 16, 3, 3, 3)),
+        ("decoder.upsamples.4.residual.2.weight", (96, 48, 3, 3, 3)),
+        ("decoder.upsamples.4.shortcut.weight", (96, 48, 1, 1, 1)),
+        ("decoder.upsamples.7.time_conv.weight", (192, 96, 3, 1, 1)),
+        ("decoder.upsamples.11.resample.1.weight", (24, 48, 3, 3)),
+        ("decoder.upsamples.14.residual.6.bias", (24,)),
+        ("decoder.head.0.gamma", (24, 1, 1, 1)),
+        ("decoder.head.2.weight", (3, 24, 3, 3, 3)),
+    ],
+)
+def test_lightvae_tensors_carry_the_published_names_and_shapes(name, shape):
+    assert tuple(meta_state_dict(24)[name].shape) == shape
+
+
+@pytest.mark.parametrize("dim", [2, 5, 24])
+def test_width_is_read_from_the_tensors_and_weights_are_kept(dim):
+    state_dict = random_vae_state_dict(dim=dim)
+    vae = vae_from_state_dict(state_dict)
+    assert vae.dim == dim
+    assert not vae.training
+    assert not any(p.requires_grad for p in vae.parameters())
+    for name, tensor in vae.state_dict().items():
+        assert torch.equal(tensor, state_dict[name])
+
+
+def test_dtype_and_device_are_taken_from_the_file_or_from_the_caller():
+    state_dict = random_vae_state_dict(dim=2, dtype=torch.bfloat16)
+    assert {p.dtype for p in vae_from_state_dict(state_dict).parameters()} == {torch.bfloat16}
+    vae = vae_from_state_dict(state_dict, dtype=torch.float16, device="cpu")
+    assert {(p.dtype, p.device.type) for p in vae.parameters()} == {(torch.float16, "cpu")}
+
+
+def test_random_weights_depend_on_the_seed_alone_and_leave_the_global_generator_untouched():
+    before = torch.random.get_rng_state()
+    first, again, other = (random_vae_state_dict(dim=2, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
+
+
+def test_latent_statistics_are_wan_2_1s():
+    # An all-ones latent, channel 7: 1 · 2.0743 + 1.5508.
+    raw = denormalise_latents(torch.ones(1, 16, 1, 1, 1, dtype=torch.float64))
+    assert raw[0, 7].item() == pytest.approx(3.6251, abs=1e-9)
+    assert raw[0, 15].item() == pytest.approx(1.6239, abs=1e-9)
+    assert (len(LATENT_MEAN), len(LATENT_STD)) == (16, 16)
+    # Position-weighted sums, so that a swapped pair shows too.
+    assert sum(i * value for i, value in enumerate(LATENT_STD)) == pytest.approx(251.8508, abs=1e-9)
+    assert sum(i * value for i, value in enumerate(LATENT_MEAN)) == pytest.approx(0.5206, abs=1e-9)
+    torch.testing.assert_close(normalise_latents(raw), torch.ones_like(raw))
+
+
+def without(state_dict, *names):
+    return {name: t for name, t in state_dict.items() if name not in names}
+
+
+REFUSED = {
+    "nothing": (lambda sd: {}, "no tensors at all.*lightvaew2_1"),
+    "tiny autoencoder": (lambda sd: {"decoder.1.weight": torch.zeros(256, 16, 3, 3)}, r"tiny autoencoder \(TAE\)"),
+    "diffusers": (lambda sd: {"decoder.mid_block.attentions.0.norm.gamma": torch.zeros(4)}, "diffusers"),
+    "diffusion model": (lambda sd: {"patch_embedding.weight": torch.zeros(4, 16, 1, 2, 2)}, "diffusion model"),
+    "wan 2.2": (lambda sd: sd | {"conv2.weight": torch.zeros(48, 48, 1, 1, 1)}, "Wan 2.2 VAE with 48 latent channels"),
+    "other vae": (lambda sd: sd | {"conv2.weight": torch.zeros(4, 4, 1, 1, 1)}, "another model's VAE with 4 latent"),
+    "nested": (lambda sd: {"state_dict": sd}, "no conv2.weight among its 1 entries.*state_dict"),
+    "incomplete": (
+        lambda sd: without(sd, "encoder.conv1.weight", "encoder.conv1.bias"),
+        r"lacks 2 of 194 tensors \(encoder.conv1.weight, encoder.conv1.bias, …\); download",
+    ),
+    "surplus": (lambda sd: sd | {"decoder.extra": torch.zeros(1)}, "1 tensors too many.*decoder.extra"),
+    "other shape": (
+        lambda sd: sd | {"decoder.head.2.weight": torch.zeros(12, 2, 3, 3, 3)},
+        r"decoder.head.2.weight has shape \(12, 2, 3, 3, 3\) where a Wan VAE of dim 2 has \(3, 2, 3, 3, 3\)",
+    ),
+    "fp8": (
+        lambda sd: {name: t.to(torch.float8_e4m3fn) for name, t in sd.items()},
+        "float8_e4m3fn.*pass dtype=torch.bfloat16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_a_whole_wan_vae_is_refused_by_name(case):
+    make, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        vae_from_state_dict(make(random_vae_state_dict(dim=2)))
+
+
+def test_random_state_dict_refuses_an_impossible_width():
+    with pytest.raises(ValueError, match="dim 0 is not positive"):
+        random_vae_state_dict(dim=0)

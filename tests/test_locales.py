@@ -1,0 +1,105 @@
+"""Translations say all that English says, in files that ComfyUI reads and messages that its frontend takes."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LOCALES = ROOT / "locales"
+PAGES = ROOT / "nodes" / "web" / "docs"
+FILES = ("main", "nodeDefs", "settings")  # of the four that ComfyUI reads; there are no commands to translate
+OTHERS = sorted(folder.name for folder in LOCALES.iterdir() if folder.name != "en")
+CHINESE = re.compile(r"[\u4e00-\u9fff]")
+NUMBER = re.compile(r"(?<![\w.])\d[\d.]*\b", re.ASCII)
+
+
+def texts(language, name):
+    """{path: text} of one file, such as {"LightForcingApply/inputs/model/name": "model"}."""
+
+    def flatten(value, path):
+        if isinstance(value, str):
+            return {path: value}
+        return {key: text for part in value for key, text in flatten(value[part], f"{path}/{part}".lstrip("/")).items()}
+
+    return flatten(json.loads((LOCALES / language / f"{name}.json").read_text(encoding="utf-8")), "")
+
+
+def test_both_languages_are_there():
+    assert "zh" in OTHERS
+    for language in ("en", *OTHERS):
+        assert sorted(path.name for path in (LOCALES / language).iterdir()) == sorted(f"{name}.json" for name in FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("language", OTHERS)
+def test_translation_has_each_text_and_no_other(language, name):
+    english, translated = texts("en", name), texts(language, name)
+    assert set(translated) == set(english)
+    assert all(text.strip() for text in translated.values())
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_translation_names_the_same_numbers(language):
+    """A value that changes in a tooltip has to change in its translation."""
+    english, translated = texts("en", "nodeDefs"), texts(language, "nodeDefs")
+    for path in (path for path in english if path.endswith(("/tooltip", "/description"))):
+        assert set(NUMBER.findall(translated[path])) == set(NUMBER.findall(english[path])), path
+
+
+def test_chinese_is_chinese():
+    for path, text in texts("zh", "nodeDefs").items():
+        if path.endswith(("/tooltip", "/description", "/display_name")):
+            assert CHINESE.search(text), path
+
+
+@pytest.mark.parametrize("language", ["en", *OTHERS])
+def test_no_message_holds_what_the_frontend_would_interpret(language):
+    """vue-i18n reads { } @ | in a message; only the tooltips of nodes are shown as they are."""
+    for name in FILES:
+        for path, text in texts(language, name).items():
+            if name != "nodeDefs" or not path.endswith("/tooltip"):
+                assert not set("{}@|") & set(text), f"{name}: {path}"
+
+
+def test_settings_are_those_of_the_page():
+    page = (ROOT / "nodes" / "web" / "js" / "page.js").read_text(encoding="utf-8")
+    identity = re.search(r'SETTING = "([\w.]+)"', page).group(1).replace(".", "_")
+    for path, text in texts("en", "settings").items():
+        assert path.startswith(f"{identity}/")
+        assert f'"{text}"' in page
+    for category in texts("en", "main"):
+        section, _, name = category.partition("/")
+        assert section == "nodeCategories" or f'"{name}"' in page
+
+
+def test_every_node_has_a_help_page_in_each_language_and_no_page_is_left_over():
+    """NODE.md is what the frontend falls back to where there is no NODE/LANGUAGE.md, so it is the English one."""
+    nodes = json.loads((LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    wanted = {f"{node}.md" for node in nodes} | {f"{node}/{language}.md" for node in nodes for language in OTHERS}
+    assert {path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.*")} == wanted
+
+
+def test_help_pages_name_the_same_start_options_of_the_host():
+    """In the order of the page; `--disable-dynamic-vram` and the like have to be typed as they are."""
+    option = re.compile(r"--[a-z][a-z-]+")
+    for page in PAGES.glob("*.md"):
+        english = option.findall(page.read_text(encoding="utf-8"))
+        for language in OTHERS:
+            translated = (PAGES / page.stem / f"{language}.md").read_text(encoding="utf-8")
+            assert option.findall(translated) == english, f"{page.stem}/{language}.md"
+
+
+def test_help_pages_are_titled_and_name_every_input_as_the_node_does():
+    english, chinese = (
+        json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8")) for language in ("en", "zh")
+    )
+    for node, texts in english.items():
+        page, translated = PAGES / f"{node}.md", PAGES / node / "zh.md"
+        assert page.read_text(encoding="utf-8").startswith(f"# {texts['display_name']}\n")
+        assert translated.read_text(encoding="utf-8").startswith(f"# {chinese[node]['display_name']}\n")
+        for key, field in texts["inputs"].items():
+            assert f"`{field['name']}`" in page.read_text(encoding="utf-8"), f"{page.name}: {key}"
+            both = f"`{field['name']}`（{chinese[node]['inputs'][key]['name']}）"
+            assert both in translated.read_text(encoding="utf-8"), f"{node}/zh.md does not say {both}"
