@@ -1,25 +1,149 @@
-"""The ground floor's door: a kernel's module, or the reason why it cannot be imported here."""
+"""Optional fast paths: try one, remember for this run that it failed, and say so once.
 
+Kernels, compiled backends, recorded graphs and low-precision products can all fail on a machine where they should run.
+Each has a slower replacement, so a failure costs one warning and not the video. Two kinds of failure are errors all the
+same: memory that ran out, which says nothing about the path, and a CUDA error after which nothing runs any more.
+"""
+
+import contextlib
 import functools
 import importlib
 import importlib.util
+import logging
 import threading
+from collections.abc import Callable, Hashable, Iterator
 from types import ModuleType
+from typing import NamedTuple, TypeVar
 
+import torch
+
+T = TypeVar("T")
+
+# How CUDA, Triton's driver and cuBLAS say that memory ran out when torch has not made an OutOfMemoryError of it.
+_OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed", "can't allocate memory")
+# CUDA errors that leave the process without a usable context: every later call on the device fails too.
+_CONTEXT_LOST = (
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "device-side assert",
+    "unspecified launch failure",
+    "hardware stack error",
+    "invalid program counter",
+    "invalid address space",
+    "launch timed out",
+    "uncorrectable ecc error",
+    "context is destroyed",
+)
+
+_log = logging.getLogger(__name__)
 recording_thread = threading.local()
+_failures: dict["FastPath", str] = {}
+
+
+class DeviceLost(RuntimeError):
+    """A CUDA error after which nothing runs on the device until the process is restarted."""
+
+
+class FastPath(NamedTuple):
+    """One way to do one kind of work; a failure of another kind, dtype, block, head dim or device is another one's.
+
+    kind: the name that a warning shows, such as "fused store".
+    block: (query, key) tokens per attention block, None if the work has no blocks.
+    detail: whatever else makes the code that runs another one.
+    """
+
+    kind: str
+    device: torch.device
+    dtype: torch.dtype
+    block: tuple[int, int] | None = None
+    head_dim: int | None = None
+    detail: Hashable = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why it failed in this run, or None."""
+        return _failures.get(self)
+
+    def attempt(self, run: Callable[[], T], instead: str) -> T | None:
+        """Return `run()`, or None if it fails now or has failed in this run.
+
+        `instead` ends the warning: what runs in its place, such as "running the modules". Raises
+        torch.OutOfMemoryError if memory runs out, `DeviceLost` if the device is unusable, and the error itself
+        while a graph is recorded: that fails the recording only.
+        """
+        if self in _failures:
+            return None
+        try:
+            return run()
+        except Exception as error:
+            self.failed(error, instead)
+            return None
+
+    def failed(self, error: Exception, instead: str) -> None:
+        """Remember and log an error that `run` raised, or raise it as `attempt` does."""
+        raise_if_fatal(error)
+        if is_recording():
+            raise error
+        size = f", blocks {self.block}" if self.block else ""
+        size += f", head dim {self.head_dim}" if self.head_dim else ""
+        reason = f"{self.kind} failed on {self.device} in {self.dtype}{size} ({one_line(error)})"
+        _failures[self] = reason
+        _log.warning("[Light Forcing] %s; %s until the next run", reason, instead)
+
+
+def begin_run() -> None:
+    """Forget all failures: a new run tries every fast path again."""
+    _failures.clear()
+
+
+def raise_if_fatal(error: BaseException) -> None:
+    """Raise torch.OutOfMemoryError or `DeviceLost` if that is what `error` means, whoever raised it."""
+    if isinstance(error, torch.OutOfMemoryError | DeviceLost):
+        raise error
+    text = str(error).lower()
+    if isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY):
+        raise torch.OutOfMemoryError(one_line(error)) from error
+    if any(sign in text for sign in _CONTEXT_LOST):
+        raise DeviceLost(
+            f"the GPU stopped with an error that it cannot recover from ({one_line(error)}); "
+            f"restart ComfyUI, or the Python process"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The type of an error and the first line of its text."""
+    return f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[None]:
+    """Mark this thread as recording a CUDA graph."""
+    recording_thread.recording = True
+    try:
+        yield
+    finally:
+        recording_thread.recording = False
 
 
 def is_recording() -> bool:
-    """Whether this thread is recording a CUDA graph: a kernel that fails now fails only the recording."""
+    """Whether this thread is recording a CUDA graph."""
     return getattr(recording_thread, "recording", False)
+
+
+@functools.cache
+def why_no_kernels() -> str | None:
+    """Why the modules of `kernels/` cannot be imported, or None. Import them only after this returned None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; install it with `pip install triton` (Linux) or `pip install triton-windows`"
+    try:
+        from ...kernels import block_sparse, modulation, selection, store  # noqa: F401
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:  # a triton that is broken or too old
+        return f"triton is installed but does not import ({one_line(error)}); reinstall it"
+    return None
 
 
 @functools.cache
 def kernel_module(name: str) -> ModuleType | str:
     """`kernels/<name>.py`, or one sentence of why it cannot be imported."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; install it with `pip install triton` (Linux) or `pip install triton-windows`"
-    try:
-        return importlib.import_module(f"....kernels.{name}", __name__)
-    except (ImportError, OSError, AttributeError, RuntimeError) as error:  # a triton that is broken or too old
-        return f"triton is installed but does not import ({type(error).__name__}: {error}); reinstall it"
+    return why_no_kernels() or importlib.import_module(f"....kernels.{name}", __name__)

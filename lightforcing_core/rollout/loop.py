@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..attention import fast_path
 from ..attention.dispatch import AttentionOptions
 from ..families import SinkRope
 from ..model import cuda_graph as step_graph
@@ -92,6 +93,7 @@ class ChunkLoop:
 
     def chunks(self) -> Generator[Chunk, None, None]:
         """The loop; memory lives from the first `next` to the end."""
+        fast_path.begin_run()
         states: list[CausalState] = []
         past: list[Tensor] = []  # clean chunks as far back as any of them is visible
         done = 0

@@ -17,7 +17,7 @@ from lightforcing.lightforcing_core.attention.dispatch import (
     choose_backend,
     sparse_attention,
 )
-from lightforcing.lightforcing_core.attention.fast_path import kernel_module
+from lightforcing.lightforcing_core.attention.fast_path import kernel_module, why_no_kernels
 from lightforcing.lightforcing_core.attention.selection import BlockSelection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -276,6 +276,7 @@ def test_auto_without_a_compiler_or_triton_takes_the_reference_and_says_why(monk
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(attention_backends, "cpp_compiler", lambda: None)
     kernel_module.cache_clear()
+    why_no_kernels.cache_clear()
     try:
         choice = choose_backend(*on_meta(4608, 9216))
         assert choice.name == "reference"
@@ -287,6 +288,7 @@ def test_auto_without_a_compiler_or_triton_takes_the_reference_and_says_why(monk
             choose_backend(*on_meta(96), backend="flex")
     finally:
         kernel_module.cache_clear()
+        why_no_kernels.cache_clear()
 
 
 def test_attention_imports_without_triton():
