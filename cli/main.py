@@ -13,7 +13,6 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ..benchmarks.commands import app as bench
-from ..benchmarks.quality_command import quality
 from ..lightforcing_core.families import Family
 
 if TYPE_CHECKING:
@@ -280,7 +279,6 @@ class _CleanGroup(TyperGroup):
             return super().invoke(ctx)
 
 
-bench.command()(quality)
 app.add_typer(bench, name="bench", cls=_CleanGroup)
 
 

@@ -22,7 +22,7 @@ class Family:
     configuration runs where a file holds both.
 
     The defaults of `target`, `base`, `estimator` and `tail` are for models that never saw sparse attention while they
-    were trained, as `bench quality` recommends.
+    were trained, as the laboratory recommends.
     """
 
     id: str

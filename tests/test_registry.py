@@ -56,7 +56,7 @@ NEEDED = [
     "workflows/api/text_to_video_5s.json",
     "subgraphs/Light Forcing text to video.json",
 ]
-LEFT_OUT = ("tests/", "tools/", "docs/", "benchmarks/results/", ".github/", ".ci/", "Makefile", "CONTRIBUTING.md")
+LEFT_OUT = ("tests/", "laboratory/", "docs/", "benchmarks/results/", ".github/", ".ci/", "Makefile", "CONTRIBUTING.md")
 
 
 @pytest.fixture(scope="module")

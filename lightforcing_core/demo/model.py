@@ -4,7 +4,7 @@
     vae/light_forcing_demo_vae.safetensors             Wan VAE layout
     light_forcing_demo_text.safetensors                the embeddings of captions, their vocabulary in the metadata
 
-The folders have the names of ComfyUI's own. `tools/train_demo` makes all three.
+The folders have the names of ComfyUI's own. `laboratory/training` makes all three.
 """
 
 import json
@@ -85,11 +85,11 @@ def demo_video(folder: Path) -> DemoVideo:
     if missing:
         raise ValueError(
             f"{folder} holds no demo model: {', '.join(missing)} is missing; name the folder `models` that "
-            f"tools/train_demo wrote, or train one (tools/train_demo/README.md)"
+            f"the training wrote, or train one (laboratory/training/README.md)"
         )
     about = inspect_checkpoint(folder / DIT).metadata.get(ABOUT)
     if about is None:
-        raise ValueError(f"{folder / DIT} does not say what videos it makes; export it again with tools/train_demo")
+        raise ValueError(f"{folder / DIT} does not say what videos it makes; export it again with laboratory/training")
     return DemoVideo(**json.loads(about))
 
 

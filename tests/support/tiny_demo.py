@@ -16,7 +16,7 @@ TINY_VIDEO = DemoVideo(height=32, width=48, frames=33, frames_per_chunk=3, block
 
 
 def write_tiny_demo(folder: Path, video: DemoVideo = TINY_VIDEO, layers: int = 2) -> Path:
-    """The three files in `folder`, as tools/train_demo exports them."""
+    """The three files in `folder`, as laboratory/training exports them."""
     config = {"config": json.dumps({"transformer": {"causal_ar": True, "text_dim": TEXT_DIM}})}
     dit = random_state_dict(dim=128, ffn_dim=64, layers=layers, text_dim=TEXT_DIM, seed=1)
     files = {

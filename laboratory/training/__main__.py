@@ -1,4 +1,4 @@
-"""Trains the demo model, resumably: python -m tools.train_demo STAGE --out DIR [options]; see README.md."""
+"""Trains the demo model, resumably: python -m laboratory.training STAGE --out DIR [options]; see README.md."""
 
 import argparse
 import json
@@ -167,7 +167,7 @@ def _report(stage: str, step: int, values: Mapping[str, float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="tools.train_demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="laboratory.training", description=__doc__)
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", choices=PRESETS, default="h200")

@@ -1,4 +1,4 @@
-"""`bench quality`: many videos of the demo model, each arm with the same noise, judged and compared; resumable.
+"""the laboratory: many videos of the demo model, each arm with the same noise, judged and compared; resumable.
 
 Every video is one row of `rows.jsonl` in the output folder, appended as soon as it is judged. What is there already
 is not made again, so an interrupted run goes on, and later runs add arms, seeds and sparsities.
@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..lightforcing_core.attention.dispatch import AttentionOptions
-from ..lightforcing_core.demo.captions import (
+from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.demo.captions import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
@@ -30,15 +30,16 @@ from ..lightforcing_core.demo.captions import (
     caption_of,
     context_of_caption,
 )
-from ..lightforcing_core.demo.model import DIT, DemoModel, DemoVideo, Level, demo_video, load_demo_model
-from ..lightforcing_core.files.output import prepare_folder, whole_file
-from ..lightforcing_core.fp8.linear import quantize_linears
-from ..lightforcing_core.rollout.rollout import StepEvent, few_step_sigmas, rollout, seeded_noise
-from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
-from ..lightforcing_core.vae.streaming import StreamingDecoder
-from .quality_arms import Arm, all_arms, chosen
-from .quality_measures import against_caption, against_dense, over_time
-from .quality_probe import AttentionProbe, is_probed
+from lightforcing.lightforcing_core.demo.model import DIT, DemoModel, DemoVideo, Level, demo_video, load_demo_model
+from lightforcing.lightforcing_core.files.output import prepare_folder, whole_file
+from lightforcing.lightforcing_core.fp8.linear import quantize_linears
+from lightforcing.lightforcing_core.rollout.rollout import StepEvent, few_step_sigmas, rollout, seeded_noise
+from lightforcing.lightforcing_core.rollout.schedule import Schedule, latent_frames_of
+from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
+
+from .arms import Arm, all_arms, chosen
+from .measures import against_caption, against_dense, over_time
+from .probe import AttentionProbe, is_probed
 
 ROWS = "rows.jsonl"
 PROMPTS = 64  # the fixed list; seed i follows prompt i, modulo this

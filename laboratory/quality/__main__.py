@@ -1,13 +1,28 @@
-"""The command `lightforcing bench quality`: its options, and the claims as a table."""
+"""The command `python -m laboratory.quality`: its options, and the claims as a table."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from .console import Backend, Device, Threads, integers, new_console, new_table, prepare, show
+from lightforcing.benchmarks.console import Backend, Device, Threads, integers, new_console, new_table, prepare, show
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+class _CleanCommand(TyperCommand):
+    """A command whose errors are one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            typer.echo(f"laboratory.quality: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
+@app.command(cls=_CleanCommand)
 def quality(
     out: Annotated[Path, typer.Option(help="Folder for rows.jsonl, quality.json, table.md and plots; runs resume.")],
     models: Annotated[
@@ -31,9 +46,10 @@ def quality(
 ) -> None:
     """What sparsity does to the demo model's videos: judged by caption, against dense, over time and by layer."""
     place = prepare(device, threads)
-    from ..lightforcing_core.demo import model as demo_model
-    from .quality import QualityBench, run_quality
-    from .quality_report import report
+    from lightforcing.lightforcing_core.demo import model as demo_model
+
+    from .bench import QualityBench, run_quality
+    from .report import report
 
     bench = QualityBench(
         models=models or demo_model.SHIPPED,
@@ -88,3 +104,7 @@ def _seeds(text: str) -> tuple[int, ...]:
             raise ValueError(f"--seeds {text!r} is not a list of seeds and ranges like 0-31,40")
         seeds += range(int(first), int(last or first) + 1)
     return tuple(seeds)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m laboratory.quality")

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
+from laboratory.training.recipe import PRESETS
+from laboratory.training.train_ar import new_model
+from laboratory.training.train_vae import fold_statistics, latent_statistics, new_vae
+from laboratory.training.whole_clip import decode_clip, encode_clip, teacher_forced
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.model.causal import CausalState, forward
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder, encode_video
 from lightforcing.lightforcing_core.vae.wan_vae import normalise_latents
-from tools.train_demo.recipe import PRESETS
-from tools.train_demo.train_ar import new_model
-from tools.train_demo.train_vae import fold_statistics, latent_statistics, new_vae
-from tools.train_demo.whole_clip import decode_clip, encode_clip, teacher_forced
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightforcing.benchmarks.detector import Verdict, judge
+from laboratory.quality.detector import Verdict, judge
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.demo.captions import Scene, caption_of, context_of_caption
 from lightforcing.lightforcing_core.demo.model import DemoModel, Level, load_demo_model

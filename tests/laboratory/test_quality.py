@@ -1,4 +1,4 @@
-"""`lightforcing bench quality`: arms that cost the same, measures with known answers, and runs that go on."""
+"""`python -m laboratory.quality`: arms that cost the same, measures with known answers, and runs that go on."""
 
 import json
 import math
@@ -10,18 +10,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lightforcing.benchmarks.quality import QualityBench, open_rows, prompt_scenes, run_quality
-from lightforcing.benchmarks.quality_arms import Arm, all_arms, as_dense_as_hsa, chosen, growth_of, halves
-from lightforcing.benchmarks.quality_claims import Table, claims, options, paired, summary
-from lightforcing.benchmarks.quality_measures import (
+from laboratory.quality.__main__ import app
+from laboratory.quality.arms import Arm, all_arms, as_dense_as_hsa, chosen, growth_of, halves
+from laboratory.quality.bench import QualityBench, open_rows, prompt_scenes, run_quality
+from laboratory.quality.claims import Table, claims, options, paired, summary
+from laboratory.quality.measures import (
     against_caption,
     against_dense,
     over_time,
     psnr,
     structural_similarity,
 )
-from lightforcing.benchmarks.quality_probe import AttentionProbe
-from lightforcing.cli.main import app
+from laboratory.quality.probe import AttentionProbe
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.attention.selection import SelectionPlan
@@ -435,7 +435,7 @@ def test_options_are_compared_at_their_own_sparsity_over_shared_seeds():
 
 def test_command_writes_rows_table_and_plots(models, tmp_path):
     small = ["--seeds", "0-1,4", "--sparsities", "0.75", "--keep", "3,1,1", "--long-frames", "45", "--window", "7,1"]
-    command = ["bench", "quality", "--models", str(models), "--out", str(tmp_path), *small, "--probes", "1"]
+    command = ["--models", str(models), "--out", str(tmp_path), *small, "--probes", "1"]
     done = CliRunner().invoke(app, [*command, "--arms", "dense,published,early,late,long *", "--device", "cpu"])
     assert done.exit_code == 0, done.output
     result = json.loads((tmp_path / "quality.json").read_text())
@@ -466,7 +466,7 @@ def test_command_writes_rows_table_and_plots(models, tmp_path):
     ],
 )
 def test_impossible_requests_are_one_line_on_stderr(models, tmp_path, arguments, message):
-    command = ["bench", "quality", "--out", str(tmp_path / "out"), "--device", "cpu", "--models", str(models)]
+    command = ["--out", str(tmp_path / "out"), "--device", "cpu", "--models", str(models)]
     done = CliRunner().invoke(app, [*command, *arguments])
     assert done.exit_code == 1, done.output
     assert message in done.stderr
@@ -475,6 +475,6 @@ def test_impossible_requests_are_one_line_on_stderr(models, tmp_path, arguments,
 
 def test_without_a_shipped_model_the_command_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_model, "SHIPPED", tmp_path / "none")
-    done = CliRunner().invoke(app, ["bench", "quality", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    done = CliRunner().invoke(app, ["--out", str(tmp_path / "out"), "--device", "cpu"])
     assert done.exit_code == 1
     assert "holds no demo model" in done.stderr

@@ -1,4 +1,4 @@
-"""What `bench quality` measures of a video: against the dense one, against its caption, and over its own time.
+"""What the laboratory measures of a video: against the dense one, against its caption, and over its own time.
 
 Videos are [frames, H, W, 3] in 0…1 on any device, latents [16, frames, h, w].
 """
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lightforcing_core.demo.captions import Scene
+from lightforcing.lightforcing_core.demo.captions import Scene
+
 from .detector import judge, look
 
 MOST_PSNR = 100.0  # dB, for videos that are equal

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lightforcing_core.attention.blocks import FrameBlocks, tile_order
-from ..lightforcing_core.attention.dispatch import sparse_attention
-from ..lightforcing_core.attention.quantised import STORED, quantise_blocks
-from ..lightforcing_core.attention.selection import SelectionPlan, sub_block_layout
-from ..lightforcing_core.model.causal import CausalState, forward, sdpa
-from ..lightforcing_core.model.wan import Wan
-from .quality_arms import Arm
+from lightforcing.lightforcing_core.attention.blocks import FrameBlocks, tile_order
+from lightforcing.lightforcing_core.attention.dispatch import sparse_attention
+from lightforcing.lightforcing_core.attention.quantised import STORED, quantise_blocks
+from lightforcing.lightforcing_core.attention.selection import SelectionPlan, sub_block_layout
+from lightforcing.lightforcing_core.model.causal import CausalState, forward, sdpa
+from lightforcing.lightforcing_core.model.wan import Wan
+
+from .arms import Arm
 
 
 def is_probed(arm: Arm) -> bool:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightforcing.benchmarks.detector import Verdict, compare, judge, look
+from laboratory.quality.detector import Verdict, compare, judge, look
+from laboratory.training.shapes import FREE_RUN, draw_clip, extents, paths_of, render
 from lightforcing.lightforcing_core.demo.captions import (
     COLOURS,
     DIRECTIONS,
@@ -23,7 +24,6 @@ from lightforcing.lightforcing_core.demo.captions import (
     word_ids,
 )
 from lightforcing.lightforcing_core.demo.model import FPS
-from tools.train_demo.shapes import FREE_RUN, draw_clip, extents, paths_of, render
 
 HEIGHT, WIDTH, FRAMES = 64, 96, 15
 CLIPS = 120

@@ -1,4 +1,4 @@
-"""What the rows of `bench quality` say: means per arm, differences of paired seeds, and the paper's claims.
+"""What the rows of the laboratory say: means per arm, differences of paired seeds, and the paper's claims.
 
 A difference is taken seed by seed, which is the same prompt and the same noise on both sides; its 95 % interval comes
 from resampling the seeds. Effect sizes are the mean difference over the standard deviation of the differences.
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .quality_arms import LONG, OPTIONS
+from .arms import LONG, OPTIONS
 
 Row = Mapping[str, Any]
 RESAMPLES = 10_000

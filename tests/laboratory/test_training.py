@@ -12,20 +12,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from laboratory.training.__main__ import run
+from laboratory.training.evaluate import evaluation_scenes
+from laboratory.training.export import export
+from laboratory.training.recipe import PRESETS
+from laboratory.training.shapes import draw_clip
+from laboratory.training.stage import Paused, Stage, step_generator
+from laboratory.training.train_ar import CACHES, TRAIN_SEED_OFFSET, Batches, new_model, thing_weights
+from laboratory.training.train_vae import crops, new_vae
+from laboratory.training.whole_clip import decode_clip, encode_clip, teacher_forced
 from lightforcing.lightforcing_core.checkpoint.load import load_dit_state_dict
 from lightforcing.lightforcing_core.demo.captions import PASSING, SLOTS, VOCABULARY, caption_of, new_table
 from lightforcing.lightforcing_core.demo.model import DIT, TEXT, VAE, load_demo_model
 from lightforcing.lightforcing_core.model.wan import wan_from_state_dict
 from lightforcing.lightforcing_core.vae.wan_vae import vae_from_state_dict
-from tools.train_demo.__main__ import run
-from tools.train_demo.evaluate import evaluation_scenes
-from tools.train_demo.export import export
-from tools.train_demo.recipe import PRESETS
-from tools.train_demo.shapes import draw_clip
-from tools.train_demo.stage import Paused, Stage, step_generator
-from tools.train_demo.train_ar import CACHES, TRAIN_SEED_OFFSET, Batches, new_model, thing_weights
-from tools.train_demo.train_vae import crops, new_vae
-from tools.train_demo.whole_clip import decode_clip, encode_clip, teacher_forced
 
 ROOT = Path(__file__).parents[2]
 TINY = PRESETS["tiny"]
@@ -280,7 +280,7 @@ def test_bfloat16_autocast_stays_near_float32():
 
 
 def test_command_pauses_with_its_own_exit_status(tmp_path):
-    command = [sys.executable, "-m", "tools.train_demo", "vae", "--preset", "tiny", "--device", "cpu"]
+    command = [sys.executable, "-m", "laboratory.training", "vae", "--preset", "tiny", "--device", "cpu"]
     done = subprocess.run(
         [*command, "--out", tmp_path / "run", "--pause-after", "0"],
         cwd=ROOT,

@@ -1,13 +1,14 @@
-"""The results of `bench quality` as pages: a table in Markdown, and plots."""
+"""The results of the laboratory as pages: a table in Markdown, and plots."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..lightforcing_core.files.output import whole_file
-from .quality_arms import LONG, OPTIONS
-from .quality_claims import Table, sparsities_of
+from lightforcing.lightforcing_core.files.output import whole_file
+
+from .arms import LONG, OPTIONS
+from .claims import Table, sparsities_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,13 +1,13 @@
-"""The arms of `bench quality`: what each one skips, chooses and rounds, and which of them cost the same."""
+"""The arms of the laboratory: what each one skips, chooses and rounds, and which of them cost the same."""
 
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from ..lightforcing_core.attention.dispatch import AttentionOptions
-from ..lightforcing_core.model.kv_storage import KVOptions
-from ..lightforcing_core.rollout.schedule import Schedule
+from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.model.kv_storage import KVOptions
+from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
 STEP_TO_BASE, HIGHEST_BASE = 0.1, 0.98  # growth tends to the target plus 0.1, as published, and never past 98 %
 LONG = "long "  # how the names of long rollouts begin

@@ -1,4 +1,4 @@
-"""Everything that `bench quality` writes besides its rows: quality.json, the table and the plots."""
+"""Everything that the laboratory writes besides its rows: quality.json, the table and the plots."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from ..lightforcing_core.demo.model import demo_video
-from .quality import QualityBench, Row
-from .quality_claims import summary
-from .quality_pages import write_pages
-from .record import facts, write
+from lightforcing.benchmarks.record import facts, write
+from lightforcing.lightforcing_core.demo.model import demo_video
+
+from .bench import QualityBench, Row
+from .claims import summary
+from .pages import write_pages
 
 
 def report(bench: QualityBench, folder: Path, rows: Sequence[Row]) -> tuple[dict[str, Any], list[Path]]:

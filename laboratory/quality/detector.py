@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..lightforcing_core.demo.captions import DIRECTIONS, SHAPES, Scene, Thing
+from lightforcing.lightforcing_core.demo.captions import DIRECTIONS, SHAPES, Scene, Thing
 
 HUES = {  # degrees on the colour wheel
     "red": 0.0,

@@ -1,0 +1,1 @@
+"""Quality measurements and the demo model's training: tools for developers, not part of the installed package."""
