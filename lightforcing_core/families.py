@@ -1,28 +1,34 @@
-"""What is known of each published family of autoregressive Wan checkpoints, and the defaults that follow."""
+"""Published families of autoregressive Wan checkpoints, and the defaults of each."""
 
+import re
 from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import PurePath
 from typing import Literal
 
 SinkRope = Literal["fixed", "follow"]
 Weights = Literal["generator", "generator_ema"]
+
+_MODEL_FOLDERS = ("models", "diffusion_models", "unet", "checkpoints")  # ComfyUI's own: no folder above names a family
 
 
 @dataclass(frozen=True)
 class Family:
     """Facts and defaults of one checkpoint family.
 
-    `frames_per_chunk`, `window` and `sink_frames` count latent frames; `window` includes the sinks and the
-    current chunk, None keeps every frame. `sink_rope` says where sink keys stand once the window has moved on:
-    "fixed" at their first positions (LongLive), "follow" directly before the window (Infinite Forcing,
-    Light Forcing long). `denoising_steps` are the unwarped few-step list on the 1000-step scale,
-    `first_denoising_steps` another one for the video's first chunk (Causal Forcing++). `target` and
-    `base` parametrise Chunk-Aware Growth; `keep_frames`, `keep_sink` and `keep_near` parametrise the frame
-    selection, `estimator` is what guesses a block's worth, `tail` whether skipped blocks count as their mean.
-    `filename_hints` are lower-case fragments of the published file names. `weights` is the part that the family's own
-    configuration runs where a file holds both.
+    frames_per_chunk, sink_frames: latent frames.
+    window: latent frames, sinks and current chunk included; None keeps every frame.
+    sink_rope: the positions of sink keys after the window has moved on. "fixed": their first ones (LongLive);
+        "follow": directly before the window (Infinite Forcing, Light Forcing long).
+    denoising_steps: the few-step list on the 1000-step scale, before the shift.
+    first_denoising_steps: another list for the video's first chunk (Causal Forcing++).
+    target, base: parameters of Chunk-Aware Growth.
+    keep_frames, keep_sink, keep_near: parameters of the frame selection.
+    estimator: how a block's attention mass is estimated. tail: whether skipped blocks count as their mean.
+    name_hints: fragments of published names, in lower case without separators.
+    weights: the set of weights that the family's own configuration runs if a file holds both.
 
-    The defaults of `target`, `base`, `estimator` and `tail` are for models that never saw sparse attention while they
-    were trained, as the laboratory recommends.
+    By default target, base, estimator and tail suit models that were trained without sparse attention.
     """
 
     id: str
@@ -41,15 +47,15 @@ class Family:
     keep_near: int = 2
     estimator: Literal["mean", "lse"] = "lse"
     tail: bool = True
-    filename_hints: tuple[str, ...] = ()
+    name_hints: tuple[str, ...] = ()
     weights: Weights = "generator_ema"
 
 
-# Order matters: the first family whose hint occurs in a file name is the guess.
+# Order matters: the first family with a hint in the name is taken.
 FAMILIES: dict[str, Family] = {
     family.id: family
     for family in (
-        Family("demo", "the demo model of this pack", filename_hints=("light_forcing_demo",)),
+        Family("demo", "the demo model of this pack", name_hints=("lightforcingdemo",)),
         Family(
             "light_forcing_long",
             "Light Forcing, long video",
@@ -63,7 +69,10 @@ FAMILIES: dict[str, Family] = {
             keep_near=1,
             estimator="mean",
             tail=False,
-            filename_hints=("long_video_gen", "light_forcing_long", "light-forcing-long", "lightforcing_long"),
+            name_hints=(
+                "longvideogen",
+                "lightforcinglong",
+            ),
         ),
         Family(
             "light_forcing_short",
@@ -72,14 +81,17 @@ FAMILIES: dict[str, Family] = {
             base=0.98,
             estimator="mean",
             tail=False,
-            filename_hints=("short_video_gen", "light_forcing", "light-forcing", "lightforcing"),
+            name_hints=(
+                "shortvideogen",
+                "lightforcing",
+            ),
         ),
         Family(
             "longlive",
             "LongLive",
             window=12,
             sink_frames=3,
-            filename_hints=("longlive",),
+            name_hints=("longlive",),
             weights="generator",
         ),
         Family(
@@ -91,7 +103,7 @@ FAMILIES: dict[str, Family] = {
             keep_frames=2,
             keep_sink=1,
             keep_near=1,
-            filename_hints=("infinite_forcing", "infinite-forcing", "infiniteforcing"),
+            name_hints=("infiniteforcing",),
         ),
         Family(
             "causal_forcing_2step",
@@ -99,7 +111,7 @@ FAMILIES: dict[str, Family] = {
             frames_per_chunk=1,
             denoising_steps=(1000, 500),
             first_denoising_steps=(1000, 750, 500, 250),
-            filename_hints=("framewise-2step", "framewise_2step", "framewise2step"),
+            name_hints=("framewise2step",),
         ),
         Family(
             "causal_forcing_1step",
@@ -107,42 +119,55 @@ FAMILIES: dict[str, Family] = {
             frames_per_chunk=1,
             denoising_steps=(1000,),
             first_denoising_steps=(1000, 750, 500, 250),
-            filename_hints=("framewise-1step", "framewise_1step", "framewise1step"),
+            name_hints=("framewise1step",),
         ),
         Family(
             "causal_forcing_framewise",
             "Causal Forcing, frame by frame",
             frames_per_chunk=1,
-            filename_hints=("causal_forcing-framewise", "causal_forcing_framewise", "framewise"),
+            name_hints=("framewise",),
         ),
         Family(
             "causal_forcing",
             "Causal Forcing, chunk by chunk",
-            filename_hints=("causal_forcing", "causal-forcing", "chunkwise"),
+            name_hints=(
+                "causalforcing",
+                "chunkwise",
+            ),
             weights="generator",
         ),
         Family(
             "krea_realtime",
             "Krea Realtime 14B",
-            filename_hints=("krea",),
+            name_hints=("krea",),
         ),
         Family(
             "self_forcing",
             "Self Forcing",
-            filename_hints=("self_forcing", "self-forcing", "selfforcing"),
+            name_hints=("selfforcing",),
         ),
         Family("unknown", "another autoregressive Wan 2.1 checkpoint"),
     )
 }
 
 
-def guess_family(file_name: str) -> Family:
-    """The family whose published file names resemble `file_name`, else "unknown".
+def family_of(path: str | PurePath) -> tuple[Family, str]:
+    """The family that a checkpoint's path suggests, and the part of the path that suggests it ("" if nothing does).
 
-    Only names can tell: the weights of every family have the same keys and shapes as plain Wan 2.1 T2V.
+    The file's name decides, then the folders that contain it, the nearest first and at most three. Case and
+    separators do not matter: `Self-Forcing`, `self forcing` and `selfforcing` are the same. Causal Forcing publishes
+    the same file name in the folders `chunkwise` and `framewise`, so there the folder decides. Weights alone cannot
+    tell, since every family has the keys and shapes of plain Wan 2.1 T2V.
     """
-    lowered = file_name.lower()
-    for family in FAMILIES.values():
-        if any(hint in lowered for hint in family.filename_hints):
-            return family
-    return FAMILIES["unknown"]
+    path = PurePath(path)
+    own = _hinted(path.name)
+    folders = list(takewhile(lambda name: name not in _MODEL_FOLDERS, (folder.name for folder in path.parents)))[:3]
+    above, folder = next(((found, name) for name in folders if (found := _hinted(name))), (None, ""))
+    if above and (own is None or (own.id, above.id) == ("causal_forcing", "causal_forcing_framewise")):
+        return above, folder
+    return (own, path.name) if own else (FAMILIES["unknown"], "")
+
+
+def _hinted(name: str) -> Family | None:
+    plain = re.sub(r"[\W_]", "", name.lower())
+    return next((family for family in FAMILIES.values() if any(hint in plain for hint in family.name_hints)), None)

@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, get_args
 
+import folder_paths
 import numpy as np
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
-from ..lightforcing_core.families import FAMILIES, Family, SinkRope, guess_family
+from ..lightforcing_core.families import FAMILIES, Family, SinkRope, family_of
 from ..lightforcing_core.report.plots import plot_schedule
 from ..lightforcing_core.rollout.cost import clip_cost, schedule_costs
 from ..lightforcing_core.rollout.growth import CURVES
@@ -233,7 +234,7 @@ def schedule_numbers(
         raise ValueError(f"length {length} is more than {MOST_FRAMES} video frames")
     known = FAMILIES.get(family or "")
     if known is None and file is not None:
-        known = guess_family(file)
+        known, _ = family_of(folder_paths.get_full_path("diffusion_models", file) or file)
     if preset["preset"] in FOLLOWING and known is None:
         return {"follows": "the connected model decides when the graph runs"}
     schedule = schedule_from(length, preset, known)

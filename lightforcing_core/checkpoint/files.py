@@ -216,7 +216,7 @@ def _read_torch(file: Path, *, zipped: bool) -> dict[str, Any]:
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way; each way means the same to the user
-        raise CheckpointError(f"{file}: {_why_torch_refused(str(error))}") from error
+        raise CheckpointError(f"{file}: {_why_torch_refused(file, str(error))}") from error
     if not isinstance(stored, Mapping):
         raise CheckpointError(
             f"{file}: holds a {type(stored).__name__}, not a dict of weights; choose a checkpoint file"
@@ -224,15 +224,18 @@ def _read_torch(file: Path, *, zipped: bool) -> dict[str, Any]:
     return dict(stored)
 
 
-def _why_torch_refused(message: str) -> str:
+def _why_torch_refused(file: Path, message: str) -> str:
     if "TorchScript" in message:
         return "this is a compiled TorchScript program, not a checkpoint; choose the file with the weights"
     if re.search(r"central directory|truncated|EOF|Ran out of input", message):
         return "truncated or damaged; download it again and compare its size with the published one"
     if message.startswith("Weights only load failed"):
-        foreign = re.search(r"GLOBAL (\S+)", message) or re.search(r"(?:class|function) (\S+) was not", message)
-        what = foreign or re.search(r"WeightsUnpickler error:\s+(.+)", message)
-        detail = f" ({what[1].strip()[:120]})" if what else ""
+        try:
+            foreign = some(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))[:120]
+        except Exception:  # damaged, or in the format before torch 1.6, which torch does not scan
+            named = re.search(r"GLOBAL (\S+)", message)
+            foreign = named[1] if named else ""
+        detail = f" ({foreign})" if foreign else ""
         return (
             f"refused, because it holds more than tensors{detail} and opening that could run code; nothing was run. "
             "Use a .safetensors version of it, or a file of tensors only"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..families import FAMILIES, Family, guess_family
+from ..families import FAMILIES, Family, family_of
 from .files import CheckpointError, open_weights, some, tensor_groups
 from .layouts import Layout, original_name, other_file, other_wan, read_layout, wan_shapes
 from .lora import looks_like_lora, merge_lora
@@ -80,6 +80,7 @@ def load_dit_state_dict(
     *,
     prefer_ema: bool = True,
     weights: str | None = None,
+    family: Family | None = None,
     lora: str | Path | None = None,
     lora_strength: float = 1.0,
     dequantise_all: bool = False,
@@ -98,7 +99,7 @@ def load_dit_state_dict(
 
     Raises CheckpointError, a ValueError, that names the file, what was found and the way out.
     """
-    state_dict, info, quantisation = _open(Path(path), prefer_ema, weights)
+    state_dict, info, quantisation = _open(Path(path), prefer_ema, weights, family)
     if quantisation is not None:
         try:
             state_dict = dequantise(state_dict, quantisation, host_formats=dequantise_all)
@@ -115,9 +116,11 @@ def load_dit_state_dict(
     return state_dict, info
 
 
-def inspect_checkpoint(path: str | Path, *, prefer_ema: bool = True, weights: str | None = None) -> CheckpointInfo:
+def inspect_checkpoint(
+    path: str | Path, *, prefer_ema: bool = True, weights: str | None = None, family: Family | None = None
+) -> CheckpointInfo:
     """What `load_dit_state_dict` would load, without reading the weights themselves; raises what it raises."""
-    return _open(Path(path), prefer_ema, weights)[1]
+    return _open(Path(path), prefer_ema, weights, family)[1]
 
 
 def describe(info: CheckpointInfo, *, height: int = 480, width: int = 832) -> list[tuple[str, str]]:
@@ -138,7 +141,7 @@ def describe(info: CheckpointInfo, *, height: int = 480, width: int = 832) -> li
     return [
         ("file", str(info.path)),
         ("size", f"{info.file_bytes / 1e9:.2f} GB"),
-        ("family", f"{family.title} (guessed from the name)" if family.id != "unknown" else family.title),
+        ("family", f"{family.title} (read from the name)" if family.id != "unknown" else family.title),
         ("model", f"Wan 2.1 T2V {_SIZE_NAMES.get(info.dim, 'of its own size')}, {info.parameters:,} parameters"),
         ("dimensions", f"dim {info.dim}, ffn {info.ffn_dim}, {info.layers} layers, {info.heads} heads of {HEAD_DIM}"),
         ("stored as", f"{', '.join(info.dtypes)}; {info.quantised or 'not quantised'}"),
@@ -152,10 +155,12 @@ def describe(info: CheckpointInfo, *, height: int = 480, width: int = 832) -> li
 
 
 def _open(
-    path: Path, prefer_ema: bool, weights: str | None
+    path: Path, prefer_ema: bool, weights: str | None, family: Family | None
 ) -> tuple[dict[str, Tensor], CheckpointInfo, Quantisation | None]:
     file = open_weights(path)
-    family, family_note = _family_of(path)
+    source = ""
+    if family is None:
+        family, source = family_of(path)
     group, stored, others = _choose(path, tensor_groups(file.contents), family, prefer_ema, weights)
     layout, shapes = _wan_layout(path, stored)
     metadata = _in_our_names(file.metadata, layout)
@@ -174,7 +179,9 @@ def _open(
     dim, layers = expected["head.modulation"][-1], sum(name.endswith("self_attn.q.weight") for name in expected)
     state_dict = {name: found[name] for name in expected} | {name: found[name] for name in found if is_scale(name)}
     dtypes = Counter(str(found[name].dtype).removeprefix("torch.") for name in expected)
-    notes = _notes(path, family, family_note, metadata, layers, dim)
+    notes = _notes(path, family, metadata, layers, dim)
+    if source not in ("", path.name):
+        notes.insert(0, f"family read from the folder's name, {source}")
     if dropped := [*strangers, *(key for key in layout.extra if original_name(key) is not None)]:
         notes.append(f"{len(dropped)} weights that are not Wan's are left out: {some(dropped)}")
     info = CheckpointInfo(
@@ -214,20 +221,6 @@ def _wan_layout(path: Path, stored: Mapping[str, Tensor]) -> tuple[Layout, dict[
     if reason := other_wan(shapes):
         raise CheckpointError(f"{path}: {reason}")
     return layout, shapes
-
-
-def _family_of(path: Path) -> tuple[Family, str | None]:
-    """The family that the file's name suggests, else its folder's name, with a note where the folder decided.
-
-    Causal Forcing publishes one file name in two folders, `chunkwise/` and `framewise/`; there the folder decides.
-    """
-    generic = path.name.endswith(".index.json") or path.name == "transformer" or path.parent.name == "transformer"
-    parent = path.parent.parent if generic and path.parent.name == "transformer" else path.parent
-    by_name, by_folder = guess_family(path.name), guess_family(parent.name)
-    framewise = by_name.id == "causal_forcing" and by_folder.id == "causal_forcing_framewise"
-    if framewise or (by_name.id == "unknown" and by_folder.id != "unknown"):
-        return by_folder, f"family guessed from the folder's name, {parent.name}"
-    return by_name, None
 
 
 def _choose(
@@ -334,10 +327,8 @@ def _says_causal(metadata: Mapping[str, str]) -> bool:
         return False
 
 
-def _notes(
-    path: Path, family: Family, family_note: str | None, metadata: Mapping[str, str], layers: int, dim: int
-) -> list[str]:
-    notes = [family_note] if family_note else []
+def _notes(path: Path, family: Family, metadata: Mapping[str, str], layers: int, dim: int) -> list[str]:
+    notes = []
     name = path.name.lower()
     if _WAN_22.search(name):
         notes.append(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.load import CheckpointInfo, inspect_checkpoint, load_dit_state_dict
-from ..families import guess_family
+from ..families import family_of
 from ..files.output import prepare_folder
 from ..files.tensors import stream_tensors
 from ..model.wan import wan_from_state_dict
@@ -184,9 +184,9 @@ def _notes(info: CheckpointInfo, out: Path, reasons: set[str], left: int) -> tup
     notes = list(info.notes)
     if left:
         notes.append(f"{left} layers stay in 16 bits: {'; '.join(sorted(reasons))}")
-    if guess_family(out.name) is not info.family:
+    if family_of(out)[0] is not info.family:
         notes.append(
             f"the name {out.name} does not tell the family, which is {info.family.id}: rename the file to contain "
-            f"{info.family.filename_hints[0]!r}, or choose the family in the loader"
+            f"{info.family.name_hints[0]!r}, or choose the family in the loader"
         )
     return tuple(notes)

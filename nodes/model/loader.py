@@ -8,10 +8,11 @@ import comfy.sd
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ...lightforcing_core.checkpoint.load import CheckpointError, inspect_checkpoint, load_dit_state_dict
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS
+from ...lightforcing_core.families import FAMILIES, Family, family_of
 from .options import AUTO, option_inputs, settings_from
 from .patch import patched
 
@@ -81,8 +82,9 @@ class LightForcingModelLoader(io.ComfyNode):
     ) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
         lora = None if lora_name == NONE else folder_paths.get_full_path_or_raise("loras", lora_name)
-        settings = settings_from(model_name, family, **options)
-        return io.NodeOutput(patched(load_checkpoint(path, weights, lora, weight_dtype), settings))
+        chosen = chosen_family(family, path)
+        model = load_checkpoint(path, weights, lora, weight_dtype, chosen)
+        return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family))
 
 
 class LightForcingApply(io.ComfyNode):
@@ -109,20 +111,44 @@ class LightForcingApply(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, family: str, **options: Any) -> io.NodeOutput:
-        return io.NodeOutput(patched(model, settings_from(_file_name(model), family, **options)))
+        chosen = chosen_family(family, _file_of(model))
+        return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family))
+
+
+def chosen_family(family: str, path: str) -> Family:
+    """The family named in the widget; on auto, the one that the checkpoint's path suggests."""
+    return family_of(path)[0] if family == AUTO else FAMILIES[family]
+
+
+def assumed(family: Family, widget: str) -> ui.PreviewText | None:
+    """The defaults that apply because no name tells the family, as text on the node and in the log; else None."""
+    if widget != AUTO or family.id != "unknown":
+        return None
+    steps = ", ".join(map(str, family.denoising_steps))
+    text = (
+        f"No file name tells which checkpoint this is. Assumed: chunks of {family.frames_per_chunk} latent frames, "
+        f"no window, steps {steps}, {family.target:.0%} sparsity. If that is wrong, set `family`."
+    )
+    log.warning("[Light Forcing] %s", text)
+    return ui.PreviewText(text)
 
 
 def load_checkpoint(
-    path: str, weights: str, lora: str | None, weight_dtype: str, disable_dynamic: bool = False
+    path: str,
+    weights: str,
+    lora: str | None,
+    weight_dtype: str,
+    family: Family | None = None,
+    disable_dynamic: bool = False,
 ) -> ModelPatcher:
-    """A MODEL from a checkpoint file; the host calls this again when it needs a second copy."""
+    """A MODEL from a checkpoint file; ComfyUI calls this again if it needs a second copy."""
     prefer_ema, group = weights != "plain", None
     if weights == "ema":
         info = inspect_checkpoint(path)
         group = next((name for name in (info.weights, *info.other_weights) if "ema" in name), None)
         if group is None:
             raise CheckpointError(f"{path} holds no EMA weights; set weights to auto")
-    state_dict, info = load_dit_state_dict(path, prefer_ema=prefer_ema, weights=group, lora=lora)
+    state_dict, info = load_dit_state_dict(path, prefer_ema=prefer_ema, weights=group, family=family, lora=lora)
     for note in info.notes:
         log.info("[Light Forcing] %s: %s", Path(path).name, note)
     if weight_dtype == ROWWISE and info.quantised is not None:
@@ -142,11 +168,11 @@ def load_checkpoint(
         raise CheckpointError(f"{path} is Wan 2.1 in a form that this ComfyUI does not load; update ComfyUI")
     if by_rows:
         adopt(model)
-    model.cached_patcher_init = (load_checkpoint, (path, weights, lora, weight_dtype))
+    model.cached_patcher_init = (load_checkpoint, (path, weights, lora, weight_dtype, family))
     return model
 
 
-def _file_name(model: ModelPatcher) -> str:
-    """The name of the file that a MODEL came from, "" where its loader does not tell."""
+def _file_of(model: ModelPatcher) -> str:
+    """The path of the file that a MODEL came from, "" if its loader does not say."""
     made_by = model.cached_patcher_init
-    return next((Path(part).name for part in made_by[1] if isinstance(part, str)), "") if made_by else ""
+    return next((part for part in made_by[1] if isinstance(part, str)), "") if made_by else ""

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ...lightforcing_core.attention.dispatch import BACKENDS, AttentionOptions
 from ...lightforcing_core.attention.selection import ESTIMATORS
-from ...lightforcing_core.families import FAMILIES, guess_family
+from ...lightforcing_core.families import FAMILIES, Family
 from .patch import Settings
 
 AUTO = "auto"
@@ -100,8 +100,7 @@ def option_inputs() -> list[io.Input]:
 
 
 def settings_from(
-    file_name: str,
-    family: str,
+    family: Family,
     backend: str,
     block: str,
     keep_frames: int,
@@ -111,23 +110,22 @@ def settings_from(
     tail: str = AUTO,
     **beyond: Any,
 ) -> Settings:
-    """The patch settings that `option_inputs` describe; `file_name` decides the family on auto.
+    """The patch settings that `option_inputs` describe.
 
     beyond: the other options of `AttentionOptions` that go beyond the published method. Raises ValueError for values
     that do not fit together.
     """
-    chosen = guess_family(file_name) if family == AUTO else FAMILIES[family]
 
     def or_family(value: int, default: int) -> int:
         return default if value == AS_FAMILY else value
 
     kept = replace(
-        chosen,
-        keep_frames=or_family(keep_frames, chosen.keep_frames),
-        keep_sink=or_family(keep_sink, chosen.keep_sink),
-        keep_near=or_family(keep_near, chosen.keep_near),
+        family,
+        keep_frames=or_family(keep_frames, family.keep_frames),
+        keep_sink=or_family(keep_sink, family.keep_sink),
+        keep_near=or_family(keep_near, family.keep_near),
     )
     budget = kept.keep_frames, kept.keep_sink, kept.keep_near
-    beyond["estimator"] = chosen.estimator if estimator == AUTO else estimator
-    beyond["tail"] = chosen.tail if tail == AUTO else tail == "on"
-    return Settings(chosen, AttentionOptions(backend, (int(block), int(block)), *budget, **beyond))
+    beyond["estimator"] = family.estimator if estimator == AUTO else estimator
+    beyond["tail"] = family.tail if tail == AUTO else tail == "on"
+    return Settings(family, AttentionOptions(backend, (int(block), int(block)), *budget, **beyond))

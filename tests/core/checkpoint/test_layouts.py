@@ -227,7 +227,7 @@ def test_kv_bytes_of_the_1_3b_model_are_180_kib_per_token(tmp_path):
 def test_description_tells_what_a_user_asks(tmp_path):
     torch.save({"generator": tiny_wan(), "generator_ema": tiny_wan()}, tmp_path / "self_forcing_dmd.pt")
     rows = dict(describe(inspect_checkpoint(tmp_path / "self_forcing_dmd.pt")))
-    assert rows["family"] == "Self Forcing (guessed from the name)"
+    assert rows["family"] == "Self Forcing (read from the name)"
     assert rows["would load"] == "generator_ema (also there: generator)"
     assert rows["chunk"] == "3 latent frames"
     assert rows["dimensions"] == "dim 128, ffn 192, 2 layers, 1 heads of 128"

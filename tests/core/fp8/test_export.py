@@ -212,7 +212,7 @@ def test_the_command_says_what_it_wrote(source, tmp_path):
     assert result.exit_code == 0, result.output
     assert f"wrote {out} " in result.output
     assert "20 layers in FP8; rounding moved their weights by 2.6" in result.output
-    assert "rename the file to contain 'self_forcing'" in result.output
+    assert "rename the file to contain 'selfforcing'" in result.output
     out.write_bytes(b"old")
     assert run(source, out, "--force").exit_code == 0
     assert inspect_checkpoint(out).layers == 2

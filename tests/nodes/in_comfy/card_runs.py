@@ -53,7 +53,7 @@ def file(weight_dtype="default"):
     """A MODEL as Light Forcing Model Loader makes it."""
     return loader.patched(
         loader.load_checkpoint(str(DIT), "auto", None, weight_dtype),
-        loader.settings_from(DIT.name, "auto", **OPTIONS),
+        loader.settings_from(loader.chosen_family("auto", DIT.name), **OPTIONS),
     )
 
 

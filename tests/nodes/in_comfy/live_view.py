@@ -12,6 +12,7 @@ import torch
 
 live_view = room("nodes.canvas.live_view")
 settings_from = room("nodes.model.loader").settings_from
+FAMILIES = room("lightforcing_core.families").FAMILIES
 patched = room("nodes.model.patch").patched
 ChunkSampler = room("nodes.sampling.chunk_sampler").ChunkSampler
 
@@ -24,7 +25,7 @@ class ForeignPreviewer(latent_preview.LatentPreviewer):
         facts["foreign filled"].append(int((x0[0].abs().amax((0, 2, 3)) > 0).sum()))
 
 
-model = patched(load("tiny_wan.safetensors"), settings_from("", "auto", "auto", "64", -1, -1, -1))
+model = patched(load("tiny_wan.safetensors"), settings_from(FAMILIES["unknown"], "auto", "64", -1, -1, -1))
 noise = noise_of((1, 16, 6, 8, 12))
 
 latent_preview.get_previewer = lambda *arguments: ForeignPreviewer()
