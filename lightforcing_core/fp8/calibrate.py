@@ -55,7 +55,7 @@ def largest_inputs(
     names = [f"blocks.{i}.{name}" for i in range(len(blocks)) for name in LAYER_LINEARS]
     largest = {name: torch.zeros((), device=device) for name in names}
 
-    def watch(name: str) -> Callable:
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
         def see(_: nn.Module, inputs: tuple[Tensor]) -> None:
             torch.maximum(largest[name], inputs[0].abs().amax().float(), out=largest[name])
 

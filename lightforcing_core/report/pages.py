@@ -289,13 +289,15 @@ def _frame_of(frames: Tensor | None, latent_frame: int, size: tuple[int, int]) -
     if frames is None or number >= len(frames):
         return None
     pixels = (frames[number].float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)) / 255.0
+    picture: np.ndarray = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)) / 255.0
+    return picture
 
 
 def _laid_over(picture: np.ndarray | None, heat: np.ndarray, colours: "Colormap") -> np.ndarray:
     """Heat [height, width] in 0…1 as colours over a frame's greys: the less it was read, the more the frame shows."""
-    colour = colours(heat)[..., :3]
+    colour: np.ndarray = colours(heat)[..., :3]
     if picture is None:
         return colour
     cover = 0.3 + 0.55 * heat[..., None]
-    return (1 - cover) * picture.mean(-1, keepdims=True) + cover * colour
+    colour = (1 - cover) * picture.mean(-1, keepdims=True) + cover * colour
+    return colour

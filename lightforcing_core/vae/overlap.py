@@ -50,7 +50,8 @@ class OverlappedDecoder:
         earlier = len(self._coming)
 
         def decode() -> Tensor:
-            return self._decoder.decode(latents, normalised=normalised, trusted=True)
+            frames: Tensor = self._decoder.decode(latents, normalised=normalised, trusted=True)
+            return frames
 
         self._coming.append(self._stream.start(decode, latents))
         return [self._coming.popleft().frames() for _ in range(earlier)]
@@ -110,7 +111,7 @@ class _OnItsWay:
         self._frames, self._finite, self._done = frames, finite, done
 
     def is_there(self) -> bool:
-        return self._done.query()
+        return bool(self._done.query())
 
     def frames(self) -> Tensor:
         self._done.synchronize()

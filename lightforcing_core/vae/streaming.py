@@ -135,7 +135,11 @@ class StreamingDecoder:
 
 
 class StreamingEncoder:
-    """Encodes one clip over any number of calls with a Wan 2.1 VAE or LightVAE; arguments as for `encode_video`."""
+    """Encodes one clip over any number of calls with a Wan 2.1 VAE or LightVAE.
+
+    Computes in the module's own dtype on its own device unless `dtype` and `device` say otherwise. Raises ValueError
+    if the module is neither.
+    """
 
     def __init__(
         self, vae_module: Tree, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -147,9 +151,11 @@ class StreamingEncoder:
 
     @torch.no_grad()
     def encode(self, frames: Tensor, *, normalised: bool = True) -> Tensor:
-        """The clip's next frames [B, n, H, W, 3] → latents [B, 16, n / 4, H/8, W/8]; its first call brings 1 + 4k.
+        """Encode the clip's next frames [B, n, H, W, 3] in 0…1 → latents [B, 16, n / 4, H/8, W/8].
 
-        Raises ValueError for another frame count, a size that is no multiple of 8, or a wrong shape.
+        A clip's first call takes 1 + 4k frames. The mean of the posterior, in the DiT's space unless `normalised` is
+        False, float32 (float64 from a float64 module). Raises ValueError for another frame count, a size that is not
+        a multiple of 8, or a wrong shape.
         """
         _check_frames(frames, first=1 if self._stack.at_start else 0)
         dtype, device = self._place
@@ -162,23 +168,6 @@ class StreamingEncoder:
             means.append(mean.to(wide))
         latents = torch.cat(means, dim=2)
         return normalise_latents(latents) if normalised else latents
-
-
-def encode_video(
-    vae: Tree,
-    frames: Tensor,
-    *,
-    normalised: bool = True,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """Encode a clip, or one image: [B, 1 + 4k, H, W, 3] in 0…1 → latents [B, 16, 1 + k, H/8, W/8].
-
-    The mean of the posterior, in the DiT's space unless `normalised` is False. `vae` is a Wan 2.1 VAE or LightVAE
-    tree, used in its own dtype on its own device unless told otherwise. Latents are float32 (float64 from a
-    float64 module). Raises ValueError for another frame count, a size that is no multiple of 8, or a wrong shape.
-    """
-    return StreamingEncoder(vae, dtype=dtype, device=device).encode(frames, normalised=normalised)
 
 
 class _CausalStack:
@@ -200,21 +189,24 @@ class _CausalStack:
         return x
 
     def _run(self, layer: Tree, x: Tensor) -> Tensor:
+        y: Tensor
         if hasattr(layer, "residual"):
             y = x
             for inner in layer.residual:
                 y = self._run(inner, y)
-            return y + layer.shortcut(x)
+            y = y + layer.shortcut(x)
+            return y
         if hasattr(layer, "resample"):
             return self._resample(layer, x)
         if isinstance(layer, nn.Conv3d):
             return self._convolve(layer, x)
-        return layer(x)  # norms, activations and attention look at one frame only
+        y = layer(x)  # norms, activations and attention look at one frame only
+        return y
 
     def _convolve(self, conv: Tree, x: Tensor) -> Tensor:
         """Run a causal convolution behind the frames it saw before, and keep the last two."""
         past = self.past.get(conv)
-        y = conv(x, past)
+        y: Tensor = conv(x, past)
         if x.shape[2] >= PAST_FRAMES or past is None:
             self.past[conv] = _last_frames(x, PAST_FRAMES)
         else:
@@ -254,13 +246,14 @@ class _TaeStack:
 
     def __call__(self, z: Tensor) -> Tensor:
         """The next latent frame [B, C, 1, h, w] → [B, 3, T, 8h, 8w]: T is 4, and 1 for a clip's first."""
-        batch, x = z.shape[0], z.squeeze(2)
+        batch = z.shape[0]
+        x: Tensor = z.squeeze(2)
         for layer in self._layers:
             x = self._remembered(layer, x, batch) if is_mem_block(layer) else layer(x)
         x = torch.cat([self._tail(frame) for frame in x.split(1)])
-        frames = x.unflatten(0, (batch, -1)).transpose(1, 2)
-        # A clip's first image stands at the end of its first latent frame's video frames.
-        frames = frames[:, :, -1:] if self.at_start else frames
+        frames: Tensor = x.unflatten(0, (batch, -1)).transpose(1, 2)
+        if self.at_start:  # a clip's first image is the last of its first latent frame's video frames
+            frames = frames[:, :, -1:]
         self.at_start = False
         return frames
 
@@ -271,7 +264,8 @@ class _TaeStack:
         before = torch.zeros_like(framed[:, :1]) if last is None else last
         past = torch.cat([before, framed[:, :-1]], dim=1).flatten(0, 1)
         self.past[block] = framed[:, -1:].clone() if framed.shape[1] > 1 else framed
-        return block(x, past)
+        y: Tensor = block(x, past)
+        return y
 
 
 def _last_frames(x: Tensor, count: int) -> Tensor:

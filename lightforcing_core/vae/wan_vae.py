@@ -5,6 +5,7 @@ are those of the published files (`Wan2.1_VAE.pth`, `lightvaew2_1.safetensors`: 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ def _statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
 class CausalConv3d(nn.Conv3d):
     """A 3-D convolution whose time padding lies wholly in the past."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], **options) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], **options: Any) -> None:
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2), **options)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
@@ -77,7 +78,8 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * spatial_dims))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=1) * self.scale * self.gamma
+        y: Tensor = F.normalize(x, dim=1) * self.scale * self.gamma
+        return y
 
 
 class ResidualBlock(nn.Module):
@@ -114,7 +116,8 @@ class AttentionBlock(nn.Module):
         # The fused attention kernels want each token's channels side by side in memory.
         q, k, v = rearrange(self.to_qkv(self.norm(flat)), "n (three c) h w -> three n 1 (h w) c", three=3).contiguous()
         mixed = rearrange(F.scaled_dot_product_attention(q, k, v), "n 1 (h w) c -> n c h w", h=height)
-        return x + rearrange(self.proj(mixed), "(b t) c h w -> b c t h w", t=frames)
+        y: Tensor = x + rearrange(self.proj(mixed), "(b t) c h w -> b c t h w", t=frames)
+        return y
 
 
 class Upsample(nn.Module):
@@ -286,4 +289,5 @@ def _random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> 
             bell = torch.tensor([0.5, 1.0, 0.5]).view(3, *(1,) * (len(shape) - 1 - axis))
             values = (3**0.5 * values.mean(axis, keepdim=True) + 0.3 * values) * bell
     gain = 0.15 if name == "decoder.head.2.weight" else 1.0
-    return gain * values / values.flatten(1).norm(dim=1).view(-1, *(1,) * (len(shape) - 1))
+    norms: Tensor = values.flatten(1).norm(dim=1).view(-1, *(1,) * (len(shape) - 1))
+    return gain * values / norms

@@ -11,7 +11,7 @@ from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.model.causal import CausalState, forward
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
-from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder, encode_video
+from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder, StreamingEncoder
 from lightforcing.lightforcing_core.vae.wan_vae import normalise_latents
 
 
@@ -33,7 +33,7 @@ def planes(video):
 def test_whole_clip_encode_equals_the_streaming_one(vae, frames):
     video = video_of(frames)
     mean, log_variance = encode_clip(vae, planes(video))
-    torch.testing.assert_close(mean, encode_video(vae, video, normalised=False))
+    torch.testing.assert_close(mean, StreamingEncoder(vae).encode(video, normalised=False))
     assert log_variance.shape == mean.shape == (1, 16, 1 + (frames - 1) // 4, 2, 3)
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder, StreamingEncoder, encode_video
+from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder, StreamingEncoder
 from lightforcing.lightforcing_core.vae.wan_vae import (
     LATENT_MEAN,
     LATENT_STD,
@@ -124,7 +124,7 @@ def test_streamed_decode_equals_the_whole_clip_evaluation():
 def test_encode_equals_the_whole_clip_evaluation():
     frames = torch.rand(2, 13, 24, 16, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     expected = WholeClip(weights()).encode(frames)
-    latents = encode_video(vae_from_state_dict(weights()), frames)
+    latents = StreamingEncoder(vae_from_state_dict(weights())).encode(frames)
     assert latents.shape == (2, 16, 4, 3, 2)
     assert expected.std() > 0.1
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-10)
@@ -133,9 +133,9 @@ def test_encode_equals_the_whole_clip_evaluation():
 def test_encoding_one_image_gives_one_latent_frame_the_same_as_a_clips_first():
     vae = vae_from_state_dict(weights())
     frames = torch.rand(1, 5, 16, 16, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    image = encode_video(vae, frames[:, :1])
+    image = StreamingEncoder(vae).encode(frames[:, :1])
     assert image.shape == (1, 16, 1, 2, 2)
-    assert torch.equal(image, encode_video(vae, frames)[:, :, :1])
+    assert torch.equal(image, StreamingEncoder(vae).encode(frames)[:, :, :1])
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -201,8 +201,8 @@ def test_raw_latents_are_taken_as_they_are():
     torch.testing.assert_close(raw, StreamingDecoder(vae).decode(latents), rtol=0, atol=1e-12)
     frames = torch.rand(1, 5, 16, 16, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     stats = torch.tensor([LATENT_MEAN, LATENT_STD], dtype=torch.float64)[:, None, :, None, None, None]
-    expected = (encode_video(vae, frames, normalised=False) - stats[0]) / stats[1]
-    torch.testing.assert_close(encode_video(vae, frames), expected, rtol=0, atol=1e-12)
+    expected = (StreamingEncoder(vae).encode(frames, normalised=False) - stats[0]) / stats[1]
+    torch.testing.assert_close(StreamingEncoder(vae).encode(frames), expected, rtol=0, atol=1e-12)
 
 
 def test_latents_and_global_generator_are_left_as_they_were():
@@ -271,7 +271,7 @@ def test_encode_cut_into_calls_equals_one_call():
     frames = torch.rand(1, 13, 16, 24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     encoder = StreamingEncoder(vae)
     pieces = [encoder.encode(piece) for piece in frames.split((5, 4, 4), dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=2), encode_video(vae, frames), rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat(pieces, dim=2), StreamingEncoder(vae).encode(frames), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"5 video frames are not 0 \+ 4k; use 4 or 8"):
         encoder.encode(frames[:, :5])
 
@@ -311,7 +311,7 @@ def test_latents_that_cannot_continue_the_clip_are_refused_and_it_goes_on(shape,
 )
 def test_frames_that_cannot_be_encoded_are_refused_with_the_nearest_that_can(shape, message):
     with pytest.raises(ValueError, match=message):
-        encode_video(vae_from_state_dict(weights(torch.float32)), torch.zeros(shape))
+        StreamingEncoder(vae_from_state_dict(weights(torch.float32))).encode(torch.zeros(shape))
 
 
 def test_modules_that_are_no_wan_vae_are_refused():
@@ -323,4 +323,4 @@ def test_modules_that_are_no_wan_vae_are_refused():
         StreamingDecoder(wan22)
     layered.decoder.head[2] = nn.Conv3d(DIM, 12, 3)
     with pytest.raises(ValueError, match="decodes to 12 channels instead of 3"):
-        encode_video(layered, torch.zeros(1, 1, 8, 8, 3))
+        StreamingEncoder(layered).encode(torch.zeros(1, 1, 8, 8, 3))

@@ -84,9 +84,7 @@ facts["no name, float32"] = worst(decoded(unnamed, raw), for_raw)
 facts["the host's decode of float32"] = worst(decoded(unnamed, raw), unnamed.decode(raw)[0].clamp(0, 1))
 facts["no name, told normalised"] = worst(decoded(unnamed, raw, "normalised"), for_normalised)
 
-# Our own tree, and a cut into single frames on the host's.
-own = streaming.StreamingDecoder(taehv.tae_from_state_dict(weights), tae_latents="normalised")
-facts["our tree"] = worst(own.decode(normal)[0], for_normalised)
+# A cut into single frames.
 cut = streaming.StreamingDecoder(plain, tae_latents="normalised")
 whole = cut.decode(normal)
 cut.reset()

@@ -54,8 +54,8 @@ with torch.no_grad():
     report = {
         "decode, our tree": worst(streamed(ours), pixels),
         "decode, core's tree": worst(streamed(core), pixels),
-        "encode, our tree": worst(streaming.encode_video(ours, video), encoded),
-        "encode, core's tree": worst(streaming.encode_video(core, video), encoded),
+        "encode, our tree": worst(streaming.StreamingEncoder(ours).encode(video), encoded),
+        "encode, core's tree": worst(streaming.StreamingEncoder(core).encode(video), encoded),
         "decode, the VAE object": worst(streamed(ours), host.decode(raw)),
     }
     core.to(torch.bfloat16)
