@@ -14,15 +14,38 @@ from typer.core import TyperGroup
 
 from ..benchmarks.commands import app as bench
 from ..lightforcing_core.families import Family
+from .queue.command import complain, queue
 
 if TYPE_CHECKING:
     from ..lightforcing_core.report.plots import RunReport
 
 INTERRUPTED = 130  # what shells report for Ctrl-C
-USAGE = 2  # what typer reports for options it does not know
+
+
+@contextmanager
+def _clean_errors() -> Iterator[None]:
+    """An error that a user can mend becomes lines on stderr and exit code 1; Ctrl-C becomes exit code 130."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        complain(str(error))
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        complain("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+class _CleanGroup(TyperGroup):
+    """Commands that report errors in one way."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with _clean_errors():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="lightforcing",
+    cls=_CleanGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -178,59 +201,6 @@ def quantize(
         console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
 
 
-@app.command()
-def queue(
-    workflow: Annotated[Path, typer.Argument(help="A workflow saved by ComfyUI, in UI or API form.")],
-    out: Annotated[Path, typer.Option(help="Folder for the files that the run writes; in a batch, for a folder each.")],
-    server: Annotated[
-        list[str], typer.Option(help="Address of a ComfyUI server, also https://user:password@host. Repeatable.")
-    ] = ["http://127.0.0.1:8188"],  # noqa: B006
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NODE.INPUT=VALUE", help="Change an input; NODE: id or title. Repeatable."),
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="Batch: a text file with a prompt per line, or .jsonl (text, name, seed, set).")
-    ] = None,
-    prompt_node: Annotated[
-        str | None,
-        typer.Option(metavar="NODE[.INPUT]", help="Where the text goes; else the prompt node that feeds positive."),
-    ] = None,
-    seeds: Annotated[
-        str | None, typer.Option(help="Batch: every prompt once per seed, like 1,2,5-8; without it the seed stays.")
-    ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Give a prompt up and cancel it after so many seconds.")] = None,
-    patience: Annotated[
-        float, typer.Option(min=1.0, help="Seconds without an answer after which a server's prompt goes to another.")
-    ] = 30.0,
-    temp: Annotated[bool, typer.Option("--temp", help="Download what preview nodes wrote too.")] = False,
-    save_previews: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures that the server sends while it samples.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Events on stdout, one JSON object per line.")] = False,
-) -> None:
-    """Run a workflow on ComfyUI servers and download what it wrote. Ctrl-C cancels it there and exits 130.
-
-    With --prompts or --seeds it is a batch: a folder per prompt, and a journal.
-    Started again, the same command goes on; nothing that is done runs again.
-
-    Exit codes: 0 all done, 1 some failed or left, 2 the options do not fit together, 130 interrupted.
-    """
-    from ..lightforcing_core.queue_batch import BatchOptions
-    from ..lightforcing_core.queue_command import QueueRequest, run_queue
-    from ..lightforcing_core.queue_overrides import UsageError
-
-    options = BatchOptions(timeout=timeout, patience=patience, include_temp=temp, previews=save_previews)
-    request = QueueRequest(workflow, out, server, options, overrides or (), prompts, prompt_node, seeds, json)
-    with _clean_errors():
-        try:
-            code = run_queue(request, _complain)
-        except UsageError as error:
-            _complain(str(error))
-            code = USAGE
-    raise typer.Exit(code)
-
-
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)
@@ -271,31 +241,5 @@ def _print_report(console: Console, report: "RunReport") -> None:
         )
 
 
-class _CleanGroup(TyperGroup):
-    """A group of commands that all report as the others do."""
-
-    def invoke(self, ctx: Any) -> Any:
-        with _clean_errors():
-            return super().invoke(ctx)
-
-
-app.add_typer(bench, name="bench", cls=_CleanGroup)
-
-
-@contextmanager
-def _clean_errors() -> Iterator[None]:
-    """What a user can mend becomes lines on stderr and exit code 1; Ctrl-C becomes exit code 130."""
-    from ..lightforcing_core.comfy_server import QueueError
-
-    try:
-        yield
-    except (ValueError, OSError, QueueError) as error:
-        _complain(str(error))
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _complain(message: str) -> None:
-    typer.echo(f"lightforcing: {message}", err=True)
+app.add_typer(bench, name="bench")
+app.command()(queue)

@@ -2,9 +2,6 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import imageio.v3 as iio
 import pytest
@@ -13,18 +10,10 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from lightforcing.cli.main import app
-from lightforcing.lightforcing_core import queue_client
 from lightforcing.lightforcing_core.demo import model as demo_model
 from lightforcing.lightforcing_core.model.wan import random_state_dict
 
-from ..core.fake_comfy import FakeComfy
 from ..support.tiny_demo import write_tiny_demo
-
-API = {"1": {"class_type": "Load", "inputs": {}, "_meta": {"title": "Load Model"}}}
-CANVAS = {
-    "nodes": [{"id": 7, "type": "Load", "mode": 0, "widgets_values": ["b.pt"], "title": "My model"}],
-    "links": [],
-}
 
 
 def run(*arguments):
@@ -36,25 +25,6 @@ def shipped(monkeypatch, tmp_path):
     """Where the command looks for a demo model: an empty place, whatever the repository ships."""
     monkeypatch.setattr(demo_model, "SHIPPED", tmp_path / "shipped")
     return tmp_path / "shipped"
-
-
-@pytest.fixture
-def comfy(monkeypatch):
-    monkeypatch.setattr(queue_client, "IDLE_SECONDS", 0.2)
-    fake = FakeComfy()
-    fake.object_info = {"Load": {"input": {"required": {"name": [["a.pt", "b.pt"]]}}}}
-    with fake.running():
-        yield fake
-
-
-@pytest.fixture
-def workflow(tmp_path):
-    def write(document):
-        path = tmp_path / "workflow.json"
-        path.write_text(json.dumps(document))
-        return path
-
-    return write
 
 
 def test_demo_writes_video_contact_sheet_and_report(tmp_path):
@@ -192,61 +162,3 @@ def test_version_is_printed():
     result = run("--version")
     assert result.exit_code == 0
     assert result.output.startswith("lightforcing 0.")
-
-
-def test_queue_runs_a_canvas_and_downloads(comfy, workflow, tmp_path):
-    comfy.events = [("executing", {"node": "7"})]
-    comfy.record["outputs"] = {"7": {"video": [{"filename": "clip.mp4", "subfolder": "", "type": "output"}]}}
-    comfy.files["clip.mp4", "", "output"] = b"frames"
-    result = run("queue", workflow(CANVAS), "--server", comfy.url, "--out", tmp_path / "out")
-    assert result.exit_code == 0, result.stderr
-    assert (tmp_path / "out" / "clip.mp4").read_bytes() == b"frames"
-    assert comfy.prompts[0]["prompt"]["7"]["inputs"] == {"name": "b.pt"}
-    assert comfy.prompts[0]["extra_data"]["extra_pnginfo"]["workflow"] == CANVAS
-    assert "My model" in result.output
-
-
-def test_queue_prints_the_servers_message_and_fails(comfy, workflow, tmp_path):
-    failure = {"node_id": "1", "exception_message": "out of memory"}
-    comfy.record = {"outputs": {}, "status": {"status_str": "error", "messages": [["execution_error", failure]]}}
-    result = run("queue", workflow(API), "--server", comfy.url, "--out", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "Load Model: out of memory" in result.stderr
-    assert os.listdir(tmp_path / "out") == []
-
-
-def test_queue_fails_when_parts_were_left_out(comfy, workflow, tmp_path):
-    comfy.node_errors = {"1": {"errors": [{"message": "Bad", "details": "", "extra_info": {"input_name": "name"}}]}}
-    result = run("queue", workflow(API), "--server", comfy.url, "--out", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "Load Model: name: Bad" in result.stderr
-
-
-def test_queue_without_a_server_says_so(workflow, tmp_path):
-    result = run("queue", workflow(API), "--server", "http://127.0.0.1:9", "--out", tmp_path / "out")
-    assert result.exit_code == 1
-    assert "no ComfyUI server answers at http://127.0.0.1:9" in result.stderr
-
-
-def test_ctrl_c_interrupts_the_run_and_exits_130(comfy, workflow, tmp_path):
-    comfy.hold = True
-    comfy.events = [("executing", {"node": "1"})]
-    code = "from lightforcing.cli.main import main; main()"
-    arguments = ["queue", workflow(API), "--server", comfy.url, "--out", tmp_path / "out"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A suite that runs in the background ignores Ctrl-C, and its children would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    try:
-        comfy.wait_for_prompt()
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "interrupted" in errors
-    assert comfy.interrupts == [comfy.prompts[0]["prompt_id"]]

@@ -8,8 +8,8 @@ import uuid
 
 import numpy as np
 import pytest
-import websocket
 from PIL import Image
+from websockets.sync.client import connect
 
 from ..support.graphs import HEIGHT, WIDTH, empty, graph, link, loader, save_images
 
@@ -22,8 +22,8 @@ class Client:
 
     def __init__(self, server, *, plays=False):
         self.server, self.id = server, uuid.uuid4().hex
-        self.socket = websocket.create_connection(f"{server.url.replace('http', 'ws')}/ws?clientId={self.id}")
-        self.socket.settimeout(120)
+        address = f"{server.url.replace('http', 'ws')}/ws?clientId={self.id}"
+        self.socket = connect(address, max_size=None).__enter__()  # the fixture closes it
         self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
         server.post("/light_forcing/page", {"client_id": self.id, "plays": plays})
         self.lines, self.sheets, self.messages, self.node_ids = [], [], [], set()
@@ -34,7 +34,7 @@ class Client:
         body = {"prompt": prompt, "prompt_id": prompt_id, "client_id": self.id, "extra_data": extra}
         self.server.post("/prompt", body)
         while True:
-            data = self.socket.recv()
+            data = self.socket.recv(timeout=120)
             if isinstance(data, bytes):
                 self._binary(data)
                 continue

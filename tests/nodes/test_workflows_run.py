@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from lightforcing.lightforcing_core.files.video import VideoWriter
-from lightforcing.lightforcing_core.workflow_form import ui_to_api
 
 from ..support.graphs import EMBEDS, HEIGHT, OTHER_EMBEDS, WIDTH, text
 
@@ -81,10 +80,3 @@ def test_video_starts_with_the_image(server, tiny_prompt):
     frames, (start,) = images("frames"), images("start")
     assert abs(frames[0] - start).max() <= 1
     assert abs(frames[-1] - start).max() > 10
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_canvas_form_becomes_the_api_form(server, name):
-    document = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
-    api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
-    assert ui_to_api(document, server.get("/object_info")) == api

@@ -22,7 +22,7 @@ import folder_paths  # noqa: E402, F401
 import nodes  # noqa: E402, F401
 
 # PyAV is not among them: comfy_api imports it at every start.
-HEAVY = ("matplotlib", "imageio", "typer", "rich", "scipy", "pandas", "triton", "torchvision", "websocket")
+HEAVY = ("matplotlib", "imageio", "typer", "rich", "scipy", "pandas", "triton", "torchvision", "httpx", "websockets")
 asked, said = set(), []
 
 

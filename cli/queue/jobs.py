@@ -1,4 +1,4 @@
-"""What a batch consists of: one job per line of a prompt file and per seed, each a whole prompt with its own name.
+"""The jobs of a batch: one per line of a prompt file and per seed, each a whole prompt with its own name.
 
 A prompt file holds one text per line; empty lines and lines that start with `#` are skipped. A `.jsonl` file holds one
 object per line with any of `text`, `name` (the folder of its files), `seed` and `set` ({"node.input": value}).
@@ -7,35 +7,39 @@ object per line with any of `text`, `name` (the folder of its files), `seed` and
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .comfy_server import Prompt, title_of
-from .queue_overrides import Override, UsageError, apply_overrides, list_nodes, node_id, override, split_target
-from .workflow_form import SEED_NAMES, canvas_with
+from .prompt import Override, Prompt, UsageError, apply_overrides, find_input, list_nodes, mapping, override, title_of
 
 # The nodes that a prompt is written into, and their input for it.
 PROMPT_INPUTS = {"CLIPTextEncode": "text", "LightForcingDemoPrompt": "caption"}
+SEED_NAMES = ("seed", "noise_seed")
 NAME = re.compile(r"\w(?:[\w .()+-]{0,98}[\w)+-])?")
-# Names that Windows keeps for devices, whatever stands behind a dot.
+# Windows keeps these names for devices, whatever follows a dot.
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 MOST_SEEDS = 100_000
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One prompt to run. canvas: the UI form for the server to embed in what it writes, None where there is none."""
+    """One prompt to run."""
 
     name: str
     prompt: Prompt
-    canvas: Any = None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what the server runs; titles do not count."""
+        runs = {node: [entry["class_type"], entry.get("inputs")] for node, entry in self.prompt.items()}
+        return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a prompt file; None means that the workflow's own value stays."""
+    """One line of a prompt file; None keeps the workflow's own value."""
 
     text: str | None = None
     name: str | None = None
@@ -46,18 +50,18 @@ class Line:
 def read_prompts(path: Path) -> list[Line]:
     """The lines of a prompt file. Raises UsageError naming the line that cannot be read."""
     try:
-        rows = path.read_text(encoding="utf-8-sig").split("\n")  # a prompt may hold what splitlines() also breaks at
+        rows = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at a prompt's U+2028
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 ({error}); save it as UTF-8 text") from error
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error}") from error
-    read = _json_line if path.suffix.lower() in (".jsonl", ".ndjson") else _text_line
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    is_json = path.suffix.lower() in (".jsonl", ".ndjson")
     lines = []
     for number, row in enumerate(rows, 1):
         if row.strip() and not row.lstrip().startswith("#"):
             try:
-                lines.append(read(row.strip()))
-            except ValueError as error:
+                lines.append(_json_line(row) if is_json else Line(row.strip()))
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"{path}, line {number}: {error}") from error
     if not lines:
         raise UsageError(f"{path} holds no prompt; write one per line")
@@ -68,7 +72,7 @@ def read_seeds(text: str) -> list[int]:
     """`1,2,5-8` as [1, 2, 5, 6, 7, 8]."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())
+        match = re.fullmatch(r"(\d{1,20})(?:-(\d{1,20}))?", part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not 0 <= last - first < MOST_SEEDS:
             raise UsageError(f"--seeds {text}: {part.strip()!r} is no seed and no range; write them like 1,2,5-8")
@@ -79,13 +83,12 @@ def read_seeds(text: str) -> list[int]:
 def text_input(prompt: Prompt, wanted: str | None = None) -> tuple[str, str]:
     """The node id and input that a line's text goes to.
 
-    wanted: `NODE.INPUT`, or `NODE` for its prompt (`text` where the node is not known); without it, the one prompt
-    node that feeds a `positive` input.
+    wanted: `NODE.INPUT`, or `NODE` for its prompt (`text` if the node is not known); without it, the one prompt node
+    that feeds a `positive` input.
     """
     if wanted is not None:
-        name, name_of_input = split_target(prompt, wanted)
-        found = node_id(prompt, name)
-        return found, name_of_input or PROMPT_INPUTS.get(prompt[found]["class_type"], "text")
+        node, name = find_input(prompt, wanted)
+        return node, name or PROMPT_INPUTS.get(prompt[node]["class_type"], "text")
     candidates = _prompts_of_positive(prompt)
     if len(candidates) == 1:
         return candidates[0], PROMPT_INPUTS[prompt[candidates[0]]["class_type"]]
@@ -100,7 +103,6 @@ def make_jobs(
     prompt: Prompt,
     object_info: Mapping[str, Any],
     *,
-    canvas: Mapping[str, Any] | None = None,
     overrides: Sequence[Override] = (),
     lines: Sequence[Line] = (Line(name="prompt"),),
     seeds: Sequence[int] | None = None,
@@ -108,8 +110,7 @@ def make_jobs(
 ) -> list[Job]:
     """One job per line and seed, in that order. Raises UsageError for names, nodes and inputs that do not fit.
 
-    overrides: for all jobs; a line's own values come after them. canvas: the UI form that `prompt` comes from; it
-    gets the same values, and is dropped from a job whose values it cannot show.
+    overrides: for all jobs; a line's own values come after them.
     """
     base = apply_overrides(prompt, object_info, overrides)
     target = text_input(base, prompt_node) if any(line.text is not None for line in lines) else None
@@ -125,41 +126,14 @@ def make_jobs(
                 own.append(Override(*target, line.text))
             if seed is not None:
                 own += [Override(node, key, seed) for node, key in _seed_inputs(base)]
-            values = {(one.node, one.input): one.value for one in (*overrides, *own)}
-            jobs.append(
-                Job(
-                    name if seeds is None else f"{name}-seed{seed}",
-                    apply_overrides(base, object_info, own) if own else base,
-                    canvas_with(canvas, object_info, values) if canvas is not None else None,
-                )
-            )
+            full_name = name if seeds is None else f"{name}-seed{seed}"
+            jobs.append(Job(full_name, apply_overrides(base, object_info, own) if own else base))
     _check_names([job.name for job in jobs])
     return jobs
 
 
-def digests(
-    document: Mapping[str, Any],
-    *,
-    lines: Sequence[Line] = (),
-    seeds: Sequence[int] | None = None,
-    overrides: Iterable[str] = (),
-    prompt_node: str | None = None,
-) -> dict[str, str]:
-    """What a batch was asked to do, as one SHA-256 per part that a user can change; node positions do not count."""
-    nodes = document.get("nodes")
-    if isinstance(nodes, list):
-        kept = ("id", "type", "mode", "inputs", "widgets_values", "title")
-        shown = [[node.get(key) for key in kept] for node in sorted(nodes, key=lambda node: str(node["id"]))]
-        document = {"nodes": shown, "links": document.get("links"), "definitions": document.get("definitions")}
-    return {
-        "workflow": _digest(document),
-        "prompt file": _digest([vars(line) for line in lines]),
-        "options": _digest([list(overrides), list(seeds or ()), prompt_node]),
-    }
-
-
 def _prompts_of_positive(prompt: Prompt) -> list[str]:
-    """Ids of the prompt nodes whose conditioning arrives at a `positive` input, whatever it passes on its way."""
+    """Ids of the prompt nodes whose conditioning arrives at a `positive` input, whatever nodes it passes."""
     ways = [link for node in prompt.values() for link in _links(node, "positive")]
     found: dict[str, None] = {}
     seen = set()
@@ -180,9 +154,9 @@ def _prompts_of_positive(prompt: Prompt) -> list[str]:
 
 def _links(node: Mapping[str, Any], only: str | None = None) -> Iterator[tuple[str, int]]:
     """The [node id, slot] pairs among a node's inputs."""
-    for name, value in (node.get("inputs") or {}).items():
-        if only in (None, name) and isinstance(value, list) and len(value) == 2:
-            yield str(value[0]), int(value[1])
+    for name, value in mapping(node.get("inputs")).items():
+        if only in (None, name) and isinstance(value, list) and len(value) == 2 and isinstance(value[1], int):
+            yield str(value[0]), value[1]
 
 
 def _seed_inputs(prompt: Prompt) -> list[tuple[str, str]]:
@@ -190,16 +164,12 @@ def _seed_inputs(prompt: Prompt) -> list[tuple[str, str]]:
     found = [
         (node, name)
         for node, entry in prompt.items()
-        for name, value in (entry.get("inputs") or {}).items()
+        for name, value in mapping(entry.get("inputs")).items()
         if name.split(".")[-1] in SEED_NAMES and isinstance(value, int)
     ]
     if not found:
         raise UsageError(f"no node holds a seed; set the input that does; the workflow has {list_nodes(prompt)}")
     return found
-
-
-def _text_line(row: str) -> Line:
-    return Line(text=row)
 
 
 def _json_line(row: str) -> Line:
@@ -222,9 +192,5 @@ def _check_names(names: Sequence[str]) -> None:
         if not NAME.fullmatch(name) or DEVICES.fullmatch(name):
             raise UsageError(f"{name!r} cannot be a folder's name; use letters, digits, spaces and . ( ) + - _")
         if name.casefold() in seen:
-            raise UsageError(f"{name!r} stands twice; every prompt and seed needs a name of its own")
+            raise UsageError(f"two prompts are called {name!r}; give every prompt and seed its own name")
         seen.add(name.casefold())
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,17 +1,16 @@
-"""A small graph with a text and a seed, servers that render it into a text file, and batches of it over them."""
+"""A small graph with a text and a seed, a server that renders it into a text file, and batches of it."""
 
 import json
 import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
-from lightforcing.lightforcing_core.comfy_server import ComfyServer
-from lightforcing.lightforcing_core.queue_batch import BatchOptions, run_batch
-from lightforcing.lightforcing_core.queue_events import Events
-from lightforcing.lightforcing_core.queue_jobs import Line, make_jobs
-from lightforcing.lightforcing_core.queue_journal import Journal
-from lightforcing.lightforcing_core.queue_outputs import settle_folders, store_in_folders
+from lightforcing.cli.queue.batch import Request, run_batch
+from lightforcing.cli.queue.jobs import Line, make_jobs
+from lightforcing.cli.queue.ledger import Ledger
+from lightforcing.cli.queue.server import ComfyServer
 
 from .fake_comfy import SUCCESS
 
@@ -104,36 +103,31 @@ def hold(fake, after=0):
 class Batch:
     """Prompts `text 1` … `text n` under the names `0001` …, and what happened to them."""
 
-    def __init__(self, out, servers, count, store=None, **options):
-        self.out, self.servers, self.events = out, servers, []
+    def __init__(self, out, fake, count, **options):
+        self.fake, self.events = fake, []
         self.jobs = make_jobs(GRAPH, OBJECT_INFO, lines=[Line(f"text {number}") for number in range(1, count + 1)])
-        self.store = store or store_in_folders(out)
-        self.options = BatchOptions(**{"patience": 0.3, **options})
-        self._pool = ThreadPoolExecutor(1)
+        self.request = Request(None, out, fake.url, **{"seeds": "1", "patience": 0.3, **options})
 
     def start(self):
         """Run in another thread; the future's result is the counts."""
-        return self._pool.submit(self.run)
+        return ThreadPoolExecutor(1).submit(self.run)
 
     def run(self):
-        self.out.mkdir(exist_ok=True)
-        journal = Journal(self.out, {"workflow": "same"})
-        try:
-            settle_folders(self.out, [job.name for job in self.jobs], journal)
-            clients = [ComfyServer(fake.url, http_timeout=5) for fake in self.servers]
-            emit = Events(self.events.append)
-            return run_batch(self.jobs, clients, store=self.store, emit=emit, journal=journal, options=self.options)
-        finally:
-            journal.close()
+        self.request.out.mkdir(exist_ok=True)
+        server = ComfyServer(self.fake.url, timeout=5)
+        with closing(server), closing(Ledger(self.request.out, self.jobs)) as ledger:
+            return tuple(run_batch(self.request, self.jobs, server, ledger, self._note).values())
+
+    def _note(self, kind, **fields):
+        self.events.append({"event": kind, **fields})
 
     def of(self, kind):
         return [event for event in list(self.events) if event["event"] == kind]
 
-    def rendered(self):
-        """How often each text ran to its end, on all servers together."""
-        return Counter(text_of(body) for fake in self.servers for body in fake.rendered)
-
-    def check_complete(self):
+    def check_complete(self, *, once=True):
+        """Every job's folder holds its text; `once`: and no prompt ran twice."""
         wanted = {job.name: text_of({"prompt": job.prompt}) for job in self.jobs}
-        assert texts_below(self.out) == wanted
-        assert not [name for name in os.listdir(self.out) if name.endswith(".part")]
+        assert texts_below(self.request.out) == wanted
+        assert not [name for name in os.listdir(self.request.out) if name.endswith(".part")]
+        if once:
+            assert Counter(map(text_of, self.fake.rendered)) == Counter(wanted.values())

@@ -1,15 +1,14 @@
-"""What a batch is made of: prompt files, seeds, overrides, and the canvas that goes with them."""
+"""The jobs of a batch: workflows, prompt files, seeds and overrides."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from lightforcing.lightforcing_core.queue_jobs import Line, digests, make_jobs, read_prompts, read_seeds, text_input
-from lightforcing.lightforcing_core.queue_overrides import Override, UsageError, apply_overrides, read_override
-from lightforcing.lightforcing_core.workflow_form import ui_to_api
+from lightforcing.cli.queue.jobs import Line, make_jobs, read_prompts, read_seeds, text_input
+from lightforcing.cli.queue.prompt import Override, UsageError, apply_overrides, read_override, read_workflow
 
-from .queue_samples import GRAPH, OBJECT_INFO
+from ...support.queue_samples import GRAPH, OBJECT_INFO
 
 
 def set_inputs(*texts, graph=GRAPH):
@@ -186,7 +185,7 @@ def test_more_than_one_encoder_is_ambiguous():
 
 
 def test_text_goes_to_the_caption_of_the_quickstart():
-    path = Path(__file__).resolve().parents[2] / "workflows" / "api" / "quickstart_demo.json"
+    path = Path(__file__).resolve().parents[3] / "workflows" / "api" / "quickstart_demo.json"
     graph = json.loads(path.read_text(encoding="utf-8"))
     (node,) = [one for one in graph if graph[one]["class_type"] == "LightForcingDemoPrompt"]
     assert text_input(graph) == text_input(graph, node) == (node, "caption")
@@ -246,12 +245,12 @@ def test_seed_stays_where_nothing_sets_it():
 @pytest.mark.parametrize(
     ("lines", "seeds", "message"),
     [
-        ([Line("x", name="a"), Line("y", name="A")], None, "'A' stands twice"),
+        ([Line("x", name="a"), Line("y", name="A")], None, "two prompts are called 'A'"),
         ([Line("x", name="../a")], None, "'../a' cannot be a folder's name"),
         ([Line("x", name=".a")], None, "cannot be a folder's name"),
         ([Line("x", name="a.")], None, "cannot be a folder's name"),
         ([Line("x", name="Con.txt")], None, "cannot be a folder's name"),
-        ([Line("x")], [1, 1], "'0001-seed1' stands twice"),
+        ([Line("x")], [1, 1], "two prompts are called '0001-seed1'"),
         ([Line("x", seed=1)], [1], "0001 has a seed of its own; leave out --seeds"),
     ],
 )
@@ -266,64 +265,29 @@ def test_seed_without_a_place_is_refused():
         make_jobs({"1": encoder()}, {}, seeds=[1])
 
 
-CANVAS = {
-    "nodes": [
-        {
-            "id": 1,
-            "type": "CLIPLoader",
-            "outputs": [{"name": "CLIP", "type": "CLIP", "links": [1]}],
-            "widgets_values": ["umt5"],
-        },
-        {
-            "id": 2,
-            "type": "CLIPTextEncode",
-            "inputs": [{"name": "clip", "type": "CLIP", "link": 1}],
-            "outputs": [{"name": "CONDITIONING", "type": "CONDITIONING", "links": [2]}],
-            "widgets_values": ["a dog"],
-        },
-        {
-            "id": 3,
-            "type": "Sampler",
-            "inputs": [{"name": "positive", "type": "CONDITIONING", "link": 2}],
-            "widgets_values": [5, "fixed", "growth", 0.6, "linear", "", 1.0],
-        },
+def test_workflow_is_read_from_the_api_form_and_its_envelope(tmp_path):
+    for document in (GRAPH, {"prompt": GRAPH}):
+        (tmp_path / "w.json").write_text("\ufeff" + json.dumps(document), encoding="utf-8")
+        assert read_workflow(tmp_path / "w.json") == GRAPH
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 200_000, "is not JSON"),
+        ("{}", "is no ComfyUI workflow"),
+        ("[1]", "is no ComfyUI workflow"),
+        ('{"1": {"class_type": 7}}', "is no ComfyUI workflow"),
+        ('{"nodes": [{"id": 1}], "links": []}', r"choose File → Export Workflow \(API\), and queue that file"),
     ],
-    "links": [[1, 1, 0, 2, 0, "CLIP"], [2, 2, 0, 3, 0, "CONDITIONING"]],
-}
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    (tmp_path / "w.json").write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_workflow(tmp_path / "w.json")
 
 
-def test_canvas_shows_the_values_that_ran():
-    prompt = ui_to_api(CANVAS, OBJECT_INFO)
-    before = json.dumps(CANVAS)
-    overrides = [Override("3", "mode.target", 0.9), Override("3", "cfg", 2.0)]
-    (job,) = make_jobs(prompt, OBJECT_INFO, canvas=CANVAS, overrides=overrides, lines=[Line("a cat", seed=8)])
-    assert ui_to_api(job.canvas, OBJECT_INFO) == job.prompt
-    assert job.canvas["nodes"][1]["widgets_values"] == ["a cat"]
-    assert job.canvas["nodes"][2]["widgets_values"] == [8, "fixed", "growth", 0.9, "linear", "", 2.0]
-    assert json.dumps(CANVAS) == before
-
-
-@pytest.mark.parametrize("target", [("3", "mode", "plain"), ("2", "clip", "x")])
-def test_canvas_that_cannot_show_a_value_is_left_out(target):
-    (job,) = make_jobs(ui_to_api(CANVAS, OBJECT_INFO), OBJECT_INFO, canvas=CANVAS, overrides=[Override(*target)])
-    assert job.canvas is None
-
-
-def test_unchanged_canvas_is_kept():
-    (job,) = make_jobs(ui_to_api(CANVAS, OBJECT_INFO), OBJECT_INFO, canvas=CANVAS)
-    assert job.canvas == CANVAS
-
-
-def test_digests_see_what_runs_and_not_where_nodes_stand():
-    moved = {**CANVAS, "nodes": [{**node, "pos": [1, 2]} for node in reversed(CANVAS["nodes"])], "version": 2}
-    assert digests(CANVAS) == digests(moved)
-    changed = json.loads(json.dumps(CANVAS))
-    changed["nodes"][2]["widgets_values"][0] = 6
-    assert digests(CANVAS)["workflow"] != digests(changed)["workflow"]
-    base = digests(GRAPH, lines=[Line("x")], seeds=[1], overrides=["3.cfg=1"])
-    for part, other in {
-        "workflow": digests({**GRAPH, "5": encoder()}, lines=[Line("x")], seeds=[1], overrides=["3.cfg=1"]),
-        "prompt file": digests(GRAPH, lines=[Line("y")], seeds=[1], overrides=["3.cfg=1"]),
-        "options": digests(GRAPH, lines=[Line("x")], seeds=[2], overrides=["3.cfg=1"]),
-    }.items():
-        assert [key for key in base if base[key] != other[key]] == [part]
+def test_missing_workflow_is_named(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot read .*gone\.json: No such file"):
+        read_workflow(tmp_path / "gone.json")

@@ -17,7 +17,8 @@ class FakeComfy:
     `render`, where set, makes it from the submitted body instead. With `hold` a run waits after its events until
     /interrupt or `release`, being the `held_prompt`; `hold_after` lets so many prompts through first. `cut_off` makes
     the server unreachable while it goes on working, until `come_back`; `crash` makes it forget everything as well.
-    authorization: what every request must bring in the header of that name, None for nothing.
+    authorization: the header of that name that every request must have, None for none.
+    answers: by the first part of a path, an (HTTP status, body) to answer with instead.
     lose_next_answer_to: the first part of a path; the next such request is carried out, but its answer does not arrive.
 
     rendered: the bodies that ran to their end. requests: the first part of every request's path.
@@ -34,7 +35,7 @@ class FakeComfy:
         self.hold, self.hold_after, self.render, self.held_prompt = False, 0, None, None
         self.prompts, self.interrupts, self.deleted, self.connections = [], [], [], 0
         self.rendered, self.client_messages, self.requests, self.longest_queue = [], [], [], 0
-        self.lose_next_answer_to = self.authorization = None
+        self.lose_next_answer_to, self.authorization, self.answers = None, None, {}
         self.url = ""
         self._sockets, self._history, self._queued = set(), {}, []
         self._arrived, self._released = threading.Event(), threading.Event()
@@ -80,6 +81,11 @@ class FakeComfy:
                 raise web.HTTPServiceUnavailable
             if self.authorization not in (None, request.headers.get("Authorization")):
                 raise web.HTTPUnauthorized
+            if self.requests[-1] in self.answers:
+                status, body = self.answers[self.requests[-1]]
+                return web.Response(
+                    status=status, body=body, headers={"Location": "https://elsewhere"} if status == 301 else {}
+                )
             answer = await handler(request)
             if self.lose_next_answer_to == self.requests[-1]:
                 self.lose_next_answer_to = None

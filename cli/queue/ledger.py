@@ -1,0 +1,132 @@
+"""The ledger of a batch: one sqlite3 file in the output folder that says how far every job is.
+
+A job is `waiting`, `sent` (its prompt may be waiting, running or finished on the server: whoever goes on with the batch
+asks there first), `done` (its files are in the output folder) or `failed` (the next start tries it again). An open
+ledger holds sqlite's exclusive lock, on every operating system and until the process ends, however it ends.
+"""
+
+import json
+import shutil
+import sqlite3
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .jobs import Job
+from .prompt import UsageError
+
+FILE_NAME = "queue.sqlite3"
+OLD_FILE_NAME = "queue.jsonl"  # what version 0.2 kept
+VERSION = 1
+TABLE = """CREATE TABLE IF NOT EXISTS jobs (
+    name TEXT PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, prompt_id TEXT, client_id TEXT,
+    files TEXT, error TEXT
+)"""
+
+
+def partial_folder(folder: Path, name: str) -> Path:
+    """The hidden folder that a job's files are fetched into; it becomes `folder/name` when all are there."""
+    return folder / f".{name}.part"
+
+
+class Ledger:
+    """The ledger in `folder`, made or gone on with; in memory if folder is None, for a run that nobody resumes.
+
+    client_id: by which the server knows who listens; the same for a start that finds prompts still sent, so that
+    their events reach it.
+
+    Raises UsageError if the ledger belongs to another batch, cannot be read, or is in use by another command.
+    """
+
+    def __init__(self, folder: Path | None, jobs: Sequence[Job]) -> None:
+        self.path = None if folder is None else folder / FILE_NAME
+        if folder is not None and (folder / OLD_FILE_NAME).exists():
+            raise UsageError(
+                f"{folder / OLD_FILE_NAME} is the journal of a batch that version 0.2 began, and this version does not "
+                f"go on with it; finish it with version 0.2, or choose another --out to run all of its prompts again"
+            )
+        self._db = sqlite3.connect(self.path or ":memory:", timeout=0, isolation_level=None)
+        try:
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("BEGIN EXCLUSIVE")
+            self._add(jobs)
+            if folder is not None:
+                self._settle(folder, jobs)
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            self.close()  # takes the transaction back
+            if self.path is not None and self.path.exists() and self.path.stat().st_size == 0:
+                self.path.unlink()
+            if not isinstance(error, sqlite3.Error):
+                raise
+            if "locked" in str(error):
+                raise UsageError(
+                    f"another command is working on {self.path}; wait for it, or choose another --out"
+                ) from error
+            raise UsageError(f"cannot use {self.path} ({error}); choose another --out, or empty the folder") from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def states(self) -> dict[str, str]:
+        """Every job's state by its name."""
+        return dict(self._db.execute("SELECT name, state FROM jobs"))
+
+    def prompt_id(self, name: str) -> str | None:
+        """The id under which a job was sent and has not ended, else None."""
+        row = self._db.execute("SELECT prompt_id FROM jobs WHERE name = ? AND state = 'sent'", (name,)).fetchone()
+        return None if row is None else row[0]
+
+    def sent(self, name: str, prompt_id: str) -> None:
+        self._set(name, state="sent", prompt_id=prompt_id, client_id=self.client_id, error=None)
+
+    def waiting(self, name: str) -> None:
+        self._set(name, state="waiting")
+
+    def done(self, name: str, files: Sequence[str]) -> None:
+        """files: relative to the output folder."""
+        self._set(name, state="done", files=json.dumps(files))
+
+    def failed(self, name: str, message: str) -> None:
+        self._set(name, state="failed", error=message)
+
+    def _add(self, jobs: Sequence[Job]) -> None:
+        """Make the table, check the jobs that it has, add those that it has not."""
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables and version != VERSION:
+            raise UsageError(f"{self.path} is no ledger of this version; choose another --out, or empty the folder")
+        self._db.execute(TABLE)
+        self._db.execute(f"PRAGMA user_version = {VERSION}")
+        known = dict(self._db.execute("SELECT name, digest FROM jobs"))
+        changed = [job.name for job in jobs if known.get(job.name, job.digest) != job.digest]
+        if changed:
+            raise UsageError(
+                f"{self.path} has another prompt named {changed[0]}: the workflow, the prompt file or an option has "
+                f"changed; undo that to go on with the batch, choose another --out, or empty the folder"
+            )
+        new = [(job.name, job.digest) for job in jobs if job.name not in known]
+        self._db.executemany("INSERT INTO jobs (name, digest, state) VALUES (?, ?, 'waiting')", new)
+        row = self._db.execute("SELECT client_id FROM jobs WHERE state = 'sent'").fetchone()
+        self.client_id: str = uuid.uuid4().hex if row is None else row[0]
+
+    def _settle(self, folder: Path, jobs: Sequence[Job]) -> None:
+        """Agree with the folder: a whole folder of a job that was sent is done, a part of one is thrown away."""
+        states = self.states()
+        for job in jobs:
+            shutil.rmtree(partial_folder(folder, job.name), ignore_errors=True)
+            target = folder / job.name
+            if states[job.name] == "done" or not target.exists():
+                continue
+            if states[job.name] != "sent":
+                raise UsageError(f"{target} is there already and not from this batch; choose another --out")
+            files = sorted(path for path in target.rglob("*") if path.is_file())
+            self.done(job.name, [path.relative_to(folder).as_posix() for path in files])
+
+    def _set(self, name: str, **values: Any) -> None:
+        columns = ", ".join(f"{column} = ?" for column in values)
+        try:
+            self._db.execute(f"UPDATE jobs SET {columns} WHERE name = ?", (*values.values(), name))
+        except sqlite3.Error as error:
+            raise OSError(f"cannot write {self.path}: {error}") from error

@@ -1,0 +1,228 @@
+"""An API-form prompt: reading it, finding a node by id or title, and setting inputs with `node.input=value`.
+
+The API form maps each node id to `{class_type, inputs: {name: value or [node id, output slot]}}`. The inputs of a
+dynamic combo have dotted names (`preset`, `preset.target`); another key replaces everything below it by that key's
+defaults, so one override is enough.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Prompt = Mapping[str, Mapping[str, Any]]
+
+DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
+FIRST_VALUES = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}  # of widgets that declare no default
+WIDGET_TYPES = (*FIRST_VALUES, "COMBO", "COLOR", "CURVE", "BOUNDING_BOX", "RANGE")
+
+
+class UsageError(ValueError):
+    """A request that does not fit together; nothing has been sent to a server."""
+
+
+class Override(NamedTuple):
+    """One input of one node, by the node's id, and its new value."""
+
+    node: str
+    input: str
+    value: Any
+
+
+class Spec(NamedTuple):
+    """An input as `/object_info` declares it: its type, or its choices, and its options."""
+
+    kind: Any
+    options: Mapping[str, Any]
+
+    @property
+    def choices(self) -> list[Any]:
+        return listing(self.kind) or listing(self.options.get("options"))
+
+    @property
+    def branches(self) -> dict[str, Any]:
+        """The keys of a dynamic combo, each with the inputs that it brings."""
+        found = map(mapping, self.choices if self.kind == DYNAMIC_COMBO else ())
+        return {str(choice.get("key")): choice.get("inputs") for choice in found}
+
+    @property
+    def default(self) -> Any:
+        """A widget's first value; None if the input is no widget or has none."""
+        kind = "COMBO" if isinstance(self.kind, list) else self.options.get("widgetType", self.kind)
+        if self.options.get("forceInput") or kind not in WIDGET_TYPES:
+            return None
+        return self.options.get("default", self.choices[0] if self.choices else FIRST_VALUES.get(kind))
+
+
+def read_workflow(path: Path) -> Prompt:
+    """The API-form prompt in a file; a `{"prompt": …}` envelope around it is opened.
+
+    Raises UsageError for any other file, with the way to export this form if the file is a saved canvas.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON ({error}); export the workflow again") from error
+    if listing(mapping(document).get("nodes")):
+        raise UsageError(
+            f"{path} is a saved canvas (UI form), but a server runs the API form; open it in ComfyUI, choose File → "
+            f"Export Workflow (API), and queue that file (comfy-cli's `comfy run` converts the UI form by itself)"
+        )
+    prompt = mapping(mapping(document).get("prompt")) or mapping(document)
+    if not prompt or not all(isinstance(mapping(node).get("class_type"), str) for node in prompt.values()):
+        raise UsageError(f"{path} is no ComfyUI workflow; export it again with File → Export Workflow (API)")
+    return prompt
+
+
+def title_of(prompt: Prompt, node: str) -> str:
+    """A node's title for the user: its own, else its class, else its id."""
+    entry = mapping(prompt.get(node))
+    return str(mapping(entry.get("_meta")).get("title") or entry.get("class_type") or f"node {node}")
+
+
+def list_nodes(prompt: Prompt) -> str:
+    """Every node as `id "title"`, for an error message."""
+    return ", ".join(f"{one} {json.dumps(title_of(prompt, one), ensure_ascii=False)}" for one in prompt)
+
+
+def find_input(prompt: Prompt, target: str) -> tuple[str, str | None]:
+    """`node.input` as the node's id and the input, `node` alone as (id, None); node is an id or a title.
+
+    Titles and inputs may both contain dots. Raises UsageError for a node that does not exist, or for several.
+    """
+    titles: dict[str, list[str]] = {}
+    for node in prompt:
+        titles.setdefault(title_of(prompt, node), []).append(node)
+    for cut in (len(target), *(place for place in reversed(range(len(target))) if target[place] == ".")):
+        name, rest = target[:cut], target[cut + 1 :]
+        found = [name] if name in prompt else titles.get(name, [])
+        if len(found) > 1:
+            raise UsageError(f"{len(found)} nodes are called {name!r}; use an id: {', '.join(found)}")
+        if found and (rest or cut == len(target)):
+            return found[0], rest or None
+    raise UsageError(f"no node is called {target.partition('.')[0]!r}; the workflow has {list_nodes(prompt)}")
+
+
+def override(prompt: Prompt, target: str, value: Any) -> Override:
+    """The Override for `node.input`."""
+    node, name = find_input(prompt, target)
+    if name is None:
+        raise UsageError(f"{target!r} names a node but no input; write {target}.INPUT")
+    return Override(node, name, value)
+
+
+def read_override(prompt: Prompt, object_info: Mapping[str, Any], text: str) -> Override:
+    """`node.input=value` as an Override, the value read as the type that the input declares.
+
+    Texts and choices stay as typed (a text may be in JSON's quotes); anything else is JSON if it parses as such.
+    """
+    target, equals, typed = text.partition("=")
+    if not equals:
+        raise UsageError(f"--set {text}: no '=' in it; write NODE.INPUT=VALUE, for example 4.seed=7")
+    try:
+        value = json.loads(typed, parse_constant=str)
+    except (ValueError, RecursionError):
+        value = typed
+    found = override(prompt, target.strip(), value)
+    spec = _declared(object_info, prompt[found.node]).get(found.input)
+    if spec is None:
+        return found
+    if spec.kind == "STRING":
+        value = value if isinstance(value, str) else typed
+    elif typed in (*spec.choices, *spec.branches):
+        value = typed
+    elif spec.kind == "BOOLEAN" and not isinstance(value, bool):  # a server takes any text for true
+        words = {"true": True, "1": True, "false": False, "0": False}
+        if typed.strip().lower() not in words:
+            raise UsageError(f"--set {text}: {typed!r} is neither true nor false")
+        value = words[typed.strip().lower()]
+    return found._replace(value=value)
+
+
+def apply_overrides(
+    prompt: Prompt, object_info: Mapping[str, Any], overrides: Iterable[Override]
+) -> dict[str, dict[str, Any]]:
+    """A copy of `prompt` with the inputs set; for the same input the last one counts. A wired input loses its wire.
+
+    object_info: the server's, for inputs that the workflow leaves out and for what a dynamic combo's key brings.
+    Raises UsageError naming the inputs that exist.
+    """
+    changed = {key: {**node, "inputs": dict(mapping(node.get("inputs")))} for key, node in prompt.items()}
+    # A dynamic combo's own key first: it decides which names exist below it.
+    for node, name, value in sorted(overrides, key=lambda one: one.input.count(".")):
+        inputs, title = changed[node]["inputs"], title_of(prompt, node)
+        declared = _declared(object_info, changed[node], chosen=inputs)
+        known = sorted({*declared, *inputs})
+        if name not in known:
+            raise UsageError(f"{title} (node {node}) has no input {name!r}; it has {', '.join(known) or 'none'}")
+        spec = declared.get(name)
+        if spec is None or spec.kind != DYNAMIC_COMBO:
+            inputs[name] = _literal(value)
+            continue
+        if value not in list(spec.branches):
+            raise UsageError(f"{title}: {name}: {value!r} is not a choice; use one of {', '.join(spec.branches)}")
+        if value != inputs.get(name):
+            for old in [key for key in inputs if key.startswith(f"{name}.")]:
+                del inputs[old]
+            inputs.update(_chosen(name, spec, value))
+    return changed
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """A JSON value if it is an object, else an empty one: servers and node packs send all sorts."""
+    return value if isinstance(value, dict) else {}
+
+
+def listing(value: Any) -> list[Any]:
+    """A JSON value if it is an array, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def _literal(value: Any) -> Any:
+    """A list as a literal value; a server would read a bare list of two as a wire."""
+    return {"__value__": value} if isinstance(value, list) else value
+
+
+def _fields(inputs: Any, prefix: str = "") -> dict[str, Spec]:
+    """The inputs in `{"required": {name: [type, options]}, "optional": {…}}`."""
+    rows = [row for group in ("required", "optional") for row in mapping(mapping(inputs).get(group)).items()]
+    return {
+        prefix + name: Spec(spec[0], mapping(spec[1] if len(spec) > 1 else None))
+        for name, spec in rows
+        if isinstance(spec, list) and spec
+    }
+
+
+def _declared(
+    object_info: Mapping[str, Any], node: Mapping[str, Any], chosen: Mapping[str, Any] | None = None
+) -> dict[str, Spec]:
+    """A node's inputs by dotted name: those below the keys `chosen` for its dynamic combos, or below all keys."""
+    found: dict[str, Spec] = {}
+    new = _fields(mapping(object_info.get(node["class_type"])).get("input"))
+    while new:
+        found = {**new, **found}
+        new = {
+            name: spec
+            for combo, parent in new.items()
+            for key, inputs in parent.branches.items()
+            if chosen is None or key == chosen.get(combo)
+            for name, spec in _fields(inputs, f"{combo}.").items()
+        }
+    return found
+
+
+def _chosen(name: str, spec: Spec, key: str) -> dict[str, Any]:
+    """A dynamic combo `name` with `key` chosen, and the defaults of the widgets below it."""
+    found: dict[str, Any] = {}
+    combos = [(name, spec, key)]
+    while combos:
+        name, spec, key = combos.pop()
+        found[name] = key
+        for inner, below in _fields(spec.branches[key], f"{name}.").items():
+            if below.branches:
+                combos.append((inner, below, next(iter(below.branches))))
+            elif below.default is not None:
+                found[inner] = _literal(below.default)
+    return found

@@ -1,0 +1,103 @@
+"""The ledger of a batch: one command at a time, one batch per folder."""
+
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+from lightforcing.cli.queue.jobs import Job
+from lightforcing.cli.queue.ledger import Ledger
+from lightforcing.cli.queue.prompt import UsageError
+
+DOG, CAT, COW = (Job(name, {"1": {"class_type": name}}) for name in ("dog", "cat", "cow"))
+OTHER_CAT = Job("cat", {"1": {"class_type": "lion"}})
+
+
+@pytest.fixture
+def filled(tmp_path):
+    """A folder whose ledger has one job done, one failed, and one sent."""
+    ledger = Ledger(tmp_path, [DOG, CAT, COW])
+    for job in (DOG, CAT, COW):
+        ledger.sent(job.name, f"id of {job.name}")
+    ledger.done("dog", ["dog/clip.mp4"])
+    ledger.failed("cat", "out of memory")
+    ledger.close()
+    return tmp_path
+
+
+def test_next_start_knows_what_is_done_and_what_is_sent(filled):
+    ledger = Ledger(filled, [DOG, CAT, COW])
+    assert ledger.states() == {"dog": "done", "cat": "failed", "cow": "sent"}
+    assert [ledger.prompt_id(name) for name in ("dog", "cat", "cow")] == [None, None, "id of cow"]
+    client_id = ledger.client_id
+    ledger.close()
+    again = Ledger(filled, [DOG, CAT, COW])
+    assert again.client_id == client_id  # the server sends cow's events to whoever has it
+    again.waiting("cow")
+    assert again.states()["cow"] == "waiting"
+
+
+def test_batch_may_grow_but_not_change(filled):
+    grown = Ledger(filled, [DOG, CAT, COW, Job("hen", {"1": {"class_type": "hen"}})])
+    assert grown.states()["hen"] == "waiting"
+    grown.close()
+    with pytest.raises(UsageError) as caught:
+        Ledger(filled, [DOG, OTHER_CAT, COW])
+    assert "has another prompt named cat" in str(caught.value)
+    assert "undo that to go on with the batch, choose another --out" in str(caught.value)
+
+
+def test_titles_do_not_make_another_prompt():
+    named = Job("cat", {"1": {"class_type": "cat", "_meta": {"title": "My cat"}}})
+    assert named.digest == CAT.digest != OTHER_CAT.digest
+
+
+def test_folder_has_one_command_at_a_time(tmp_path):
+    ledger = Ledger(tmp_path, [DOG])
+    code = f"""
+from pathlib import Path
+from lightforcing.cli.queue.ledger import Ledger
+Ledger(Path({str(tmp_path)!r}), [])
+"""
+    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "another command is working on" in second.stderr
+    ledger.sent("dog", "id")  # the first one is not disturbed
+    ledger.close()
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0 of another kind"])
+def test_other_file_under_the_ledgers_name_is_refused_and_kept(tmp_path, content):
+    (tmp_path / "queue.sqlite3").write_bytes(content * 100)
+    with pytest.raises(UsageError, match=r"cannot use .*queue\.sqlite3 .*; choose another --out"):
+        Ledger(tmp_path, [DOG])
+    assert (tmp_path / "queue.sqlite3").read_bytes() == content * 100
+
+
+def test_ledger_of_another_version_is_refused(filled):
+    with sqlite3.connect(filled / "queue.sqlite3") as database:
+        database.execute("PRAGMA user_version = 99")
+    with pytest.raises(UsageError, match="is no ledger of this version"):
+        Ledger(filled, [DOG])
+
+
+def test_batch_of_version_0_2_is_neither_gone_on_with_nor_done_again(tmp_path):
+    (tmp_path / "queue.jsonl").write_text('{"journal": 1, "client": "c", "digests": {}}\n')
+    with pytest.raises(UsageError) as caught:
+        Ledger(tmp_path, [DOG])
+    assert "is the journal of a batch that version 0.2 began" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["queue.jsonl"]
+
+
+@pytest.mark.parametrize("state", ["new", "failed"])
+def test_foreign_folder_in_the_way_is_refused(tmp_path, state):
+    if state == "failed":
+        ledger = Ledger(tmp_path, [DOG])
+        ledger.failed("dog", "out of memory")
+        ledger.close()
+    (tmp_path / "dog").mkdir()
+    with pytest.raises(UsageError, match="is there already and not from this batch; choose another --out"):
+        Ledger(tmp_path, [DOG])
+    assert (tmp_path / "queue.sqlite3").exists() == (state == "failed")

@@ -1,0 +1,183 @@
+"""The client against a real HTTP server that plays ComfyUI's part, well and badly."""
+
+import os
+import socket
+
+import pytest
+
+from lightforcing.cli.queue import server as queue_server
+from lightforcing.cli.queue.prompt import UsageError
+from lightforcing.cli.queue.run import output_files
+from lightforcing.cli.queue.server import ComfyServer, QueueError, RemoteFile, ServerUnreachable
+
+PROMPT = {
+    "1": {"class_type": "Load", "inputs": {}, "_meta": {"title": "Load Model"}},
+    "2": {"class_type": "Sample", "inputs": {}, "_meta": {"title": "Chunk sampler"}},
+}
+VIDEO = RemoteFile("clip_00001_.mp4", "video", "output")
+
+
+@pytest.fixture
+def server(comfy):
+    server = ComfyServer(comfy.url, timeout=5)
+    yield server
+    server.close()
+
+
+def submit(server):
+    return server.submit(PROMPT, "7f2c", "client", previews=False)
+
+
+def test_refusal_names_node_input_and_message(comfy, server):
+    comfy.refusal = {
+        "error": {"type": "prompt_outputs_failed_validation", "message": "Prompt outputs failed validation"},
+        "node_errors": {
+            "1": {
+                "errors": [
+                    {
+                        "message": "Value not in list",
+                        "details": "model: 'x.pt' not in ['a.pt']",
+                        "extra_info": {"input_name": "model"},
+                    },
+                    {"message": "Required input is missing", "details": "vae", "extra_info": {"input_name": "vae"}},
+                ]
+            }
+        },
+    }
+    with pytest.raises(QueueError) as caught:
+        submit(server)
+    assert str(caught.value).splitlines() == [
+        "Prompt outputs failed validation",
+        "Load Model: model: Value not in list ('x.pt' not in ['a.pt'])",
+        "Load Model: vae: Required input is missing",
+    ]
+
+
+def test_refusal_by_a_node_itself_reads_as_its_own_words(comfy, server):
+    """ComfyUI writes `input - reason` for it."""
+    said = "caption - word 1 of the caption is 'a'; use on"
+    error = {"message": "Custom validation failed for node", "details": said, "extra_info": {"input_name": "caption"}}
+    comfy.node_errors = {"1": {"errors": [error]}}
+    assert submit(server) == [
+        "Load Model: caption: Custom validation failed for node (word 1 of the caption is 'a'; use on)"
+    ]
+
+
+def test_login_in_the_address_goes_to_the_server_and_nowhere_else(comfy, tmp_path):
+    comfy.authorization = "Basic bWU6YSA6Yg=="  # me, "a :b"
+    comfy.files[VIDEO] = b"frames"
+    server = ComfyServer(comfy.url.replace("http://", "http://me:a%20%3Ab@"))
+    assert server.url == comfy.url
+    submit(server)
+    server.listen("client", previews=False).close()
+    assert server.download(VIDEO, tmp_path).read_bytes() == b"frames"
+    with pytest.raises(QueueError, match="HTTP 401") as caught:
+        ComfyServer(comfy.url.replace("http://", "http://me:secret@")).get("/object_info")
+    assert "secret" not in str(caught.value)
+
+
+def test_nobody_at_the_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for call in (lambda server: server.get("/queue"), lambda server: server.listen("client", previews=False)):
+        with pytest.raises(ServerUnreachable, match=f"no ComfyUI server answers at http://127.0.0.1:{port}: ."):
+            call(ComfyServer(f"127.0.0.1:{port}"))
+
+
+@pytest.mark.parametrize("address", ["ftp://host", "http://", "http://host:port", "http://[::1"])
+def test_address_of_another_kind_is_refused(address):
+    with pytest.raises(UsageError, match="is not a server address"):
+        ComfyServer(address)
+
+
+def test_proxy_of_an_unknown_kind_is_refused_in_words(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "odd://127.0.0.1:1")
+    with pytest.raises(UsageError, match=r"cannot use the proxy that this environment names: .*odd"):
+        ComfyServer("127.0.0.1:8188")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "message"),
+    [
+        (301, b"", QueueError, "/queue answers HTTP 301 Moved Permanently: https://elsewhere$"),
+        (404, b"404: Not Found", QueueError, r"/queue answers HTTP 404 Not Found: 404: Not Found$"),
+        (503, b"", ServerUnreachable, "no ComfyUI server answers at .*: HTTP 503"),
+        (200, b"<html>", ServerUnreachable, "does not answer as ComfyUI does; is it a ComfyUI server"),
+        (200, b"7", ServerUnreachable, "does not answer as ComfyUI does"),
+        (200, b"[" * 200_000, ServerUnreachable, "does not answer as ComfyUI does"),
+        (200, b'{"a": "' + b"x" * 2000 + b'"}', QueueError, "an answer of .* is larger than 1000 bytes"),
+        (400, b"x" * 2000, QueueError, "an answer of .* is larger than 1000 bytes"),
+    ],
+)
+def test_answers_of_no_use_are_refused(comfy, server, monkeypatch, status, body, kind, message):
+    if b"x" in body:
+        monkeypatch.setattr(queue_server, "MOST_JSON", 1000)
+    comfy.answers = {"queue": (status, body)}
+    with pytest.raises(kind, match=message):
+        server.get("/queue")
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"queue_running": [7, [], [0, "other"]], "queue_pending": {"a": 1}}'])
+def test_odd_rows_of_a_queue_are_other_prompts(comfy, server, body):
+    comfy.answers = {"queue": (200, body)}
+    assert not server.has_queued("7f2c")
+
+
+def test_answer_that_only_drips_counts_as_none(comfy, server, monkeypatch):
+    server.timeout = -1.0  # the time is over when the first byte comes
+    with pytest.raises(ServerUnreachable, match="sends less than 4096 bytes a second"):
+        server.get("/queue")
+
+
+def test_outputs_are_found_under_any_key_and_once():
+    video = VIDEO._asdict()
+    record = {
+        "outputs": {
+            "1": {"gifs": [video], "images": [video, {"filename": "p.png", "subfolder": "", "type": "temp"}]},
+            "2": {"text": ["hello"], "animated": [True], "audio": [{"filename": "a.flac"}], "odd": 7},
+            "3": None,
+        }
+    }
+    assert output_files(record, temp=False) == [VIDEO, RemoteFile("a.flac", "", "output")]
+    assert RemoteFile("p.png", "", "temp") in output_files(record, temp=True)
+
+
+def test_download_is_whole_and_overwrites_nothing(comfy, server, tmp_path):
+    comfy.files[VIDEO] = b"frames" * 1000
+    paths = [server.download(VIDEO, tmp_path).relative_to(tmp_path).as_posix() for _ in range(2)]
+    assert paths == ["video/clip_00001_.mp4", "video/clip_00001_-2.mp4"]
+    assert (tmp_path / paths[1]).read_bytes() == b"frames" * 1000
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 3])
+def test_broken_or_huge_download_leaves_nothing(comfy, server, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(queue_server, "MOST_FILE", limit)
+    comfy.files["clip.mp4", "", "output"] = b"frames"
+    comfy.truncate_downloads = True
+    with pytest.raises(QueueError):
+        server.download(RemoteFile("clip.mp4", "", "output"), tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("filename", "subfolder", "expected"),
+    [
+        ("../../etc/passwd", "", "etc/passwd"),
+        ("a.mp4", "/root/..", "root/a.mp4"),
+        ("a.mp4", "C:\\x", "C_/x/a.mp4"),
+        ("..", "", "unnamed"),
+        ("/", "clips", "clips/unnamed"),
+        ("a\0b\n.mp4", "", "a_b_.mp4"),
+        ("a\ud800.mp4", "", "a_.mp4"),
+    ],
+)
+def test_server_cannot_write_outside_the_folder(filename, subfolder, expected):
+    assert RemoteFile(filename, subfolder, "output").relative_path.as_posix() == expected
+
+
+@pytest.mark.parametrize("filename", ["x" * 300, "漢" * 90 + ".mp4", "a/" * 500 + "a.mp4"])
+def test_name_that_no_disk_takes_fails_its_prompt_alone(server, tmp_path, filename):
+    with pytest.raises(QueueError, match="is too long a file name; shorten the save node's prefix"):
+        server.download(RemoteFile(filename, "", "output"), tmp_path)
+    assert os.listdir(tmp_path) == []
