@@ -33,7 +33,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	MYPYPATH=$(VENV)/src $(BIN)/mypy -m lightforcing -p lightforcing.cli -p lightforcing.kernels -p lightforcing.lightforcing_core \
-		-p lightforcing.nodes -p lightforcing.benchmarks
+		-p lightforcing.nodes -p lightforcing.benchmarks -p laboratory.quality
 
 # mypy reads the package under its installed name, so the root is linked as `lightforcing` beside the environment.
 $(READY): requirements.txt requirements-dev.txt pyproject.toml
