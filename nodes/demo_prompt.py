@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..lightforcing_core.demo.captions import (
@@ -15,6 +14,7 @@ from ..lightforcing_core.demo.captions import (
     parse,
 )
 from ..lightforcing_core.demo.model import DEFAULT_CAPTION, DIT, SHIPPED, TEXT, VAE, load_table
+from .comfy import add_model_folder, models_root
 
 
 class LightForcingDemoPrompt(io.ComfyNode):
@@ -69,7 +69,7 @@ class LightForcingDemoPrompt(io.ComfyNode):
 
 def find_table() -> Path | None:
     """The text table: one in ComfyUI's models folder, else the pack's."""
-    places = (folder / TEXT for folder in (Path(folder_paths.models_dir), SHIPPED))
+    places = (folder / TEXT for folder in (models_root(), SHIPPED))
     return next((file for file in places if file.is_file()), None)
 
 
@@ -77,7 +77,7 @@ def offer_demo_files() -> None:
     """Put the pack's own models into the lists of ComfyUI's loaders, behind the user's, where they are there."""
     for file in (SHIPPED / DIT, SHIPPED / VAE):
         if file.is_file():
-            folder_paths.add_model_folder_path(file.parent.name, str(file.parent))
+            add_model_folder(file.parent)
 
 
 offer_demo_files()

@@ -1,12 +1,10 @@
 """The report node: what a run kept where, what it cost, and why anything ran dense; as pictures and as text."""
 
-import importlib.util
 from typing import Any
 
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
-from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..lightforcing_core.report.pages import describe, pages
@@ -94,9 +92,6 @@ class LightForcingReport(io.ComfyNode):
     ) -> io.NodeOutput:
         record = record_of(samples, sampler)
         text = describe(record)
-        if importlib.util.find_spec("matplotlib") is None:
-            blocked = ExecutionBlocker("the pages need matplotlib: pip install matplotlib")
-            return io.NodeOutput(blocked, text, ui=ui.PreviewText(text))
         frames = None if images is None else images[: len(images) // record.batch]
         made = pages(record, frames, chunk=chunk, layer=_or_all(layer), head=_or_all(head))
         pixels = torch.from_numpy(np.stack([np.asarray(page, dtype=np.float32) / 255.0 for page in made]))

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..lightforcing_core.files.output import numbered_path
 from ..lightforcing_core.rollout.schedule import video_frames_of
 from ..lightforcing_core.rollout.state import RunState, load_run_state
+from .comfy import output_folder
 
 StateType = io.Custom("LIGHTFORCING_STATE")
 FOLDER = "light_forcing"  # inside the output folder
@@ -126,7 +126,7 @@ class LightForcingLoadState(io.ComfyNode):
 
 def state_folder() -> Path:
     """Where states are kept."""
-    return Path(folder_paths.get_output_directory(), FOLDER).resolve()
+    return (output_folder() / FOLDER).resolve()
 
 
 def state_files() -> list[str]:

@@ -5,18 +5,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from safetensors import SafetensorError, safe_open
 
 from ..lightforcing_core.files.tensors import write_tensors
+from .comfy import add_model_kind, model_files, model_folder, model_path
 
 FOLDER = "text_embeds"
 FORMAT = "light_forcing_text_embeds"
-folder_paths.folder_names_and_paths.setdefault(
-    FOLDER, ([os.path.join(folder_paths.models_dir, FOLDER)], {".safetensors"})
-)
+add_model_kind(FOLDER, ".safetensors")
 
 
 class LightForcingSaveTextEmbeds(io.ComfyNode):
@@ -61,7 +59,7 @@ class LightForcingLoadTextEmbeds(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "name",
-                    options=folder_paths.get_filename_list(FOLDER),
+                    options=model_files(FOLDER),
                     tooltip="A file in models/text_embeds. It fits models with the same text encoder only (umt5 for "
                     "Wan).",
                 ),
@@ -71,17 +69,17 @@ class LightForcingLoadTextEmbeds(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:
-        status = os.stat(folder_paths.get_full_path_or_raise(FOLDER, name))
+        status = os.stat(model_path(FOLDER, name))
         return f"{status.st_mtime_ns}/{status.st_size}"
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_embeds(Path(folder_paths.get_full_path_or_raise(FOLDER, name))))
+        return io.NodeOutput(load_embeds(Path(model_path(FOLDER, name))))
 
 
 def embeds_path(name: str) -> Path:
     """Where embeddings called `name` live; ValueError for a name that leaves the folder."""
-    folder = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+    folder = model_folder(FOLDER)
     stem = name.strip().removesuffix(".safetensors")
     path = (folder / f"{stem}.safetensors").resolve()
     if not stem or Path(stem).name.startswith(".") or not path.is_relative_to(folder):

@@ -1,17 +1,36 @@
-"""The prompt timeline node: prompts that take over while the video runs, chained one behind the other."""
+"""The prompt timeline node: prompts that take over during the video, and which prompts a rollout can follow."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
 from ..lightforcing_core.rollout.timeline import Prompt, Switch
-from .sampling.refusals import unsuitable_prompt
 
 TimelineType = io.Custom("LIGHTFORCING_TIMELINE")
 FRAMES_PER_SECOND = 16
+# Parts of CONDITIONING that a Wan T2V rollout would silently ignore.
+UNUSED_BY_T2V = (
+    "area",
+    "clip_vision_output",
+    "concat_latent_image",
+    "concat_mask",
+    "context_latents",
+    "control",
+    "gligen",
+    "mask",
+    "reference_latents",
+    "time_dim_concat",
+    "timestep_end",
+    "timestep_start",
+    "start_percent",
+    "end_percent",
+    "vace_frames",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,3 +136,20 @@ def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: li
 def _seconds(latent_frame: int) -> float:
     """When a latent frame begins."""
     return max(0, video_frames_of(latent_frame)) / FRAMES_PER_SECOND
+
+
+def unsuitable_prompt(name: str, parts: Sequence[Mapping[str, Any]], *, may_be_empty: bool = False) -> str | None:
+    """Why CONDITIONING, as a list of mappings, cannot be followed by a rollout, or None."""
+    if len(parts) != 1:
+        return f"the {name} has {len(parts)} parts; a rollout follows exactly one: do not combine prompts"
+    text = parts[0].get("cross_attn")
+    if text is None or text.ndim != 3 or not text.shape[1]:
+        return f"the {name} holds no text embedding; connect CLIP Text Encode with a Wan (umt5) text encoder"
+    if not torch.isfinite(text).all():
+        return f"the {name}'s embedding holds NaN or infinity; encode the text again"
+    if not may_be_empty and int((text.abs().amax(-1) > 0).sum(1).min()) < 2:
+        return f"the {name} is empty; write what the video should show"
+    unused = [field for field in UNUSED_BY_T2V if parts[0].get(field) is not None]
+    if unused:
+        return f"the {name} carries {', '.join(unused)}, which a rollout cannot follow; remove that node"
+    return None

@@ -7,13 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import folder_paths
-from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..lightforcing_core.files.output import numbered_path, remove_empty
 from ..lightforcing_core.files.video import FORMATS, VideoWriter
+from .comfy import metadata_wanted, numbered_output, output_folder
 
 VideoOutputType = io.Custom("LIGHTFORCING_VIDEO_OUTPUT")
 MOST_CRF = max(known.worst_crf for known in FORMATS.values())
@@ -123,9 +122,8 @@ class VideoFiles:
 
     def __enter__(self) -> "VideoFiles":
         height, width = self._size
-        output, root = self._output, Path(folder_paths.get_output_directory())
-        made, name, *_ = folder_paths.get_save_image_path(output.filename_prefix, str(root), width, height)
-        folder = Path(made)
+        output, root = self._output, output_folder()
+        folder, name = numbered_output(output.filename_prefix, width=width, height=height)
         with contextlib.ExitStack() as stack:
             # The host has made them; where no file came, they go again.
             stack.callback(remove_empty, [one for one in (folder, *folder.parents) if root in one.parents])
@@ -155,7 +153,7 @@ class VideoFiles:
 
     def shown(self) -> list[ui.SavedResult]:
         """The files there are, as the host's previews want them."""
-        root = Path(folder_paths.get_output_directory()).resolve()
+        root = output_folder()
         results = []
         for path in (writer.partial or writer.path for writer in self._writers):
             if path.exists():
@@ -166,6 +164,6 @@ class VideoFiles:
 
 def graph_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What restores the graph when the file is dropped on the canvas; None where the host was told to store none."""
-    if args.disable_metadata:
+    if not metadata_wanted():
         return None
     return {**(extra_pnginfo or {}), **({"prompt": prompt} if prompt is not None else {})}

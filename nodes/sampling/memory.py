@@ -16,8 +16,8 @@ from ...lightforcing_core.memory.plan import LADDER, MemoryPlan, plan_memory
 from ...lightforcing_core.model.kv_storage import KVOptions
 from ...lightforcing_core.rollout.schedule import Schedule
 from ...lightforcing_core.rollout.state import RunState
+from ..comfy import memory_for_a_run
 from ..decode import FrameDecoder
-from ..device_memory import memory_for_a_run
 
 # How the widget names the ways to keep the KV cache; auto chooses.
 KV_CACHES: dict[str, KVOptions | None] = {

@@ -18,16 +18,17 @@ from ...lightforcing_core.families import Family
 from ...lightforcing_core.rollout.rollout import Replay, few_step_sigmas, seeded_noise
 from ...lightforcing_core.rollout.schedule import Schedule
 from ...lightforcing_core.rollout.state import save_run_state
-from ..canvas.live_view import LiveView, tell
+from ..comfy import show_text
 from ..decode import FrameDecoder
 from ..model.patch import KEY, settings_of
-from ..per_chunk import numbers_per_chunk
 from ..report import RECORD
+from ..schedule import numbers_per_chunk
 from ..state import StateFile, StateType
 from ..timeline import PromptChange
 from ..video_output import VideoFiles, VideoOutput, VideoOutputType, graph_metadata
 from .chunk_sampler import ChunkSampler, model_text
 from .inputs import CUT_SHORT, run_inputs, schedule_input, timeline_input
+from .live_view import LiveView
 from .memory import KV_CACHES
 from .outputs import ChunkOutputs
 
@@ -259,7 +260,7 @@ class LightForcingSampler(io.ComfyNode):
                 files.cut_short(told[0])
         if told:
             CUT_SHORT[cls.hidden.unique_id] += 1
-            tell(told[0])
+            show_text(told[0])
         made: dict[str, Any] = {"samples": video.to(comfy.model_management.intermediate_device())}
         if sampler.record is not None:
             made[RECORD] = sampler.record

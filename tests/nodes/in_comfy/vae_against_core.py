@@ -27,8 +27,8 @@ sys.modules["pack_core"] = importlib.util.module_from_spec(spec)
 streaming, wan_vae = (importlib.import_module(f"pack_core.{name}") for name in ("streaming", "wan_vae"))
 
 state_dict = comfy.utils.load_torch_file(f"{models}/models/vae/tiny_lightvae.safetensors")
-host = comfy.sd.VAE(sd=dict(state_dict))
-core = host.first_stage_model.to(torch.float32)
+vae = comfy.sd.VAE(sd=dict(state_dict))
+core = vae.first_stage_model.to(torch.float32)
 ours = wan_vae.vae_from_state_dict(state_dict)
 to_raw = comfy.latent_formats.Wan21()
 
@@ -56,7 +56,7 @@ with torch.no_grad():
         "decode, core's tree": worst(streamed(core), pixels),
         "encode, our tree": worst(streaming.StreamingEncoder(ours).encode(video), encoded),
         "encode, core's tree": worst(streaming.StreamingEncoder(core).encode(video), encoded),
-        "decode, the VAE object": worst(streamed(ours), host.decode(raw)),
+        "decode, the VAE object": worst(streamed(ours), vae.decode(raw)),
     }
     core.to(torch.bfloat16)
     report["decode in bfloat16, both trees"] = worst(
