@@ -8,7 +8,7 @@ DEMO_OUT ?= demo_output
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-comfyui locales lint setup
+.PHONY: demo test test-comfyui locales help-tables lint setup
 
 setup: $(READY)
 
@@ -23,10 +23,15 @@ test: lint
 test-comfyui: $(READY)
 	$(BIN)/python -m pytest tests/nodes tests/workflows tests/browser $(PYTEST_ARGS)
 
-# locales/en/nodeDefs.json from the nodes' schemas, in that same ComfyUI; translations are then written by hand.
+# locales/en/nodeDefs.json from the nodes' schemas, in that same ComfyUI, and the input tables of the help pages from
+# the locales; translations are written by hand, after which `make help-tables` is enough.
 locales:
 	$(COMFYUI_PYTHON) tests/nodes/in_comfy/node_texts.py "$(COMFYUI_PATH)" "$(CURDIR)" "$(COMFYUI_PATH)" \
 		locales/en/nodeDefs.json > /dev/null
+	$(PYTHON) tools/help_tables.py
+
+help-tables:
+	$(PYTHON) tools/help_tables.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

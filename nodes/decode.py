@@ -45,7 +45,7 @@ class LightForcingDecode(io.ComfyNode):
             display_name="Light Forcing Decode",
             category="Light Forcing",
             description="Decodes a video latent piece by piece with the full Wan 2.1 VAE, LightVAE or a TAE. Memory "
-            "stays the same for any length; the frames equal a decode in one go.",
+            "does not grow with the length; the frames equal a decode in one pass.",
             inputs=[
                 io.Latent.Input("samples", tooltip="A video latent of Wan 2.1 (16 channels)."),
                 io.Vae.Input(
@@ -59,9 +59,9 @@ class LightForcingDecode(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="Which latents a TAE was made for; the wrong ones give wrong colours. auto goes by the "
-                    "file's name, then its dtype: taew2_1 or float16 is normalised, lighttaew2_1 or another dtype is "
-                    "raw. Only read for a TAE.",
+                    tooltip="The kind of latents that a TAE was made for; the wrong kind gives wrong colours. auto "
+                    "decides by the file's name, then by its dtype: taew2_1 or float16 is normalised, lighttaew2_1 or "
+                    "another dtype is raw. Only read for a TAE.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="All frames, first to last.")],

@@ -26,23 +26,24 @@ class LightForcingDemoPrompt(io.ComfyNode):
             node_id="LightForcingDemoPrompt",
             display_name="Light Forcing Demo Prompt",
             category="Light Forcing",
-            description="Encodes a caption for the small demo model that comes with the pack. It needs no text encoder "
-            "and knows a few dozen words.",
+            description="Encodes a caption for the small demo model that comes with this pack. It needs no text "
+            "encoder and knows a few dozen words.",
             inputs=[
                 io.String.Input(
                     "caption",
                     default=DEFAULT_CAPTION,
                     multiline=True,
-                    tooltip="on a [background] background a [colour] [shape] moves [direction] [speed], and if you "
-                    "like: and a [colour] [shape] moves [direction] [speed]. "
+                    tooltip="on a [background] background a [colour] [shape] moves [direction] [speed], optionally "
+                    "followed by: and a [colour] [shape] moves [direction] [speed]. "
                     f"Backgrounds: {', '.join(BACKGROUNDS)}. Colours: {', '.join(COLOURS)}. Shapes: "
-                    f"{', '.join(SHAPES)}. Directions: {', '.join(DIRECTIONS)}. Speeds: {', '.join(SPEEDS)}. A word "
-                    "that the model never learnt is refused with those that fit.",
+                    f"{', '.join(SHAPES)}. Directions: {', '.join(DIRECTIONS)}. Speeds: {', '.join(SPEEDS)}. Other "
+                    "words are refused, with a list of those that fit.",
                 )
             ],
             outputs=[
                 io.Conditioning.Output(
-                    display_name="CONDITIONING", tooltip="Fits light_forcing_demo only: other models read other text."
+                    display_name="CONDITIONING",
+                    tooltip="For light_forcing_demo only: other models need their own text encoder.",
                 )
             ],
         )

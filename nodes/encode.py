@@ -33,22 +33,23 @@ class LightForcingEncode(io.ComfyNode):
             node_id="LightForcingEncode",
             display_name="Light Forcing Encode",
             category="Light Forcing",
-            description="Encodes a start image or the video to continue, for start_latent, or the last image, for "
-            "end_latent. Frames go to the card a few at a time, so a long video needs no more memory than a short one.",
+            description="Encodes a start image or a video to continue, for start_latent, or the last image, for "
+            "end_latent. Frames go to the GPU a few at a time, so a long video needs no more memory than a short one.",
             inputs=[
                 io.Image.Input(
                     "pixels",
-                    tooltip="One image, or the frames of a video. As a start only 1 + 4·k frames can be encoded: of "
-                    "another number the first ones are left out, so that the end stays.",
+                    tooltip="One image, or the frames of a video. Width and height must be multiples of 16 and equal "
+                    "the new video's. A start has 1 + 4·k frames: of another number, the first few are left out, so "
+                    "the end stays.",
                 ),
-                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE or LightVAE lightvaew2_1. A TAE is not made for this."),
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE or LightVAE lightvaew2_1. A TAE cannot be used here."),
                 io.Combo.Input(
                     "place",
                     options=["start", "end"],
                     default="start",
                     optional=True,
-                    tooltip="start: for start_latent. end: for end_latent; every 4 frames, or one image that stands "
-                    "still for 4, make one latent frame, as at the end of a video.",
+                    tooltip="start: for start_latent. end: for end_latent; every 4 frames, or one image held for 4, "
+                    "make one latent frame, as at the end of a video.",
                 ),
             ],
             outputs=[

@@ -23,20 +23,20 @@ class LightForcingReport(io.ComfyNode):
             node_id="LightForcingReport",
             display_name="Light Forcing Report",
             category="Light Forcing",
-            description="Shows what a run read where and how long it took: density per chunk and layer, seconds per "
-            "stage, why calls ran dense, and a map of the blocks that one chunk read, over the frames.",
+            description="Shows how a run used attention and time: density per chunk and layer, seconds per stage, why "
+            "calls ran dense, and a map of the blocks that one chunk read, over the frames.",
             search_aliases=["sparsity report", "attention map", "block map", "why is it dense"],
             inputs=[
                 io.Latent.Input(
                     "samples",
-                    tooltip="LATENT of Light Forcing Sampler; it brings the record of its run along. From "
-                    "SamplerCustomAdvanced: connect sampler too.",
+                    tooltip="LATENT of Light Forcing Sampler, which contains the record of its run. From "
+                    "SamplerCustomAdvanced: also connect sampler.",
                 ),
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="The decoded frames of the same run: the block map is drawn over them. Left open: the map "
-                    "alone.",
+                    tooltip="The decoded frames of the same run; the block map is drawn over them. If not connected, "
+                    "only the map is drawn.",
                 ),
                 io.Int.Input(
                     "chunk",
@@ -60,14 +60,14 @@ class LightForcingReport(io.ComfyNode):
                     min=-1,
                     max=1000,
                     step=1,
-                    tooltip="The attention head of the block map, counted from 0; -1 is the mean over all heads. Heads "
-                    "differ much from each other.",
+                    tooltip="The attention head of the block map, counted from 0; -1 is the mean over all heads. "
+                    "Heads differ a lot.",
                 ),
                 io.Sampler.Input(
                     "sampler",
                     optional=True,
-                    tooltip="Only where SamplerCustomAdvanced made the LATENT: the SAMPLER of Light Forcing Sampler "
-                    "Select that it ran, which keeps the record.",
+                    tooltip="Only if SamplerCustomAdvanced made the LATENT: the SAMPLER of Light Forcing Sampler "
+                    "Select that it used, which holds the record.",
                 ),
             ],
             outputs=[

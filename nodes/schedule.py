@@ -40,8 +40,8 @@ class LightForcingSchedule(io.ComfyNode):
             node_id="LightForcingSchedule",
             display_name="Light Forcing Schedule",
             category="Light Forcing",
-            description="How the video is cut into chunks, how far each chunk looks back and how much of that it may "
-            "skip. Early chunks stay dense, later ones grow sparser (Chunk-Aware Growth).",
+            description="Splits the video into chunks, and sets how far each one looks back and how much of that it "
+            "may skip. Early chunks stay dense, later ones become sparser (Chunk-Aware Growth).",
             inputs=[
                 io.Int.Input(
                     "length",
@@ -61,14 +61,16 @@ class LightForcingSchedule(io.ComfyNode):
                         *(io.DynamicCombo.Option(name, []) for name in H100),
                         io.DynamicCombo.Option(GENTLE, []),
                     ],
-                    tooltip="auto: what the connected model's checkpoint was published with. dense: the same chunks "
-                    "and window, nothing skipped (slower, the reference for quality). gentle: the same chunks and "
-                    "window, 60 % skipped, safe for checkpoints that were not trained sparse. custom: your own.",
+                    tooltip="auto: the settings that the connected model's checkpoint was published with. A family's "
+                    "name: the settings of that family; with _h100, those that the authors of Light Forcing use on an "
+                    "H100 (80 % skipped). dense: the same chunks and window, nothing skipped (slower, the reference "
+                    "for quality). gentle: the same chunks and window, 60 % skipped, safe for checkpoints that were "
+                    "not trained sparse. custom: your own settings.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The patched model, for auto, dense and gentle: its checkpoint family decides the values.",
+                    tooltip="The patched model, for auto, dense and gentle: its family sets the values.",
                 ),
             ],
             outputs=[
@@ -121,8 +123,8 @@ def custom_inputs() -> list[io.Input]:
             min=0,
             max=4001,
             step=1,
-            tooltip="Latent frames that stay visible, sinks and the current chunk included. Bounds memory and time on "
-            "long videos; 0 keeps all.",
+            tooltip="Latent frames that stay visible, including sinks and the current chunk. Limits memory and time "
+            "on long videos; 0 keeps all.",
         ),
         io.Int.Input(
             "sink_frames",
@@ -130,15 +132,16 @@ def custom_inputs() -> list[io.Input]:
             min=0,
             max=32,
             step=1,
-            tooltip="First latent frames that stay visible after the window has moved on: they hold the look.",
+            tooltip="The first latent frames, which stay visible after the window has moved on; they preserve the "
+            "look.",
         ),
         io.Combo.Input(
             "sink_rope",
             options=list(SINK_ROPES),
             default=SINK_ROPES[0],
             advanced=True,
-            tooltip="Where sinks stand in time once the window has moved on: at the start (LongLive) or right before "
-            "the window (Infinite Forcing, Light Forcing long).",
+            tooltip="The position of the sinks in time after the window has moved on. fixed: at the start (LongLive). "
+            "follow: directly before the window (Infinite Forcing, Light Forcing long).",
         ),
         io.Float.Input(
             "target",
@@ -146,7 +149,7 @@ def custom_inputs() -> list[io.Input]:
             min=0.0,
             max=0.99,
             step=0.01,
-            tooltip="Share of key blocks that all sparse chunks skip on average. 0.6 computes 40 % of attention; 0 is "
+            tooltip="Share of key blocks that the sparse chunks skip on average. 0.6 computes 40 % of attention; 0 is "
             "dense.",
         ),
         io.Float.Input(
@@ -155,15 +158,15 @@ def custom_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Sparsity that late chunks tend to; at least the target. Further above it means denser early "
-            "chunks.",
+            tooltip="The sparsity that late chunks approach; at least the target. The further it is above the target, "
+            "the denser the early chunks are.",
         ),
         io.Combo.Input(
             "curve",
             options=list(CURVES),
             default=CURVES[0],
             advanced=True,
-            tooltip="How sparsity grows from chunk to chunk. All meet the target; constant does not grow.",
+            tooltip="How sparsity grows from chunk to chunk. All curves meet the target; constant does not grow.",
         ),
         io.Int.Input(
             "dense_chunks",
@@ -172,15 +175,15 @@ def custom_inputs() -> list[io.Input]:
             max=1000,
             step=1,
             advanced=True,
-            tooltip="Chunks at the start that skip nothing: errors made there are inherited by the whole video.",
+            tooltip="Chunks at the start that skip nothing, because the whole video inherits their errors.",
         ),
         io.String.Input(
             "sparsity",
             default="",
             optional=True,
             advanced=True,
-            tooltip="Sparsity of single chunks instead of the curve's, such as 3: 0.5, 7: 0.8 or a plain list from "
-            "chunk 0 on. The target then holds for the curve without them. Empty: the curve alone.",
+            tooltip="Sparsity of single chunks instead of the curve's, such as 3: 0.5, 7: 0.8, or a plain list from "
+            "chunk 0 on. The target then applies to the other chunks of the curve. Empty: the curve alone.",
         ),
     ]
 

@@ -26,7 +26,7 @@ class LightForcingSaveTextEmbeds(io.ComfyNode):
             node_id="LightForcingSaveTextEmbeds",
             display_name="Light Forcing Save Text Embeds",
             category="Light Forcing",
-            description="Saves an encoded prompt to models/text_embeds, so that later runs need no text encoder.",
+            description="Saves an encoded prompt to models/text_embeds, so later runs need no text encoder.",
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The output of CLIP Text Encode."),
                 io.String.Input(
@@ -55,16 +55,18 @@ class LightForcingLoadTextEmbeds(io.ComfyNode):
             node_id="LightForcingLoadTextEmbeds",
             display_name="Light Forcing Load Text Embeds",
             category="Light Forcing",
-            description="Loads a prompt that Light Forcing Save Text Embeds has encoded.",
+            description="Loads a prompt that Light Forcing Save Text Embeds has saved.",
             inputs=[
                 io.Combo.Input(
                     "name",
                     options=model_files(FOLDER),
-                    tooltip="A file in models/text_embeds. It fits models with the same text encoder only (umt5 for "
-                    "Wan).",
+                    tooltip="A file in models/text_embeds; press R to see new ones. It fits only models with the same "
+                    "text encoder (umt5 for Wan).",
                 ),
             ],
-            outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="As CLIP Text Encode gave it.")],
+            outputs=[
+                io.Conditioning.Output(display_name="CONDITIONING", tooltip="The prompt, as CLIP Text Encode made it.")
+            ],
         )
 
     @classmethod

@@ -53,9 +53,9 @@ class LightForcingPromptTimeline(io.ComfyNode):
             display_name="Light Forcing Prompt Timeline",
             category="Light Forcing",
             description="A prompt that takes over at a given second of the video. Chain several; the sampler's own "
-            "prompt holds from the start until the first of them.",
+            "prompt applies until the first of them.",
             inputs=[
-                io.Conditioning.Input("positive", tooltip="What the video shows from start on."),
+                io.Conditioning.Input("positive", tooltip="The prompt that applies from start on."),
                 io.Float.Input(
                     "start",
                     default=3.0,
@@ -69,9 +69,9 @@ class LightForcingPromptTimeline(io.ComfyNode):
                     "switch",
                     options=["hard", "soft", "blend"],
                     default="hard",
-                    tooltip="hard: what is still visible is read again under the new prompt, so the scene turns at "
-                    "once (one extra pass). soft: only the text changes, the picture follows slowly. blend: soft, "
-                    "moving from the old text to the new one over several chunks.",
+                    tooltip="hard: the visible frames are read again under the new prompt, so the scene changes at "
+                    "once (one extra pass). soft: only the text changes, and the picture follows slowly. blend: like "
+                    "soft, but the text moves from the old prompt to the new one over several chunks.",
                 ),
                 io.Int.Input(
                     "blend_chunks",
@@ -79,11 +79,13 @@ class LightForcingPromptTimeline(io.ComfyNode):
                     min=1,
                     max=1000,
                     step=1,
-                    tooltip="For blend: chunks until the new prompt holds alone. A chunk of 3 latent frames is 0.75 "
-                    "seconds.",
+                    tooltip="For blend: the number of chunks until the new prompt applies alone. A chunk of 3 latent "
+                    "frames lasts 0.75 seconds.",
                 ),
                 TimelineType.Input(
-                    "timeline", optional=True, tooltip="Other changes, from another Light Forcing Prompt Timeline."
+                    "timeline",
+                    optional=True,
+                    tooltip="Other changes, from another Light Forcing Prompt Timeline; their order does not matter.",
                 ),
             ],
             outputs=[TimelineType.Output(display_name="timeline", tooltip="For the sampler, or for the next change.")],

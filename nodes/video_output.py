@@ -39,7 +39,7 @@ class LightForcingVideoOutput(io.ComfyNode):
             display_name="Light Forcing Video Output",
             category="Light Forcing",
             description="Lets the sampler write each chunk's frames into a video file as soon as they are decoded, so "
-            "that the length of a video is not bounded by memory. The sampler needs a VAE for it.",
+            "memory does not limit the length of a video. The sampler needs a VAE for this.",
             inputs=[
                 io.String.Input(
                     "filename_prefix",
@@ -67,14 +67,14 @@ class LightForcingVideoOutput(io.ComfyNode):
                     min=1.0,
                     max=120.0,
                     step=1.0,
-                    tooltip="Frames per second that the file plays at; Wan 2.1 makes 16. Another value changes the "
-                    "speed of what is seen.",
+                    tooltip="Frames per second of the file; Wan 2.1 makes 16. Another value changes the speed of the "
+                    "motion.",
                 ),
                 io.Boolean.Input(
                     "keep_images",
                     default=False,
-                    tooltip="On: the sampler's IMAGE holds all frames too (4.6 GB a minute at 480×832). Off: IMAGE "
-                    "stays empty, and memory does not grow with the video.",
+                    tooltip="On: the sampler's IMAGE holds all frames too (4.6 GB per minute at 480×832). Off: IMAGE "
+                    "stays empty, nodes after it do not run, and memory does not grow with the video.",
                 ),
             ],
             outputs=[

@@ -45,35 +45,35 @@ class LightForcingModelLoader(io.ComfyNode):
                     "model_name",
                     options=folder_paths.get_filename_list("diffusion_models"),
                     tooltip="A checkpoint in models/diffusion_models. Training files (.pt with generator or "
-                    "generator_ema) load as they are.",
+                    "generator_ema) load unchanged.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="fp8 halves the weights' memory; quality drops a little. _fast also computes in fp8 on "
-                    "RTX 40 and later. fp8_rowwise does too and scales every channel and token, which keeps outliers "
-                    "that the others cut off. Leave default for a checkpoint that is fp8 already.",
+                    tooltip="fp8 halves the memory of the weights at a small loss of quality. _fast also computes in "
+                    "fp8 on RTX 40 and later. fp8_rowwise does the same with one scale per channel and per token, so "
+                    "outliers are not clipped. Keep default for a checkpoint that is already fp8.",
                     advanced=True,
                 ),
                 io.Combo.Input(
                     "weights",
                     options=[AUTO, "ema", "plain"],
                     default=AUTO,
-                    tooltip="Which set to load where a file holds several. auto follows the checkpoint's authors: EMA, "
-                    "except for LongLive and chunk-wise Causal Forcing.",
+                    tooltip="Which weights to load if a file holds several sets. auto follows the checkpoint's "
+                    "authors: EMA, except for LongLive and chunk-wise Causal Forcing.",
                     advanced=True,
                 ),
                 io.Combo.Input(
                     "lora_name",
                     options=[NONE, *folder_paths.get_filename_list("loras")],
                     default=NONE,
-                    tooltip="A LoRA that belongs to the checkpoint and is merged at strength 1, such as LongLive's "
-                    "lora.pt. Style LoRAs go into a Load LoRA node behind this one.",
+                    tooltip="A LoRA that belongs to the checkpoint, merged at strength 1, such as LongLive's lora.pt. "
+                    "Style LoRAs go into a Load LoRA node after this one.",
                 ),
                 *option_inputs(),
             ],
-            outputs=[io.Model.Output(display_name="MODEL", tooltip="Patched: use it with Light Forcing Sampler.")],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The patched model, for Light Forcing Sampler.")],
         )
 
     @classmethod
@@ -97,7 +97,7 @@ class LightForcingApply(io.ComfyNode):
             display_name="Light Forcing Apply",
             category="Light Forcing",
             description="Makes a Wan 2.1 text-to-video MODEL from any loader (Load Diffusion Model, GGUF, with LoRAs) "
-            "ready for Light Forcing Sampler. Bypass it and the stock model is back.",
+            "ready for Light Forcing Sampler. Bypass the node to get the stock model back.",
             inputs=[
                 io.Model.Input(
                     "model",
@@ -106,7 +106,9 @@ class LightForcingApply(io.ComfyNode):
                 ),
                 *option_inputs(),
             ],
-            outputs=[io.Model.Output(display_name="MODEL", tooltip="A patched clone; the input stays as it was.")],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="A patched clone; the input model does not change.")
+            ],
         )
 
     @classmethod

@@ -40,9 +40,9 @@ def kv_cache_input() -> io.Input:
         default="auto",
         optional=True,
         advanced=True,
-        tooltip="How the model's memory of past frames is kept. auto: in full where it fits, else in 8 bits (half the "
-        "memory, nearly the same video), else in main memory (slower); the node says which. int8, fp8: 8 bits. host: "
-        "in main memory, one layer copied ahead.",
+        tooltip="How the keys and values of past frames are kept. auto: in full if they fit, else in 8 bits (half the "
+        "memory, nearly the same video), else in CPU memory (slower); the node shows which. int8, fp8: 8 bits. host: "
+        "in CPU memory, copied one layer ahead. int8_host: both.",
     )
 
 

@@ -30,7 +30,8 @@ class LightForcingSamplerSelect(io.ComfyNode):
                 io.Latent.Input(
                     "start_latent",
                     optional=True,
-                    tooltip="What the video starts with, from VAE Encode. It counts towards the length.",
+                    tooltip="The start of the video, from VAE Encode or Light Forcing Encode. It counts towards the "
+                    "length.",
                 ),
                 timeline_input(),
                 *run_inputs(),
