@@ -4,15 +4,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import comfy.sd
-import folder_paths
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ...lightforcing_core.checkpoint.load import CheckpointError, inspect_checkpoint, load_dit_state_dict
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS
 from ...lightforcing_core.families import FAMILIES, Family, family_of
+from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path
 from .options import AUTO, option_inputs, settings_from
 from .patch import patched
 
@@ -43,7 +41,7 @@ class LightForcingModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
+                    options=model_files("diffusion_models"),
                     tooltip="A checkpoint in models/diffusion_models. Training files (.pt with generator or "
                     "generator_ema) load unchanged.",
                 ),
@@ -66,7 +64,7 @@ class LightForcingModelLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora_name",
-                    options=[NONE, *folder_paths.get_filename_list("loras")],
+                    options=[NONE, *model_files("loras")],
                     default=NONE,
                     tooltip="A LoRA that belongs to the checkpoint, merged at strength 1, such as LongLive's lora.pt. "
                     "Style LoRAs go into a Load LoRA node after this one.",
@@ -80,8 +78,8 @@ class LightForcingModelLoader(io.ComfyNode):
     def execute(
         cls, model_name: str, weight_dtype: str, weights: str, lora_name: str, family: str, **options: Any
     ) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        lora = None if lora_name == NONE else folder_paths.get_full_path_or_raise("loras", lora_name)
+        path = model_path("diffusion_models", model_name)
+        lora = None if lora_name == NONE else model_path("loras", lora_name)
         chosen = chosen_family(family, path)
         model = load_checkpoint(path, weights, lora, weight_dtype, chosen)
         return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family))
@@ -113,7 +111,7 @@ class LightForcingApply(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, family: str, **options: Any) -> io.NodeOutput:
-        chosen = chosen_family(family, _file_of(model))
+        chosen = chosen_family(family, file_of(model))
         return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family))
 
 
@@ -157,24 +155,18 @@ def load_checkpoint(
         raise CheckpointError(f"{path} is quantised already ({info.quantised}); set weight_dtype to default")
     by_rows = weight_dtype == ROWWISE or BY_ROWS in (info.quantised or "")
     if by_rows:
-        from .rowwise import adopt, opened, quantized  # not every ComfyUI has comfy-kitchen, which it builds on
+        from .rowwise import quantized, restored, use_rows  # needs comfy-kitchen, which not every ComfyUI has
 
-        state_dict = quantized(state_dict, info.layers) if weight_dtype == ROWWISE else opened(state_dict)
-    model = comfy.sd.load_diffusion_model_state_dict(
+        state_dict = quantized(state_dict, info.layers) if weight_dtype == ROWWISE else restored(state_dict)
+    model = load_model(
         state_dict,
-        model_options=dict(WEIGHT_DTYPES[weight_dtype]),
+        options=WEIGHT_DTYPES[weight_dtype],
         metadata=info.metadata,
         disable_dynamic=disable_dynamic,
+        again=(load_checkpoint, (path, weights, lora, weight_dtype, family)),
     )
     if model is None:
         raise CheckpointError(f"{path} is Wan 2.1 in a form that this ComfyUI does not load; update ComfyUI")
     if by_rows:
-        adopt(model)
-    model.cached_patcher_init = (load_checkpoint, (path, weights, lora, weight_dtype, family))
+        use_rows(model)
     return model
-
-
-def _file_of(model: ModelPatcher) -> str:
-    """The path of the file that a MODEL came from, "" if its loader does not say."""
-    made_by = model.cached_patcher_init
-    return next((part for part in made_by[1] if isinstance(part, str)), "") if made_by else ""
