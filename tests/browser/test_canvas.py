@@ -83,12 +83,19 @@ def test_workflows_open_at_their_own_scale_and_no_node_covers_another(canvas, me
 @pytest.mark.parametrize("name", NAMES)
 def test_canvas_and_api_form_send_the_same_prompt(canvas, media, name):
     """A newer ComfyUI may add inputs to its nodes, if both forms leave them at the same default."""
+
+    def sent_now():
+        prompt = canvas.evaluate(PROMPT)
+        for node in prompt.values():
+            node["inputs"].pop("video-preview", None)  # the frontend's own player, there once the clip is loaded
+        return prompt
+
     canvas.open_graph(workflow(name))
-    sent = canvas.evaluate(PROMPT)
+    sent = sent_now()
     form = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
     assert sent == {key: {**node, "inputs": sent[key]["inputs"] | node["inputs"]} for key, node in form.items()}
     canvas.evaluate("(form) => app.loadApiJson(form, 'api')", form)
-    assert canvas.evaluate(PROMPT) == sent
+    assert sent_now() == sent
 
 
 def test_plot_follows_the_widgets(canvas):
