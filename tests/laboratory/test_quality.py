@@ -235,7 +235,7 @@ def test_interrupted_run_continues_where_it_was(bench, tmp_path):
 
 def test_rows_hold_what_one_seed_alone_gives(bench, models, tmp_path):
     """Batches change nothing but rounding: the same errors as of plain rollouts with that seed's own noise."""
-    bench = replace(bench, arms=("dense", "published"), probes=0)
+    bench = replace(bench, arms=("dense", "published", "fp8 linears"), probes=0)
     run_quality(replace(bench, seeds=(0,)), tmp_path)
     rows = run_quality(replace(bench, seeds=(0, 5)), tmp_path)  # of the batch, the second one is missing
     assert max(row["latent_error"] for row in rows if row["arm"] == "dense") < 1e-5
@@ -252,6 +252,8 @@ def test_rows_hold_what_one_seed_alone_gives(bench, models, tmp_path):
     assert row["caption"] == caption_of(scene)
     assert row["latent_error"] == pytest.approx(float((sparse - dense).norm() / dense.norm()), rel=1e-3)
     assert row["latent_errors"][0] == pytest.approx(0, abs=1e-5)
+    (fp8,) = [each for each in rows if (each["arm"], each["seed"]) == ("fp8 linears 0.75", 5)]
+    assert 0.001 < fp8["latent_errors"][0] < 0.1
     pairs, kept = (3 * 3, 3 * 6, 3 * 9), row["densities"]
     assert kept[0] == 1
     assert row["flops"] == pytest.approx(np.dot(pairs, kept) / sum(pairs), rel=1e-3)
