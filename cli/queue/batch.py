@@ -52,7 +52,7 @@ class Request:
 
 
 def run_queue(request: Request, complain: Callable[[str], None]) -> int:
-    """Run what is asked for; the exit code: 0 when everything is done, 1 when some of it is not.
+    """Run a request; the exit code: 0 if everything is done, 1 if some of it is not.
 
     complain: takes one line for stderr. Raises UsageError before anything is sent; OSError (of which QueueError is one)
     and KeyboardInterrupt as they come.
@@ -66,10 +66,10 @@ def run_queue(request: Request, complain: Callable[[str], None]) -> int:
                 counts = run_batch(request, jobs, server, ledger, display)
             except KeyboardInterrupt:
                 if request.is_batch:
-                    complain("start the same command again to go on with the batch")
+                    complain("start the same command again to continue the batch")
                 raise
     if counts["left"] and request.is_batch:
-        complain("the server is lost; start the same command again to go on with the batch")
+        complain("the server is lost; start the same command again to continue the batch")
     return 1 if counts["failed"] or counts["left"] or display.anything_left_out else 0
 
 
@@ -85,7 +85,7 @@ def run_batch(
     states = ledger.states()
     journal = None if ledger.path is None else str(ledger.path)
     emit("batch", prompts=len(jobs), done=_count(jobs, ledger)["done"], servers=[server.url], journal=journal)
-    # What an earlier command sent comes first: the server may be running it.
+    # Jobs that an earlier command sent come first: the server may be running them.
     left = sorted((job for job in jobs if states[job.name] != "done"), key=lambda job: states[job.name] != "sent")
     try:
         if left:
@@ -140,7 +140,7 @@ class _Worker:
             return False
         except QueueError as error:
             self._fail(run, str(error))
-        except BaseException:  # Ctrl-C, a full disk, a closed pipe: nothing goes on running unseen
+        except BaseException:  # Ctrl-C, a full disk, a closed pipe: leave nothing running unseen
             with suppress(OSError):
                 self.server.cancel(prompt_id)
                 self.ledger.waiting(job.name)
@@ -214,7 +214,7 @@ def _jobs(request: Request, server: ComfyServer) -> list[Job]:
     prompt = read_workflow(request.workflow)
     lines = [Line(name="prompt")] if request.prompts is None else read_prompts(request.prompts)
     seeds = None if request.seeds is None else read_seeds(request.seeds)
-    info = server.get("/object_info") if request.overrides or request.is_batch else {}
+    info = server.object_info() if request.overrides or request.is_batch else {}
     overrides = [read_override(prompt, info, text) for text in request.overrides]
     jobs = make_jobs(prompt, info, overrides=overrides, lines=lines, seeds=seeds, prompt_node=request.prompt_node)
     if request.previews is not None and request.is_batch:

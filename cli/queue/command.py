@@ -45,7 +45,7 @@ def queue(
     """Run a workflow on a ComfyUI server and download its results. Ctrl-C cancels it there and exits 130.
 
     With --prompts or --seeds it is a batch: a folder per prompt, and a ledger of which are done.
-    Started again, the same command goes on; nothing that is done runs again.
+    Started again, the same command continues the batch; nothing that is done runs again.
 
     Exit codes: 0 all done, 1 some failed or left, 2 the options do not fit together, 130 interrupted.
     """

@@ -1,15 +1,15 @@
 """The ledger of a batch: one sqlite3 file in the output folder that says how far every job is.
 
-A job is `waiting`, `sent` (its prompt may be waiting, running or finished on the server: whoever goes on with the batch
-asks there first), `done` (its files are in the output folder) or `failed` (the next start tries it again). An open
-ledger holds sqlite's exclusive lock, on every operating system and until the process ends, however it ends.
+A job is `waiting`, `sent` (its prompt may be waiting, running or finished on the server, so the next start asks there
+first), `done` (its files are in the output folder) or `failed` (the next start tries it again). An open ledger holds
+sqlite's exclusive lock, on every operating system and until the process ends, however it ends.
 """
 
 import json
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from .jobs import Job
 from .prompt import UsageError
 
 FILE_NAME = "queue.sqlite3"
-OLD_FILE_NAME = "queue.jsonl"  # what version 0.2 kept
+OLD_FILE_NAME = "queue.jsonl"  # of version 0.2
 VERSION = 1
 TABLE = """CREATE TABLE IF NOT EXISTS jobs (
     name TEXT PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, prompt_id TEXT, client_id TEXT,
@@ -31,21 +31,17 @@ def partial_folder(folder: Path, name: str) -> Path:
 
 
 class Ledger:
-    """The ledger in `folder`, made or gone on with; in memory if folder is None, for a run that nobody resumes.
+    """The ledger in `folder`, made or continued; in memory if folder is None, for a run that nobody resumes.
 
-    client_id: by which the server knows who listens; the same for a start that finds prompts still sent, so that
-    their events reach it.
+    client_id: under which prompts are sent and their events come; a start that finds prompts `sent` takes over theirs.
 
     Raises UsageError if the ledger belongs to another batch, cannot be read, or is in use by another command.
     """
 
     def __init__(self, folder: Path | None, jobs: Sequence[Job]) -> None:
         self.path = None if folder is None else folder / FILE_NAME
-        if folder is not None and (folder / OLD_FILE_NAME).exists():
-            raise UsageError(
-                f"{folder / OLD_FILE_NAME} is the journal of a batch that version 0.2 began, and this version does not "
-                f"go on with it; finish it with version 0.2, or choose another --out to run all of its prompts again"
-            )
+        if folder is not None and self.path is not None and not self.path.exists():
+            _check_new(folder, jobs)
         self._db = sqlite3.connect(self.path or ":memory:", timeout=0, isolation_level=None)
         try:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -56,15 +52,13 @@ class Ledger:
             self._db.execute("COMMIT")
         except BaseException as error:
             self.close()  # takes the transaction back
-            if self.path is not None and self.path.exists() and self.path.stat().st_size == 0:
-                self.path.unlink()
             if not isinstance(error, sqlite3.Error):
                 raise
             if "locked" in str(error):
-                raise UsageError(
-                    f"another command is working on {self.path}; wait for it, or choose another --out"
-                ) from error
-            raise UsageError(f"cannot use {self.path} ({error}); choose another --out, or empty the folder") from error
+                said = f"another command is working on {self.path}; wait for it, or choose another --out"
+            else:
+                said = f"cannot use {self.path} ({error}); choose another --out, or empty the folder"
+            raise UsageError(said) from error
 
     def close(self) -> None:
         self._db.close()
@@ -104,7 +98,7 @@ class Ledger:
         if changed:
             raise UsageError(
                 f"{self.path} has another prompt named {changed[0]}: the workflow, the prompt file or an option has "
-                f"changed; undo that to go on with the batch, choose another --out, or empty the folder"
+                f"changed; undo that to continue the batch, choose another --out, or empty the folder"
             )
         new = [(job.name, job.digest) for job in jobs if job.name not in known]
         self._db.executemany("INSERT INTO jobs (name, digest, state) VALUES (?, ?, 'waiting')", new)
@@ -114,15 +108,12 @@ class Ledger:
     def _settle(self, folder: Path, jobs: Sequence[Job]) -> None:
         """Agree with the folder: a whole folder of a job that was sent is done, a part of one is thrown away."""
         states = self.states()
+        _check_free(folder / job.name for job in jobs if states[job.name] in ("waiting", "failed"))
         for job in jobs:
             shutil.rmtree(partial_folder(folder, job.name), ignore_errors=True)
-            target = folder / job.name
-            if states[job.name] == "done" or not target.exists():
-                continue
-            if states[job.name] != "sent":
-                raise UsageError(f"{target} is there already and not from this batch; choose another --out")
-            files = sorted(path for path in target.rglob("*") if path.is_file())
-            self.done(job.name, [path.relative_to(folder).as_posix() for path in files])
+            if states[job.name] == "sent" and (folder / job.name).exists():
+                files = sorted(path for path in (folder / job.name).rglob("*") if path.is_file())
+                self.done(job.name, [path.relative_to(folder).as_posix() for path in files])
 
     def _set(self, name: str, **values: Any) -> None:
         columns = ", ".join(f"{column} = ?" for column in values)
@@ -130,3 +121,19 @@ class Ledger:
             self._db.execute(f"UPDATE jobs SET {columns} WHERE name = ?", (*values.values(), name))
         except sqlite3.Error as error:
             raise OSError(f"cannot write {self.path}: {error}") from error
+
+
+def _check_new(folder: Path, jobs: Sequence[Job]) -> None:
+    """Raise UsageError if a batch cannot begin in `folder`."""
+    if (folder / OLD_FILE_NAME).exists():
+        raise UsageError(
+            f"{folder / OLD_FILE_NAME} is the journal of a batch that version 0.2 began and only 0.2 can continue; "
+            f"finish it with 0.2, or choose another --out to run all of its prompts again"
+        )
+    _check_free(folder / job.name for job in jobs)
+
+
+def _check_free(folders: Iterable[Path]) -> None:
+    taken = next((folder for folder in folders if folder.exists()), None)
+    if taken is not None:
+        raise UsageError(f"{taken} is there already and not from this batch; choose another --out")

@@ -180,6 +180,14 @@ def listing(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def read_object(text: str | bytes) -> Mapping[str, Any]:
+    """A JSON object from a server; an empty one if the text is none, or is nested too deeply to read."""
+    try:
+        return mapping(json.loads(text))
+    except (ValueError, RecursionError):
+        return {}
+
+
 def _literal(value: Any) -> Any:
     """A list as a literal value; a server would read a bare list of two as a wire."""
     return {"__value__": value} if isinstance(value, list) else value

@@ -1,6 +1,5 @@
 """One prompt on the server: its events, its end, and the files that it wrote."""
 
-import json
 import math
 import re
 import time
@@ -16,7 +15,7 @@ from websockets.sync.client import ClientConnection
 
 from ...lightforcing_core.files.output import whole_file
 from .jobs import Job
-from .prompt import listing, mapping, title_of
+from .prompt import listing, mapping, read_object, title_of
 from .server import ComfyServer, QueueError, RemoteFile, ServerUnreachable
 
 TICK_SECONDS = 0.5  # longest wait for one event
@@ -51,7 +50,7 @@ class EventStream:
         except (WebSocketException, OSError) as error:
             self.close()
             raise ServerUnreachable(f"the event stream broke off: {error}") from error
-        return read_preview(frame) if isinstance(frame, bytes) else _object(frame)
+        return read_preview(frame) if isinstance(frame, bytes) else read_object(frame)
 
     def close(self) -> None:
         if self._socket is not None:
@@ -196,7 +195,7 @@ def read_preview(frame: bytes) -> Mapping[str, Any]:
     length: node, prompt][picture].
     """
     kind, size = int.from_bytes(frame[:4], "big"), int.from_bytes(frame[4:8], "big")
-    about, image = ({}, frame[8:]) if kind == 1 else (_object(frame[8 : 8 + size]), frame[8 + size :])
+    about, image = ({}, frame[8:]) if kind == 1 else (read_object(frame[8 : 8 + size]), frame[8 + size :])
     suffix = next((suffix for magic, suffix in IMAGE_SUFFIXES.items() if image.startswith(magic)), None)
     if suffix is None or not (kind == 1 or (kind == 4 and about)):
         return {}
@@ -213,11 +212,3 @@ def save_preview(folder: Path, image: bytes, suffix: str) -> Path:
     with whole_file(path) as unfinished:
         unfinished.write_bytes(image)
     return path
-
-
-def _object(text: str | bytes) -> Mapping[str, Any]:
-    """A JSON object; empty if the text is none."""
-    try:
-        return mapping(json.loads(text))
-    except (ValueError, RecursionError):
-        return {}

@@ -1,16 +1,18 @@
 """ComfyUI's HTTP API on one server, one request at a time.
 
 POST /prompt takes a prompt, the WebSocket /ws sends its progress, /history/{id} holds its outcome (the last event alone
-does not tell success from failure), /view serves files, /queue and /interrupt cancel. Every answer is bounded in size,
-nesting and time.
+does not tell success from failure), /view serves files, /queue and /interrupt cancel. Every answer is bounded in size
+and time.
 """
 
 import base64
 import json
 import os
 import re
+import ssl
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +23,14 @@ from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from ...lightforcing_core.files.output import free_name, whole_file
-from .prompt import Prompt, UsageError, listing, mapping, title_of
+from .prompt import Prompt, UsageError, listing, mapping, read_object, title_of
 
 MOST_JSON = 256 << 20  # bytes; /object_info of a server with many node packs and models has tens of millions
 MOST_FILE = 1 << 40
 MOST_EVENT = 64 << 20
 MOST_FOLDERS, LONGEST_NAME = 32, 200  # of a file on the server; the name in bytes
 SLOWEST = 4096  # bytes per second; a slower answer counts as none
+_LOCAL = ("localhost", "127.0.0.1", "::1")
 _AWAY = (502, 503, 504)  # a proxy's answers while the server behind it restarts
 # In no file name: control characters, Windows' mark of a drive, halves of characters.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f:\ud800-\udfff]")
@@ -73,20 +76,22 @@ class ComfyServer:
         self.timeout = timeout
         secret = base64.b64encode(f"{address.username}:{address.password}".encode()).decode()
         self.headers = {"Authorization": f"Basic {secret}"} if address.userinfo else {}
+        # The environment's proxy never serves this machine, nor the hosts that the system excludes from it.
+        self._direct = address.host in _LOCAL or bool(urllib.request.proxy_bypass(address.host))
+        system = ssl.create_default_context()  # httpx alone would not know the certificates of the system's store
         try:
-            self._client = httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout)
+            self._client = httpx.Client(
+                base_url=self.url, headers=self.headers, timeout=timeout, verify=system, trust_env=not self._direct
+            )
         except (ImportError, ValueError) as error:  # ALL_PROXY may name a kind of proxy that httpx cannot use
             raise UsageError(f"cannot use the proxy that this environment names: {error}") from error
 
     def close(self) -> None:
         self._client.close()
 
-    def get(self, path: str) -> Mapping[str, Any]:
-        """GET a JSON object. Raises ServerUnreachable or QueueError."""
-        answer = self._json("GET", path)
-        if not isinstance(answer, dict):
-            raise self._not_comfyui(path)
-        return answer
+    def object_info(self) -> Mapping[str, Any]:
+        """The server's node definitions."""
+        return self._ask("GET", "/object_info")
 
     def submit(self, prompt: Prompt, prompt_id: str, client_id: str, *, previews: bool) -> list[str]:
         """Queue `prompt`; returns one line per node error in parts that the server will not run.
@@ -97,21 +102,21 @@ class ComfyServer:
         body: dict[str, Any] = {"prompt": prompt, "client_id": client_id, "prompt_id": prompt_id}
         if previews:
             body["extra_data"] = {"preview_method": "auto"}
-        return node_error_lines(prompt, mapping(self._json("POST", "/prompt", body)).get("node_errors"))
+        return node_error_lines(prompt, self._ask("POST", "/prompt", body).get("node_errors"))
 
     def cancel(self, prompt_id: str) -> None:
         """Take the prompt out of the queue, and interrupt it if it is running."""
-        self._json("POST", "/queue", {"delete": [prompt_id]})
-        self._json("POST", "/interrupt", {"prompt_id": prompt_id})
+        self._ask("POST", "/queue", {"delete": [prompt_id]})
+        self._ask("POST", "/interrupt", {"prompt_id": prompt_id})
 
     def history(self, prompt_id: str) -> Mapping[str, Any] | None:
         """The record of a finished prompt, None while it has none."""
-        record = self.get(f"/history/{prompt_id}").get(prompt_id)
+        record = self._ask("GET", f"/history/{prompt_id}").get(prompt_id)
         return record if isinstance(record, dict) else None
 
     def has_queued(self, prompt_id: str) -> bool:
         """Whether the prompt is running or waiting."""
-        queue = self.get("/queue")
+        queue = self._ask("GET", "/queue")
         rows = [*listing(queue.get("queue_running")), *listing(queue.get("queue_pending"))]
         return any(prompt_id in listing(row)[1:2] for row in rows)
 
@@ -127,6 +132,7 @@ class ComfyServer:
                 address,
                 additional_headers=self.headers,
                 compression=None,
+                proxy=None if self._direct else True,
                 open_timeout=self.timeout,
                 close_timeout=1,
                 max_size=MOST_EVENT,
@@ -139,10 +145,10 @@ class ComfyServer:
 
     def download(self, remote: RemoteFile, folder: Path) -> Path:
         """Fetch a file below `folder`, whole or not at all; an existing file is never overwritten."""
-        parts_of_path = remote.relative_path.parts
-        if len(parts_of_path) > MOST_FOLDERS or any(len(part.encode()) > LONGEST_NAME for part in parts_of_path):
+        path = remote.relative_path
+        if len(path.parts) > MOST_FOLDERS or any(len(part.encode()) > LONGEST_NAME for part in path.parts):
             raise QueueError(f"{remote.filename[:80]}… is too long a file name; shorten the save node's prefix")
-        target = folder / remote.relative_path
+        target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target = free_name(target)
         query = urllib.parse.urlencode(remote._asdict(), errors="replace")
@@ -153,14 +159,14 @@ class ComfyServer:
             os.fsync(file.fileno())
         return target
 
-    def _json(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """The JSON of an answer, None if it is empty."""
+    def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+        """The JSON object of an answer, an empty one if the answer is empty. Raises ServerUnreachable or QueueError."""
         with self._answer(method, path, body, MOST_JSON) as parts:
             text = b"".join(parts)
-        try:
-            return json.loads(text) if text else None
-        except (ValueError, RecursionError) as error:  # the latter if it is nested too deeply
-            raise self._not_comfyui(path) from error
+        answer = read_object(text)
+        if text and not answer and text.strip() != b"{}":
+            raise ServerUnreachable(f"{self.url}{path} does not answer as ComfyUI does; is it a ComfyUI server?")
+        return answer
 
     @contextmanager
     def _answer(self, method: str, path: str, body: Mapping[str, Any] | None, most: int) -> Iterator[Iterator[bytes]]:
@@ -191,10 +197,7 @@ class ComfyServer:
         status = f"HTTP {response.status_code} {response.reason_phrase}"
         if response.status_code in _AWAY:
             return ServerUnreachable(f"no ComfyUI server answers at {self.url}: {status}")
-        try:
-            answer = mapping(json.loads(content))
-        except (ValueError, RecursionError):
-            answer = {}
+        answer = read_object(content)
         error = mapping(answer.get("error"))
         if not error:
             text = response.headers.get("Location") or content[:300].decode(errors="replace").strip()
@@ -204,9 +207,6 @@ class ComfyServer:
         if not lines and details and details not in message:
             message += f" ({details})"
         return QueueError("\n".join([message, *lines]))
-
-    def _not_comfyui(self, path: str) -> ServerUnreachable:
-        return ServerUnreachable(f"{self.url}{path} does not answer as ComfyUI does; is it a ComfyUI server?")
 
 
 def node_error_lines(prompt: Prompt, node_errors: Any) -> list[str]:

@@ -16,7 +16,7 @@ class FakeComfy:
     closes the event stream, bytes go out as a binary preview. record: what /history then holds, None for never;
     `render`, where set, makes it from the submitted body instead. With `hold` a run waits after its events until
     /interrupt or `release`, being the `held_prompt`; `hold_after` lets so many prompts through first. `cut_off` makes
-    the server unreachable while it goes on working, until `come_back`; `crash` makes it forget everything as well.
+    the server unreachable while it keeps working, until `come_back`; `crash` makes it forget everything as well.
     authorization: the header of that name that every request must have, None for none.
     answers: by the first part of a path, an (HTTP status, body) to answer with instead.
     lose_next_answer_to: the first part of a path; the next such request is carried out, but its answer does not arrive.
@@ -38,11 +38,8 @@ class FakeComfy:
         self.lose_next_answer_to, self.authorization, self.answers = None, None, {}
         self.url = ""
         self._sockets, self._history, self._queued = set(), {}, []
-        self._arrived, self._released = threading.Event(), threading.Event()
+        self._released = threading.Event()
         self._reachable, self._crashes = True, 0
-
-    def wait_for_prompt(self, seconds=20.0):
-        assert self._arrived.wait(seconds), "no prompt arrived"
 
     def release(self):
         self._released.set()
@@ -62,11 +59,6 @@ class FakeComfy:
         self._reachable = False
         asyncio.run_coroutine_threadsafe(forget(), self._loop).result(10)
         self.cut_off()
-
-    @property
-    def running_prompt(self):
-        """The id of the prompt at work, None while idle."""
-        return self._queued[0]["prompt_id"] if self._queued else None
 
     @contextmanager
     def running(self):
@@ -157,7 +149,6 @@ class FakeComfy:
             while not self._sockets and self._reachable:
                 await asyncio.sleep(0.02)
             await self._send(event if isinstance(event, bytes) else (event[0], {"prompt_id": prompt_id, **event[1]}))
-        self._arrived.set()
         held = self.hold and len(self.rendered) >= self.hold_after
         self.held_prompt = prompt_id if held else None
         while held and not self._released.is_set() and prompt_id not in self.interrupts and crashes == self._crashes:
@@ -217,7 +208,7 @@ class FakeComfy:
 
     async def _post_interrupt(self, request):
         prompt_id = (await request.json())["prompt_id"]
-        if prompt_id == self.running_prompt:
+        if self._queued and prompt_id == self._queued[0]["prompt_id"]:
             self.interrupts.append(prompt_id)
         return web.Response()
 

@@ -8,7 +8,7 @@ import pytest
 from lightforcing.cli.queue.batch import _Worker
 
 from ...support.fake_comfy import SUCCESS
-from ...support.queue_samples import Batch, hold, render_text, text_of, wait_until
+from ...support.queue_samples import Batch, hold, text_of, wait_until
 
 JPEG = b"\xff\xd8\xff\xe0picture"
 PNG = b"\x89PNG\r\n\x1a\npicture"
@@ -19,13 +19,6 @@ def out(tmp_path):
     return tmp_path / "out"
 
 
-def failing(text, good):
-    """Render as `good` does, but fail the prompt with this text."""
-    failure = {"node_id": "3", "exception_message": "out of memory"}
-    broken = {"outputs": {}, "status": {"status_str": "error", "messages": [["execution_error", failure]]}}
-    return lambda body: broken if text_of(body) == text else good(body)
-
-
 def test_next_prompt_is_sent_before_the_last_ones_files_are_fetched(comfy, out):
     batch = Batch(out, comfy, 3)
     assert batch.run() == (3, 0, 0)
@@ -33,35 +26,6 @@ def test_next_prompt_is_sent_before_the_last_ones_files_are_fetched(comfy, out):
     assert order == ["prompt", "prompt", "view", "prompt", "view", "view"]
     assert comfy.longest_queue == 1
     batch.check_complete()
-
-
-def test_refused_prompts_fail_and_the_batch_goes_on(comfy, out):
-    comfy.refusal = {"error": {"message": "Value not in list"}, "node_errors": {}}
-    batch = Batch(out, comfy, 3)
-    assert batch.run() == (0, 3, 0)
-    assert {event["message"] for event in batch.of("failed")} == {"Value not in list"}
-    assert len(comfy.prompts) == 3
-
-
-def test_failed_prompt_is_tried_again_by_the_next_start_alone(comfy, out):
-    comfy.render = failing("text 2", comfy.render)
-    batch = Batch(out, comfy, 3)
-    assert batch.run() == (2, 1, 0)
-    (event,) = batch.of("failed")
-    assert (event["prompt"], event["message"]) == ("0002", "My sampler: out of memory")
-    assert len(comfy.prompts) == 3
-    render_text(comfy)
-    assert batch.run() == (3, 0, 0)
-    batch.check_complete(once=False)
-    assert len(comfy.prompts) == 4
-
-
-def test_finished_batch_sends_nothing(comfy, out):
-    batch = Batch(out, comfy, 2)
-    batch.run()
-    assert batch.run() == (2, 0, 0)
-    assert len(comfy.prompts) == 2
-    assert batch.of("batch")[-1]["done"] == 2
 
 
 def test_timeout_cancels_the_prompt_and_goes_on(comfy, out):
@@ -140,32 +104,24 @@ def test_result_that_was_made_while_nobody_listened_is_fetched(comfy, out):
     batch.check_complete()
 
 
-def test_short_outage_loses_nothing(comfy, out):
+@pytest.mark.parametrize("kind", ["no answer", "a proxy answers for the server that restarts"])
+def test_short_outage_loses_nothing(comfy, out, kind):
     hold(comfy)
     batch = Batch(out, comfy, 1, patience=20)
     future = batch.start()
     wait_until(lambda: comfy.held_prompt)
-    comfy.cut_off()
+    if kind == "no answer":
+        comfy.cut_off()
+    else:
+        comfy.answers = {"history": (502, b"bad gateway")}
     comfy.release()
-    wait_until(lambda: comfy.rendered)
+    asked = len(comfy.requests)
+    wait_until(lambda: comfy.rendered and len(comfy.requests) > asked + 1)
+    comfy.answers = {}
     comfy.come_back()
     assert future.result(20) == (1, 0, 0)
     batch.check_complete()
     assert batch.of("server_lost") == []
-
-
-def test_proxy_that_answers_for_a_restarting_server_is_an_outage(comfy, out):
-    hold(comfy)
-    batch = Batch(out, comfy, 1, patience=20)
-    future = batch.start()
-    wait_until(lambda: comfy.held_prompt)
-    comfy.answers = {"history": (502, b"bad gateway")}
-    comfy.release()
-    count = len(comfy.requests)
-    wait_until(lambda: len(comfy.requests) > count + 2)
-    comfy.answers = {}
-    assert future.result(20) == (1, 0, 0)
-    batch.check_complete()
 
 
 @pytest.mark.parametrize("request_kind", ["prompt", "view"])

@@ -68,7 +68,7 @@ def test_batch_ends_with_0_and_a_folder_each(comfy, command, tmp_path):
     assert len(comfy.prompts) == 4
 
 
-def test_failed_prompt_is_named_and_exits_1(comfy, command):
+def test_failed_prompt_is_named_and_tried_again_by_the_next_start(comfy, command, tmp_path):
     failure = {"node_id": "3", "exception_message": "out of memory"}
     broken = {"outputs": {}, "status": {"status_str": "error", "messages": [["execution_error", failure]]}}
     good = comfy.render
@@ -77,6 +77,11 @@ def test_failed_prompt_is_named_and_exits_1(comfy, command):
     assert result.exit_code == 1
     assert "lightforcing: 0002: My sampler: out of memory" in result.stderr
     assert "3 of 4 prompts done, 1 failed, 0 left" in result.stdout
+    assert len(comfy.prompts) == 4
+    comfy.render = good
+    assert run(command()).exit_code == 0
+    assert len(comfy.prompts) == 5
+    assert texts_below(tmp_path / "out") == complete(4)
 
 
 def test_json_is_all_there_is_on_stdout_and_as_described(comfy, command):
@@ -136,6 +141,13 @@ def test_single_prompt_without_a_file_says_why(comfy, tmp_path, nodes, said):
     result = run(single(tmp_path, comfy))
     assert result.exit_code == 0
     assert said in result.stdout
+
+
+def test_refused_prompts_fail_in_the_servers_words(comfy, command):
+    comfy.refusal = {"error": {"message": "Value not in list"}, "node_errors": {}}
+    result = run(command(count=2))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [f"lightforcing: 000{number}: Value not in list" for number in (1, 2)]
 
 
 def test_parts_that_the_server_left_out_are_named_and_exit_1(comfy, tmp_path):
@@ -219,7 +231,7 @@ def test_ctrl_c_interrupts_the_server_and_the_next_start_goes_on(comfy, command,
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "start the same command again to go on" in errors
+    assert "start the same command again to continue" in errors
     assert comfy.interrupts == [at_work]
     events = events_of(output)
     assert [event["prompt_id"] for event in events if event["event"] == "cancelled"] == [at_work]

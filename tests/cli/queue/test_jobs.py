@@ -10,6 +10,8 @@ from lightforcing.cli.queue.prompt import Override, UsageError, apply_overrides,
 
 from ...support.queue_samples import GRAPH, OBJECT_INFO
 
+QUICKSTART = Path(__file__).resolve().parents[3] / "workflows" / "api" / "quickstart_demo.json"
+
 
 def set_inputs(*texts, graph=GRAPH):
     return apply_overrides(graph, OBJECT_INFO, [read_override(graph, OBJECT_INFO, text) for text in texts])
@@ -19,31 +21,36 @@ def encoder(text="x"):
     return {"class_type": "CLIPTextEncode", "inputs": {"text": text}}
 
 
+def sampler(**inputs):
+    return {"class_type": "Sampler", "inputs": {name: [node, 0] for name, node in inputs.items()}}
+
+
 @pytest.mark.parametrize(
-    ("text", "node", "name", "value"),
+    ("text", "name", "value"),
     [
-        ("3.seed=7", "3", "seed", 7),
-        ("My sampler.seed=7", "3", "seed", 7),
-        ("2.text=a cat", "2", "text", "a cat"),
-        ("2.text=a=b", "2", "text", "a=b"),
-        ('2.text="7"', "2", "text", "7"),
-        ("2.text=", "2", "text", ""),
-        ("2.text=1e5", "2", "text", "1e5"),  # a text stays as typed
-        ("2.text=true", "2", "text", "true"),
-        ("2.text=[a, b]", "2", "text", "[a, b]"),
-        ("4.prefix=[1, 2]", "4", "prefix", "[1, 2]"),
-        ("3.block=64", "3", "block", "64"),  # a choice of digits, not a number
-        ("3.tail=False", "3", "tail", False),  # which a server would take for true
-        ("3.tail=1", "3", "tail", True),
-        ("3.cfg=NaN", "3", "cfg", "NaN"),
-        ("3.cfg=1.5", "3", "cfg", 1.5),  # declared, though the workflow leaves it out
-        ("2.clip=text", "2", "clip", "text"),  # loses its wire
-        ("2.clip=null", "2", "clip", None),
-        ("2.clip=[1, 2]", "2", "clip", {"__value__": [1, 2]}),
+        ("3.seed=7", "seed", 7),
+        ("My sampler.seed=7", "seed", 7),
+        ("2.text=a cat", "text", "a cat"),
+        ("2.text=a=b", "text", "a=b"),
+        ('2.text="7"', "text", "7"),
+        ("2.text=", "text", ""),
+        ("2.text=1e5", "text", "1e5"),  # a text stays as typed
+        ("2.text=true", "text", "true"),
+        ("2.text=[a, b]", "text", "[a, b]"),
+        ("4.prefix=[1, 2]", "prefix", "[1, 2]"),
+        ("3.block=64", "block", "64"),  # a choice of digits, not a number
+        ("3.tail=False", "tail", False),  # which a server would take for true
+        ("3.tail=1", "tail", True),
+        ("3.cfg=NaN", "cfg", "NaN"),
+        ("3.cfg=1.5", "cfg", 1.5),  # declared, though the workflow leaves it out
+        ("2.clip=text", "clip", "text"),  # loses its wire
+        ("2.clip=null", "clip", None),
+        ("2.clip=[1, 2]", "clip", {"__value__": [1, 2]}),
     ],
 )
-def test_override_sets_one_input(text, node, name, value):
+def test_override_sets_one_input(text, name, value):
     changed = set_inputs(text)
+    node = "3" if text.startswith("My") else text[0]
     assert changed[node]["inputs"][name] == value
     assert type(changed[node]["inputs"][name]) is type(value)
     changed[node]["inputs"] = GRAPH[node]["inputs"]
@@ -61,21 +68,22 @@ def test_titles_may_have_dots():
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_choosing_a_dynamic_combos_key_brings_what_is_below_it(order):
-    texts = ["3.mode=growth", "3.mode.target=0.9", "3.mode.note=7"][::order]
-    inputs = set_inputs(*texts)["3"]["inputs"]
+def test_key_of_a_dynamic_combo_brings_and_removes_what_is_below_it(order):
+    grown = set_inputs(*["3.mode=growth", "3.mode.target=0.9", "3.mode.note=7"][::order])
     below = {"mode.target": 0.9, "mode.curve": "linear", "mode.note": "7"}
-    assert inputs == {"positive": ["2", 0], "seed": 5, "mode": "growth", **below}
-
-
-def test_leaving_a_dynamic_combos_key_removes_what_was_below_it():
-    grown = set_inputs("3.mode=growth")
+    assert grown["3"]["inputs"] == {"positive": ["2", 0], "seed": 5, "mode": "growth", **below}
+    assert set_inputs("3.mode=growth", graph=grown) == grown
     assert set_inputs("3.mode=plain", graph=grown) == GRAPH
 
 
-def test_setting_the_same_key_keeps_what_is_below_it():
-    grown = set_inputs("3.mode=growth", "3.mode.target=0.9")
-    assert set_inputs("3.mode=growth", graph=grown) == grown
+def test_dynamic_combo_inside_another_starts_with_its_first_key():
+    inner = {"key": "a", "inputs": {"optional": {"x": ["INT", {"default": 3}], "y": ["MODEL", {}]}}}
+    outer = {"key": "on", "inputs": {"required": {"how": ["COMFY_DYNAMICCOMBO_V3", {"options": [inner]}]}}}
+    combo = ["COMFY_DYNAMICCOMBO_V3", {"options": [{"key": "off"}, outer]}]
+    info = {"A": {"input": {"required": {"mode": combo, "odd": 7}, "optional": None}}}
+    graph = {"1": {"class_type": "A", "inputs": {"mode": "off"}}}
+    changed = apply_overrides(graph, info, [read_override(graph, info, "1.mode=on")])
+    assert changed["1"]["inputs"] == {"mode": "on", "mode.how": "a", "mode.how.x": 3}
 
 
 @pytest.mark.parametrize(
@@ -87,6 +95,7 @@ def test_setting_the_same_key_keeps_what_is_below_it():
         ("3.seeds=7", "My sampler (node 3) has no input 'seeds'; it has block, cfg, mode, positive, seed, tail"),
         ("3.mode.target=1", "My sampler (node 3) has no input 'mode.target'"),
         ("3.mode=other", "My sampler: mode: 'other' is not a choice; use one of plain, growth"),
+        ("3.mode=[1]", "My sampler: mode: [1] is not a choice"),
         ("3.tail=no", "--set 3.tail=no: 'no' is neither true nor false"),
     ],
 )
@@ -101,52 +110,38 @@ def test_title_of_two_nodes_asks_for_an_id():
         read_override({"1": encoder(), "2": encoder()}, OBJECT_INFO, "CLIPTextEncode.text=x")
 
 
-def test_text_file_has_a_prompt_per_line(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("\ufeff# animals\na dog\n\n   # and\n  a {red} cat # 2 \n", encoding="utf-8")
-    assert [line.text for line in read_prompts(path)] == ["a dog", "a {red} cat # 2"]
-
-
-def test_jsonl_file_has_an_object_per_line(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('# comment\n{"text": "a dog", "name": "dog", "seed": 3}\n{"set": {"3.cfg": 2}}\n')
-    assert read_prompts(path) == [Line("a dog", "dog", 3), Line(set={"3.cfg": 2})]
+@pytest.mark.parametrize(
+    ("name", "content", "lines"),
+    [
+        ("a.txt", "\ufeff# animals\na dog\n\n   # and\n  a {red} cat # 2 \n", [Line("a dog"), Line("a {red} cat # 2")]),
+        ("a.txt", "a dog\u2028in the rain\r\na cat\x0b", [Line("a dog\u2028in the rain"), Line("a cat")]),
+        ("b.jsonl", '# comment\n{"text": "a dog", "name": "dog", "seed": 3}', [Line("a dog", "dog", 3)]),
+        ("b.jsonl", '{"set": {"3.cfg": 2}}\n', [Line(set={"3.cfg": 2})]),
+        ("b.jsonl", '{"text": "a dog\u2028in the rain"}', [Line("a dog\u2028in the rain")]),
+    ],
+)
+def test_prompt_file_has_a_prompt_per_line(tmp_path, name, content, lines):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read_prompts(tmp_path / name) == lines
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "# nothing\n\n", "holds no prompt; write one per line"),
-        ("a.jsonl", '{"text": "x"}\n{"txt": 1}', "line 2: 'txt' is not known; use text, name, seed, set"),
-        ("a.jsonl", '{"seed": "1"}', "line 1: seed '1' is not a int"),
-        ("a.jsonl", '{"seed": true}', "line 1: seed True is not a int"),
-        ("a.jsonl", "a dog", "line 1: Expecting value"),
-        ("a.jsonl", '["a dog"]', "line 1: not an object with any of text, name, seed, set"),
+        ("a.txt", b"# nothing\n\n", "holds no prompt; write one per line"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": 1}', "line 2: 'txt' is not known; use text, name, seed, set"),
+        ("a.jsonl", b'{"seed": "1"}', "line 1: seed '1' is not a int"),
+        ("a.jsonl", b'{"seed": true}', "line 1: seed True is not a int"),
+        ("a.jsonl", b"a dog", "line 1: Expecting value"),
+        ("a.jsonl", b'["a dog"]', "line 1: not an object with any of text, name, seed, set"),
+        ("a.txt", "a dog".encode("utf-16"), "save it as UTF-8 text"),
     ],
 )
-def test_prompt_file_that_cannot_be_read_names_the_line(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+def test_prompt_file_that_cannot_be_read_says_why(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError) as caught:
         read_prompts(tmp_path / name)
     assert message in str(caught.value)
-
-
-def test_prompt_may_hold_what_other_line_breaks_look_like(tmp_path):
-    (tmp_path / "a.txt").write_text("a dog\u2028in the rain\r\na cat\x0b", encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text('{"text": "a dog\u2028in the rain"}', encoding="utf-8")
-    assert [line.text for line in read_prompts(tmp_path / "a.txt")] == ["a dog\u2028in the rain", "a cat"]
-    assert [line.text for line in read_prompts(tmp_path / "b.jsonl")] == ["a dog\u2028in the rain"]
-
-
-def test_prompt_file_of_another_encoding_says_what_to_do(tmp_path):
-    (tmp_path / "a.txt").write_text("a dog", encoding="utf-16")
-    with pytest.raises(UsageError, match=r"is not UTF-8 .* save it as UTF-8 text"):
-        read_prompts(tmp_path / "a.txt")
-
-
-def test_missing_prompt_file_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"cannot read .*nowhere\.txt"):
-        read_prompts(tmp_path / "nowhere.txt")
 
 
 def test_seeds_are_numbers_and_ranges():
@@ -164,7 +159,7 @@ def test_text_goes_to_the_encoder_that_feeds_positive():
         "1": encoder(),
         "2": encoder(),
         "3": {"class_type": "Combine", "inputs": {"conditioning": ["1", 0]}},
-        "4": {"class_type": "ImageToVideo", "inputs": {"positive": ["3", 0], "negative": ["2", 0]}},
+        "4": sampler(positive="3", negative="2"),
         "5": {"class_type": "Sampler", "inputs": {"positive": ["4", 0], "negative": ["4", 1]}},
         "6": encoder(),
     }
@@ -173,57 +168,40 @@ def test_text_goes_to_the_encoder_that_feeds_positive():
     assert text_input(graph, "Combine.conditioning") == ("3", "conditioning")
 
 
-def test_more_than_one_encoder_is_ambiguous():
-    graph = {
-        "1": encoder(),
-        "2": encoder(),
-        "3": {"class_type": "Timeline", "inputs": {"positive": ["1", 0]}},
-        "4": {"class_type": "Sampler", "inputs": {"positive": ["2", 0], "timeline": ["3", 0]}},
-    }
-    with pytest.raises(UsageError, match=r"2 nodes feed positive inputs: .*; say with --prompt-node"):
-        text_input(graph)
-
-
 def test_text_goes_to_the_caption_of_the_quickstart():
-    path = Path(__file__).resolve().parents[3] / "workflows" / "api" / "quickstart_demo.json"
-    graph = json.loads(path.read_text(encoding="utf-8"))
+    graph = json.loads(QUICKSTART.read_text(encoding="utf-8"))
     (node,) = [one for one in graph if graph[one]["class_type"] == "LightForcingDemoPrompt"]
     assert text_input(graph) == text_input(graph, node) == (node, "caption")
-    caption = "on a striped background a blue square moves up quickly"
-    (job,) = make_jobs(graph, {}, lines=[Line(caption)])
-    assert job.prompt[node]["inputs"] == {"caption": caption}
+    (job,) = make_jobs(graph, {}, lines=[Line("on a striped background a blue square moves up quickly")])
+    assert job.prompt[node]["inputs"] == {"caption": "on a striped background a blue square moves up quickly"}
 
 
-def test_demo_prompt_beside_an_encoder_is_ambiguous():
-    graph = {
-        "1": {"class_type": "LightForcingDemoPrompt", "inputs": {"caption": "x"}, "_meta": {"title": "Shapes"}},
-        "2": encoder(),
-        "3": {"class_type": "Timeline", "inputs": {"positive": ["1", 0]}},
-        "4": {"class_type": "Sampler", "inputs": {"positive": ["2", 0], "timeline": ["3", 0]}},
-    }
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        (encoder(), "2 nodes feed positive inputs: 1 (CLIPTextEncode), 2 (CLIPTextEncode); say with --prompt-node"),
+        (
+            {"class_type": "LightForcingDemoPrompt", "inputs": {}, "_meta": {"title": "Shapes"}},
+            "2 nodes feed positive inputs: 1 (Shapes), 2 (CLIPTextEncode); say with --prompt-node",
+        ),
+        (None, "no CLIPTextEncode or LightForcingDemoPrompt feeds a positive input; say with --prompt-node"),
+    ],
+)
+def test_no_or_several_prompt_nodes_ask_for_the_node(first, message):
+    graph = {"4": sampler(positive="9")}
+    if first is not None:
+        graph = {"1": first, "2": encoder(), "3": sampler(positive="1"), "4": sampler(positive="2", timeline="3")}
     with pytest.raises(UsageError) as caught:
         text_input(graph)
-    assert "2 nodes feed positive inputs: 1 (Shapes), 2 (CLIPTextEncode); say with --prompt-node" in str(caught.value)
-    assert text_input(graph, "Shapes") == ("1", "caption")
-
-
-def test_no_prompt_node_asks_for_the_node():
-    said = "no CLIPTextEncode or LightForcingDemoPrompt feeds a positive input; say with --prompt-node"
-    with pytest.raises(UsageError, match=said):
-        text_input({"1": {"class_type": "Sampler", "inputs": {"positive": ["9", 0]}}})
+    assert message in str(caught.value)
 
 
 def test_each_line_and_seed_is_a_job():
     lines = [Line("a dog"), Line("a cat", name="cat", set={"3.cfg": 2.0})]
     jobs = make_jobs(GRAPH, OBJECT_INFO, lines=lines, seeds=[1, 2], overrides=[Override("3", "cfg", 1.0)])
+    inputs = [(job.prompt["2"]["inputs"], job.prompt["3"]["inputs"]) for job in jobs]
     found = [
-        (
-            job.name,
-            job.prompt["2"]["inputs"]["text"],
-            job.prompt["3"]["inputs"]["seed"],
-            job.prompt["3"]["inputs"]["cfg"],
-        )
-        for job in jobs
+        (job.name, two["text"], three["seed"], three["cfg"]) for job, (two, three) in zip(jobs, inputs, strict=True)
     ]
     assert found == [
         ("0001-seed1", "a dog", 1, 1.0),
@@ -235,11 +213,9 @@ def test_each_line_and_seed_is_a_job():
     assert GRAPH["3"]["inputs"] == {"positive": ["2", 0], "seed": 5, "mode": "plain"}
 
 
-def test_seed_stays_where_nothing_sets_it():
-    assert [job.prompt["3"]["inputs"]["seed"] for job in make_jobs(GRAPH, {}, lines=[Line("x"), Line(seed=9)])] == [
-        5,
-        9,
-    ]
+def test_seed_stays_if_nothing_sets_it():
+    jobs = make_jobs(GRAPH, {}, lines=[Line("x"), Line(seed=9)])
+    assert [job.prompt["3"]["inputs"]["seed"] for job in jobs] == [5, 9]
 
 
 @pytest.mark.parametrize(
@@ -265,10 +241,10 @@ def test_seed_without_a_place_is_refused():
         make_jobs({"1": encoder()}, {}, seeds=[1])
 
 
-def test_workflow_is_read_from_the_api_form_and_its_envelope(tmp_path):
-    for document in (GRAPH, {"prompt": GRAPH}):
-        (tmp_path / "w.json").write_text("\ufeff" + json.dumps(document), encoding="utf-8")
-        assert read_workflow(tmp_path / "w.json") == GRAPH
+@pytest.mark.parametrize("document", [GRAPH, {"prompt": GRAPH}])
+def test_workflow_is_read_from_the_api_form_and_its_envelope(tmp_path, document):
+    (tmp_path / "w.json").write_text("\ufeff" + json.dumps(document), encoding="utf-8")
+    assert read_workflow(tmp_path / "w.json") == GRAPH
 
 
 @pytest.mark.parametrize(
@@ -280,14 +256,11 @@ def test_workflow_is_read_from_the_api_form_and_its_envelope(tmp_path):
         ("[1]", "is no ComfyUI workflow"),
         ('{"1": {"class_type": 7}}', "is no ComfyUI workflow"),
         ('{"nodes": [{"id": 1}], "links": []}', r"choose File → Export Workflow \(API\), and queue that file"),
+        (None, r"cannot read .*w\.json: No such file"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, message):
-    (tmp_path / "w.json").write_text(content)
+    if content is not None:
+        (tmp_path / "w.json").write_text(content)
     with pytest.raises(UsageError, match=message):
         read_workflow(tmp_path / "w.json")
-
-
-def test_missing_workflow_is_named(tmp_path):
-    with pytest.raises(UsageError, match=r"cannot read .*gone\.json: No such file"):
-        read_workflow(tmp_path / "gone.json")

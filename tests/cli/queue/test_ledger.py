@@ -45,7 +45,7 @@ def test_batch_may_grow_but_not_change(filled):
     with pytest.raises(UsageError) as caught:
         Ledger(filled, [DOG, OTHER_CAT, COW])
     assert "has another prompt named cat" in str(caught.value)
-    assert "undo that to go on with the batch, choose another --out" in str(caught.value)
+    assert "undo that to continue the batch, choose another --out" in str(caught.value)
 
 
 def test_titles_do_not_make_another_prompt():

@@ -72,7 +72,7 @@ def test_login_in_the_address_goes_to_the_server_and_nowhere_else(comfy, tmp_pat
     server.listen("client", previews=False).close()
     assert server.download(VIDEO, tmp_path).read_bytes() == b"frames"
     with pytest.raises(QueueError, match="HTTP 401") as caught:
-        ComfyServer(comfy.url.replace("http://", "http://me:secret@")).get("/object_info")
+        ComfyServer(comfy.url.replace("http://", "http://me:secret@")).object_info()
     assert "secret" not in str(caught.value)
 
 
@@ -80,7 +80,7 @@ def test_nobody_at_the_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for call in (lambda server: server.get("/queue"), lambda server: server.listen("client", previews=False)):
+    for call in (lambda server: server.has_queued("7f2c"), lambda server: server.listen("client", previews=False)):
         with pytest.raises(ServerUnreachable, match=f"no ComfyUI server answers at http://127.0.0.1:{port}: ."):
             call(ComfyServer(f"127.0.0.1:{port}"))
 
@@ -94,7 +94,15 @@ def test_address_of_another_kind_is_refused(address):
 def test_proxy_of_an_unknown_kind_is_refused_in_words(monkeypatch):
     monkeypatch.setenv("ALL_PROXY", "odd://127.0.0.1:1")
     with pytest.raises(UsageError, match=r"cannot use the proxy that this environment names: .*odd"):
-        ComfyServer("127.0.0.1:8188")
+        ComfyServer("host:8188")
+
+
+def test_proxy_is_not_asked_for_this_machine(comfy, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "odd://127.0.0.1:1")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    server = ComfyServer(comfy.url)
+    server.listen("client", previews=False).close()
+    assert submit(server) == []
 
 
 @pytest.mark.parametrize(
@@ -115,7 +123,7 @@ def test_answers_of_no_use_are_refused(comfy, server, monkeypatch, status, body,
         monkeypatch.setattr(queue_server, "MOST_JSON", 1000)
     comfy.answers = {"queue": (status, body)}
     with pytest.raises(kind, match=message):
-        server.get("/queue")
+        server.has_queued("7f2c")
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"queue_running": [7, [], [0, "other"]], "queue_pending": {"a": 1}}'])
@@ -127,7 +135,7 @@ def test_odd_rows_of_a_queue_are_other_prompts(comfy, server, body):
 def test_answer_that_only_drips_counts_as_none(comfy, server, monkeypatch):
     server.timeout = -1.0  # the time is over when the first byte comes
     with pytest.raises(ServerUnreachable, match="sends less than 4096 bytes a second"):
-        server.get("/queue")
+        server.has_queued("7f2c")
 
 
 def test_outputs_are_found_under_any_key_and_once():

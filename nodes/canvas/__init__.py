@@ -1,0 +1,1 @@
+"""The live view and the routes that the frontend calls."""
