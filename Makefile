@@ -1,14 +1,20 @@
-# `make demo` and `make test` need Python 3.10+ (tested with 3.11) and nothing else: they make .venv on first use
-# and again only when a requirement file changes.
+# `make demo` and `make test` need Python 3.10 to 3.13 and nothing else: they make .venv on first use, and again only
+# when a requirement file changes.
+#   make quick                              lint, types, and the tests of the folders that you changed
+#   make test ONLY=tests/core/attention     lint, types, and these tests
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
 READY := $(VENV)/.ready
 DEMO_OUT ?= demo_output
+ONLY ?=
 PYTEST_ARGS ?=
+# PyTorch's builds without CUDA; the default ones on Linux take gigabytes.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := test
-.PHONY: demo test test-comfyui locales lint setup
+.PHONY: demo test quick test-comfyui locales help-tables lint setup
 
 setup: $(READY)
 
@@ -16,30 +22,44 @@ demo: $(READY)
 	$(BIN)/lightforcing demo --out $(DEMO_OUT)
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(ONLY) $(PYTEST_ARGS)
+
+# A source file's tests are in the folder of the same path below tests/ (for the core, below tests/core/).
+quick: lint
+	@changed=$$( (git diff --name-only HEAD -- '*.py'; git ls-files --others --exclude-standard -- '*.py') \
+		| sed -E 's#^lightforcing_core/#core/#; /^tests\//!s#^#tests/#' | xargs -rn1 dirname | sort -u \
+		| while read -r folder; do test -d "$$folder" && echo "$$folder"; done); \
+	test -z "$$changed" && echo "no Python file changed" || $(BIN)/python -m pytest -q $$changed $(PYTEST_ARGS)
 
 # The tests that start a real ComfyUI: COMFYUI_PATH is its folder, COMFYUI_PYTHON the interpreter it runs with.
-# Where either is unset they skip and say so.
+# If either is unset, they skip and say so.
 test-comfyui: $(READY)
 	$(BIN)/python -m pytest tests/nodes tests/workflows tests/browser $(PYTEST_ARGS)
 
-# locales/en/nodeDefs.json from the nodes' schemas, in that same ComfyUI; translations are then written by hand.
+# locales/en/nodeDefs.json from the nodes' schemas, in that same ComfyUI, and the input tables of the help pages from
+# the locales; translations are written by hand, after which `make help-tables` is enough.
 locales:
 	$(COMFYUI_PYTHON) tests/nodes/in_comfy/node_texts.py "$(COMFYUI_PATH)" "$(CURDIR)" "$(COMFYUI_PATH)" \
 		locales/en/nodeDefs.json > /dev/null
+	$(PYTHON) tools/help_tables.py
+
+help-tables:
+	$(PYTHON) tools/help_tables.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	MYPYPATH=$(VENV)/src $(BIN)/mypy -m lightforcing -p lightforcing.cli -p lightforcing.kernels -p lightforcing.lightforcing_core \
-		-p lightforcing.nodes -p lightforcing.benchmarks
+	MYPYPATH=$(VENV)/src $(BIN)/mypy -m lightforcing $(foreach part,benchmarks cli kernels lightforcing_core nodes,-p lightforcing.$(part)) \
+		-p laboratory.quality
 
 # mypy reads the package under its installed name, so the root is linked as `lightforcing` beside the environment.
 $(READY): requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is older than Python 3.10; run: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt -e .
+	$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) $$(grep ^torch== requirements-dev.txt)
+	$(PIP) -r requirements.txt -r requirements-dev.txt
+	$(PIP) --no-deps -e .
 	mkdir -p $(VENV)/src && ln -sfn "$(CURDIR)" $(VENV)/src/lightforcing
 	touch $@

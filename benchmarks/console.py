@@ -1,71 +1,118 @@
-"""What the bench commands share: options that several take, checks of them, tables and how results are shown."""
+"""Commands made from settings: an option per field, a table on the terminal, raw JSON in a file."""
 
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-LINE = 120  # characters of a table row where nothing else sets them
+LINE = 120  # characters of a table row if the output is no terminal
 
-Out = Annotated[Path | None, typer.Option(help="File for the raw JSON; without it only the tables are printed.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; the GPU where torch sees one.")]
-Block = Annotated[str, typer.Option(help="Tokens per query and key block.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
-CudaGraphs = Annotated[str, typer.Option(help="A chunk's steps as one CUDA graph: auto, on or off.")]
-Height = Annotated[int, typer.Option(help="Video height, a multiple of 16.")]
-Width = Annotated[int, typer.Option(help="Video width, a multiple of 16.")]
-Backend = Annotated[str, typer.Option(help="Sparse backend.")]
-Repeats = Annotated[int, typer.Option(help="Rounds in which each arm runs once.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's own choice without it.")]
+Settings = TypeVar("Settings")
+Measured = tuple[dict[str, Any], Table, list[str]]  # the record, its table, and lines to print below it
+Measure = Callable[[Settings, Callable[[str], object]], Measured]
+Out = Annotated[Path | None, typer.Option(help="File for the raw JSON; by default only the table is printed.")]
 
 
-def prepare(device: str | None, threads: int | None) -> str:
-    """Set the threads and say where to run."""
-    import torch
+def measurement(app: typer.Typer, kind: type[Settings]) -> Callable[[Measure[Settings]], Measure[Settings]]:
+    """Register `measure(settings, say)` as a command of its name; `say` shows the progress."""
 
-    if threads is not None:
-        if threads < 1:
-            raise ValueError(f"threads {threads} is not positive; use 1 or more")
-        torch.set_num_threads(threads)
-    seen = torch.cuda.is_available()
-    place = device or ("cuda" if seen else "cpu")
-    if torch.device(place).type not in ("cpu", "cuda"):
-        raise ValueError(f"device {place!r} is not measured here; use cpu or cuda")
-    if place.startswith("cuda") and not seen:
-        raise ValueError("torch sees no CUDA GPU here; use --device cpu")
-    return place
+    def register(measure: Measure[Settings]) -> Measure[Settings]:
+        def command(settings: Settings, out: Path | None) -> None:
+            console = new_console()
+            with console.status("running") as status:
+                result, table, lines = measure(settings, status.update)
+            show(console, result, table, lines)
+            if out is not None:
+                from .record import write
 
+                write(out, result)
+                console.print(f"wrote {out}", highlight=False, soft_wrap=True)
 
-def checked_dtype(name: str) -> str:
-    names = ("bfloat16", "float16", "float32")
-    if name not in names:
-        raise ValueError(f"dtype {name!r} is not measured; use {', '.join(names)}")
-    return name
+        app.command(measure.__name__, help=measure.__doc__)(with_options(kind, command, Out, None))
+        return measure
+
+    return register
 
 
-def checked_cuda_graph(choice: str) -> Any:
-    from ..lightforcing_core.model.cuda_graph import CudaGraph
+def with_options(
+    kind: type[Settings], run: Callable[[Settings, Any], None], out: Any, default: Any
+) -> Callable[..., None]:
+    """A function for typer that calls `run(settings, out)`, with an option for every setting and for `out`.
 
-    if choice not in get_args(CudaGraph):
-        raise ValueError(f"--cuda-graph {choice!r} is not known; use {', '.join(get_args(CudaGraph))}")
-    return choice
+    kind: a dataclass with a default for every field. Its fields, those of nested dataclasses included, become options;
+    a tuple is written with commas, one of strings also by repeating the option.
+    """
+
+    def command(out: Any, **given: Any) -> None:
+        run(_replaced(kind(), given), out)
+
+    place = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=out)
+    options = [_parameter(*option) for option in _options(kind())]
+    command.__signature__ = inspect.Signature([place, *options])  # type: ignore[attr-defined]
+    return command
 
 
-def integers(text: str, option: str) -> tuple[int, ...]:
+def _options(settings: Any) -> Iterator[tuple[str, Any, str, Any]]:
+    """Name, type, help and default of every option."""
+    hints = get_type_hints(type(settings), include_extras=True)
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            yield from _options(value)
+        else:
+            kind, text = get_args(hints[field.name])
+            yield field.name, kind, text, value
+
+
+def _parameter(name: str, kind: Any, text: str, default: Any) -> inspect.Parameter:
+    if get_origin(kind) is tuple:
+        strings = get_args(kind)[0] is str
+        default = list(default) if strings else ",".join(map(str, default))
+        kind = list[str] if strings else str
+    annotation = Annotated[kind, typer.Option(help=text)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _replaced(settings: Any, given: dict[str, Any]) -> Any:
+    """`settings` with the values of the command line."""
+    hints = get_type_hints(type(settings))
+    changes = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        nested = is_dataclass(value)
+        changes[field.name] = _replaced(value, given) if nested else _parsed(field.name, hints[field.name], given)
+    return replace(settings, **changes)
+
+
+def _parsed(name: str, kind: Any, given: dict[str, Any]) -> Any:
+    value = given[name]
+    if get_origin(kind) is not tuple:
+        return value
+    element, *others = get_args(kind)
+    if element is str:
+        return tuple(part.strip() for text in value for part in text.split(",") if part.strip())
+    return numbers(value, f"--{name.replace('_', '-')}", element, None if ... in others else 1 + len(others))
+
+
+def numbers(text: str, option: str, kind: type = int, count: int | None = None) -> tuple[Any, ...]:
+    """ "2-4,7" as (2, 3, 4, 7), or "0.5,0.88" as floats. Raises ValueError for anything else, and another count."""
+    values: list[Any] = []
     try:
-        return tuple(int(part) for part in text.split(","))
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            values += range(int(first), int(last) + 1) if kind is int and dash else [kind(part)]
     except ValueError:
-        raise ValueError(f"{option} {text!r} is not a list of whole numbers like 2,7") from None
-
-
-def pair(text: str) -> tuple[int, int]:
-    sizes = integers(text, "--block")
-    if len(sizes) != 2:
-        raise ValueError(f"--block {text!r} is not two sizes like 64,64")
-    return sizes[0], sizes[1]
+        example = "2-4,7" if kind is int else "0.5,0.88"
+        raise ValueError(f"{option} {text!r} is not a list of numbers like {example}") from None
+    if count is not None and len(values) != count:
+        raise ValueError(f"{option} {text!r} is not {count} numbers")
+    return tuple(values)
 
 
 def new_table(title: str, *headings: str) -> Table:
@@ -85,21 +132,16 @@ def milliseconds(arm: dict[str, Any]) -> str:
 
 
 def new_console() -> Console:
-    """The terminal; in a file or a pipe, lines long enough for the tables."""
+    """The terminal; for a file or a pipe, lines long enough for the tables."""
     console = Console()
     return console if console.is_terminal else Console(width=LINE)
 
 
-def show(console: Console, result: dict[str, Any], table: Table, out: Path | None) -> None:
-    """The table, where it was measured, and the file."""
+def show(console: Console, result: dict[str, Any], table: Table, lines: list[str]) -> None:
+    """Print the table, the machine and the lines."""
     console.print(table)
     gpu = f", {result['gpu']['name']}" if result["gpu"] else ""
-    where = f"{result['machine']}{gpu}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
-    console.print(where, highlight=False, soft_wrap=True)
-    if "warm_up" in result:
-        console.print(f"warm-up: {result['warm_up']}", highlight=False, soft_wrap=True)
-    if out is not None:
-        from .record import write
-
-        write(out, result)
-        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    place = f"{result['machine']}{gpu}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
+    warm_up = [f"warm-up: {result['warm_up']}"] if "warm_up" in result else []
+    for line in [place, *warm_up, *lines]:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,16 +1,15 @@
-"""`bench memory`: the estimate made before a run against the peak that the run really reaches.
+"""`bench memory`: the estimate made before a run against the measured peak.
 
-The peak is what torch's own allocator hands out: its statistics on a GPU, its profiler's allocation events on a CPU,
-which are exact where resident memory is not.
+The peak is that of torch's allocator: its statistics on a GPU, its profiler's allocation events on a CPU,
+which are exact, as resident memory is not.
 """
 
 import gc
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..lightforcing_core.attention.dispatch import AttentionOptions, choose_backend
@@ -23,28 +22,32 @@ from ..lightforcing_core.vae.streaming import StreamingDecoder
 from ..lightforcing_core.vae.tiled import TiledDecoder
 from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
 from .record import facts
+from .settings import REAL_LAYERS, MemoryBench, Model, Picture
+
+SMALL = Model(256, 1536, 4)
 
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One run whose peak is estimated and measured; `schedule` is as long as it takes for the cache to fill."""
+    """One run whose peak is estimated and measured; `schedule` is long enough for the cache to fill."""
 
     name: str
     schedule: Schedule
-    height: int
-    width: int
-    dim: int = 256
-    ffn_dim: int = 1536
-    layers: int = 4
+    picture: Picture
+    model: Model = SMALL
     text_tokens: int = 512
     text_dim: int = 4096
     vae_dim: int | None = None
     batch: int = 1
     cfg: float = 1.0
     backend: str = "auto"
-    dtype: str = "bfloat16"
     kv: KVOptions = field(default_factory=KVOptions)
     decode_tiles: int = 1
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The model's sizes, as Wan's functions take them."""
+        return {**asdict(self.model), "text_dim": self.text_dim}
 
 
 def _short(latent_frames: int) -> Schedule:
@@ -57,46 +60,46 @@ def _long(latent_frames: int) -> Schedule:
 
 # Small enough for two cores, each with another part in the lead.
 CPU_CASES = (
-    MemoryCase("dense, KV in the lead", Schedule(21), 192, 320, layers=8),
-    MemoryCase("sparse, attention's own copies", _short(12), 240, 416, backend="flex"),
-    MemoryCase("long video, sinks follow", _long(18), 192, 320, layers=6, backend="flex"),
-    MemoryCase("decode in the lead", _short(6), 256, 384, dim=128, ffn_dim=512, layers=2, vae_dim=24),
-    MemoryCase("guided batch of two", _short(9), 128, 192, batch=2, cfg=3.0),
-    MemoryCase("8-bit KV cache", Schedule(21), 192, 320, layers=8, kv=KVOptions("int8")),
+    MemoryCase("dense, KV in the lead", Schedule(21), Picture(192, 320), Model(256, 1536, 8)),
+    MemoryCase("sparse, attention's own copies", _short(12), Picture(240, 416), backend="flex"),
+    MemoryCase("long video, sinks follow", _long(18), Picture(192, 320), Model(256, 1536, 6), backend="flex"),
+    MemoryCase("decode in the lead", _short(6), Picture(256, 384), Model(128, 512, 2), vae_dim=24),
+    MemoryCase("guided batch of two", _short(9), Picture(128, 192), batch=2, cfg=3.0),
+    MemoryCase("8-bit KV cache", Schedule(21), Picture(192, 320), Model(256, 1536, 8), kv=KVOptions("int8")),
 )
 
-_REAL = MemoryCase("81 frames, sparse", _short(21), 512, 768, dim=1536, ffn_dim=8960, layers=30, vae_dim=24)
+_REAL = MemoryCase("81 frames, sparse", _short(21), Picture(), Model(layers=REAL_LAYERS), vae_dim=24)
 CUDA_CASES = (
     _REAL,
     replace(_REAL, name="81 frames, dense", schedule=Schedule(21)),
-    replace(_REAL, name="81 frames at 480x832, sparse", height=480, width=832),
+    replace(_REAL, name="81 frames at 480x832, sparse", picture=Picture(480, 832)),
     replace(_REAL, name="long video, window 12", schedule=_long(18)),
     replace(_REAL, name="full Wan VAE", schedule=_short(9), vae_dim=96),
     replace(_REAL, name="full Wan VAE in 2x2 tiles", schedule=_short(9), vae_dim=96, decode_tiles=2),
     replace(_REAL, name="8-bit KV cache", kv=KVOptions("int8")),
-    replace(_REAL, name="KV cache in host memory", kv=KVOptions(host=True)),
+    replace(_REAL, name="KV cache in CPU memory", kv=KVOptions(host=True)),
 )
 
 
-def run_memory(cases: tuple[MemoryCase, ...] | None = None, device_name: str = "cpu") -> dict[str, Any]:
+def run_memory(bench: MemoryBench, cases: tuple[MemoryCase, ...] = ()) -> dict[str, Any]:
     """Estimate and measure every case (default: those of this kind of device); the record of `bench memory`."""
-    device = torch.device(device_name)
+    device, dtype = bench.place.prepare()
     cases = cases or (CUDA_CASES if device.type == "cuda" else CPU_CASES)
-    rows = [_row(case, device) for case in cases]
+    rows = [_row(case, device, dtype) for case in cases]
     return {
         "bench": "memory",
-        **facts(device, {"device": device_name}),
+        **facts(device, bench),
         "measured": "peak of torch's allocator from before the weights are made to the last decoded chunk",
         "largest_error": max(abs(row["error"]) for row in rows),
         "cases": rows,
     }
 
 
-def _row(case: MemoryCase, device: torch.device) -> dict[str, Any]:
-    expected, backend = _estimated(case, device)
-    measured = measured_peak(case, device)
+def _row(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    expected, backend = estimated(case, device, dtype)
+    measured = measured_peak(case, device, dtype)
     return {
-        "case": {**asdict(case), "schedule": asdict(case.schedule)},
+        "case": asdict(case),
         "backend": backend,
         "estimated_bytes": expected.total,
         "measured_bytes": measured,
@@ -106,21 +109,21 @@ def _row(case: MemoryCase, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _estimated(case: MemoryCase, device: torch.device) -> tuple[MemoryEstimate, str]:
-    dtype = getattr(torch, case.dtype)
-    tokens, heads = (case.height // 16) * (case.width // 16), case.dim // HEAD_DIM
+def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tuple[MemoryEstimate, str]:
+    """The estimate, and the backend that it counts on."""
+    picture = case.picture
+    (rows, columns), heads = picture.grid, case.model.dim // HEAD_DIM
     chunk, visible = max(case.schedule.chunk_lengths()), case.schedule.visible_frames()
     q, k = (
-        torch.empty(case.batch, frames * tokens, heads, HEAD_DIM, dtype=dtype, device=device)
+        torch.empty(case.batch, frames * rows * columns, heads, HEAD_DIM, dtype=dtype, device=device)
         for frames in (chunk, visible)
     )
     backend = choose_backend(q, k, k, backend=case.backend).name
-    size = ModelSize.of_wan(dim=case.dim, ffn_dim=case.ffn_dim, layers=case.layers, text_dim=case.text_dim, dtype=dtype)
     expected = estimate(
-        size,
+        ModelSize.of_wan(**case.sizes, dtype=dtype),
         case.schedule,
-        height=case.height,
-        width=case.width,
+        height=picture.height,
+        width=picture.width,
         batch=case.batch,
         guided=case.cfg != 1.0,
         kv=case.kv,
@@ -134,39 +137,35 @@ def _estimated(case: MemoryCase, device: torch.device) -> tuple[MemoryEstimate, 
     return expected, backend if case.schedule.target else "dense"
 
 
-def measured_peak(case: MemoryCase, device: torch.device) -> int:
+def measured_peak(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> int:
     """Bytes that torch's allocator held at the most while this case ran, over what it held before."""
-    weights, vae_weights = _weights(case)
-    for _ in _run(case, weights, vae_weights, device, _short(6)):  # compile outside the measurement
-        pass
+    # Random state dicts, on the CPU, in float32: the run casts them and so owns its copies.
+    weights = random_state_dict(**case.sizes), random_vae_state_dict(dim=case.vae_dim) if case.vae_dim else {}
+
+    def run(schedule: Schedule) -> None:
+        _run(case, *weights, device, dtype, schedule)
+
+    run(_short(6))  # compile outside the measurement
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        for _ in _run(case, weights, vae_weights, device, case.schedule):
-            pass
+        run(case.schedule)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
-        for _ in _run(case, weights, vae_weights, device, case.schedule):
-            pass
+        run(case.schedule)
     return _peak_of_events(record)
-
-
-def _weights(case: MemoryCase) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Random state dicts, on the CPU, in float32: the run casts them and so owns its copies."""
-    dit = random_state_dict(dim=case.dim, ffn_dim=case.ffn_dim, layers=case.layers, text_dim=case.text_dim)
-    return dit, random_vae_state_dict(dim=case.vae_dim) if case.vae_dim else {}
 
 
 def _run(
     case: MemoryCase,
-    weights: dict[str, torch.Tensor],
-    vae_weights: dict[str, torch.Tensor],
+    weights: dict[str, Tensor],
+    vae_weights: dict[str, Tensor],
     device: torch.device,
+    dtype: torch.dtype,
     schedule: Schedule,
-) -> Iterator[None]:
-    dtype = getattr(torch, case.dtype)
+) -> None:
     dit = wan_from_state_dict({name: _own(tensor, name, dtype, device) for name, tensor in weights.items()})
     decoder = None
     if vae_weights:
@@ -176,7 +175,7 @@ def _run(
     chunks = rollout(
         dit,
         text,
-        latent_shape=(case.batch, 16, schedule.latent_frames, case.height // 8, case.width // 8),
+        latent_shape=(case.batch, 16, schedule.latent_frames, *case.picture.latent),
         frames_per_chunk=schedule.frames_per_chunk,
         sigmas=few_step_sigmas((1000, 500)),
         growth=schedule.sparsities(),
@@ -192,10 +191,9 @@ def _run(
         if decoder is not None:
             decoder.decode(chunk.latents)
         del chunk
-        yield
 
 
-def _own(tensor: torch.Tensor, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _own(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     return tensor.to(device, torch.float32 if name.startswith("patch_embedding.") else dtype, copy=True)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 _FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
 
 
-def facts(device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Machine, versions, commit and arguments of a run, in JSON types."""
+def facts(device: torch.device, settings: Any) -> dict[str, Any]:
+    """Machine, versions, commit and arguments of a run, in JSON types. settings: a dataclass, nested ones flattened."""
     gpu = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -38,8 +39,15 @@ def facts(device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": version("triton") if importlib.util.find_spec("triton") else None,
         "commit": commit(),
-        "arguments": arguments,
+        "arguments": _flat(asdict(settings)) | {"device": str(device)},
     }
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value) if isinstance(value, dict) else {name: str(value) if isinstance(value, Path) else value}
+    return flat
 
 
 def machine_class() -> str:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +43,11 @@ def quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float]:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
+
+
+def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median over rounds of every entry."""
+    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
 
 
 def ratio(slow: Samples, fast: Samples) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from ..lightforcing_core.attention.dispatch import BackendUnavailable
 from ..lightforcing_core.checkpoint.files import CheckpointError
 from ..lightforcing_core.files.output import OutputError
 from ..lightforcing_core.rollout.state import StateError
-from .canvas.browser import running_server
-from .canvas.routes import register
+from .browser import add_routes
+from .comfy import running_server
 from .decode import LightForcingDecode
 from .demo_prompt import LightForcingDemoPrompt, find_table
 from .encode import LightForcingEncode
@@ -15,7 +15,7 @@ from .model.loader import LightForcingApply, LightForcingModelLoader
 from .report import LightForcingReport
 from .sampling.sampler import LightForcingSampler
 from .sampling.select import LightForcingSamplerSelect
-from .schedule import LightForcingSchedule
+from .schedule import LightForcingSchedule, plot_numbers
 from .state import LightForcingLoadState, LightForcingSaveState
 from .text_embeds import LightForcingLoadTextEmbeds, LightForcingSaveTextEmbeds
 from .timeline import LightForcingPromptTimeline
@@ -50,7 +50,7 @@ class LightForcingExtension(ComfyExtension):
     async def on_load(self) -> None:
         server = running_server()
         if server is not None:
-            register(server)
+            add_routes(server, plot_numbers)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes; the demo model's own only where that model is."""

@@ -4,8 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-import comfy.model_management
-import comfy.utils
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -17,7 +15,16 @@ from ..lightforcing_core.vae.overlap import OverlappedDecoder
 from ..lightforcing_core.vae.streaming import StreamingDecoder
 from ..lightforcing_core.vae.taehv import TaeLatents, is_tae, tae_latents_of
 from ..lightforcing_core.vae.tiled import TiledDecoder, most_tiles, tile_spans
-from .device_memory import memory_for_a_run
+from .comfy import (
+    ProgressBar,
+    file_of,
+    is_on_device,
+    load_on_device,
+    memory_for_a_run,
+    raise_if_interrupted,
+    result_dtype,
+    weights_may_move,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +45,7 @@ class LightForcingDecode(io.ComfyNode):
             display_name="Light Forcing Decode",
             category="Light Forcing",
             description="Decodes a video latent piece by piece with the full Wan 2.1 VAE, LightVAE or a TAE. Memory "
-            "stays the same for any length; the frames equal a decode in one go.",
+            "does not grow with the length; the frames equal a decode in one pass.",
             inputs=[
                 io.Latent.Input("samples", tooltip="A video latent of Wan 2.1 (16 channels)."),
                 io.Vae.Input(
@@ -52,9 +59,9 @@ class LightForcingDecode(io.ComfyNode):
                     default="auto",
                     optional=True,
                     advanced=True,
-                    tooltip="Which latents a TAE was made for; the wrong ones give wrong colours. auto goes by the "
-                    "file's name, then its dtype: taew2_1 or float16 is normalised, lighttaew2_1 or another dtype is "
-                    "raw. Only read for a TAE.",
+                    tooltip="The kind of latents that a TAE was made for; the wrong kind gives wrong colours. auto "
+                    "decides by the file's name, then by its dtype: taew2_1 or float16 is normalised, lighttaew2_1 or "
+                    "another dtype is raw. Only read for a TAE.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="IMAGE", tooltip="All frames, first to last.")],
@@ -71,9 +78,9 @@ class LightForcingDecode(io.ComfyNode):
             raise ValueError("the latent holds NaN or infinity, which would decode to black; sample it again")
         frames = FrameDecoder(vae, latents.shape, tae_latents=tae_latents)
         frames.load()
-        progress = comfy.utils.ProgressBar(latents.shape[2])
+        progress = ProgressBar(latents.shape[2])
         for piece in latents.split(FRAMES_AT_ONCE, dim=2):
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            raise_if_interrupted()
             frames.put(piece, normalised=False)
             progress.update(piece.shape[2])
         return io.NodeOutput(frames.images())
@@ -128,7 +135,7 @@ class FrameDecoder:
     @property
     def can_run_beside(self) -> bool:
         """Whether the VAE's device has a second stream, and its weights stay there: under DynamicVRAM they may go."""
-        return self._vae.device.type == "cuda" and not self._vae.patcher.is_dynamic()
+        return self._vae.device.type == "cuda" and not weights_may_move(self._vae.patcher)
 
     @property
     def most_tiles(self) -> int:
@@ -144,7 +151,7 @@ class FrameDecoder:
                 break
         if self._tiles > 1:
             log.info("[Light Forcing] decode in %d×%d tiles, %s GiB free", self._tiles, self._tiles, gib(free))
-        comfy.model_management.load_models_gpu([self._vae.patcher], memory_required=self.bytes_needed)
+        load_on_device(self._vae.patcher, self.bytes_needed)
 
     @property
     def bytes_needed(self) -> int:
@@ -170,8 +177,8 @@ class FrameDecoder:
     def put(self, latents: Tensor, *, normalised: bool) -> list[Tensor]:
         """Decode the next latent frames [B, 16, f, h, w]; the video frames [B, n, H, W, 3] that are ready."""
         vae = self._vae
-        if vae.patcher.current_loaded_device() != vae.patcher.load_device:  # its room was needed for another model
-            comfy.model_management.load_models_gpu([vae.patcher], memory_required=self.bytes_needed)
+        if not is_on_device(vae.patcher):  # another model needed the memory
+            load_on_device(vae.patcher, self.bytes_needed)
         if self._line is None:  # the VAE is where it will be only now
             resident = self._beside and why_not_resident(vae.first_stage_model, vae.device) is None
             self._line = OverlappedDecoder(self._decoder, vae.device, beside=resident and self._tiles == 1)
@@ -198,7 +205,7 @@ class FrameDecoder:
             self._frames = torch.empty(
                 (batch, video_frames_of(frames), *pixels.shape[2:]),
                 device=self._vae.output_device,
-                dtype=comfy.model_management.intermediate_dtype(),
+                dtype=result_dtype(),
             )
         new = self._frames[:, self._done : self._done + pixels.shape[1]]
         new.copy_(pixels)
@@ -216,8 +223,7 @@ def latents_of(vae: Any) -> TaeLatents:
     The host keeps the path where its own loader read the file, and takes a float16 TAE for HunyuanVideo's, whose
     scaling it then applies; that alone tells the stored dtype afterwards. We drive the layers, so nothing is scaled.
     """
-    made_by = vae.patcher.cached_patcher_init
-    name = next((Path(part).name for part in made_by[1] if isinstance(part, str)), "") if made_by else ""
+    name = Path(file_of(vae.patcher)).name
     stored = torch.float16 if getattr(vae.first_stage_model, "latent_format", None) is not None else None
     latents = tae_latents_of(name, stored)
     log.info("[Light Forcing] TAE %s takes %s latents", name or "of an unknown file", latents)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..lightforcing_core.demo.captions import (
@@ -15,6 +14,7 @@ from ..lightforcing_core.demo.captions import (
     parse,
 )
 from ..lightforcing_core.demo.model import DEFAULT_CAPTION, DIT, SHIPPED, TEXT, VAE, load_table
+from .comfy import add_model_folder, models_root
 
 
 class LightForcingDemoPrompt(io.ComfyNode):
@@ -26,23 +26,24 @@ class LightForcingDemoPrompt(io.ComfyNode):
             node_id="LightForcingDemoPrompt",
             display_name="Light Forcing Demo Prompt",
             category="Light Forcing",
-            description="Encodes a caption for the small demo model that comes with the pack. It needs no text encoder "
-            "and knows a few dozen words.",
+            description="Encodes a caption for the small demo model that comes with this pack. It needs no text "
+            "encoder and knows a few dozen words.",
             inputs=[
                 io.String.Input(
                     "caption",
                     default=DEFAULT_CAPTION,
                     multiline=True,
-                    tooltip="on a [background] background a [colour] [shape] moves [direction] [speed], and if you "
-                    "like: and a [colour] [shape] moves [direction] [speed]. "
+                    tooltip="on a [background] background a [colour] [shape] moves [direction] [speed], optionally "
+                    "followed by: and a [colour] [shape] moves [direction] [speed]. "
                     f"Backgrounds: {', '.join(BACKGROUNDS)}. Colours: {', '.join(COLOURS)}. Shapes: "
-                    f"{', '.join(SHAPES)}. Directions: {', '.join(DIRECTIONS)}. Speeds: {', '.join(SPEEDS)}. A word "
-                    "that the model never learnt is refused with those that fit.",
+                    f"{', '.join(SHAPES)}. Directions: {', '.join(DIRECTIONS)}. Speeds: {', '.join(SPEEDS)}. Other "
+                    "words are refused, with a list of those that fit.",
                 )
             ],
             outputs=[
                 io.Conditioning.Output(
-                    display_name="CONDITIONING", tooltip="Fits light_forcing_demo only: other models read other text."
+                    display_name="CONDITIONING",
+                    tooltip="For light_forcing_demo only: other models need their own text encoder.",
                 )
             ],
         )
@@ -69,7 +70,7 @@ class LightForcingDemoPrompt(io.ComfyNode):
 
 def find_table() -> Path | None:
     """The text table: one in ComfyUI's models folder, else the pack's."""
-    places = (folder / TEXT for folder in (Path(folder_paths.models_dir), SHIPPED))
+    places = (folder / TEXT for folder in (models_root(), SHIPPED))
     return next((file for file in places if file.is_file()), None)
 
 
@@ -77,7 +78,7 @@ def offer_demo_files() -> None:
     """Put the pack's own models into the lists of ComfyUI's loaders, behind the user's, where they are there."""
     for file in (SHIPPED / DIT, SHIPPED / VAE):
         if file.is_file():
-            folder_paths.add_model_folder_path(file.parent.name, str(file.parent))
+            add_model_folder(file.parent)
 
 
 offer_demo_files()

@@ -2,16 +2,21 @@
 
 from typing import Any, Literal
 
-import comfy.model_management
-import comfy.utils
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..lightforcing_core.memory.estimate import gib
 from ..lightforcing_core.vae.streaming import StreamingEncoder
-from .device_memory import memory_for_a_run
-from .sampling.refusals import is_out_of_memory
+from .comfy import (
+    ProgressBar,
+    is_out_of_memory,
+    load_on_device,
+    memory_for_a_run,
+    out_of_memory,
+    raise_if_interrupted,
+    result_device,
+)
 
 LESS = 0.8  # of the memory, where the host's estimate says that there is enough
 # Latent frames of a still that are encoded before an end and left out: with fewer, the first frame that a VAE encodes
@@ -28,22 +33,23 @@ class LightForcingEncode(io.ComfyNode):
             node_id="LightForcingEncode",
             display_name="Light Forcing Encode",
             category="Light Forcing",
-            description="Encodes a start image or the video to continue, for start_latent, or the last image, for "
-            "end_latent. Frames go to the card a few at a time, so a long video needs no more memory than a short one.",
+            description="Encodes a start image or a video to continue, for start_latent, or the last image, for "
+            "end_latent. Frames go to the GPU a few at a time, so a long video needs no more memory than a short one.",
             inputs=[
                 io.Image.Input(
                     "pixels",
-                    tooltip="One image, or the frames of a video. As a start only 1 + 4·k frames can be encoded: of "
-                    "another number the first ones are left out, so that the end stays.",
+                    tooltip="One image, or the frames of a video. Width and height must be multiples of 16 and equal "
+                    "the new video's. A start has 1 + 4·k frames: of another number, the first few are left out, so "
+                    "the end stays.",
                 ),
-                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE or LightVAE lightvaew2_1. A TAE is not made for this."),
+                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE or LightVAE lightvaew2_1. A TAE cannot be used here."),
                 io.Combo.Input(
                     "place",
                     options=["start", "end"],
                     default="start",
                     optional=True,
-                    tooltip="start: for start_latent. end: for end_latent; every 4 frames, or one image that stands "
-                    "still for 4, make one latent frame, as at the end of a video.",
+                    tooltip="start: for start_latent. end: for end_latent; every 4 frames, or one image held for 4, "
+                    "make one latent frame, as at the end of a video.",
                 ),
             ],
             outputs=[
@@ -70,12 +76,12 @@ class LightForcingEncode(io.ComfyNode):
         except ValueError as error:
             raise ValueError(f"this VAE cannot encode piece by piece: {error}. Or use VAE Encode") from None
         needed = vae.memory_used_encode((1, 3, 5, height, width), vae.vae_dtype)
-        comfy.model_management.load_models_gpu([vae.patcher], memory_required=needed)
+        load_on_device(vae.patcher, needed)
         kept = (as_an_end(pixels) if place == "end" else as_a_start(pixels))[None, ..., :3]
-        progress, latents = comfy.utils.ProgressBar(kept.shape[1]), []
+        progress, latents = ProgressBar(kept.shape[1]), []
         try:
             for group in kept.split([1] + [4] * (kept.shape[1] // 4), dim=1):
-                comfy.model_management.throw_exception_if_processing_interrupted()
+                raise_if_interrupted()
                 latents.append(encoder.encode(group, normalised=False).cpu())
                 progress.update(group.shape[1])
         except Exception as error:
@@ -83,14 +89,13 @@ class LightForcingEncode(io.ComfyNode):
                 raise
             free = memory_for_a_run(vae.device)
             smaller = "×".join(map(str, _smaller((width, height), free / max(needed, 1))))
-            raise comfy.model_management.OOM_EXCEPTION(
+            raise out_of_memory(
                 f"out of memory while encoding frame {4 * len(latents)} of {kept.shape[1]} at {width}×{height}, which "
                 f"needs about {gib(needed)} GiB of the {gib(free)} GiB there are; lower the size to {smaller}, or use "
                 f"LightVAE (lightvaew2_1), which takes about a quarter of the memory"
             ) from error
-        device = comfy.model_management.intermediate_device()
         kept_latents = latents[BEFORE_END:] if place == "end" else latents
-        return io.NodeOutput({"samples": torch.cat(kept_latents, dim=2).to(device)})
+        return io.NodeOutput({"samples": torch.cat(kept_latents, dim=2).to(result_device())})
 
 
 def as_a_start(pixels: Tensor) -> Tensor:

@@ -1,12 +1,10 @@
 """The report node: what a run kept where, what it cost, and why anything ran dense; as pictures and as text."""
 
-import importlib.util
 from typing import Any
 
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
-from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..lightforcing_core.report.pages import describe, pages
@@ -25,20 +23,20 @@ class LightForcingReport(io.ComfyNode):
             node_id="LightForcingReport",
             display_name="Light Forcing Report",
             category="Light Forcing",
-            description="Shows what a run read where and how long it took: density per chunk and layer, seconds per "
-            "stage, why calls ran dense, and a map of the blocks that one chunk read, over the frames.",
+            description="Shows how a run used attention and time: density per chunk and layer, seconds per stage, why "
+            "calls ran dense, and a map of the blocks that one chunk read, over the frames.",
             search_aliases=["sparsity report", "attention map", "block map", "why is it dense"],
             inputs=[
                 io.Latent.Input(
                     "samples",
-                    tooltip="LATENT of Light Forcing Sampler; it brings the record of its run along. From "
-                    "SamplerCustomAdvanced: connect sampler too.",
+                    tooltip="LATENT of Light Forcing Sampler, which contains the record of its run. From "
+                    "SamplerCustomAdvanced: also connect sampler.",
                 ),
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="The decoded frames of the same run: the block map is drawn over them. Left open: the map "
-                    "alone.",
+                    tooltip="The decoded frames of the same run; the block map is drawn over them. If not connected, "
+                    "only the map is drawn.",
                 ),
                 io.Int.Input(
                     "chunk",
@@ -62,14 +60,14 @@ class LightForcingReport(io.ComfyNode):
                     min=-1,
                     max=1000,
                     step=1,
-                    tooltip="The attention head of the block map, counted from 0; -1 is the mean over all heads. Heads "
-                    "differ much from each other.",
+                    tooltip="The attention head of the block map, counted from 0; -1 is the mean over all heads. "
+                    "Heads differ a lot.",
                 ),
                 io.Sampler.Input(
                     "sampler",
                     optional=True,
-                    tooltip="Only where SamplerCustomAdvanced made the LATENT: the SAMPLER of Light Forcing Sampler "
-                    "Select that it ran, which keeps the record.",
+                    tooltip="Only if SamplerCustomAdvanced made the LATENT: the SAMPLER of Light Forcing Sampler "
+                    "Select that it used, which holds the record.",
                 ),
             ],
             outputs=[
@@ -94,9 +92,6 @@ class LightForcingReport(io.ComfyNode):
     ) -> io.NodeOutput:
         record = record_of(samples, sampler)
         text = describe(record)
-        if importlib.util.find_spec("matplotlib") is None:
-            blocked = ExecutionBlocker("the pages need matplotlib: pip install matplotlib")
-            return io.NodeOutput(blocked, text, ui=ui.PreviewText(text))
         frames = None if images is None else images[: len(images) // record.batch]
         made = pages(record, frames, chunk=chunk, layer=_or_all(layer), head=_or_all(head))
         pixels = torch.from_numpy(np.stack([np.asarray(page, dtype=np.float32) / 255.0 for page in made]))

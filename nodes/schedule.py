@@ -1,39 +1,34 @@
-"""The schedule node: how the video falls into chunks and how sparse each may be, with the curve on the node."""
+"""The schedule node: how a video is split into chunks and how sparse each chunk is, and the numbers of its plot."""
 
-import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
-import folder_paths
-import numpy as np
-import torch
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ..lightforcing_core.families import FAMILIES, Family, SinkRope, family_of
-from ..lightforcing_core.report.plots import plot_schedule
 from ..lightforcing_core.rollout.cost import clip_cost, schedule_costs
 from ..lightforcing_core.rollout.growth import CURVES
 from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
-from .canvas.browser import running_server, watching_page
+from .browser import watching_page
+from .comfy import ModelPatcher, find_model, running_server
 from .model.patch import settings_of
-from .per_chunk import numbers_per_chunk
 
 ScheduleType = io.Custom("LIGHTFORCING_SCHEDULE")
 AUTO, DENSE, CUSTOM, GENTLE = "auto", "dense", "custom", "gentle"
 FOLLOWING = (AUTO, DENSE, GENTLE)  # presets that take their chunks and window from the connected model
-# What Light Forcing's authors run on H100, where dense attention is fast: 80 % instead of 88 and 85 %.
+# The authors of Light Forcing skip 80 % on an H100, where dense attention is fast, instead of 88 and 85 %.
 H100: dict[str, Family] = {
     f"{family.id}_h100": replace(family, title=f"{family.title}, H100 setting", target=0.8, base=0.9)
     for family in (FAMILIES["light_forcing_short"], FAMILIES["light_forcing_long"])
 }
 PUBLISHED = FAMILIES | H100
 SINK_ROPES = get_args(SinkRope)
-GENTLE_TARGET, GENTLE_BASE = Family.target, Family.base  # what checkpoints bear that were never trained sparse
+GENTLE_TARGET, GENTLE_BASE = Family.target, Family.base  # safe for checkpoints that were never trained sparse
 MOST_FRAMES = 16001
 NO_PRESET = f"this preset does not exist; use {AUTO}, {DENSE}, {GENTLE}, {CUSTOM} or a family"
-LONG = 961  # stands for a length that is only known when the graph runs
+ANY_LONG_VIDEO = 961  # checks a schedule whose length is not known before the graph runs
+Number = TypeVar("Number", int, float)
 
 
 class LightForcingSchedule(io.ComfyNode):
@@ -45,8 +40,8 @@ class LightForcingSchedule(io.ComfyNode):
             node_id="LightForcingSchedule",
             display_name="Light Forcing Schedule",
             category="Light Forcing",
-            description="How the video is cut into chunks, how far each chunk looks back and how much of that it may "
-            "skip. Early chunks stay dense, later ones grow sparser (Chunk-Aware Growth).",
+            description="Splits the video into chunks, and sets how far each one looks back and how much of that it "
+            "may skip. Early chunks stay dense, later ones become sparser (Chunk-Aware Growth).",
             inputs=[
                 io.Int.Input(
                     "length",
@@ -66,14 +61,16 @@ class LightForcingSchedule(io.ComfyNode):
                         *(io.DynamicCombo.Option(name, []) for name in H100),
                         io.DynamicCombo.Option(GENTLE, []),
                     ],
-                    tooltip="auto: what the connected model's checkpoint was published with. dense: the same chunks "
-                    "and window, nothing skipped (slower, the reference for quality). gentle: the same chunks and "
-                    "window, 60 % skipped, safe for checkpoints that were not trained sparse. custom: your own.",
+                    tooltip="auto: the settings that the connected model's checkpoint was published with. A family's "
+                    "name: the settings of that family; with _h100, those that the authors of Light Forcing use on an "
+                    "H100 (80 % skipped). dense: the same chunks and window, nothing skipped (slower, the reference "
+                    "for quality). gentle: the same chunks and window, 60 % skipped, safe for checkpoints that were "
+                    "not trained sparse. custom: your own settings.",
                 ),
                 io.Model.Input(
                     "model",
                     optional=True,
-                    tooltip="The patched model, for auto, dense and gentle: its checkpoint family decides the values.",
+                    tooltip="The patched model, for auto, dense and gentle: its family sets the values.",
                 ),
             ],
             outputs=[
@@ -86,9 +83,9 @@ class LightForcingSchedule(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, length: int | None, preset: dict[str, Any] | None = None, **_: Any) -> bool:
-        """Refuse what cannot be met before anything runs; what comes over a link is None here.
+        """Refuse a schedule that cannot be met before anything runs; an input that is linked is None here.
 
-        Raises ValueError, which the host shows once; a returned reason it repeats for every input.
+        Raises ValueError, which ComfyUI shows once; it would repeat a returned reason for every input.
         """
         if preset is None:
             raise ValueError(NO_PRESET)
@@ -96,8 +93,8 @@ class LightForcingSchedule(io.ComfyNode):
             latent_frames_of(length)
         linked = [name for name, value in preset.items() if value is None and name != "sparsity"]
         if preset["preset"] == CUSTOM and not linked:
-            if length is None:  # only what holds for any long video can be said
-                length, preset = LONG, preset | {"sparsity": ""}
+            if length is None:
+                length, preset = ANY_LONG_VIDEO, preset | {"sparsity": ""}
             schedule_from(length, preset, None)
         return True
 
@@ -106,7 +103,7 @@ class LightForcingSchedule(io.ComfyNode):
         settings = settings_of(model) if model is not None else None
         schedule = schedule_from(length, preset, settings.family if settings else None)
         is_drawn = watching_page(running_server()) is not None
-        return io.NodeOutput(schedule, ui=None if is_drawn else picture_of(schedule, cls))
+        return io.NodeOutput(schedule, ui=None if is_drawn else ui.PreviewText(_listed(schedule)))
 
 
 def custom_inputs() -> list[io.Input]:
@@ -126,8 +123,8 @@ def custom_inputs() -> list[io.Input]:
             min=0,
             max=4001,
             step=1,
-            tooltip="Latent frames that stay visible, sinks and the current chunk included. Bounds memory and time on "
-            "long videos; 0 keeps all.",
+            tooltip="Latent frames that stay visible, including sinks and the current chunk. Limits memory and time "
+            "on long videos; 0 keeps all.",
         ),
         io.Int.Input(
             "sink_frames",
@@ -135,15 +132,16 @@ def custom_inputs() -> list[io.Input]:
             min=0,
             max=32,
             step=1,
-            tooltip="First latent frames that stay visible after the window has moved on: they hold the look.",
+            tooltip="The first latent frames, which stay visible after the window has moved on; they preserve the "
+            "look.",
         ),
         io.Combo.Input(
             "sink_rope",
             options=list(SINK_ROPES),
             default=SINK_ROPES[0],
             advanced=True,
-            tooltip="Where sinks stand in time once the window has moved on: at the start (LongLive) or right before "
-            "the window (Infinite Forcing, Light Forcing long).",
+            tooltip="The position of the sinks in time after the window has moved on. fixed: at the start (LongLive). "
+            "follow: directly before the window (Infinite Forcing, Light Forcing long).",
         ),
         io.Float.Input(
             "target",
@@ -151,7 +149,7 @@ def custom_inputs() -> list[io.Input]:
             min=0.0,
             max=0.99,
             step=0.01,
-            tooltip="Share of key blocks that all sparse chunks skip on average. 0.6 computes 40 % of attention; 0 is "
+            tooltip="Share of key blocks that the sparse chunks skip on average. 0.6 computes 40 % of attention; 0 is "
             "dense.",
         ),
         io.Float.Input(
@@ -160,15 +158,15 @@ def custom_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Sparsity that late chunks tend to; at least the target. Further above it means denser early "
-            "chunks.",
+            tooltip="The sparsity that late chunks approach; at least the target. The further it is above the target, "
+            "the denser the early chunks are.",
         ),
         io.Combo.Input(
             "curve",
             options=list(CURVES),
             default=CURVES[0],
             advanced=True,
-            tooltip="How sparsity grows from chunk to chunk. All meet the target; constant does not grow.",
+            tooltip="How sparsity grows from chunk to chunk. All curves meet the target; constant does not grow.",
         ),
         io.Int.Input(
             "dense_chunks",
@@ -177,15 +175,15 @@ def custom_inputs() -> list[io.Input]:
             max=1000,
             step=1,
             advanced=True,
-            tooltip="Chunks at the start that skip nothing: errors made there are inherited by the whole video.",
+            tooltip="Chunks at the start that skip nothing, because the whole video inherits their errors.",
         ),
         io.String.Input(
             "sparsity",
             default="",
             optional=True,
             advanced=True,
-            tooltip="Sparsity of single chunks instead of the curve's, such as 3: 0.5, 7: 0.8 or a plain list from "
-            "chunk 0 on. The target then holds for the curve without them. Empty: the curve alone.",
+            tooltip="Sparsity of single chunks instead of the curve's, such as 3: 0.5, 7: 0.8, or a plain list from "
+            "chunk 0 on. The target then applies to the other chunks of the curve. Empty: the curve alone.",
         ),
     ]
 
@@ -222,24 +220,46 @@ def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None)
     return schedule.dense() if name == DENSE else schedule
 
 
-def schedule_numbers(
-    length: int, preset: Mapping[str, Any], family: str | None = None, file: str | None = None
-) -> dict[str, Any]:
-    """What the plot on the canvas shows, in JSON types; `follows` where only the running graph knows the model.
+def numbers_per_chunk(text: str, name: str, number: Callable[[str], Number], *, lists: bool) -> dict[int, Number]:
+    """Read one number per chunk from a text widget: `3: 0.5, 7: 0.8` gives {3: 0.5, 7: 0.8}.
 
-    family, file: of the connected model as far as the canvas knows them, as in Light Forcing Model Loader. Raises
-    ValueError for a schedule that cannot be met, TypeError, KeyError or AttributeError for what are not its inputs.
+    lists: also accept plain numbers, of which the first is for chunk 0. Raises ValueError, which names the input
+    `name` and the part that cannot be read.
     """
+    found: dict[int, Number] = {}
+    for place, part in enumerate(piece.strip() for piece in text.replace("\n", ",").split(",") if piece.strip()):
+        index, colon, value = part.rpartition(":")
+        try:
+            chunk = int(index) if colon or not lists else place
+            found_before, found[chunk] = chunk in found, number(value)
+        except ValueError:
+            example = "0, 0.3, 0.5 or 3: 0.5, 7: 0.8" if lists else "4: 123, 7: 99"
+            raise ValueError(f"{name}: {part!r} is not a chunk and its number; write it like {example}") from None
+        if chunk < 0 or found_before:
+            problem = "is given twice" if found_before else "is negative; the first chunk is 0"
+            raise ValueError(f"{name}: {part!r} cannot be used, chunk {chunk} {problem}")
+    return found
+
+
+def plot_numbers(asked: Any) -> dict[str, Any]:
+    """The numbers of the plot on the canvas, as JSON types; `follows` if only the running graph knows the model.
+
+    asked: `length` and `preset` of the node, and `family` and `file` of the connected model as far as the canvas
+    knows them. Raises TypeError for a request that no node makes, and ValueError for a schedule that cannot be met.
+    """
+    problem = _wrong_input(asked)
+    if problem:
+        raise TypeError(f"{problem}; these are not the inputs of a Light Forcing Schedule")
+    length, preset, file = asked["length"], asked["preset"], asked.get("file")
     if length > MOST_FRAMES:
         raise ValueError(f"length {length} is more than {MOST_FRAMES} video frames")
-    known = FAMILIES.get(family or "")
-    if known is None and file is not None:
-        known, _ = family_of(folder_paths.get_full_path("diffusion_models", file) or file)
-    if preset["preset"] in FOLLOWING and known is None:
+    family = FAMILIES.get(asked.get("family") or "")
+    if family is None and file is not None:
+        family, _ = family_of(find_model("diffusion_models", file) or file)
+    if preset["preset"] in FOLLOWING and family is None:
         return {"follows": "the connected model decides when the graph runs"}
-    schedule = schedule_from(length, preset, known)
-    lengths = schedule.chunk_lengths()
-    sparsities = schedule.sparsities() or [0.0] * len(lengths)
+    schedule = schedule_from(length, preset, family)
+    lengths, sparsities = _chunks_of(schedule)
     cost = clip_cost(schedule_costs(sparsities, lengths, schedule.window))
     return {
         "title": schedule.title,
@@ -253,13 +273,33 @@ def schedule_numbers(
     }
 
 
-def picture_of(schedule: Schedule, node: type[io.ComfyNode]) -> Any:
-    """The curve as an image on the node; as text where matplotlib is not installed."""
+def _wrong_input(asked: Any) -> str | None:
+    """The first value in a request for the plot that no widget of the node can hold, or None."""
+    if not isinstance(asked, dict):
+        return f"the request is {type(asked).__name__}, not an object"
+    kinds: dict[str, Any] = {"length": int, "preset": dict, "family": str | None, "file": str | None}
+    preset = asked.get("preset")
+    if isinstance(preset, dict):
+        kinds["preset.preset"], asked = str, asked | {"preset.preset": preset.get("preset")}
+        if preset.get("preset") == CUSTOM:
+            types = {"INT": int, "FLOAT": int | float}
+            kinds |= {f"preset.{widget.id}": types.get(widget.io_type, str) for widget in custom_inputs()}
+            asked |= {f"preset.{name}": value for name, value in preset.items()}
+    for name, kind in kinds.items():
+        if name not in asked and name not in ("family", "file", "preset.sparsity"):
+            return f"{name} is missing"
+        if name in asked and not isinstance(asked[name], kind):
+            return f"{name} is {asked[name]!r}"
+    return next((f"there is no input {name}" for name in asked if name not in kinds), None)
+
+
+def _chunks_of(schedule: Schedule) -> tuple[list[int], list[float]]:
+    """Length in latent frames and sparsity of every chunk."""
     lengths = schedule.chunk_lengths()
-    sparsities = schedule.sparsities() or [0.0] * len(lengths)
-    if importlib.util.find_spec("matplotlib") is None:
-        listed = ", ".join(f"{sparsity:.3f}" for sparsity in sparsities)
-        return ui.PreviewText(f"{schedule.title}: {len(lengths)} chunks, sparsity {listed}")
-    plot = plot_schedule(sparsities, lengths, schedule.window, schedule.target)
-    pixels = torch.from_numpy(np.asarray(plot, dtype=np.float32) / 255.0)
-    return ui.PreviewImage(pixels[None], cls=node)
+    return lengths, schedule.sparsities() or [0.0] * len(lengths)
+
+
+def _listed(schedule: Schedule) -> str:
+    """The schedule as text, for clients that do not draw the plot."""
+    lengths, sparsities = _chunks_of(schedule)
+    return f"{schedule.title}: {len(lengths)} chunks, sparsity {', '.join(f'{one:.3f}' for one in sparsities)}"

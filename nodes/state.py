@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..lightforcing_core.files.output import numbered_path
 from ..lightforcing_core.rollout.schedule import video_frames_of
 from ..lightforcing_core.rollout.state import RunState, load_run_state
+from .comfy import output_folder
 
 StateType = io.Custom("LIGHTFORCING_STATE")
 FOLDER = "light_forcing"  # inside the output folder
@@ -64,8 +64,8 @@ class LightForcingSaveState(io.ComfyNode):
             node_id="LightForcingSaveState",
             display_name="Light Forcing Save State",
             category="Light Forcing",
-            description="Lets the sampler save the run after every finished chunk, so that a crash or a restart loses "
-            "at most one chunk. Light Forcing Load State goes on from there.",
+            description="Lets the sampler save the run after every finished chunk, so a crash or a restart loses at "
+            "most one chunk. Light Forcing Load State continues the run.",
             inputs=[
                 io.String.Input(
                     "name",
@@ -96,15 +96,15 @@ class LightForcingLoadState(io.ComfyNode):
             node_id="LightForcingLoadState",
             display_name="Light Forcing Load State",
             category="Light Forcing",
-            description="Loads a run that Light Forcing Save State kept. The sampler goes on where it ended and saves "
-            "on into the same file; the result is the video that an undisturbed run would have made.",
+            description="Loads a run that Light Forcing Save State has saved. The sampler continues it and writes to "
+            "the same file; the result is the video that an uninterrupted run makes.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=state_files(),
                     tooltip="A file in output/light_forcing; press R to see new ones. Prompts, seed, steps, cfg, "
-                    "schedule, start and end latent come from the file, and what the sampler is given for them is not "
-                    "read. The model and the size must be the same; a longer latent lengthens the video.",
+                    "schedule, start and end latent come from the file, and the sampler's own inputs for them are not "
+                    "read. The model and the size must be the same; a longer latent makes the video longer.",
                 ),
             ],
             outputs=[StateType.Output(display_name="state", tooltip="For the state input of Light Forcing Sampler.")],
@@ -126,7 +126,7 @@ class LightForcingLoadState(io.ComfyNode):
 
 def state_folder() -> Path:
     """Where states are kept."""
-    return Path(folder_paths.get_output_directory(), FOLDER).resolve()
+    return (output_folder() / FOLDER).resolve()
 
 
 def state_files() -> list[str]:

@@ -5,18 +5,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from safetensors import SafetensorError, safe_open
 
 from ..lightforcing_core.files.tensors import write_tensors
+from .comfy import add_model_kind, model_files, model_folder, model_path
 
 FOLDER = "text_embeds"
 FORMAT = "light_forcing_text_embeds"
-folder_paths.folder_names_and_paths.setdefault(
-    FOLDER, ([os.path.join(folder_paths.models_dir, FOLDER)], {".safetensors"})
-)
+add_model_kind(FOLDER, ".safetensors")
 
 
 class LightForcingSaveTextEmbeds(io.ComfyNode):
@@ -28,7 +26,7 @@ class LightForcingSaveTextEmbeds(io.ComfyNode):
             node_id="LightForcingSaveTextEmbeds",
             display_name="Light Forcing Save Text Embeds",
             category="Light Forcing",
-            description="Saves an encoded prompt to models/text_embeds, so that later runs need no text encoder.",
+            description="Saves an encoded prompt to models/text_embeds, so later runs need no text encoder.",
             inputs=[
                 io.Conditioning.Input("conditioning", tooltip="The output of CLIP Text Encode."),
                 io.String.Input(
@@ -57,31 +55,33 @@ class LightForcingLoadTextEmbeds(io.ComfyNode):
             node_id="LightForcingLoadTextEmbeds",
             display_name="Light Forcing Load Text Embeds",
             category="Light Forcing",
-            description="Loads a prompt that Light Forcing Save Text Embeds has encoded.",
+            description="Loads a prompt that Light Forcing Save Text Embeds has saved.",
             inputs=[
                 io.Combo.Input(
                     "name",
-                    options=folder_paths.get_filename_list(FOLDER),
-                    tooltip="A file in models/text_embeds. It fits models with the same text encoder only (umt5 for "
-                    "Wan).",
+                    options=model_files(FOLDER),
+                    tooltip="A file in models/text_embeds; press R to see new ones. It fits only models with the same "
+                    "text encoder (umt5 for Wan).",
                 ),
             ],
-            outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="As CLIP Text Encode gave it.")],
+            outputs=[
+                io.Conditioning.Output(display_name="CONDITIONING", tooltip="The prompt, as CLIP Text Encode made it.")
+            ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:
-        status = os.stat(folder_paths.get_full_path_or_raise(FOLDER, name))
+        status = os.stat(model_path(FOLDER, name))
         return f"{status.st_mtime_ns}/{status.st_size}"
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_embeds(Path(folder_paths.get_full_path_or_raise(FOLDER, name))))
+        return io.NodeOutput(load_embeds(Path(model_path(FOLDER, name))))
 
 
 def embeds_path(name: str) -> Path:
     """Where embeddings called `name` live; ValueError for a name that leaves the folder."""
-    folder = Path(folder_paths.get_folder_paths(FOLDER)[0]).resolve()
+    folder = model_folder(FOLDER)
     stem = name.strip().removesuffix(".safetensors")
     path = (folder / f"{stem}.safetensors").resolve()
     if not stem or Path(stem).name.startswith(".") or not path.is_relative_to(folder):

@@ -1,17 +1,36 @@
-"""The prompt timeline node: prompts that take over while the video runs, chained one behind the other."""
+"""The prompt timeline node: prompts that take over during the video, and which prompts a rollout can follow."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
 from ..lightforcing_core.rollout.timeline import Prompt, Switch
-from .sampling.refusals import unsuitable_prompt
 
 TimelineType = io.Custom("LIGHTFORCING_TIMELINE")
 FRAMES_PER_SECOND = 16
+# Parts of CONDITIONING that a Wan T2V rollout would silently ignore.
+UNUSED_BY_T2V = (
+    "area",
+    "clip_vision_output",
+    "concat_latent_image",
+    "concat_mask",
+    "context_latents",
+    "control",
+    "gligen",
+    "mask",
+    "reference_latents",
+    "time_dim_concat",
+    "timestep_end",
+    "timestep_start",
+    "start_percent",
+    "end_percent",
+    "vace_frames",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +53,9 @@ class LightForcingPromptTimeline(io.ComfyNode):
             display_name="Light Forcing Prompt Timeline",
             category="Light Forcing",
             description="A prompt that takes over at a given second of the video. Chain several; the sampler's own "
-            "prompt holds from the start until the first of them.",
+            "prompt applies until the first of them.",
             inputs=[
-                io.Conditioning.Input("positive", tooltip="What the video shows from start on."),
+                io.Conditioning.Input("positive", tooltip="The prompt that applies from start on."),
                 io.Float.Input(
                     "start",
                     default=3.0,
@@ -50,9 +69,9 @@ class LightForcingPromptTimeline(io.ComfyNode):
                     "switch",
                     options=["hard", "soft", "blend"],
                     default="hard",
-                    tooltip="hard: what is still visible is read again under the new prompt, so the scene turns at "
-                    "once (one extra pass). soft: only the text changes, the picture follows slowly. blend: soft, "
-                    "moving from the old text to the new one over several chunks.",
+                    tooltip="hard: the visible frames are read again under the new prompt, so the scene changes at "
+                    "once (one extra pass). soft: only the text changes, and the picture follows slowly. blend: like "
+                    "soft, but the text moves from the old prompt to the new one over several chunks.",
                 ),
                 io.Int.Input(
                     "blend_chunks",
@@ -60,11 +79,13 @@ class LightForcingPromptTimeline(io.ComfyNode):
                     min=1,
                     max=1000,
                     step=1,
-                    tooltip="For blend: chunks until the new prompt holds alone. A chunk of 3 latent frames is 0.75 "
-                    "seconds.",
+                    tooltip="For blend: the number of chunks until the new prompt applies alone. A chunk of 3 latent "
+                    "frames lasts 0.75 seconds.",
                 ),
                 TimelineType.Input(
-                    "timeline", optional=True, tooltip="Other changes, from another Light Forcing Prompt Timeline."
+                    "timeline",
+                    optional=True,
+                    tooltip="Other changes, from another Light Forcing Prompt Timeline; their order does not matter.",
                 ),
             ],
             outputs=[TimelineType.Output(display_name="timeline", tooltip="For the sampler, or for the next change.")],
@@ -117,3 +138,20 @@ def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: li
 def _seconds(latent_frame: int) -> float:
     """When a latent frame begins."""
     return max(0, video_frames_of(latent_frame)) / FRAMES_PER_SECOND
+
+
+def unsuitable_prompt(name: str, parts: Sequence[Mapping[str, Any]], *, may_be_empty: bool = False) -> str | None:
+    """Why CONDITIONING, as a list of mappings, cannot be followed by a rollout, or None."""
+    if len(parts) != 1:
+        return f"the {name} has {len(parts)} parts; a rollout follows exactly one: do not combine prompts"
+    text = parts[0].get("cross_attn")
+    if text is None or text.ndim != 3 or not text.shape[1]:
+        return f"the {name} holds no text embedding; connect CLIP Text Encode with a Wan (umt5) text encoder"
+    if not torch.isfinite(text).all():
+        return f"the {name}'s embedding holds NaN or infinity; encode the text again"
+    if not may_be_empty and int((text.abs().amax(-1) > 0).sum(1).min()) < 2:
+        return f"the {name} is empty; write what the video should show"
+    unused = [field for field in UNUSED_BY_T2V if parts[0].get(field) is not None]
+    if unused:
+        return f"the {name} carries {', '.join(unused)}, which a rollout cannot follow; remove that node"
+    return None

@@ -7,13 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import folder_paths
-from comfy.cli_args import args
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..lightforcing_core.files.output import numbered_path, remove_empty
 from ..lightforcing_core.files.video import FORMATS, VideoWriter
+from .comfy import metadata_wanted, numbered_output, output_folder
 
 VideoOutputType = io.Custom("LIGHTFORCING_VIDEO_OUTPUT")
 MOST_CRF = max(known.worst_crf for known in FORMATS.values())
@@ -40,7 +39,7 @@ class LightForcingVideoOutput(io.ComfyNode):
             display_name="Light Forcing Video Output",
             category="Light Forcing",
             description="Lets the sampler write each chunk's frames into a video file as soon as they are decoded, so "
-            "that the length of a video is not bounded by memory. The sampler needs a VAE for it.",
+            "memory does not limit the length of a video. The sampler needs a VAE for this.",
             inputs=[
                 io.String.Input(
                     "filename_prefix",
@@ -68,14 +67,14 @@ class LightForcingVideoOutput(io.ComfyNode):
                     min=1.0,
                     max=120.0,
                     step=1.0,
-                    tooltip="Frames per second that the file plays at; Wan 2.1 makes 16. Another value changes the "
-                    "speed of what is seen.",
+                    tooltip="Frames per second of the file; Wan 2.1 makes 16. Another value changes the speed of the "
+                    "motion.",
                 ),
                 io.Boolean.Input(
                     "keep_images",
                     default=False,
-                    tooltip="On: the sampler's IMAGE holds all frames too (4.6 GB a minute at 480×832). Off: IMAGE "
-                    "stays empty, and memory does not grow with the video.",
+                    tooltip="On: the sampler's IMAGE holds all frames too (4.6 GB per minute at 480×832). Off: IMAGE "
+                    "stays empty, nodes after it do not run, and memory does not grow with the video.",
                 ),
             ],
             outputs=[
@@ -123,9 +122,8 @@ class VideoFiles:
 
     def __enter__(self) -> "VideoFiles":
         height, width = self._size
-        output, root = self._output, Path(folder_paths.get_output_directory())
-        made, name, *_ = folder_paths.get_save_image_path(output.filename_prefix, str(root), width, height)
-        folder = Path(made)
+        output, root = self._output, output_folder()
+        folder, name = numbered_output(output.filename_prefix, width=width, height=height)
         with contextlib.ExitStack() as stack:
             # The host has made them; where no file came, they go again.
             stack.callback(remove_empty, [one for one in (folder, *folder.parents) if root in one.parents])
@@ -155,7 +153,7 @@ class VideoFiles:
 
     def shown(self) -> list[ui.SavedResult]:
         """The files there are, as the host's previews want them."""
-        root = Path(folder_paths.get_output_directory()).resolve()
+        root = output_folder()
         results = []
         for path in (writer.partial or writer.path for writer in self._writers):
             if path.exists():
@@ -166,6 +164,6 @@ class VideoFiles:
 
 def graph_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What restores the graph when the file is dropped on the canvas; None where the host was told to store none."""
-    if args.disable_metadata:
+    if not metadata_wanted():
         return None
     return {**(extra_pnginfo or {}), **({"prompt": prompt} if prompt is not None else {})}

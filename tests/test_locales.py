@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from lightforcing.tools import help_tables
+
 ROOT = Path(__file__).resolve().parents[1]
 LOCALES = ROOT / "locales"
-PAGES = ROOT / "nodes" / "web" / "docs"
 FILES = ("main", "nodeDefs", "settings")  # of the four that ComfyUI reads; there are no commands to translate
 OTHERS = sorted(folder.name for folder in LOCALES.iterdir() if folder.name != "en")
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -75,31 +76,25 @@ def test_settings_are_those_of_the_page():
 
 
 def test_every_node_has_a_help_page_in_each_language_and_no_page_is_left_over():
-    """NODE.md is what the frontend falls back to where there is no NODE/LANGUAGE.md, so it is the English one."""
+    """The frontend falls back to NODE.md if there is no NODE/LANGUAGE.md, so NODE.md is English."""
     nodes = json.loads((LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
     wanted = {f"{node}.md" for node in nodes} | {f"{node}/{language}.md" for node in nodes for language in OTHERS}
-    assert {path.relative_to(PAGES).as_posix() for path in PAGES.rglob("*.*")} == wanted
+    assert {path.relative_to(help_tables.PAGES).as_posix() for path in help_tables.PAGES.rglob("*.*")} == wanted
 
 
 def test_help_pages_name_the_same_start_options_of_the_host():
     """In the order of the page; `--disable-dynamic-vram` and the like have to be typed as they are."""
     option = re.compile(r"--[a-z][a-z-]+")
-    for page in PAGES.glob("*.md"):
+    for page in help_tables.PAGES.glob("*.md"):
         english = option.findall(page.read_text(encoding="utf-8"))
         for language in OTHERS:
-            translated = (PAGES / page.stem / f"{language}.md").read_text(encoding="utf-8")
+            translated = (help_tables.PAGES / page.stem / f"{language}.md").read_text(encoding="utf-8")
             assert option.findall(translated) == english, f"{page.stem}/{language}.md"
 
 
-def test_help_pages_are_titled_and_name_every_input_as_the_node_does():
-    english, chinese = (
-        json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8")) for language in ("en", "zh")
-    )
-    for node, texts in english.items():
-        page, translated = PAGES / f"{node}.md", PAGES / node / "zh.md"
-        assert page.read_text(encoding="utf-8").startswith(f"# {texts['display_name']}\n")
-        assert translated.read_text(encoding="utf-8").startswith(f"# {chinese[node]['display_name']}\n")
-        for key, field in texts["inputs"].items():
-            assert f"`{field['name']}`" in page.read_text(encoding="utf-8"), f"{page.name}: {key}"
-            both = f"`{field['name']}`（{chinese[node]['inputs'][key]['name']}）"
-            assert both in translated.read_text(encoding="utf-8"), f"{node}/zh.md does not say {both}"
+@pytest.mark.parametrize("language", help_tables.HEADS)
+def test_help_pages_are_titled_as_the_node_and_list_its_inputs(language):
+    for node, texts in help_tables.texts(language).items():
+        page = help_tables.page_of(node, language).read_text(encoding="utf-8")
+        assert page.startswith(f"# {texts['display_name']}\n")
+        assert page == help_tables.renewed(node, language), f"{node}, {language}: run `make help-tables`"

@@ -1,4 +1,4 @@
-"""The arms of the laboratory: what each one skips, chooses and rounds, and which of them cost the same."""
+"""The arms: ways to make a video that skip, choose and round differently, some of them at the same cost."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
 STEP_TO_BASE, HIGHEST_BASE = 0.1, 0.98  # growth tends to the target plus 0.1, as published, and never past 98 %
-LONG = "long "  # how the names of long rollouts begin
+LONG = "long "  # prefix of the names of long rollouts
 EVERY_FRAME = 1 << 20  # as keep_frames: no frame is ever ruled out, so blocks are chosen in one stage
 
-# What an option changes of the published method at the same sparsities.
+# The changes of each option to the published method at the same sparsities.
 OPTIONS: dict[str, dict[str, object]] = {
     "tail": {"tail": True},
     "tiles": {"tiles": True},
@@ -21,6 +21,7 @@ OPTIONS: dict[str, dict[str, object]] = {
     "tail+lse": {"tail": True, "estimator": "lse"},
     "tail+tiles": {"tail": True, "tiles": True},
 }
+EIGHT_BIT = {"kv int8": KVOptions("int8"), "kv fp8": KVOptions("fp8")}
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,8 @@ def all_arms(
 
     attention: the published method with this bench's blocks. Raises ValueError for sparsities outside (0, 1).
     """
-    eight_bit = {"kv int8": KVOptions("int8"), "kv fp8": KVOptions("fp8")}
     arms = [Arm("dense", None, attention)]
-    arms += [Arm(f"dense {name}", None, attention, kv) for name, kv in eight_bit.items()]
+    arms += [Arm(f"dense {name}", None, attention, kv) for name, kv in EIGHT_BIT.items()]
     arms += [Arm("dense fp8 linears", None, attention, fp8=True)]
     if long is not None:
         arms.append(Arm(f"{LONG}dense", None, attention))
@@ -63,7 +63,7 @@ def all_arms(
         for name, changes in OPTIONS.items():
             options = replace(attention, **changes)  # type: ignore[arg-type]
             arms.append(replace(published, name=f"{name} {sparsity:g}", attention=options))
-        for name, kv in eight_bit.items():
+        for name, kv in EIGHT_BIT.items():
             arms.append(replace(published, name=f"{name} {sparsity:g}", kv=kv))
         arms.append(replace(published, name=f"fp8 linears {sparsity:g}", fp8=True))
         for name, half in zip(("early", "late"), halves(short.chunk_lengths(), sparsity), strict=True):

@@ -1,74 +1,52 @@
-"""the laboratory: many videos of the demo model, each arm with the same noise, judged and compared; resumable.
+"""Make the videos of every arm and seed with the same noise, and judge them: a row each, see `rows.py`; resumable.
 
-Every video is one row of `rows.jsonl` in the output folder, appended as soon as it is judged. What is there already
-is not made again, so an interrupted run goes on, and later runs add arms, seeds and sparsities.
+What a folder holds already is not made again, so an interrupted run continues, and later runs add arms, seeds and
+sparsities.
 """
 
 import copy
-import json
-import random
+import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from lightforcing.benchmarks.settings import Machine
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
-from lightforcing.lightforcing_core.demo.captions import (
-    BACKGROUNDS,
-    COLOURS,
-    DIRECTIONS,
-    PASSING,
-    SHAPES,
-    SPEEDS,
-    Scene,
-    Thing,
-    caption_of,
-    context_of_caption,
-)
-from lightforcing.lightforcing_core.demo.model import DIT, DemoModel, DemoVideo, Level, demo_video, load_demo_model
-from lightforcing.lightforcing_core.files.output import prepare_folder, whole_file
-from lightforcing.lightforcing_core.fp8.linear import quantize_linears
-from lightforcing.lightforcing_core.rollout.rollout import StepEvent, few_step_sigmas, rollout, seeded_noise
+from lightforcing.lightforcing_core.demo.captions import caption_of, context_of_caption
+from lightforcing.lightforcing_core.demo.model import DIT, SHIPPED, DemoModel, DemoVideo, demo_video, load_demo_model
+from lightforcing.lightforcing_core.rollout.rollout import Chunk, StepEvent, few_step_sigmas, rollout, seeded_noise
 from lightforcing.lightforcing_core.rollout.schedule import Schedule, latent_frames_of
 from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
 
 from .arms import Arm, all_arms, chosen
+from .fp8 import quantize_linears
 from .measures import against_caption, against_dense, over_time
 from .probe import AttentionProbe, is_probed
-
-ROWS = "rows.jsonl"
-PROMPTS = 64  # the fixed list; seed i follows prompt i, modulo this
-
-Row = dict[str, Any]
-T = TypeVar("T")
+from .rows import ROWS, Row, lines_of, open_rows, rounded
+from .scenes import PROMPTS, prompt_scenes
 
 
 @dataclass(frozen=True)
 class QualityBench:
-    """What is made and compared.
+    """The videos that are made and compared. Every field is an option of the command, its annotation the help."""
 
-    models: folder of the demo model. seeds: a video each per arm; probe_seeds: the first so many of them are also
-    probed layer by layer. sparsities, arms: see `quality_arms`; arms are patterns, none means all. keep: past latent
-    frames that stay eligible, and how many of them are sinks and nearest ones. long_frames: video frames of long
-    rollouts, 0 for none, in a window of so many latent frames with so many sinks. batch: seeds that run together.
-    """
-
-    models: Path
-    seeds: tuple[int, ...] = tuple(range(32))
-    sparsities: tuple[float, ...] = (0.5, 0.75, 0.88)
-    arms: tuple[str, ...] = ()
-    keep: tuple[int, int, int] = (6, 1, 2)
-    long_frames: int = 241
-    window: tuple[int, int] = (12, 1)
-    probe_seeds: int = 8
-    batch: int = 8
-    backend: str = "reference"
-    device: str = "cpu"
+    models: Annotated[Path, "Folder of a demo model."] = SHIPPED
+    arms: Annotated[tuple[str, ...], 'Arms by name or pattern: "dense,published,long *"; all by default.'] = ()
+    seeds: Annotated[tuple[int, ...], "Seeds, a video each per arm."] = tuple(range(32))
+    sparsities: Annotated[tuple[float, ...], "Mean sparsities of the sparse chunks."] = (0.5, 0.75, 0.88)
+    keep: Annotated[tuple[int, int, int], "Past latent frames that stay eligible; of them sinks, nearest."] = (6, 1, 2)
+    long_frames: Annotated[int, "Video frames of long rollouts, 1 + 4k; 0 makes none."] = 241
+    window: Annotated[tuple[int, int], "Visible latent frames and sinks of long rollouts."] = (12, 1)
+    probes: Annotated[int, "Of the seeds, the first so many have their attention compared layer by layer."] = 8
+    batch: Annotated[int, "Seeds that run together; 8 suit two CPU cores."] = 8
+    backend: Annotated[str, "Sparse backend."] = "reference"
+    machine: Machine = field(default_factory=Machine)
 
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -78,118 +56,69 @@ class QualityBench:
         if self.long_frames:
             latent_frames_of(self.long_frames)
 
-    def header(self) -> Row:
-        """What all rows of one folder share."""
+    def shared(self) -> Row:
+        """The settings that all rows of one folder have in common."""
         weights = zlib.crc32((self.models / DIT).read_bytes())
         return {"model": f"{weights:08x}", "keep": list(self.keep), "prompts": PROMPTS} | (
             {"long_frames": self.long_frames, "window": list(self.window)} if self.long_frames else {}
         )
-
-    def attention(self, video: DemoVideo) -> AttentionOptions:
-        """The published method, in blocks that suit the video."""
-        return AttentionOptions(self.backend, (video.block, video.block), *self.keep)
 
     def schedules(self, video: DemoVideo) -> tuple[Schedule, Schedule | None]:
         """The dense schedules of a video as long as in training, and of a long one."""
         short = Schedule(video.latent_frames, video.frames_per_chunk)
         if not self.long_frames:
             return short, None
-        window, sinks = self.window
-        window = min(window, video.latent_frames)  # the model never saw further
-        long = Schedule(
-            latent_frames_of(self.long_frames), video.frames_per_chunk, window, sink_frames=sinks, sink_rope="follow"
-        )
-        return short, long
+        window, sinks = min(self.window[0], video.latent_frames), self.window[1]  # the model never saw further
+        frames = latent_frames_of(self.long_frames)
+        return short, Schedule(frames, video.frames_per_chunk, window, sink_frames=sinks, sink_rope="follow")
 
     def chosen_arms(self, video: DemoVideo) -> dict[str, Arm]:
         """The arms that run. Raises ValueError for patterns that match none."""
-        return chosen(all_arms(*self.schedules(video), self.sparsities, self.attention(video)), self.arms)
+        attention = AttentionOptions(self.backend, (video.block, video.block), *self.keep)
+        return chosen(all_arms(*self.schedules(video), self.sparsities, attention), self.arms)
 
 
-def run_quality(bench: QualityBench, folder: Path, on_row: Callable[[int, int], None] | None = None) -> list[Row]:
-    """Make what is missing in `folder`/rows.jsonl; all rows there, those of earlier runs too.
+def run_quality(
+    bench: QualityBench, folder: Path, on_row: Callable[[int, int], object] = lambda done, total: None
+) -> list[Row]:
+    """Make the rows that are missing in `folder`; all rows there, those of earlier runs too.
 
     on_row: called as on_row(done, total) of this run. Raises ValueError for a folder with rows of another model.
     """
     video = demo_video(bench.models)
     arms = bench.chosen_arms(video)
-    rows = open_rows(folder, bench.header())
-    done = {(row["kind"], row["arm"], row["seed"]) for row in rows}
+    device = bench.machine.prepare()
+    rows = open_rows(folder, bench.shared())
+    done = {_key(row) for row in rows}
     wanted = [(_kind(arm), arm.name, seed) for arm in arms.values() for seed in bench.seeds]
-    wanted += [
-        ("attention", arm.name, seed)
-        for arm in arms.values()
-        for seed in bench.seeds[: bench.probe_seeds]
-        if is_probed(arm)
-    ]
+    probed = [arm.name for arm in arms.values() if is_probed(arm)]
+    wanted += [("attention", name, seed) for name in probed for seed in bench.seeds[: bench.probes]]
     missing = [key for key in wanted if key not in done]
     if not missing:
         return rows
-    laboratory = _Laboratory(bench, load_demo_model(bench.models, bench.device))
+    maker = _Maker(bench, load_demo_model(bench.models, device))
     made = 0
     with (folder / ROWS).open("a", encoding="utf-8") as file:
-        for new in laboratory.rows(arms, missing):
-            file.write("".join(json.dumps(row) + "\n" for row in new))
+        for found in maker.rows(arms, missing):
+            new = [rounded(row) for row in found]
+            file.write(lines_of(new))
             file.flush()
             rows += new
             made += len(new)
-            if on_row is not None:
-                on_row(made, len(missing))
+            on_row(made, len(missing))
     return rows
-
-
-def prompt_scenes(level: Level, count: int = PROMPTS) -> list[Scene]:
-    """A fixed list of scenes in which all words come equally often; at level "full" every second has two things, and
-    at level "pillar" each goes one of the ways that lead behind it."""
-    dice = random.Random("light forcing quality laboratory")
-
-    def dealt(words: Sequence[T]) -> Iterator[T]:
-        while True:
-            yield from dice.sample(list(words), len(words))
-
-    decks = [dealt(words) for words in (COLOURS, SHAPES, tuple(DIRECTIONS), SPEEDS)]
-    backgrounds, passing = dealt(BACKGROUNDS), dealt(PASSING)
-    scenes = []
-    for index in range(count):
-        things = [Thing(*(next(deck) for deck in decks))]
-        if level == "pillar":
-            things = [Thing(things[0].colour, things[0].shape, *next(passing))]
-        if level == "full" and index % 2:
-            second = Thing(*(next(deck) for deck in decks))
-            while second.colour == things[0].colour:
-                second = Thing(next(decks[0]), second.shape, second.direction, second.speed)
-            things.append(second)
-        scenes.append(Scene(next(backgrounds) if level == "full" else "plain", tuple(things)))
-    return scenes
-
-
-def open_rows(folder: Path, header: Row) -> list[Row]:
-    """The rows of `folder`, a half-written last line cut off; the file begins with `header`.
-
-    Raises ValueError where it begins with another one, OutputError where the folder takes no files.
-    """
-    file = prepare_folder(folder) / ROWS
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if not whole:
-        whole = [json.dumps(header) + "\n"]
-    if json.loads(whole[0]) != header:
-        raise ValueError(
-            f"{file} holds rows of another model or setting ({whole[0].strip()}, here {json.dumps(header)}); "
-            f"choose another --out"
-        )
-    if whole != lines:
-        with whole_file(file) as partial:
-            partial.write_text("".join(whole), encoding="utf-8")
-    return [json.loads(line) for line in whole[1:]]
 
 
 def _kind(arm: Arm) -> str:
     return "long" if arm.is_long else "video"
 
 
-class _Laboratory:
-    """A loaded model, its FP8 twin where an arm wants one, and the dense videos of the seeds at hand."""
+def _key(row: Row) -> tuple[str, str, int]:
+    return row["kind"], row["arm"], row["seed"]
+
+
+class _Maker:
+    """A loaded model and, if an arm wants one, its FP8 twin, which make the rows."""
 
     def __init__(self, bench: QualityBench, model: DemoModel) -> None:
         self._bench, self._model, self._video = bench, model, model.video
@@ -200,7 +129,6 @@ class _Laboratory:
 
     def rows(self, arms: dict[str, Arm], missing: Sequence[tuple[str, str, int]]) -> Iterator[list[Row]]:
         """The rows for the missing (kind, arm, seed), in lists of those that were made together."""
-        probe_seeds = self._bench.seeds[: self._bench.probe_seeds]
         for start in range(0, len(self._bench.seeds), self._bench.batch):
             seeds = self._bench.seeds[start : start + self._bench.batch]
             todo = {key for key in missing if key[2] in seeds}
@@ -214,23 +142,25 @@ class _Laboratory:
                 yield self._judged(arm, seeds, left, dense)
             probed = [arm for arm in arms.values() if any(key[:2] == ("attention", arm.name) for key in todo)]
             if probed:
-                found = self._probed(probed, [seed for seed in seeds if seed in probe_seeds])
-                yield [row for row in found if (row["kind"], row["arm"], row["seed"]) in todo]
+                found = self._probed(
+                    probed, [seed for seed in seeds if seed in self._bench.seeds[: self._bench.probes]]
+                )
+                yield [row for row in found if _key(row) in todo]
 
     def _judged(
         self, arm: Arm, seeds: Sequence[int], left: Sequence[int], dense: tuple[Tensor, Tensor] | None
     ) -> list[Row]:
+        """The rows of one arm for the seeds that are left; dense: latents and videos of all seeds, for short arms."""
         began = time.perf_counter()
         latents, videos, densities = self._made(arm, left)
-        schedule = self._long if arm.is_long else self._short
-        assert schedule is not None
-        lengths = schedule.chunk_lengths()
-        seconds = (time.perf_counter() - began) / len(left)
+        seconds = round((time.perf_counter() - began) / len(left), 3)
+        schedule = self._schedule(arm)
+        lengths, flops = schedule.chunk_lengths(), _flops(densities, schedule)
         rows = []
         for index, seed in enumerate(left):
             scene = self._scenes[seed % PROMPTS]
             row: Row = {"kind": _kind(arm), "arm": arm.name, "seed": seed, "caption": caption_of(scene)}
-            row |= {"seconds": round(seconds, 3), "densities": densities, "flops": _flops(densities, schedule)}
+            row |= {"seconds": seconds, "densities": densities, "flops": flops}
             if arm.is_long:
                 row |= over_time(videos[index], scene, lengths)
             else:
@@ -242,22 +172,21 @@ class _Laboratory:
         return rows
 
     def _probed(self, arms: Sequence[Arm], seeds: Sequence[int]) -> list[Row]:
-        """Per arm and seed: the error of each layer's attention, chunk by chunk."""
+        """Per arm and seed: the error of each layer's attention, chunk by chunk, and its mean over sparse chunks."""
         grid = self._video.height // 16, self._video.width // 16
         probe = AttentionProbe(self._model.dit, grid, self._sigmas[-2], arms)
-        listening = {"denoise": probe.denoise, "dense_attention": probe.attention}
-        for _ in self._chunks(Arm("dense", None, arms[0].attention), seeds, **listening):
+        dense = Arm("dense", None, arms[0].attention)
+        for _ in self._chunks(dense, seeds, denoise=probe.denoise, dense_attention=probe.attention):
             pass
-        return [
-            {
-                "kind": "attention",
-                "arm": name,
-                "seed": seed,
-                "errors": [[layer[index] for layer in chunk] for chunk in chunks],
-            }
-            for name, chunks in probe.errors.items()
-            for index, seed in enumerate(seeds)
-        ]
+        rows = []
+        for name, chunks in probe.errors.items():
+            for index, seed in enumerate(seeds):
+                errors = [[layer[index] for layer in chunk] for chunk in chunks]
+                # The first chunk is dense in every arm and would only dilute the error.
+                mean = statistics.fmean(error for chunk in errors[1:] for error in chunk) if errors[1:] else None
+                row = {"kind": "attention", "arm": name, "seed": seed, "attention_error": mean, "errors": errors}
+                rows.append(row)
+        return rows
 
     def _made(self, arm: Arm, seeds: Sequence[int]) -> tuple[Tensor, Tensor, list[float]]:
         """Latents [B, 16, F, h, w], videos [B, frames, H, W, 3] in 0…1, and the density of each chunk; on the CPU."""
@@ -273,10 +202,8 @@ class _Laboratory:
             videos.append(decoder.decode(chunk.latents).float().cpu())
         return torch.cat(latents, 2), torch.cat(videos, 1), [densities[index] for index in sorted(densities)]
 
-    def _chunks(self, arm: Arm, seeds: Sequence[int], **listening: Any) -> Iterator[Any]:
-        schedule = self._long if arm.is_long else self._short
-        assert schedule is not None
-        dit = self._model.dit
+    def _chunks(self, arm: Arm, seeds: Sequence[int], **callbacks: Any) -> Iterator[Chunk]:
+        schedule, dit = self._schedule(arm), self._model.dit
         if arm.fp8:
             if self._fp8 is None:
                 self._fp8 = copy.deepcopy(dit)
@@ -302,16 +229,21 @@ class _Laboratory:
             attention=arm.attention,
             kv=arm.kv,
             noise=noise,
-            **listening,
+            **callbacks,
         )
+
+    def _schedule(self, arm: Arm) -> Schedule:
+        schedule = self._long if arm.is_long else self._short
+        assert schedule is not None
+        return schedule
 
 
 def _flops(densities: Sequence[float], schedule: Schedule) -> float:
     """Attention's FLOPs over those of dense attention with the same window."""
-    asked = dense = 0.0
+    sparse = dense = 0.0
     end = 0
     for density, frames in zip(densities, schedule.chunk_lengths(), strict=True):
         end += frames
         pairs = frames * min(end, schedule.window or end)
-        asked, dense = asked + density * pairs, dense + pairs
-    return asked / dense
+        sparse, dense = sparse + density * pairs, dense + pairs
+    return sparse / dense

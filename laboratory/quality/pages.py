@@ -1,34 +1,59 @@
-"""The results of the laboratory as pages: a table in Markdown, and plots."""
+"""A folder's rows as pages: a table in Markdown, and plots."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 from lightforcing.lightforcing_core.files.output import whole_file
 
-from .arms import LONG, OPTIONS
-from .claims import Table, sparsities_of
+from .arms import EIGHT_BIT, LONG, OPTIONS
+from .claims import Row, Table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-COLUMNS = ("right", "colour", "shape", "direction", "speed", "identity", "copies", "position_error", "velocity_error")
-PICTURE = ("latent_error", "psnr", "ms_ssim")
 LINES = ("published", "uniform", "one-stage", *OPTIONS)
-PLOTS = ("sparsity.png", "chunks.png", "layers.png", "drift.png", "claims.png")
+LINE: dict[str, Any] = {"marker": "o", "linewidth": 1.2, "markersize": 4}
+OPTION_MEASURES = ("latent_error", "psnr", "position_error", "right", "copies", "attention_error")
+MEANS = {
+    "video": (
+        *("Means", "flops", "latent_error", "psnr", "ms_ssim", "right", "colour", "shape", "direction", "speed"),
+        *("identity", "copies", "position_error", "velocity_error"),
+    ),
+    "long": ("Long rollouts", "flops", "drift", "colour_late", "shape_late"),
+    "attention": ("Attention error, mean over layers and sparse chunks", "attention_error"),
+}
+
+Summary = Mapping[str, Any]
+Draw = Callable[[Axes, Axes, Table, Summary], None]
 
 
-def write_pages(folder: Path, rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[Path]:
+def write_pages(folder: Path, rows: Sequence[Row], summary: Summary) -> list[Path]:
     """table.md and the plots that the rows have numbers for, in `folder`."""
-    table = Table(rows)
-    page = folder / "table.md"
+    table, page = Table(rows), folder / "table.md"
     with whole_file(page) as partial:
         partial.write_text(markdown(summary), encoding="utf-8")
-    return [page, *_plots(folder, table, summary)]
+    written = [page]
+    for name, draw in PLOTS.items():
+        figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+        draw(axes[0], axes[1], table, summary)
+        if any(axis.has_data() for axis in axes):
+            for axis in axes:
+                if axis.get_legend_handles_labels()[1]:
+                    axis.legend(fontsize=8)
+            with whole_file(folder / name) as partial:
+                figure.savefig(partial, dpi=110)
+            written.append(folder / name)
+        plt.close(figure)
+    return written
 
 
-def markdown(summary: Mapping[str, Any]) -> str:
+def markdown(summary: Summary) -> str:
     """Claims, options and means as tables."""
     head = ("sparsity", "measure", "worse by", "95 % interval", "effect", "worse in", "seeds", "verdict")
     lines = []
@@ -36,14 +61,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
         found = [claim for claim in summary["claims"] if claim["says"] == says]
         lines += [f"## {says[0].upper()}{says[1:]}", "", *_rows(head, [_cells(claim) for claim in found]), ""]
     lines += ["## Options against the published method", "", "Negative is better.", ""]
-    short = ("latent_error", "psnr", "position_error", "right", "copies", "attention_error")
-    found = [option for option in summary["options"] if option["measure"] in short]
+    found = [option for option in summary["options"] if option["measure"] in OPTION_MEASURES]
     lines += _rows(("option", *head), [(option["says"], *_cells(option)) for option in found])
-    for kind, title, columns in (
-        ("video", "Means", ("flops", *PICTURE, *COLUMNS)),
-        ("long", "Long rollouts", ("flops", "drift", "colour_late", "shape_late")),
-        ("attention", "Attention error, mean over layers and sparse chunks", ("attention_error",)),
-    ):
+    for kind, (title, *columns) in MEANS.items():
         found = [row for row in summary["means"] if row["kind"] == kind]
         if found:
             cells = [(row["arm"], str(row["videos"]), *(_number(row[name]) for name in columns)) for row in found]
@@ -65,129 +85,93 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
-def _plots(folder: Path, table: Table, summary: Mapping[str, Any]) -> list[Path]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    written = []
-    for name, draw in zip(PLOTS, (_sparsity, _chunks, _layers, _drift, _claims), strict=True):
-        figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-        if draw(list(axes), table, summary):
-            with whole_file(folder / name) as partial:
-                figure.savefig(partial, dpi=110)
-            written.append(folder / name)
-        plt.close(figure)
-    return written
-
-
-def _mean(table: Table, kind: str, arm: str, measure: str) -> float | None:
-    values = list(table.values(kind, arm, measure).values())
-    return statistics.fmean(values) if values else None
-
-
-def _sparsity(axes: Sequence["Axes"], table: Table, summary: Mapping[str, Any]) -> bool:
-    """Error and share of right videos over what attention costs."""
-    drawn = False
-    for axis, measure in zip(axes, ("latent_error", "right"), strict=True):
+def _sparsity(left: Axes, right: Axes, table: Table, summary: Summary) -> None:
+    """Error and share of right videos over the cost of attention."""
+    for axis, measure in ((left, "latent_error"), (right, "right")):
         for line in LINES:
-            points = []
-            for sparsity in sparsities_of(table):
-                cost, value = (_mean(table, "video", f"{line} {sparsity}", name) for name in ("flops", measure))
-                if cost is not None and value is not None:
-                    points.append((cost, value))
+            arms = [f"{line} {sparsity}" for sparsity in table.sparsities()]
+            points = [(table.mean("video", arm, "flops"), table.mean("video", arm, measure)) for arm in arms]
+            points = [point for point in points if None not in point]
             if points:
-                axis.plot(*zip(*points, strict=True), "o-", label=line, linewidth=1.2, markersize=4)
-                drawn = True
-        dense = _mean(table, "video", "dense", measure)
-        if dense is not None:
+                axis.plot(*zip(*points, strict=True), label=line, **LINE)
+        dense = table.mean("video", "dense", measure)
+        if dense is not None and axis.has_data():
             axis.axhline(dense, color="grey", linewidth=0.8, linestyle="--", label="dense")
         axis.set(xlabel="attention FLOPs / dense", ylabel=measure)
-    axes[1].set(ylim=(0, 1.05))
-    if drawn:
-        axes[0].legend(fontsize=8)
-    return drawn
+    right.set(ylim=(0, 1.05))
 
 
-def _chunks(axes: Sequence["Axes"], table: Table, summary: Mapping[str, Any]) -> bool:
+def _chunks(left: Axes, right: Axes, table: Table, summary: Summary) -> None:
     """Latent error and position error over the video, at the highest sparsity."""
-    sparsities = sparsities_of(table)
-    drawn = False
-    for line in ("published", "uniform", "one-stage", "early", "late", "tail", "dense"):
-        arm = line if line == "dense" else f"{line} {sparsities[-1]}" if sparsities else line
-        for axis, measure in zip(axes, ("latent_errors", "position_errors"), strict=True):
-            over_time = _means_over_time(table, "video", arm, measure)
-            if over_time and not (line == "dense" and measure == "latent_errors"):
-                axis.plot(range(1, len(over_time) + 1), over_time, "o-", label=arm, linewidth=1.2, markersize=4)
-                drawn = True
-    axes[0].set(xlabel="chunk", ylabel="latent error against dense")
-    axes[1].set(xlabel="eighth of the video", ylabel="distance from the promised path, heights")
-    if drawn:
-        axes[1].legend(fontsize=8)
-    return drawn
+    last = table.sparsities()[-1:]
+    for arm in [f"{line} {s}" for line in ("published", "uniform", "one-stage", "early", "late", "tail") for s in last]:
+        _plot(left, _over_time(table, "video", arm, "latent_errors"), arm)
+        _plot(right, _over_time(table, "video", arm, "position_errors"), arm)
+    _plot(right, _over_time(table, "video", "dense", "position_errors"), "dense")
+    left.set(xlabel="chunk", ylabel="latent error against dense")
+    right.set(xlabel="eighth of the video", ylabel="distance from the promised path, heights")
 
 
-def _layers(axes: Sequence["Axes"], table: Table, summary: Mapping[str, Any]) -> bool:
-    """Attention error by layer and by chunk, at the highest sparsity."""
-    sparsities = sparsities_of(table)
-    drawn = False
-    for line in (*LINES, "kv int8", "kv fp8"):
-        rows = table.rows("attention", f"{line} {sparsities[-1]}") if sparsities else []
-        errors = [row["errors"] for row in rows]
-        if errors:
-            layers, chunks = range(len(errors[0][0])), range(1, len(errors[0]))
-            by_layer = [statistics.fmean(e[chunk][layer] for e in errors for chunk in chunks) for layer in layers]
-            by_chunk = [statistics.fmean(e[chunk][layer] for e in errors for layer in layers) for chunk in chunks]
-            axes[0].plot([layer + 1 for layer in layers], by_layer, "o-", label=line, linewidth=1.2, markersize=4)
-            axes[1].plot([chunk + 1 for chunk in chunks], by_chunk, "o-", label=line, linewidth=1.2, markersize=4)
-            drawn = True
-    axes[0].set(xlabel="layer", ylabel="attention error against dense")
-    axes[1].set(xlabel="chunk", ylabel="attention error against dense")
-    if drawn:
-        axes[0].legend(fontsize=8)
-    return drawn
+def _layers(left: Axes, right: Axes, table: Table, summary: Summary) -> None:
+    """Attention error by layer and by chunk, at the highest sparsity; the first chunk is dense."""
+    for line in (*LINES, *EIGHT_BIT):
+        for sparsity in table.sparsities()[-1:]:
+            errors = np.array([row["errors"] for row in table.rows("attention", f"{line} {sparsity}")])
+            if errors.size:
+                mean = errors[:, 1:].mean(axis=0)  # [chunks, layers]
+                _plot(left, mean.mean(axis=0), line)
+                _plot(right, mean.mean(axis=1), line, first=2)
+    for axis, label in ((left, "layer"), (right, "chunk")):
+        axis.set(xlabel=label, ylabel="attention error against dense")
 
 
-def _drift(axes: Sequence["Axes"], table: Table, summary: Mapping[str, Any]) -> bool:
-    """Long rollouts: the distance from their own first chunk, and what their last quarter still shows."""
+def _drift(left: Axes, right: Axes, table: Table, summary: Summary) -> None:
+    """Long rollouts: the distance from their own first chunk, and the things that their last quarter still shows."""
     arms = table.arms("long")
-    for arm in arms:
-        over_time = _means_over_time(table, "long", arm, "drifts")
-        axes[0].plot(range(1, len(over_time) + 1), over_time, label=arm.removeprefix(LONG), linewidth=1.2)
-    places = range(len(arms))
+    names = [arm.removeprefix(LONG) for arm in arms]
+    for arm, name in zip(arms, names, strict=True):
+        left.plot(
+            range(1, 1 + len(values := _over_time(table, "long", arm, "drifts"))), values, label=name, linewidth=1.2
+        )
     for offset, measure in ((-0.2, "colour_late"), (0.2, "shape_late")):
-        heights = [_mean(table, "long", arm, measure) or 0.0 for arm in arms]
-        axes[1].bar([place + offset for place in places], heights, 0.38, label=measure)
-    axes[0].set(xlabel="chunk", ylabel="change of look since the first chunk")
-    axes[1].set_xticks(list(places), [arm.removeprefix(LONG) for arm in arms])
-    axes[1].set(ylabel="share of promised things", ylim=(0, 1.05))
-    for axis in axes:
+        heights = [table.mean("long", arm, measure) or 0.0 for arm in arms]
         if arms:
-            axis.legend(fontsize=8)
-    return bool(arms)
+            right.bar([place + offset for place in range(len(arms))], heights, 0.38, label=measure)
+    left.set(xlabel="chunk", ylabel="change of look since the first chunk")
+    right.set_xticks(range(len(arms)), names)
+    right.set(ylabel="share of promised things", ylim=(0, 1.05))
 
 
-def _claims(axes: Sequence["Axes"], table: Table, summary: Mapping[str, Any]) -> bool:
-    """Effect on the latent error (left) and on the position error (right), with intervals."""
-    drawn = False
-    for axis, measure in zip(axes, ("latent_error", "position_error"), strict=True):
+def _claims(left: Axes, right: Axes, table: Table, summary: Summary) -> None:
+    """Differences in the latent error (left) and the position error (right), with intervals."""
+    for axis, measure in ((left, "latent_error"), (right, "position_error")):
         entries = [claim for claim in summary["claims"] if claim["measure"] == measure]
-        labels = [f"{entry['worse']} − {entry['better']}" for entry in entries]
         for place, entry in enumerate(entries):
             axis.plot([entry["low"], entry["high"]], [place, place], color="#3b7dd8", linewidth=2)
             axis.plot(entry["mean"], place, "o", color="#1d2733", markersize=4)
-            drawn = True
-        axis.axvline(0, color="grey", linewidth=0.8)
-        axis.set_yticks(range(len(labels)), labels, fontsize=8)
+        if entries:
+            axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set_yticks(range(len(entries)), [f"{entry['worse']} − {entry['better']}" for entry in entries], fontsize=8)
         axis.invert_yaxis()
         axis.set(xlabel=f"difference in {measure}, 95 % interval")
-    return drawn
 
 
-def _means_over_time(table: Table, kind: str, arm: str, measure: str) -> list[float]:
-    lists = [row[measure] for row in table.rows(kind, arm)]
-    if not lists:
-        return []
-    columns = ([value for value in column if value is not None] for column in zip(*lists, strict=True))
-    return [statistics.fmean(column) if column else float("nan") for column in columns]
+PLOTS: dict[str, Draw] = {
+    "sparsity.png": _sparsity,
+    "chunks.png": _chunks,
+    "layers.png": _layers,
+    "drift.png": _drift,
+    "claims.png": _claims,
+}
+
+
+def _plot(axis: Axes, values: Sequence[float] | np.ndarray, label: str, first: int = 1, marker: str = "o") -> None:
+    if len(values):
+        axis.plot(range(first, first + len(values)), values, label=label, **{**LINE, "marker": marker})
+
+
+def _over_time(table: Table, kind: str, arm: str, measure: str) -> list[float]:
+    """The mean over videos of every entry of a list; NaN if no video has a number there."""
+    columns = zip(*(row[measure] for row in table.rows(kind, arm)), strict=True)
+    numbers = ([value for value in column if value is not None] for column in columns)
+    return [statistics.fmean(column) if column else float("nan") for column in numbers]

@@ -1,16 +1,14 @@
 """FP8 linears: e4m3 weights with a scale per output channel, activations quantised per token as they come.
 
-`quantize_linears` puts them into a Wan tree for use without ComfyUI, and the loader's `fp8_rowwise` multiplies with
-the same functions. e4m3 is a floating format: it rounds a normal distribution by 2.6 % (root mean square) whatever
-the scale, as long as the largest value stays under 448 and few fall below 2^-6, where its digits run out.
+The loader's `fp8_rowwise` multiplies with these functions. e4m3 is a floating format: it rounds normal distributions by
+2.6 % (root mean square) at any scale, as long as the largest value stays under 448 and few fall below 2^-6, where its
+digits run out.
 """
 
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # the largest finite e4m3fn
@@ -47,7 +45,7 @@ def dequantize_rows(stored: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
 def why_no_fp8(out_features: int, in_features: int) -> str | None:
     """Why a weight of this shape cannot be multiplied in FP8, or None."""
     if out_features % MULTIPLE or in_features % MULTIPLE:
-        return f"{out_features}×{in_features} are not multiples of {MULTIPLE}"
+        return f"FP8 needs sizes that are multiples of {MULTIPLE}, not {out_features}×{in_features}"
     return None
 
 
@@ -99,86 +97,3 @@ def product(
     """`scaled_product` where the device can, else `plain_product`."""
     multiply = plain_product if why_not_scaled_mm(x.device) else scaled_product
     return multiply(x, x_scales, weight, weight_scales, bias, dtype)
-
-
-class FP8Linear(nn.Module):
-    """A linear layer in FP8: weight [N, K] float8_e4m3fn, weight_scale [N, 1] float32, bias [N] in its own dtype.
-
-    Its state dict is what LightX2V stores for such a layer. Raises ValueError where N or K is no multiple of 16.
-    """
-
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.out_features, self.in_features = linear.weight.shape
-        if reason := why_no_fp8(self.out_features, self.in_features):
-            raise ValueError(f"a linear layer of {reason}, as FP8 needs; leave it in 16 bits")
-        weight, scale = quantize_rows(linear.weight.detach())
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] → [..., N] in x's dtype."""
-        rows = x.reshape(-1, self.in_features)
-        y = product(*quantize_rows(rows), self.weight, self.weight_scale, self.bias, x.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-@dataclass(frozen=True)
-class FP8Report:
-    """What became FP8: the layers' names, those left alone with the reason, and bytes of the whole tree.
-
-    `plain_because` says why the products run without FP8 units, None where they run on them.
-    """
-
-    layers: tuple[str, ...]
-    left: dict[str, str]
-    bytes_before: int
-    bytes_after: int
-    plain_because: str | None
-
-    def __str__(self) -> str:
-        left = f", {len(self.left)} left alone ({'; '.join(sorted(set(self.left.values())))})" if self.left else ""
-        how = f"computed in 16 bits: {self.plain_because}" if self.plain_because else "computed on FP8 units"
-        sizes = f"{self.bytes_before / 1e9:.2f} → {self.bytes_after / 1e9:.2f} GB"
-        return f"{len(self.layers)} layers in FP8{left}; {sizes}; {how}"
-
-
-def quantize_linears(dit: nn.Module) -> FP8Report:
-    """Replace the matrices of every transformer layer of a Wan tree (see `wan.py`) by FP8 ones, in place.
-
-    The layers are those Light Forcing quantises: q, k, v, o of both attentions and the two of the feed-forward. One
-    whose sides are no multiples of 16 stays as it is and is reported. Weights are quantised where they lie, one
-    layer at a time. Raises ValueError, before anything is changed, where such a layer is missing or not a plain
-    `torch.nn.Linear`, as in a tree that is quantised already; inside ComfyUI choose a weight dtype in the loader.
-    """
-    blocks: Any = dit.blocks
-    names = [(i, block, name) for i, block in enumerate(blocks) for name in LAYER_LINEARS]
-    found = {f"blocks.{i}.{name}": block.get_submodule(name) for i, block, name in names}
-    for name, module in found.items():
-        if type(module) is not nn.Linear:
-            raise ValueError(
-                f"{name} is a {type(module).__name__}, not a plain linear layer; quantise a tree once, from 16 or "
-                "32 bits, as wan_from_state_dict builds it"
-            )
-    before = _bytes(dit)
-    left: dict[str, str] = {}
-    for name, module in found.items():
-        if reason := why_no_fp8(*module.weight.shape):
-            left[name] = reason
-            continue
-        dit.set_submodule(name, FP8Linear(module))
-    device = next(dit.parameters()).device
-    layers = tuple(name for name in found if name not in left)
-    return FP8Report(layers, left, before, _bytes(dit), why_not_scaled_mm(device))
-
-
-def _bytes(tree: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in tree.state_dict().values())

@@ -1,19 +1,15 @@
-"""What a run kept and what it cost: density per chunk, attention FLOPs against dense, seconds per stage, the plot.
-
-A schedule can be reported before it runs (`schedule_costs`, `plot_schedule`); `RunReport` collects a run.
-"""
+"""A run's attention FLOPs against dense attention and its seconds per stage, and figures as images."""
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..rollout.cost import ChunkCost, flops_ratio, schedule_costs
+from ..rollout.cost import ChunkCost
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,43 +67,6 @@ class RunReport:
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
-
-
-def plot_schedule(
-    sparsities: Sequence[float],
-    chunk_lengths: Sequence[int],
-    window: int | None = None,
-    target: float | None = None,
-) -> Image.Image:
-    """Sparsity per chunk as steps over latent frames, with the budget as a line: an RGB image, 512 × 300.
-
-    The title says what the schedule costs against dense attention with the same window. Touches no global state
-    of matplotlib, so it may run in any thread.
-    """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    costs = schedule_costs(sparsities, chunk_lengths, window)
-    edges = [0, *accumulate(chunk_lengths)]
-    figure = Figure(figsize=(5.12, 3.0), dpi=100, layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    axes.stairs(sparsities, edges, fill=True, color=FILL, alpha=0.25)
-    axes.stairs(sparsities, edges, color=FILL, linewidth=2)
-    if target is not None:
-        axes.axhline(target, color=BUDGET, linewidth=1.5, linestyle="--")
-        axes.text(0, target + 0.01, f" target {target:g}", color=BUDGET, fontsize=10, va="bottom")
-    axes.set(xlim=(0, edges[-1]), ylim=(0.0, 1.05), xlabel="latent frames", ylabel="sparsity")
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=10)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    seen = "" if window is None else f", window {window}"
-    figure.suptitle(
-        f"{len(costs)} chunks{seen}: {flops_ratio(costs):.0%} of dense attention FLOPs", fontsize=12, color=INK
-    )
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return image_of(figure)
 
 
 def image_of(figure: "Figure") -> Image.Image:

@@ -4,15 +4,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import comfy.sd
-import folder_paths
 import torch
-from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 
 from ...lightforcing_core.checkpoint.load import CheckpointError, inspect_checkpoint, load_dit_state_dict
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS
 from ...lightforcing_core.families import FAMILIES, Family, family_of
+from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path
 from .options import AUTO, option_inputs, settings_from
 from .patch import patched
 
@@ -43,45 +41,45 @@ class LightForcingModelLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list("diffusion_models"),
+                    options=model_files("diffusion_models"),
                     tooltip="A checkpoint in models/diffusion_models. Training files (.pt with generator or "
-                    "generator_ema) load as they are.",
+                    "generator_ema) load unchanged.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="fp8 halves the weights' memory; quality drops a little. _fast also computes in fp8 on "
-                    "RTX 40 and later. fp8_rowwise does too and scales every channel and token, which keeps outliers "
-                    "that the others cut off. Leave default for a checkpoint that is fp8 already.",
+                    tooltip="fp8 halves the memory of the weights at a small loss of quality. _fast also computes in "
+                    "fp8 on RTX 40 and later. fp8_rowwise does the same with one scale per channel and per token, so "
+                    "outliers are not clipped. Keep default for a checkpoint that is already fp8.",
                     advanced=True,
                 ),
                 io.Combo.Input(
                     "weights",
                     options=[AUTO, "ema", "plain"],
                     default=AUTO,
-                    tooltip="Which set to load where a file holds several. auto follows the checkpoint's authors: EMA, "
-                    "except for LongLive and chunk-wise Causal Forcing.",
+                    tooltip="Which weights to load if a file holds several sets. auto follows the checkpoint's "
+                    "authors: EMA, except for LongLive and chunk-wise Causal Forcing.",
                     advanced=True,
                 ),
                 io.Combo.Input(
                     "lora_name",
-                    options=[NONE, *folder_paths.get_filename_list("loras")],
+                    options=[NONE, *model_files("loras")],
                     default=NONE,
-                    tooltip="A LoRA that belongs to the checkpoint and is merged at strength 1, such as LongLive's "
-                    "lora.pt. Style LoRAs go into a Load LoRA node behind this one.",
+                    tooltip="A LoRA that belongs to the checkpoint, merged at strength 1, such as LongLive's lora.pt. "
+                    "Style LoRAs go into a Load LoRA node after this one.",
                 ),
                 *option_inputs(),
             ],
-            outputs=[io.Model.Output(display_name="MODEL", tooltip="Patched: use it with Light Forcing Sampler.")],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="The patched model, for Light Forcing Sampler.")],
         )
 
     @classmethod
     def execute(
         cls, model_name: str, weight_dtype: str, weights: str, lora_name: str, family: str, **options: Any
     ) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise("diffusion_models", model_name)
-        lora = None if lora_name == NONE else folder_paths.get_full_path_or_raise("loras", lora_name)
+        path = model_path("diffusion_models", model_name)
+        lora = None if lora_name == NONE else model_path("loras", lora_name)
         chosen = chosen_family(family, path)
         model = load_checkpoint(path, weights, lora, weight_dtype, chosen)
         return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family))
@@ -97,7 +95,7 @@ class LightForcingApply(io.ComfyNode):
             display_name="Light Forcing Apply",
             category="Light Forcing",
             description="Makes a Wan 2.1 text-to-video MODEL from any loader (Load Diffusion Model, GGUF, with LoRAs) "
-            "ready for Light Forcing Sampler. Bypass it and the stock model is back.",
+            "ready for Light Forcing Sampler. Bypass the node to get the stock model back.",
             inputs=[
                 io.Model.Input(
                     "model",
@@ -106,12 +104,14 @@ class LightForcingApply(io.ComfyNode):
                 ),
                 *option_inputs(),
             ],
-            outputs=[io.Model.Output(display_name="MODEL", tooltip="A patched clone; the input stays as it was.")],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="A patched clone; the input model does not change.")
+            ],
         )
 
     @classmethod
     def execute(cls, model: ModelPatcher, family: str, **options: Any) -> io.NodeOutput:
-        chosen = chosen_family(family, _file_of(model))
+        chosen = chosen_family(family, file_of(model))
         return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family))
 
 
@@ -155,24 +155,18 @@ def load_checkpoint(
         raise CheckpointError(f"{path} is quantised already ({info.quantised}); set weight_dtype to default")
     by_rows = weight_dtype == ROWWISE or BY_ROWS in (info.quantised or "")
     if by_rows:
-        from .rowwise import adopt, opened, quantized  # not every ComfyUI has comfy-kitchen, which it builds on
+        from .rowwise import quantized, restored, use_rows  # needs comfy-kitchen, which not every ComfyUI has
 
-        state_dict = quantized(state_dict, info.layers) if weight_dtype == ROWWISE else opened(state_dict)
-    model = comfy.sd.load_diffusion_model_state_dict(
+        state_dict = quantized(state_dict, info.layers) if weight_dtype == ROWWISE else restored(state_dict)
+    model = load_model(
         state_dict,
-        model_options=dict(WEIGHT_DTYPES[weight_dtype]),
+        options=WEIGHT_DTYPES[weight_dtype],
         metadata=info.metadata,
         disable_dynamic=disable_dynamic,
+        again=(load_checkpoint, (path, weights, lora, weight_dtype, family)),
     )
     if model is None:
         raise CheckpointError(f"{path} is Wan 2.1 in a form that this ComfyUI does not load; update ComfyUI")
     if by_rows:
-        adopt(model)
-    model.cached_patcher_init = (load_checkpoint, (path, weights, lora, weight_dtype, family))
+        use_rows(model)
     return model
-
-
-def _file_of(model: ModelPatcher) -> str:
-    """The path of the file that a MODEL came from, "" if its loader does not say."""
-    made_by = model.cached_patcher_init
-    return next((part for part in made_by[1] if isinstance(part, str)), "") if made_by else ""

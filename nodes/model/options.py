@@ -22,39 +22,39 @@ def option_inputs() -> list[io.Input]:
             "family",
             options=[AUTO, *FAMILIES],
             default=AUTO,
-            tooltip="Which checkpoint this is: sets the chunk length, window, sparsity and shift that the samplers "
-            "use. auto reads the file's name; weights alone cannot tell.",
+            tooltip="The checkpoint's family, which sets the chunk length, window, sparsity and shift that the "
+            "samplers use. auto reads it from the name of the file or its folder; the weights alone cannot tell.",
         ),
         io.Combo.Input(
             "backend",
             options=[AUTO, *BACKENDS],
             default=AUTO,
-            tooltip="What computes sparse attention. auto takes the fastest that runs here; a named one that cannot "
-            "run is an error instead of a silent fallback.",
+            tooltip="The code that computes sparse attention. auto takes the fastest that runs here; if a named one "
+            "cannot run, that is an error, not a silent fallback.",
             advanced=True,
         ),
         io.Combo.Input(
             "block",
             options=["16", "32", "64", "128"],
             default="64",
-            tooltip="Tokens per attention block. Smaller blocks choose more precisely and run slower; 64 is what the "
-            "method was published with.",
+            tooltip="Tokens per attention block. Smaller blocks select more precisely and run slower; the published "
+            "method uses 64.",
             advanced=True,
         ),
         io.Int.Input(
             "keep_frames",
-            tooltip="Past latent frames that stay eligible for sparse attention, sinks and nearest included. Fewer "
-            "is faster and forgets more; -1 takes the family's value.",
+            tooltip="Past latent frames that sparse attention may read, including the first and the nearest ones. "
+            "Fewer is faster but forgets more; -1 takes the family's value.",
             **frames,
         ),
         io.Int.Input(
             "keep_sink",
-            tooltip="How many of the kept frames are always the video's first ones. -1 takes the family's value.",
+            tooltip="How many of the kept frames are always the first ones of the video. -1 takes the family's value.",
             **frames,
         ),
         io.Int.Input(
             "keep_near",
-            tooltip="How many of the kept frames are always the nearest ones: motion stays smooth. -1 takes the "
+            tooltip="How many of the kept frames are always the nearest ones, which keeps motion smooth. -1 takes the "
             "family's value.",
             **frames,
         ),
@@ -64,9 +64,9 @@ def option_inputs() -> list[io.Input]:
             default=AUTO,
             optional=True,
             advanced=True,
-            tooltip="How a block's worth is guessed before it is read. mean: as published. lse: from its four parts, "
-            "which finds a block with one strong spot; selection takes about four times as long, still little. auto: "
-            "mean for checkpoints that were trained with it, lse for all others.",
+            tooltip="How the importance of a block is estimated before it is read. mean: as published. lse: from its "
+            "four parts, which finds a block with one strong spot; selection takes about four times as long, which is "
+            "still little. auto: mean for checkpoints trained with it, lse for all others.",
         ),
         io.Combo.Input(
             "tail",
@@ -74,16 +74,16 @@ def option_inputs() -> list[io.Input]:
             default=AUTO,
             optional=True,
             advanced=True,
-            tooltip="on: blocks that are skipped still count, each as its mean. Closer to dense attention for a little "
-            "time and memory. auto: off for checkpoints that were trained without it, on for all others.",
+            tooltip="on: skipped blocks still count, each as its mean. This is closer to dense attention and takes a "
+            "little more time and memory. auto: off for checkpoints trained without it, on for all others.",
         ),
         io.Boolean.Input(
             "tiles",
             default=False,
             optional=True,
             advanced=True,
-            tooltip="On: a block is a compact patch of the picture instead of a run of its rows, so what is chosen "
-            "together belongs together. Not what Light Forcing checkpoints were trained with.",
+            tooltip="On: a block is a compact patch of the picture instead of a run of its rows, so its tokens belong "
+            "together. Light Forcing checkpoints were not trained with it.",
         ),
         io.Int.Input(
             "reuse_steps",
@@ -93,8 +93,8 @@ def option_inputs() -> list[io.Input]:
             step=1,
             optional=True,
             advanced=True,
-            tooltip="Denoising steps of a chunk that share one choice of blocks. 1 chooses anew in every step; more "
-            "saves a little time.",
+            tooltip="Denoising steps of a chunk that share one selection of blocks. 1 selects anew in every step; "
+            "more saves a little time.",
         ),
     ]
 

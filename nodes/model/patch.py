@@ -5,25 +5,17 @@ deleting the node gives the stock model back. A patch that the causal forward wo
 """
 
 import logging
-import re
 from dataclasses import dataclass
 from typing import Any
-
-import comfy.model_base
-import comfy.model_sampling
-from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 
 from ...lightforcing_core.attention.dispatch import AttentionOptions
 from ...lightforcing_core.families import Family
 from ...lightforcing_core.model.causal import forward
+from ..comfy import WAN_T2V, ModelPatcher, WrappersMP, flow_sampling, forward_patches
 
 KEY = "light_forcing"
 RUN = "light_forcing_run"  # where a sampler puts its rollout state in transformer_options
-WAN_T2V = (comfy.model_base.WAN21, comfy.model_base.WAN21_CausalAR)
 LATENT_CHANNELS = 16
-CACHES = ("easycache", "lazycache")  # core's step caches: they skip forwards that the KV cache needs
-FORWARD_PATCH = re.compile(r"^diffusion_model(\..*forward\w*|\.blocks\.\d+(\.(self|cross)_attn)?)?$")
 log = logging.getLogger(__name__)
 
 
@@ -50,7 +42,7 @@ def patched(model: ModelPatcher, settings: Settings) -> ModelPatcher:
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     clone.set_attachments(KEY, settings)
-    clone.add_object_patch("model_sampling", _flow_sampling(clone, settings.family.shift))
+    clone.add_object_patch("model_sampling", flow_sampling(clone, settings.family.shift))
     return clone
 
 
@@ -74,38 +66,9 @@ def unsuitable_model(model: ModelPatcher) -> str | None:
 
 
 def conflicting_patch(model: ModelPatcher, model_options: dict[str, Any]) -> str | None:
-    """The patch on a MODEL, or on one run's options, that the causal forward would silently drop, or None."""
-    options = model_options.get("transformer_options", {})
-    found = None
-    if "optimized_attention_override" in options:
-        found = "an attention override (optimized_attention_override)"
-    for name, replaced in options.get("patches_replace", {}).items():
-        if replaced:
-            found = f"replaced blocks ({name} {', '.join(str(block) for block in list(replaced)[:3])})"
-    for name in ("attn1_patch", "attn2_patch"):
-        if options.get("patches", {}).get(name):
-            found = f"an attention patch ({name})"
-    if options.get("rope_options"):
-        found = "scaled RoPE (rope_options)"
-    if "context_handler" in model_options:
-        found = "context windows (context_handler)"
-    if model.get_additional_models_with_key("multigpu"):
-        found = "a split over several GPUs (multigpu)"
-    for table in (model.wrappers, options.get("wrappers", {})):
-        for kind, by_key in table.items():
-            for key, functions in by_key.items():
-                if functions and key != KEY and (kind == WrappersMP.DIFFUSION_MODEL or key in CACHES):
-                    found = f"another patch of the model's forward ({key or _name(functions[0])})"
-    for name in model.object_patches:
-        if FORWARD_PATCH.search(name):
-            found = f"another patch of the model's forward ({name})"
-    if found is None:
-        return None
-    return f"this MODEL carries {found}, which Light Forcing would silently drop; remove the node that adds it"
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)
+    """Why a patch on a MODEL, or on one run's options, would be dropped by the causal forward, or None."""
+    found = next(forward_patches(model, model_options, KEY), None)
+    return found and f"this MODEL has {found}, which Light Forcing would silently drop; remove the node that adds it"
 
 
 def _forward(executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None, **kwargs):
@@ -127,14 +90,3 @@ def _outer_sample(executor, noise, latent_image, sampler, *args, **kwargs):
     else:
         prepare(executor.class_obj, noise, latent_image, *args, **kwargs)
     return executor(noise, latent_image, sampler, *args, **kwargs)
-
-
-def _flow_sampling(model: ModelPatcher, shift: float) -> Any:
-    """Flow matching with `shift` in the host's terms, as its own model-sampling nodes build it."""
-
-    class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-        pass
-
-    sampling = FlowSampling(model.model.model_config)
-    sampling.set_parameters(shift=shift, multiplier=1000)
-    return sampling

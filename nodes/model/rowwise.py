@@ -1,8 +1,8 @@
-"""The weight dtype `fp8_rowwise`: a quantised layout of the host's own kind with a scale per row instead of one.
+"""The weight dtype `fp8_rowwise`: a quantised layout of ComfyUI's kind with a scale per row instead of one.
 
-The host's FP8 has one scale per matrix and divides activations by a constant. Ours scales every output channel and,
-as it comes, every token, so an outlier costs its own row only. The layers are the host's FP8 linears and the weights
-its QuantizedTensor; offloading, LoRAs (which it applies to the dequantised weight) and saving stay its own work.
+ComfyUI's FP8 has one scale per matrix and divides activations by a constant. This layout scales every output channel
+and, at run time, every token, so an outlier affects only its own row. The layers are ComfyUI's FP8 linears and the
+weights its QuantizedTensor, so ComfyUI does the offloading, the LoRAs (on the dequantised weight) and the saving.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from ...lightforcing_core.fp8.linear import (
 )
 
 LAYOUT = "LightForcingRowwiseFP8Layout"
-_HOST_FORMAT = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+_COMFYUI_FORMAT = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
 
 
 class RowwiseFP8Layout(QuantizedLayout):
@@ -44,7 +44,7 @@ class RowwiseFP8Layout(QuantizedLayout):
     def quantize(
         cls, tensor: Tensor, scale: Any = None, stochastic_rounding: int = 0, inplace_ops: bool = False, **_: Any
     ) -> tuple[Tensor, Params]:
-        """A weight with the host's seed for stochastic rounding, or an activation; scales are always measured."""
+        """Quantise a weight (with ComfyUI's seed for stochastic rounding) or an activation; scales are measured."""
         if stochastic_rounding:
             scales = row_scales(tensor)
             stored = comfy.float.stochastic_rounding(tensor.float() / scales, FP8, seed=stochastic_rounding)
@@ -70,7 +70,7 @@ register_layout_class(LAYOUT, RowwiseFP8Layout)
 
 @register_layout_op(torch.ops.aten.linear.default, RowwiseFP8Layout)
 def _linear(_: Any, args: tuple, kwargs: dict) -> Tensor:
-    """x · weightᵀ + bias, in FP8 where the host has quantised x too."""
+    """x · weightᵀ + bias, in FP8 if ComfyUI has quantised x too."""
     x, weight, bias = (*args, None)[:3]
     if not (isinstance(x, QuantizedTensor) and isinstance(weight, QuantizedTensor)):
         return torch.nn.functional.linear(*dequantize_args((x, weight, bias)))
@@ -79,26 +79,26 @@ def _linear(_: Any, args: tuple, kwargs: dict) -> Tensor:
 
 
 def quantized(state_dict: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A plain Wan state dict with the matrices of its `layers` as FP8, in the keys of the host's FP8 format."""
+    """A plain Wan state dict with the matrices of its `layers` as FP8, in the keys of ComfyUI's FP8 format."""
     quantised = dict(state_dict)
     for name in (f"blocks.{i}.{linear}" for i in range(layers) for linear in LAYER_LINEARS):
         weight = quantised[f"{name}.weight"]
         if why_no_fp8(*weight.shape) is None:
             quantised[f"{name}.weight"], quantised[f"{name}.weight_scale"] = quantize_rows(weight)
-            quantised[f"{name}.comfy_quant"] = _HOST_FORMAT
+            quantised[f"{name}.comfy_quant"] = _COMFYUI_FORMAT
     return quantised
 
 
-def opened(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the host saved of an adopted model, as `quantized` made it."""
-    return {name: _HOST_FORMAT if name.endswith(".comfy_quant") else tensor for name, tensor in state_dict.items()}
+def restored(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict that ComfyUI has saved of such a model, in the form that `quantized` returns."""
+    return {name: _COMFYUI_FORMAT if name.endswith(".comfy_quant") else tensor for name, tensor in state_dict.items()}
 
 
-def adopt(model: ModelPatcher) -> None:
-    """Hand the FP8 weights that the host has loaded from `quantized` or `opened` over to our layout.
+def use_rows(model: ModelPatcher) -> None:
+    """Give the FP8 weights that ComfyUI has loaded from `quantized` or `restored` the layout with a scale per row.
 
-    When the host saves them it names their format `BY_ROWS`, which only our loader reads: its own would take the
-    scales of rows for one of the whole matrix.
+    ComfyUI saves their format under the name `BY_ROWS`, which only this pack's loader reads: ComfyUI's own would take
+    the scales of rows for one of the whole matrix.
     """
     for module in model.model.diffusion_model.modules():
         weight = getattr(module, "weight", None)

@@ -27,12 +27,12 @@ from ...lightforcing_core.rollout.record import RunRecord, RunRecorder
 from ...lightforcing_core.rollout.rollout import Chunk, Noise, Replay, StepEvent, few_step_sigmas, rollout, seeded_noise
 from ...lightforcing_core.rollout.schedule import Schedule, video_frames_of
 from ...lightforcing_core.rollout.state import RunState, resume_arguments
+from ..comfy import is_out_of_memory
 from ..decode import FrameDecoder
 from ..model.patch import KEY, RUN, conflicting_patch, settings_of
 from ..timeline import PromptChange, prompts_of
 from .memory import plan_of
 from .refusals import (
-    is_out_of_memory,
     memory_advice,
     unsuitable_end,
     unsuitable_guider,

@@ -17,8 +17,8 @@ def schedule_input() -> io.Input:
     return ScheduleType.Input(
         "schedule",
         optional=True,
-        tooltip="Chunks, window and sparsity from Light Forcing Schedule. Left open: the defaults of the model's "
-        "checkpoint family.",
+        tooltip="Chunks, window and sparsity, from Light Forcing Schedule. If not connected, the defaults of the "
+        "model's family.",
     )
 
 
@@ -27,8 +27,8 @@ def timeline_input() -> io.Input:
     return TimelineType.Input(
         "timeline",
         optional=True,
-        tooltip="Prompts that take over later, from Light Forcing Prompt Timeline; the positive prompt holds from the "
-        "start.",
+        tooltip="Later prompts, from Light Forcing Prompt Timeline; the positive prompt applies until the first of "
+        "them.",
     )
 
 
@@ -41,16 +41,16 @@ def run_inputs() -> list[io.Input]:
             default="all",
             optional=True,
             advanced=True,
-            tooltip="How a continued video is read again before it goes on. all: every frame, so that the result "
-            "equals one long run. window: only what is still visible; faster for long videos, close but not equal.",
+            tooltip="How a continued video is read again before sampling. all: every frame, so the result equals one "
+            "long run. window: only the frames that are still visible; faster for long videos, close but not equal.",
         ),
         io.Boolean.Input(
             "keep_finished",
             default=True,
             optional=True,
             advanced=True,
-            tooltip="On: a run that is cancelled or runs out of memory returns its finished chunks, a shorter video, "
-            "and the nodes behind it run. Off: it ends there, as in other samplers, and the chunks are lost.",
+            tooltip="On: a run that is cancelled or runs out of memory returns its finished chunks as a shorter "
+            "video, and later nodes run. Off: the run ends as in other samplers, and the chunks are lost.",
         ),
         kv_cache_input(),
         io.Float.Input(
@@ -61,14 +61,14 @@ def run_inputs() -> list[io.Input]:
             step=1.0,
             optional=True,
             advanced=True,
-            tooltip="The timestep, 0 to 1000, at which a finished chunk is read into the model's memory. 0 for every "
-            "published checkpoint; a little more lets a model trust its own past less, against drift.",
+            tooltip="The timestep, 0 to 1000, at which a finished chunk is written to the KV cache. 0 for every "
+            "published checkpoint; a little more makes a model trust its own past less, against drift.",
         ),
         io.Latent.Input(
             "end_latent",
             optional=True,
-            tooltip="What the video ends with: an image from Light Forcing Encode with place end. It counts towards "
-            "the length. Only the last chunk bends toward it, so it has to be near what the prompt leads to; "
-            "frame-wise checkpoints cannot do it.",
+            tooltip="The end of the video: an image from Light Forcing Encode with place end. It counts towards the "
+            "length. Only the last chunk moves toward it, so it must be close to where the prompt leads; frame-wise "
+            "checkpoints cannot use it.",
         ),
     ]

@@ -16,8 +16,8 @@ from ...lightforcing_core.memory.plan import LADDER, MemoryPlan, plan_memory
 from ...lightforcing_core.model.kv_storage import KVOptions
 from ...lightforcing_core.rollout.schedule import Schedule
 from ...lightforcing_core.rollout.state import RunState
+from ..comfy import memory_for_a_run
 from ..decode import FrameDecoder
-from ..device_memory import memory_for_a_run
 
 # How the widget names the ways to keep the KV cache; auto chooses.
 KV_CACHES: dict[str, KVOptions | None] = {
@@ -40,9 +40,9 @@ def kv_cache_input() -> io.Input:
         default="auto",
         optional=True,
         advanced=True,
-        tooltip="How the model's memory of past frames is kept. auto: in full where it fits, else in 8 bits (half the "
-        "memory, nearly the same video), else in main memory (slower); the node says which. int8, fp8: 8 bits. host: "
-        "in main memory, one layer copied ahead.",
+        tooltip="How the keys and values of past frames are kept. auto: in full if they fit, else in 8 bits (half the "
+        "memory, nearly the same video), else in CPU memory (slower); the node shows which. int8, fp8: 8 bits. host: "
+        "in CPU memory, copied one layer ahead. int8_host: both.",
     )
 
 

@@ -3,13 +3,13 @@
 import logging
 from types import TracebackType
 
-import comfy.model_management
 from torch import Tensor
 
 from ...lightforcing_core.rollout.rollout import Chunk, StepEvent
-from ..canvas.live_view import LiveView
+from ..comfy import raise_if_interrupted
 from ..decode import FRAMES_AT_ONCE, FrameDecoder
 from ..video_output import VideoFiles
+from .live_view import LiveView
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class ChunkOutputs:
             return
         before, self._before = self._before.expand(batch, -1, -1, -1, -1), None
         for piece in before.split(FRAMES_AT_ONCE, dim=2):
-            comfy.model_management.throw_exception_if_processing_interrupted()
+            raise_if_interrupted()
             self._add(piece, normalised=self._normalised)
 
     def step(self, event: StepEvent) -> None:

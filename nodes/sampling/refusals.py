@@ -4,10 +4,9 @@ Also what to say when memory runs out, with numbers.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import comfy.model_management
 import comfy.samplers
 import torch
 from torch import Tensor
@@ -17,24 +16,7 @@ from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.rollout.schedule import Schedule, video_frames_of
 from ...lightforcing_core.rollout.state import RunState
 from ..model.patch import LATENT_CHANNELS
-
-UNUSED_BY_T2V = (
-    "area",
-    "clip_vision_output",
-    "concat_latent_image",
-    "concat_mask",
-    "context_latents",
-    "control",
-    "gligen",
-    "mask",
-    "reference_latents",
-    "time_dim_concat",
-    "timestep_end",
-    "timestep_start",
-    "start_percent",
-    "end_percent",
-    "vace_frames",
-)
+from ..timeline import unsuitable_prompt
 
 
 def unsuitable_guider(guider: Any) -> str | None:
@@ -53,23 +35,6 @@ def unsuitable_guider(guider: Any) -> str | None:
         if reason:
             return reason
     return unsuitable_prompt("positive prompt", guider.conds.get("positive") or [])
-
-
-def unsuitable_prompt(name: str, parts: Sequence[Mapping[str, Any]], *, may_be_empty: bool = False) -> str | None:
-    """Why CONDITIONING, as a list of mappings, cannot be followed by a rollout, or None."""
-    if len(parts) != 1:
-        return f"the {name} has {len(parts)} parts; a rollout follows exactly one: do not combine prompts"
-    text = parts[0].get("cross_attn")
-    if text is None or text.ndim != 3 or not text.shape[1]:
-        return f"the {name} holds no text embedding; connect CLIP Text Encode with a Wan (umt5) text encoder"
-    if not torch.isfinite(text).all():
-        return f"the {name}'s embedding holds NaN or infinity; encode the text again"
-    if not may_be_empty and int((text.abs().amax(-1) > 0).sum(1).min()) < 2:
-        return f"the {name} is empty; write what the video should show"
-    unused = [field for field in UNUSED_BY_T2V if parts[0].get(field) is not None]
-    if unused:
-        return f"the {name} carries {', '.join(unused)}, which a rollout cannot follow; remove that node"
-    return None
 
 
 def unsuitable_latents(latents: Tensor, initial: Tensor | None) -> str | None:
@@ -160,12 +125,6 @@ def unsuitable_sigmas(sigmas: Tensor) -> str | None:
             f"on the patched MODEL"
         )
     return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on the card or beside it."""
-    told = isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
-    return told or isinstance(error, MemoryError) or comfy.model_management.is_oom(error)
 
 
 def memory_advice(state: RunState, plan: MemoryPlan, *, decoding: bool) -> str:

@@ -18,16 +18,17 @@ from ...lightforcing_core.families import Family
 from ...lightforcing_core.rollout.rollout import Replay, few_step_sigmas, seeded_noise
 from ...lightforcing_core.rollout.schedule import Schedule
 from ...lightforcing_core.rollout.state import save_run_state
-from ..canvas.live_view import LiveView, tell
+from ..comfy import show_text
 from ..decode import FrameDecoder
 from ..model.patch import KEY, settings_of
-from ..per_chunk import numbers_per_chunk
 from ..report import RECORD
+from ..schedule import numbers_per_chunk
 from ..state import StateFile, StateType
 from ..timeline import PromptChange
 from ..video_output import VideoFiles, VideoOutput, VideoOutputType, graph_metadata
 from .chunk_sampler import ChunkSampler, model_text
 from .inputs import CUT_SHORT, run_inputs, schedule_input, timeline_input
+from .live_view import LiveView
 from .memory import KV_CACHES
 from .outputs import ChunkOutputs
 
@@ -46,18 +47,19 @@ class LightForcingSampler(io.ComfyNode):
             node_id="LightForcingSampler",
             display_name="Light Forcing Sampler",
             category="Light Forcing",
-            description="Generates a video chunk by chunk with an autoregressive Wan 2.1 model. With a VAE connected "
-            "it decodes every chunk as soon as it is finished and shows it.",
+            description="Generates a video chunk by chunk with an autoregressive Wan 2.1 model. With a VAE connected, "
+            "it decodes and shows each chunk as soon as it is finished.",
             search_aliases=["self forcing sampler", "causal video sampler", "longlive sampler"],
             inputs=[
                 io.Model.Input("model", tooltip="From Light Forcing Model Loader or Light Forcing Apply."),
                 io.Conditioning.Input(
-                    "positive", tooltip="What the video shows, from its start until a timeline says otherwise."
+                    "positive",
+                    tooltip="The prompt, from the start of the video until the first change of the timeline.",
                 ),
                 io.Latent.Input(
                     "latent",
-                    tooltip="An empty video latent (Empty AR Video Latent): size, length and batch. Width and height "
-                    "must be multiples of 16.",
+                    tooltip="An empty video latent (Empty AR Video Latent), which sets size, length and batch. Width "
+                    "and height must be multiples of 16.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -66,7 +68,7 @@ class LightForcingSampler(io.ComfyNode):
                     max=MAX_SEED,
                     step=1,
                     control_after_generate=True,
-                    tooltip="The same seed gives the same noise on every card. A longer video with the same seed "
+                    tooltip="The same seed gives the same noise on every GPU. A longer video with the same seed "
                     "starts the same.",
                 ),
                 io.Int.Input(
@@ -75,39 +77,40 @@ class LightForcingSampler(io.ComfyNode):
                     min=0,
                     max=16,
                     step=1,
-                    tooltip="Denoising steps per chunk. 0 takes what the checkpoint was trained with: 4 for almost "
-                    "all, 2 or 1 for Causal Forcing++ (which spends 4 on its first chunk).",
+                    tooltip="Denoising steps per chunk. 0 takes the number that the checkpoint was trained with: 4 "
+                    "for almost all, 2 or 1 for Causal Forcing++ (which takes 4 for its first chunk).",
                 ),
                 schedule_input(),
                 io.Vae.Input(
                     "vae",
                     optional=True,
-                    tooltip="Wan 2.1 VAE, LightVAE or a TAE: decodes while sampling and fills IMAGE. Left open: decode "
-                    "LATENT afterwards. Under ComfyUI's DynamicVRAM it decodes between the chunks, not beside them.",
+                    tooltip="Wan 2.1 VAE, LightVAE or a TAE: decodes during sampling and fills IMAGE. If not "
+                    "connected, decode LATENT later. Under ComfyUI's DynamicVRAM it decodes between the chunks, not "
+                    "concurrently.",
                 ),
                 io.Latent.Input(
                     "start_latent",
                     optional=True,
-                    tooltip="What the video starts with, from VAE Encode: one image (frame-wise checkpoints), or the "
-                    "end of another video to continue. It counts towards the length.",
+                    tooltip="The start of the video, from VAE Encode or Light Forcing Encode: one image (frame-wise "
+                    "checkpoints), or a video to continue. It counts towards the length.",
                 ),
                 timeline_input(),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="What the video should not show; read only where cfg is not 1.",
+                    tooltip="Things that the video should not show; only read if cfg is not 1.",
                 ),
                 StateType.Input(
                     "state",
                     optional=True,
-                    tooltip="Light Forcing Save State: keep the run on disk after every chunk. Light Forcing Load "
-                    "State: go on with a run; then the seed, prompts, steps, schedule, start and end of this node are "
-                    "not read, they come from the file.",
+                    tooltip="Light Forcing Save State writes the run to disk after every chunk. Light Forcing Load "
+                    "State continues a saved run: the seed, prompts, steps, schedule, start and end then come from "
+                    "the file, and those of this node are not read.",
                 ),
                 VideoOutputType.Input(
                     "video_output",
                     optional=True,
-                    tooltip="Light Forcing Video Output: frames go into a video file as they are made, and memory "
+                    tooltip="Light Forcing Video Output writes frames into a video file as they are made, so memory "
                     "does not grow with the length. Needs vae.",
                 ),
                 io.Float.Input(
@@ -118,8 +121,8 @@ class LightForcingSampler(io.ComfyNode):
                     step=0.1,
                     optional=True,
                     advanced=True,
-                    tooltip="Strength of the prompt over the negative one. 1 for all distilled checkpoints; another "
-                    "value, for undistilled ones, doubles time and KV cache and needs negative.",
+                    tooltip="Strength of the positive prompt over the negative one. 1 for all distilled checkpoints; "
+                    "another value, for undistilled ones, doubles time and KV cache and needs negative.",
                 ),
                 io.String.Input(
                     "chunk_seeds",
@@ -127,12 +130,12 @@ class LightForcingSampler(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Seeds of single chunks, such as 4: 123, 7: 99 (the first chunk is 0). Those chunks and "
-                    "all behind them change, the ones before stay as they were.",
+                    "all later ones change; the earlier ones stay the same.",
                 ),
                 *run_inputs(),
             ],
             outputs=[
-                io.Latent.Output(display_name="LATENT", tooltip="The whole video, given start and end included."),
+                io.Latent.Output(display_name="LATENT", tooltip="The whole video, including a given start and end."),
                 io.Image.Output(display_name="IMAGE", tooltip="The decoded frames; needs vae."),
             ],
             hidden=HIDDEN,
@@ -259,7 +262,7 @@ class LightForcingSampler(io.ComfyNode):
                 files.cut_short(told[0])
         if told:
             CUT_SHORT[cls.hidden.unique_id] += 1
-            tell(told[0])
+            show_text(told[0])
         made: dict[str, Any] = {"samples": video.to(comfy.model_management.intermediate_device())}
         if sampler.record is not None:
             made[RECORD] = sampler.record

@@ -7,10 +7,10 @@ from comfy_api.latest import io
 
 from ...lightforcing_core.rollout.rollout import Replay
 from ...lightforcing_core.rollout.schedule import Schedule
-from ..canvas.live_view import ProgressLine
 from ..timeline import PromptChange
 from .chunk_sampler import ChunkSampler
 from .inputs import CUT_SHORT, run_inputs, schedule_input, timeline_input
+from .live_view import ProgressLine
 from .memory import KV_CACHES
 
 
@@ -30,7 +30,8 @@ class LightForcingSamplerSelect(io.ComfyNode):
                 io.Latent.Input(
                     "start_latent",
                     optional=True,
-                    tooltip="What the video starts with, from VAE Encode. It counts towards the length.",
+                    tooltip="The start of the video, from VAE Encode or Light Forcing Encode. It counts towards the "
+                    "length.",
                 ),
                 timeline_input(),
                 *run_inputs(),

@@ -8,8 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lightforcing.benchmarks import attention, memory, options, step
-from lightforcing.benchmarks.rollout import EARLY, _over_rounds, summarise
+from lightforcing.benchmarks import attention, layer, memory, options, step
+from lightforcing.benchmarks.rollout import EARLY, over_rounds, summarise
+from lightforcing.benchmarks.settings import AttentionBench, Machine, Model, OptionsBench, Picture, Place, StepBench
 from lightforcing.benchmarks.timing import Samples, StageClock, ratio, take_turns
 from lightforcing.cli.main import app
 from lightforcing.lightforcing_core.model import cuda_graph as step_graph
@@ -20,6 +21,7 @@ from ..support.tape import TapeRecorder
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
+ON_CPU = Place(Machine("cpu"))
 MACHINE = {"machine", "threads", "torch", "triton", "commit", "arguments", "gpu", "bench"}
 TINY_MODEL = ("--dim", 128, "--ffn-dim", 128, "--layers", 1, "--height", 32, "--width", 32)
 
@@ -63,14 +65,14 @@ def test_attention_compares_both_arms_of_each_chunk(tmp_path):
 
 
 def test_attention_refuses_to_time_a_wrong_result(monkeypatch):
-    monkeypatch.setattr(attention, "sparse_attention", lambda q, k, v, **rest: torch.zeros_like(q))
-    bench = attention.AttentionBench(24, 1, (16, 16), chunks=(2,), backends=("reference",), repeats=1)
+    monkeypatch.setattr(layer, "sparse_attention", lambda q, k, v, **rest: torch.zeros_like(q))
+    bench = AttentionBench(24, 1, (16, 16), chunks=(2,), backend=("reference",), repeats=1, place=ON_CPU)
     with pytest.raises(RuntimeError, match="differs from the reference"):
         attention.run_attention(bench)
 
 
 def test_attention_takes_every_backend_that_can_run_but_not_the_reference():
-    bench = attention.AttentionBench(24, 1, (16, 16))
+    bench = AttentionBench(24, 1, (16, 16))
     q, k = torch.zeros(1, 72, 1, 128), torch.zeros(1, 144, 1, 128)
     absent = {}
     able = attention._sparse_backends(bench, q, k, k, absent)
@@ -82,11 +84,12 @@ def test_attention_takes_every_backend_that_can_run_but_not_the_reference():
 
 @pytest.mark.parametrize("tiles", [False, True])
 def test_options_are_compared_on_tensors_laid_out_as_the_models(tiles):
-    assert all(x.is_contiguous() for x in options.made(options.OptionsBench(height=64, width=96), tiles))
+    assert all(x.is_contiguous() for x in options.made(OptionsBench(Picture(64, 96)), tiles))
 
 
 def test_options_say_what_each_costs_in_error_and_time():
-    small = options.OptionsBench(height=64, width=96, block=(16, 16), backend="reference", dtype="float32", repeats=1)
+    picture, place = Picture(64, 96, (16, 16)), Place(Machine("cpu"), "float32")
+    small = OptionsBench(picture, backend="reference", repeats=1, place=place)
     seen = []
     arms = options.run_options(small, seen.append)["arms"]
     assert list(arms) == seen == list(options.ARMS)
@@ -109,7 +112,7 @@ def test_step_times_both_arms_and_their_stages(tmp_path):
     assert set(result["stages"]["sparse"]) == shared | {"selection"}
     outside = result["stages"]["dense"]["embedding and head"]
     assert result["scaled_to_30_layers"]["dense"] == pytest.approx((arms["dense"]["median"] - outside) * 30 + outside)
-    assert "reckoned for 30 layers from 1, not measured" in output
+    assert "extrapolated from 1 to 30 layers, not measured" in output
 
 
 def test_rollout_lists_every_chunk_and_compares_whole_videos(tmp_path):
@@ -128,8 +131,8 @@ def test_step_measures_each_arm_as_a_graph_too(monkeypatch):
     monkeypatch.setattr(step_graph, "CudaRecorder", TapeRecorder)
     monkeypatch.setattr(step_graph, "_verdicts", {})
     monkeypatch.setattr(TapeRecorder, "events", [])
-    sizes = {"dim": 128, "ffn_dim": 128, "layers": 1, "height": 32, "width": 32, "text_dim": 64}
-    bench = step.StepBench(chunk=2, repeats=2, dtype="float32", cuda_graph=True, **sizes)
+    model, place = Model(128, 128, 1), Place(Machine("cpu"), "float32")
+    bench = StepBench(2, model, Picture(32, 32), repeats=2, cuda_graph=True, place=place)
     result = step.run_step(bench)
     arms = result["arms"]
     assert set(arms) == {"dense", "sparse", "dense, graph", "sparse, graph"}
@@ -153,7 +156,7 @@ def test_rollout_times_sampling_and_decoding_as_one_where_they_overlap(tmp_path)
     assert result["seconds"]["sparse"] == pytest.approx(sum(row["sparse"]["both"] for row in result["chunks"]))
 
 
-def test_rollout_takes_the_median_over_rounds_and_the_most_memory(tmp_path):
+def test_rollout_takes_the_medianover_rounds_and_the_most_memory(tmp_path):
     result, _ = record(tmp_path, "rollout", *TINY_MODEL, "--frames", 9, "--rounds", 3)
     (chunk,) = result["chunks"]
     assert chunk["dense"]["sample"] > 0
@@ -161,7 +164,7 @@ def test_rollout_takes_the_median_over_rounds_and_the_most_memory(tmp_path):
         {"chunk": 1, "dense": {"sample": seconds}, "peak_bytes": peak}
         for seconds, peak in ((3.0, 10), (1.0, 30), (2.0, 20))
     ]
-    assert _over_rounds(rows, ["dense"]) == {"chunk": 1, "dense": {"sample": 2.0}, "peak_bytes": 30}
+    assert over_rounds(rows, ["dense"]) == {"chunk": 1, "dense": {"sample": 2.0}, "peak_bytes": 30}
 
 
 def test_rollout_of_one_arm_has_no_ratio(tmp_path):
@@ -183,7 +186,8 @@ def test_flatness_compares_chunks_of_full_length():
 
 
 def test_memory_prints_estimate_beside_measurement(tmp_path, monkeypatch):
-    case = memory.MemoryCase("small", Schedule(6), 32, 32, dim=128, ffn_dim=128, layers=1, text_tokens=8, text_dim=16)
+    sizes = Picture(32, 32), Model(128, 128, 1)
+    case = memory.MemoryCase("small", Schedule(6), *sizes, text_tokens=8, text_dim=16)
     monkeypatch.setattr(memory, "CPU_CASES", (case,))
     result, output = record(tmp_path, "memory")
     (row,) = result["cases"]
@@ -218,8 +222,8 @@ def test_a_stage_inside_a_stage_is_counted_once():
     ("arguments", "message"),
     [
         (["attention", "--chunks", "1"], "chunk 1 is not one of 2 … 7"),
-        (["attention", "--chunks", "x"], "--chunks 'x' is not a list of whole numbers"),
-        (["attention", "--block", "64"], "--block '64' is not two sizes"),
+        (["attention", "--chunks", "x"], "--chunks 'x' is not a list of numbers like 2-4,7"),
+        (["attention", "--block", "64"], "--block '64' is not 2 numbers"),
         (["attention", "--backend", "magic"], "unknown attention backend 'magic'"),
         (
             ["attention", "--repeats", "0", "--heads", "1", "--tokens-per-frame", "16", "--backend", "reference"],
@@ -231,9 +235,9 @@ def test_a_stage_inside_a_stage_is_counted_once():
         (["rollout", "--arm", "fast"], "must be one or more of dense, sparse, even"),
         (["rollout", "--setting", "medium"], "setting 'medium' is not known; use short or long"),
         (["rollout", "--rounds", "0"], "rounds 0 is not positive; one round makes every video once"),
-        (["rollout", "--overlap"], "overlap is about decoding beside the sampling; ask for decode too"),
+        (["rollout", "--overlap"], "overlap is about decoding during the sampling; ask for decode too"),
         (["rollout", "--overlap", "--decode"], "arms dense, sparse take turns and would overlap each other"),
-        (["rollout", "--cuda-graph", "yes"], "--cuda-graph 'yes' is not known; use auto, on, off"),
+        (["rollout", "--cuda-graph", "yes"], "cuda_graph 'yes' is not known; use auto, on, off"),
         (["rollout", "--cuda-graph", "on", "--device", "cpu"], "CUDA graphs are for NVIDIA GPUs, not for cpu"),
         (["step", "--cuda-graph", "--device", "cpu"], "CUDA graphs are for NVIDIA GPUs, not for cpu"),
         (["memory", "--device", "mps"], "device 'mps' is not measured here"),

@@ -1,16 +1,18 @@
 """What the artist sees: templates that open whole, a plot that follows the widgets, a video that grows."""
 
 import itertools
+import json
 import re
 import time
 
 import pytest
 
 from ..support.graphs import HEIGHT, WIDTH
-from .tiny import NAMES, node_id, tiny_text_to_video, workflow
+from .tiny import NAMES, WORKFLOWS, node_id, tiny_text_to_video, workflow
 
 LENGTH = 45  # video frames: four chunks
 SEEDS = itertools.count(100)
+PROMPT = "async () => (await app.graphToPrompt()).output"
 PLOT = "app.rootGraph.getNodeById({id}).lightForcingPlot"
 VIEW = "app.rootGraph.getNodeById({id}).lightForcingView"
 SET_WIDGET = """([id, name, value]) => {
@@ -50,7 +52,7 @@ def test_templates_open_from_browse_templates_with_nothing_missing(canvas, model
         assert sorted(node["type"] for node in canvas.nodes()) == sorted(node["type"] for node in document["nodes"])
         wanted = [model for node in document["nodes"] for model in node["properties"].get("models", ())]
         there = [(models / "models" / model["directory"] / model["name"]).exists() for model in wanted]
-        missing = page.get_by_role("button", name=re.compile("Show missing models|See Errors"))
+        missing = page.get_by_test_id("error-overlay-see-errors")
         page.wait_for_timeout(1000)
         assert canvas.evaluate("() => app.canvas.ds.scale") > 0.6, name  # below 0.57 litegraph draws no text
         if not wanted:  # the quickstart's files come with the pack
@@ -75,6 +77,25 @@ def test_workflows_open_at_their_own_scale_and_no_node_covers_another(canvas, me
             beside = x + width <= left or left + wide <= x
             assert beside or y + height <= top or top + high <= y, f"{name}: {one} and {other}"
         canvas.screenshot(name)
+
+
+@pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
+@pytest.mark.parametrize("name", NAMES)
+def test_canvas_and_api_form_send_the_same_prompt(canvas, media, name):
+    """A newer ComfyUI may add inputs to its nodes, if both forms leave them at the same default."""
+
+    def sent_now():
+        prompt = canvas.evaluate(PROMPT)
+        for node in prompt.values():
+            node["inputs"].pop("video-preview", None)  # the frontend's own player, there once the clip is loaded
+        return prompt
+
+    canvas.open_graph(workflow(name))
+    sent = sent_now()
+    form = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    assert sent == {key: {**node, "inputs": sent[key]["inputs"] | node["inputs"]} for key, node in form.items()}
+    canvas.evaluate("(form) => app.loadApiJson(form, 'api')", form)
+    assert sent_now() == sent
 
 
 def test_plot_follows_the_widgets(canvas):
@@ -128,7 +149,7 @@ def test_custom_schedule_survives_saving(canvas):
     canvas.evaluate("() => app.rootGraph.clear()")
     canvas.open_graph(saved)
     canvas.wait_for(f"{PLOT.format(id=schedule)}?.numbers?.window === 9")
-    prompt = canvas.evaluate("async () => (await app.graphToPrompt()).output")
+    prompt = canvas.evaluate(PROMPT)
     inputs = prompt[str(schedule)]["inputs"]
     assert (inputs["preset.window"], inputs["preset.target"]) == (9, 0.45)
     assert not [name for name in inputs if "plot" in name]
@@ -196,7 +217,7 @@ def test_blueprint_is_in_the_node_library_and_runs_as_one_node(canvas):
     inside = "app.rootGraph.nodes[0].subgraph.nodes.find((node) => node.type === 'LightForcingSchedule')"
     canvas.wait_for(f"{inside}.lightForcingPlot.numbers?.lengths?.length === 7")  # read across the subgraph's border
     canvas.screenshot("blueprint")
-    prompt = canvas.evaluate("async () => (await app.graphToPrompt()).output")
+    prompt = canvas.evaluate(PROMPT)
     kinds = {node["class_type"]: node["inputs"] for node in prompt.values()}
     assert {"LightForcingModelLoader", "LightForcingSchedule", "LightForcingSampler", "CreateVideo"} <= set(kinds)
     assert kinds["EmptyARVideoLatent"]["length"] == kinds["LightForcingSchedule"]["length"] == 81

@@ -11,7 +11,7 @@ LENGTH = 45  # video frames: four chunks
 SEEDS = itertools.count(500)
 WRAP = """(id) => {
     const inner = app.rootGraph.getNodeById(id);
-    return app.rootGraph.convertToSubgraph(new Set([inner])).node.id;
+    return Number(app.rootGraph.convertToSubgraph(new Set([inner])).node.id);
 }"""
 # Whether the canvas of a node's live view is on the page and shows more than one colour.
 SHOWS = """(id) => {

@@ -1,4 +1,4 @@
-"""TAE files in ComfyUI: each decoded from the latents it was made for, also those that the host scales wrongly."""
+"""TAE files in ComfyUI: each decoded from the latents it was made for, also those that ComfyUI scales wrongly."""
 
 import pytest
 
@@ -26,12 +26,12 @@ def test_the_file_name_counts_more_than_the_dtype(facts):
 
 
 def test_float16_taew_is_right_where_the_hosts_own_decode_is_not(facts):
-    assert facts["the host's own decode of float16 taew2_1"] > 0.05
+    assert facts["ComfyUI's own decode of float16 taew2_1"] > 0.05
     assert facts["taew2_1 float16"] <= ROUNDING
 
 
 def test_where_the_host_is_right_the_frames_are_the_same(facts):
-    assert facts["the host's decode of float32"] <= ROUNDING
+    assert facts["ComfyUI's decode of float32"] <= ROUNDING
 
 
 @pytest.mark.parametrize("what", ["told raw", "no name, told normalised", "taehv.safetensors, told normalised"])
@@ -40,7 +40,7 @@ def test_tae_latents_overrides_what_auto_finds(facts, what):
 
 
 def test_any_cut_gives_the_same_bits_on_the_hosts_layers(facts):
-    assert facts["cut on the host's tree"] == 0
+    assert facts["cut on ComfyUI's tree"] == 0
 
 
 def test_another_models_tae_is_refused_with_the_way_out(facts):
@@ -59,4 +59,4 @@ def test_memory_request_is_a_taes_and_grows_with_the_batch_only(facts):
 def test_the_sampler_decodes_through_a_tae_while_it_runs(facts):
     assert facts["sampler's frames"] == [21, 64, 96, 3]
     assert facts["sampler against decode"] <= 3e-5  # its latents go to the VAE's space and back in float32
-    assert facts["sampler against the host's layers"] <= 3e-5
+    assert facts["sampler against ComfyUI's layers"] <= 3e-5

@@ -1,6 +1,6 @@
-"""Runs under the host's DynamicVRAM, with a stand-in for what its C library does with a GPU's page tables.
+"""Runs under ComfyUI's DynamicVRAM, with a stand-in for what its C library does with a GPU's page tables.
 
-The host's own code decides which weights come, are cast, patched and kept; the stand-in spoils what it gives up.
+ComfyUI's own code decides which weights come, are cast, patched and kept; the stand-in spoils what it gives up.
 """
 
 import re
@@ -34,7 +34,7 @@ def test_the_video_equals_the_one_without_dynamic_vram(facts, kind, room):
 
 
 def test_fp8_cast_by_the_host_is_nearer_to_the_file(facts):
-    """Under DynamicVRAM the host leaves small weights as the file has them; FP8 holds only for the large ones."""
+    """Under DynamicVRAM ComfyUI leaves small weights as the file has them; FP8 holds only for the large ones."""
     usual, dynamic = facts["kinds"]["fp8_e4m3fn"]["from the file"]
     assert 0.0 < dynamic < usual
 
@@ -55,7 +55,7 @@ def test_fast_paths_know_what_is_streamed(facts):
     assert found["dynamic"] == [True, True]
     assert found["same"] == [True, True]
     assert all(right for _, right in found["norms"])
-    assert found["graphs"].startswith("not used: the host moves, casts or patches the weights of ")
+    assert found["graphs"].startswith("not used: ComfyUI moves, casts or patches the weights of ")
 
 
 def test_decode_beside_the_sampling_is_planned_only_with_weights_that_stay(facts):

@@ -10,7 +10,7 @@ def facts(run_inside):
 
 def test_out_of_memory_in_a_step_returns_the_finished_chunks(facts):
     assert (facts["whole"]["latent"], facts["whole"]["frames"]) == (9, 33)
-    for case in ("step", "host memory"):
+    for case in ("step", "CPU memory"):
         assert facts[case]["latent"] == 3
         (text,) = facts[case]["ui"]["text"]
         assert "out of memory while sampling a chunk, after 1 of 3 chunks: 9 of 33 frames" in text
@@ -29,7 +29,7 @@ def test_out_of_memory_in_decoding_returns_all_latents_and_the_frames_so_far(fac
 @pytest.mark.parametrize("case", ["step, not kept", "first step"])
 def test_out_of_memory_with_nothing_to_keep_is_an_error_that_the_host_knows(facts, case):
     assert facts[case]["kind"] == "OutOfMemoryError"
-    assert facts[case]["to the host"]
+    assert facts[case]["to ComfyUI"]
     assert "lower the size from 48×32 to 32×16" in facts[case]["error"]
 
 
@@ -51,7 +51,7 @@ def test_run_with_nothing_left_to_lower_is_told_what_else_helps(facts):
 
 
 def test_other_errors_go_on_as_they_are(facts):
-    assert facts["another error"] == {"error": "boom", "kind": "RuntimeError", "to the host": False}
+    assert facts["another error"] == {"error": "boom", "kind": "RuntimeError", "to ComfyUI": False}
 
 
 def test_full_disk_keeps_the_part_that_was_written(facts):

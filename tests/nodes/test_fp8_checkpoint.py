@@ -118,7 +118,7 @@ def test_calibrated_inputs_save_a_file_whose_activations_leave_fp8s_range(facts)
 
 @pytest.mark.parametrize("way", ["stock loader", "fp8_rowwise"])
 def test_a_lora_on_fp8_layers_does_what_it_does_on_float32(facts, way):
-    """It changes the run by a third; the host rounds the patched weights at random, which errs half as much again."""
+    """It changes the run by a third; ComfyUI rounds the patched weights at random, which errs half as much again."""
     assert facts["LoRA changes"] > 0.2
     assert facts[way]["error with LoRA"] < 0.09
 

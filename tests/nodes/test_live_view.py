@@ -157,7 +157,7 @@ def is_draft(strip):
 
 
 def test_demo_model_is_shown_decoded_only(client):
-    """In the colours that the host has for Wan's latents its drafts would be a wild pattern."""
+    """In the colours that ComfyUI has for Wan's latents its drafts would be a wild pattern."""
     one = client(plays=True)
     prompt = run_of(11)
     prompt["model"] = loader(model_name="light_forcing_demo.safetensors", block="16")

@@ -1,4 +1,4 @@
-"""Runs on a card that is too small for the weights, so that the host keeps them in main memory and casts at every use.
+"""Runs on a card that is too small for the weights, so that ComfyUI keeps them in main memory and casts at every use.
 
 The card is made of main memory but is a device of its own: what reads a weight that lies elsewhere fails there.
 """
@@ -39,7 +39,7 @@ def test_the_video_is_the_same_bit_for_bit_wherever_weights_lie(facts, kind):
 
 @pytest.mark.parametrize("kind", WITH_LORA[1:])
 def test_a_lora_differs_by_the_rounding_of_weights_that_it_was_added_to(facts, kind):
-    """The host rounds the sum of a weight on the card and its LoRA, but not where it adds them at every use."""
+    """ComfyUI rounds the sum of a weight on the card and its LoRA, but not where it adds them at every use."""
     rounding = facts["kinds"][kind]["rounding"]
     assert 0.0 < max(rounding) < (0.002 if "bfloat16" in kind else 0.1)
 
@@ -56,7 +56,7 @@ def test_latents_and_frames_with_lora_and_vae_are_the_same(facts, way):
 
 
 def test_fused_kernels_read_a_norm_only_where_the_host_reads_it_as_it_lies(facts):
-    """Pairs of (taken, what is read equals what the host makes of the norm)."""
+    """Pairs of (taken, what is read equals what ComfyUI makes of the norm)."""
     assert facts["fully, watched"]["norms"] == [[True, True]]
     assert facts["novram, watched"]["norms"] == [[False, True]]
     assert facts["one norm wrapped, watched"]["norms"] == [[False, True], [True, True]]
@@ -67,7 +67,7 @@ def test_steps_are_not_recorded_where_weights_move_or_are_patched(facts):
     assert facts["fully, watched"]["reason"] is None
     for way in ("partly", "novram", "one norm wrapped"):
         found = facts[f"{way}, watched"]
-        assert "the host moves, casts or patches the weights of " in found["reason"]
+        assert "ComfyUI moves, casts or patches the weights of " in found["reason"]
         assert found["graphs"] == f"not used: {found['reason']}"
 
 

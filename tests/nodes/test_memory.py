@@ -61,7 +61,7 @@ def test_encode_refuses_what_it_cannot_take(facts):
 
 
 def test_memory_that_runs_out_while_encoding_is_an_error_that_the_host_knows(facts):
-    assert facts["encode runs out"]["to the host"]
+    assert facts["encode runs out"]["to ComfyUI"]
     error = facts["encode runs out"]["error"]
     assert re.search(r"encoding frame 8 of 9 at 48×32, which needs about \d\.\d\d GiB of the \d+\.\d\d GiB", error)
     assert "lower the size to 32×16, or use LightVAE" in error

@@ -205,6 +205,6 @@ def test_cancelled_run_leaves_a_healthy_server(server):
 
 
 def test_frames_need_a_vae_and_the_latent_comes_anyway(server):
-    """The host's own way to say that an output is not there: what hangs on it does not run."""
+    """ComfyUI's own way to say that an output is not there: what hangs on it does not run."""
     entry = server.run({**graph({"model": loader()}), "images": save_images(link("sampler", 1))})
     assert [path.suffix for path in server.files(entry)] == [".latent"]

@@ -22,4 +22,4 @@ def test_weights_that_are_unpacked_or_moved_while_they_are_used_are_not_recorded
         same, launches, said, *_ = facts[model]
         assert same
         assert launches == 0
-        assert said == f"not used: the host moves, casts or patches the weights of {layer} while they are used"
+        assert said == f"not used: ComfyUI moves, casts or patches the weights of {layer} while they are used"

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lightforcing.benchmarks.memory import MemoryCase, _estimated, measured_peak
+from lightforcing.benchmarks.memory import MemoryCase, estimated, measured_peak
+from lightforcing.benchmarks.settings import Model, Picture
 from lightforcing.lightforcing_core.memory.estimate import AllocationPeak, MemoryEstimate, ModelSize, estimate
 from lightforcing.lightforcing_core.model.kv_cache import kv_bytes
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
@@ -15,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = ModelSize.of_wan(dim=256, ffn_dim=512, layers=3, text_dim=64)
 SPARSE = {"target": 0.5, "base": 0.7}
+WINDOW = Schedule(9, window=6, sink_frames=1, sink_rope="follow", **SPARSE)
 
 
 def tiny(schedule=None, **options):
@@ -24,19 +26,20 @@ def tiny(schedule=None, **options):
 @pytest.mark.parametrize(
     "case",
     [
-        MemoryCase("dense", Schedule(9), 128, 192, ffn_dim=1536, layers=3, text_dim=64),
+        MemoryCase("dense", Schedule(9), Picture(128, 192), Model(256, 1536, 3), text_dim=64),
+        MemoryCase("window, sinks", WINDOW, Picture(64, 96), Model(256, 1536, 2)),
+        MemoryCase("ragged frames", Schedule(6, **SPARSE), Picture(80, 112), text_dim=64, backend="reference"),
+        MemoryCase("decode", Schedule(6), Picture(64, 96), Model(128, 256, 1), text_dim=64, vae_dim=24),
         MemoryCase(
-            "window, sinks", Schedule(9, window=6, sink_frames=1, sink_rope="follow", **SPARSE), 64, 96, layers=2
+            "guided, batch 2", Schedule(6, **SPARSE), Picture(64, 96), Model(256, 1536, 2), 512, 64, batch=2, cfg=2.0
         ),
-        MemoryCase("ragged frames", Schedule(6, **SPARSE), 80, 112, text_dim=64, backend="reference"),
-        MemoryCase("decode", Schedule(6), 64, 96, dim=128, ffn_dim=256, layers=1, text_dim=64, vae_dim=24),
-        MemoryCase("guided, batch 2", Schedule(6, **SPARSE), 64, 96, layers=2, text_dim=64, batch=2, cfg=2.0),
     ],
     ids=lambda case: case.name,
 )
 def test_estimate_is_within_ten_percent_of_what_the_allocator_held(case):
-    expected, _ = _estimated(case, torch.device("cpu"))
-    assert expected.total == pytest.approx(measured_peak(case, torch.device("cpu")), rel=0.10)
+    place = torch.device("cpu"), torch.bfloat16
+    expected, _ = estimated(case, *place)
+    assert expected.total == pytest.approx(measured_peak(case, *place), rel=0.10)
 
 
 def test_cache_is_the_stated_formula_plus_pooled_keys():

@@ -8,9 +8,9 @@ import logging
 import pytest
 import torch
 
+from lightforcing.laboratory.quality.fp8 import quantize_linears
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.attention.fast_path import is_recording, kernel_module
-from lightforcing.lightforcing_core.fp8.linear import quantize_linears
 from lightforcing.lightforcing_core.model import cuda_graph as step_graph
 from lightforcing.lightforcing_core.model import fused
 from lightforcing.lightforcing_core.model.causal import CausalState, forward
@@ -434,7 +434,7 @@ def test_weights_that_are_not_simply_there_cannot_be_recorded(dit, events, chang
     assert reason in why_no_graph(dit, CPU, kv_in_host_memory=False)
 
 
-def test_our_own_fp8_layers_can_be_recorded(dit, events):
+def test_fp8_layers_can_be_recorded(dit, events):
     quantize_linears(dit)
     expected = video(run(dit, "off"))
     assert torch.equal(video(run(dit, "on")), expected)

@@ -1,13 +1,11 @@
-"""The report: FLOPs counted against a hand count, stages timed, the schedule plotted."""
+"""The report: FLOPs counted against a hand count, stages timed."""
 
 import json
 
-import numpy as np
 import pytest
 
-from lightforcing.lightforcing_core.report.plots import RunReport, plot_schedule
+from lightforcing.lightforcing_core.report.plots import RunReport
 from lightforcing.lightforcing_core.rollout.cost import flops_ratio, schedule_costs
-from lightforcing.lightforcing_core.rollout.growth import chunk_lengths, chunk_sparsities
 
 
 def test_costs_follow_the_window():
@@ -60,24 +58,3 @@ def test_json_holds_the_totals_and_every_chunk():
 def test_report_without_chunks_is_still_valid_json():
     read = json.loads(RunReport(tokens_per_frame=1, layers=1, heads=1, head_dim=1, forwards=1).to_json())
     assert read["attention_flops_ratio"] == 1.0
-
-
-@pytest.mark.parametrize(("frames", "window", "target", "base"), [(21, None, 0.88, 0.98), (240, 12, 0.85, 0.95)])
-def test_plot_shows_steps_that_rise_to_the_sparsity(frames, window, target, base):
-    sparsities = chunk_sparsities(frames, 3, target=target, base=base, window=window)
-    picture = plot_schedule(sparsities, chunk_lengths(frames, 3), window, target)
-    assert (picture.mode, picture.size) == ("RGB", (512, 300))
-    pixels = np.asarray(picture).astype(int)
-    filled = (pixels[..., 2] > pixels[..., 0] + 30).sum(0)  # bluish pixels per column
-    columns = np.flatnonzero(filled > 5)
-    # The dense first chunk leaves its share of the width empty; late chunks stand no lower than early ones.
-    assert len(columns) > 300
-    assert filled[columns[-20]] >= filled[columns[20]]
-
-
-def test_plot_leaves_matplotlib_global_state_alone():
-    import matplotlib.pyplot as plt
-
-    before = plt.get_fignums()
-    plot_schedule([0.0, 0.5], [3, 3])
-    assert plt.get_fignums() == before

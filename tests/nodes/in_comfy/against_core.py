@@ -2,12 +2,12 @@
 
 import json
 
-import host
+import comfyui
 import torch
 
-patch, chunk_sampler = host.room("nodes.model.patch"), host.room("nodes.sampling.chunk_sampler")
-schedules, families = host.room("lightforcing_core.rollout.schedule"), host.room("lightforcing_core.families")
-attention = host.room("lightforcing_core.attention.dispatch")
+patch, chunk_sampler = comfyui.module("nodes.model.patch"), comfyui.module("nodes.sampling.chunk_sampler")
+schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
+attention = comfyui.module("lightforcing_core.attention.dispatch")
 SEED, SHAPE = 7, (1, 16, 6, 8, 12)
 
 
@@ -18,16 +18,16 @@ def core_noise(chunk_index, draw, shape):
 
 
 settings = patch.Settings(families.FAMILIES["unknown"], attention.AttentionOptions())
-noise = host.noise_of(SHAPE, seed=1)
-causal, plain = host.load("tiny_causal.safetensors"), host.load("tiny_wan.safetensors")
+noise = comfyui.noise_of(SHAPE, seed=1)
+causal, plain = comfyui.load("tiny_causal.safetensors"), comfyui.load("tiny_wan.safetensors")
 worst = {}
 for frames_per_chunk in (3, 1, 4):
-    core = host.comfy.samplers.ksampler("ar_video", {"num_frame_per_block": frames_per_chunk})
-    expected = host.sample(causal, core, noise, seed=SEED)
+    core = comfyui.comfy.samplers.ksampler("ar_video", {"num_frame_per_block": frames_per_chunk})
+    expected = comfyui.sample(causal, core, noise, seed=SEED)
     worst["spread of the latents"] = float(expected.std())
     for name, model in (("core's causal model", causal), ("a plain Wan model", plain)):
         schedule = schedules.Schedule(SHAPE[2], frames_per_chunk)
         ours = chunk_sampler.ChunkSampler(schedule, fresh_noise=core_noise)
-        actual = host.sample(patch.patched(model, settings), ours, noise, seed=SEED)
+        actual = comfyui.sample(patch.patched(model, settings), ours, noise, seed=SEED)
         worst[f"{frames_per_chunk} per chunk, {name}"] = float((actual - expected).abs().max())
 print(json.dumps(worst))

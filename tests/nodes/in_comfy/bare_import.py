@@ -1,4 +1,4 @@
-"""Import the pack in ComfyUI without triton, warnings being errors once the host is up; its nodes as JSON."""
+"""Import the pack in ComfyUI without triton, warnings being errors once ComfyUI is up; its nodes as JSON."""
 
 import sys
 import warnings
@@ -18,13 +18,13 @@ warnings.simplefilter("error")
 import asyncio  # noqa: E402
 import json  # noqa: E402
 
-import host  # noqa: E402
+import comfyui  # noqa: E402
 
-extension = asyncio.run(host.pack.comfy_entrypoint())
+extension = asyncio.run(comfyui.pack.comfy_entrypoint())
 nodes = asyncio.run(extension.get_node_list())
 facts = {
     "nodes": [node.GET_SCHEMA().node_id for node in nodes],
-    "exported": sorted(host.pack.__all__),
-    "has the older door": hasattr(host.pack, "NODE_CLASS_MAPPINGS"),
+    "exported": sorted(comfyui.pack.__all__),
+    "has the older door": hasattr(comfyui.pack, "NODE_CLASS_MAPPINGS"),
 }
 print(json.dumps(facts))

@@ -1,6 +1,6 @@
 """A graphics card made of main memory: a device of its own, with a size, on which PyTorch runs real operations.
 
-Tensors on `CARD` are apart from those of the host as on a GPU: an operation that mixes the two raises, what does not
+Tensors on `CARD` are apart from those of the CPU as on a GPU: an operation that mixes the two raises, what does not
 fit raises `torch.OutOfMemoryError`, and results equal the CPU's bit for bit. `plug_in` gives it to ComfyUI, which then
 loads, moves and evicts weights by its own rules.
 """

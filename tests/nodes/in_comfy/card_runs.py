@@ -6,25 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import host
+import comfyui
 import torch
 from card import CARD, OnCard, card, management, plug_in, sized
 from comfy.quant_ops import QuantizedTensor
 from comfy_api.latest import io
-from host import comfy
+from comfyui import comfy
 from safetensors.torch import load_file, save_file
 
 plug_in()
 torch.set_num_threads(1)  # tiny layers: threads cost more than they bring
-inference = torch.inference_mode()  # as the host runs every node; it ends with this object
+inference = torch.inference_mode()  # as ComfyUI runs every node; it ends with this object
 inference.__enter__()
 
-sampler, loader, decode = (host.room(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "decode"))
-chunk_sampler, report = host.room("nodes.sampling.chunk_sampler"), host.room("nodes.report")
-fused, graphs = host.room("lightforcing_core.model.fused"), host.room("lightforcing_core.model.cuda_graph")
-wan, wan_vae = host.room("lightforcing_core.model.wan"), host.room("lightforcing_core.vae.wan_vae")
+sampler, loader, decode = (comfyui.module(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "decode"))
+chunk_sampler, report = comfyui.module("nodes.sampling.chunk_sampler"), comfyui.module("nodes.report")
+fused, graphs = comfyui.module("lightforcing_core.model.fused"), comfyui.module("lightforcing_core.model.cuda_graph")
+wan, wan_vae = comfyui.module("lightforcing_core.model.wan"), comfyui.module("lightforcing_core.vae.wan_vae")
 LAYERS, WIDTH, TEXT, FRAMES = 3, 256, 256, 6
-FOLDER = Path(host.BASE, "low_memory")
+FOLDER = Path(comfyui.BASE, "low_memory")
 DIT = FOLDER / "light_forcing_short.safetensors"
 METADATA = {"config": json.dumps({"transformer": {"text_dim": TEXT}})}
 OPTIONS = {"backend": "reference", "block": "16", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
@@ -58,7 +58,7 @@ def file(weight_dtype="default"):
 
 
 def stored(dtype):
-    """A MODEL whose host keeps the weights in `dtype` and computes in float32."""
+    """A MODEL for which ComfyUI keeps the weights in `dtype` and computes in float32."""
     weights = {name: weight.to(dtype) for name, weight in load_file(DIT).items()}
     model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype}, metadata=METADATA)
     return loader.LightForcingApply.execute(model, "light_forcing_short", **OPTIONS)[0]
@@ -148,13 +148,13 @@ def meanwhile(model, call, action):
 
 
 def layers_of(model):
-    """The modules whose weights the host may move one by one."""
+    """The modules whose weights ComfyUI may move one by one."""
     modules = model.model.diffusion_model.modules()
     return [module for module in modules if hasattr(module, "comfy_cast_weights") and module.weight is not None]
 
 
 def watched_norms(seen):
-    """Note in `seen` what the fused store reads of a norm: whether at all, and whether the host reads the same."""
+    """Note in `seen` what the fused store reads of a norm: whether at all, and whether ComfyUI reads the same."""
     plain_weight = fused._plain_weight
 
     def watched(norm, x):
@@ -173,4 +173,4 @@ def away(model):
     return [len(layers), sum(layer.weight.device != CARD for layer in layers), patched]
 
 
-__all__ = ["CARD", "card", "decode", "host", "loader", "management", "replace", "sized"]
+__all__ = ["CARD", "card", "comfyui", "decode", "loader", "management", "replace", "sized"]

@@ -8,20 +8,22 @@ import importlib
 import json
 from pathlib import Path
 
-import host
+import comfyui
 import torch
 
-demo_prompt, loader, patch = (host.room(f"nodes.{name}") for name in ("demo_prompt", "model.loader", "model.patch"))
+demo_prompt, loader, patch = (
+    comfyui.module(f"nodes.{name}") for name in ("demo_prompt", "model.loader", "model.patch")
+)
 
 
 def has_prompt_node():
     """Whether ComfyUI is offered the demo prompt."""
-    listed = asyncio.run(host.room("nodes").LightForcingExtension().get_node_list())
+    listed = asyncio.run(comfyui.module("nodes").LightForcingExtension().get_node_list())
     return demo_prompt.LightForcingDemoPrompt in listed
 
 
-captions, demo_model = host.room("lightforcing_core.demo.captions"), host.room("lightforcing_core.demo.model")
-folder_paths, nodes = demo_prompt.folder_paths, importlib.import_module("nodes")
+captions, demo_model = comfyui.module("lightforcing_core.demo.captions"), comfyui.module("lightforcing_core.demo.model")
+folder_paths, nodes = comfyui.module("nodes.comfy").folder_paths, importlib.import_module("nodes")
 KINDS = ("diffusion_models", "vae")
 facts = {}
 
@@ -30,7 +32,7 @@ def folders():
     return {kind: folder_paths.get_folder_paths(kind) for kind in KINDS}
 
 
-empty = Path(host.BASE, "nothing")
+empty = Path(comfyui.BASE, "nothing")
 for kind in KINDS:
     folder_paths.folder_names_and_paths[kind] = ([str(empty / kind)], {".safetensors"})
 folder_paths.models_dir = str(empty)
@@ -44,7 +46,7 @@ try:
 except ValueError as error:
     facts["no table"] = str(error)
 
-demo_prompt.SHIPPED = Path(host.BASE, "models")
+demo_prompt.SHIPPED = Path(comfyui.BASE, "models")
 demo_prompt.offer_demo_files()
 facts["node"].append(has_prompt_node())
 names = {kind: Path(file).name for kind, file in zip(KINDS, (demo_model.DIT, demo_model.VAE), strict=True)}

@@ -1,6 +1,6 @@
-"""Runs under the host's DynamicVRAM, where each weight comes to the card when it is used; printed as JSON.
+"""Runs under ComfyUI's DynamicVRAM, where each weight comes to the card when it is used; printed as JSON.
 
-The host's own Python decides everything. A stand-in does what its C library does with a GPU's page tables: which
+ComfyUI's own Python decides everything. A stand-in does what its C library does with a GPU's page tables: which
 weights have pages there, and what lies in them.
 """
 
@@ -15,10 +15,10 @@ import comfy_aimdo.model_vbar
 import comfy_aimdo.torch
 import torch
 from card import OnCard
-from card_runs import CARD, card, decode, host, management, new_vae, run, same
-from host import comfy
+from card_runs import CARD, card, comfyui, decode, management, new_vae, run, same
+from comfyui import comfy
 
-device_memory, encode = host.room("nodes.device_memory"), host.room("nodes.encode")
+node_comfy, encode = comfyui.module("nodes.comfy"), comfyui.module("nodes.encode")
 facts = {}
 
 
@@ -105,7 +105,7 @@ def switch(on):
 
 
 def after_a_node():
-    """What the host does after every node."""
+    """What ComfyUI does after every node."""
     management.reset_cast_buffers()
     comfy.model_prefetch.cleanup_prefetch_queues()
 
@@ -115,7 +115,7 @@ def pages_of(model):
 
 
 def contents(model):
-    """But for the modulations, which the host casts where they are and leaves on the card."""
+    """But for the modulations, which ComfyUI casts where they are and leaves on the card."""
     return {name: content for name, content in runs.contents(model).items() if not name.endswith(".modulation")}
 
 
@@ -169,9 +169,9 @@ facts["line"] = str(runs.plans[-1])
 # What a run may take does not depend on what an earlier one left loaded.
 with runs.sized(2 * full):
     management.unload_all_models()
-    free = [device_memory.memory_for_a_run(CARD), management.get_free_memory(CARD)]
+    free = [node_comfy.memory_for_a_run(CARD), management.get_free_memory(CARD)]
     runs.node.execute(**runs.arguments(model), vae=vae)
-    after = device_memory.memory_for_a_run(CARD), management.get_free_memory(CARD)
+    after = node_comfy.memory_for_a_run(CARD), management.get_free_memory(CARD)
     facts["free"] = [after[0] - free[0], after[1] - free[1], model.model_size()]
 
 # Pages are taken away while the run goes on: some, by a model of the older kind; then everything, twice.
@@ -198,12 +198,15 @@ model_of_pages, model = model, plain
 facts["all weights go"] = [same(expected, run(runs.meanwhile(plain, 4, all_go), vae=vae)), taken.pop()]
 model = model_of_pages
 
-# Bypassing the node gives the stock model back; where hooks need it, the host makes an ordinary MODEL of ours.
+# Bypassing the node gives the stock model back; where hooks need it, ComfyUI makes an ordinary MODEL of ours.
 other = model.get_non_dynamic_delegate()
 facts["delegate"] = [other.is_dynamic(), same(whole, run(other, vae=vae))]
 
 # The nodes that decode and encode by themselves.
-latents, video = host.noise_of((1, 16, 3, 4, 6)), torch.rand(9, 32, 48, 3, generator=torch.Generator().manual_seed(2))
+latents, video = (
+    comfyui.noise_of((1, 16, 3, 4, 6)),
+    torch.rand(9, 32, 48, 3, generator=torch.Generator().manual_seed(2)),
+)
 # On a GPU one could decode beside the sampling, but not with weights that may go: it is not even planned.
 made, facts["beside"] = [], []
 for on in (False, True):
@@ -216,7 +219,7 @@ for on in (False, True):
     management.unload_all_models()
 facts["nodes"] = [torch.equal(made[0], made[2]), torch.equal(made[1], made[3])]
 
-# The start options that the host has, and what one of them does to DynamicVRAM.
+# The start options that ComfyUI has, and what one of them does to DynamicVRAM.
 arguments, parser = comfy.cli_args.args, comfy.cli_args.parser
 facts["start options"] = [text for action in parser._actions for text in action.option_strings]
 arguments.cpu = False

@@ -1,36 +1,35 @@
 """Memory that runs out and disks that fill up in the middle of a run, on the sampling node itself; printed as JSON."""
 
 import json
-from pathlib import Path
 
-import host
+import comfyui
 import torch
 from comfy_api.latest import io
-from host import comfy
+from comfyui import comfy
 
-sampler, loader, state = (host.room(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "state"))
-decode, video_output, schedules = (host.room(f"nodes.{name}") for name in ("decode", "video_output", "schedule"))
-core, wan_vae = host.room("lightforcing_core.files.video"), host.room("lightforcing_core.vae.wan_vae")
-run_state, tensor_files = (host.room(f"lightforcing_core.{name}") for name in ("rollout.state", "files.tensors"))
-memory, refusals = host.room("lightforcing_core.memory.estimate"), host.room("nodes.sampling.refusals")
-memory_plan, kv_storage = (host.room(f"lightforcing_core.{name}") for name in ("memory.plan", "model.kv_storage"))
-timeline = host.room("lightforcing_core.rollout.timeline")
+sampler, loader, state = (comfyui.module(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "state"))
+decode, video_output, schedules = (comfyui.module(f"nodes.{name}") for name in ("decode", "video_output", "schedule"))
+core, wan_vae = comfyui.module("lightforcing_core.files.video"), comfyui.module("lightforcing_core.vae.wan_vae")
+run_state, tensor_files = (comfyui.module(f"lightforcing_core.{name}") for name in ("rollout.state", "files.tensors"))
+memory, refusals = comfyui.module("lightforcing_core.memory.estimate"), comfyui.module("nodes.sampling.refusals")
+memory_plan, kv_storage = (comfyui.module(f"lightforcing_core.{name}") for name in ("memory.plan", "model.kv_storage"))
+timeline = comfyui.module("lightforcing_core.rollout.timeline")
 Out = torch.OutOfMemoryError
 options = {"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
-model = loader.LightForcingApply.execute(host.load("tiny_wan.safetensors"), "unknown", **options)[0]
+model = loader.LightForcingApply.execute(comfyui.load("tiny_wan.safetensors"), "unknown", **options)[0]
 vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=8))
 latent = {"samples": torch.zeros(1, 16, 9, 4, 6)}
 node = sampler.LightForcingSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
-OUTPUT = Path(video_output.folder_paths.get_output_directory())
+OUTPUT = comfyui.module("nodes.comfy").output_folder()
 
 
 def run(**inputs):
     """What a run of three chunks gives: latent and video frames and the node's words, or its error."""
-    arguments = {"model": model, "positive": host.prompt(), "latent": latent, "seed": 1, "steps": 2, **inputs}
+    arguments = {"model": model, "positive": comfyui.prompt(), "latent": latent, "seed": 1, "steps": 2, **inputs}
     try:
         output = node.execute(**arguments)
     except Exception as error:
-        return {"error": str(error), "kind": type(error).__name__, "to the host": comfy.model_management.is_oom(error)}
+        return {"error": str(error), "kind": type(error).__name__, "to ComfyUI": comfy.model_management.is_oom(error)}
     frames = output[1].shape[0] if isinstance(output[1], torch.Tensor) else None
     return {"latent": output[0]["samples"].shape[2], "frames": frames, "ui": output.ui}
 
@@ -60,9 +59,7 @@ oom = Out("CUDA out of memory. Tried to allocate 2.00 GiB")
 facts["step"] = run(model=model_failing(5, oom), vae=vae)  # two steps, the clean pass, then the second chunk's second
 facts["step, not kept"] = run(model=model_failing(5, oom), keep_finished=False)
 facts["first step"] = run(model=model_failing(1, oom))
-facts["host memory"] = run(
-    model=model_failing(5, RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"))
-)
+facts["CPU memory"] = run(model=model_failing(5, RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")))
 facts["another error"] = run(model=model_failing(5, RuntimeError("boom")))
 stream = decode.StreamingDecoder.decode
 for name, calls in (("decode", 2), ("first decode", 1)):

@@ -1,6 +1,6 @@
 """What ComfyUI makes of FP8: our checkpoint in both loaders, `fp8_rowwise`, LoRAs on them; printed as JSON.
 
-`with_units` lets the host believe in FP8 units while it loads, so that it quantises activations as on a GPU that has
+`with_units` lets ComfyUI believe in FP8 units while it loads, so that it quantises activations as on a GPU that has
 them. The product that it then asks torch for runs on a CPU under torch's older name only.
 """
 
@@ -8,23 +8,26 @@ import json
 import sys
 
 import comfy_kitchen.tensor.fp8
-import host
+import comfyui
 import torch
 from comfy.quant_ops import QuantizedTensor
-from host import comfy
+from comfyui import comfy
 
 loader, patch, chunk_sampler = (
-    host.room(f"nodes.{name}") for name in ("model.loader", "model.patch", "sampling.chunk_sampler")
+    comfyui.module(f"nodes.{name}") for name in ("model.loader", "model.patch", "sampling.chunk_sampler")
 )
-schedules, families = host.room("lightforcing_core.rollout.schedule"), host.room("lightforcing_core.families")
-attention, quantize = host.room("lightforcing_core.attention.dispatch"), host.room("lightforcing_core.fp8.linear")
+schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
+attention, quantize = (
+    comfyui.module("lightforcing_core.attention.dispatch"),
+    comfyui.module("lightforcing_core.fp8.linear"),
+)
 PLAIN, FP8, OUTLIER, CUT, CALIBRATED = sys.argv[4:9]
-FOLDER = f"{host.BASE}/models/diffusion_models"
+FOLDER = f"{comfyui.BASE}/models/diffusion_models"
 SHAPE = (1, 16, 6, 8, 12)
 settings = patch.Settings(families.FAMILIES["self_forcing"], attention.AttentionOptions())
-noise = host.noise_of(SHAPE)
+noise = comfyui.noise_of(SHAPE)
 facts = {}
-inference = torch.inference_mode()  # as the host runs every node
+inference = torch.inference_mode()  # as ComfyUI runs every node
 inference.__enter__()
 torch.set_num_threads(1)  # tiny layers: threads cost more than they bring
 
@@ -51,7 +54,7 @@ def with_units(load, *arguments):
 
 def sample(model):
     sampler = chunk_sampler.ChunkSampler(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6))
-    return host.sample(patch.patched(model, settings), sampler, noise)
+    return comfyui.sample(patch.patched(model, settings), sampler, noise)
 
 
 def error(latents, reference):
@@ -59,7 +62,7 @@ def error(latents, reference):
 
 
 def layers_of(model):
-    """Layer → how the host holds its weight, for every linear of the transformer layers."""
+    """Layer → how ComfyUI holds its weight, for every linear of the transformer layers."""
     held = {}
     for name, module in model.model.diffusion_model.blocks.named_modules():
         weight = getattr(module, "weight", None)
@@ -87,16 +90,16 @@ def describe(model):
 
 def with_lora(model):
     """The LoRA as Load LoRA adds it."""
-    lora = comfy.utils.load_torch_file(f"{host.BASE}/models/loras/tiny_lora.safetensors")
+    lora = comfy.utils.load_torch_file(f"{comfyui.BASE}/models/loras/tiny_lora.safetensors")
     return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
 
-reference = sample(host.load(PLAIN))
-reference_lora = sample(with_lora(host.load(PLAIN)))
+reference = sample(comfyui.load(PLAIN))
+reference_lora = sample(with_lora(comfyui.load(PLAIN)))
 facts["LoRA changes"] = error(reference_lora, reference)
 
 models = {
-    "stock loader": (host.load, FP8),
+    "stock loader": (comfyui.load, FP8),
     "our loader": (ours, FP8),
     "fp8_rowwise": (ours, PLAIN, "fp8_rowwise"),
     "fp8_e4m3fn": (ours, PLAIN, "fp8_e4m3fn"),
@@ -113,7 +116,7 @@ for name in ("stock loader", "fp8_rowwise"):
     facts[name]["error with LoRA"] = error(sample(with_lora(load(*arguments))), reference_lora)
 facts["both loaders alike"] = torch.equal(latents["stock loader"], latents["our loader"])
 
-# fp8_rowwise holds exactly the rows that quantize.py computes, and the host requantises a patched one by rows again.
+# fp8_rowwise holds exactly the rows that quantize.py computes, and ComfyUI requantises a patched one by rows again.
 model = ours(PLAIN, "fp8_rowwise")
 held = model.model.diffusion_model.blocks[1].ffn[2].weight
 plain = comfy.utils.load_torch_file(f"{FOLDER}/{PLAIN}")["blocks.1.ffn.2.weight"]
@@ -136,7 +139,7 @@ for name, (load, *arguments) in models.items():
         for case, inputs in (("layer error", x), ("layer error with an outlier", outlier)):
             facts[name][case] = error(layer(inputs[None])[0], torch.nn.functional.linear(inputs, plain, layer.bias))
 
-whole = with_lora(host.load(PLAIN))
+whole = with_lora(comfyui.load(PLAIN))
 whole.load(torch.device("cpu"), full_load=True)
 expected = whole.model.diffusion_model.blocks[0].self_attn.q(x[:, :256])
 for name in ("our loader", "fp8_rowwise"):
@@ -148,13 +151,13 @@ for name in ("our loader", "fp8_rowwise"):
     facts[name]["layer error with LoRA outside"] = error(layer(x[None, :, :256])[0], expected)
 
 # A model whose feed-forward has a channel of 3000: its FP8 file without and with calibrated inputs, and by rows.
-reference = sample(host.load(OUTLIER))
+reference = sample(comfyui.load(OUTLIER))
 facts["outlier"] = {}
 for name, arguments in {"cut": [CUT], "calibrated": [CALIBRATED], "rowwise": [OUTLIER, "fp8_rowwise"]}.items():
     model = with_units(ours, *arguments)
     facts["outlier"][name] = error(sample(model), reference)
 facts["input_scale"] = [
-    hasattr(with_units(host.load, file).model.diffusion_model.blocks[1].ffn[2], "input_scale")
+    hasattr(with_units(comfyui.load, file).model.diffusion_model.blocks[1].ffn[2], "input_scale")
     for file in (CUT, CALIBRATED)
 ]
 

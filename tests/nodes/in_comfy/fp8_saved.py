@@ -4,26 +4,26 @@ import json
 import sys
 from pathlib import Path
 
-import host
+import comfyui
 import torch
-from host import comfy
+from comfyui import comfy
 
-import comfy_extras.nodes_model_merging as merging  # isort: skip (host says where it is)
+import comfy_extras.nodes_model_merging as merging  # isort: skip (comfyui adds its path)
 
 loader, patch, chunk_sampler = (
-    host.room(f"nodes.{name}") for name in ("model.loader", "model.patch", "sampling.chunk_sampler")
+    comfyui.module(f"nodes.{name}") for name in ("model.loader", "model.patch", "sampling.chunk_sampler")
 )
-schedules, families = host.room("lightforcing_core.rollout.schedule"), host.room("lightforcing_core.families")
+schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
 attention, checkpoint = (
-    host.room("lightforcing_core.attention.dispatch"),
-    host.room("lightforcing_core.checkpoint.load"),
+    comfyui.module("lightforcing_core.attention.dispatch"),
+    comfyui.module("lightforcing_core.checkpoint.load"),
 )
 PLAIN = sys.argv[4]
-FOLDER = Path(host.BASE, "models", "diffusion_models")
+FOLDER = Path(comfyui.BASE, "models", "diffusion_models")
 SHAPE = (1, 16, 6, 8, 12)
 settings = patch.Settings(families.FAMILIES["self_forcing"], attention.AttentionOptions())
-noise = host.noise_of(SHAPE)
-torch.inference_mode().__enter__()  # as the host runs every node
+noise = comfyui.noise_of(SHAPE)
+torch.inference_mode().__enter__()  # as ComfyUI runs every node
 torch.set_num_threads(1)
 
 
@@ -33,7 +33,7 @@ def ours(file, weight_dtype="default"):
 
 def sample(model):
     sampler = chunk_sampler.ChunkSampler(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6))
-    return host.sample(patch.patched(model, settings), sampler, noise)
+    return comfyui.sample(patch.patched(model, settings), sampler, noise)
 
 
 def saved(model, prefix):
@@ -59,10 +59,10 @@ facts = {
     "held": [weight._layout_cls, list(weight._params.scale.shape)],
     "same latents": torch.equal(sample(again), latents),
     "saved once more": torch.equal(sample(ours(saved(again, "saved_twice"))), latents),
-    "stock loader": error_of(host.load, file),
+    "stock loader": error_of(comfyui.load, file),
     "asked for rows": error_of(ours, file, "fp8_rowwise"),
 }
-lora = comfy.utils.load_torch_file(f"{host.BASE}/models/loras/tiny_lora.safetensors")
+lora = comfy.utils.load_torch_file(f"{comfyui.BASE}/models/loras/tiny_lora.safetensors")
 patched = comfy.sd.load_lora_for_models(ours(PLAIN, "fp8_rowwise"), None, lora, 1.0, 0.0)[0]
 expected = sample(patched)
 got = sample(ours(saved(patched, "saved_lora")))

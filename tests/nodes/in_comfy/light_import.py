@@ -41,15 +41,15 @@ class Listen(logging.Handler):
 
 
 for name in [name for name in sys.modules if name.partition(".")[0] in HEAVY]:
-    del sys.modules[name]  # the host may have loaded some of them for itself: a request has to reach the watch again
+    del sys.modules[name]  # ComfyUI may have loaded some of them for itself: a request has to reach the watch again
 sys.meta_path.insert(0, Watch())
 logging.getLogger().addHandler(Listen(logging.WARNING))
 warnings.simplefilter("always")
 warnings.showwarning = lambda message, *_: said.append(str(message))
 
-import host  # noqa: E402
+import comfyui  # noqa: E402
 
-extension = asyncio.run(host.pack.comfy_entrypoint())
+extension = asyncio.run(comfyui.pack.comfy_entrypoint())
 for node in asyncio.run(extension.get_node_list()):
     node.GET_NODE_INFO_V1()
 print(json.dumps({"asked": sorted(asked), "said": said}))

@@ -5,16 +5,16 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
-from host import load, noise_of, room, sample  # first: it finds ComfyUI
+from comfyui import load, module, noise_of, sample  # first: it adds ComfyUI to the path
 
 import latent_preview  # isort: skip
 import torch
 
-live_view = room("nodes.canvas.live_view")
-settings_from = room("nodes.model.loader").settings_from
-FAMILIES = room("lightforcing_core.families").FAMILIES
-patched = room("nodes.model.patch").patched
-ChunkSampler = room("nodes.sampling.chunk_sampler").ChunkSampler
+live_view = module("nodes.sampling.live_view")
+settings_from = module("nodes.model.loader").settings_from
+FAMILIES = module("lightforcing_core.families").FAMILIES
+patched = module("nodes.model.patch").patched
+ChunkSampler = module("nodes.sampling.chunk_sampler").ChunkSampler
 
 facts = {"foreign shapes": [], "foreign filled": []}
 
@@ -39,7 +39,7 @@ facts["ours beside a foreign previewer"] = len(ours)
 # A run that was cut short within its second chunk, on a page that plays and on a sheet.
 latent_preview.get_previewer = lambda *arguments: None
 live_view.Sheet.add, sent = add, []
-live_view.get_executing_context = lambda: SimpleNamespace(node_id="5", prompt_id="one")
+live_view.executing_node = lambda: ("5", "one")
 server = SimpleNamespace(client_id="page", send_sync=lambda kind, message, client: sent.append(message))
 draft = live_view.spread(9, 21, np.full((3, 32, 48, 3), 200, np.uint8))
 for pictures in (live_view.Strips(server, 21), live_view.Sheet(6, 1.5)):

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 import card_runs as runs
 import torch
-from card_runs import CARD, card, decode, host, management, new_vae, run, same, sized
-from host import comfy
+from card_runs import CARD, card, comfyui, decode, management, new_vae, run, same, sized
+from comfyui import comfy
 
-encode = host.room("nodes.encode")
+encode = comfyui.module("nodes.encode")
 facts = {}
 
 
@@ -38,7 +38,7 @@ def trace_of(model):
     return found | runs.contents(model)
 
 
-# Every kind of weight: all on the card, as many as fit, none; with --lowvram the host does what it does without.
+# Every kind of weight: all on the card, as many as fit, none; with --lowvram ComfyUI does what it does without.
 facts["kinds"] = {}
 for name, make in runs.KINDS.items():
     model = make()
@@ -65,7 +65,7 @@ euler = comfy.samplers.sampler_object("euler")
 
 
 def stock_video():
-    return host.sample(stock, euler, host.noise_of((1, 16, 3, 4, 6)), positive=runs.prompt()).cpu()
+    return comfyui.sample(stock, euler, comfyui.noise_of((1, 16, 3, 4, 6)), positive=runs.prompt()).cpu()
 
 
 before, untouched, shift = stock_video(), trace_of(model), stock.model.model_sampling.shift
@@ -98,7 +98,7 @@ facts["nothing on the card"].append(card.used)
 facts["no trace"] = [trace_of(model) == untouched, stock.model.model_sampling.shift == shift]
 facts["stock result unchanged"] = torch.equal(before, stock_video())
 
-# Other models come while the run goes on: the host makes room.
+# Other models come while the run goes on: ComfyUI makes room.
 other, calls = new_vae(16), []
 
 
@@ -109,7 +109,7 @@ def another_comes():
 
 
 def the_vae_goes():
-    """All of it, as where the host has nothing smaller to take."""
+    """All of it, as where ComfyUI has nothing smaller to take."""
     (at,) = [at for at, loaded in enumerate(management.current_loaded_models) if loaded.model is vae.patcher]
     management.current_loaded_models[at].model_unload()
     del management.current_loaded_models[at]
@@ -124,7 +124,10 @@ facts["the VAE goes"] = [same(whole, run(runs.meanwhile(model, 4, the_vae_goes),
 
 # Decode and encode on a card that is too small for the VAE; a decoder beside the sampling needs all of it.
 wide, line, facts["beside"], facts["VAE"] = new_vae(16), decode.OverlappedDecoder, {}, {}
-latents, video = host.noise_of((1, 16, 3, 4, 6)), torch.rand(9, 32, 48, 3, generator=torch.Generator().manual_seed(2))
+latents, video = (
+    comfyui.noise_of((1, 16, 3, 4, 6)),
+    torch.rand(9, 32, 48, 3, generator=torch.Generator().manual_seed(2)),
+)
 
 
 def noted(decoder, device, *, beside):
@@ -146,7 +149,7 @@ for what, node in (
 ):
     made, needed, size = [], 0, 1 << 40
     for _ in range(2):
-        # The host's own figure is for its own encode, all frames at once.
+        # ComfyUI's own figure is for its own encode, all frames at once.
         wide.memory_used_encode = lambda *_, needed=needed: needed
         management.unload_all_models()
         with sized(size):

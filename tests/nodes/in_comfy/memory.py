@@ -2,21 +2,21 @@
 
 import json
 
-import host
+import comfyui
 import torch
 from comfy_api.latest import io
-from host import comfy
+from comfyui import comfy
 
-sampler, loader, encode = (host.room(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "encode"))
-decode, memory, state = (host.room(f"nodes.{name}") for name in ("decode", "sampling.memory", "state"))
-run_state, wan_vae = host.room("lightforcing_core.rollout.state"), host.room("lightforcing_core.vae.wan_vae")
-device_memory = host.room("nodes.device_memory")
+sampler, loader, encode = (comfyui.module(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "encode"))
+decode, memory, state = (comfyui.module(f"nodes.{name}") for name in ("decode", "sampling.memory", "state"))
+run_state, wan_vae = comfyui.module("lightforcing_core.rollout.state"), comfyui.module("lightforcing_core.vae.wan_vae")
+node_comfy = comfyui.module("nodes.comfy")
 options = {"backend": "auto", "block": "16", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
-model = loader.LightForcingApply.execute(host.load("tiny_wan.safetensors"), "light_forcing_short", **options)[0]
+model = loader.LightForcingApply.execute(comfyui.load("tiny_wan.safetensors"), "light_forcing_short", **options)[0]
 vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=8))
 node = sampler.LightForcingSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
 plans, plan_of = [], memory.plan_of
-chunk_sampler = host.room("nodes.sampling.chunk_sampler")
+chunk_sampler = comfyui.module("nodes.sampling.chunk_sampler")
 
 
 def remember(*arguments, **named):
@@ -34,7 +34,7 @@ def run(*, free=None, frames=9, size=(4, 6), **inputs):
     if free is not None:
         memory.memory_for_a_run = lambda device: free
     try:
-        arguments = {"model": model, "positive": host.prompt(), "latent": latent, "seed": 1, "steps": 2}
+        arguments = {"model": model, "positive": comfyui.prompt(), "latent": latent, "seed": 1, "steps": 2}
         output = node.execute(**{**arguments, **inputs})
     finally:
         memory.memory_for_a_run = asked
@@ -49,7 +49,7 @@ def error_of(action, *arguments, **named):
     try:
         action(*arguments, **named)
     except Exception as error:
-        return {"error": str(error), "to the host": comfy.model_management.is_oom(error)}
+        return {"error": str(error), "to ComfyUI": comfy.model_management.is_oom(error)}
 
 
 whole, _, plan = run()
@@ -77,7 +77,7 @@ loaded = state.LightForcingLoadState.execute(path.name)[0]
 again = run(kv_cache="full", state=loaded)[0]
 facts["resumed equals uninterrupted"] = bool((again == eight).all())
 
-# The host runs nodes in inference mode, where PyTorch shows fewer of the allocations that are counted.
+# ComfyUI runs nodes in inference mode, where PyTorch shows fewer of the allocations that are counted.
 sizes = []
 for inside in (True, False):
     decode.decode_bytes.cache_clear()
@@ -86,7 +86,7 @@ for inside in (True, False):
         sizes.append([plan.estimate.step, plan.estimate.decode])
 facts["estimates"] = sizes
 
-# Encode: equal to the host's, the end of a video kept, clear errors.
+# Encode: equal to ComfyUI's, the end of a video kept, clear errors.
 video = torch.rand(11, 32, 48, 3, generator=torch.Generator().manual_seed(2))
 ours = encode.LightForcingEncode.execute(video, vae)[0]["samples"]
 facts["encode"] = [list(ours.shape), float((ours - vae.encode(video[2:])).abs().max())]
@@ -112,13 +112,13 @@ management.vram_state = comfy.model_management.VRAMState.NO_VRAM
 facts["novram"] = [run()[2].estimate.weights, plans[0].estimate.weights]
 management.vram_state = state_of
 
-# What another model takes of the memory counts as free, for the host moves it out.
+# What another model takes of the memory counts as free, for ComfyUI moves it out.
 device = model.load_device
 comfy.model_management.load_models_gpu([vae.patcher])
 free = comfy.model_management.get_free_memory
 comfy.model_management.get_free_memory = lambda *a: 10 << 30
-with_loaded = device_memory.memory_for_a_run(device)
+with_loaded = node_comfy.memory_for_a_run(device)
 comfy.model_management.unload_all_models()
-facts["loaded models count"] = with_loaded > device_memory.memory_for_a_run(device)
+facts["loaded models count"] = with_loaded > node_comfy.memory_for_a_run(device)
 comfy.model_management.get_free_memory = free
 print(json.dumps(facts))

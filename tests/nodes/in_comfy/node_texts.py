@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-import host
+import comfyui
 
 
 def inputs_of(fields, prefix=""):
@@ -27,7 +27,7 @@ def outputs_of(info):
 
 
 texts = {}
-for node in host.room("nodes").NODES:
+for node in comfyui.module("nodes").NODES:
     info = node.GET_NODE_INFO_V1()
     texts[node.GET_SCHEMA().node_id] = {
         "display_name": info["display_name"],

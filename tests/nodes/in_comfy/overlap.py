@@ -2,24 +2,23 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
-import host
+import comfyui
 import torch
 from comfy_api.latest import io
-from host import comfy
+from comfyui import comfy
 
-sampler, loader, decode = (host.room(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "decode"))
+sampler, loader, decode = (comfyui.module(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "decode"))
 chunk_sampler, video_output, live_view = (
-    host.room(f"nodes.{name}") for name in ("sampling.chunk_sampler", "video_output", "canvas.live_view")
+    comfyui.module(f"nodes.{name}") for name in ("sampling.chunk_sampler", "video_output", "sampling.live_view")
 )
-overlap, core = host.room("lightforcing_core.vae.overlap"), host.room("lightforcing_core.files.video")
-wan_vae = host.room("lightforcing_core.vae.wan_vae")
+overlap, core = comfyui.module("lightforcing_core.vae.overlap"), comfyui.module("lightforcing_core.files.video")
+wan_vae = comfyui.module("lightforcing_core.vae.wan_vae")
 options = {"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
-model = loader.LightForcingApply.execute(host.load("tiny_wan.safetensors"), "unknown", **options)[0]
+model = loader.LightForcingApply.execute(comfyui.load("tiny_wan.safetensors"), "unknown", **options)[0]
 vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=8))
 node = sampler.LightForcingSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
-OUTPUT = Path(video_output.folder_paths.get_output_directory())
+OUTPUT = comfyui.module("nodes.comfy").output_folder()
 log = []  # what happened, in order
 slow = False  # whether the device is so slow that frames never arrive by themselves
 
@@ -67,7 +66,7 @@ def overlapped(on):
 
 
 def run(frames=9, **inputs):
-    arguments = {"model": model, "positive": host.prompt(), "seed": 1, "steps": 2, "vae": vae, **inputs}
+    arguments = {"model": model, "positive": comfyui.prompt(), "seed": 1, "steps": 2, "vae": vae, **inputs}
     try:
         output = node.execute(latent={"samples": torch.zeros(1, 16, frames, 4, 6)}, **arguments)
     except BaseException as error:
@@ -118,7 +117,7 @@ def video(name, **inputs):
 
 oom = torch.OutOfMemoryError("CUDA out of memory")
 stop = comfy.model_management.InterruptProcessingException()
-start_latent = {"samples": host.noise_of((1, 16, 5, 4, 6), seed=3) * 0.1}
+start_latent = {"samples": comfyui.noise_of((1, 16, 5, 4, 6), seed=3) * 0.1}
 facts = {}
 shown, add_frames = [], live_view.LiveView.add_frames
 

@@ -2,18 +2,18 @@
 
 import json
 
-import host
+import comfyui
 import torch
-from host import comfy
+from comfyui import comfy
 
-patch, chunk_sampler = host.room("nodes.model.patch"), host.room("nodes.sampling.chunk_sampler")
-schedules, families = host.room("lightforcing_core.rollout.schedule"), host.room("lightforcing_core.families")
-attention = host.room("lightforcing_core.attention.dispatch")
+patch, chunk_sampler = comfyui.module("nodes.model.patch"), comfyui.module("nodes.sampling.chunk_sampler")
+schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
+attention = comfyui.module("lightforcing_core.attention.dispatch")
 WrappersMP = comfy.patcher_extension.WrappersMP
 SHAPE = (1, 16, 6, 8, 12)
 settings = patch.Settings(families.FAMILIES["unknown"], attention.AttentionOptions())
-stock = host.load("tiny_wan.safetensors")
-noise = host.noise_of(SHAPE)
+stock = comfyui.load("tiny_wan.safetensors")
+noise = comfyui.noise_of(SHAPE)
 euler = comfy.samplers.sampler_object("euler")
 facts = {}
 
@@ -23,15 +23,15 @@ def ours(**options):
 
 
 # The stock model before, between and after runs of the patched clone; the clone under a stock sampler.
-before = host.sample(stock, euler, noise)
+before = comfyui.sample(stock, euler, noise)
 model = patch.patched(stock, settings)
-first = host.sample(model, ours(), noise)
-facts["stock result unchanged"] = torch.equal(before, host.sample(stock, euler, noise))
-facts["run repeats"] = torch.equal(first, host.sample(model, ours(), noise))
+first = comfyui.sample(model, ours(), noise)
+facts["stock result unchanged"] = torch.equal(before, comfyui.sample(stock, euler, noise))
+facts["run repeats"] = torch.equal(first, comfyui.sample(model, ours(), noise))
 shifted = stock.clone()
 shifted.add_object_patch("model_sampling", model.get_model_object("model_sampling"))
 facts["patched model under a stock sampler is stock"] = torch.equal(
-    host.sample(shifted, euler, noise), host.sample(model, euler, noise)
+    comfyui.sample(shifted, euler, noise), comfyui.sample(model, euler, noise)
 )
 facts["shift"] = [stock.get_model_object("model_sampling").shift, model.get_model_object("model_sampling").shift]
 facts["settings survive clones"] = patch.settings_of(model.clone().clone()) == settings
@@ -50,16 +50,16 @@ def count(executor, *args, **kwargs):
 
 counted = model.clone()
 counted.add_wrapper(WrappersMP.APPLY_MODEL, count)
-facts["wrapped result unchanged"] = torch.equal(first, host.sample(counted, ours(), noise))
+facts["wrapped result unchanged"] = torch.equal(first, comfyui.sample(counted, ours(), noise))
 facts["forwards"] = len(calls)
 
 facts["forwards to continue"] = {}
 for replay in ("all", "window"):
     calls.clear()
     plan = schedules.Schedule(15, 3, window=6, sink_frames=1)
-    given = host.noise_of((1, 16, 12, 8, 12))
+    given = comfyui.noise_of((1, 16, 12, 8, 12))
     sampler = chunk_sampler.ChunkSampler(plan, initial_latents=given, replay=replay)
-    host.sample(counted, sampler, host.noise_of((1, 16, 15, 8, 12)))
+    comfyui.sample(counted, sampler, comfyui.noise_of((1, 16, 15, 8, 12)))
     facts["forwards to continue"][replay] = len(calls)
 
 
@@ -111,18 +111,18 @@ for name, add in conflicts.items():
     facts["conflicts before"][name] = error_of(lambda m=m: patch.patched(m, settings))
     m = model.clone()
     add(m)
-    facts["conflicts after"][name] = error_of(lambda m=m: host.sample(m, ours(), noise))
+    facts["conflicts after"][name] = error_of(lambda m=m: comfyui.sample(m, ours(), noise))
 facts["linear layers may be replaced"] = error_of(
     lambda: patch.conflicting_patch(stock, {"transformer_options": {"patches": {"input_block_patch": [count]}}})
 )
 
 # Memory of a run is gone after success, an error and an interrupt; the cache alone would be this large.
-cache = host.room("lightforcing_core.model.kv_cache").kv_bytes(2, 1, SHAPE[2], 24, 2, 128, torch.float32)
+cache = comfyui.module("lightforcing_core.model.kv_cache").kv_bytes(2, 1, SHAPE[2], 24, 2, 128, torch.float32)
 facts["cache bytes"] = cache
-host.sample(model, ours(), noise)
-start = host.tensor_bytes()
-host.sample(model, ours(), noise)
-facts["left after success"] = host.tensor_bytes() - start
+comfyui.sample(model, ours(), noise)
+start = comfyui.tensor_bytes()
+comfyui.sample(model, ours(), noise)
+facts["left after success"] = comfyui.tensor_bytes() - start
 
 
 def fail(chunk, done, total):
@@ -137,22 +137,22 @@ def interrupt(step, x0, x, total):
 
 for name, options, callback in (("error", {"on_chunk": fail}, None), ("interrupt", {}, interrupt)):
     try:
-        host.sample(model, ours(**options), noise, callback=callback)
+        comfyui.sample(model, ours(**options), noise, callback=callback)
     except (RuntimeError, comfy.model_management.InterruptProcessingException) as error:
         held = error  # as a server holds the exception while it reports it
-        facts[f"left after {name}, exception held"] = host.tensor_bytes() - start
+        facts[f"left after {name}, exception held"] = comfyui.tensor_bytes() - start
         facts[f"{name} is"] = type(held).__name__
     held = None
-    facts[f"left after {name}"] = host.tensor_bytes() - start
-facts["run after interrupt repeats"] = torch.equal(first, host.sample(model, ours(), noise))
+    facts[f"left after {name}"] = comfyui.tensor_bytes() - start
+facts["run after interrupt repeats"] = torch.equal(first, comfyui.sample(model, ours(), noise))
 
-# The memory request: what reaches the host's estimate is one chunk of activations or decode, and the whole cache.
+# The memory request: what reaches ComfyUI's estimate is one chunk of activations or decode, and the whole cache.
 spied = []
 real = comfy.sampler_helpers.estimate_memory
 comfy.sampler_helpers.estimate_memory = lambda m, shape, conds: spied.append(shape) or real(m, shape, conds)
-vae = comfy.sd.VAE(sd=host.room("lightforcing_core.vae.wan_vae").random_vae_state_dict(dim=8))
-decoder = host.room("nodes.decode").FrameDecoder(vae, SHAPE)
-host.sample(model, ours(decoder=decoder), noise)
+vae = comfy.sd.VAE(sd=comfyui.module("lightforcing_core.vae.wan_vae").random_vae_state_dict(dim=8))
+decoder = comfyui.module("nodes.decode").FrameDecoder(vae, SHAPE)
+comfyui.sample(model, ours(decoder=decoder), noise)
 chunk = stock.model.memory_required([1, 16, 3, 8, 12])
 facts["asked"] = stock.model.memory_required(spied[-1])
 decode = decoder.bytes_of(1)

@@ -2,16 +2,15 @@
 
 import json
 import shutil
-from pathlib import Path
 
-import host
+import comfyui
 import torch
-from host import comfy
+from comfyui import comfy
 
-decode, loader, patch = (host.room(f"nodes.{name}") for name in ("decode", "model.loader", "model.patch"))
-text_embeds, schedule = host.room("nodes.text_embeds"), host.room("nodes.schedule")
-encode = host.room("nodes.encode")
-wan_vae = host.room("lightforcing_core.vae.wan_vae")
+decode, loader, patch = (comfyui.module(f"nodes.{name}") for name in ("decode", "model.loader", "model.patch"))
+text_embeds, schedule = comfyui.module("nodes.text_embeds"), comfyui.module("nodes.schedule")
+encode = comfyui.module("nodes.encode")
+wan_vae = comfyui.module("lightforcing_core.vae.wan_vae")
 facts = {"asked": {}}
 requests = []
 load = comfy.model_management.load_models_gpu
@@ -59,7 +58,7 @@ facts["an end is what core encodes behind a still"] = float((encoded(8, place="e
 
 # Apply reads the family from the file that another loader has loaded, and keeps what it is told.
 options = {"backend": "auto", "block": "32", "keep_frames": -1, "keep_sink": 2, "keep_near": -1}
-framewise = host.load("causal_forcing-framewise.safetensors")
+framewise = comfyui.load("causal_forcing-framewise.safetensors")
 for family in ("auto", "light_forcing_long"):
     settings = patch.settings_of(loader.LightForcingApply.execute(framewise, family, **options)[0])
     attention = settings.attention
@@ -75,7 +74,7 @@ facts["auto without a model"] = error_of(schedule.schedule_from, 81, {"preset": 
 facts["family without a model"] = schedule.schedule_from(81, {"preset": "longlive"}, None).window
 
 # Text embeddings: back as they were, whole or not at all.
-folder = Path(text_embeds.folder_paths.get_folder_paths("text_embeds")[0])
+folder = comfyui.module("nodes.comfy").model_folder("text_embeds")
 stored = [[torch.randn(1, 12, 4096), {"pooled_output": None, "attention_mask": torch.ones(1, 12), "strength": 1.0}]]
 path = text_embeds.embeds_path("new folder/prompt")
 text_embeds.save_embeds(path, stored)

@@ -1,23 +1,23 @@
-"""A TAE in ComfyUI: our decode against the host's, file by file, and in the sampler; printed as JSON."""
+"""A TAE in ComfyUI: our decode against ComfyUI's, file by file, and in the sampler; printed as JSON."""
 
 import itertools
 import json
 from pathlib import Path
 
-import host
+import comfyui
 import torch
 from comfy_api.latest import io
-from host import comfy
+from comfyui import comfy
 from safetensors.torch import save_file
 
 import folder_paths  # isort: skip
-import nodes as host_nodes  # isort: skip
+import nodes as comfyui_nodes  # isort: skip
 
-decode, sampler, loader = (host.room(f"nodes.{name}") for name in ("decode", "sampling.sampler", "model.loader"))
-streaming, taehv = (host.room(f"lightforcing_core.{name}") for name in ("vae.streaming", "vae.taehv"))
+decode, sampler, loader = (comfyui.module(f"nodes.{name}") for name in ("decode", "sampling.sampler", "model.loader"))
+streaming, taehv = (comfyui.module(f"lightforcing_core.{name}") for name in ("vae.streaming", "vae.taehv"))
 from_model = comfy.latent_formats.Wan21()
 
-# Random weights under the host's own names, small enough for colours inside 0…1.
+# Random weights under ComfyUI's own names, small enough for colours inside 0…1.
 torch.set_num_threads(1)  # waiting threads cost more here than they win
 torch.manual_seed(0)
 shapes = {name: t.shape for name, t in comfy.taesd.taehv.TAEHV(latent_channels=16).state_dict().items()}
@@ -31,12 +31,12 @@ half = {name: tensor.half() for name, tensor in weights.items()}
 
 
 def loaded(folder, name, state_dict):
-    """Through the host's Load VAE, which keeps the path."""
+    """Through ComfyUI's Load VAE, which keeps the path."""
     folders[folder].mkdir(parents=True, exist_ok=True)
     save_file(state_dict, folders[folder] / name)
     folder_paths.filename_list_cache.clear()
-    assert name in host_nodes.VAELoader.vae_list(host_nodes.VAELoader)
-    return host_nodes.VAELoader().load_vae(name)[0]
+    assert name in comfyui_nodes.VAELoader.vae_list(comfyui_nodes.VAELoader)
+    return comfyui_nodes.VAELoader().load_vae(name)[0]
 
 
 def worst(a, b):
@@ -71,7 +71,7 @@ stock = files["taew2_1 float16"].decode(raw)[0]
 facts = {
     "spread": for_normalised.std().item(),
     "apart": worst(for_normalised, for_raw),
-    "the host's own decode of float16 taew2_1": worst(stock, for_normalised),
+    "ComfyUI's own decode of float16 taew2_1": worst(stock, for_normalised),
     "taew2_1 float16": worst(decoded(files["taew2_1 float16"], raw), for_normalised),
     "lighttaew2_1 float16": worst(decoded(files["lighttaew2_1 float16"], raw), for_raw),
     "told raw": worst(decoded(files["taew2_1 float16"], raw, "raw"), for_raw),
@@ -81,7 +81,7 @@ facts["taew2_1 bfloat16"] = worst(decoded(bright, raw), for_normalised)
 facts["no name, float16"] = worst(decoded(comfy.sd.VAE(sd=dict(half)), raw), for_normalised)
 unnamed = comfy.sd.VAE(sd=dict(weights))
 facts["no name, float32"] = worst(decoded(unnamed, raw), for_raw)
-facts["the host's decode of float32"] = worst(decoded(unnamed, raw), unnamed.decode(raw)[0].clamp(0, 1))
+facts["ComfyUI's decode of float32"] = worst(decoded(unnamed, raw), unnamed.decode(raw)[0].clamp(0, 1))
 facts["no name, told normalised"] = worst(decoded(unnamed, raw, "normalised"), for_normalised)
 
 # A cut into single frames.
@@ -89,7 +89,7 @@ cut = streaming.StreamingDecoder(plain, tae_latents="normalised")
 whole = cut.decode(normal)
 cut.reset()
 pieces = [cut.decode(piece) for piece in normal.split([1, 2, 3], dim=2)]
-facts["cut on the host's tree"] = worst(torch.cat(pieces, dim=1), whole)
+facts["cut on ComfyUI's tree"] = worst(torch.cat(pieces, dim=1), whole)
 
 # What is refused, and what is asked for.
 taehv_file = loaded("vae_approx", "taehv.safetensors", half)
@@ -103,15 +103,15 @@ facts["asked"] = [asked, unnamed.vae_dtype.itemsize * 64 * 4 * 6]
 
 # The sampler's own frames are those of its latents.
 model = loader.LightForcingApply.execute(
-    host.load("tiny_wan.safetensors"), "self_forcing", backend="auto", block="64",
+    comfyui.load("tiny_wan.safetensors"), "self_forcing", backend="auto", block="64",
     keep_frames=-1, keep_sink=-1, keep_near=-1,
 )[0]  # fmt: skip
 latent = {"samples": torch.zeros(1, 16, 6, 8, 12)}
 node = sampler.LightForcingSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
-made = node.execute(model, host.prompt(), latent, 3, 2, vae=files["taew2_1 float16"])
+made = node.execute(model, comfyui.prompt(), latent, 3, 2, vae=files["taew2_1 float16"])
 facts["sampler's frames"] = list(made[1].shape)
 facts["sampler against decode"] = worst(made[1], decoded(files["taew2_1 float16"], made[0]["samples"]))
 video = from_model.process_in(made[0]["samples"].float())
 with torch.no_grad():
-    facts["sampler against the host's layers"] = worst(made[1], plain.decode(video)[0].movedim(0, -1).clamp(0, 1))
+    facts["sampler against ComfyUI's layers"] = worst(made[1], plain.decode(video)[0].movedim(0, -1).clamp(0, 1))
 print(json.dumps(facts))

@@ -1,34 +1,16 @@
 """Largest differences between ComfyUI's own Wan VAE and ours, on the same tiny weights; printed as JSON."""
 
-import importlib
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
-checkout, pack, models = sys.argv[1:4]
-sys.path.insert(0, checkout)
+import comfyui
+import torch
+from comfyui import BASE, comfy
 
-import comfy.cli_args  # noqa: E402
+streaming, wan_vae = (comfyui.module(f"lightforcing_core.vae.{name}") for name in ("streaming", "wan_vae"))
 
-comfy.cli_args.args.cpu = True
-
-import comfy.latent_formats  # noqa: E402
-import comfy.sd  # noqa: E402
-import comfy.utils  # noqa: E402
-import torch  # noqa: E402
-
-spec = importlib.util.spec_from_file_location(
-    "pack_core",
-    Path(pack, "lightforcing_core", "__init__.py"),
-    submodule_search_locations=[f"{pack}/lightforcing_core"],
-)
-sys.modules["pack_core"] = importlib.util.module_from_spec(spec)
-streaming, wan_vae = (importlib.import_module(f"pack_core.{name}") for name in ("streaming", "wan_vae"))
-
-state_dict = comfy.utils.load_torch_file(f"{models}/models/vae/tiny_lightvae.safetensors")
-host = comfy.sd.VAE(sd=dict(state_dict))
-core = host.first_stage_model.to(torch.float32)
+state_dict = comfy.utils.load_torch_file(f"{BASE}/models/vae/tiny_lightvae.safetensors")
+vae = comfy.sd.VAE(sd=dict(state_dict))
+core = vae.first_stage_model.to(torch.float32)
 ours = wan_vae.vae_from_state_dict(state_dict)
 to_raw = comfy.latent_formats.Wan21()
 
@@ -56,7 +38,7 @@ with torch.no_grad():
         "decode, core's tree": worst(streamed(core), pixels),
         "encode, our tree": worst(streaming.StreamingEncoder(ours).encode(video), encoded),
         "encode, core's tree": worst(streaming.StreamingEncoder(core).encode(video), encoded),
-        "decode, the VAE object": worst(streamed(ours), host.decode(raw)),
+        "decode, the VAE object": worst(streamed(ours), vae.decode(raw)),
     }
     core.to(torch.bfloat16)
     report["decode in bfloat16, both trees"] = worst(

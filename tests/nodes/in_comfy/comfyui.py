@@ -1,4 +1,4 @@
-"""What a script inside ComfyUI starts with: the host on the CPU and the pack loaded by path, like a custom node.
+"""Start of every script inside ComfyUI: ComfyUI on the CPU, and the pack loaded by its path like a custom node.
 
 Scripts are called as `SCRIPT.py CHECKOUT PACK BASE`; BASE/models holds tiny weights.
 """
@@ -29,13 +29,13 @@ sys.modules[NAME] = pack
 spec.loader.exec_module(pack)
 
 
-def room(name):
+def module(name):
     """A module of the pack, such as "nodes.model.patch"."""
     return importlib.import_module(f"{NAME}.{name}")
 
 
 def load(file):
-    """A MODEL from models/diffusion_models as the host's own loader makes it."""
+    """A MODEL from models/diffusion_models as ComfyUI's own loader makes it."""
     return comfy.sd.load_diffusion_model(f"{BASE}/models/diffusion_models/{file}")
 
 

@@ -14,20 +14,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import comfy.utils
-import latent_preview
 import numpy as np
 import torch
-from comfy.model_patcher import ModelPatcher
-from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.rollout.rollout import StepEvent
 from ...lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
+from ..browser import watching_page
+from ..comfy import ModelPatcher, Preview, ProgressBar, executing_node, running_server, show_text
 from ..model.patch import settings_of
-from .browser import running_server, watching_page
 
 SHARE = 0.02  # of the run's time that pictures may take
 PAUSE = 0.4  # seconds between pictures
@@ -80,7 +77,7 @@ class ProgressLine:
     def plan(self, plan: MemoryPlan) -> None:
         """How the run is kept in memory; nothing has been loaded yet."""
         self._plan = str(plan)
-        tell(self._plan)
+        show_text(self._plan)
 
     def __call__(self, event: StepEvent) -> None:
         now, self._last = time.perf_counter(), event
@@ -90,7 +87,7 @@ class ProgressLine:
             self._pace = f"{(now - self._begun) / event.chunk:.1f} s per chunk · "
         if now - self._told >= LINE_PAUSE:
             self._told = now
-            tell(
+            show_text(
                 f"chunk {event.chunk + 1}/{event.chunks} · step {event.step + 1}/{event.steps} · {self._pace}"
                 f"density {100 * event.density:.0f} %{self._below}"
             )
@@ -98,7 +95,7 @@ class ProgressLine:
     def end(self) -> None:
         """The run is over."""
         if self._last is not None:
-            tell(f"{self._last.chunk + 1} of {self._last.chunks} chunks · {self._pace}done{self._below}")
+            show_text(f"{self._last.chunk + 1} of {self._last.chunks} chunks · {self._pace}done{self._below}")
 
     @property
     def _below(self) -> str:
@@ -115,9 +112,8 @@ class LiveView:
 
     def __init__(self, model: ModelPatcher, latent_shape: Sequence[int], *, decodes: bool) -> None:
         self._line, self._budget = ProgressLine(), Budget()
-        self._bar, self._done, self._total = comfy.utils.ProgressBar(1), 0, 1
-        self._model, self._decodes = model, decodes
-        self._previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        self._bar, self._done, self._total = ProgressBar(1), 0, 1
+        self._decodes, self._preview = decodes, Preview(model)
         self._draft: Draft | None = None
         self._decoded = 0  # video frames
         self._shape = tuple(latent_shape)
@@ -140,13 +136,7 @@ class LiveView:
 
         Where another pack has put animated previews in the place of the host's, they are shown and ours are not.
         """
-        if self._is_foreign:
-            return latent_preview.prepare_callback(self._model, 1)
-        return self._progress
-
-    @property
-    def _is_foreign(self) -> bool:
-        return self._previewer is not None and type(self._previewer).__module__ != latent_preview.__name__
+        return self._preview.callback() if self._preview.is_foreign else self._progress
 
     def plan(self, plan: MemoryPlan) -> None:
         """How the run is kept in memory; nothing has been loaded yet."""
@@ -155,11 +145,11 @@ class LiveView:
     def step(self, event: StepEvent) -> None:
         """A denoising step is done; `callback` follows."""
         self._line(event)
-        if self._is_foreign:
+        if self._preview.is_foreign:
             return
         self._take_draft()
         must = event.step == event.steps - 1 and not self._decodes  # or the chunk would never be seen
-        wanted = self._drafts and (self._decodes or self._previewer is not None)
+        wanted = self._drafts and (self._decodes or self._preview.is_on)
         if wanted and (must or (self._draft is None and self._budget.allows())):
             with self._budget.spending():
                 self._draft = self._drawn(event)
@@ -167,7 +157,7 @@ class LiveView:
 
     def add_frames(self, frames: Tensor, start: int) -> None:
         """Decoded frames [B, n, H, W, 3] in [0, 1], the first being the video's frame `start`."""
-        if self._is_foreign:
+        if self._preview.is_foreign:
             return
         self._draft, self._decoded = None, start + frames.shape[1]
         with self._budget.spending():
@@ -186,7 +176,7 @@ class LiveView:
     def end(self) -> None:
         """The run is over."""
         self._line.end()
-        if self._decodes and not self._is_foreign:
+        if self._decodes and not self._preview.is_foreign:
             self._draft = None
             self._pictures.cut(self._decoded)
         if self._pictures.is_new:
@@ -207,9 +197,9 @@ class LiveView:
         """The current chunk's pictures: by the host's tiny VAE where it is chosen, else by its colours of a latent."""
         start = video_frames_of(event.start_frame) if event.start_frame else 0
         stop = video_frames_of(event.start_frame + event.x0.shape[2])
-        if isinstance(self._previewer, latent_preview.TAESDPreviewerImpl) and self._budget.allows():
-            return Draft(start, stop, torch.from_numpy(small_pictures(self._previewer.taesd.decode(event.x0[:1])[0])))
-        colours = latent_colours(event.x0[0], self._model.model.latent_format)
+        if self._preview.has_tiny_vae and self._budget.allows():
+            return Draft(start, stop, torch.from_numpy(small_pictures(self._preview.decode(event.x0[:1]))))
+        colours = self._preview.colours(event.x0[0])
         if not colours.is_cuda:
             return Draft(start, stop, colours.cpu())
         pictures, ready = colours.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -267,14 +257,14 @@ class Strips:
         self._sent = [old for old in self._sent if old["start"] >= stretch.stop or old["stop"] <= stretch.start]
 
     def send(self) -> None:
-        context, page = get_executing_context(), watching_page(self._server)
+        node, page = executing_node(), watching_page(self._server)
         strips, self._unsent = [strip_of(stretch) for stretch in self._unsent], []
         self._sent += strips
         if page is not self._page:
             self._page, strips = page, self._sent
         message = {
-            "node": context.node_id,
-            "prompt_id": context.prompt_id,
+            "node": node[0] if node else None,
+            "prompt_id": node[1] if node else None,
             "frames": self._frames,
             "fps": FPS,
             "strips": strips,
@@ -317,13 +307,6 @@ class Sheet:
         return "JPEG", self._image.copy(), None
 
 
-def tell(text: str) -> None:
-    """Write a line on the executing node."""
-    server, context = running_server(), get_executing_context()
-    if server is not None and context is not None:
-        server.send_progress_text(text, context.node_id, server.client_id)
-
-
 def spread(start: int, stop: int, pictures: np.ndarray) -> Stretch:
     """Pictures spread evenly over frames `start` up to `stop`."""
     count = len(pictures)
@@ -336,14 +319,6 @@ def small_pictures(frames: Tensor) -> np.ndarray:
     few = frames[:, ::step, ::step].cpu()
     values = few.numpy() if few.dtype in (torch.float32, torch.float16) else few.float().numpy()
     return (values * 255).astype(np.uint8)
-
-
-def latent_colours(latents: Tensor, latent_format: Any) -> Tensor:
-    """The colours that the host sees in latents [16, f, h, w]: [f, h, w, 3] uint8 on the same device."""
-    factors = torch.tensor(latent_format.latent_rgb_factors, device=latents.device, dtype=latents.dtype)
-    bias = torch.tensor(latent_format.latent_rgb_factors_bias, device=latents.device, dtype=latents.dtype)
-    colours = torch.nn.functional.linear(latents.movedim(0, -1), factors.t(), bias)
-    return ((colours + 1) * 127.5).clamp(0, 255).to(torch.uint8)
 
 
 def strip_of(stretch: Stretch) -> dict[str, Any]:

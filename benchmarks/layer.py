@@ -1,0 +1,98 @@
+"""One layer's sparse attention over plain tensors: pooled, selected and attended as in a rollout."""
+
+from torch import Tensor
+
+from ..lightforcing_core.attention.blocks import FrameBlocks
+from ..lightforcing_core.attention.dispatch import AttentionOptions, choose_backend, sparse_attention
+from ..lightforcing_core.attention.quantised import STORED, KVDtype, quantise_blocks
+from ..lightforcing_core.attention.selection import BlockSelection, SelectionPlan, sub_block_layout
+from ..lightforcing_core.families import FAMILIES
+
+HEAD_DIM = 128
+FRAMES = 3  # latent frames per chunk
+CHUNKS = 7  # of an 81-frame video
+FAMILY = FAMILIES["light_forcing_short"]  # the published method's settings
+
+
+def published(backend: str, block: tuple[int, int]) -> AttentionOptions:
+    """The published method in these blocks."""
+    return AttentionOptions(backend, block, FAMILY.keep_frames, FAMILY.keep_sink, FAMILY.keep_near)
+
+
+class LayerAttention:
+    """Attention of one chunk. q: [B, Lq, H, D], the chunk; k, v: [B, Lk, H, D], all visible frames, the chunk's last.
+
+    The pooled and the 8-bit forms of k and v are made here, as the cache has them when a chunk begins.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        tokens_per_frame: int,
+        sparsity: float,
+        options: AttentionOptions,
+        kv: KVDtype = "same",
+    ) -> None:
+        self.tensors, self.tokens_per_frame, self.options = (q, k, v), tokens_per_frame, options
+        self._q_layout, self._layout = (FrameBlocks(tokens_per_frame, size) for size in options.block)
+        self._sub_layout = sub_block_layout(self._layout) if options.estimator == "lse" else None
+        frames = k.shape[1] // tokens_per_frame
+        self.plan = SelectionPlan.build(
+            range(frames),
+            q.shape[1] // tokens_per_frame,
+            self._layout,
+            sparsity=sparsity,
+            keep_frames=options.keep_frames if sparsity else frames,
+            sink_frames=options.sink_frames,
+            near_frames=options.near_frames,
+            device=q.device,
+        )
+        self.k_means, self._v_means = self._layout.block_means(k), self._layout.block_means(v)
+        self._frame_means = self._layout.frame_means(self.k_means)
+        self._sub_means = self._sub_layout.block_means(k) if self._sub_layout else None
+        self._stored, self._scales = (k, v), None
+        if kv != "same":
+            (k, k_scales), (v, v_scales) = (quantise_blocks(x, self._layout, STORED[kv]) for x in (k, v))
+            self._stored, self._scales = (k, v), (k_scales, v_scales)
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs. Raises BackendUnavailable if the one that is named cannot."""
+        q, k, options = self.tensors[0], self._stored[0], self.options
+        return choose_backend(q, k, block=options.block, backend=options.backend, tail=options.tail).name
+
+    def select(self) -> BlockSelection:
+        """The work of a chunk in every forward: pool its own q and k, then choose; older keys are pooled already."""
+        q, k, v = self.tensors
+        own = slice(k.shape[1] - q.shape[1], None)
+        means = (self._sub_layout or self._layout).block_means(k[:, own])
+        if self._sub_layout is None:
+            self._layout.frame_means(means)
+        if self.options.tail:
+            self._layout.block_means(v[:, own])
+        return self.plan.select(
+            self._q_layout.block_means(q),
+            self.k_means,
+            self._frame_means,
+            estimator=self.options.estimator,
+            sub_means=self._sub_means,
+        )
+
+    def attend(self, selection: BlockSelection, backend: str | None = None) -> Tensor:
+        """[B, Lq, H, D] by the options' backend or another one."""
+        return sparse_attention(
+            self.tensors[0],
+            *self._stored,
+            selection=selection,
+            tokens_per_frame=self.tokens_per_frame,
+            block=self.options.block,
+            backend=backend or self.options.backend,
+            scales=self._scales,
+            tail=(self.k_means, self._v_means) if self.options.tail else None,
+        )
+
+    def __call__(self, backend: str | None = None) -> Tensor:
+        return self.attend(self.select(), backend)

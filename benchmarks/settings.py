@@ -1,0 +1,164 @@
+"""The settings of each measurement. Every field is also an option of its command, its annotation the option's help.
+
+Nothing here imports torch, so that the command line can be built without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+CudaGraphs = Literal["auto", "on", "off"]  # as `rollout` takes them
+REAL_LAYERS = 30  # of Wan 2.1 1.3B
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device and the CPU threads."""
+
+    device: Annotated[str | None, "cpu or cuda; by default the GPU if torch sees one."] = None
+    threads: Annotated[int | None, "CPU threads; torch's own choice by default."] = None
+
+    def prepare(self) -> torch.device:
+        """Set the number of threads; the device. Raises ValueError for one that cannot be measured here."""
+        import torch
+
+        if self.threads is not None:
+            if self.threads < 1:
+                raise ValueError(f"threads {self.threads} is not positive; use 1 or more")
+            torch.set_num_threads(self.threads)
+        seen = torch.cuda.is_available()
+        device = torch.device(self.device or ("cuda" if seen else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"device {self.device!r} is not measured here; use cpu or cuda")
+        if device.type == "cuda" and not seen:
+            raise ValueError("torch sees no CUDA GPU here; use --device cpu")
+        return device
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a measurement runs, and in which dtype."""
+
+    machine: Machine = Machine()
+    dtype: Annotated[str, f"One of {', '.join(DTYPES)}."] = "bfloat16"
+
+    def prepare(self) -> tuple[torch.device, torch.dtype]:
+        """The device, made ready, and the dtype. Raises ValueError for those that cannot be measured here."""
+        import torch
+
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not measured; use {', '.join(DTYPES)}")
+        return self.machine.prepare(), getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The size of the video and of the attention blocks in it."""
+
+    height: Annotated[int, "Video height in pixels, a multiple of 16."] = 512
+    width: Annotated[int, "Video width in pixels, a multiple of 16."] = 768
+    block: Annotated[tuple[int, int], "Tokens per query and per key block."] = (64, 64)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of a frame's tokens."""
+        return self.height // 16, self.width // 16
+
+    @property
+    def latent(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        return self.height // 8, self.width // 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """The size of a Wan with random weights. The 1.3B model has width 1536, feed-forward width 8960 and 30 layers."""
+
+    dim: Annotated[int, "Model width, a multiple of 128."] = 1536
+    ffn_dim: Annotated[int, "Feed-forward width."] = 8960
+    layers: Annotated[int | None, "Layers; by default 30 on a GPU and 2 on a CPU."] = None
+
+
+@dataclass(frozen=True)
+class AttentionBench:
+    """One layer's self-attention in the 81-frame short setting, see `attention.py`."""
+
+    tokens_per_frame: Annotated[int, "1536 is 512x768, 1560 is 480x832."] = 1536
+    heads: Annotated[int, "The 1.3B model has 12; 2 keep a CPU run short."] = 12
+    block: Annotated[tuple[int, int], "Tokens per query and per key block."] = (64, 64)
+    sparsity: Annotated[float | None, "One for every chunk; the published growth by default."] = None
+    chunks: Annotated[tuple[int, ...], "Chunks from 2 to 7, counted from 1."] = (2, 3, 4, 5, 6, 7)
+    backend: Annotated[tuple[str, ...], "Sparse backends; by default all that can run, the reference if none can."] = ()
+    repeats: Annotated[int, "Rounds in which each arm runs once."] = 5
+    place: Place = Place()
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """One forward of one chunk of the 81-frame short setting, see `step.py`."""
+
+    chunk: Annotated[int, "Chunk from 2 to 7, counted from 1."] = 7
+    model: Model = Model()
+    picture: Picture = Picture()
+    backend: Annotated[str, "Sparse backend."] = "auto"
+    cuda_graph: Annotated[bool, "Measure both arms as CUDA graphs too."] = False
+    repeats: Annotated[int, "Rounds in which each arm runs once."] = 3
+    place: Place = Place()
+
+
+@dataclass(frozen=True)
+class RolloutBench:
+    """Whole videos with random weights, see `rollout.py`."""
+
+    frames: Annotated[int, "Video frames, 1 + 4k: 81, 249, 961."] = 81
+    arm: Annotated[tuple[str, ...], "Any of dense, sparse and even (sparse without growth, to judge flatness)."] = (
+        "dense",
+        "sparse",
+    )
+    setting: Annotated[str, "short sees every frame; long has window 12 and one sink."] = "short"
+    decode: Annotated[bool, "Decode every chunk too."] = False
+    overlap: Annotated[bool, "With --decode, one arm and a GPU: decode while the next chunk is sampled."] = False
+    cuda_graph: Annotated[str, "A chunk's steps as one CUDA graph: auto, on or off."] = "auto"
+    vae_dim: Annotated[int, "Width of the VAE; 24 is LightVAE, 96 Wan's own."] = 24
+    model: Model = Model(256, 512, 2)
+    picture: Picture = Picture(64, 96)
+    backend: Annotated[str, "Sparse backend."] = "auto"
+    rounds: Annotated[int, "Times that each video is made; a chunk's seconds are their median."] = 1
+    place: Place = Place()
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds {self.rounds} is not positive; one round makes every video once")
+        if self.setting not in ("short", "long"):
+            raise ValueError(f"setting {self.setting!r} is not known; use short or long")
+        if self.cuda_graph not in get_args(CudaGraphs):
+            raise ValueError(f"cuda_graph {self.cuda_graph!r} is not known; use {', '.join(get_args(CudaGraphs))}")
+        if self.overlap and not self.decode:
+            raise ValueError("overlap is about decoding during the sampling; ask for decode too")
+        if self.overlap and len(self.arm) > 1:
+            raise ValueError(f"arms {', '.join(self.arm)} take turns and would overlap each other; ask for one arm")
+
+
+@dataclass(frozen=True)
+class MemoryBench:
+    """Estimated against measured memory, see `memory.py`."""
+
+    place: Place = Place()
+
+
+@dataclass(frozen=True)
+class OptionsBench:
+    """Options of one attention over synthetic fields, at the last chunk of 81 frames, see `options.py`."""
+
+    picture: Picture = Picture()
+    heads: Annotated[int, "The 1.3B model has 12; 1 keeps a CPU run short."] = 1
+    sparsity: Annotated[float, "The share of key blocks that is skipped."] = 0.88
+    sharpness: Annotated[float, "Standard deviation of the scaled scores; more leaves fewer keys to share them."] = 2.0
+    backend: Annotated[str, "Sparse backend."] = "auto"
+    repeats: Annotated[int, "Rounds in which each arm runs once."] = 3
+    place: Place = Place()

@@ -1,1 +1,0 @@
-"""The live view and the routes that the frontend calls."""

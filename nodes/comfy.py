@@ -1,0 +1,355 @@
+"""Everything this pack asks of ComfyUI beyond its public API, `comfy_api.latest`.
+
+The rest of nodes/ imports ComfyUI through this file, so a change in ComfyUI is fixed here. The one exception is
+`model/rowwise.py`, which extends ComfyUI's quantised tensors.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import comfy.ldm.modules.attention
+import comfy.model_base
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import folder_paths
+import latent_preview
+import torch
+from comfy.cli_args import PerformanceFeature, args
+from comfy.model_management import VRAMState
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_execution.utils import get_executing_context
+from torch import Tensor
+
+Interrupted: type[BaseException] = comfy.model_management.InterruptProcessingException
+ProgressBar = comfy.utils.ProgressBar
+Sampler = comfy.samplers.Sampler
+__all__ = ["ExecutionBlocker", "Interrupted", "ModelPatcher", "ProgressBar", "Sampler", "WrappersMP"]
+
+# --- memory and devices
+
+
+def memory_for_a_run(device: torch.device) -> int:
+    """Bytes that a run may take on `device` once ComfyUI has unloaded every other model."""
+    management = comfy.model_management
+    loaded = sum(
+        model.model_loaded_memory()
+        for model in management.current_loaded_models
+        if model.device == device and model.model
+    )
+    return max(0, int(management.get_free_memory(device) + loaded - management.extra_reserved_memory()))
+
+
+def load_on_device(patcher: ModelPatcher, memory_required: int = 0) -> None:
+    """Load a model's weights, with `memory_required` bytes left free for its work."""
+    comfy.model_management.load_models_gpu([patcher], memory_required=memory_required)
+
+
+def is_on_device(patcher: ModelPatcher) -> bool:
+    """Whether a model is loaded; ComfyUI unloads one when another needs the memory."""
+    return patcher.current_loaded_device() == patcher.load_device
+
+
+def weights_may_move(patcher: ModelPatcher) -> bool:
+    """Whether DynamicVRAM manages the model, so that its weights may move at any time."""
+    return patcher.is_dynamic()
+
+
+def weight_bytes_on_device(patcher: ModelPatcher) -> int:
+    """Bytes of a model's weights that stay on the device; with --novram none do."""
+    return 0 if comfy.model_management.vram_state == VRAMState.NO_VRAM else patcher.model_size()
+
+
+def untested_speedups_wanted() -> bool:
+    """Whether ComfyUI was started with --fast (or --fast autotune)."""
+    return PerformanceFeature.AutoTune in args.fast
+
+
+def result_device() -> torch.device:
+    """The device that results are passed on with."""
+    return comfy.model_management.intermediate_device()
+
+
+def result_dtype() -> torch.dtype:
+    """The dtype that images are passed on with."""
+    return comfy.model_management.intermediate_dtype()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether GPU or CPU memory ran out."""
+    cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    return cpu or isinstance(error, MemoryError) or comfy.model_management.is_oom(error)
+
+
+def out_of_memory(reason: str) -> Exception:
+    """The error after which ComfyUI frees its memory; `reason` is its message."""
+    return comfy.model_management.OOM_EXCEPTION(reason)
+
+
+def raise_if_interrupted() -> None:
+    """Raise `Interrupted` if the user has cancelled the prompt."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+# --- models
+
+WAN_T2V = (comfy.model_base.WAN21, comfy.model_base.WAN21_CausalAR)
+STEP_CACHES = ("easycache", "lazycache")  # ComfyUI's own: they skip forwards that the KV cache needs
+FORWARD_PATCH = re.compile(r"^diffusion_model(\..*forward\w*|\.blocks\.\d+(\.(self|cross)_attn)?)?$")
+
+
+def load_model(
+    state_dict: dict[str, Tensor],
+    *,
+    options: Mapping[str, Any],
+    metadata: dict[str, str] | None,
+    disable_dynamic: bool,
+    again: tuple[Callable[..., ModelPatcher], tuple[Any, ...]],
+) -> ModelPatcher | None:
+    """A MODEL from a state dict, None if this ComfyUI does not know its kind.
+
+    again: the function and arguments that make a second copy, which ComfyUI needs for hooks and several GPUs.
+    """
+    model = comfy.sd.load_diffusion_model_state_dict(
+        state_dict, model_options=dict(options), metadata=metadata, disable_dynamic=disable_dynamic
+    )
+    if model is not None:
+        model.cached_patcher_init = again
+    return model
+
+
+def file_of(patcher: ModelPatcher) -> str:
+    """Path of the file that a model was loaded from, "" if its loader does not record it."""
+    made_by = patcher.cached_patcher_init
+    return next((part for part in made_by[1] if isinstance(part, str)), "") if made_by else ""
+
+
+def flow_sampling(model: ModelPatcher, shift: float) -> Any:
+    """Flow matching with `shift`, built as ComfyUI's own model-sampling nodes do."""
+
+    class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+        pass
+
+    sampling = FlowSampling(model.model.model_config)
+    sampling.set_parameters(shift=shift, multiplier=1000)
+    return sampling
+
+
+def forward_patches(model: ModelPatcher, model_options: Mapping[str, Any], own: str) -> Iterator[str]:
+    """Describe each patch on a MODEL or a run's options that takes effect inside the model's forward.
+
+    own: the key of this pack's wrappers, which are left out.
+    """
+    options = model_options.get("transformer_options", {})
+    for name in model.object_patches:
+        if FORWARD_PATCH.search(name):
+            yield f"another patch of the model's forward ({name})"
+    for table in (model.wrappers, options.get("wrappers", {})):
+        for kind, by_key in table.items():
+            for key, functions in by_key.items():
+                if functions and key != own and (kind == WrappersMP.DIFFUSION_MODEL or key in STEP_CACHES):
+                    name = getattr(functions[0], "__qualname__", type(functions[0]).__name__)
+                    yield f"another patch of the model's forward ({key or name})"
+    if model.get_additional_models_with_key("multigpu"):
+        yield "a split over several GPUs (multigpu)"
+    if "context_handler" in model_options:
+        yield "context windows (context_handler)"
+    if options.get("rope_options"):
+        yield "scaled RoPE (rope_options)"
+    for name in ("attn1_patch", "attn2_patch"):
+        if options.get("patches", {}).get(name):
+            yield f"an attention patch ({name})"
+    for name, replaced in options.get("patches_replace", {}).items():
+        if replaced:
+            yield f"replaced blocks ({name} {', '.join(str(block) for block in list(replaced)[:3])})"
+    if "optimized_attention_override" in options:
+        yield "an attention override (optimized_attention_override)"
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over [B, L, H, D] by the function that ComfyUI has chosen."""
+    heads = q.shape[2]
+    mixed = comfy.ldm.modules.attention.optimized_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=heads)
+    return mixed.unflatten(-1, (heads, -1))
+
+
+# --- sampling
+
+
+def empty_latents(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
+    """The samples of a LATENT; empty ones get the number of channels that the model wants."""
+    spatial, temporal = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], spatial, temporal)
+
+
+def guider_for(
+    model: ModelPatcher, vae: Any, positive: list[Any], negative: list[Any] | None, cfg: float, key: str
+) -> Any:
+    """A guider for one run, which loads the VAE, if any, together with the model; `key` names it on the clone."""
+    if vae is not None:
+        model = model.clone()
+        model.set_additional_models(key, [vae.patcher])
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive})
+    if cfg != 1.0:
+        guider.set_cfg(cfg)
+        guider.inner_set_conds({"negative": negative or []})
+    return guider
+
+
+def is_plain_guider(guider: Any) -> bool:
+    """Whether a guider calls the model once per prompt, as BasicGuider and CFGGuider do."""
+    return type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+
+
+def request_memory(guider: Any, key: str, memory: Callable[[int], int]) -> None:
+    """Make ComfyUI free the bytes that a run needs before it loads the guider's model.
+
+    memory: bytes needed in addition to the model's weights, given ComfyUI's own estimate for one latent frame.
+    """
+    base = guider.model_patcher.model
+
+    def prepare_sampling(executor: Any, model: Any, shape: Sequence[int], conds: Any, *rest: Any, **named: Any) -> Any:
+        # ComfyUI's estimate grows linearly with the frames of `shape`, so the bytes are converted to frames.
+        one_frame = base.memory_required([*shape[:2], 1, *shape[3:]])
+        frames = memory(one_frame) / max(one_frame, 1)
+        return executor(model, [*shape[:2], -int(-frames // 1), *shape[3:]], conds, *rest, **named)
+
+    add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, key, prepare_sampling, guider.model_options, True)
+
+
+def progress_bars_hidden() -> bool:
+    """Whether ComfyUI's progress bars in the terminal are turned off."""
+    return not comfy.utils.PROGRESS_BAR_ENABLED
+
+
+class Preview:
+    """Latent previews of one MODEL, by the method chosen in ComfyUI's settings."""
+
+    def __init__(self, model: ModelPatcher) -> None:
+        self._model, self._format = model, model.model.latent_format
+        self._previewer = latent_preview.get_previewer(model.load_device, self._format)
+
+    @property
+    def is_on(self) -> bool:
+        return self._previewer is not None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another pack has replaced ComfyUI's previews, by animated ones for example."""
+        return self._previewer is not None and type(self._previewer).__module__ != latent_preview.__name__
+
+    def callback(self) -> Callable[[int, Tensor, Tensor, int], None]:
+        """The callback that ComfyUI's own samplers use."""
+        return latent_preview.prepare_callback(self._model, 1)
+
+    @property
+    def has_tiny_vae(self) -> bool:
+        """Whether previews are decoded by a tiny VAE."""
+        return isinstance(self._previewer, latent_preview.TAESDPreviewerImpl)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Frames [n, H, W, 3] that the tiny VAE makes of latents [1, 16, f, h, w]."""
+        return self._previewer.taesd.decode(latents)[0]
+
+    def colours(self, latents: Tensor) -> Tensor:
+        """Approximate colours of latents [16, f, h, w]: [f, h, w, 3] uint8 on the same device."""
+        factors = torch.tensor(self._format.latent_rgb_factors, device=latents.device, dtype=latents.dtype)
+        bias = torch.tensor(self._format.latent_rgb_factors_bias, device=latents.device, dtype=latents.dtype)
+        colours = torch.nn.functional.linear(latents.movedim(0, -1), factors.t(), bias)
+        return ((colours + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+
+
+# --- server
+
+
+class Server(Protocol):
+    """The parts of ComfyUI's PromptServer that this pack uses."""
+
+    client_id: str | None  # of the page that queued the running prompt
+    sockets: Mapping[str, Any]  # by client id
+    routes: Any
+
+    def send_sync(self, event: str, data: Any, sid: str | None = None) -> None: ...
+
+
+def running_server() -> Server | None:
+    """ComfyUI's server, None in a script that uses the nodes without one."""
+    from server import PromptServer  # imported late: without a server the module may not exist
+
+    return getattr(PromptServer, "instance", None)
+
+
+def executing_node() -> tuple[str, str] | None:
+    """(node id, prompt id) of the node that is running, None outside a prompt."""
+    context = get_executing_context()
+    return None if context is None else (context.node_id, context.prompt_id)
+
+
+def show_text(text: str) -> None:
+    """Show a line on the running node."""
+    server: Any = running_server()
+    node = executing_node()
+    if server is not None and node is not None:
+        server.send_progress_text(text, node[0], server.client_id)
+
+
+def metadata_wanted() -> bool:
+    """Whether files shall contain the graph that made them (--disable-metadata)."""
+    return not args.disable_metadata
+
+
+# --- folders
+
+
+def model_files(kind: str) -> list[str]:
+    """Files in a model folder such as "loras", as names relative to it."""
+    return folder_paths.get_filename_list(kind)
+
+
+def model_path(kind: str, name: str) -> str:
+    """Path of a file in a model folder. Raises FileNotFoundError."""
+    return folder_paths.get_full_path_or_raise(kind, name)
+
+
+def find_model(kind: str, name: str) -> str | None:
+    """Path of a file in a model folder, None if it is not there."""
+    return folder_paths.get_full_path(kind, name)
+
+
+def model_folder(kind: str) -> Path:
+    """The first folder for models of a kind, where new files are written."""
+    return Path(folder_paths.get_folder_paths(kind)[0]).resolve()
+
+
+def models_root() -> Path:
+    """ComfyUI's models folder."""
+    return Path(folder_paths.models_dir)
+
+
+def add_model_kind(kind: str, suffix: str) -> None:
+    """Add a kind of models, unless it exists, in a folder of that name in the models folder."""
+    folder_paths.folder_names_and_paths.setdefault(kind, ([str(models_root() / kind)], {suffix}))
+
+
+def add_model_folder(folder: Path) -> None:
+    """Search `folder` too, after the user's folders, for models of the kind that it is named after."""
+    folder_paths.add_model_folder_path(folder.name, str(folder))
+
+
+def output_folder() -> Path:
+    """ComfyUI's output folder."""
+    return Path(folder_paths.get_output_directory()).resolve()
+
+
+def numbered_output(prefix: str, *, width: int, height: int) -> tuple[Path, str]:
+    """Folder and file name for a filename_prefix with its %fields% filled in; the folder is made."""
+    folder, name, *_ = folder_paths.get_save_image_path(prefix, str(output_folder()), width, height)
+    return Path(folder), name
