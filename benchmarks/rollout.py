@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from ..lightforcing_core.attention.dispatch import AttentionOptions
 from ..lightforcing_core.families import FAMILIES, Family
-from ..lightforcing_core.model.causal import CausalState, forward
-from ..lightforcing_core.model.cuda_graph import CudaRecorder, why_no_graph
+from ..lightforcing_core.model.causal import Pass
+from ..lightforcing_core.model.cuda_graph import CudaRecorder, StepGraph, why_no_graph
 from ..lightforcing_core.model.wan import Wan, random_state_dict, wan_from_state_dict
 from ..lightforcing_core.rollout.rollout import Chunk, few_step_sigmas, rollout
 from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
@@ -117,16 +117,16 @@ class _Arm:
         self._device = device
         self._decoder = OverlappedDecoder(StreamingDecoder(vae), device, beside=bench.overlap) if vae else None
         self._overlaps, self._count = bench.overlap, len(schedule.chunk_lengths())
-        self._state: CausalState | None = None
+        self._graph: StepGraph | None = None
         self._why_no_graph = why_no_graph(dit, device, kv_in_host_memory=False)
         if bench.cuda_graph == "off":
             self._why_no_graph = "not asked for"
 
-        def denoise(x: Tensor, sigma: float, state: CausalState) -> Tensor:
-            self._state = state
+        def denoise(x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
+            if isinstance(model_pass.predict, StepGraph):
+                self._graph = model_pass.predict
             timestep = torch.full((x.shape[0],), sigma * 1000.0, device=device)
-            assert state.text is not None
-            return x - sigma * forward(dit, x.to(dit.dtype), timestep, state.text, state).float()
+            return x - sigma * model_pass(dit, x.to(dit.dtype), timestep).float()
 
         self._chunks: Iterator[Chunk] = rollout(
             dit,
@@ -149,8 +149,8 @@ class _Arm:
     @property
     def graphs(self) -> str:
         """Whether steps ran as CUDA graphs, in words."""
-        graph = self._state and self._state.graph
-        if not graph:
+        graph = self._graph
+        if graph is None:
             return f"none: {self._why_no_graph}"
         return f"none: {graph.why_off}" if graph.why_off else f"{graph.launches} steps launched as graphs"
 

@@ -12,8 +12,9 @@ from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.dispatch import choose_backend
 from ..lightforcing_core.attention.selection import SelectionPlan
 from ..lightforcing_core.model import causal, cuda_graph
-from ..lightforcing_core.model.causal import CausalState, forward
+from ..lightforcing_core.model.causal import ModelState, Predict, predict
 from ..lightforcing_core.model.kv_cache import KVCache
+from ..lightforcing_core.model.kv_storage import CacheShape
 from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
 from ..lightforcing_core.rollout.growth import chunk_sparsities
 from .attention import check_chunk
@@ -43,7 +44,7 @@ def run_step(bench: StepBench) -> dict[str, Any]:
 
     rows, columns = bench.picture.grid
     queries, keys = FRAMES * rows * columns, bench.chunk * FRAMES * rows * columns
-    cache = KVCache(
+    shape = CacheShape(
         layers=layers,
         batch=1,
         slots=bench.chunk * FRAMES,
@@ -52,21 +53,21 @@ def run_step(bench: StepBench) -> dict[str, Any]:
         head_dim=HEAD_DIM,
         block_k=bench.picture.block[1],
         dtype=dtype,
-        device=device,
     )
-    sparse = _state_with_history(bench, cache, random)
-    states = {"dense": replace(sparse, plan=None), "sparse": sparse}
-    x, context = random(1, 16, FRAMES, *bench.picture.latent), random(1, TEXT_TOKENS, TEXT_DIM)
+    sparse = _state_with_history(bench, KVCache(shape, device=device), random, device)
+    x = random(1, 16, FRAMES, *bench.picture.latent)
+    sparse.follow(random(1, TEXT_TOKENS, TEXT_DIM))
+    states = {"dense": replace(sparse, chunk=replace(sparse.chunk, plan=None)), "sparse": sparse}
     timestep = torch.full((1,), 937.5, device=device)
 
-    def arm(state: CausalState) -> Callable[[], object]:
-        return lambda: forward(dit, x, timestep, context, state)
+    def arm(state: ModelState, run: Predict = predict) -> Callable[[], object]:
+        return lambda: run(dit, x, timestep, state, None)
 
     with torch.inference_mode():
         arms = {name: arm(state) for name, state in states.items()}
         recorded = {}
         if bench.cuda_graph:
-            recorded = {f"{name}, graph": arm(_recorded(state)) for name, state in states.items()}
+            recorded = {f"{name}, graph": arm(state, _recorded(device)) for name, state in states.items()}
         samples = take_turns(arms | recorded, repeats=bench.repeats, device=device)
         stages = _stages(arms, states, dit, device)
         q, k = (torch.empty(1, n, dim // HEAD_DIM, HEAD_DIM, dtype=dtype, device=device) for n in (queries, keys))
@@ -79,7 +80,7 @@ def run_step(bench: StepBench) -> dict[str, Any]:
         "backend": chosen._asdict(),
         "queries": queries,
         "keys": keys,
-        "density": sparse.density,
+        "density": sparse.chunk.density,
         "ratio": ratio(samples["dense"], samples["sparse"]),
         "graph_ratio": {name: ratio(samples[name], samples[f"{name}, graph"]) for name in arms if recorded},
         "arms": {name: arm.to_dict() for name, arm in samples.items()},
@@ -88,34 +89,34 @@ def run_step(bench: StepBench) -> dict[str, Any]:
     }
 
 
-def _recorded(state: CausalState) -> CausalState:
-    """The same open chunk, whose forward is recorded in the second of the two warm-up runs."""
+def _recorded(device: torch.device) -> Predict:
+    """Records the forward in the second of the two warm-up runs."""
 
     def stopped(reason: str) -> None:
         raise RuntimeError(reason)
 
-    graph = cuda_graph.StepGraph(cuda_graph.CudaRecorder(state.cache.current_slots().device), stopped)
-    return replace(state, graph=graph, steps=1 << 30)
+    return cuda_graph.StepGraph(cuda_graph.CudaRecorder(device), stopped)
 
 
-def _state_with_history(bench: StepBench, cache: KVCache, random: Callable[..., torch.Tensor]) -> CausalState:
+def _state_with_history(
+    bench: StepBench, cache: KVCache, random: Callable[..., torch.Tensor], device: torch.device
+) -> ModelState:
     """A state whose chunk is open behind random history, as full as it is in a real run."""
-    state = CausalState(cache, published(bench.backend, bench.picture.block))
-    device = cache.current_slots().device
+    state = ModelState(cache, published(bench.backend, bench.picture.block))
     rows, columns = bench.picture.grid
     for _ in range(bench.chunk - 1):
         state.open_chunk(FRAMES, 0.0, device)
         k, v = (random(1, FRAMES * rows * columns, bench.model.dim // HEAD_DIM, HEAD_DIM) for _ in "kv")
-        for layer in range(cache.layers):
+        for layer in range(cache.shape.layers):
             cache.store(layer, k, v)
         cache.commit()
     growth = chunk_sparsities(CHUNKS * FRAMES, FRAMES, target=FAMILY.target, base=FAMILY.base)
-    state.open_chunk(FRAMES, growth[bench.chunk - 1], device)
+    state.open_chunk(FRAMES, growth[bench.chunk - 1], device, steps=1 << 30)  # so many that recording always pays
     return state
 
 
 def _stages(
-    arms: dict[str, Any], states: dict[str, CausalState], dit: Any, device: torch.device
+    arms: dict[str, Any], states: dict[str, ModelState], dit: Any, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Median seconds of each stage per arm; stages need hooks, so the ratio is timed without them."""
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
@@ -130,7 +131,7 @@ def _stages(
 
 
 @contextmanager
-def _hooked(clock: StageClock, dit: Any, state: CausalState) -> Iterator[None]:
+def _hooked(clock: StageClock, dit: Any, state: ModelState) -> Iterator[None]:
     """Count the parts of the forward pass while the block runs."""
     with ExitStack() as stack:
 

@@ -39,7 +39,7 @@ from ..lightforcing_core.demo.model import (
 )
 from ..lightforcing_core.families import Family
 from ..lightforcing_core.files.output import prepare_folder, whole_file
-from ..lightforcing_core.model.causal import CausalState, forward, sdpa
+from ..lightforcing_core.model.causal import Pass, sdpa
 from ..lightforcing_core.model.wan import HEAD_DIM, Wan, random_state_dict, wan_from_state_dict
 from ..lightforcing_core.report.plots import RunReport
 from ..lightforcing_core.rollout.cost import ChunkCost, flops_ratio, schedule_costs
@@ -160,10 +160,10 @@ def run_demo(
         options, why = _attention_options(device, settings, heads)
     progress("preparing attention", 1, 1)
 
-    def denoise(x: Tensor, sigma: float, state: CausalState) -> Tensor:
-        with report.stage("clean pass" if state.clean else "denoise"):
+    def denoise(x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
+        with report.stage("clean pass" if model_pass.commits else "denoise"):
             timestep = torch.full((1,), sigma * 1000.0, device=device)
-            return x - sigma * forward(dit, x.to(dit.dtype), timestep, parts.context, state).float()
+            return x - sigma * model_pass(dit, x.to(dit.dtype), timestep).float()
 
     density: dict[int, float] = {}
 

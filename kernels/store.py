@@ -6,13 +6,12 @@ at a time: rows come from memory once and from L2 after, a tile stays in registe
 width. Heads are split over just as many programs as fill the chip twice, because each split sums the squares again.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .layer_memory import LayerMemory
 from .store_part import write_part
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -26,29 +25,6 @@ MIN_CAPABILITY_FLOAT8 = (8, 9)
 SUB_BLOCKS = 4
 # Programs that a launch should have: two for each of the 132 multiprocessors of an H100 or H200.
 PROGRAMS = 264
-
-
-class Ring(NamedTuple):
-    """One layer's cache tensors, all contiguous. Frame slot s holds rows [s · n, (s + 1) · n) of each.
-
-    keys, values: [B, slots · tokens_per_frame, H, D] in the projections' dtype, int8 or float8_e4m3fn.
-    key_scales, value_scales: float32 [B, slots · blocks per frame, H], exactly where the cache is 8-bit:
-    value = stored · scale.
-    key_means, value_means: [B, slots · blocks per frame, H, D] in the projections' dtype, None where unwanted.
-    frame_means: [B, slots, H, D], and arrivals: int32 [B, slots, H], zero before and after every launch; both come
-    with key_means.
-    sub_means: [B, slots · parts per frame, H, D], means of parts of block / SUB_BLOCKS keys, None where unwanted.
-    """
-
-    keys: Tensor
-    values: Tensor
-    key_scales: Tensor | None = None
-    value_scales: Tensor | None = None
-    key_means: Tensor | None = None
-    frame_means: Tensor | None = None
-    arrivals: Tensor | None = None
-    value_means: Tensor | None = None
-    sub_means: Tensor | None = None
 
 
 # Frames and the split over programs change from call to call; unspecialised, they cost no new compilation.
@@ -244,7 +220,7 @@ def fused_store(
     eps: float,
     cos: Tensor,
     sin: Tensor,
-    ring: Ring | None,
+    ring: LayerMemory | None,
     slots: Tensor | None,
     tokens_per_frame: int,
     head_dim: int,
@@ -299,7 +275,7 @@ def fused_store(
     block_q, block_k = block
     q_blocks, k_blocks = (frames * triton.cdiv(tokens_per_frame, size) for size in block)
     ring_slots, largest, sub_means = 0, 0, False
-    tensors: tuple[Tensor | None, ...] = (None,) * len(Ring._fields)
+    tensors: tuple[Tensor | None, ...] = (None,) * len(LayerMemory._fields)
     if k is not None:
         if ring is None:
             raise ValueError("k and v need a ring to be written to")
@@ -354,7 +330,7 @@ def _shape(x: Tensor | None) -> str:
 
 
 def _require_ring(
-    ring: Ring,
+    ring: LayerMemory,
     k: Tensor,
     slots: Tensor | None,
     frames: int,

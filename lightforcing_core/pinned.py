@@ -1,4 +1,4 @@
-"""Host memory that a GPU copies to and from at the bus's full speed, beside its work: small tensors and large pieces.
+"""Where tensors are: copies to a GPU that do not wait, pinned CPU memory of an exact size, weights that stay in place.
 
 PyTorch's own pinned memory is rounded up to powers of two and kept after it is freed; a long video's cache is many
 gigabytes, which must be neither. So its memory is one piece of exactly the bytes asked for.
@@ -11,18 +11,18 @@ import weakref
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# Where a tensor may start.
+# Tensors start at multiples of so many bytes.
 ALIGNED = 256
 
 _log = logging.getLogger(__name__)
 
 
-def sent(x: Tensor, device: torch.device | str | None) -> Tensor:
-    """x on `device`, None: where it lies; from host memory to a GPU without waiting for what the GPU is doing.
+def to_device(x: Tensor, device: torch.device | str | None) -> Tensor:
+    """Copy x to `device` (None: leave it), from CPU memory to a GPU without waiting for the GPU.
 
-    A copy from memory that is not pinned waits for all that was asked of the stream before.
+    A copy from memory that is not pinned would wait for all earlier work on the stream.
     """
     if device is None:
         return x
@@ -31,18 +31,45 @@ def sent(x: Tensor, device: torch.device | str | None) -> Tensor:
     return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
+def indexed(device: torch.device) -> torch.device:
+    """The device as tensors on it name it: "cuda" is "cuda:0"."""
+    return torch.empty(0, device=device).device
+
+
+def why_not_resident(tree: nn.Module, device: torch.device) -> str | None:
+    """The reason why the weights of a module tree are not ordinary tensors that stay on `device`, or None.
+
+    A CUDA graph or a second stream must not use weights that are moved, cast, patched or unpacked while in use.
+    """
+    device = indexed(device)
+    for name, module in tree.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} carries a hook"
+        moved = getattr(module, "comfy_cast_weights", False)
+        if moved or getattr(module, "weight_function", ()) or getattr(module, "bias_function", ()):
+            return f"ComfyUI moves, casts or patches the weights of {name} while they are used"
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for key, tensor in own:
+            if type(tensor) not in (nn.Parameter, Tensor):
+                return f"{name}.{key} is a {type(tensor).__name__}, which is unpacked while it is used"
+            if tensor.device != device:
+                return f"{name}.{key} is on {tensor.device}, not on {device}"
+    return None
+
+
 def bytes_of(tensors: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:
-    """Bytes that tensors of these shapes and dtypes take, the gaps between them included."""
+    """Bytes that tensors of these shapes and dtypes take, including the gaps between them."""
     sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
     return sum(-(-size // ALIGNED) * ALIGNED for size in sizes)
 
 
 class HostMemory:
-    """`nbytes` of host memory, handed out tensor by tensor and returned to the system by `free`.
+    """`nbytes` of CPU memory, handed out tensor by tensor and returned to the system by `free`.
 
-    gpu: the device that copies, for which the memory is pinned; None pins nothing. Where pinning is refused, as
-    systems do that limit it, one warning says so and copies take longer. wait: called before the memory is unpinned,
-    until no copy is under way. device: another place for the bytes, such as "meta".
+    gpu: the device that copies, for which the memory is pinned; None pins nothing. If the system refuses to pin so
+    much, one warning says so and copies take longer.
+    wait: called before the memory is unpinned; returns when no copy is under way.
+    device: another place for the bytes, such as "meta".
     """
 
     def __init__(
@@ -54,14 +81,14 @@ class HostMemory:
     ) -> None:
         self._buffer: Tensor | None = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._used = 0
-        self._unpin: weakref.finalize | None = None
+        self._unpin: weakref.finalize[..., HostMemory] | None = None
         if gpu is not None and nbytes > 0 and _pinned(self._buffer, gpu):
             self._unpin = weakref.finalize(self, _unpin, self._buffer.data_ptr(), gpu, wait)
             self._unpin.atexit = False  # the driver may be gone by then, and the memory goes with the process
         self.pinned = self._unpin is not None
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The next tensor, its values whatever lies there. RuntimeError where it is more than is left."""
+        """The next tensor, uninitialised. Raises RuntimeError if not enough bytes are left."""
         assert self._buffer is not None
         nbytes = math.prod(shape) * dtype.itemsize
         if self._used + nbytes > len(self._buffer):
@@ -71,22 +98,22 @@ class HostMemory:
         return piece.view(dtype).view(shape)
 
     def free(self) -> None:
-        """Let go of the memory; tensors taken from it must not be used any more."""
+        """Free the memory; tensors taken from it must not be used any more."""
         if self._unpin is not None:
             self._unpin()
         self._buffer = None
 
 
 def _pinned(buffer: Tensor, gpu: torch.device) -> bool:
-    """Whether the driver has locked the buffer's pages in memory."""
+    """Lock the buffer's pages in memory; False, with a warning, if the driver refuses."""
     with _current(gpu):
         status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
     if status == 0:
         return True
-    with contextlib.suppress(RuntimeError):  # the refusal lies in wait for whatever the device is told next
+    with contextlib.suppress(RuntimeError):  # the CUDA error is sticky: the next call reports it once more
         torch.zeros(1, device=gpu).add_(1)
     _log.warning(
-        "[Light Forcing] %.1f GB of host memory cannot be pinned (CUDA error %d); copies of the KV cache take longer",
+        "[Light Forcing] %.1f GB of CPU memory cannot be pinned (CUDA error %d); copies of the KV cache take longer",
         buffer.nbytes / 1e9,
         status,
     )
@@ -100,5 +127,5 @@ def _unpin(address: int, gpu: torch.device, wait: Callable[[], object]) -> None:
 
 
 def _current(gpu: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make `gpu` the current one: what is asked of another one makes a context there, of hundreds of megabytes."""
+    """Make `gpu` current; a call made for another GPU would create a context there, of hundreds of megabytes."""
     return torch.cuda.device(gpu if gpu.type == "cuda" else -1)

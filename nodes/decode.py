@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..lightforcing_core.memory.estimate import decode_bytes, gib
-from ..lightforcing_core.model.cuda_graph import why_not_resident
+from ..lightforcing_core.pinned import why_not_resident
 from ..lightforcing_core.rollout.schedule import video_frames_of
 from ..lightforcing_core.vae.overlap import OverlappedDecoder
 from ..lightforcing_core.vae.streaming import StreamingDecoder

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightforcing.benchmarks.layer import LayerAttention
 from lightforcing.lightforcing_core.attention.blocks import tile_order
-from lightforcing.lightforcing_core.model.causal import CausalState, forward, sdpa
+from lightforcing.lightforcing_core.model.causal import Pass, sdpa
 from lightforcing.lightforcing_core.model.wan import Wan
 
 from .arms import Arm
@@ -35,16 +35,15 @@ class AttentionProbe:
         self._dit, self._grid, self._last_sigma = dit, grid, last_sigma
         self._measures, self._in_cross_attention, self._chunk = False, False, -1
 
-    def denoise(self, x: Tensor, sigma: float, state: CausalState) -> Tensor:
+    def denoise(self, x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
         """The rollout's `denoise`, which knows the step that the calls of `attention` inside belong to."""
-        self._measures, self._in_cross_attention = not state.clean and sigma == self._last_sigma, False
+        self._measures, self._in_cross_attention = not model_pass.commits and sigma == self._last_sigma, False
         if self._measures:
             self._chunk += 1
             for chunks in self.errors.values():
                 chunks.append([])
         timestep = torch.full((x.shape[0],), sigma * 1000.0, device=x.device)
-        assert state.text is not None
-        return x - sigma * forward(self._dit, x.to(self._dit.dtype), timestep, state.text, state).float()
+        return x - sigma * model_pass(self._dit, x.to(self._dit.dtype), timestep).float()
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The rollout's `dense_attention`, [B, L, H, D] in and out. Every layer calls it for itself, then for text."""

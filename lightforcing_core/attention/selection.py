@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..pinned import sent
+from ..pinned import to_device
 from .blocks import FrameBlocks, block_pair
 from .fast_path import is_recording, kernel_module
 
@@ -108,11 +108,11 @@ class SelectionPlan:
             middle = past[sink_frames : len(past) - near_frames]
             choose = keep_frames - sink_frames - near_frames
             ranks[middle] = torch.arange(len(middle), dtype=torch.int32)
-            middle_slots = sent(torch.tensor(middle), device)
+            middle_slots = to_device(torch.tensor(middle), device)
             eligible = (keep_frames + len(current)) * layout.per_frame
         # Without a past the chunk is dense; the float product is truncated as the published code does.
         kept = max(1, min(int((1.0 - sparsity) * k_blocks), eligible)) if past else k_blocks
-        ranks = sent(ranks, device)
+        ranks = to_device(ranks, device)
         always = (ranks < 0).repeat_interleave(layout.per_frame)
         return cls(layout, always, middle_slots, ranks, choose, kept)
 

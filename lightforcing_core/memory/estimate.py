@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ...kernels.layer_memory import LayerMemory
 from ..attention.attention_backends import dequantised
 from ..attention.blocks import FrameBlocks
 from ..attention.dispatch import BACKENDS, REFERENCE_CHUNK, AttentionOptions, widens_on_cpu
-from ..model.causal import CausalState, forward
-from ..model.kv_cache import KVCache, slots_and_sinks
-from ..model.kv_storage import KeysValues, KVOptions
+from ..model.causal import ModelState, TextMemory, predict
+from ..model.kv_cache import KVCache
+from ..model.kv_storage import CacheShape, KVOptions
 from ..model.wan import HEAD_DIM, Wan
 from ..rollout.schedule import Schedule
 from ..vae.streaming import StreamingDecoder
@@ -175,24 +176,19 @@ class _DryRun:
     def cache(self, layers: int) -> KVCache:
         """The cache that `rollout` makes, `layers` layers of it."""
         plan = self.schedule
-        slots, sinks, rope = slots_and_sinks(plan.latent_frames, plan.window, plan.sink_frames, plan.sink_rope)
-        return KVCache(
+        shape = CacheShape.of_run(
+            self.options,
+            (self.batch, LATENT_CHANNELS, plan.latent_frames, self.height // 8, self.width // 8),
             layers=layers,
-            batch=self.batch,
-            slots=slots,
-            tokens_per_frame=(self.height // 16) * (self.width // 16),
             heads=self.model.dim // HEAD_DIM,
             head_dim=HEAD_DIM,
-            block_k=self.options.block[1],
-            sink_frames=sinks,
-            sink_rope=rope,
-            options=self.kv,
-            pooled=self.sparse,
-            value_means=self.options.tail,
-            sub_blocks=self.options.estimator == "lse",
+            window=plan.window,
+            sink_frames=plan.sink_frames,
+            sink_rope=plan.sink_rope,
+            sparse=self.sparse,
             dtype=self.dtype,
-            device="meta",
         )
+        return KVCache(shape, self.kv, "meta")
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 (holds sizes, no tensors)
     def step(self) -> tuple[int, int]:
@@ -202,18 +198,19 @@ class _DryRun:
         dit = _meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, self.dtype)
         state = _DryState(self.cache(layers), self.options, self._attend)
         state.open_chunk(max(self.schedule.chunk_lengths()), 0.0, "meta")
-        shape = (self.batch, LATENT_CHANNELS, state.frames, self.height // 8, self.width // 8)
+        shape = (self.batch, LATENT_CHANNELS, state.chunk.frames, self.height // 8, self.width // 8)
         timestep = torch.empty(self.batch, device="meta")
         with torch.no_grad(), AllocationPeak() as peak:
             x = torch.empty(shape, device="meta")
             text = torch.empty(self.batch, self.text_tokens, model.text_dim, dtype=self.dtype, device="meta")
-            x0 = x - forward(dit, x.to(self.dtype), timestep, text, state).float()
-            prompt = sum(k.nbytes + v.nbytes for k, v in state.cross)
-            state.rope = None  # a chunk's first forward also makes its table
+            state.text = prompt = TextMemory(text)
+            x0 = x - predict(dit, x.to(self.dtype), timestep, state).float()
+            prompt_bytes = sum(k.nbytes + v.nbytes for k, v in prompt.keys_values)
+            state.chunk.rope = None  # a chunk's first pass also makes its table
             peak.reset()
-            forward(dit, x0.to(self.dtype), timestep, text, state)
+            predict(dit, x0.to(self.dtype), timestep, state)
         # One text serves a whole batch; its keys and values do not.
-        return peak.peak - text.nbytes - prompt, text.nbytes // self.batch + model.layers * prompt // layers
+        return peak.peak - text.nbytes - prompt_bytes, text.nbytes // self.batch + model.layers * prompt_bytes // layers
 
     def decode(self, vae_dim: int, vae_dtype: torch.dtype, tiles: int) -> tuple[int, int, int]:
         """Bytes of the VAE's weights, of what its decoder keeps between chunks, and of decoding one chunk."""
@@ -285,13 +282,14 @@ def decode_bytes(
     return sum(tensor.nbytes for tensor in vae.parameters()), history, decode
 
 
-class _DryState(CausalState):
+class _DryState(ModelState):
     """A state that counts what dense attention over an 8-bit cache takes: nothing in the kernel, a head elsewhere."""
 
-    def attend_history(self, q: Tensor, kv: KeysValues) -> Tensor:
-        out = self.dense_attention(q, kv.k, kv.v)
-        if kv.scales is not None and self.attention.backend != "triton":
-            dequantised(kv.k, kv.v, kv.scales, self.cache.layout, slice(0, 1), q.dtype)
+    def attend_history(self, q: Tensor, memory: LayerMemory) -> Tensor:
+        keys, values = memory.keys, memory.values
+        out = self.dense_attention(q, keys, values)
+        if memory.scales is not None and self.attention.backend != "triton":
+            dequantised(keys, values, memory.scales, self.cache.layout, slice(0, 1), q.dtype)
         return out
 
 

@@ -2,23 +2,25 @@
 
 It drives the tree's own submodules by Wan's attribute names and never touches their raw weights, so quantised,
 offloaded and LoRA-patched layers keep working, in ComfyUI as without it.
+
+Three lifetimes: a `ModelState` lives as long as a rollout, an `OpenChunk` as long as the chunk, and what belongs to one
+pass is an argument of `predict` or `commit`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...kernels.layer_memory import LayerMemory
 from ..attention.blocks import FrameBlocks, tile_order
 from ..attention.dispatch import AttentionOptions, BackendChoice, choose_backend, dense_attention_8bit, sparse_attention
 from ..attention.selection import BlockSelection, SelectionPlan
-from ..pinned import sent
+from ..pinned import to_device
 from . import fused
-from .cuda_graph import StepGraph
 from .kv_cache import KVCache
-from .kv_storage import KeysValues
 from .rope import RopeTable
 
 # The noise of given last frames as a share of a step's own. With all of it the first step, which settles the most, sees
@@ -27,6 +29,8 @@ from .rope import RopeTable
 GIVEN_NOISE = 0.75
 
 DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+Predict = Callable[[Any, Tensor, Tensor, "ModelState", "Watch | None"], Tensor]
+# Called with the layer, the blocks it read and the backend of every sparse self-attention.
 Watch = Callable[[int, BlockSelection, BackendChoice], object]
 
 
@@ -37,43 +41,75 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @dataclass
-class CausalState:
-    """What one rollout remembers between forward passes.
+class OpenChunk:
+    """What lives as long as one chunk is open. A new object also means that recorded passes are out of date.
 
-    `dense_attention` runs dense chunks and cross-attention. `clean` is set for the pass that only commits a
-    finished chunk. `text` is the prompt to follow, [B, tokens, text_dim]. `watch` is told of every sparse
-    self-attention: its layer, the blocks it read and the backend. The other fields are set by `open_chunk` and filled
-    by the first forward of a chunk or a prompt: `order` is that of a frame's tokens where it is not row by row, and
-    `order_back` its inverse; `selections` are those of the last step by layer, `passes` counts the chunk's forwards.
-    `graph` runs forwards as a CUDA graph; `steps`, how many the open chunk will have, tells it whether that pays.
-    `given`: how many of the open chunk's last frames are given, and so have `GIVEN_NOISE` of a step's noise.
+    plan: which blocks may be read, None for a dense chunk.
+    steps: denoising steps that are to come, which tells a `StepGraph` whether recording pays.
+    given: how many of the last frames are given, and so have `GIVEN_NOISE` of a step's noise.
+    passes: how many passes there have been.
+    rope: made by the first pass.
+    selections: by layer, those of the last step that made any, if later steps reuse them.
+    """
+
+    frames: int
+    start_frame: int
+    plan: SelectionPlan | None = None
+    steps: int = 0
+    given: int = 0
+    passes: int = 0
+    rope: RopeTable | None = None
+    selections: dict[int, BlockSelection] = field(default_factory=dict)
+
+    @property
+    def density(self) -> float:
+        """The share of visible key blocks that the chunk attends to."""
+        return 1.0 if self.plan is None else self.plan.kept / len(self.plan.always)
+
+
+@dataclass
+class TextMemory:
+    """The prompt that is followed, [B, tokens, text_dim], and each layer's keys and values of it.
+
+    Keys and values, [B, tokens, H, D], are computed by the first pass that needs them.
+    """
+
+    embeds: Tensor
+    keys_values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+
+class TokenOrder(NamedTuple):
+    """An order of a frame's tokens other than row by row, and its inverse: int64 [tokens] each."""
+
+    order: Tensor
+    back: Tensor
+
+
+@dataclass
+class ModelState:
+    """What lives as long as one rollout: the cache, the prompt, the open chunk.
+
+    dense_attention: runs dense chunks and cross-attention. order: made by the first pass, if `attention` asks for one.
     """
 
     cache: KVCache
     attention: AttentionOptions
     dense_attention: DenseAttention = sdpa
-    clean: bool = False
-    frames: int = 0
-    start_frame: int = 0
-    plan: SelectionPlan | None = None
-    text: Tensor | None = None
-    cross: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    rope: RopeTable | None = None
-    order: Tensor | None = None
-    order_back: Tensor | None = None
-    selections: dict[int, BlockSelection] = field(default_factory=dict)
-    passes: int = 0
-    watch: Watch | None = None
-    steps: int = 0
-    given: int = 0
-    graph: StepGraph | None = None
+    text: TextMemory | None = None
+    order: TokenOrder | None = None
+    chunk: OpenChunk = field(default_factory=lambda: OpenChunk(frames=0, start_frame=0))
 
-    def open_chunk(self, frames: int, sparsity: float, device: torch.device | str | None) -> None:
-        """Begin the next `frames` latent frames, which skip the share `sparsity` of key blocks (0: dense)."""
+    def open_chunk(
+        self, frames: int, sparsity: float, device: torch.device | str | None, *, steps: int = 0, given: int = 0
+    ) -> None:
+        """Begin the next `frames` latent frames, which skip the share `sparsity` of key blocks (0: dense).
+
+        steps, given: see `OpenChunk`.
+        """
         self.cache.open(frames)
-        self._begin()
+        plan = None
         if sparsity > 0.0 and len(self.cache.slot_frames) > frames:
-            self.plan = SelectionPlan.build(
+            plan = SelectionPlan.build(
                 self.cache.slot_frames,
                 frames,
                 self.cache.layout,
@@ -83,176 +119,231 @@ class CausalState:
                 near_frames=self.attention.near_frames,
                 device=device,
             )
-
-    def follow(self, text: Tensor) -> None:
-        """From now on the prompt is `text`, [B, tokens, text_dim]."""
-        if self.graph is not None:
-            self.graph.forget()
-        self.text = text
-        self.cross.clear()
+        self.chunk = OpenChunk(frames, self.cache.current_frames[0], plan, steps, given)
 
     def reopen_visible(self) -> None:
         """Begin a pass that recomputes every visible frame that is no sink, all of them at once and dense."""
         self.cache.reopen()
-        self._begin()
-
-    def attend_history(self, q: Tensor, kv: KeysValues) -> Tensor:
-        """Dense attention of the chunk to all that is visible, [B, L, H, D] in and out."""
-        if kv.scales is None:
-            return self.dense_attention(q, kv.k, kv.v)
-        frame, block = self.cache.layout.tokens_per_frame, self.cache.layout.block
-        return dense_attention_8bit(
-            q, kv.k, kv.v, kv.scales, tokens_per_frame=frame, block_k=block, backend=self.attention.backend
-        )
-
-    def select(self, layer: int, q: Tensor, q_means: Tensor | None) -> BlockSelection:
-        """The key blocks that the chunk's roped queries [B, L, H, D] read in `layer`; q_means: their block means."""
-        assert self.plan is not None
-        selection = self.selections.get(layer)
-        if selection is None:
-            options, cache = self.attention, self.cache
-            if q_means is None:
-                q_means = FrameBlocks(cache.layout.tokens_per_frame, options.block[0]).block_means(q)
-            selection = self.plan.select(
-                q_means,
-                cache.block_means(layer),
-                cache.frame_means(layer),
-                estimator=options.estimator,
-                sub_means=cache.sub_means(layer) if options.estimator == "lse" else None,
-            )
-            if options.reuse_steps > 1:
-                self.selections[layer] = selection
-        return selection
-
-    def _begin(self) -> None:
-        if self.graph is not None:
-            self.graph.forget()
         frames = self.cache.current_frames
-        self.frames, self.start_frame = len(frames), frames[0] if frames else 0
-        self.rope = self.plan = None
-        self.selections.clear()
-        self.passes = self.steps = self.given = 0
+        self.chunk = OpenChunk(len(frames), frames[0] if frames else 0)
+
+    def follow(self, text: Tensor) -> None:
+        """From now on the prompt is `text`, [B, tokens, text_dim]."""
+        self.text = TextMemory(text)
+
+    def attend_history(self, q: Tensor, memory: LayerMemory) -> Tensor:
+        """Dense attention of the chunk to all that is visible, [B, L, H, D] in and out."""
+        if memory.scales is None:
+            return self.dense_attention(q, memory.keys, memory.values)
+        return dense_attention_8bit(
+            q,
+            memory.keys,
+            memory.values,
+            memory.scales,
+            tokens_per_frame=self.cache.layout.tokens_per_frame,
+            block_k=self.cache.layout.block,
+            backend=self.attention.backend,
+        )
 
     def close(self) -> None:
         """Free all memory; the state is of no use afterwards."""
-        if self.graph is not None:
-            self.graph.free()
         self.cache.free()
-        self.cross.clear()
-        self.selections.clear()
-        self.rope = self.plan = self.order = self.order_back = None
-
-    @property
-    def density(self) -> float:
-        """The share of visible key blocks that the open chunk attends to."""
-        if self.plan is None:
-            return 1.0
-        return self.plan.kept / (len(self.cache.slot_frames) * self.cache.layout.per_frame)
+        self.chunk = OpenChunk(frames=0, start_frame=0)
+        self.text = self.order = None
 
 
-def forward(dit: Any, x: Tensor, timestep: Tensor, context: Tensor, state: CausalState) -> Tensor:
-    """Predict the flow of the open chunk and store its keys and values.
+def predict(dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Watch | None = None) -> Tensor:
+    """Predict the flow `noise − x0` of the open chunk, and store its keys and values for its own attention.
 
-    dit: a Wan 2.1 T2V module tree. x: [B, C, F, h, w] noisy (or clean) latents of the open chunk, in the compute
-    dtype. timestep: [B] or per frame [B, F], on the 0…1000 scale; for given frames it is made less here. context:
-    [B, tokens, text_dim] text embeddings, read by the first call of a prompt only. Returns the flow `noise − x0`,
-    [B, C, F, h, w]; a clean pass (`state.clean`) stops once the last layer's keys and values are stored and returns
-    zeros.
+    dit: a Wan 2.1 T2V module tree.
+    x: [B, C, F, h, w] noisy latents of the open chunk, in the compute dtype.
+    timestep: [B] or per frame [B, F], on the 0…1000 scale; it is lowered here for given frames.
+    watch: called for every sparse self-attention.
 
+    Returns [B, C, F, h, w]. From a chunk's second call on everything here is work on the device, see `cuda_graph`.
     Raises ValueError when frames or size do not fit the open chunk. Source: Wan 2.1; Self Forcing's causal form.
     """
-    _, _, frames, height, width = x.shape
-    if frames != state.frames:
-        raise ValueError(f"x holds {frames} latent frames but the open chunk has {state.frames}; open_chunk() first")
-    tokens = state.cache.layout.tokens_per_frame
-    if height % 2 or width % 2 or height * width != 4 * tokens:
-        raise ValueError(f"latents of {height}×{width} are not {tokens} tokens per frame of 2×2 patches")
-    if state.given:
-        timestep = _with_given(timestep, frames, state.given)
-    if state.graph is not None:
-        return state.graph(_forward, dit, x, timestep, context, state)
-    return _forward(dit, x, timestep, context, state)
-
-
-def _forward(dit: Any, x: Tensor, timestep: Tensor, context: Tensor, state: CausalState) -> Tensor:
-    """`forward`, checked. From a chunk's second pass on all of it is work on the device: see `step_graph`."""
-    batch, _, frames, height, width = x.shape
-    grid = (frames, height // 2, width // 2)
-    hidden = dit.patch_embedding(x.float()).to(x.dtype).flatten(2).transpose(1, 2)
-    e = dit.time_embedding(_sinusoid(dit.freq_dim, timestep.flatten()).to(x.dtype))
-    e = e.unflatten(0, (batch, -1))
-    e0 = dit.time_projection(e).unflatten(2, (6, -1))
-    if not state.cross:
-        state.cross = _cross_keys_values(dit, dit.text_embedding(context))
-    if state.attention.tiles and state.order is None:
-        state.order = sent(tile_order(*grid[1:], state.attention.block[1]), x.device)
-        state.order_back = state.order.argsort()
-    if state.rope is None:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        head_dim = state.cache.head_dim
-        state.rope = RopeTable(state.start_frame, *grid, head_dim, order=state.order, dtype=wide, device=x.device)
-    if state.clean or state.passes % state.attention.reuse_steps == 0:
-        state.selections.clear()
-    state.passes += 1
-    if state.order is not None:
-        hidden = _reordered(hidden, state.order)
-
-    last = len(dit.blocks) - 1
-    for index, block in enumerate(dit.blocks):
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = _modulation(block.modulation, e0)
-        y = _self_attention(
-            block.self_attn, fused.norm_scale_shift(block.norm1, hidden, scale_sa, shift_sa), index, state, last
-        )
-        if y is None:
-            return torch.zeros_like(x)
-        hidden = fused.gated_add(hidden, y, gate_sa)
-        hidden = hidden + _cross_attention(block.cross_attn, block.norm3(hidden), *state.cross[index], state)
-        y = block.ffn(fused.norm_scale_shift(block.norm2, hidden, scale_ffn, shift_ffn))
-        hidden = fused.gated_add(hidden, y, gate_ffn)
-
+    chunk = state.chunk
+    grid = _grid(x, state)
+    if chunk.given:
+        timestep = _with_given(timestep, chunk.frames, chunk.given)
+    if chunk.passes % state.attention.reuse_steps == 0:
+        chunk.selections = {}
+    hidden, e = _run_layers(dit, x, timestep, grid, state, watch)
     shift, scale = _modulation(dit.head.modulation, e.unsqueeze(2))
     out = dit.head.head(fused.norm_scale_shift(dit.head.norm, hidden, scale, shift))
-    if state.order_back is not None:
-        out = _reordered(out, state.order_back)
+    if state.order is not None:
+        out = _reordered(out, state.order.back)
     return _unpatchify(out, grid)
 
 
-def _self_attention(attention: Any, x: Tensor, layer: int, state: CausalState, last: int) -> Tensor | None:
-    """Self-attention of the chunk over everything it may see; None where only the store was needed."""
-    assert state.rope is not None
-    only_store = state.clean and layer == last
-    block_q = state.attention.block[0]
-    q, q_means = fused.store(attention, x, layer, state.cache, state.rope, block_q, only_store=only_store)
-    if q is None:
-        return None
-    kv = state.cache.kv(layer)
-    if state.plan is None:
-        return attention.o(state.attend_history(q, kv).flatten(2))
-    layout, options = state.cache.layout, state.attention
-    selection = state.select(layer, q, q_means)
-    tail = (state.cache.block_means(layer), state.cache.value_means(layer)) if options.tail else None
+def commit(dit: Any, x: Tensor, timestep: Tensor, state: ModelState) -> None:
+    """Store the keys and values of the open chunk's clean latents and keep them as history.
+
+    Arguments and errors as those of `predict`. The pass ends once the last layer's keys and values are stored.
+    """
+    state.chunk.selections = {}
+    _run_layers(dit, x, timestep, _grid(x, state), state, only_store=True)
+    state.cache.commit()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the open chunk, for a `denoise` function to run: a step's prediction, or a commit of clean latents.
+
+    predict: the function of this name or a `StepGraph` in its place. watch: see `predict`.
+    """
+
+    state: ModelState
+    commits: bool = False
+    predict: Predict = predict
+    watch: Watch | None = None
+
+    def __call__(self, dit: Any, x: Tensor, timestep: Tensor) -> Tensor:
+        """The flow that `predict` gives; zeros for a commit, because ComfyUI's model wrapper expects a flow."""
+        if self.commits:
+            commit(dit, x, timestep, self.state)
+            return torch.zeros_like(x)
+        return self.predict(dit, x, timestep, self.state, self.watch)
+
+
+def _grid(x: Tensor, state: ModelState) -> tuple[int, int, int]:
+    """Frames, rows and columns of the tokens of x; ValueError unless they fit the open chunk."""
+    _, _, frames, height, width = x.shape
+    if frames != state.chunk.frames:
+        raise ValueError(
+            f"x holds {frames} latent frames but the open chunk has {state.chunk.frames}; open_chunk() first"
+        )
+    tokens = state.cache.layout.tokens_per_frame
+    if height % 2 or width % 2 or height * width != 4 * tokens:
+        raise ValueError(f"latents of {height}×{width} are not {tokens} tokens per frame of 2×2 patches")
+    return frames, height // 2, width // 2
+
+
+def _run_layers(
+    dit: Any,
+    x: Tensor,
+    timestep: Tensor,
+    grid: tuple[int, int, int],
+    state: ModelState,
+    watch: Watch | None = None,
+    *,
+    only_store: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """All layers over the chunk's tokens: what the last one gives [B, L, D], and the embedded timestep [B, F or 1, D].
+
+    only_store: end when the last layer has stored its keys and values; the first result is then of no use.
+    """
+    rope, text = _prepare(dit, x, grid, state)
+    state.chunk.passes += 1
+    hidden = dit.patch_embedding(x.float()).to(x.dtype).flatten(2).transpose(1, 2)
+    e = dit.time_embedding(_sinusoid(dit.freq_dim, timestep.flatten()).to(x.dtype))
+    e = e.unflatten(0, (len(x), -1))
+    e0 = dit.time_projection(e).unflatten(2, (6, -1))
+    if state.order is not None:
+        hidden = _reordered(hidden, state.order.order)
+
+    # Layers are no function of their own: the name `hidden` out here would keep each one's input alive to its end.
+    for layer, block in enumerate(dit.blocks):
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = _modulation(block.modulation, e0)
+        if only_store and layer == len(dit.blocks) - 1:
+            y = fused.norm_scale_shift(block.norm1, hidden, scale_sa, shift_sa)
+            fused.store_only(block.self_attn, y, layer, state.cache, rope, state.attention.block[0])
+            break
+        y = _self_attention(
+            block.self_attn,
+            fused.norm_scale_shift(block.norm1, hidden, scale_sa, shift_sa),
+            layer,
+            rope,
+            state,
+            watch,
+        )
+        hidden = fused.gated_add(hidden, y, gate_sa)
+        hidden = hidden + _cross_attention(block.cross_attn, block.norm3(hidden), *text[layer], state)
+        y = block.ffn(fused.norm_scale_shift(block.norm2, hidden, scale_ffn, shift_ffn))
+        hidden = fused.gated_add(hidden, y, gate_ffn)
+    return hidden, e
+
+
+def _prepare(
+    dit: Any, x: Tensor, grid: tuple[int, int, int], state: ModelState
+) -> tuple[RopeTable, list[tuple[Tensor, Tensor]]]:
+    """The chunk's rope and the prompt's keys and values, which the first pass makes, as it does the order of tokens."""
+    chunk, text = state.chunk, state.text
+    if text is None:
+        raise RuntimeError("there is no prompt to follow; call follow() first")
+    if not text.keys_values:
+        text.keys_values = _cross_keys_values(dit, dit.text_embedding(text.embeds))
+    if state.attention.tiles and state.order is None:
+        order = to_device(tile_order(*grid[1:], state.attention.block[1]), x.device)
+        state.order = TokenOrder(order, order.argsort())
+    if chunk.rope is None:
+        chunk.rope = RopeTable(
+            chunk.start_frame,
+            *grid,
+            state.cache.shape.head_dim,
+            order=None if state.order is None else state.order.order,
+            dtype=torch.promote_types(x.dtype, torch.float32),
+            device=x.device,
+        )
+    return chunk.rope, text.keys_values
+
+
+def _self_attention(
+    attention: Any, x: Tensor, layer: int, rope: RopeTable, state: ModelState, watch: Watch | None
+) -> Tensor:
+    """Self-attention of the chunk over everything it may see."""
+    options, layout = state.attention, state.cache.layout
+    q, q_means = fused.store(attention, x, layer, state.cache, rope, options.block[0])
+    memory = state.cache.visible(layer)
+    if state.chunk.plan is None:
+        return _output(attention, state.attend_history(q, memory))
+    selection = _select(state.chunk.plan, layer, q, q_means, memory, state)
     y = sparse_attention(
         q,
-        kv.k,
-        kv.v,
+        memory.keys,
+        memory.values,
         selection=selection,
-        scales=kv.scales,
-        tail=tail,
+        scales=memory.scales,
+        tail=memory.tail if options.tail else None,
         tokens_per_frame=layout.tokens_per_frame,
         block=options.block,
         backend=options.backend,
     )
-    if state.watch is not None:
+    if watch is not None:
         choice = choose_backend(
             q,
-            kv.k,
+            memory.keys,
             block=options.block,
             backend=options.backend,
             tail=options.tail,
             tokens_per_frame=layout.tokens_per_frame,
         )
-        state.watch(layer, selection, choice)
-    return attention.o(y.flatten(2))
+        watch(layer, selection, choice)
+    return _output(attention, y)
+
+
+def _select(
+    plan: SelectionPlan, layer: int, q: Tensor, q_means: Tensor | None, memory: LayerMemory, state: ModelState
+) -> BlockSelection:
+    """The key blocks that the chunk's roped queries [B, L, H, D] read in `layer`; q_means: their block means."""
+    chunk, options = state.chunk, state.attention
+    selection = chunk.selections.get(layer)
+    if selection is None:
+        if q_means is None:
+            q_means = FrameBlocks(state.cache.layout.tokens_per_frame, options.block[0]).block_means(q)
+        assert memory.key_means is not None  # which a cache without a plan to follow does not keep
+        assert memory.frame_means is not None
+        selection = plan.select(
+            q_means,
+            memory.key_means,
+            memory.frame_means,
+            estimator=options.estimator,
+            sub_means=memory.sub_means if options.estimator == "lse" else None,
+        )
+        if options.reuse_steps > 1:
+            chunk.selections[layer] = selection
+    return selection
 
 
 def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -266,17 +357,23 @@ def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]
     return pairs
 
 
-def _cross_attention(attention: Any, x: Tensor, k: Tensor, v: Tensor, state: CausalState) -> Tensor:
+def _cross_attention(attention: Any, x: Tensor, k: Tensor, v: Tensor, state: ModelState) -> Tensor:
     """Attention of the chunk to every text slot, the padded ones included."""
     q = attention.norm_q(attention.q(x)).unflatten(-1, (attention.num_heads, -1))
-    return attention.o(state.dense_attention(q, k, v).flatten(2))
+    return _output(attention, state.dense_attention(q, k, v))
+
+
+def _output(attention: Any, y: Tensor) -> Tensor:
+    """The output projection of attention's heads, [B, L, H, D] → [B, L, D]."""
+    out: Tensor = attention.o(y.flatten(2))
+    return out
 
 
 def _sinusoid(dim: int, position: Tensor) -> Tensor:
-    """[n] timesteps → [n, dim], cosines first. float32, as the host computes it."""
+    """[n] timesteps → [n, dim], cosines first. float32, as ComfyUI computes it."""
     half = dim // 2
     position = position.to(torch.promote_types(position.dtype, torch.float32))
-    # On the device from the start: a copy from the host would wait, and cannot be recorded.
+    # On the device from the start: a copy from the CPU would wait, and cannot be recorded.
     frequencies = torch.pow(10000, -torch.arange(half, dtype=position.dtype, device=position.device).div(half))
     angles = torch.outer(position, frequencies)
     return torch.cat((angles.cos(), angles.sin()), dim=1)
@@ -295,7 +392,8 @@ def _modulation(parameter: Tensor, e: Tensor) -> tuple[Tensor, ...]:
 
 def _reordered(x: Tensor, order: Tensor) -> Tensor:
     """Tokens of every frame in another order: [B, F · tokens, D], order [tokens]."""
-    return x.unflatten(1, (-1, len(order))).index_select(2, order).flatten(1, 2)
+    framed: Tensor = x.unflatten(1, (-1, len(order)))
+    return framed.index_select(2, order).flatten(1, 2)
 
 
 def _unpatchify(x: Tensor, grid: tuple[int, int, int]) -> Tensor:

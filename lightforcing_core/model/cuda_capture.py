@@ -1,4 +1,4 @@
-"""CUDA graphs of work that one device is asked to do; all that live at a time share one memory pool."""
+"""Capture of a device's work into CUDA graphs; all that live at a time share one memory pool."""
 
 import contextlib
 import functools
@@ -10,26 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Where torch reads which allocator to use.
+from ..pinned import indexed
+
+# The environment variables by which torch chooses its allocator.
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
-def indexed(device: torch.device) -> torch.device:
-    """The device as tensors on it name it: "cuda" is "cuda:0"."""
-    return torch.empty(0, device=device).device
-
-
 class CudaRecorder:
-    """Records CUDA graphs, all that live at a time in one memory pool. Raises whatever a capture refuses."""
+    """Records CUDA graphs, all that live at a time in one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = indexed(device)
         self._pool: Any = None
-        self._alive: set[_CudaRecording] = set()
+        self._alive: set[CudaRecording] = set()
 
     @staticmethod
     def why_not(device: torch.device) -> str | None:
-        """Why nothing can be recorded on `device`, or None."""
+        """The reason why nothing can be recorded on `device`, or None."""
         if device.type != "cuda":
             return f"CUDA graphs are for NVIDIA GPUs, not for {device.type}"
         if torch.version.hip:
@@ -39,11 +36,11 @@ class CudaRecorder:
             return "CUDA graphs have not been tried on torch's allocator cudaMallocAsync; use its native one"
         return None
 
-    def record(self, work: Callable[[], Tensor]) -> tuple["_CudaRecording", Tensor]:
-        """Capture `work`, which runs on the host only.
+    def record(self, work: Callable[[], Tensor]) -> tuple["CudaRecording", Tensor]:
+        """Capture `work`, which runs on the CPU only; a launch fills the tensor that it returned.
 
         `torch.cuda.graph` would wait for the device and empty the allocator's cache each time; neither is needed
-        here. Other threads may go on asking things of the device meanwhile.
+        here. Other threads may use the device meanwhile. Raises whatever a capture refuses.
         """
         if not self._alive:
             self._pool = torch.cuda.graph_pool_handle()  # a pool goes with the last of its graphs
@@ -62,7 +59,7 @@ class CudaRecorder:
                 self._abandon(graph)
                 raise
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        recording = _CudaRecording(graph, self._device, self._alive)
+        recording = CudaRecording(graph, self._device, self._alive)
         self._alive.add(recording)
         return recording, result
 
@@ -76,7 +73,7 @@ class CudaRecorder:
 
 @contextlib.contextmanager
 def _garbage_kept() -> Iterator[None]:
-    """Keeps reference cycles until the end: what is freed with them may ask of the driver what a capture forbids."""
+    """Keep reference cycles until the end: freeing one may make calls to the driver that a capture forbids."""
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -88,10 +85,10 @@ def _garbage_kept() -> Iterator[None]:
 
 @functools.cache
 def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream that captures happen on, because none can on the default one.
+    """The stream for captures, which cannot happen on the default one.
 
-    One for the whole process: the matrix libraries keep a workspace for every stream that they ever met. They meet it
-    here, so that the workspace lies in ordinary memory and not in a graph's pool.
+    One for the whole process, because the matrix libraries keep a workspace for every stream that has used them. They
+    use it here first, so that the workspace is in ordinary memory and not in a graph's pool.
     """
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
@@ -100,16 +97,20 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return stream
 
 
-class _CudaRecording:
-    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device, alive: "set[_CudaRecording]") -> None:
+class CudaRecording:
+    """Recorded work."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: torch.device, alive: "set[CudaRecording]") -> None:
         self._graph, self._device, self._alive = graph, device, alive
         self._done = torch.cuda.Event()
 
     def launch(self) -> None:
+        """Run it again, on the present values of the tensors that it reads."""
         self._graph.replay()
         self._done.record(torch.cuda.current_stream(self._device))
 
     def free(self) -> None:
-        self._done.synchronize()  # a graph that runs must not be destroyed; this one is a whole pass behind
+        """Give its memory back to the pool."""
+        self._done.synchronize()  # a running graph must not be destroyed; this one ended about a pass ago
         self._graph.reset()
         self._alive.discard(self)

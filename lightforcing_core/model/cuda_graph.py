@@ -2,55 +2,40 @@
 
 Within a chunk every step has the same shapes, cache slots, plan and text; only x and the timestep differ. So the
 chunk's first pass runs as it is (there kernels are compiled and tuned, and the rotary table and the prompt's keys are
-made), the second one is recorded, and from it on each pass is one launch. The clean pass is never recorded.
+made), the second one is recorded, and from then on each pass is one launch. Commits are never recorded.
 
-What a graph reads must stay where it was, so `CausalState` calls `forget` wherever it replaces any of it, and a graph
-is let go of when the host has moved the weights. All graphs of a run share one memory pool; therefore everything that a
-graph leaves is copied out before another one runs.
+What a graph reads must stay in place. It lives in the open chunk and the prompt's memory, so another object in place of
+either means that the next pass runs as it is; and a graph is dropped when ComfyUI moves the weights. All graphs of a
+run share one memory pool; therefore everything that a graph leaves is copied out before another one runs.
 """
 
+import contextlib
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..attention.fast_path import recording_thread
-from .cuda_capture import CudaRecorder, indexed
-
-if TYPE_CHECKING:
-    from ..attention.selection import BlockSelection
-    from .causal import CausalState
+from ..attention.fast_path import FastPath, one_line, recording
+from ..attention.selection import BlockSelection
+from ..pinned import why_not_resident
+from .causal import ModelState, OpenChunk, Predict, TextMemory, Watch, predict
+from .cuda_capture import CudaRecorder, CudaRecording
 
 CudaGraph = Literal["auto", "on", "off"]
-Forward = Callable[[Any, Tensor, Tensor, Tensor, "CausalState"], Tensor]
 
-# Recording costs about as much of the host's time as running, so it must be launched at least this often.
+# Recording takes the CPU about as long as running, so a graph must be launched at least this often.
 LEAST_LAUNCHES = 2
 # How far the first launch of a kind may differ from running it: another algorithm's rounding, not another result.
 TOLERANCE = 0.02
 
-# What became of the first graph of each kind in this process: None, it gave what running gives, or why it may not run.
-_verdicts: dict[tuple[object, ...], str | None] = {}
+# Kinds of passes of which a first launch in this process gave the same as running it.
+_checked: set[tuple[object, ...]] = set()
 
-
-class Recording(Protocol):
-    """Work that was recorded."""
-
-    def launch(self) -> None:
-        """Run it again, on whatever lies in the tensors that it reads."""
-
-    def free(self) -> None:
-        """Give its memory back to the pool."""
-
-
-class Recorder(Protocol):
-    """Records work on one device into one memory pool."""
-
-    def record(self, work: Callable[[], Tensor]) -> tuple[Recording, Tensor]:
-        """Note all that `work` asks of the device, which need not do it yet; launches fill what it returns."""
+_log = logging.getLogger(__name__)
 
 
 def why_no_graph(dit: Any, device: torch.device, *, kv_in_host_memory: bool) -> str | None:
@@ -62,165 +47,164 @@ def why_no_graph(dit: Any, device: torch.device, *, kv_in_host_memory: bool) -> 
     return why_not_resident(dit, device)
 
 
-def why_not_resident(tree: nn.Module, device: torch.device) -> str | None:
-    """Why the weights of a module tree are not ordinary tensors that stay on `device`, or None.
+@contextlib.contextmanager
+def step_graphs(
+    wanted: CudaGraph, why_not: str | None, device: torch.device, states: int, note: Callable[[str], object]
+) -> Iterator[list[Predict]]:
+    """A `predict` for each of a run's states, which launches its steps as CUDA graphs if wanted and possible.
 
-    What moves, casts, patches or unpacks weights while they are used would be recorded once and then be out of date.
+    why_not: as `why_no_graph` gives it. note: called with what became of the graphs, a sentence for the run's record.
     """
-    device = indexed(device)
-    for name, module in tree.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or 'the model'} carries a hook"
-        moved = getattr(module, "comfy_cast_weights", False)
-        if moved or getattr(module, "weight_function", ()) or getattr(module, "bias_function", ()):
-            return f"the host moves, casts or patches the weights of {name} while they are used"
-        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        for key, tensor in own:
-            if type(tensor) not in (nn.Parameter, Tensor):
-                return f"{name}.{key} is a {type(tensor).__name__}, which is unpacked while it is used"
-            if tensor.device != device:
-                return f"{name}.{key} is on {tensor.device}, not on {device}"
-    return None
+    if wanted == "off" or why_not is not None:
+        if wanted != "off":
+            note(f"not used: {why_not}")
+        yield [predict] * states
+        return
+
+    def stopped(reason: str) -> None:
+        note(f"no longer used: {reason}")
+
+    recorder = CudaRecorder(device)
+    graphs = [StepGraph(recorder, stopped, must=wanted == "on") for _ in range(states)]
+    try:
+        yield list(graphs)
+        if not any(graph.why_off for graph in graphs):
+            note(f"{sum(graph.launches for graph in graphs)} steps launched as graphs")
+    finally:
+        for graph in graphs:
+            graph.free()
 
 
 class StepGraph:
-    """Runs the passes of one `CausalState`, those of an open chunk from the second on as a graph.
+    """`predict` for one `ModelState`, whose passes of an open chunk it runs as a graph from the second on.
 
-    recorder: shared by the states of a run. tell: called with one sentence when steps turn out not to be recordable.
+    recorder: shared by the states of a run.
+    on_stop: called with one sentence if steps turn out not to be recordable.
     must: raise it as a RuntimeError instead of running the steps one by one.
     """
 
-    def __init__(self, recorder: Recorder, tell: Callable[[str], object], *, must: bool = False) -> None:
-        self._recorder, self._tell, self._must = recorder, tell, must
+    def __init__(self, recorder: CudaRecorder, on_stop: Callable[[str], object], *, must: bool = False) -> None:
+        self._recorder, self._on_stop, self._must = recorder, on_stop, must
         self.why_off: str | None = None
-        self._inputs: tuple[Tensor, Tensor] | None = None  # x and timestep, where recorded passes read them
-        self._spent: list[_Step] = []  # of the chunk before: their memory is taken over, not given back
         self.launches = 0
-        self._steps: dict[bool, _Step] = {}
-        self.forget()
-
-    def forget(self) -> None:
-        """Something that recorded passes read is about to be replaced: the next pass runs as it is."""
-        self._spent += self._steps.values()
-        for step in self._steps.values():
-            step.let_go()
-        self._steps = {}
-        self._warm: tuple[object, ...] | None = None  # what the pass that ran as it is was called with
+        self._inputs: tuple[Tensor, Tensor] | None = None  # x and timestep, where recorded passes read them
+        self._spent: list[_Recorded] = []  # of the chunk before: the next recording takes over their memory
+        self._recorded: dict[bool, _Recorded] = {}  # by whether the pass selects blocks
+        self._ran: _Epoch | None = None  # of the pass that ran as it is and so prepared everything for a recording
         self._selections: dict[int, BlockSelection] = {}  # where passes that reuse a selection read it
 
+    def __call__(self, dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Watch | None = None) -> Tensor:
+        """`predict` with the same arguments, as it is or recorded; the result is the caller's to keep."""
+        call = _Call(dit, x, timestep, state, watch)
+        if self._ran is None or not self._ran.covers(call):
+            self._forget()
+            self._ran = _Epoch.of(call)
+            return self._run(call)
+        recorded = self._recorded.get(call.selects)
+        if recorded is not None and recorded.weights == _addresses(dit):
+            state.chunk.passes += 1
+            return self._launch(recorded, call)
+        if recorded is not None:  # the weights have moved
+            self._forget()
+            self._ran = _Epoch.of(call)
+            return self._run(call)
+        if self.why_off or call.passes_alike() < LEAST_LAUNCHES:
+            return self._run(call)
+        return self._first_launch(call)
+
     def free(self) -> None:
-        """Let go of all memory."""
-        self.forget()
+        """Free all memory."""
+        self._forget()
         self._free_spent()
         self._inputs = None
 
-    def __call__(
-        self, forward: Forward, dit: Any, x: Tensor, timestep: Tensor, context: Tensor, state: "CausalState"
-    ) -> Tensor:
-        """`forward(dit, x, timestep, context, state)`, as it is or recorded; the result is the caller's to keep."""
-        run = Pass(forward, dit, x, timestep, context, state)
-        called = (id(dit), x.shape, x.dtype, x.device, timestep.shape, timestep.dtype)
-        if state.clean or self._warm != called:
-            self.forget()
-            self._warm = None if state.clean else called
-            return self._run(run)
-        step = self._steps.get(run.selects)
-        if step is not None and step.weights == _addresses(dit):
-            state.passes += 1
-            return self._launch(step, run)
-        if step is not None:
-            self.forget()
-            self._warm = called
-        if step is not None or self.why_off or run.alike() < LEAST_LAUNCHES:
-            return self._run(run)
-        return self._first(run)
+    def _forget(self) -> None:
+        """Drop what was recorded, because something that it reads has been replaced."""
+        self._spent += self._recorded.values()
+        for recorded in self._recorded.values():
+            recorded.drop_tensors()
+        self._recorded, self._ran, self._selections = {}, None, {}
 
-    def _run(self, run: "Pass") -> Tensor:
-        selects = run.selects
-        out = run()
+    def _run(self, call: "_Call") -> Tensor:
+        selects = call.selects
+        out = call.run()
         if selects:
-            self._settle(run.state, run.state.selections)
+            self._settle(call.state, call.state.chunk.selections)
         return out
 
-    def _launch(self, step: "_Step", run: "Pass") -> Tensor:
-        """Launch a recorded pass on the inputs of `run`, and leave all that running it would have left."""
+    def _launch(self, recorded: "_Recorded", call: "_Call") -> Tensor:
+        """Launch a recorded pass on the inputs of `call`, and leave all that running it would have left."""
         assert self._inputs is not None
-        for held, given in zip(self._inputs, (run.x, run.timestep), strict=True):
+        for held, given in zip(self._inputs, (call.x, call.timestep), strict=True):
             held.copy_(given)
-        step.recording.launch()
+        recorded.recording.launch()
         self.launches += 1
-        if run.state.watch is not None:
-            for seen in step.seen:
-                run.state.watch(*seen)
-        if step.selects:
-            self._settle(run.state, step.selections)
-        return step.out.clone()
+        if call.watch is not None:
+            for seen in recorded.seen:
+                call.watch(*seen)
+        if recorded.selects:
+            self._settle(call.state, recorded.selections)
+        return recorded.out.clone()
 
-    def _first(self, run: "Pass") -> Tensor:
-        """Record this pass and launch it; the first one of its kind in this process is compared with running it."""
-        state, passes, kind = run.state, run.state.passes, run.kind()
-        if reason := _verdicts.get(kind) or why_not_resident(run.dit, run.x.device):
-            self._stop(reason)
-            return self._run(run)
+    def _first_launch(self, call: "_Call") -> Tensor:
+        """Record this pass and launch it, or stop using graphs if that fails."""
+        chunk = call.state.chunk
+        passes, selections = chunk.passes, dict(chunk.selections)
+        path = FastPath("CUDA graph", call.x.device, call.x.dtype, detail=call.kind())
+        reason = why_not_resident(call.dit, call.x.device)
         try:
-            step = self._record(run)
-        except Exception as error:  # what a capture refuses has no common type
-            line = (str(error).strip() or repr(error)).splitlines()[0]
-            reason = f"a step cannot be recorded ({type(error).__name__}: {line})"
-            if not isinstance(error, torch.OutOfMemoryError):
-                _verdicts[kind] = reason
-            self._stop(reason)
-            return self._run(run)
-        self._steps[step.selects] = step
-        out = self._launch(step, run)
-        if kind in _verdicts:
+            out = None if reason else path.attempt(lambda: self._record_and_check(call), "running steps one by one")
+        except torch.OutOfMemoryError as error:  # a recording takes more memory than running, which may still fit
+            out, reason = None, one_line(error)
+        if out is not None:
             return out
-        state.passes = passes
-        plain = self._run(run)
-        far = float((out - plain).float().norm() / plain.float().norm().clamp_min(1e-12))
-        # Written so that NaN is not taken for near.
-        reason = None if far <= TOLERANCE else f"a recorded step gave another result than running it ({far:.2g} away)"
-        _verdicts[kind] = reason
-        if reason is None:
-            return out
-        self._stop(reason)
-        return plain
+        if reason is not None:
+            _log.warning("[Light Forcing] CUDA graphs are no longer used in this run: %s", reason)
+        chunk.passes, chunk.selections = passes, selections
+        self._stop(reason or path.failure or "a recording failed")
+        return self._run(call)
 
-    def _record(self, run: "Pass") -> "_Step":
-        """One pass as a graph; the state is left as the pass would leave it."""
-        state, selects = run.state, run.selects
-        given = run.x, run.timestep
-        if self._inputs is None or not all(map(_alike, self._inputs, given)):
+    def _record_and_check(self, call: "_Call") -> Tensor:
+        """Record and launch; compare the first launch of its kind in this process with running the pass."""
+        chunk, passes, kind = call.state.chunk, call.state.chunk.passes, call.kind()
+        recorded = self._record(call)
+        self._recorded[recorded.selects] = recorded
+        out = self._launch(recorded, call)
+        if kind not in _checked:
+            chunk.passes = passes
+            plain = self._run(call)
+            far = float((out - plain).float().norm() / plain.float().norm().clamp_min(1e-12))
+            if not far <= TOLERANCE:  # which NaN is not either
+                raise RuntimeError(f"a recorded step gave another result than running it ({far:.2g} away)")
+            _checked.add(kind)
+        return out
+
+    def _record(self, call: "_Call") -> "_Recorded":
+        """One pass as a graph; the chunk is left as the pass would leave it."""
+        chunk, selects = call.state.chunk, call.selects
+        given = call.x, call.timestep
+        if self._inputs is None or not all(map(_same_kind, self._inputs, given)):
             self._inputs = given[0].clone(), given[1].clone()
-        held = replace(run, x=self._inputs[0], timestep=self._inputs[1])
         seen: list[tuple[Any, ...]] = []
-        watch, passes, selections = state.watch, state.passes, dict(state.selections)
-        state.watch = lambda *one: seen.append(one)
-        recording_thread.recording = True
-        try:
-            recording, out = self._recorder.record(held)
-        except BaseException:
-            state.passes, state.selections = passes, selections
-            raise
-        finally:
-            recording_thread.recording = False
-            state.watch = watch
+        held = _Call(call.dit, *self._inputs, call.state, lambda *one: seen.append(one))
+        with recording():
+            graph, out = self._recorder.record(held.run)
         self._free_spent()
-        return _Step(recording, selects, out, seen, dict(state.selections), _addresses(run.dit))
+        return _Recorded(graph, selects, out, seen, dict(chunk.selections), _addresses(call.dit))
 
-    def _settle(self, state: "CausalState", made: "dict[int, BlockSelection]") -> None:
-        """Bring a pass's selections to where the passes that reuse them look: the chunk's first pass says where."""
+    def _settle(self, state: ModelState, made: dict[int, BlockSelection]) -> None:
+        """Copy a pass's selections to where passes that reuse them look: where the chunk's first pass put them."""
         if state.attention.reuse_steps == 1:
             return
         for layer, selection in made.items():
             kept = self._selections.get(layer)
             if kept is None:
                 parts = (part.clone(memory_format=torch.contiguous_format) for part in selection)
-                self._selections[layer] = type(selection)(*parts)
+                self._selections[layer] = BlockSelection(*parts)
             elif kept is not selection:
                 for target, part in zip(kept, selection, strict=True):
                     target.copy_(part)
-        state.selections = dict(self._selections)
+        state.chunk.selections = dict(self._selections)
 
     def _stop(self, reason: str) -> None:
         """No graphs any more in this run."""
@@ -228,74 +212,96 @@ class StepGraph:
         self.why_off = reason
         if self._must:
             raise RuntimeError(f"cuda_graph 'on' cannot go on: {reason}; use 'auto' or 'off'")
-        self._tell(reason)
+        self._on_stop(reason)
 
     def _free_spent(self) -> None:
-        for step in self._spent:
-            step.recording.free()
+        for recorded in self._spent:
+            recorded.recording.free()
         self._spent.clear()
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One call of the forward pass."""
+class _Call:
+    """One call of `predict`."""
 
-    forward: Forward
     dit: Any
     x: Tensor
     timestep: Tensor
-    context: Tensor
-    state: "CausalState"
+    state: ModelState
+    watch: Watch | None
 
-    def __call__(self) -> Tensor:
-        return self.forward(self.dit, self.x, self.timestep, self.context, self.state)
+    def run(self) -> Tensor:
+        return predict(self.dit, self.x, self.timestep, self.state, self.watch)
 
     @property
     def selects(self) -> bool:
         """Whether this pass chooses blocks; one that reuses an earlier choice is another graph."""
-        return self.state.plan is not None and self.state.passes % self.state.attention.reuse_steps == 0
+        chunk = self.state.chunk
+        return chunk.plan is not None and chunk.passes % self.state.attention.reuse_steps == 0
 
-    def alike(self) -> int:
-        """How many passes of the open chunk, this one included, are the same work."""
-        done, steps, each = self.state.passes, self.state.steps, self.state.attention.reuse_steps
-        if self.state.plan is None:
-            return steps - done
-        selecting = -(-steps // each) + -done // each
-        return selecting if self.selects else steps - done - selecting
+    def passes_alike(self) -> int:
+        """How many passes of the open chunk, from this one on, are the same work."""
+        chunk, each = self.state.chunk, self.state.attention.reuse_steps
+        if chunk.plan is None:
+            return chunk.steps - chunk.passes
+        selecting = -(-chunk.steps // each) + -chunk.passes // each
+        return selecting if self.selects else chunk.steps - chunk.passes - selecting
 
     def kind(self) -> tuple[object, ...]:
-        """What makes graphs so alike that checking one of them is checking all."""
-        state, dit, x, plan = self.state, self.dit, self.x, self.state.plan
+        """Graphs of one kind are so alike that checking one of them is checking all."""
+        state, dit, x, plan = self.state, self.dit, self.x, self.state.chunk.plan
         sizes = (type(dit), dit.dim, len(dit.blocks), x.shape, x.dtype, x.device, self.timestep.shape)
         sparse = plan is not None and (self.selects, plan.choose > 0)
-        return (*sizes, state.cache.kv(0).k.dtype, state.attention, state.dense_attention, sparse)
+        return (*sizes, state.cache.layer(0).keys.dtype, state.attention, state.dense_attention, sparse)
 
 
-class _Step:
-    """A recorded pass, where its weights lay, and what a launch fills: out, what a watcher is shown, selections."""
+@dataclass(frozen=True)
+class _Epoch:
+    """The chunk, the prompt and the kind of inputs of a pass, for which a recording stays right."""
+
+    chunk: OpenChunk
+    text: TextMemory | None
+    inputs: tuple[object, ...]
+
+    @classmethod
+    def of(cls, call: _Call) -> "_Epoch":
+        return cls(call.state.chunk, call.state.text, cls._inputs_of(call))
+
+    def covers(self, call: _Call) -> bool:
+        same = self.chunk is call.state.chunk and self.text is call.state.text
+        return same and self.inputs == self._inputs_of(call)
+
+    @staticmethod
+    def _inputs_of(call: _Call) -> tuple[object, ...]:
+        x, timestep = call.x, call.timestep
+        return id(call.dit), x.shape, x.dtype, x.device, timestep.shape, timestep.dtype
+
+
+class _Recorded:
+    """A recorded pass, where its weights lay, and what a launch fills: out, calls of a watcher, selections."""
 
     def __init__(
         self,
-        recording: Recording,
+        recording: CudaRecording,
         selects: bool,
         out: Tensor,
         seen: list[tuple[Any, ...]],
-        selections: "dict[int, BlockSelection]",
+        selections: dict[int, BlockSelection],
         weights: tuple[int, ...],
     ) -> None:
         self.recording, self.selects, self.weights = recording, selects, weights
         self.out, self.seen, self.selections = out, seen, selections
 
-    def let_go(self) -> None:
-        """Its tensors go back to the pool, for the next recording to use."""
+    def drop_tensors(self) -> None:
+        """Give its tensors back to the pool, for the next recording to use."""
         self.seen, self.selections = [], {}
         del self.out
 
 
 def _addresses(tree: nn.Module) -> tuple[int, ...]:
-    """Where all weights and buffers lie."""
+    """The addresses of all weights and buffers."""
     return tuple(tensor.data_ptr() for tensor in itertools.chain(tree.parameters(), tree.buffers()))
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _same_kind(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)

@@ -1,20 +1,26 @@
-"""Where the KV cache's keys and values lie: in the model's dtype or in eight bits, on the device or in host memory.
+"""Memory of the KV cache: keys and values in the model's dtype or 8-bit, on the device or in CPU memory, and means.
 
-In host memory only two layers are on the device at a time: the one that is read, and the next one, which is copied
-beside the computation on a stream of its own. Host memory is pinned, so copies run at the bus's full speed.
+With keys and values in CPU memory the device holds two layers of them: the one in use, and the next one, which a
+stream of its own copies meanwhile. CPU memory is pinned, so copies run at the bus's full speed.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...kernels.layer_memory import LayerMemory
 from ..attention.blocks import FrameBlocks
+from ..attention.dispatch import AttentionOptions
 from ..attention.quantised import STORED, KVDtype, quantise_blocks
+from ..attention.selection import sub_block_layout
+from ..families import SinkRope
 from ..pinned import HostMemory, bytes_of
+
+# (first slot, first frame of the source, how many): frames that lie side by side in both.
+Runs = Sequence[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class KVOptions:
     """How keys and values are kept. Raises ValueError for an unknown dtype.
 
     dtype: "same" as the model computes in, "int8" or "fp8" (half the memory, one scale per block and head).
-    host: in pinned host memory, one layer copied ahead; the device holds two layers instead of all.
+    host: in pinned CPU memory, one layer copied ahead; the device holds two layers instead of all.
     """
 
     dtype: KVDtype = "same"
@@ -33,117 +39,167 @@ class KVOptions:
             raise ValueError(f"KV cache dtype {self.dtype!r} is not known; use one of same, {', '.join(STORED)}")
 
     def __str__(self) -> str:
-        """What an artist reads: "8-bit KV cache (int8) in host memory"."""
+        """A short description for reports: "8-bit KV cache (int8) in host memory"."""
         kind = "KV cache" if self.dtype == "same" else f"8-bit KV cache ({self.dtype})"
         return f"{kind} in host memory" if self.host else kind
 
 
-class KeysValues(NamedTuple):
-    """One layer's keys and values [B, L, H, D], and for 8-bit ones the scales of both, float32 [B, blocks, H]."""
+@dataclass(frozen=True)
+class CacheShape:
+    """The sizes of a run's KV cache. Raises ValueError for sinks that leave no slot to move.
 
-    k: Tensor
-    v: Tensor
-    scales: tuple[Tensor, Tensor] | None = None
+    slots: latent frames that a chunk can see, sinks and itself included.
+    sink_rope: "fixed" leaves sink keys at their first positions, "follow" keeps them directly before the window.
+    pooled: keep means of key blocks and frames; a run that never selects blocks needs none.
+    value_means: keep means of value blocks too, for a pooled tail.
+    sub_blocks: keep means of the parts of key blocks too, for the estimator "lse".
+    dtype: the model's, in which means are kept.
+    """
 
-    def first(self, slots: int, layout: FrameBlocks) -> "KeysValues":
-        """A view of the first `slots` frames."""
-        tokens, blocks = slots * layout.tokens_per_frame, slots * layout.per_frame
-        scales = None if self.scales is None else (self.scales[0][:, :blocks], self.scales[1][:, :blocks])
-        return KeysValues(self.k[:, :tokens], self.v[:, :tokens], scales)
+    layers: int
+    batch: int
+    slots: int
+    tokens_per_frame: int
+    heads: int
+    head_dim: int
+    block_k: int = 64
+    sink_frames: int = 0
+    sink_rope: SinkRope = "fixed"
+    pooled: bool = True
+    value_means: bool = False
+    sub_blocks: bool = False
+    dtype: torch.dtype = torch.float32
 
-    def tensors(self) -> list[Tensor]:
-        """Everything that takes memory."""
-        return [self.k, self.v, *(self.scales or ())]
+    def __post_init__(self) -> None:
+        if not 0 <= self.sink_frames < self.slots:
+            raise ValueError(
+                f"sink_frames {self.sink_frames} must be 0 or more and fewer than the window of {self.slots} frames"
+            )
 
-    def write(self, runs: Sequence[tuple[int, int, int]], k: Tensor, v: Tensor, layout: FrameBlocks) -> None:
-        """Copy frames into slots; runs are (slot, frame of k and v, how many), k and v [B, frames · tokens, H, D]."""
-        self.write_keys(runs, k, layout)
-        _write(self.v, v, self.scales and self.scales[1], runs, layout)
+    @classmethod
+    def of_run(
+        cls,
+        attention: AttentionOptions,
+        latent_shape: Sequence[int],
+        *,
+        layers: int,
+        heads: int,
+        head_dim: int,
+        window: int | None,
+        sink_frames: int,
+        sink_rope: SinkRope,
+        sparse: bool,
+        dtype: torch.dtype,
+    ) -> "CacheShape":
+        """The cache that a video of `latent_shape` (B, C, frames, h, w) needs.
 
-    def write_keys(self, runs: Sequence[tuple[int, int, int]], k: Tensor, layout: FrameBlocks) -> None:
-        """Like `write`, for keys whose values stay."""
-        _write(self.k, k, self.scales and self.scales[0], runs, layout)
+        window: visible latent frames, None for all. A window that holds the whole video never moves, so its sinks
+        have nothing to follow. sparse: whether any chunk skips blocks.
+        """
+        batch, _, frames, height, width = latent_shape
+        slots = frames if window is None else min(window, frames)
+        return cls(
+            layers=layers,
+            batch=batch,
+            slots=slots,
+            tokens_per_frame=(height // 2) * (width // 2),
+            heads=heads,
+            head_dim=head_dim,
+            block_k=attention.block[1],
+            sink_frames=min(sink_frames, slots - 1),
+            sink_rope=sink_rope if slots < frames else "fixed",
+            pooled=sparse,
+            value_means=attention.tail,
+            sub_blocks=attention.estimator == "lse",
+            dtype=dtype,
+        )
+
+    @property
+    def layout(self) -> FrameBlocks:
+        """How a frame's keys fall into blocks."""
+        return FrameBlocks(self.tokens_per_frame, self.block_k)
+
+    @property
+    def sub_layout(self) -> FrameBlocks:
+        """How a frame's keys fall into parts of blocks."""
+        return sub_block_layout(self.layout)
+
+    def rows(self, per_slot: int) -> tuple[int, int, int, int]:
+        """The shape of a tensor with so many rows of head vectors per slot."""
+        return self.batch, self.slots * per_slot, self.heads, self.head_dim
 
 
-def _keys_values(tensors: list[Tensor]) -> KeysValues:
-    """From keys, values and, in eight bits, the scales of both."""
-    k, v, *scales = tensors
-    return KeysValues(k, v, (scales[0], scales[1]) if scales else None)
+def copy_frames(target: Tensor, source: Tensor, runs: Runs, rows: int) -> None:
+    """Copy frames of `rows` rows each from `source` into slots of `target`."""
+    for slot, frame, many in runs:
+        target[:, slot * rows : (slot + many) * rows].copy_(source[:, frame * rows : (frame + many) * rows])
 
 
-def _write(target: Tensor, x: Tensor, scales: Tensor | None, runs: Sequence[tuple[int, int, int]], layout: FrameBlocks):
+def write_tokens(target: Tensor, scales: Tensor | None, x: Tensor, runs: Runs, layout: FrameBlocks) -> None:
+    """Copy the frames of x [B, frames · tokens, H, D] into slots of keys or values, in 8 bits if these have scales.
+
+    target: [B, slots · tokens, H, D]; scales: [B, slots · blocks, H].
+    """
     if scales is not None:
         x, new_scales = quantise_blocks(x, layout, target.dtype)
         copy_frames(scales, new_scales, runs, layout.per_frame)
     copy_frames(target, x, runs, layout.tokens_per_frame)
 
 
-def copy_frames(target: Tensor, source: Tensor, runs: Sequence[tuple[int, int, int]], rows: int) -> None:
-    """Copy frames of `rows` rows into slots of the same; runs are (slot, frame, how many)."""
-    for slot, frame, many in runs:
-        target[:, slot * rows : (slot + many) * rows].copy_(source[:, frame * rows : (frame + many) * rows])
-
-
 class KVStorage:
-    """Keys and values of all layers, every slot of them allocated at construction.
+    """The tensors of all layers, allocated at construction.
 
-    Sizes as in `KVCache`. `visible` is how many slots, from the first on, hold anything: the rest is not copied.
+    visible: how many slots, from the first on, hold anything; the others are not copied.
     """
 
-    def __init__(
-        self,
-        options: KVOptions,
-        layout: FrameBlocks,
-        *,
-        layers: int,
-        batch: int,
-        slots: int,
-        heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device | str | None,
-    ) -> None:
-        self.layout, self.visible = layout, 0
-        stored = STORED.get(options.dtype, dtype)
-        shapes: list[tuple[tuple[int, ...], torch.dtype]]
-        shapes = [((batch, slots * layout.tokens_per_frame, heads, head_dim), stored)] * 2
-        if stored is not dtype:
-            shapes += [((batch, slots * layout.per_frame, heads), torch.float32)] * 2
+    def __init__(self, shape: CacheShape, options: KVOptions, device: torch.device | str | None) -> None:
+        self.visible = 0
+        self._layout = layout = shape.layout
+        stored = STORED.get(options.dtype, shape.dtype)
+        sizes: list[tuple[tuple[int, ...], torch.dtype]] = [(shape.rows(layout.tokens_per_frame), stored)] * 2
+        if stored is not shape.dtype:
+            sizes += [(shape.rows(layout.per_frame)[:3], torch.float32)] * 2
 
-        def allocate() -> KeysValues:
-            return _keys_values([torch.empty(shape, dtype=kind, device=device) for shape, kind in shapes])
+        def on_device() -> LayerMemory:
+            return LayerMemory(*(torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes))
 
         self._host: HostMemory | None = None
+        self._stage: list[LayerMemory] = []
         if not options.host:
-            self._layers, self._stage = [allocate() for _ in range(layers)], []
-            return
-        self._stage = [allocate() for _ in range(min(2, layers))]
-        self._device = self._stage[0].k.device
-        cuda = self._device.type == "cuda"
-        self._copier = torch.cuda.Stream(self._device) if cuda else None
-        nbytes = layers * bytes_of(shapes)
-        if self._copier is not None:
-            self._host = HostMemory(nbytes, gpu=self._device, wait=self._copier.synchronize)
+            layers = [on_device() for _ in range(shape.layers)]
         else:
-            self._host = HostMemory(nbytes, device=self._device)
-        self._layers = [_keys_values([self._host.take(*shape) for shape in shapes]) for _ in range(layers)]
-        self._held: list[int | None] = [None] * len(self._stage)  # the layer that each staging buffer holds
-        self._ready: list[torch.cuda.Event | None] = [None] * len(self._stage)
+            self._stage = [on_device() for _ in range(min(2, shape.layers))]
+            self._device = self._stage[0].keys.device
+            self._copier = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+            nbytes = shape.layers * bytes_of(sizes)
+            if self._copier is not None:
+                self._host = HostMemory(nbytes, gpu=self._device, wait=self._copier.synchronize)
+            else:
+                self._host = HostMemory(nbytes, device=self._device)
+            layers = [LayerMemory(*(self._host.take(*size) for size in sizes)) for _ in range(shape.layers)]
+            self._held: list[int | None] = [None] * len(self._stage)  # the layer that each staging buffer holds
+            self._ready: list[torch.cuda.Event | None] = [None] * len(self._stage)
+        self._layers = _with_means(layers, shape, device)
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on the device that computes."""
-        return sum(tensor.nbytes for layer in self._stage or self._layers for tensor in layer.tensors())
+        """Bytes on the device that computes; the counters of a fused kernel are not counted."""
+        means = sum(_bytes(layer.means) for layer in self._layers)
+        return means + sum(_bytes(layer.stored) for layer in self._stage or self._layers)
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of pinned host memory."""
-        return sum(tensor.nbytes for layer in self._layers for tensor in layer.tensors()) if self._stage else 0
+        """Bytes of pinned CPU memory."""
+        return sum(_bytes(layer.stored) for layer in self._layers) if self._stage else 0
 
-    def at(self, layer: int) -> KeysValues:
-        """All slots of one layer, on the device, to read and to write; valid until the next but one layer is asked."""
+    def at(self, layer: int) -> LayerMemory:
+        """All slots of one layer, on the device, to read and to write.
+
+        Keys and values in CPU memory are valid here until the layer after the next one is asked for.
+        """
+        memory = self._layers[layer]
         if not self._stage:
-            return self._layers[layer]
+            return memory
         buffer = layer % len(self._stage)
         if self._held[buffer] != layer:
             self._bring(layer)
@@ -152,10 +208,11 @@ class KVStorage:
         following = (layer + 1) % len(self._layers)
         if self._held[following % len(self._stage)] != following and following % len(self._stage) != buffer:
             self._bring(following)
-        return self._stage[buffer]
+        keys, values, key_scales, value_scales, *_ = self._stage[buffer]
+        return memory._replace(keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)
 
     def written(self, layer: int, slots: Sequence[tuple[int, int]]) -> None:
-        """These (first slot, how many) of `layer` have been written: in host memory they are copied back."""
+        """Copy these (first slot, how many) of `layer`, just written, back to CPU memory if they are kept there."""
         if not self._stage:
             return
         source, target = self._stage[layer % len(self._stage)], self._layers[layer]
@@ -167,16 +224,16 @@ class KVStorage:
             self._ready[layer % len(self._stage)] = self._copier.record_event()
 
     def free(self) -> None:
-        """Let go of all memory."""
+        """Free all memory."""
         self._layers.clear()
         if self._host is not None:
             if self._copier is not None:
-                self._copier.synchronize()  # copies under way, pinned or not, use memory that is given away
+                self._copier.synchronize()  # copies under way, pinned or not, use memory that is about to go
             self._host.free()
         self._stage.clear()
 
     def _bring(self, layer: int) -> None:
-        """Copy the visible slots of `layer` into its staging buffer, beside whatever the device does."""
+        """Copy the visible slots of `layer` into its staging buffer while the device goes on with its work."""
         buffer = layer % len(self._stage)
         with self._copying():
             self._copy(self._layers[layer], self._stage[buffer], 0, self.visible)
@@ -185,8 +242,8 @@ class KVStorage:
         self._held[buffer] = layer
 
     @contextlib.contextmanager
-    def _copying(self):
-        """Copies inside run on the copying stream, behind all that the device was told so far."""
+    def _copying(self) -> Iterator[None]:
+        """Run copies on the copying stream, after all work that the device has been given so far."""
         if self._copier is None:
             yield
             return
@@ -194,11 +251,37 @@ class KVStorage:
         with torch.cuda.stream(self._copier):
             yield
 
-    def _copy(self, source: KeysValues, target: KeysValues, first: int, many: int) -> None:
-        """Copy slots, sample by sample: only pieces that are contiguous on both sides are copied without a detour."""
-        tokens, blocks = self.layout.tokens_per_frame, self.layout.per_frame
-        for a, b in zip(source.tensors(), target.tensors(), strict=True):
+    def _copy(self, source: LayerMemory, target: LayerMemory, first: int, many: int) -> None:
+        """Copy slots, sample by sample: a piece that is contiguous on both sides is copied directly."""
+        tokens, blocks = self._layout.tokens_per_frame, self._layout.per_frame
+        for a, b in zip(source.stored, target.stored, strict=True):
             rows = tokens if a.ndim == 4 else blocks
             part = slice(first * rows, (first + many) * rows)
             for from_sample, to_sample in zip(a, b, strict=True):
                 to_sample[part].copy_(from_sample[part], non_blocking=True)
+
+
+def _with_means(layers: list[LayerMemory], shape: CacheShape, device: torch.device | str | None) -> list[LayerMemory]:
+    """The same layers with memory for the means that `shape` asks for."""
+    if not shape.pooled:
+        return layers
+
+    def means(per_slot: int) -> Tensor:
+        return torch.empty(shape.rows(per_slot), dtype=shape.dtype, device=device)
+
+    # One counter serves all layers, because their launches follow one another.
+    arrivals = torch.zeros(shape.rows(1)[:3], dtype=torch.int32, device=device)
+    return [
+        layer._replace(
+            key_means=means(shape.layout.per_frame),
+            frame_means=means(1),
+            arrivals=arrivals,
+            value_means=means(shape.layout.per_frame) if shape.value_means else None,
+            sub_means=means(shape.sub_layout.per_frame) if shape.sub_blocks else None,
+        )
+        for layer in layers
+    ]
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,8 +1,7 @@
 """The chunk × step loop behind `rollout`, what it yields, and what it tells while it runs."""
 
-import logging
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -11,21 +10,17 @@ from torch import Tensor
 
 from ..attention import fast_path
 from ..attention.dispatch import AttentionOptions
-from ..families import SinkRope
-from ..model import cuda_graph as step_graph
-from ..model.causal import GIVEN_NOISE, CausalState, DenseAttention, forward
-from ..model.cuda_graph import CudaGraph, StepGraph
+from ..model.causal import GIVEN_NOISE, DenseAttention, ModelState, Pass, Predict
+from ..model.cuda_graph import CudaGraph, step_graphs
 from ..model.kv_cache import KVCache
-from ..model.kv_storage import KVOptions
-from ..pinned import sent
-from .record import RunRecorder
+from ..model.kv_storage import CacheShape, KVOptions
+from ..pinned import to_device
+from .record import Recorder
 from .timeline import Timeline
 
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]
-Denoise = Callable[[Tensor, float, CausalState], Tensor]
+Denoise = Callable[[Tensor, float, Pass], Tensor]
 Replay = Literal["all", "window"]
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,9 +67,7 @@ class ChunkLoop:
     levels: list[float]
     first_levels: list[float]
     growth: Sequence[float] | None
-    slots: int
-    sink_frames: int
-    sink_rope: SinkRope
+    cache: CacheShape
     noise: Noise
     initial_latents: Tensor | None
     last_latents: Tensor | None
@@ -85,7 +78,7 @@ class ChunkLoop:
     denoise: Denoise | None
     dense_attention: DenseAttention
     on_step: Callable[[StepEvent], None] | None
-    recorder: RunRecorder | None
+    recorder: Recorder
     cuda_graph: CudaGraph
     why_no_graphs: str | None
     dtype: torch.dtype
@@ -94,95 +87,54 @@ class ChunkLoop:
     def chunks(self) -> Generator[Chunk, None, None]:
         """The loop; memory lives from the first `next` to the end."""
         fast_path.begin_run()
-        states: list[CausalState] = []
+        states: list[ModelState] = []
         past: list[Tensor] = []  # clean chunks as far back as any of them is visible
         done = 0
-        if self.recorder is not None:
-            self.recorder.start(self.dit, self.shape, self.device)
+        self.recorder.start(self.dit, self.shape, self.device)
         try:
             states += (self._new_state() for _ in self.guides)
-            self._prepare_graphs(states)
-            for index, length in enumerate(self.lengths):
-                start = sum(self.lengths[:index])
-                self._follow_prompts(states, index, past)
-                if index < self.first_index and not self._is_replayed(index):
-                    for state in states:
-                        state.cache.skip(length)
-                    past.append(self._given(start, length))
-                    continue
-                for state in states:
-                    state.open_chunk(length, self._sparsity(index), self.device)
-                is_given = index < self.first_index
-                if is_given:
-                    latents = self._given(start, length)
-                else:
-                    latents, done = self._denoise_chunk(states, index, start, done)
-                    self._lap(index, "denoise")
-                    yield Chunk(index, start, latents)
-                    self._lap(index, "output")
-                if index < len(self.lengths) - 1:
-                    for state in states:
-                        self._clean_pass(state, latents)
-                    self._lap(index, "replay" if is_given else "clean pass")
-                past = [*past, latents][-self.slots :]
-            self._tell_graphs(states)
+            with step_graphs(self.cuda_graph, self.why_no_graphs, self.device, len(states), self._note_graphs) as runs:
+                for index, length in enumerate(self.lengths):
+                    start = sum(self.lengths[:index])
+                    self._follow_prompts(states, index, past)
+                    if index < self.first_index and not self._is_replayed(index):
+                        for state in states:
+                            state.cache.skip(length)
+                        past.append(self._given(start, length))
+                        continue
+                    is_given = index < self.first_index
+                    self._open_chunk(states, index)
+                    if is_given:
+                        latents = self._given(start, length)
+                    else:
+                        latents, done = self._denoise_chunk(states, runs, index, start, done)
+                        self.recorder.lap(index, "denoise")
+                        yield Chunk(index, start, latents)
+                        self.recorder.lap(index, "output")
+                    if index < len(self.lengths) - 1:
+                        for state in states:
+                            self._clean_pass(state, latents)
+                        self.recorder.lap(index, "replay" if is_given else "clean pass")
+                    past = [*past, latents][-self.cache.slots :]
         finally:
-            # A traceback or a host's hook may still hold the states; the memory must go all the same.
+            # A traceback or a hook of ComfyUI may still hold the states; the memory must go all the same.
             for state in states:
                 state.close()
 
-    def _lap(self, index: int, stage: str) -> None:
-        """Everything since the last lap belongs to this stage."""
-        if self.recorder is not None:
-            self.recorder.lap(index, stage)
+    def _new_state(self) -> ModelState:
+        return ModelState(KVCache(self.cache, self.kv, self.device), self.attention, self.dense_attention)
 
-    def _new_state(self) -> CausalState:
-        heads = self.dit.blocks[0].self_attn.num_heads
-        batch, _, _, height, width = self.shape
-        cache = KVCache(
-            layers=len(self.dit.blocks),
-            batch=batch,
-            slots=self.slots,
-            tokens_per_frame=(height // 2) * (width // 2),
-            heads=heads,
-            head_dim=self.dit.dim // heads,
-            block_k=self.attention.block[1],
-            sink_frames=self.sink_frames,
-            sink_rope=self.sink_rope,
-            options=self.kv,
-            pooled=any(self._sparsity(index) > 0.0 for index in range(len(self.lengths))),
-            value_means=self.attention.tail,
-            sub_blocks=self.attention.estimator == "lse",
-            dtype=self.dtype,
-            device=self.device,
-        )
-        return CausalState(cache, self.attention, self.dense_attention)
+    def _note_graphs(self, text: str) -> None:
+        self.recorder.fact("CUDA graphs", text)
 
-    def _prepare_graphs(self, states: list[CausalState]) -> None:
-        """Let the states run their steps as CUDA graphs, where that was asked for and can be."""
-        if self.cuda_graph == "off":
-            return
-        if self.why_no_graphs is not None:
-            self._say_of_graphs(f"not used: {self.why_no_graphs}")
-            return
-
-        def stopped(reason: str) -> None:
-            _log.warning("[Light Forcing] CUDA graphs are no longer used in this run: %s", reason)
-            self._say_of_graphs(f"no longer used: {reason}")
-
-        recorder = step_graph.CudaRecorder(self.device)
+    def _open_chunk(self, states: list[ModelState], index: int) -> None:
+        end = self._end_of(index)
+        steps, given = len(self._levels(index)) - 1, 0 if end is None else end.shape[2]
         for state in states:
-            state.graph = StepGraph(recorder, stopped, must=self.cuda_graph == "on")
+            state.open_chunk(self.lengths[index], self._sparsity(index), self.device, steps=steps, given=given)
 
-    def _tell_graphs(self, states: list[CausalState]) -> None:
-        """Note, at the end, how many steps were launched as graphs."""
-        graphs = [state.graph for state in states if state.graph is not None]
-        if graphs and not any(graph.why_off for graph in graphs):
-            self._say_of_graphs(f"{sum(graph.launches for graph in graphs)} steps launched as graphs")
-
-    def _say_of_graphs(self, text: str) -> None:
-        if self.recorder is not None:
-            self.recorder.fact("CUDA graphs", text)
+    def _levels(self, index: int) -> list[float]:
+        return self.first_levels if index == 0 else self.levels
 
     def _sparsity(self, index: int) -> float:
         return self.growth[min(index, len(self.growth) - 1)] if self.growth is not None else 0.0
@@ -190,8 +142,8 @@ class ChunkLoop:
     def _is_replayed(self, index: int) -> bool:
         """Whether an initial chunk is fed through the model: all are, or those that hold sinks or are still visible."""
         start, given = sum(self.lengths[:index]), sum(self.lengths[: self.first_index])
-        still_visible = start + self.lengths[index] > given - (self.slots - self.sink_frames)
-        return self.replay == "all" or start < self.sink_frames or still_visible
+        still_visible = start + self.lengths[index] > given - (self.cache.slots - self.cache.sink_frames)
+        return self.replay == "all" or start < self.cache.sink_frames or still_visible
 
     def _given(self, start: int, length: int) -> Tensor:
         assert self.initial_latents is not None
@@ -204,51 +156,50 @@ class ChunkLoop:
         return self._for_each_video(self.last_latents)
 
     def _for_each_video(self, given: Tensor) -> Tensor:
-        return sent(given.float(), self.device).expand(self.shape[0], -1, -1, -1, -1)
+        return to_device(given.float(), self.device).expand(self.shape[0], -1, -1, -1, -1)
 
     @torch.no_grad()
-    def _follow_prompts(self, states: list[CausalState], index: int, past: list[Tensor]) -> None:
+    def _follow_prompts(self, states: list[ModelState], index: int, past: list[Tensor]) -> None:
         """Give each cache its text when it changes; a hard switch recomputes the visible past under the new one."""
         for guide, state in zip(self.guides, states, strict=True):
             change = guide.changes_at(index)
             if index == 0 or change:
-                text = sent(guide.text(index).to(self.dtype), self.device)
+                text = to_device(guide.text(index).to(self.dtype), self.device)
                 state.follow(text.expand(self.shape[0], -1, -1))
             if change == "hard":
                 state.reopen_visible()
-                if state.frames:
-                    self._clean_pass(state, torch.cat(past, dim=2)[:, :, -state.frames :])
-                    if self.recorder is not None:
-                        self.recorder.note(f"the hard prompt switch at chunk {index} read {state.frames} frames again")
-                        self.recorder.lap(index, "recompute")
+                if frames := state.chunk.frames:
+                    self._clean_pass(state, torch.cat(past, dim=2)[:, :, -frames:])
+                    self.recorder.note(f"the hard prompt switch at chunk {index} read {frames} frames again")
+                    self.recorder.lap(index, "recompute")
 
     @torch.no_grad()
-    def _denoise_chunk(self, states: list[CausalState], index: int, start: int, done: int) -> tuple[Tensor, int]:
-        """A finished chunk from noise, and the steps done so far."""
+    def _denoise_chunk(
+        self, states: list[ModelState], runs: list[Predict], index: int, start: int, done: int
+    ) -> tuple[Tensor, int]:
+        """A finished chunk from noise, and the steps done so far. runs: how each state predicts."""
         batch, channels, _, height, width = self.shape
         shape = (batch, channels, self.lengths[index], height, width)
-        levels = self.first_levels if index == 0 else self.levels
+        levels = self._levels(index)
 
         def draw(number: int) -> Tensor:
             drawn = self.noise(index, number, shape)
             if drawn.shape != shape:
                 raise ValueError(f"noise({index}, {number}, …) has shape {tuple(drawn.shape)}; expected {shape}")
-            return sent(drawn.float(), self.device)
+            return to_device(drawn.float(), self.device)
 
-        if self.recorder is not None:
-            self.recorder.open(index, self._sparsity(index), len(levels) - 1, states[0])
+        self.recorder.open(index, self._sparsity(index), len(levels) - 1, states[0])
         end = self._end_of(index)
-        for state in states:
-            state.steps, state.given = len(levels) - 1, 0 if end is None else end.shape[2]
         noise = draw(0)
         x = levels[0] * noise if levels[0] < 1.0 else noise
         for step, (sigma, following) in enumerate(pairwise(levels)):
-            if self.recorder is not None and following == 0.0:
-                states[0].watch = self.recorder.saw
+            watch = self.recorder.watch if following == 0.0 else None
             if end is not None:
                 less = GIVEN_NOISE * sigma
                 x = _with_end(x, (1.0 - less) * end + less * noise[:, :, -end.shape[2] :])
-            x0 = self._predict(x, sigma, states)
+            passes = [Pass(state, predict=run) for state, run in zip(states, runs, strict=True)]
+            passes[0] = replace(passes[0], watch=watch)
+            x0 = self._guided(x, sigma, passes)
             if end is not None:
                 x0 = _with_end(x0, end)
             done += 1
@@ -257,37 +208,34 @@ class ChunkLoop:
                 total = generated * (len(self.levels) - 1)
                 if self.first_index == 0:
                     total += len(self.first_levels) - len(self.levels)
-                chunk, steps, density = index - self.first_index, len(levels) - 1, states[0].density
+                chunk, steps, density = index - self.first_index, len(levels) - 1, states[0].chunk.density
                 self.on_step(StepEvent(chunk, generated, index, start, step, steps, done, total, x, x0, density))
             if following > 0.0:
                 noise = draw(step + 1)
                 x = (1.0 - following) * x0 + following * noise
-        if self.recorder is not None:
-            states[0].watch = None
-            self.recorder.close()
+        self.recorder.close()
         return x0, done
 
     @torch.no_grad()
-    def _clean_pass(self, state: CausalState, latents: Tensor) -> None:
+    def _clean_pass(self, state: ModelState, latents: Tensor) -> None:
         """Commit clean latents as history."""
-        state.clean = True
-        self._predict(latents, self.context_noise / 1000.0, [state])
-        state.clean = False
-        state.cache.commit()
+        self._run(latents, self.context_noise / 1000.0, Pass(state, commits=True))
+        state.cache.commit()  # even if a `denoise` function ran no model
 
-    def _predict(self, x: Tensor, sigma: float, states: list[CausalState]) -> Tensor:
+    def _guided(self, x: Tensor, sigma: float, passes: list[Pass]) -> Tensor:
         """x0 of the open chunk, guided when there is a second cache."""
-        run = self.denoise or self._run_model
-        x0 = run(x, sigma, states[0])
-        if len(states) > 1:
-            unguided = run(x, sigma, states[1])
+        x0 = self._run(x, sigma, passes[0])
+        if len(passes) > 1:
+            unguided = self._run(x, sigma, passes[1])
             x0 = unguided + self.cfg * (x0 - unguided)
         return x0
 
-    def _run_model(self, x: Tensor, sigma: float, state: CausalState) -> Tensor:
+    def _run(self, x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
+        """x0 of one pass."""
+        if self.denoise is not None:
+            return self.denoise(x, sigma, model_pass)
         timestep = torch.full((x.shape[0],), sigma * 1000.0, device=self.device)
-        assert state.text is not None
-        return x - sigma * forward(self.dit, x.to(self.dtype), timestep, state.text, state).float()
+        return x - sigma * model_pass(self.dit, x.to(self.dtype), timestep).float()
 
 
 def _with_end(x: Tensor, end: Tensor) -> Tensor:

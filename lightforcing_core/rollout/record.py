@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention.blocks import FrameBlocks
 from ..attention.dispatch import BackendChoice
 from ..attention.selection import BlockSelection
-from ..model.causal import CausalState
+from ..model.causal import ModelState, Watch
 from ..rollout.cost import ChunkCost
 
 MAP_BYTES = 32 << 20  # block maps of a run; a longer one keeps those of every second, fourth, … chunk
@@ -94,7 +94,34 @@ class RunRecord:
         return found
 
 
-class RunRecorder:
+class Recorder:
+    """Receives what a rollout does, and keeps none of it; `RunRecorder` does."""
+
+    def start(self, dit: Any, latent_shape: Sequence[int], device: torch.device) -> None:
+        """Begin the run, and the first lap. latent_shape: (B, C, frames, h, w)."""
+
+    def open(self, index: int, sparsity: float, steps: int, state: ModelState) -> None:
+        """Begin a chunk that is to be generated; `state` has just opened it."""
+
+    @property
+    def watch(self) -> Watch | None:
+        """Called for every sparse attention of the open chunk's last step, if set."""
+        return None
+
+    def close(self) -> None:
+        """End the open chunk, which is denoised."""
+
+    def lap(self, chunk: int, stage: str) -> None:
+        """Count everything since the last lap as this stage of this chunk."""
+
+    def note(self, text: str) -> None:
+        """Keep a sentence about work that ran dense."""
+
+    def fact(self, name: str, text: str) -> None:
+        """Keep a fact of the run; a later text replaces an earlier one."""
+
+
+class RunRecorder(Recorder):
     """Collects one run; `rollout` calls it. One recorder serves one run.
 
     facts: text to keep in the record. map_bytes: how much memory block maps may take.
@@ -109,39 +136,38 @@ class RunRecorder:
         self._every = 1
 
     def start(self, dit: Any, latent_shape: Sequence[int], device: torch.device) -> None:
-        """The run begins: the first lap counts from here. latent_shape: (B, C, frames, h, w)."""
         self._batch, _, _, height, width = latent_shape
         self._layers, self._heads = len(dit.blocks), dit.blocks[0].self_attn.num_heads
         self._grid, self._device = (height // 2, width // 2), device
         self._last = _now(device)
 
     def lap(self, chunk: int, stage: str) -> None:
-        """Everything since the last lap belongs to this stage of this chunk."""
         now = _now(self._device)
         self._laps.append((chunk, stage, self._last, now))
         self._last = now
 
     def note(self, text: str) -> None:
-        """Keep a sentence about something that ran dense."""
         self._notes.append(text)
 
     def fact(self, name: str, text: str) -> None:
-        """Keep what else belongs to the run; a later text takes an earlier one's place."""
         self._facts[name] = text
 
-    def open(self, index: int, sparsity: float, steps: int, state: CausalState) -> None:
-        """A chunk is about to be generated; `state` has just opened it."""
+    def open(self, index: int, sparsity: float, steps: int, state: ModelState) -> None:
         self._chunks.append(_Open(index, sparsity, steps, state, self._batch))
 
-    def saw(self, layer: int, selection: BlockSelection, choice: BackendChoice) -> None:
-        """A layer's sparse attention in the open chunk; the watcher for `CausalState`."""
+    @property
+    def watch(self) -> Watch:
+        """Notes a layer's sparse attention in the open chunk."""
+        return self._note_attention
+
+    def _note_attention(self, layer: int, selection: BlockSelection, choice: BackendChoice) -> None:
         self._attention.setdefault(choice.name, choice.reason)
         chunk = self._chunks[-1]
         mask = selection.to_mask(len(chunk.slot_frames) * chunk.per_frame)
         chunk.kept[layer] = mask.sum((0, 2), dtype=torch.int16)
 
     def close(self) -> None:
-        """The open chunk is denoised: put its layers together, and thin out the maps when they grow too many."""
+        """Put the open chunk's layers together, and thin out the maps when they grow too many."""
         chunk = self._chunks[-1]
         if not chunk.kept:
             return
@@ -189,10 +215,10 @@ class RunRecorder:
 class _Open:
     """A chunk while it runs: Python numbers of its plan, and small tensors on the device."""
 
-    def __init__(self, index: int, sparsity: float, steps: int, state: CausalState, batch: int) -> None:
-        layout, plan = state.cache.layout, state.plan
+    def __init__(self, index: int, sparsity: float, steps: int, state: ModelState, batch: int) -> None:
+        layout, chunk = state.cache.layout, state.chunk
         self.index, self.sparsity, self.steps = index, sparsity, steps
-        self.start_frame, self.frames = state.start_frame, state.frames
+        self.start_frame, self.frames = chunk.start_frame, chunk.frames
         self.end = self.start_frame + self.frames
         self.slot_frames = tuple(state.cache.slot_frames)
         self.per_frame = layout.per_frame
@@ -203,9 +229,9 @@ class _Open:
         self.why_dense = None
         if len(self.slot_frames) == self.frames:
             self.why_dense = "it sees nothing but itself"
-        elif plan is None:
+        elif chunk.plan is None:
             self.why_dense = "the schedule asks for no sparsity here"
-        elif plan.kept == blocks:
+        elif chunk.plan.kept == blocks:
             self.why_dense = f"a sparsity of {sparsity:g} leaves no whole block to skip among {blocks}"
         self.kept: dict[int, Tensor] = {}  # by layer, int16 [heads, key blocks] in slot order
         self.kept_sums: Tensor | None = None

@@ -16,11 +16,10 @@ from ..attention.dispatch import AttentionOptions
 from ..families import SinkRope
 from ..model.causal import DenseAttention, sdpa
 from ..model.cuda_graph import CudaGraph, why_no_graph
-from ..model.kv_cache import slots_and_sinks
-from ..model.kv_storage import KVOptions
+from ..model.kv_storage import CacheShape, KVOptions
 from .growth import chunk_lengths, first_chunk_length
 from .loop import Chunk, ChunkLoop, Denoise, Noise, Replay, StepEvent
-from .record import RunRecorder
+from .record import Recorder, RunRecorder
 from .timeline import Prompt, Timeline
 
 
@@ -103,12 +102,13 @@ def rollout(
     cfg, negative: classifier-free guidance with a negative prompt [B or 1, tokens, text_dim] and a cache of its own,
     for models that are not distilled; 1 runs the prompt alone.
     attention, kv: how sparse attention is done, and how the KV cache is kept.
-    denoise: denoise(x, sigma, state) → x0, the way a host runs the model itself; x is float32 [B, C, f, h, w] and
-    `state.text` the text to follow. dense_attention: dense attention over [B, L, H, D]. on_step: called after every
-    denoising step. recorder: notes what the run keeps and how long it takes. cuda_graph: whether a chunk's steps are
-    launched as one CUDA graph, see `step_graph`; "auto" does so where it can and says why where not, "on" refuses to
-    run without. dtype, device: of the KV cache and the computation; default the model's dtype and the context's
-    device.
+    denoise: denoise(x, sigma, model_pass) → x0, the way ComfyUI runs the model itself; x is float32 [B, C, f, h, w]
+    and model_pass(dit, x, timestep) the model's flow, see `causal.Pass`.
+    dense_attention: dense attention over [B, L, H, D]. on_step: called after every denoising step.
+    recorder: notes what the run keeps and how long it takes.
+    cuda_graph: whether a chunk's steps are launched as one CUDA graph, see `cuda_graph`; "auto" does so if it can and
+    says why if not, "on" refuses to run without.
+    dtype, device: of the KV cache and the computation; default the model's dtype and the context's device.
 
     The KV cache is allocated when iteration starts and freed when it ends, however it ends. Raises ValueError for
     requests that cannot work, before any of them runs. Source: Self Forcing's few-step rollout.
@@ -142,7 +142,19 @@ def rollout(
             f"window {window} cannot hold {sink_frames} sink frames and a chunk of {max(lengths)}; "
             f"use at least {sink_frames + max(lengths)} latent frames"
         )
-    slots, sinks, rope = slots_and_sinks(frames, window, sink_frames, sink_rope)
+    heads = dit.blocks[0].self_attn.num_heads
+    cache = CacheShape.of_run(
+        attention or AttentionOptions(),
+        latent_shape,
+        layers=len(dit.blocks),
+        heads=heads,
+        head_dim=dit.dim // heads,
+        window=window,
+        sink_frames=sink_frames,
+        sink_rope=sink_rope,
+        sparse=growth is not None and any(sparsity > 0.0 for sparsity in growth[: len(lengths)]),
+        dtype=dtype or dit.dtype,
+    )
     place = torch.device(device) if device is not None else prompts[0].context.device
     why_no_graphs = None
     if cuda_graph != "off":
@@ -159,9 +171,7 @@ def rollout(
         levels=levels,
         first_levels=first_levels,
         growth=growth,
-        slots=slots,
-        sink_frames=sinks,
-        sink_rope=rope,
+        cache=cache,
         noise=noise or seeded_noise(seed),
         initial_latents=initial_latents,
         last_latents=last_latents,
@@ -172,7 +182,7 @@ def rollout(
         denoise=denoise,
         dense_attention=dense_attention,
         on_step=on_step,
-        recorder=recorder,
+        recorder=recorder or Recorder(),
         cuda_graph=cuda_graph,
         why_no_graphs=why_no_graphs,
         dtype=dtype or dit.dtype,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..pinned import sent
+from ..pinned import to_device
 from .streaming import StreamingDecoder
 
 OVERLAP = 8  # latent rows or columns that neighbouring tiles share: 64 pixels
@@ -65,7 +65,7 @@ class TiledDecoder:
                 if frames is None:
                     height, width = (8 * size for size in latents.shape[-2:])
                     frames = tile.new_zeros(*tile.shape[:2], height, width, 3)
-                down, across = (sent(fade.to(tile.dtype), tile.device) for fade in (row_weights, column_weights))
+                down, across = (to_device(fade.to(tile.dtype), tile.device) for fade in (row_weights, column_weights))
                 weights = down[:, None] * across
                 place = frames[:, :, 8 * row[0] : 8 * row[1], 8 * column[0] : 8 * column[1]]
                 place.addcmul_(tile, weights[:, :, None])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..pinned import sent
+from ..pinned import to_device
 
 LATENT_CHANNELS = 16
 
@@ -46,7 +46,7 @@ def denormalise_latents(latents: Tensor) -> Tensor:
 def _statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(values, dtype=latents.dtype) for values in (LATENT_MEAN, LATENT_STD))
     # Sent without waiting, because decode beside the sampling would wait for the sampling.
-    return sent(mean.view(1, -1, 1, 1, 1), latents.device), sent(std.view(1, -1, 1, 1, 1), latents.device)
+    return to_device(mean.view(1, -1, 1, 1, 1), latents.device), to_device(std.view(1, -1, 1, 1, 1), latents.device)
 
 
 class CausalConv3d(nn.Conv3d):

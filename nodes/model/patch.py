@@ -10,11 +10,10 @@ from typing import Any
 
 from ...lightforcing_core.attention.dispatch import AttentionOptions
 from ...lightforcing_core.families import Family
-from ...lightforcing_core.model.causal import forward
 from ..comfy import WAN_T2V, ModelPatcher, WrappersMP, flow_sampling, forward_patches
 
 KEY = "light_forcing"
-RUN = "light_forcing_run"  # where a sampler puts its rollout state in transformer_options
+RUN = "light_forcing_run"  # the key in transformer_options of the pass that a sampler runs
 LATENT_CHANNELS = 16
 log = logging.getLogger(__name__)
 
@@ -72,11 +71,11 @@ def conflicting_patch(model: ModelPatcher, model_options: dict[str, Any]) -> str
 
 
 def _forward(executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None, **kwargs):
-    """The DIFFUSION_MODEL wrapper: the causal forward while a run's state is in reach, else what comes next."""
-    state = (transformer_options or {}).get(RUN)
-    if state is None:
+    """The DIFFUSION_MODEL wrapper: the causal forward while a sampler of ours runs, else the next wrapper."""
+    model_pass = (transformer_options or {}).get(RUN)
+    if model_pass is None:
         return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options or {}, **kwargs)
-    return forward(executor.class_obj, x, timestep, state.text, state)
+    return model_pass(executor.class_obj, x, timestep)
 
 
 def _outer_sample(executor, noise, latent_image, sampler, *args, **kwargs):

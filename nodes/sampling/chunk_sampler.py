@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ...lightforcing_core.attention.dispatch import AttentionOptions
 from ...lightforcing_core.families import Family
 from ...lightforcing_core.memory.plan import MemoryPlan
-from ...lightforcing_core.model.causal import CausalState
+from ...lightforcing_core.model.causal import Pass
 from ...lightforcing_core.model.kv_storage import KVOptions
 from ...lightforcing_core.rollout.record import RunRecord, RunRecorder
 from ...lightforcing_core.rollout.rollout import Chunk, Noise, Replay, StepEvent, few_step_sigmas, rollout, seeded_noise
@@ -168,9 +168,9 @@ class ChunkSampler(comfy.samplers.Sampler):
         def draw(index: int, number: int, shape: tuple[int, ...]) -> Tensor:
             return fresh(index, number, shape) if number else noise[:, :, starts[index] : starts[index] + shape[2]]
 
-        def denoise(x: Tensor, sigma: float, state: CausalState) -> Tensor:
+        def denoise(x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            options[RUN] = state
+            options[RUN] = model_pass
             return model_wrap(x, x.new_full((x.shape[0],), sigma), **extra_args)
 
         def on_step(event: StepEvent) -> None:

@@ -13,7 +13,7 @@ from lightforcing.benchmarks.rollout import EARLY, over_rounds, summarise
 from lightforcing.benchmarks.settings import AttentionBench, Machine, Model, OptionsBench, Picture, Place, StepBench
 from lightforcing.benchmarks.timing import Samples, StageClock, ratio, take_turns
 from lightforcing.cli.main import app
-from lightforcing.lightforcing_core.model import cuda_graph as step_graph
+from lightforcing.lightforcing_core.model import cuda_graph
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
 from ..support.tape import TapeRecorder
@@ -128,8 +128,8 @@ def test_rollout_lists_every_chunk_and_compares_whole_videos(tmp_path):
 
 
 def test_step_measures_each_arm_as_a_graph_too(monkeypatch):
-    monkeypatch.setattr(step_graph, "CudaRecorder", TapeRecorder)
-    monkeypatch.setattr(step_graph, "_verdicts", {})
+    monkeypatch.setattr(cuda_graph, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(cuda_graph, "_checked", set())
     monkeypatch.setattr(TapeRecorder, "events", [])
     model, place = Model(128, 128, 1), Place(Machine("cpu"), "float32")
     bench = StepBench(2, model, Picture(32, 32), repeats=2, cuda_graph=True, place=place)

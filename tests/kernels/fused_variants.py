@@ -151,7 +151,7 @@ def call_store(dtype, stored, block, parts, launch):
     scales = (
         [empty(1, SLOTS * per_frame, HEADS, dtype=torch.float32) for _ in range(2)] if stored != dtype else [None] * 2
     )
-    ring = store.Ring(
+    ring = store.LayerMemory(
         heads(SLOTS * TOKENS, stored),
         heads(SLOTS * TOKENS, stored),
         *scales,

@@ -37,7 +37,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def store_a_chunk(batch: int, frames: int, slots: int, tokens_per_frame: int) -> None:
     tokens, width, blocks = frames * tokens_per_frame, HEADS * HEAD_DIM, slots * triton.cdiv(tokens_per_frame, 16)
     q, k, v = empty(batch, tokens, 3 * width).chunk(3, -1)
-    ring = store.Ring(
+    ring = store.LayerMemory(
         empty(batch, slots * tokens_per_frame, HEADS, HEAD_DIM),
         empty(batch, slots * tokens_per_frame, HEADS, HEAD_DIM),
         key_means=empty(batch, blocks, HEADS, HEAD_DIM),

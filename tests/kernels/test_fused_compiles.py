@@ -7,7 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from lightforcing.lightforcing_core.model.kv_cache import KVCache, KVOptions
+from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
 
 from .compiling import compile_all, in_a_process
 from .fused_variants import BLOCKS, DTYPES, HEAD_DIM, POOLED, launch_of, names
@@ -58,7 +59,7 @@ def test_the_store_is_compiled_for_every_cache_that_a_run_keeps():
     asked = set()
     either = (False, True)
     for pooled, values, subs, kv in itertools.product(either, either, either, ("same", "int8", "fp8")):
-        cache = KVCache(
+        shape = CacheShape(
             layers=1,
             batch=1,
             slots=3,
@@ -66,18 +67,16 @@ def test_the_store_is_compiled_for_every_cache_that_a_run_keeps():
             heads=1,
             head_dim=HEAD_DIM,
             block_k=16,
-            options=KVOptions(dtype=kv),
             pooled=pooled,
             value_means=values,
             sub_blocks=subs,
             dtype=torch.bfloat16,
         )
-        cache.open(3)
-        ring = cache.ring(0)
+        memory = KVCache(shape, KVOptions(dtype=kv)).layer(0)
         kept = {"means": "key_means", "values": "value_means", "subs": "sub_means"}
-        parts = "".join(f"+{name}" for name, tensor in kept.items() if ring[tensor] is not None)
-        stored = next(name for name, dtype in DTYPES.items() if dtype == ring["keys"].dtype)
-        assert (ring["key_scales"] is not None) == (stored != "bf16")
+        parts = "".join(f"+{name}" for name, tensor in kept.items() if getattr(memory, tensor) is not None)
+        stored = next(name for name, dtype in DTYPES.items() if dtype == memory.keys.dtype)
+        assert (memory.key_scales is not None) == (stored != "bf16")
         asked.add(f"90:store:bf16:{stored}:16:qkv{parts}")
     found = [name.rpartition(":")[0] for name in names(90)]
     assert asked == {name for name in found if name.startswith("90:store:bf16:") and ":16:qkv" in name}

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from lightforcing.kernels import store
-from lightforcing.kernels.store import Ring, fused_store, why_not
+from lightforcing.kernels.store import LayerMemory, fused_store, why_not
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.quantised import quantise_blocks
 from lightforcing.lightforcing_core.model.rope import RopeTable
@@ -44,7 +44,7 @@ class Case:
             return torch.full((*size[:-1], size[-1] * dtype.itemsize), 0x7F, dtype=torch.uint8).view(dtype).to(DEVICE)
 
         scales = [poisoned(per_frame, dtype=torch.float32) for _ in range(2)] if dtype != self.dtype else [None, None]
-        return Ring(
+        return LayerMemory(
             *(poisoned(self.slot_count * self.tokens, self.head_dim, dtype=dtype) for _ in range(2)),
             *scales,
             key_means=poisoned(per_frame, self.head_dim) if pooled else None,
@@ -256,7 +256,7 @@ def test_slots_beyond_two_billion_values_are_reached():
     shape = (1, case.slot_count * 16, 2, 128)
     keys, values = (torch.empty(shape, dtype=torch.int8, device=DEVICE) for _ in range(2))
     scales = [torch.empty(1, case.slot_count, 2, device=DEVICE) for _ in range(2)]
-    ring = Ring(keys, values, *scales)
+    ring = LayerMemory(keys, values, *scales)
     fused_store(
         None,
         case.k,

@@ -283,11 +283,11 @@ def test_probe_measures_at_the_last_step_alone(models):
     probe = AttentionProbe(model.dit, (2, 3), levels[-2], [Arm("published 0.5", (0.0, 0.5), ATTENTION)])
     measured = []
 
-    def denoise(x, sigma, state):
+    def denoise(x, sigma, model_pass):
         before = len(probe.errors["published 0.5"])
-        x0 = probe.denoise(x, sigma, state)
+        x0 = probe.denoise(x, sigma, model_pass)
         if len(probe.errors["published 0.5"]) > before:
-            measured.append((sigma, state.clean))
+            measured.append((sigma, model_pass.commits))
         return x0
 
     context = context_of_caption(model.table, demo_model.DEFAULT_CAPTION)

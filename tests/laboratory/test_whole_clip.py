@@ -8,8 +8,9 @@ from laboratory.training.train_ar import new_model
 from laboratory.training.train_vae import fold_statistics, latent_statistics, new_vae
 from laboratory.training.whole_clip import decode_clip, encode_clip, teacher_forced
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
-from lightforcing.lightforcing_core.model.causal import CausalState, forward
+from lightforcing.lightforcing_core.model.causal import ModelState, commit, predict
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.model.kv_storage import CacheShape
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder, StreamingEncoder
 from lightforcing.lightforcing_core.vae.wan_vae import normalise_latents
@@ -84,20 +85,16 @@ def test_teacher_forcing_equals_the_rollout_with_its_cache(frames, per_chunk):
     timesteps = torch.tensor([[t for t, n in zip(levels, lengths, strict=True) for _ in range(n)]]).expand(2, -1)
     got = teacher_forced(dit, noisy, clean, timesteps, context, frames_per_chunk=per_chunk)
 
-    cache = KVCache(
-        layers=2, batch=2, slots=frames, tokens_per_frame=6, heads=2, head_dim=128, block_k=64, dtype=torch.float32
-    )
-    state = CausalState(cache, AttentionOptions())
+    shape = CacheShape(layers=2, batch=2, slots=frames, tokens_per_frame=6, heads=2, head_dim=128)
+    state = ModelState(KVCache(shape), AttentionOptions())
+    state.follow(context)
     start = 0
     for level, length in zip(levels, lengths, strict=True):
         part = slice(start, start + length)
         state.open_chunk(length, 0.0, None)
-        want = forward(dit, noisy[:, :, part], torch.full((2,), level), context, state)
+        want = predict(dit, noisy[:, :, part], torch.full((2,), level), state)
         torch.testing.assert_close(got[:, :, part], want, atol=2e-5, rtol=1e-4)
-        state.clean = True
-        forward(dit, clean[:, :, part], torch.zeros(2), context, state)
-        state.clean = False
-        cache.commit()
+        commit(dit, clean[:, :, part], torch.zeros(2), state)
         start += length
 
 

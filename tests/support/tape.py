@@ -91,7 +91,7 @@ def opaque(function, writes):
 
 
 class TapeRecorder:
-    """The recorder of `step_graph`, with tapes. `events` tells what was done with which recording."""
+    """The recorder of `cuda_graph`, with tapes. `events` tells what was done with which recording."""
 
     events: ClassVar = []
     spoil = staticmethod(lambda out: None)  # what a broken replay would do to the result

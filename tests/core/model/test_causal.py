@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
-from lightforcing.lightforcing_core.model.causal import CausalState, forward
+from lightforcing.lightforcing_core.model.causal import ModelState, commit, predict
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.model.kv_storage import CacheShape
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 
 _spec = importlib.util.spec_from_file_location("naive_wan", Path(__file__).parents[2] / "support" / "naive_wan.py")
@@ -24,7 +25,7 @@ def weights():
 
 
 def make_state(slots, sinks=0, sink_rope="fixed", batch=1, dtype=torch.float32, **options):
-    cache = KVCache(
+    shape = CacheShape(
         layers=LAYERS,
         batch=batch,
         slots=slots,
@@ -35,7 +36,7 @@ def make_state(slots, sinks=0, sink_rope="fixed", batch=1, dtype=torch.float32, 
         sink_rope=sink_rope,
         dtype=dtype,
     )
-    return CausalState(cache, AttentionOptions(**options))
+    return ModelState(KVCache(shape), AttentionOptions(**options))
 
 
 def visible_mask(lengths, window, sinks):
@@ -53,17 +54,15 @@ def visible_mask(lengths, window, sinks):
 
 
 def run_cached(dit, latents, lengths, timestep, context, state):
-    """Commit all chunks but the last with clean passes, then predict the last one's flow."""
+    """Commit all chunks but the last, then predict the last one's flow."""
+    state.follow(context)
     start = 0
     for index, length in enumerate(lengths):
         state.open_chunk(length, 0.0, "cpu")
         chunk = latents[:, :, start : start + length]
         if index == len(lengths) - 1:
-            return forward(dit, chunk, torch.full((latents.shape[0],), timestep), context, state)
-        state.clean = True
-        forward(dit, chunk, torch.zeros(latents.shape[0]), context, state)
-        state.clean = False
-        state.cache.commit()
+            return predict(dit, chunk, torch.full((latents.shape[0],), timestep), state)
+        commit(dit, chunk, torch.zeros(latents.shape[0]), state)
         start += length
 
 
@@ -84,7 +83,7 @@ def test_cached_forward_equals_one_masked_pass(weights, lengths, window, sinks):
     expected = naive_wan.naive_forward(
         weights, latents[0], timesteps, context[0], visible_mask(lengths, window, sinks), LAYERS
     )
-    # float32 enters through the patch embedding and the sinusoid, as in the host.
+    # float32 enters through the patch embedding and the sinusoid, as in ComfyUI.
     torch.testing.assert_close(flow[0], expected[:, -lengths[-1] :], rtol=0, atol=2e-4)
     assert expected.std() > 0.1
 
@@ -94,8 +93,9 @@ def test_per_frame_timesteps_equal_one_masked_pass(weights):
     latents, context = torch.randn(1, 16, 3, HEIGHT, WIDTH, dtype=torch.float64), torch.randn(1, 7, TEXT).double()
     timesteps = torch.tensor([[900.0, 500.0, 100.0]])
     state = make_state(3, dtype=torch.float64)
+    state.follow(context)
     state.open_chunk(3, 0.0, "cpu")
-    flow = forward(dit, latents, timesteps, context, state)
+    flow = predict(dit, latents, timesteps, state)
     everything = torch.ones(3, 3, dtype=torch.bool)
     expected = naive_wan.naive_forward(weights, latents[0], timesteps[0], context[0], everything, LAYERS)
     torch.testing.assert_close(flow[0], expected, rtol=0, atol=2e-4)
@@ -113,7 +113,7 @@ def test_batch_items_do_not_mix(weights):
 def test_frame_indices_beyond_1024_work(weights):
     dit = wan_from_state_dict(weights)
     state = make_state(6)
-    state.cache._next_frame = 2000
+    state.cache.skip(2000)
     latents, context = torch.randn(1, 16, 6, HEIGHT, WIDTH), torch.randn(1, 7, TEXT)
     late = run_cached(dit, latents, [3, 3], 500.0, context, state)
     early = run_cached(dit, latents, [3, 3], 500.0, context, make_state(6))
@@ -129,7 +129,7 @@ def test_cross_attention_keys_are_computed_once_per_prompt(weights):
     assert len(calls) == 1
 
 
-def test_clean_pass_skips_what_only_the_output_needs(weights):
+def test_commit_skips_what_only_the_output_needs(weights):
     dit = wan_from_state_dict(weights)
     calls = []
     dit.blocks[-1].ffn.register_forward_hook(lambda *_: calls.append(1))
@@ -143,18 +143,27 @@ def test_sparse_chunks_report_their_density(weights):
         state.open_chunk(3, 0.5, "cpu")
         state.cache.commit()
     # 6 tokens make one block per frame: half of 6 blocks.
-    assert state.density == 0.5
+    assert state.chunk.density == 0.5
 
 
 def test_wrong_frames_and_sizes_are_named(weights):
     dit = wan_from_state_dict(weights)
     state = make_state(6)
     state.open_chunk(3, 0.0, "cpu")
-    context = torch.randn(1, 7, TEXT)
     with pytest.raises(ValueError, match="2 latent frames but the open chunk has 3"):
-        forward(dit, torch.randn(1, 16, 2, HEIGHT, WIDTH), torch.zeros(1), context, state)
+        predict(dit, torch.randn(1, 16, 2, HEIGHT, WIDTH), torch.zeros(1), state)
     with pytest.raises(ValueError, match="8×6 are not 6 tokens"):
-        forward(dit, torch.randn(1, 16, 3, 8, WIDTH), torch.zeros(1), context, state)
+        commit(dit, torch.randn(1, 16, 3, 8, WIDTH), torch.zeros(1), state)
+
+
+def test_passes_without_a_chunk_or_a_prompt_are_refused(weights):
+    dit, state = wan_from_state_dict(weights), make_state(6)
+    x = torch.randn(1, 16, 3, HEIGHT, WIDTH)
+    with pytest.raises(ValueError, match="the open chunk has 0; open_chunk"):
+        predict(dit, x, torch.zeros(1), state)
+    state.open_chunk(3, 0.0, "cpu")
+    with pytest.raises(RuntimeError, match="no prompt to follow; call follow"):
+        predict(dit, x, torch.zeros(1), state)
 
 
 def test_state_dicts_that_do_not_fit_are_named(weights):

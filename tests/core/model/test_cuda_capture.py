@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
-from lightforcing.lightforcing_core.model.causal import CausalState, forward
+from lightforcing.lightforcing_core.model.causal import ModelState, predict
 from lightforcing.lightforcing_core.model.cuda_capture import CudaRecorder, capture_stream
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
-from lightforcing.lightforcing_core.model.kv_storage import KVOptions
+from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 
 from ...support import tape
@@ -180,7 +180,7 @@ def test_a_chunks_second_pass_neither_waits_nor_brings_anything_from_the_host(sp
     dtype = torch.bfloat16
     weights = random_state_dict(dim=128, ffn_dim=128, layers=2, text_dim=32)
     dit = wan_from_state_dict(weights, dtype=dtype, device="meta")
-    cache = KVCache(
+    shape = CacheShape(
         layers=2,
         batch=1,
         slots=12,
@@ -190,23 +190,23 @@ def test_a_chunks_second_pass_neither_waits_nor_brings_anything_from_the_host(sp
         block_k=16,
         sink_frames=1,
         sink_rope="follow",
-        options=KVOptions(kv),
         value_means=options.get("tail", False),
         sub_blocks=options.get("estimator") == "lse",
         dtype=dtype,
-        device="meta",
     )
-    state = CausalState(cache, AttentionOptions("reference", (16, 16), 4, 1, 1, **options))
+    cache = KVCache(shape, KVOptions(kv), "meta")
+    state = ModelState(cache, AttentionOptions("reference", (16, 16), 4, 1, 1, **options))
     x, text = torch.empty(1, 16, 3, 10, 14, dtype=dtype, device="meta"), torch.empty(1, 6, 32, device="meta")
+    state.follow(text.to(dtype))
     with torch.no_grad():
         for _ in range(3):
             state.open_chunk(3, sparsity, "meta")
             cache.commit()
         state.open_chunk(3, sparsity, "meta")
-        assert (state.plan is not None) == (sparsity > 0)
-        passes = [forward(dit, x, torch.empty(1, device="meta"), text.to(dtype), state)]
+        assert (state.chunk.plan is not None) == (sparsity > 0)
+        passes = [predict(dit, x, torch.empty(1, device="meta"), state)]
         for _ in range(2):
             with Watchdog() as seen:
-                passes.append(forward(dit, x, torch.empty(1, device="meta"), text.to(dtype), state))
+                passes.append(predict(dit, x, torch.empty(1, device="meta"), state))
             assert len(seen.seen) > 100
     assert [one.shape for one in passes] == [x.shape] * 3

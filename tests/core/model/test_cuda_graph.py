@@ -3,6 +3,7 @@
 Recording is done on a tape of operations in the place of a CUDA graph, see `tape`.
 """
 
+import importlib
 import logging
 
 import pytest
@@ -10,14 +11,14 @@ import torch
 
 from lightforcing.laboratory.quality.fp8 import quantize_linears
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
-from lightforcing.lightforcing_core.attention.fast_path import is_recording, kernel_module
-from lightforcing.lightforcing_core.model import cuda_graph as step_graph
-from lightforcing.lightforcing_core.model import fused
-from lightforcing.lightforcing_core.model.causal import CausalState, forward
-from lightforcing.lightforcing_core.model.cuda_graph import why_no_graph, why_not_resident
+from lightforcing.lightforcing_core.attention.fast_path import FastPath, is_recording
+from lightforcing.lightforcing_core.model import cuda_graph, fused
+from lightforcing.lightforcing_core.model.causal import ModelState, predict
+from lightforcing.lightforcing_core.model.cuda_graph import StepGraph, why_no_graph
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
-from lightforcing.lightforcing_core.model.kv_storage import KVOptions
+from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.pinned import why_not_resident
 from lightforcing.lightforcing_core.rollout.record import RunRecorder
 from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
@@ -40,8 +41,8 @@ def dit():
 @pytest.fixture
 def events(monkeypatch):
     """Steps are recorded on tapes; what became of the recordings."""
-    monkeypatch.setattr(step_graph, "CudaRecorder", TapeRecorder)
-    monkeypatch.setattr(step_graph, "_verdicts", {})
+    monkeypatch.setattr(cuda_graph, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(cuda_graph, "_checked", set())
     monkeypatch.setattr(TapeRecorder, "events", [])
     return TapeRecorder.events
 
@@ -50,14 +51,14 @@ def prompt(seed):
     return torch.randn(1, 6, TEXT, generator=torch.Generator().manual_seed(seed))
 
 
-def run(dit, cuda_graph, *, seen=None, options=None, context=None, **changes):
+def run(dit, graphs, *, seen=None, options=None, context=None, **changes):
     """Chunks of 2 frames of 35 tokens in ragged blocks of 16; `seen` gets what every pass leaves behind."""
 
-    def denoise(x, sigma, state):
+    def denoise(x, sigma, model_pass):
         timestep = torch.full((x.shape[0],), sigma * 1000.0)
-        x0 = x - sigma * forward(dit, x, timestep, state.text, state)
+        x0 = x - sigma * model_pass(dit, x, timestep)
         if seen is not None:
-            seen.append(left_by(state))
+            seen.append(left_by(model_pass.state))
         return x0
 
     settings = {
@@ -67,7 +68,7 @@ def run(dit, cuda_graph, *, seen=None, options=None, context=None, **changes):
         "growth": (0.0, 0.5, 0.6),
         "attention": AttentionOptions("reference", (16, 16), 3, 1, 1, **(options or {})),
         "denoise": denoise,
-        "cuda_graph": cuda_graph,
+        "cuda_graph": graphs,
         **changes,
     }
     return rollout(dit, prompt(1) if context is None else context, **settings)
@@ -79,14 +80,13 @@ def video(chunks):
 
 def left_by(state):
     """Everything that a pass leaves in a state: numbers, and copies of all that is visible of its tensors."""
-    cache = state.cache
-    layers = range(cache.layers)
-    stored = [part.clone() for layer in layers for part in cache.kv(layer).tensors()]
-    means = [cache._visible(name, layer).clone() for name in cache._means for layer in layers]
-    numbers = (state.passes, state.steps, state.clean, state.frames, state.start_frame, list(cache.slot_frames))
-    numbers += (list(cache._current), cache._committed, cache._next_frame, cache.storage.visible)
-    chosen = {layer: [part.clone() for part in parts] for layer, parts in state.selections.items()}
-    return numbers, stored + means + [part.clone() for pair in state.cross for part in pair], chosen
+    cache, chunk = state.cache, state.chunk
+    memory = [cache.visible(layer) for layer in range(cache.shape.layers)]
+    held = [part.clone() for layer in memory for part in layer if part is not None]
+    numbers = (chunk.passes, chunk.steps, chunk.given, chunk.frames, chunk.start_frame)
+    numbers += (list(cache.slot_frames), cache.current_frames, cache.storage.visible)
+    chosen = {layer: [part.clone() for part in parts] for layer, parts in chunk.selections.items()}
+    return numbers, held + [part.clone() for pair in state.text.keys_values for part in pair], chosen
 
 
 CASES = {
@@ -208,15 +208,15 @@ def test_what_cannot_be_recorded_is_run_and_the_reason_kept(dit, events, monkeyp
     list(run(dit, "off", seen=plainly))
     assert [numbers for numbers, *_ in seen] == [numbers for numbers, *_ in plainly]
     assert (
-        "no longer used: a step cannot be recorded (RuntimeError: operation not"
+        "no longer used: CUDA graph failed on cpu in torch.float32 (RuntimeError: operation not"
         in recorder.finish().facts["CUDA graphs"]
     )
-    assert len([record for record in caplog.records if "CUDA graphs" in record.message]) == 1
+    assert len([record for record in caplog.records if "CUDA graph" in record.message]) == 1
     list(run(dit, "auto"))
-    assert len(tries) == 1  # in the next run it is known
+    assert len(tries) == 2  # the next run tries again
 
 
-def test_running_out_of_memory_while_recording_is_no_verdict_on_the_next_run(dit, events, monkeypatch):
+def test_a_recording_that_runs_out_of_memory_is_left_out(dit, events, monkeypatch):
     tries = []
 
     def record(self, work):
@@ -282,14 +282,13 @@ def counted(function, calls):
 
 def passes_of_a_chunk(dit, with_graph, before):
     """Eight of them; `before` is called before each one with its number and the state."""
-    state = next(states(dit, with_graph))
-    state.open_chunk(2, 0.0, "cpu")
-    state.steps = 8
+    state, run = model(with_graph)
+    state.open_chunk(2, 0.0, "cpu", steps=8)
     x = torch.randn(1, 16, 2, 10, 14, generator=torch.Generator().manual_seed(3))
     out = []
     for number in range(8):
         before(number, state)
-        out.append(forward(dit, x, torch.full((1,), 900.0 - number), state.text, state))
+        out.append(run(dit, x, torch.full((1,), 900.0 - number), state))
     return out
 
 
@@ -305,13 +304,12 @@ def test_a_prompt_that_changes_within_a_chunk_is_followed(dit, events):
 
 def test_a_pass_of_another_shape_is_run(dit, events):
     def passes(with_graph):
-        state = next(states(dit, with_graph))
+        state, run = model(with_graph)
         state.follow(prompt(1))
-        state.open_chunk(2, 0.0, "cpu")
-        state.steps = 9
+        state.open_chunk(2, 0.0, "cpu", steps=9)
         x = torch.randn(1, 16, 2, 10, 14, generator=torch.Generator().manual_seed(3))
         times = [torch.full(shape, 800.0) for shape in 3 * [(1,)] + 3 * [(1, 2)] + 3 * [(1,)]]
-        return [forward(dit, x, time, state.text, state) for time in times]
+        return [run(dit, x, time, state) for time in times]
 
     for launched, plain in zip(passes(True), passes(False), strict=True):
         assert torch.equal(launched, plain)
@@ -319,14 +317,13 @@ def test_a_pass_of_another_shape_is_run(dit, events):
 
 def test_a_chunk_that_is_opened_anew_is_run_first(dit, events):
     def passes(with_graph):
-        state = next(states(dit, with_graph))
+        state, run = model(with_graph)
         state.follow(prompt(1))
         out = []
         for _ in range(2):
-            state.open_chunk(1, 0.0, "cpu")
-            state.steps = 4
+            state.open_chunk(1, 0.0, "cpu", steps=4)
             x = torch.randn(1, 16, 1, 10, 14, generator=torch.Generator().manual_seed(3))
-            out += [forward(dit, x, torch.full((1,), time), state.text, state) for time in (900.0, 600.0, 300.0)]
+            out += [run(dit, x, torch.full((1,), time), state) for time in (900.0, 600.0, 300.0)]
             state.cache.commit()  # the last pass counts as the clean one
         return out
 
@@ -359,17 +356,16 @@ def test_weights_that_the_host_begins_to_cast_are_no_longer_recorded_in_this_run
     recorder = RunRecorder()
     assert torch.equal(video(run(dit, "auto", on_step=cast_from_the_second_chunk_on, recorder=recorder)), expected)
     assert [kind for kind, _ in events].count("record") == 1
-    assert "no longer used: the host moves, casts" in recorder.finish().facts["CUDA graphs"]
+    assert "no longer used: ComfyUI moves, casts" in recorder.finish().facts["CUDA graphs"]
     module.comfy_cast_weights = False
     list(run(dit, "on"))  # the next run is not held to it
 
 
-def states(dit, with_graph):
-    cache = KVCache(layers=2, batch=1, slots=2, tokens_per_frame=35, heads=1, head_dim=128, block_k=16)
-    state = CausalState(cache, AttentionOptions("reference", (16, 16), 3, 1, 1))
-    if with_graph:
-        state.graph = step_graph.StepGraph(TapeRecorder(CPU), print, must=True)
-    yield state
+def model(with_graph):
+    """A state, and what runs its passes."""
+    shape = CacheShape(layers=2, batch=1, slots=2, tokens_per_frame=35, heads=1, head_dim=128, block_k=16)
+    state = ModelState(KVCache(shape), AttentionOptions("reference", (16, 16), 3, 1, 1))
+    return state, StepGraph(TapeRecorder(CPU), print, must=True) if with_graph else predict
 
 
 # ------------------------------------------------------------------------------------------- where it cannot work
@@ -420,8 +416,8 @@ def elsewhere(module):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (moving, "the host moves, casts or patches the weights of blocks.1.ffn.0"),
-        (patched, "the host moves, casts or patches the weights of blocks.1.ffn.0"),
+        (moving, "ComfyUI moves, casts or patches the weights of blocks.1.ffn.0"),
+        (patched, "ComfyUI moves, casts or patches the weights of blocks.1.ffn.0"),
         (hooked, "blocks.1.ffn.0 carries a hook"),
         (packed, "blocks.1.ffn.0.weight is a Packed, which is unpacked"),
         (elsewhere, "blocks.1.ffn.0.weight is on meta, not on cpu"),
@@ -458,11 +454,10 @@ def kernels(monkeypatch):
     """The fused kernels under Triton's interpreter; on a tape each launch is one entry."""
     pytest.importorskip("triton")
     monkeypatch.setattr(fused, "DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(fused, "_failed", set())
     calls = []
 
     def entry(name, function, writes):
-        kernel = kernel_module(name)
+        kernel = importlib.import_module(f"lightforcing.kernels.{name}")
         launcher = tape.opaque(getattr(kernel, function), writes)
 
         def called(*arguments, **options):
@@ -486,17 +481,18 @@ def test_fused_kernels_are_recorded_with_the_step(dit, events, kernels):
 
 
 def test_a_kernel_that_fails_while_recording_fails_the_recording_and_stays_in_use(dit, events, kernels, monkeypatch):
+    from lightforcing.kernels import modulation
+
     expected = video(run(dit, "off", **FEW))
-    kernel = kernel_module("modulation")
-    works = kernel.gated_add
+    works = modulation.gated_add
 
     def gated_add(*arguments):
         if is_recording():
             raise RuntimeError("not while capturing")
         return works(*arguments)
 
-    monkeypatch.setattr(kernel, "gated_add", gated_add)
+    monkeypatch.setattr(modulation, "gated_add", gated_add)
     recorder = RunRecorder()
     assert torch.equal(video(run(dit, "auto", recorder=recorder, **FEW)), expected)
     assert "not while capturing" in recorder.finish().facts["CUDA graphs"]
-    assert fused._failed == set()
+    assert FastPath("fused modulation", CPU, torch.float32).failure is None

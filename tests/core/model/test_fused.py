@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from lightforcing.kernels import modulation, store
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
-from lightforcing.lightforcing_core.attention.fast_path import kernel_module
 from lightforcing.lightforcing_core.model import fused
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
@@ -29,9 +29,7 @@ def ran(monkeypatch):
     """The kernels taken on the CPU too, and what ran: launcher names in order."""
     calls = []
     monkeypatch.setattr(fused, "DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(fused, "_failed", set())
-    for name, functions in (("store", ["fused_store"]), ("modulation", ["norm_scale_shift", "gated_add"])):
-        kernel = kernel_module(name)
+    for kernel, functions in ((store, ["fused_store"]), (modulation, ["norm_scale_shift", "gated_add"])):
         for function in functions:
             plain = getattr(kernel, function)
 
@@ -103,8 +101,8 @@ def test_weights_of_another_dtype_are_left_alone(dit, ran):
     assert fused._plain_weight(dit.blocks[1].self_attn.norm_q, x) is not None
 
 
-@pytest.mark.parametrize(("kernel", "function"), [("store", "fused_store"), ("modulation", "gated_add")])
-def test_a_kernel_that_fails_is_replaced_for_good_with_one_warning(dit, ran, monkeypatch, caplog, kernel, function):
+@pytest.mark.parametrize(("kernel", "function"), [(store, "fused_store"), (modulation, "gated_add")])
+def test_a_kernel_that_fails_is_replaced_for_the_run_with_one_warning(dit, ran, monkeypatch, caplog, kernel, function):
     want = video(dit)
     tries = []
 
@@ -112,7 +110,7 @@ def test_a_kernel_that_fails_is_replaced_for_good_with_one_warning(dit, ran, mon
         tries.append(function)
         raise RuntimeError("PTX was compiled with an unsupported toolchain")
 
-    monkeypatch.setattr(kernel_module(kernel), function, broken)
+    monkeypatch.setattr(kernel, function, broken)
     with caplog.at_level(logging.WARNING):
         got = video(dit)
     assert len(tries) == 1
@@ -125,10 +123,9 @@ def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(dit, ran, monkey
     def full(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(kernel_module("store"), "fused_store", full)
+    monkeypatch.setattr(store, "fused_store", full)
     with pytest.raises(torch.OutOfMemoryError):
         video(dit)
-    assert fused._failed == set()
 
 
 def test_the_modules_run_where_there_is_no_gpu(dit, ran, monkeypatch):

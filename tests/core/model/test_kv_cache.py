@@ -3,7 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightforcing.lightforcing_core.model.kv_cache import KVCache, kv_bytes
+from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.model.kv_storage import CacheShape
 from lightforcing.lightforcing_core.model.rope import RopeTable, axis_dims
 
 TOKENS, HEADS, DIM = 5, 2, 12
@@ -11,7 +12,7 @@ TOKENS, HEADS, DIM = 5, 2, 12
 
 def make_cache(slots, sinks=0, **options):
     shape = {"layers": 2, "batch": 2, "tokens_per_frame": TOKENS, "heads": HEADS, "head_dim": DIM, "block_k": 2}
-    return KVCache(slots=slots, sink_frames=sinks, **{**shape, **options})
+    return KVCache(CacheShape(slots=slots, sink_frames=sinks, **{**shape, **options}))
 
 
 def stamped(frames, layer, pass_index):
@@ -67,15 +68,16 @@ def test_visible_frames_are_sinks_and_the_newest_and_pooling_equals_repooling(ru
         assert sorted(cache.slot_frames) == [*visible_sinks, *newest]
         assert cache.current_frames == frames
         for layer in range(2):
-            k, v, _ = cache.kv(layer)
+            memory = cache.visible(layer)
+            k, v = memory.keys, memory.values
             for slot, frame in enumerate(cache.slot_frames):
                 rows = slice(slot * TOKENS, (slot + 1) * TOKENS)
                 torch.testing.assert_close(v[:, rows], -cache_keys[layer, frame], rtol=0, atol=0)
                 if sink_rope == "fixed" or frame >= sinks:
                     torch.testing.assert_close(k[:, rows], cache_keys[layer, frame], rtol=0, atol=0)
-            torch.testing.assert_close(cache.block_means(layer), cache.layout.block_means(k), rtol=0, atol=0)
+            torch.testing.assert_close(memory.key_means, cache.layout.block_means(k), rtol=0, atol=0)
             repooled = cache.layout.frame_means(cache.layout.block_means(k))
-            torch.testing.assert_close(cache.frame_means(layer), repooled, rtol=0, atol=0)
+            torch.testing.assert_close(memory.frame_means, repooled, rtol=0, atol=0)
 
 
 def test_frames_before_a_skip_are_forgotten_but_the_sinks():
@@ -99,11 +101,11 @@ def test_sinks_cannot_be_skipped():
 def test_evicting_moves_no_memory():
     cache = make_cache(6)
     cache.open(3)
-    addresses = [cache.kv(layer).k.data_ptr() for layer in range(2)]
+    addresses = [cache.visible(layer).keys.data_ptr() for layer in range(2)]
     for _ in range(5):
         cache.commit()
         cache.open(3)
-    assert [cache.kv(layer).k.data_ptr() for layer in range(2)] == addresses
+    assert [cache.visible(layer).keys.data_ptr() for layer in range(2)] == addresses
     assert cache.slot_frames == [12, 13, 14, 15, 16, 17] or cache.slot_frames == [15, 16, 17, 12, 13, 14]
 
 
@@ -130,7 +132,7 @@ def test_following_sinks_equal_roping_the_whole_window_each_time(sinks, slots, c
         table = RopeTable(start, chunk, 1, TOKENS, DIM, dtype=torch.float64)
         cache.store(0, table.rotate(k), k)
         q = torch.randn(2, chunk * TOKENS, HEADS, DIM, dtype=torch.float64, generator=generator)
-        ours = torch.einsum("bqhd,bkhd->bhqk", table.rotate(q), cache.kv(0).k)
+        ours = torch.einsum("bqhd,bkhd->bhqk", table.rotate(q), cache.visible(0).keys)
         order = sorted(range(len(cache.slot_frames)), key=cache.slot_frames.__getitem__)
         in_time = torch.cat([ours[..., slot * TOKENS : (slot + 1) * TOKENS] for slot in order], dim=-1)
 
@@ -157,16 +159,13 @@ def test_rope_splits_a_head_as_wan_does_and_has_no_last_frame():
     assert (table.cos[0, 0, 0, 22:] == 1).all()
 
 
-def test_bytes_equal_the_published_sizes():
-    gib = 2**30
-    assert kv_bytes(30, 1, 12, 1560, 12, 128, torch.bfloat16) / gib == pytest.approx(3.21, abs=0.005)
-    assert kv_bytes(30, 1, 21, 1536, 12, 128, torch.bfloat16) / gib == pytest.approx(5.54, abs=0.005)
-    assert kv_bytes(40, 1, 21, 1560, 40, 128, torch.bfloat16) / gib == pytest.approx(24.99, abs=0.005)
-
-
-def test_allocation_equals_the_formula():
-    cache = make_cache(6, pooled=False)
-    assert cache.nbytes == kv_bytes(2, 2, 6, TOKENS, HEADS, DIM, torch.float32)
+@pytest.mark.parametrize(
+    ("layers", "slots", "tokens", "heads", "gib"),
+    [(30, 12, 1560, 12, 3.21), (30, 21, 1536, 12, 5.54), (40, 21, 1560, 40, 24.99)],
+)
+def test_allocation_equals_the_published_sizes(layers, slots, tokens, heads, gib):
+    shape = CacheShape(layers, 1, slots, tokens, heads, 128, pooled=False, dtype=torch.bfloat16)
+    assert KVCache(shape, device="meta").nbytes / 2**30 == pytest.approx(gib, abs=0.005)
 
 
 def test_a_chunk_must_be_committed_before_the_next_opens():

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.quantised import STORED, dequantise_blocks, quantise_blocks
-from lightforcing.lightforcing_core.model.kv_cache import KVCache, kv_bytes
-from lightforcing.lightforcing_core.model.kv_storage import KVOptions
+from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
 from lightforcing.lightforcing_core.pinned import HostMemory, bytes_of
 
 LAYOUT = FrameBlocks(tokens_per_frame=10, block=4)
@@ -20,7 +20,7 @@ LAYERS, BATCH, HEADS, DIM = 3, 2, 2, 12
 
 def make_cache(options, slots=6, layers=LAYERS, **more):
     shape = {"layers": layers, "batch": BATCH, "tokens_per_frame": 10, "heads": HEADS, "head_dim": DIM, "block_k": 4}
-    return KVCache(slots=slots, options=options, **{**shape, **more})
+    return KVCache(CacheShape(slots=slots, **{**shape, **more}), options)
 
 
 def draw(frames, seed):
@@ -34,11 +34,11 @@ def fill(cache, chunks, seed=0):
     for chunk in range(chunks):
         cache.open(2)
         for step in range(2):
-            for layer in range(cache.layers):
+            for layer in range(cache.shape.layers):
                 number = 100 * (100 * (100 * seed + chunk) + step) + layer
                 cache.store(layer, draw(2, number), draw(2, number + 50))
-                k, v, scales = cache.kv(layer)
-                read.append([x.clone() for x in (k, v, *(scales or ()), cache.block_means(layer))])
+                memory = cache.visible(layer)
+                read.append([x.clone() for x in (*memory.stored, memory.key_means)])
         cache.commit()
     return read
 
@@ -86,7 +86,8 @@ def test_an_outlier_costs_its_own_block_and_head_only(dtype):
 @pytest.mark.parametrize("host", [False, True])
 def test_bytes_equal_the_stated_formula(dtype, host):
     cache = make_cache(KVOptions(dtype, host), pooled=False, dtype=torch.bfloat16)
-    whole = kv_bytes(LAYERS, BATCH, 6, 10, HEADS, DIM, torch.bfloat16, kv_dtype=dtype, block_k=4)
+    rows = 10 * DIM * 2 if dtype == "same" else 10 * DIM + 3 * 4  # 3 blocks with a scale of 4 bytes
+    whole = 2 * LAYERS * BATCH * 6 * HEADS * rows
     assert cache.storage.host_bytes == (whole if host else 0)
     assert cache.nbytes == (whole * 2 // LAYERS if host else whole)
 
@@ -119,7 +120,7 @@ def test_eight_bit_cache_holds_each_visible_frame_as_it_would_be_quantised_alone
         made += length
         for slot, frame in enumerate(cache.slot_frames):
             stored, scales = quantise_blocks(frames[frame], LAYOUT, STORED[dtype])
-            k_read, v_read, (k_scales, v_scales) = cache.kv(LAYERS - 1)
+            k_read, v_read, k_scales, v_scales, *_ = cache.visible(LAYERS - 1)
             rows, blocks = slice(slot * 10, (slot + 1) * 10), slice(slot * 3, (slot + 1) * 3)
             assert (k_read[:, rows].float() == stored.float()).all()
             assert (v_read[:, rows].float() == -stored.float()).all()
@@ -133,11 +134,11 @@ def test_moved_sinks_are_quantised_from_their_first_values(dtype):
     for cache in (plain, small):
         fill(cache, 5)
     assert plain.sink_shift() > 0
-    moved = plain.kv(1).k[:, :10]
+    moved = plain.visible(1).keys[:, :10]
     stored, scales = quantise_blocks(moved, LAYOUT, STORED[dtype])
-    assert (small.kv(1).k[:, :10].float() == stored.float()).all()
-    assert (small.kv(1).scales[0][:, :3] == scales).all()
-    torch.testing.assert_close(small.block_means(1), plain.block_means(1), rtol=0, atol=0)
+    assert (small.visible(1).keys[:, :10].float() == stored.float()).all()
+    assert (small.visible(1).key_scales[:, :3] == scales).all()
+    torch.testing.assert_close(small.visible(1).key_means, plain.visible(1).key_means, rtol=0, atol=0)
 
 
 class Copies(TorchDispatchMode):
@@ -158,7 +159,7 @@ def test_what_the_bus_carries_is_contiguous_on_both_sides(dtype):
     """Anything else goes through memory that is not pinned, and the host waits for it."""
     cache = make_cache(KVOptions(dtype, host=True))
     fill(cache, 2)
-    assert cache.storage.visible < cache.slots  # so that a batch's slots do not lie side by side
+    assert cache.storage.visible < cache.shape.slots  # so that a batch's slots do not lie side by side
     with Copies() as copies:
         cache.storage.at(2), cache.storage.at(0), cache.storage.at(1)
         cache.storage.written(1, [(1, 2), (0, 1)])

@@ -36,8 +36,8 @@ def passes(dit, context, **options):
     """(noise level, frames, clean) of every forward."""
     seen = []
 
-    def denoise(x, sigma, state):
-        seen.append((sigma, x.shape[2], state.clean))
+    def denoise(x, sigma, model_pass):
+        seen.append((sigma, x.shape[2], model_pass.commits))
         return 0.5 * x
 
     list(run(dit, context, denoise=denoise, **options))

@@ -7,7 +7,7 @@ from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.demo.captions import context_of_caption
 from lightforcing.lightforcing_core.demo.model import SHIPPED, load_demo_model
 from lightforcing.lightforcing_core.model import causal as causal_wan
-from lightforcing.lightforcing_core.model.causal import GIVEN_NOISE, forward
+from lightforcing.lightforcing_core.model.causal import GIVEN_NOISE
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.record import RunRecorder
 from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout, seeded_noise
@@ -85,10 +85,10 @@ def test_given_frames_are_seen_with_less_noise_than_the_others(dit):
     """From outside, with noise and predictions of our choosing: what the model is shown, and the time it is told."""
     shown, told = [], []
 
-    def denoise(x, sigma, state):
-        if state.start_frame == 6 and not state.clean:
+    def denoise(x, sigma, model_pass):
+        if model_pass.state.chunk.start_frame == 6 and not model_pass.commits:
             shown.append((sigma, x[:, :, -1:].clone()))
-        forward(dit, x, torch.full((1,), sigma * 1000.0), state.text, state)
+        model_pass(dit, x, torch.full((1,), sigma * 1000.0))
         return 0.5 * x
 
     sinusoid = causal_wan._sinusoid

@@ -44,8 +44,8 @@ def test_steps_follow_the_few_step_rule(dit, context):
     """x0 = x − σ·flow, then x = (1 − σ')·x0 + σ'·fresh noise: seen from outside, with a flow of our choosing."""
     seen = []
 
-    def denoise(x, sigma, state):
-        seen.append((x.clone(), sigma, state.clean))
+    def denoise(x, sigma, model_pass):
+        seen.append((x.clone(), sigma, model_pass.commits))
         return 0.5 * x
 
     def noise(chunk, draw, shape):
@@ -239,8 +239,8 @@ def test_noise_of_another_shape_is_named(dit, context):
 def test_the_clean_pass_runs_at_the_context_noise(dit, context):
     levels = []
 
-    def denoise(x, sigma, state):
-        levels.extend([sigma] * state.clean)
+    def denoise(x, sigma, model_pass):
+        levels.extend([sigma] * model_pass.commits)
         return x
 
     list(run(dit, context, denoise=denoise, context_noise=50.0))
