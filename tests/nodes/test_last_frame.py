@@ -101,10 +101,3 @@ def test_saved_run_without_an_end_does_not_get_one(server, end):
     dense(server, 21, save_state("endless"))
     longer = dense(server, 33, load_state("endless_00001.safetensors"), end_latent=link("end"))
     assert (longer == dense(server, 33)).all()
-
-
-def test_images_of_a_video_end_make_a_latent_frame_of_every_four(run_inside):
-    facts = run_inside("single_nodes")
-    assert facts["ends"] == {"1": 1, "3": 1, "4": 1, "5": 2, "8": 2}
-    assert facts["an end is what core encodes behind a still"] <= 1e-5
-    assert facts["starts"] == {"1": 1, "4": 1, "5": 2, "8": 2}

@@ -44,3 +44,9 @@ def test_full_disk_is_named_and_keeps_nothing(facts):
     assert "full" in facts["disk full"]
     assert "free" in facts["disk full"]
     assert facts["left on the full disk"] == []
+
+
+def test_images_of_a_video_end_make_a_latent_frame_of_every_four(facts):
+    assert facts["ends"] == {"1": 1, "3": 1, "4": 1, "5": 2, "8": 2}
+    assert facts["an end is what core encodes behind a still"] <= 1e-5
+    assert facts["starts"] == {"1": 1, "4": 1, "5": 2, "8": 2}
