@@ -175,7 +175,7 @@ def test_seeds_alone_make_a_batch(comfy, tmp_path):
         (["--prompts", "/nowhere.txt"], "cannot read /nowhere.txt"),
         (
             ["--server", "http://other"],
-            "--server is given twice, but a batch runs on one server; start one command per",
+            "--server is given more than once, but a batch runs on one server; start one command per",
         ),
         (["--nonsense"], "No such option"),
     ],
