@@ -56,8 +56,8 @@ def queue(
     try:
         if len(servers) > 1:
             raise UsageError(
-                "--server is given more than once, but a batch runs on one server; start one command per server, each with "
-                "its own --prompts and --out, or spread the work over machines with a scheduler such as Ray"
+                "--server is given more than once, but a batch runs on one server; start one command per server, each "
+                "with its own --prompts and --out, or spread the work over machines with a scheduler such as Ray"
             )
         options = (overrides or (), prompts, prompt_node, seeds, timeout, patience, temp, save_previews, json)
         code = run_queue(Request(workflow, out, servers[0], *options), complain)
