@@ -115,7 +115,7 @@ class _Arm:
         generator = torch.Generator().manual_seed(0)
         context = torch.randn(1, TEXT_TOKENS, TEXT_DIM, generator=generator).to(device)
         self._device = device
-        self._decoder = OverlappedDecoder(StreamingDecoder(vae), device, beside=bench.overlap) if vae else None
+        self._decoder = OverlappedDecoder(StreamingDecoder(vae), device, concurrent=bench.overlap) if vae else None
         self._overlaps, self._count = bench.overlap, len(schedule.chunk_lengths())
         self._graph: StepGraph | None = None
         self._why_no_graph = why_no_graph(dit, device, kv_in_host_memory=False)

@@ -181,7 +181,7 @@ class FrameDecoder:
             load_on_device(vae.patcher, self.bytes_needed)
         if self._line is None:  # the VAE is where it will be only now
             resident = self._beside and why_not_resident(vae.first_stage_model, vae.device) is None
-            self._line = OverlappedDecoder(self._decoder, vae.device, beside=resident and self._tiles == 1)
+            self._line = OverlappedDecoder(self._decoder, vae.device, concurrent=resident and self._tiles == 1)
         return [self._kept(pixels) for pixels in self._line.put(latents, normalised=normalised)]
 
     def arrived(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Output files that are whole or absent, and numbered: folders checked before the work, names taken after it."""
+"""Output files that are complete or absent, and numbered output files."""
 
 import os
 import re
@@ -14,10 +14,10 @@ class OutputError(OSError):
 
 
 def prepare_folder(folder: str | Path, *, bytes_needed: int = 0) -> Path:
-    """Make `folder` and make sure that a file of `bytes_needed` bytes can be written there.
+    """Create `folder` and check that a file of `bytes_needed` bytes can be written there.
 
-    Raises OutputError when the folder cannot be made or written, or has less free space; a folder that was not there
-    before is then not there afterwards.
+    Raises OutputError if the folder cannot be created or written, or has less free space; a folder created for this is
+    then removed again.
     """
     folder = Path(folder)
     made = missing_folders(folder)
@@ -40,12 +40,12 @@ def prepare_folder(folder: str | Path, *, bytes_needed: int = 0) -> Path:
 
 
 def missing_folders(folder: Path) -> list[Path]:
-    """`folder` and those above it that are not there yet, the lowest first."""
+    """`folder` and its parents that do not exist yet, the lowest first."""
     return [one for one in (folder, *folder.parents) if not one.exists()]
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those of `folders` that hold nothing."""
+    """Remove the empty folders among `folders`."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
@@ -53,10 +53,10 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, with the same suffix, that becomes `path` when the block ends well.
+    """Yield a temporary path in the same folder that is renamed to `path` when the block succeeds.
 
-    When the block raises, the temporary file goes and a former `path` stays as it was. A full disk is reported as
-    OutputError naming `path`.
+    If the block raises, the temporary file is removed and an existing `path` is unchanged. A full disk raises
+    OutputError, which names `path`.
     """
     path = Path(path)
     partial = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
@@ -66,13 +66,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; nothing was left there") from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; no file was left behind") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or where that exists already `name-2.ext`, `name-3.ext`, …: downloads never overwrite."""
+    """`path`, or `name-2.ext`, `name-3.ext`, … if it exists: downloads never overwrite."""
     candidate, number = path, 1
     while candidate.exists():
         number += 1
@@ -84,13 +84,12 @@ def free_name(path: Path) -> Path:
 def numbered_path(folder: str | Path, prefix: str, suffix: str) -> Iterator[Path]:
     """The next free `<prefix>_00001<suffix>` in `folder`, reserved against other processes while the block runs.
 
-    Numbers go on from the highest that the prefix has, whatever the suffix, as in ComfyUI. The reservation is a
-    hidden empty file; nothing appears under the name itself, and a folder that was made for a file that never came is
-    removed again. Raises ValueError for a prefix that is no plain file
-    name, OutputError where the folder cannot be written.
+    Numbers continue from the highest of the prefix, whatever the suffix, as in ComfyUI. The reservation is a hidden
+    empty file. A folder that was created for a file that was never written is removed again. Raises ValueError for a
+    prefix that is not a plain file name, OutputError if the folder cannot be written.
     """
     if not prefix or Path(prefix).name != prefix or "\0" in prefix:
-        raise ValueError(f"prefix {prefix!r} is no plain file name; put folders into `folder`")
+        raise ValueError(f"prefix {prefix!r} is not a plain file name; pass folders in `folder`")
     made = missing_folders(Path(folder))
     folder = prepare_folder(folder)
     taken = re.compile(rf"\.?{re.escape(prefix)}_(\d+)(?!\d)", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Safetensors files that are whole or absent."""
+"""Safetensors files that are complete or absent."""
 
 import json
 import os
@@ -25,9 +25,9 @@ _NAMES = {
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a safetensors file whole or not at all; a former file stays until the new one is complete.
+    """Write a safetensors file; an existing one stays until the new one is complete.
 
-    Raises OutputError when the folder cannot take the file or the disk is full.
+    Raises OutputError if the folder cannot be written or the disk is full.
     """
     path = Path(path)
     prepare_folder(path.parent, bytes_needed=sum(tensor.nbytes for tensor in tensors.values()))
@@ -37,7 +37,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())  # a rename may reach the disk before the data
         except (OSError, SafetensorError) as error:
-            left = "the former file there is unharmed" if path.exists() else "nothing was left there"
+            left = "the existing file is unchanged" if path.exists() else "no file was left behind"
             raise OutputError(f"cannot write {path}: {error}; {left}; free some space") from error
     return path
 
@@ -45,10 +45,12 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 def stream_tensors(
     path: str | Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> Path:
-    """As `write_tensors`, with one tensor in memory at a time.
+    """Write a safetensors file like `write_tensors`, with one tensor in memory at a time.
 
-    layout: name → a tensor (on the meta device, say) of the shape and dtype to come; `tensors` yields every name of
-    it once, in any order. Raises OutputError like `write_tensors`, ValueError where a tensor is not as announced.
+    layout: name → a tensor of the final shape and dtype, for example on the meta device.
+    tensors: yields every name of `layout` once, in any order.
+
+    Raises OutputError like `write_tensors`, ValueError if a tensor differs from `layout`.
     """
     path = Path(path)
     # Widest first, so that every tensor starts at a multiple of its element size.
@@ -72,12 +74,12 @@ def stream_tensors(
         missing = set(names)
         for name, tensor in tensors:
             if name not in missing or (tensor.dtype, tensor.shape) != (layout[name].dtype, layout[name].shape):
-                raise ValueError(f"{path}: {name}, {tensor.dtype} {list(tensor.shape)}, is not what was announced")
+                raise ValueError(f"{path}: {name}, {tensor.dtype} {list(tensor.shape)}, differs from its layout")
             missing.remove(name)
             file.seek(data + starts[name])
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if missing:
-            raise ValueError(f"{path}: {len(missing)} announced tensors never came, such as {min(missing)}")
+            raise ValueError(f"{path}: {len(missing)} tensors of the layout are missing, such as {min(missing)}")
         file.flush()
         os.fsync(file.fileno())
     return path

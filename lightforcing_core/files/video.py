@@ -1,4 +1,4 @@
-"""Video files that grow while the frames are made and appear whole: MP4 or WebM, in flat memory."""
+"""MP4 and WebM files written frame by frame in constant memory; a crash leaves a playable part."""
 
 import json
 import logging
@@ -30,8 +30,8 @@ _BT601, _BT709, _LIMITED_RANGE = 6, 1, 1  # H.273 code points
 class VideoFormat:
     """How frames are encoded: the encoder, its constant rate factor (lower is better and larger) and options.
 
-    `growing` are the container's options while frames arrive: they leave a file that plays up to the last second or
-    two whatever happens. `rearranged`: copied into the customary layout at the end.
+    growing: the container's options while frames arrive; an interrupted file plays up to its last second or two.
+    rearranged: whether the finished file is copied into the usual layout, index first.
     """
 
     codec: str
@@ -57,18 +57,18 @@ FORMATS: dict[str, VideoFormat] = {
 
 
 class VideoWriter:
-    """A context manager that encodes frames as they are made; the file appears under its name when the block ends.
+    """A context manager that encodes frames as they arrive; the file gets its name when the block succeeds.
 
-    path: its suffix is one of FORMATS, and a former file is replaced. height, width: even pixels. fps: frames per
-    second. crf: quality, the format's own by default. metadata: texts, or values stored as JSON; ComfyUI restores a
-    graph from "workflow" and "prompt".
+    path: the suffix is one of FORMATS; an existing file is replaced.
+    height, width: pixels, even.
+    fps: frames per second.
+    crf: quality; the format's own by default.
+    metadata: texts, or values stored as JSON; ComfyUI restores a graph from "workflow" and "prompt".
+    keep_partial: if the block raises, keep the frames so far as a playable `<stem>.partial<suffix>`; the attribute
+        `partial` is then its path.
 
-    When the block raises, the final name stays as it was. With `keep_partial` the frames written so far are kept
-    beside it as a playable `<stem>.partial<suffix>`, whose path is then in `partial`; otherwise they go. `frames`
-    counts the frames written.
-
-    Raises ValueError for sizes, suffixes, rates and frames that cannot be encoded, and OutputError where the folder
-    cannot take the file.
+    `frames` counts the frames written. Raises ValueError for sizes, suffixes, rates and frames that cannot be encoded,
+    and OutputError if the folder cannot be written.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class VideoWriter:
         suffix = self.path.suffix.lower()
         if suffix not in FORMATS:
             known = " or ".join(FORMATS)
-            raise ValueError(f"{self.path.name}: suffix {suffix!r} is no known video format; use {known}")
+            raise ValueError(f"{self.path.name}: suffix {suffix!r} is not a supported video format; use {known}")
         self._format = FORMATS[suffix]
         for side, pixels in (("height", height), ("width", width)):
             if pixels < 2 or pixels % 2:
@@ -119,7 +119,7 @@ class VideoWriter:
         return self
 
     def write(self, frames: Tensor | np.ndarray) -> None:
-        """Append frames [n, height, width, 3]: uint8, or floating point in 0…1; what lies outside is clamped."""
+        """Append frames [n, height, width, 3]: uint8, or floating point, clamped to 0…1."""
         if self._container is None:
             raise RuntimeError(f"{self.path} is not open; write frames inside `with VideoWriter(...) as video:`")
         frames = torch.from_numpy(frames) if isinstance(frames, np.ndarray) else frames.detach()
@@ -132,7 +132,7 @@ class VideoWriter:
                 frame = frame.float().mul(255.0).round_().clamp_(0.0, 255.0).to(torch.uint8)
             picture = av.VideoFrame.from_ndarray(frame.contiguous().cpu().numpy(), format="rgb24")
             try:
-                # The matrix that readers assume who ignore the tag, and the tag for those who do not.
+                # BT.601 is what players assume that ignore the colour tag; the others read it.
                 self._encode(picture.reformat(format="yuv420p", dst_colorspace="ITU601"))
             except av.FFmpegError as error:
                 raise self._failure(error) from error
@@ -141,7 +141,7 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None or self._container is None:  # None: a failed write was reported, and dealt with, inside
+        if kind is not None or self._container is None:  # None: write() already reported a failure
             self._abandon()
             return
         if not self.frames:
@@ -183,13 +183,13 @@ class VideoWriter:
         self._stream = stream
 
     def _encode(self, picture: av.VideoFrame | None) -> None:
-        """Encode a picture, or with None what the encoder still holds back."""
+        """Encode a picture, or flush the encoder if None."""
         assert self._container is not None
         for packet in self._stream.encode(picture):
             self._container.mux(packet)
 
     def _close(self) -> None:
-        """Write what is held back and the file's end; the container is closed however that goes."""
+        """Flush the encoder and write the file's end; the container is always closed."""
         container = self._container
         try:
             if self.frames:
@@ -200,16 +200,16 @@ class VideoWriter:
                 container.close()
 
     def _failure(self, error: OSError | av.FFmpegError) -> OutputError:
-        """Give the file up, and say what became of it."""
+        """Abandon the file and say what is left of it."""
         self._abandon()
         root = error.__cause__ if isinstance(error, OutputError) and isinstance(error.__cause__, OSError) else error
-        kept = f"the first part is kept in {self.partial.name}" if self.partial else "nothing was left there"
+        kept = f"the first part is kept in {self.partial.name}" if self.partial else "no file was left behind"
         return OutputError(f"cannot write {self.path}: {root.strerror or root}; {kept}")
 
     def _abandon(self) -> None:
-        """Leave nothing but, if asked for, the playable part. Does nothing after a success or a second time."""
+        """Remove the file, except the playable part if requested. Does nothing after success or a second call."""
         if self._container is not None:
-            with suppress(av.FFmpegError):  # on a full disk the end cannot be written; what is there counts
+            with suppress(av.FFmpegError):  # on a full disk the end cannot be written
                 self._close()
         if not self._growing.exists():
             return
@@ -223,32 +223,32 @@ class VideoWriter:
 
 
 def rescue_abandoned(folder: Path) -> list[Path]:
-    """Bring to light what killed processes left hidden in `folder`: videos as far as they play, the rest is deleted.
+    """Recover hidden files of killed processes in `folder`: rename playable videos, delete the rest.
 
-    Left is what nobody has written to for a day. Returns the playable `<stem>.partial<suffix>` files.
+    Only files that nobody has written to for a day count. Returns the playable `<stem>.partial<suffix>` files.
     """
     rescued = []
     for path in folder.iterdir():
         growing = re.fullmatch(r"\.(.+)\.\d+\.growing", path.stem)
         if not growing and not re.fullmatch(r"\..+\.reserved", path.name):
             continue
-        with suppress(FileNotFoundError):  # another process may be at it too
+        with suppress(FileNotFoundError):  # another process may rescue it too
             if time.time() - path.stat().st_mtime < ABANDONED_AFTER:
                 continue
             if growing and _playable_frames(path):
                 partial = free_name(folder / f"{growing[1]}.partial{path.suffix}")
                 os.replace(path, partial)
                 rescued.append(partial)
-                _log.warning("[Light Forcing] %s holds what a killed process had finished of a video", partial)
+                _log.warning("[Light Forcing] %s holds the finished part of a video from a killed process", partial)
             else:
                 path.unlink()
     return rescued
 
 
 def _rearrange(source: Path, target: Path) -> None:
-    """Copy an MP4 that was written in fragments into the customary layout, its index and metadata in front.
+    """Copy a fragmented MP4 into the usual layout, index and metadata first.
 
-    So it plays while it loads, every editor takes it, and ComfyUI, which reads the first 64 MB for a graph, finds it.
+    It then plays while it loads, every editor reads it, and ComfyUI finds the graph in the first 64 MB.
     """
     options = {"movflags": "use_metadata_tags+faststart"}
     with av.open(str(source)) as fragments, av.open(str(target), "w", container_options=options) as whole:
@@ -260,14 +260,14 @@ def _rearrange(source: Path, target: Path) -> None:
             if packet.dts is None or packet.pts is None:
                 continue  # the end
             if start is None:
-                start = packet.pts  # fragments begin late by the frames that were encoded out of order
+                start = packet.pts  # fragments start late because of frames encoded out of order
             packet.pts, packet.dts = packet.pts - start, packet.dts - start
             packet.stream = stream
             whole.mux(packet)
 
 
 def _playable_frames(path: Path) -> int:
-    """Cut an interrupted MP4 behind its last whole fragment (WebM needs no cut) and count the frames that are left."""
+    """Cut an interrupted MP4 after its last complete fragment (WebM needs no cut) and count the remaining frames."""
     if path.suffix.lower() == ".mp4":
         end, size = 0, path.stat().st_size
         with path.open("r+b") as file:

@@ -1,7 +1,7 @@
-"""Decode beside the sampling: a chunk's frames are made on a second stream while the next chunk is sampled.
+"""Decode on a second CUDA stream while sampling continues.
 
-Frames come out once they have arrived in host memory, at the latest with the next chunk, always in order; whatever
-follows, files and pictures, is that much later. On a CPU every chunk is decoded at once: same calls, same frames.
+Frames are returned after they have been copied to CPU memory, always in order and at the latest with the next chunk.
+On a CPU every chunk is decoded at once: the same calls return the same frames.
 """
 
 import functools
@@ -16,34 +16,35 @@ from .streaming import NOT_FINITE
 
 
 class Arrival(Protocol):
-    """Frames on their way into host memory."""
+    """Frames that are being copied to CPU memory."""
 
     def is_there(self) -> bool:
-        """Whether `frames` would not wait."""
+        """Whether `frames` returns without waiting."""
 
     def frames(self) -> Tensor:
-        """Wait for them. Raises ValueError where the latents were not finite, and what the device raises."""
+        """Wait for the frames. Raises ValueError if the latents were not finite, and any error of the device."""
 
 
 class OverlappedDecoder:
-    """Decodes one clip chunk by chunk, beside what the device does otherwise.
+    """Decode one clip chunk by chunk, concurrently with other work on the device.
 
-    decoder: a `StreamingDecoder`, or with `beside` False anything with its `decode`. device: where it runs; beside:
-    whether a second stream may be used there, which holds the memory of a decode and of a sampling step at once.
+    decoder: a `StreamingDecoder`; if `concurrent` is False, anything with its `decode`.
+    device: the device that decodes.
+    concurrent: whether to use a second CUDA stream, which needs the memory of a decode and of a sampling step at once.
     """
 
-    def __init__(self, decoder: Any, device: torch.device | str, *, beside: bool = True) -> None:
+    def __init__(self, decoder: Any, device: torch.device | str, *, concurrent: bool = True) -> None:
         device = torch.device(device)
         self._decoder = decoder
-        self._stream = SideStream(device) if beside and device.type == "cuda" else None
+        self._stream = SideStream(device) if concurrent and device.type == "cuda" else None
         self._coming: deque[Arrival] = deque()
 
     def put(self, latents: Tensor, *, normalised: bool = True) -> list[Tensor]:
         """Decode the clip's next latents [B, 16, f, h, w]; returns the video frames that are ready, oldest first.
 
-        Frames [B, n, 8h, 8w, 3] are those of everything put in before, in host memory; without a second stream they
-        are those of these latents, on the decoder's device. Errors as `StreamingDecoder.decode`, those of the values
-        with the frames.
+        With a second stream, returns the frames [B, n, 8h, 8w, 3] of all earlier calls, in CPU memory; without one,
+        the frames of these latents on the decoder's device. Raises what `StreamingDecoder.decode` raises; latents that
+        are not finite are reported together with their frames.
         """
         if self._stream is None:
             return [self._decoder.decode(latents, normalised=normalised)]
@@ -57,18 +58,18 @@ class OverlappedDecoder:
         return [self._coming.popleft().frames() for _ in range(earlier)]
 
     def arrived(self) -> list[Tensor]:
-        """Frames that have arrived since; waits for nothing."""
+        """Return the frames that are ready, without waiting."""
         frames = []
         while self._coming and self._coming[0].is_there():
             frames.append(self._coming.popleft().frames())
         return frames
 
     def rest(self) -> list[Tensor]:
-        """All frames that are still on their way."""
+        """Wait for all remaining frames and return them."""
         return [self._coming.popleft().frames() for _ in range(len(self._coming))]
 
     def drop(self) -> None:
-        """Forget what is on its way; the device is done with it before it goes on with anything else."""
+        """Discard pending frames; later work on the device waits until their decode has finished."""
         self._coming.clear()
         if self._stream is not None:
             self._stream.join()
@@ -81,32 +82,32 @@ class SideStream:
         self._device = device
         self._stream = _second_stream(device)
 
-    def start(self, decode: Callable[[], Tensor], latents: Tensor) -> "_OnItsWay":
-        """Ask for the frames that `decode` makes of `latents`, behind all that the device was asked so far."""
+    def start(self, decode: Callable[[], Tensor], latents: Tensor) -> "_Pending":
+        """Queue `decode` after all work submitted so far; `latents` is its input."""
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         if latents.is_cuda:
-            latents.record_stream(stream)  # its memory is not given away before the decoder has read it
+            latents.record_stream(stream)  # keep its memory until the decoder has read it
         with torch.cuda.stream(stream):
-            # Beside the frames, because looking at the values here would wait for them.
-            finite = to_host(torch.isfinite(latents).all())
-            frames = to_host(decode())
+            # Checked with the frames: reading the result here would wait for the device.
+            finite = to_cpu(torch.isfinite(latents).all())
+            frames = to_cpu(decode())
             done = torch.cuda.Event()
             done.record(stream)
-        return _OnItsWay(frames, finite, done)
+        return _Pending(frames, finite, done)
 
     def join(self) -> None:
-        """What the device is asked from now on comes after all that this stream does."""
+        """Make later work on the current stream wait for this one."""
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
 @functools.cache
 def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for the whole process: the matrix libraries keep a workspace for every stream that they ever met."""
+    """One stream per process: cuBLAS keeps a workspace for every stream that it has seen."""
     return torch.cuda.Stream(device)
 
 
-class _OnItsWay:
+class _Pending:
     def __init__(self, frames: Tensor, finite: Tensor, done: torch.cuda.Event) -> None:
         self._frames, self._finite, self._done = frames, finite, done
 
@@ -120,10 +121,10 @@ class _OnItsWay:
         return self._frames
 
 
-def to_host(x: Tensor) -> Tensor:
-    """A copy of x in host memory, still on its way: an event recorded behind this tells when it is there."""
+def to_cpu(x: Tensor) -> Tensor:
+    """Start a copy of x to CPU memory; an event recorded after this call says when it is complete."""
     try:
         target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    except RuntimeError:  # no more memory that may be pinned; then the copy waits
+    except RuntimeError:  # no memory left that may be pinned: copy synchronously
         return x.cpu()
     return target.copy_(x, non_blocking=True)

@@ -22,11 +22,12 @@ NOT_FINITE = "latents hold NaN or infinity, which would spread to every later fr
 
 
 class StreamingDecoder:
-    """Decodes one clip over any number of calls with a Wan 2.1 VAE, LightVAE, or a TAE of Wan 2.1.
+    """Decode one clip over any number of calls with a Wan 2.1 VAE, LightVAE, or a TAE of Wan 2.1.
 
-    Computes in the module's own dtype on its own device unless told otherwise. tae_latents: which latents a TAE was
-    made for, see `tae_latents_of`; not read for the others, which take raw ones. Raises ValueError when the module
-    is none of them, or a TAE without `tae_latents`.
+    dtype, device: the module's own by default.
+    tae_latents: the latents that a TAE decodes, see `tae_latents_of`; ignored for the others, which take raw ones.
+
+    Raises ValueError if the module is none of these, or a TAE without `tae_latents`.
     """
 
     def __init__(
@@ -65,11 +66,11 @@ class StreamingDecoder:
         return sum(past.untyped_storage().nbytes() for past in self._stack.past.values())
 
     def park(self) -> None:
-        """Move what is held between calls into host memory; `unpark` before the next one."""
+        """Move the cache to CPU memory; call `unpark` before the next decode."""
         self._move_past("cpu")
 
     def unpark(self) -> None:
-        """Bring it back to the computing device."""
+        """Move the cache back to the device that decodes."""
         self._move_past(self._place[1])
 
     def _move_past(self, device: torch.device | str) -> None:
@@ -83,9 +84,9 @@ class StreamingDecoder:
 
         A clip's first latent frame gives 1 video frame, each later one 4. `normalised` latents are in the DiT's
         space, others in the VAE's own. Frames are float32 (float64 from a float64 module) on the module's device.
-        trusted: the caller makes sure that latents are finite; looking at them here waits for the device.
-        Raises ValueError for a wrong shape or one that changes within a clip, RuntimeError when an earlier call
-        broke off within the clip.
+        trusted: skip the check that latents are finite, which waits for the device.
+        Raises ValueError for a wrong shape or one that changes within a clip, RuntimeError if an earlier call
+        failed within the clip.
         """
         self._accept(latents, trusted)
         dtype, device = self._place
@@ -114,9 +115,7 @@ class StreamingDecoder:
     def _accept(self, latents: Tensor, trusted: bool) -> None:
         """Raise unless `latents` can continue the clip."""
         if self._broken:
-            raise RuntimeError(
-                "an earlier decode() of this clip broke off; call reset() and decode from its first frame"
-            )
+            raise RuntimeError("an earlier decode() of this clip failed; call reset() and decode from its first frame")
         shape = tuple(latents.shape)
         if len(shape) != 5 or shape[1] != LATENT_CHANNELS:
             raise ValueError(f"latents of shape {shape} are not [B, {LATENT_CHANNELS}, frames, h, w]")
@@ -171,7 +170,7 @@ class StreamingEncoder:
 
 
 class _CausalStack:
-    """A row of Wan VAE layers run over a clip piece by piece, with what each one must remember."""
+    """Wan VAE layers run over a clip piece by piece, with the past frames that each layer needs."""
 
     def __init__(self, layers: Iterable[Tree]) -> None:
         self._layers = tuple(layers)
@@ -231,11 +230,11 @@ class _CausalStack:
 
 
 class _TaeStack:
-    """A TAE's row of layers run over a clip one latent frame at a time, with the last frame each memory block saw."""
+    """A TAE's layers run over a clip one latent frame at a time, with the last frame that each memory block saw."""
 
     def __init__(self, layers: Iterable[Tree]) -> None:
         row = tuple(layers)
-        # Behind the last memory block every frame stands alone, and is large: there they run one by one.
+        # After the last memory block frames are independent and large, so they run one by one.
         end = 1 + max(index for index, layer in enumerate(row) if is_mem_block(layer))
         self._layers, self._tail = row[:end], nn.Sequential(*row[end:])
         self.reset()
@@ -269,7 +268,7 @@ class _TaeStack:
 
 
 def _last_frames(x: Tensor, count: int) -> Tensor:
-    """The last `count` frames, copied where a view would keep more of them alive."""
+    """The last `count` frames, copied if a view would keep more frames alive."""
     return x[:, :, -count:].clone() if x.shape[2] > count else x
 
 

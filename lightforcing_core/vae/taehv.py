@@ -13,7 +13,7 @@ from torch import nn
 
 from .wan_vae import LATENT_CHANNELS
 
-# What a TAE was made to decode: the DiT's normalised latents (taew2_1), or the VAE's own (lighttaew2_1).
+# The latents that a TAE decodes: the DiT's normalised ones (taew2_1), or the VAE's own (lighttaew2_1).
 TaeLatents: TypeAlias = Literal["normalised", "raw"]
 
 _GET_THE_FILE = "use taew2_1 or lighttaew2_1"

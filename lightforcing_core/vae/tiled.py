@@ -1,8 +1,7 @@
-"""Decode in overlapping tiles, so that a large picture fits where one decode of it would not.
+"""Decode in overlapping tiles, so that a picture fits that is too large to decode at once.
 
-Every tile is a clip of its own with its own memory of the past, which waits in host memory while the others decode;
-neighbours are faded into each other. A tile sees only itself, so the frames are close to a decode in one go and not
-equal to it.
+Every tile is a clip with its own cache, which is kept in CPU memory while the others decode; neighbouring tiles are
+blended. A tile sees only itself, so the frames are close but not equal to those of one decode.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from ..pinned import to_device
 from .streaming import StreamingDecoder
 
 OVERLAP = 8  # latent rows or columns that neighbouring tiles share: 64 pixels
-SMALLEST = 16  # latent rows or columns of a tile; narrower ones would be overlap and little else
+SMALLEST = 16  # latent rows or columns of a tile; narrower ones would be mostly overlap
 
 
 def most_tiles(height: int, width: int) -> int:
@@ -30,10 +29,10 @@ def tile_spans(length: int, tiles: int) -> list[tuple[int, int]]:
 
 
 class TiledDecoder:
-    """Decodes one clip over any number of calls, tile by tile; the interface of `StreamingDecoder`.
+    """Decode one clip over any number of calls, tile by tile, with the interface of `StreamingDecoder`.
 
-    make: makes a decoder for one tile. tiles: how many there are along the height and along the width, fewer where
-    the picture is too small.
+    make: makes a decoder for one tile.
+    tiles: tiles along the height and along the width; fewer if the picture is too small.
     """
 
     def __init__(self, make: Callable[[], StreamingDecoder], tiles: int) -> None:
@@ -50,7 +49,7 @@ class TiledDecoder:
         return sum(decoder.cache_bytes for decoder in self._decoders.values())
 
     def decode(self, latents: Tensor, *, normalised: bool = True) -> Tensor:
-        """The clip's next frames [B, n, 8h, 8w, 3] in 0…1, from latents [B, 16, f, h, w]; errors as in one go."""
+        """Decode the clip's next latents [B, 16, f, h, w] → frames [B, n, 8h, 8w, 3] in 0…1."""
         rows, columns = (tile_spans(size, self._tiles) for size in latents.shape[-2:])
         frames = None
         for row, row_weights in zip(rows, _fades(rows), strict=True):
@@ -74,7 +73,7 @@ class TiledDecoder:
 
 
 def _fades(spans: list[tuple[int, int]]) -> list[Tensor]:
-    """Every tile's weight per pixel along one side, float32 [8 · length]: ramps over what it shares, 1 elsewhere."""
+    """Every tile's weight per pixel along one side, float32 [8 · length]: ramps over shared pixels, 1 elsewhere."""
     fades = []
     for i, (start, stop) in enumerate(spans):
         fade = torch.ones(8 * (stop - start))

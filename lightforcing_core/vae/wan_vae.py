@@ -45,7 +45,7 @@ def denormalise_latents(latents: Tensor) -> Tensor:
 
 def _statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = (torch.tensor(values, dtype=latents.dtype) for values in (LATENT_MEAN, LATENT_STD))
-    # Sent without waiting, because decode beside the sampling would wait for the sampling.
+    # Copied without waiting: a decode on a second stream would wait for the sampling.
     return to_device(mean.view(1, -1, 1, 1, 1), latents.device), to_device(std.view(1, -1, 1, 1, 1), latents.device)
 
 
@@ -56,7 +56,7 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2), **options)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """x [B, C, T, H, W] → T frames, seen behind `past`, its up to kernel − 1 earlier frames (zeros where fewer).
+        """x [B, C, T, H, W] → T frames; `past` holds up to kernel − 1 earlier frames, zeros stand for missing ones.
 
         With a stride in time, x brings its own past and nothing is padded.
         """
@@ -83,7 +83,7 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two normed causal convolutions beside a shortcut."""
+    """Two normed causal convolutions and a shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def vae_from_state_dict(
 
 
 def _not_a_wan_vae(state_dict: Mapping[str, Tensor]) -> str | None:
-    """What these tensors are when they are not a Wan 2.1 VAE, or None."""
+    """The kind of file that these tensors are instead of a Wan 2.1 VAE, or None."""
     if not state_dict:
         return "no tensors at all"
     if any("patch_embedding." in name for name in state_dict):
@@ -257,7 +257,7 @@ def _check_tensors(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tens
         found = tuple(state_dict[name].shape)
         if found != tuple(want.shape):
             raise ValueError(
-                f"{name} has shape {found} where a Wan VAE of dim {dim} has {tuple(want.shape)}; {_GET_THE_FILE}"
+                f"{name} has shape {found}; a Wan VAE of dim {dim} has {tuple(want.shape)}; {_GET_THE_FILE}"
             )
 
 

@@ -88,5 +88,5 @@ def test_name_that_no_file_can_have_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "a/b", "../a", "/a", "a\0"])
 def test_prefixes_that_are_no_file_names_are_refused(tmp_path, prefix):
-    with pytest.raises(ValueError, match="no plain file name"), numbered_path(tmp_path, prefix, ".mp4"):
+    with pytest.raises(ValueError, match="not a plain file name"), numbered_path(tmp_path, prefix, ".mp4"):
         pass

@@ -212,7 +212,7 @@ def test_a_full_disk_may_leave_nothing(tmp_path, little_space):
     video = writer(tmp_path / "clip.mp4", keep_partial=False)
     pieces = [noise(20)] * 40
     little_space(50_000)
-    with pytest.raises(OutputError, match="nothing was left there"):
+    with pytest.raises(OutputError, match="no file was left behind"):
         feed(video, pieces)
     assert os.listdir(tmp_path) == []
 
@@ -289,7 +289,7 @@ def test_a_video_without_frames_is_an_error(tmp_path):
     [
         ("clip.mp4", {"height": 481, "width": 64}, "height 481 is not an even number of pixels; use 480 or 482"),
         ("clip.mp4", {"height": 64, "width": 0}, "width 0 .* use 2 or 4"),
-        ("clip.avi", {}, r"suffix '\.avi' is no known video format; use \.mp4 or \.webm"),
+        ("clip.avi", {}, r"suffix '\.avi' is not a supported video format; use \.mp4 or \.webm"),
         ("clip", {}, "suffix ''"),
         ("clip.mp4", {"fps": 0}, "fps 0 is outside"),
         ("clip.mp4", {"crf": 52}, r"crf 52 is outside 0 … 51 of \.mp4; lower is better, 19 is usual"),

@@ -239,6 +239,6 @@ def test_a_streamed_file_is_the_one_written_at_once_in_any_order(tmp_path):
 
 @pytest.mark.parametrize("tensors", [{}, {"a": torch.zeros(3)}, {"b": torch.zeros(2)}])
 def test_a_stream_that_breaks_its_announcement_leaves_no_file(tmp_path, tensors):
-    with pytest.raises(ValueError, match="announced"):
+    with pytest.raises(ValueError, match=r"differs from its layout|are missing"):
         stream_tensors(tmp_path / "s.safetensors", {"a": torch.zeros(2)}, tensors.items(), {})
     assert list(tmp_path.iterdir()) == []

@@ -82,7 +82,7 @@ def test_on_a_cpu_every_chunk_is_decoded_at_once(vae, chunks, late):
 
 
 def test_where_nothing_shall_overlap_any_decoder_will_do(vae, chunks, late):
-    tiled = OverlappedDecoder(TiledDecoder(lambda: StreamingDecoder(vae), 2), CUDA, beside=False)
+    tiled = OverlappedDecoder(TiledDecoder(lambda: StreamingDecoder(vae), 2), CUDA, concurrent=False)
     assert_equal([frames for latents in chunks for frames in tiled.put(latents)], at_once(vae, chunks))
     assert not late
 
@@ -188,7 +188,7 @@ def log(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(log))
     monkeypatch.setattr(OnCard, "log", log)
-    monkeypatch.setattr(overlap, "to_host", lambda x: log.append(("copy", tuple(x.shape))) or x)
+    monkeypatch.setattr(overlap, "to_cpu", lambda x: log.append(("copy", tuple(x.shape))) or x)
     overlap._second_stream.cache_clear()
     yield log
     overlap._second_stream.cache_clear()
@@ -238,11 +238,11 @@ def test_a_copy_to_the_host_is_pinned_where_it_can_be_and_else_waits(monkeypatch
 
     monkeypatch.setattr(torch, "empty", pinned)
     x = torch.arange(6.0).view(2, 3)
-    assert torch.equal(overlap.to_host(x), x)
+    assert torch.equal(overlap.to_cpu(x), x)
     assert asked == [True]
 
     def refused(*_, **__):
         raise RuntimeError("CUDA error: out of memory")
 
     monkeypatch.setattr(torch, "empty", refused)
-    assert torch.equal(overlap.to_host(x), x)
+    assert torch.equal(overlap.to_cpu(x), x)

@@ -260,7 +260,7 @@ def test_a_call_that_broke_off_ends_the_clip_until_reset():
     with vae.decoder.head[2].register_forward_pre_hook(run_out_of_memory), pytest.raises(MemoryError, match="no room"):
         decoder.decode(latents[:, :, 1:])
     assert decoder.cache_bytes == 0
-    with pytest.raises(RuntimeError, match=r"broke off; call reset\(\)"):
+    with pytest.raises(RuntimeError, match=r"failed; call reset\(\)"):
         decoder.decode(latents[:, :, 1:])
     decoder.reset()
     assert torch.equal(decoder.decode(latents), expected)

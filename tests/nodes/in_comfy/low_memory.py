@@ -132,7 +132,7 @@ latents, video = (
 
 def noted(decoder, device, *, beside):
     facts["beside"]["partly" if wide.patcher.model.model_lowvram else "fully"] = beside
-    return line(decoder, device, beside=False)
+    return line(decoder, device, concurrent=False)
 
 
 def decode_beside():

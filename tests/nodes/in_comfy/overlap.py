@@ -50,8 +50,8 @@ class LateFrames:
 
 
 class Overlapped(overlap.OverlappedDecoder):
-    def __init__(self, decoder, device, *, beside=True):
-        super().__init__(decoder, "cuda" if beside else device, beside=beside)
+    def __init__(self, decoder, device, *, concurrent=True):
+        super().__init__(decoder, "cuda" if concurrent else device, concurrent=concurrent)
 
 
 plan_of = chunk_sampler.plan_of
