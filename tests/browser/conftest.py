@@ -26,7 +26,7 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
 )
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 EMPTY = {"version": 0.4, "nodes": [], "links": [], "groups": [], "config": {}, "extra": {}}
-# What the host's frontend says on its own, and what it cannot fetch without a network.
+# Errors of ComfyUI's frontend itself, and of files that it cannot fetch without a network.
 NOT_OURS = (
     "/userdata",
     "user.css",
@@ -91,7 +91,7 @@ class Canvas:
         page.wait_for_function("window.app?.isGraphReady && !!window.app.extensionManager")
         page.wait_for_function("!document.querySelector('.p-blockui-mask')")
         self.evaluate("() => new Promise((done) => setTimeout(done, 1500))")
-        self.evaluate("(document) => app.loadGraphData(document)", EMPTY)  # in the place of the host's first graph
+        self.evaluate("(document) => app.loadGraphData(document)", EMPTY)  # instead of ComfyUI's first graph
         page.on("console", self._on_console)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 

@@ -14,7 +14,7 @@ TEXTS = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encodin
 
 @pytest.fixture
 def speaking(server, browser, tmp_path):
-    """Open the frontend in a language; the host's first language comes back afterwards."""
+    """Open the frontend in a language, and set English again afterwards."""
     opened = []
 
     def in_language(language):

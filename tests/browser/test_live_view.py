@@ -62,7 +62,7 @@ def test_subgraph_node_shows_what_the_sampler_in_it_makes(canvas):
     assert "live_view" not in str(node)
     inside = f"app.rootGraph.getNodeById({outer}).subgraph.nodes.find((node) => node.type === 'LightForcingSampler')"
     assert canvas.evaluate(f"() => {inside}.lightForcingView === {view}")
-    assert canvas.evaluate(f"() => {inside}.lightForcingScreen.line.textContent") == ""  # the host writes it there
+    assert canvas.evaluate(f"() => {inside}.lightForcingScreen.line.textContent") == ""  # ComfyUI writes it there
 
 
 @pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)

@@ -15,9 +15,9 @@ def workflow(name: str) -> dict[str, Any]:
 
 
 def tiny_text_to_video(length: int, seed: int = 0) -> dict[str, Any]:
-    """The text-to-video workflow with a stored embedding in the place of the text encoder.
+    """The text-to-video workflow with a stored embedding instead of the text encoder.
 
-    A graph with the same seed as one that ran before is answered from the host's cache, without a run.
+    ComfyUI answers a graph with the seed of an earlier one from its cache, without a run.
     """
     document = workflow("text_to_video_5s")
     for node in document["nodes"]:

@@ -34,7 +34,7 @@ def test_where_the_host_is_right_the_frames_are_the_same(facts):
     assert facts["ComfyUI's decode of float32"] <= ROUNDING
 
 
-@pytest.mark.parametrize("what", ["told raw", "no name, told normalised", "taehv.safetensors, told normalised"])
+@pytest.mark.parametrize("what", ["set to raw", "no name, set to normalised", "taehv.safetensors, set to normalised"])
 def test_tae_latents_overrides_what_auto_finds(facts, what):
     assert facts[what] <= ROUNDING
 

@@ -6,7 +6,7 @@ from ..support.comfy_server import Failed
 from ..support.graphs import graph, loader
 
 
-def test_server_loads_the_pack_without_a_word(server):
+def test_server_loads_the_pack_without_a_warning(server):
     about_us = [
         line for line in server.start_log.splitlines() if "Renamed_pack-2" in line or "light forcing" in line.lower()
     ]
@@ -14,10 +14,10 @@ def test_server_loads_the_pack_without_a_word(server):
     assert not [line for line in about_us if "FAILED" in line or "WARNING" in line or "Error" in line], about_us
 
 
-def test_import_needs_no_triton_and_exports_only_the_door(run_inside):
+def test_import_needs_no_triton_and_exports_only_the_entry_point(run_inside):
     found = run_inside("bare_import")
     assert found["exported"] == ["WEB_DIRECTORY", "comfy_entrypoint"]
-    assert not found["has the older door"]  # ComfyUI would take it and never look at the entry point
+    assert not found["has node mappings"]  # ComfyUI would take it and never look at the entry point
     assert len(found["nodes"]) == len(set(found["nodes"])) >= 8
     assert all(name.startswith("LightForcing") for name in found["nodes"])
 

@@ -1,4 +1,4 @@
-// Fields such as %date:yyyy-MM-dd% and %Node.widget% in a video's file name, as the host fills them in for Save Video.
+// Fields such as %date:yyyy-MM-dd% and %Node.widget% in a video's file name, as ComfyUI fills them in for Save Video.
 
 import { app } from "../../../scripts/app.js";
 

@@ -1,5 +1,5 @@
 // The live view: plays the video so far on the sampling node while the rest is being made, and on the subgraph nodes
-// around it, as the host does with its own previews.
+// around it, as ComfyUI does with its own previews.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
@@ -87,7 +87,7 @@ async function pictureOf(strip) {
   return picture;
 }
 
-/** What a node shows of a view: a canvas, and on a subgraph node the line that the host writes on the inner one. */
+/** What a node shows of a view: a canvas, and on a subgraph node the line that ComfyUI writes on the inner one. */
 class Screen {
   constructor() {
     this.element = document.createElement("div");

@@ -25,6 +25,6 @@ nodes = asyncio.run(extension.get_node_list())
 facts = {
     "nodes": [node.GET_SCHEMA().node_id for node in nodes],
     "exported": sorted(comfyui.pack.__all__),
-    "has the older door": hasattr(comfyui.pack, "NODE_CLASS_MAPPINGS"),
+    "has node mappings": hasattr(comfyui.pack, "NODE_CLASS_MAPPINGS"),
 }
 print(json.dumps(facts))

@@ -23,9 +23,9 @@ facts = {}
 
 
 class Pages:
-    """In the place of ModelVBAR: a weight gets pages when it is used, as long as the card has room.
+    """A stand-in for ModelVBAR: a weight gets pages when it is used, while the card has memory.
 
-    Pages that nobody uses are given up for whatever else needs room, and what lay in them is spoilt.
+    Unused pages are freed for other needs, and their content is overwritten.
     """
 
     most = 1 << 40  # bytes of weights that may stay
@@ -40,7 +40,7 @@ class Pages:
         return self, self.end - size, size
 
     def fault(self, offset, size):
-        """What tells the content of a weight's pages from another, or None where there is no room for them."""
+        """A signature of the content of a weight's pages, or None if the card has no memory for them."""
         self.faults += 1
         if offset not in self.pages:
             if self.loaded_size() + size > min(Pages.most, card.size - card.used):
@@ -79,7 +79,7 @@ class Pages:
 
 
 class NoBuffer:
-    """In the place of HostBuffer: nothing is pinned here."""
+    """A stand-in for HostBuffer: nothing is pinned here."""
 
     size = 0
 
@@ -119,7 +119,7 @@ def contents(model):
     return {name: content for name, content in runs.contents(model).items() if not name.endswith(".modulation")}
 
 
-# Every kind of weight, on a card with room for all of them, for half, and for none.
+# Every kind of weight, on a card with memory for all of them, for half, and for none.
 facts["kinds"] = {}
 for name, make in runs.KINDS.items():
     switch(False)
@@ -174,7 +174,7 @@ with runs.sized(2 * full):
     after = node_comfy.memory_for_a_run(CARD), management.get_free_memory(CARD)
     facts["free"] = [after[0] - free[0], after[1] - free[1], model.model_size()]
 
-# Pages are taken away while the run goes on: some, by a model of the older kind; then everything, twice.
+# Pages are taken away during the run: some, by a model of the older kind; then everything, twice.
 taken = []
 
 

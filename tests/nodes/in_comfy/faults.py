@@ -85,7 +85,7 @@ with core.av.open(str(OUTPUT / "faults" / "clip_00001.partial.mp4")) as containe
 
 
 def advice(width, height, *, decoding=False, host_memory=False, **options):
-    """What a run of this size is told when its memory runs out."""
+    """The advice for a run of this size when its memory runs out."""
     shape = (1, 16, 9, height // 8, width // 8)
     prompts = (timeline.Prompt(torch.zeros(1, 4, 8)),)
     run = run_state.RunState("tiny", shape, 3, (1.0, 0.5, 0.0), prompts, window=3, **options)

@@ -98,7 +98,7 @@ facts["nothing on the card"].append(card.used)
 facts["no trace"] = [trace_of(model) == untouched, stock.model.model_sampling.shift == shift]
 facts["stock result unchanged"] = torch.equal(before, stock_video())
 
-# Other models come while the run goes on: ComfyUI makes room.
+# Other models are loaded during the run: ComfyUI frees memory for them.
 other, calls = new_vae(16), []
 
 

@@ -41,7 +41,7 @@ def run(*, free=None, frames=9, size=(4, 6), **inputs):
     return output[0]["samples"], output[1], plans[-1]
 
 
-def told(plan):
+def described(plan):
     return {"line": str(plan), "given up": plan.given_up, "fits": plan.fits, "needed": plan.needed}
 
 
@@ -53,19 +53,19 @@ def error_of(action, *arguments, **named):
 
 
 whole, _, plan = run()
-facts = {"plenty": told(plan), "size": run(vae=vae)[2].needed}
+facts = {"plenty": described(plan), "size": run(vae=vae)[2].needed}
 facts["kv_cache"] = {}
 for name in memory.KV_CACHES:
     latents, _, plan = run(kv_cache=name)
     facts["kv_cache"][name] = [float((latents - whole).abs().max()), float(whole.std()), *plan.given_up]
 tight = run(free=plans[0].estimate.total // 2)[2]
-facts["tight"] = told(tight)
+facts["tight"] = described(tight)
 wider = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=16))
 _, images, plan = run(vae=wider, size=(32, 32), frames=2)
 _, tiled, small = run(vae=wider, size=(32, 32), frames=2, free=plan.needed)
 facts["tiles"] = [plan.decode_tiles, small.decode_tiles, list(tiled.shape), float((tiled - images).abs().mean())]
 
-# A run that was kept in eight bits goes on in eight bits, whatever the node says by then.
+# A run that was kept in eight bits continues in eight bits, whatever the node asks for by then.
 file = state.StateFile(state.state_folder() / "memory")
 eight = run(kv_cache="int8", state=file)[0]
 (path,) = state.state_folder().glob("memory*")

@@ -58,7 +58,7 @@ plan_of = chunk_sampler.plan_of
 
 
 def overlapped(on):
-    """Whether runs overlap from now on, as on a GPU with room."""
+    """Let runs overlap from now on, as on a GPU with enough memory, or not."""
     overlap.SideStream = Late
     decode.OverlappedDecoder = Overlapped
     chunk_sampler.plan_of = (lambda *a, **n: replace(plan_of(*a, **n), overlap=True)) if on else plan_of

@@ -56,7 +56,7 @@ facts["ends"] = {count: encoded(count, place="end").shape[2] for count in (1, 3,
 behind = vae.encode(torch.cat([pixels[:1].expand(5, -1, -1, -1), pixels]))
 facts["an end is what core encodes behind a still"] = float((encoded(8, place="end") - behind[:, :, 2:]).abs().max())
 
-# Apply reads the family from the file that another loader has loaded, and keeps what it is told.
+# Apply reads the family from the file that another loader has loaded, and keeps the options that are set.
 options = {"backend": "auto", "block": "32", "keep_frames": -1, "keep_sink": 2, "keep_near": -1}
 framewise = comfyui.load("causal_forcing-framewise.safetensors")
 for family in ("auto", "light_forcing_long"):

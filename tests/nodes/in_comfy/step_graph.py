@@ -1,4 +1,4 @@
-"""Steps recorded inside ComfyUI's wrapper, on a tape in the place of a CUDA graph; printed as JSON."""
+"""Steps recorded inside ComfyUI's wrapper, on a tape instead of a CUDA graph; printed as JSON."""
 
 import json
 import sys

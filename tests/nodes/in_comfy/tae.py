@@ -74,7 +74,7 @@ facts = {
     "ComfyUI's own decode of float16 taew2_1": worst(stock, for_normalised),
     "taew2_1 float16": worst(decoded(files["taew2_1 float16"], raw), for_normalised),
     "lighttaew2_1 float16": worst(decoded(files["lighttaew2_1 float16"], raw), for_raw),
-    "told raw": worst(decoded(files["taew2_1 float16"], raw, "raw"), for_raw),
+    "set to raw": worst(decoded(files["taew2_1 float16"], raw, "raw"), for_raw),
 }
 bright = loaded("vae", "taew2_1_bf16.safetensors", {name: tensor.bfloat16() for name, tensor in weights.items()})
 facts["taew2_1 bfloat16"] = worst(decoded(bright, raw), for_normalised)
@@ -82,7 +82,7 @@ facts["no name, float16"] = worst(decoded(comfy.sd.VAE(sd=dict(half)), raw), for
 unnamed = comfy.sd.VAE(sd=dict(weights))
 facts["no name, float32"] = worst(decoded(unnamed, raw), for_raw)
 facts["ComfyUI's decode of float32"] = worst(decoded(unnamed, raw), unnamed.decode(raw)[0].clamp(0, 1))
-facts["no name, told normalised"] = worst(decoded(unnamed, raw, "normalised"), for_normalised)
+facts["no name, set to normalised"] = worst(decoded(unnamed, raw, "normalised"), for_normalised)
 
 # A cut into single frames.
 cut = streaming.StreamingDecoder(plain, tae_latents="normalised")
@@ -94,7 +94,7 @@ facts["cut on ComfyUI's tree"] = worst(torch.cat(pieces, dim=1), whole)
 # What is refused, and what is asked for.
 taehv_file = loaded("vae_approx", "taehv.safetensors", half)
 facts["taehv.safetensors"] = error_of(decoded, taehv_file, raw)
-facts["taehv.safetensors, told normalised"] = worst(decoded(taehv_file, raw, "normalised"), for_normalised)
+facts["taehv.safetensors, set to normalised"] = worst(decoded(taehv_file, raw, "normalised"), for_normalised)
 wan22 = comfy.taesd.taehv.TAEHV(latent_channels=48).state_dict()
 facts["Wan 2.2"] = error_of(decoded, comfy.sd.VAE(sd=wan22), raw)
 asked = [decode.FrameDecoder(unnamed, (batch, 16, frames, 4, 6)).bytes_needed
