@@ -1,7 +1,7 @@
-"""Says what is seen in a video of moving shapes, from its pixels alone, and judges it against a caption.
+"""Detect the things in a video of moving shapes, from its pixels alone, and judge the video against a caption.
 
-A thing is a patch of one saturated hue. Its shape is told from its mean outline, its motion from the centre of its
-patch. Lengths are in units of the picture's height, times in seconds.
+A thing is a patch of one saturated hue. Its mean outline gives its shape, the centre of its patch its motion. Lengths
+are in units of the picture's height, times in seconds.
 """
 
 import math
@@ -24,18 +24,18 @@ HUES = {  # degrees on the colour wheel
     "purple": 276.0,
     "pink": 328.0,
 }
-SATURATED = 0.22  # the least difference between a pixel's strongest and weakest channel
-SMALLEST = 0.012  # the least area of a thing, in squared heights
-PRESENT = 0.6  # the least share of frames in which a thing is seen
+SATURATED = 0.22  # least difference between a pixel's strongest and weakest channel
+SMALLEST = 0.012  # least area of a thing, in squared heights
+PRESENT = 0.6  # least share of frames that show a thing
 WHOLE = 0.85  # a thing with this share of its usual area is not covered by another
 STILL = 0.08  # heights per second below which a thing does not move
 BETWEEN_SPEEDS = 0.28  # heights per second between "slowly" and "quickly"
-FASTEST, LEAP = 0.6, 0.1  # heights per second that a thing may move, and what is added for a covered outline
+FASTEST, LEAP = 0.6, 0.1  # a thing's greatest speed, heights per second, and a tolerance for covered outlines
 OPENING = 13 / 16  # seconds over which the direction is judged
 OUTLINE = 33  # grid of the mean outline
-BLUR = 1.155  # pixels, the standard deviation of `_colours`' two blurs, through which patterns are seen as well
+BLUR = 1.155  # pixels, standard deviation of the two blurs in `_colours`; patterns are blurred by as much
 COPY = 0.5  # a second thing of a colour has at least this share of the first one's usual area
-NEAR = 0.25  # heights within which a centre must be to count as the same thing at the same place
+NEAR = 0.25  # heights around a centre within which pixels belong to the same thing
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Seen:
     """One thing in a video.
 
     path: [frames, 2] centres as (x, y). visible, whole: [frames], whether any of it is seen, and all of it.
-    velocity: (x, y) over the opening. radius: of a circle of its area. copies: the share of frames in which half as
-    much of its colour again, or more, is elsewhere.
+    velocity: (x, y) over the opening. radius: of a circle of its area. copies: the share of frames in which at least
+    half as much of its colour is elsewhere.
     """
 
     colour: str
@@ -61,12 +61,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class ThingVerdict:
-    """How one promised thing came out. Errors are means over the frames in which it is whole, None when it is absent.
+    """One promised thing in the video. Errors are means over the frames in which it is whole, None if it is absent.
 
-    position_error: distance from the path that the caption promises behind the thing's first place, in heights, and
-    position_errors the same frame by frame (NaN where it is not whole). identity: it is seen whole again in the last
-    quarter of the video, and nowhere, covered stretches included, has it moved further than a thing can. copies: the
-    share of frames that show a second thing of its colour.
+    position_error: distance, in heights, from the path that the caption promises from the thing's first place on;
+    position_errors: the same frame by frame, NaN if it is not whole. identity: it is whole again in the last quarter of
+    the video, and never, covered stretches included, has it moved further than a thing can. copies: the share of frames
+    that show a second thing of its colour.
     """
 
     present: bool
@@ -82,20 +82,20 @@ class ThingVerdict:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A video against its caption. strangers: things of colours that nobody asked for."""
+    """A video against its caption. strangers: things of colours that the caption does not name."""
 
     things: tuple[ThingVerdict, ...]
     strangers: tuple[str, ...]
 
     @property
     def right(self) -> bool:
-        """Every promised thing is there with its colour and shape and moves its way, and nothing else is."""
+        """Whether the promised things, and no others, are there in their colours and shapes and move their ways."""
         return not self.strangers and all(t.present and t.shape_right and t.direction_right for t in self.things)
 
 
 @torch.no_grad()
 def look(video: Tensor, *, fps: float = 16.0) -> list[Seen]:
-    """What is seen in `video`, [frames, H, W, 3] in 0…1, largest first."""
+    """The things in `video`, [frames, H, W, 3] in 0…1, largest first."""
     colours, chroma = _colours(video)
     pixel = 1.0 / colours.shape[1] ** 2
     found = []
@@ -107,19 +107,19 @@ def look(video: Tensor, *, fps: float = 16.0) -> list[Seen]:
 
 
 def judge(video: Tensor, scene: Scene, *, fps: float = 16.0) -> Verdict:
-    """Whether `video`, [frames, H, W, 3] in 0…1, keeps what its caption promises."""
+    """Judge `video`, [frames, H, W, 3] in 0…1, against its caption."""
     return compare(look(video, fps=fps), scene, aspect=video.shape[2] / video.shape[1], fps=fps)
 
 
 def compare(found: list[Seen], scene: Scene, *, aspect: float, fps: float = 16.0) -> Verdict:
-    """Whether what `look` found keeps what the caption promises. aspect: the picture's width / height."""
+    """Judge the things that `look` found against the caption. aspect: the picture's width / height."""
     seen = {thing.colour: thing for thing in found}
     verdicts = tuple(_verdict(seen.get(thing.colour), thing, aspect, fps) for thing in scene.things)
     return Verdict(verdicts, tuple(sorted(seen.keys() - {thing.colour for thing in scene.things})))
 
 
 def _colours(video: Tensor) -> tuple[Tensor, Tensor]:
-    """Which colour each pixel has, as its index in `HUES`, −1 for none, and how saturated it is.
+    """The colour of each pixel, as its index in `HUES`, −1 for none, and its saturation.
 
     Both [frames, h, w], no side far above 64.
     """
@@ -131,7 +131,7 @@ def _colours(video: Tensor) -> tuple[Tensor, Tensor]:
     red, green, blue = planes.unbind(1)
     chroma = planes.amax(1) - planes.amin(1)
     hue = torch.rad2deg(torch.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue))
-    # HUES goes round the wheel from 0, so that the borders between neighbours rise.
+    # HUES rises around the wheel, so the borders between neighbours do too.
     centres = [*HUES.values(), 360.0]
     borders = torch.tensor([(a + b) / 2 for a, b in pairwise(centres)], device=video.device)
     index = torch.bucketize(hue % 360, borders) % len(HUES)
@@ -155,9 +155,9 @@ def _crowd(mask: Tensor, half: int) -> Tensor:
 
 
 def _thing(colour: str, mask: Tensor, chroma: Tensor, fps: float) -> Seen | None:
-    """The thing that a colour's pixels [frames, H, W] show, or None where they are only scattered or a rim.
+    """The thing that a colour's pixels [frames, H, W] show, or None if they are only scattered or a rim.
 
-    chroma: how saturated each pixel is.
+    chroma: the saturation of each pixel.
     """
     height, width = mask.shape[1:]
     crowd = _crowd(mask, height // 12)
@@ -212,9 +212,9 @@ def _direction(velocity: tuple[float, float]) -> str | None:
 
 
 def _inside(mask: Tensor, chroma: Tensor) -> Tensor:
-    """The pixels of mask [frames, h, w] that are at least half as saturated as the thing is.
+    """The pixels of mask [frames, h, w] that are at least half as saturated as the thing.
 
-    Where a soft edge is half-way is where the thing ends; a lower level makes it larger and its corners rounder.
+    A thing ends at the middle of its soft edge; a lower level would make it larger and its corners rounder.
     """
     own = torch.stack([c[m > 0].quantile(0.8) if m.any() else c.amax() for c, m in zip(chroma, mask, strict=True)])
     return mask * (chroma > own[:, None, None] / 2)
@@ -260,7 +260,7 @@ def _verdict(seen: Seen | None, thing: Thing, aspect: float, fps: float) -> Thin
     promised = step / step.norm() * {"slowly": 0.2, "quickly": 0.4}[thing.speed]
     path = seen.path.float()
     start = _first_place(path, seen.whole, promised, fps)
-    low, high = _room(thing.shape, seen.radius, aspect)
+    low, high = _reach(thing.shape, seen.radius, aspect)
     times = torch.arange(len(path))[:, None] / fps
     expected = _bounce(start + times * promised, low, high)
     errors = (path - expected).norm(dim=1)
@@ -282,12 +282,12 @@ def _verdict(seen: Seen | None, thing: Thing, aspect: float, fps: float) -> Thin
 
 
 def _first_place(path: Tensor, whole: Tensor, promised: Tensor, fps: float) -> Tensor:
-    """Where the thing is in the first frame, by the frames of the first quarter second that show all of it."""
+    """The thing's place in the first frame, from the frames of the first quarter second that show all of it."""
     index = whole.nonzero()[:4, 0] if whole.any() else torch.arange(1)
     return (path[index] - index[:, None] / fps * promised).median(0).values
 
 
-def _room(shape: str, radius: float, aspect: float) -> tuple[Tensor, Tensor]:
+def _reach(shape: str, radius: float, aspect: float) -> tuple[Tensor, Tensor]:
     """The lowest and highest centres (x, y) of an outline whose area is a circle's of `radius`."""
     if shape == "circle":
         reach = (radius,) * 4

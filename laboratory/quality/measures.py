@@ -1,4 +1,4 @@
-"""What the laboratory measures of a video: against the dense one, against its caption, and over its own time.
+"""Measures of a video: against the dense one, against its caption, and over its own time.
 
 Videos are [frames, H, W, 3] in 0…1 on any device, latents [16, frames, h, w].
 """
@@ -83,7 +83,7 @@ def against_dense(
 ) -> dict[str, Any]:
     """Errors against the dense rollout of the same noise, of the whole video and chunk by chunk.
 
-    lengths: latent frames per chunk. SSIM and MS-SSIM are those of one frame for each latent one.
+    lengths: latent frames per chunk. SSIM and MS-SSIM use one frame per latent frame.
     """
     latent_parts = zip(latents.split(list(lengths), 1), dense_latents.split(list(lengths), 1), strict=True)
     frames = [4 * length for length in lengths]
@@ -101,10 +101,10 @@ def against_dense(
 
 
 def against_caption(video: Tensor, scene: Scene) -> dict[str, Any]:
-    """What the detector says of the promised things: shares of them, and means over those that are there.
+    """The detector's verdict on the promised things: shares of them, and means over those that are there.
 
-    `colour` is present at all: a thing is found by its colour. Errors and copies are None where nothing promised is
-    there; `position_errors` has a mean for each of 8 parts of the video, None where nothing is seen whole.
+    `colour` means present at all, since a thing is found by its colour. Errors and copies are None if no promised thing
+    is there; `position_errors` has a mean for each of 8 parts of the video, None if nothing is whole there.
     """
     verdict = judge(video, scene)
     things = verdict.things
@@ -137,7 +137,7 @@ def against_caption(video: Tensor, scene: Scene) -> dict[str, Any]:
 
 
 def over_time(video: Tensor, scene: Scene, lengths: Sequence[int]) -> dict[str, Any]:
-    """How a long video drifts away from its own first chunk, and what is left of the promised things at its end.
+    """The drift of a long video away from its own first chunk, and the promised things that are left at its end.
 
     `drifts`: per chunk the root mean square, over six numbers in 0…1, of their change since the first chunk: mean
     red, green and blue, contrast (standard deviation of luma), colourfulness (mean of strongest minus weakest

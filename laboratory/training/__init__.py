@@ -1,1 +1,1 @@
-"""Trains the demo model: data, VAE, autoregressive model, few-step student, export, evaluation. See README.md."""
+"""The demo model's training: data, VAE, autoregressive model, few-step student, export, evaluation. See README.md."""

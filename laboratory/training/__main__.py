@@ -1,4 +1,4 @@
-"""Trains the demo model, resumably: python -m laboratory.training STAGE --out DIR [options]; see README.md."""
+"""Train the demo model, resumably: python -m laboratory.training STAGE --out DIR [options]; see README.md."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ from .evaluate import evaluate
 from .export import export
 from .recipe import PRESETS, Lesson, Recipe
 from .shapes import draw_clip, render
-from .stage import OnStep, Paused, autocast
+from .stage import Paused, Session, autocast
 from .train_ar import CACHES, cache_latents, train_ar, train_few
 from .train_vae import fold_statistics, latent_statistics, train_vae, whole_clip_psnr
 
@@ -34,37 +34,26 @@ PAUSED = 75  # exit status
 
 def run(
     recipe: Recipe,
-    folder: Path,
+    session: Session,
     *,
-    device: torch.device,
     minutes: float | None = None,
     last: str = "evaluate",
-    on_step: OnStep | None = None,
-    deadline: float | None = None,
     start: Path | None = None,
 ) -> dict:
-    """Everything up to the stage `last`; what the evaluation counted, where it ran. Raises Paused at the deadline.
+    """Run everything up to the stage `last`; the counts of the evaluation, if it ran. Raises Paused at the deadline.
 
-    start: a folder of exported models, which stand for the VAE and the first lesson.
+    start: a folder of exported models, which replace the VAE and the first lesson.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _keep_recipe(recipe, folder)
+    session.folder.mkdir(parents=True, exist_ok=True)
+    _keep_recipe(recipe, session.folder)
     try:
-        return _stages(recipe, folder, device, minutes, last, on_step, deadline, start)
+        return _stages(recipe, session, minutes, last, start)
     finally:
-        draw_curves(folder)
+        draw_curves(session.folder)
 
 
-def _stages(
-    recipe: Recipe,
-    folder: Path,
-    device: torch.device,
-    minutes: float | None,
-    last: str,
-    on_step: OnStep | None,
-    deadline: float | None,
-    start: Path | None,
-) -> dict:
+def _stages(recipe: Recipe, session: Session, minutes: float | None, last: str, start: Path | None) -> dict:
+    folder, device = session.folder, session.device
     shares = [None if minutes is None else minutes * share for share in recipe.shares]
     clock = time.monotonic()
 
@@ -76,14 +65,14 @@ def _stages(
 
     def latents(lesson: Lesson, stage: str, share: float | None) -> dict[str, torch.Tensor]:
         file = folder / CACHES[stage]
-        if deadline is not None and not file.exists() and deadline - clock < 60 * (share or 0):
+        if session.deadline is not None and not file.exists() and session.deadline - clock < 60 * (share or 0):
             raise Paused("there is no time left to make the latents; the same command makes them")
         found = cache_latents(recipe, lesson, vae, file, device, share)
         lap(f"latents of {len(found['ids'])} clips")
         return found
 
     if start is None:
-        vae = train_vae(recipe, folder, device, shares[0], on_step, deadline)
+        vae = train_vae(recipe, session, shares[0])
         videos = _held_out(recipe, device)
         with autocast(recipe, device):
             fold_statistics(vae, *latent_statistics(vae, videos))
@@ -91,9 +80,9 @@ def _stages(
         lap("vae")
         if last == "vae":
             return {}
-        table = {name: tensor.to(device) for name, tensor in new_table(recipe.text_dim, recipe.seed).items()}
+        table = {name: tensor.to(device) for name, tensor in new_table(recipe.model.text_dim, recipe.seed).items()}
         cache = latents(recipe.first, "ar", shares[1])
-        teacher = train_ar(recipe, recipe.first, cache, table, folder, device, shares[2], on_step, deadline)
+        teacher = train_ar(recipe, recipe.first, cache, table, session, shares[2])
         lap("ar")
     else:
         known = load_demo_model(start, device)
@@ -102,15 +91,13 @@ def _stages(
         return {}
     if recipe.second is not None:
         cache = latents(recipe.second, "second", shares[3])
-        teacher = train_ar(
-            recipe, recipe.second, cache, table, folder, device, shares[4], on_step, deadline, start=teacher
-        )
+        teacher = train_ar(recipe, recipe.second, cache, table, session, shares[4], start=teacher)
         lap("second")
     if last == "second":
         return {}
     student = teacher
-    if recipe.few_steps:
-        student = train_few(recipe, teacher, cache, table, folder, device, shares[5], on_step, deadline)
+    if recipe.few.steps:
+        student = train_few(recipe, teacher, cache, table, session, shares[5])
         lap("few")
     for file in export(folder / "models", student, vae, table, recipe.video):
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
@@ -123,13 +110,13 @@ def _stages(
 
 def _held_out(recipe: Recipe, device: torch.device) -> torch.Tensor:
     """Videos [B, 3, T, H, W] in −1…1 of a list that no stage trains on."""
-    aspect, seed = recipe.width / recipe.height, recipe.seed + HELD_OUT_SEED_OFFSET
-    clips = [draw_clip(seed, index, aspect=aspect, level=recipe.first.level) for index in range(recipe.held_out_clips)]
-    return render(clips, recipe.frames, recipe.height, recipe.width, device=device).permute(0, 4, 1, 2, 3) * 2 - 1
+    seed, size = recipe.seed + HELD_OUT_SEED_OFFSET, recipe.video
+    clips = [draw_clip(seed, i, aspect=recipe.aspect, level=recipe.first.level) for i in range(recipe.held_out_clips)]
+    return render(clips, size.frames, size.height, size.width, device=device).permute(0, 4, 1, 2, 3) * 2 - 1
 
 
 def _keep_recipe(recipe: Recipe, folder: Path) -> None:
-    """Write the recipe beside its results; ValueError where the folder holds those of another one."""
+    """Write the recipe next to its results; ValueError if the folder holds those of another one."""
     file = folder / "recipe.json"
     text = json.dumps(asdict(recipe), indent=1) + "\n"
     if file.exists() and file.read_text(encoding="utf-8") != text:
@@ -167,7 +154,7 @@ def _report(stage: str, step: int, values: Mapping[str, float]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="laboratory.training", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m laboratory.training", description=__doc__)
     parser.add_argument("stage", choices=[*STAGES, "all"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", choices=PRESETS, default="h200")
@@ -180,19 +167,10 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     recipe = replace(PRESETS[options.preset], seed=options.seed)
     last = "evaluate" if options.stage == "all" else options.stage
-    device = torch.device(options.device)
     deadline = None if options.pause_after is None else time.monotonic() + 60 * options.pause_after
+    session = Session(options.out, torch.device(options.device), _report, deadline)
     try:
-        run(
-            recipe,
-            options.out,
-            device=device,
-            minutes=options.minutes,
-            last=last,
-            on_step=_report,
-            deadline=deadline,
-            start=options.start,
-        )
+        run(recipe, session, minutes=options.minutes, last=last, start=options.start)
     except Paused as pause:
         print(pause)
         sys.exit(PAUSED)

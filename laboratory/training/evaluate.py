@@ -1,4 +1,4 @@
-"""Rolls the exported model out over fixed captions, dense and sparse, and lets the detector judge the videos."""
+"""Roll the exported model out over fixed captions, dense and sparse, and judge the videos by the detector."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ TEST_SEED_OFFSET = 2_000_003
 
 
 def evaluation_scenes(recipe: Recipe) -> dict[str, list[Scene]]:
-    """The scenes of the evaluation, of each lesson as many, all different; training never drew from their lists."""
+    """As many different scenes of each lesson, from lists that training never draws from."""
     lessons = {"first": recipe.first, "second": recipe.second}
     return {name: _drawn(recipe, lesson.level) for name, lesson in lessons.items() if lesson is not None}
 
@@ -47,19 +47,18 @@ def generate(
     *,
     seed: int,
     growth: list[float] | None = None,
-    sigmas: list[float] | None = None,
 ) -> Tensor:
     """A video of the scene's caption, [frames, H, W, 3] in 0…1 on the CPU."""
-    context = context_of_caption(models.table, caption_of(scene))
+    context, video = context_of_caption(models.table, caption_of(scene)), recipe.video
     chunks = rollout(
         models.dit,
         context,
-        latent_shape=(1, 16, recipe.latent_frames, recipe.height // 8, recipe.width // 8),
-        frames_per_chunk=recipe.frames_per_chunk,
-        sigmas=sigmas or few_step_sigmas(),
+        latent_shape=(1, 16, video.latent_frames, video.height // 8, video.width // 8),
+        frames_per_chunk=video.frames_per_chunk,
+        sigmas=few_step_sigmas(),
         growth=growth,
         seed=seed,
-        attention=AttentionOptions(block=(recipe.block, recipe.block), estimator=Family.estimator, tail=Family.tail),
+        attention=AttentionOptions(block=(video.block, video.block), estimator=Family.estimator, tail=Family.tail),
     )
     decoder = StreamingDecoder(models.vae)
     return torch.cat([decoder.decode(chunk.latents)[0].float().cpu() for chunk in chunks])
@@ -71,7 +70,9 @@ def evaluate(recipe: Recipe, folder: Path, device: torch.device) -> dict:
     Writes evaluation.json and one picture sheet each; returns (right, of) by "dense first" and so on.
     """
     models = load_demo_model(folder, device)
-    schedule = Schedule(recipe.latent_frames, recipe.frames_per_chunk, target=Family.target, base=Family.base)
+    schedule = Schedule(
+        recipe.video.latent_frames, recipe.video.frames_per_chunk, target=Family.target, base=Family.base
+    )
     growth = schedule.sparsities()
     results = {}
     for lesson, scenes in evaluation_scenes(recipe).items():

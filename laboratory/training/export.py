@@ -1,4 +1,4 @@
-"""Writes the trained models as files that this pack and ComfyUI's own loaders read, and refuses to exceed 24 MB.
+"""Write the trained models as files that this pack and ComfyUI's own loaders read; refuse to exceed 24 MB.
 
 Names and layouts are the published ones. The DiT's text width is not Wan's; ComfyUI reads it from the metadata.
 """

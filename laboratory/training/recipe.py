@@ -1,4 +1,4 @@
-"""What one training run makes and how large everything is, as presets."""
+"""The sizes and amounts of one training run, as presets."""
 
 from dataclasses import dataclass, replace
 
@@ -8,10 +8,40 @@ Kinds = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What the autoregressive model learns in one stage, and from what.
+class VAERecipe:
+    """The VAE and its training, first on single pictures and then on clips.
 
-    clips, openings: videos whose latents it learns on, and others of which it knows the first chunk only. phases:
+    dim: its width. frames: of the crops that it learns on. crop: the side of their squares in pixels, None for whole
+    pictures. batch: clips; of single pictures half as many as one batch of clips has frames. steps, rate: on clips;
+    image_steps, image_rate: on pictures before, 0 steps for none.
+    """
+
+    dim: int = 16
+    frames: int = 17
+    crop: int | None = None
+    image_steps: int = 0
+    image_rate: float = 2e-3
+    batch: int = 12
+    steps: int = 20_000
+    rate: float = 1.5e-3
+    kl_weight: float = 1e-4
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The size of the autoregressive model."""
+
+    dim: int = 256
+    ffn_dim: int = 1024
+    layers: int = 6
+    text_dim: int = 256
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One stage of the autoregressive model's training, and its clips.
+
+    clips, openings: videos whose latents it learns on, and others of which it sees the first chunk only. phases:
     (share, kinds), the kinds of batches, (chunks, clips) each and in turn, until which share of the stage is over;
     the first chunk is the hardest to learn and the cheapest, and the first steps need no large batches.
     """
@@ -25,141 +55,112 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Sizes of the data, the models and the batches, and how much of each stage there is.
+class History:
+    """Training of the autoregressive model towards its use in four steps.
 
-    Steps are upper limits; with a time budget a stage also ends when its share of it is spent, and learning rates
-    fall with whichever comes first. height, width: pixels. frames: of the videos, 1 + 4k. vae_frames: of the crops
-    that the VAE learns on; vae_crop: the side of their squares, None for whole pictures; vae_image_steps, 0 for none:
-    before them it learns on single pictures, half as many as one batch has frames.
-
-    first, second: what the autoregressive model learns, and what it learns on top of that. The VAE learns on the
-    first's clips. own_history: how often clips of several chunks stand behind history that the model made. few_share:
-    how often a noise level is one that the four steps use. few_steps: 0 for no last stage; few_batch, few_chunks:
-    clips and their length there. thing_weight: how much more the autoregressive model's loss counts where something is
-    to be seen, 0 no more; with few steps to spend it learns backgrounds alone without. bfloat16: compute in bfloat16
-    on a CPU too, several times as fast where its instructions know bfloat16.
+    own: how often clips of several chunks follow a history that the model made. few_share: how often a noise level is
+    one of the four steps'. thing_weight: how much more the loss counts where a thing is, 0 no more; without it a model
+    with few steps to spend learns backgrounds alone.
     """
 
-    height: int = 128
-    width: int = 192
-    frames: int = 81
-    seed: int = 0
-
-    vae_dim: int = 16
-    vae_frames: int = 17
-    vae_crop: int | None = None
-    vae_image_steps: int = 0
-    vae_image_rate: float = 2e-3
-    vae_batch: int = 12
-    vae_steps: int = 20_000
-    vae_rate: float = 1.5e-3
-    kl_weight: float = 1e-4
-    cache_batch: int = 8
-
-    dim: int = 256
-    ffn_dim: int = 1024
-    layers: int = 6
-    text_dim: int = 256
-    frames_per_chunk: int = 3
-    first: Lesson = Lesson("full", clips=12_000, openings=0, steps=20_000, rate=1e-3, phases=((1.0, ((7, 64),)),))
-    second: Lesson | None = None
-    own_history: float = 0.0
+    own: float = 0.0
     few_share: float = 0.0
     thing_weight: float = 0.0
-    few_batch: int = 48
-    few_steps: int = 8_000
-    few_rate: float = 2e-4
-    few_chunks: int = 7
 
+
+@dataclass(frozen=True)
+class FewRecipe:
+    """The distillation into four steps; batch, chunks: clips and their length. steps: 0 for no such stage."""
+
+    steps: int = 8_000
+    rate: float = 2e-4
+    batch: int = 48
+    chunks: int = 7
+
+
+LARGE = DemoVideo(128, 192, frames=81, frames_per_chunk=3, block=16, level="full")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. Steps are upper limits; with a time budget a stage also ends when its share of it is spent.
+
+    Learning rates fall with whichever comes first. video: what the exported model says of its videos; its level is
+    that of the last lesson. first, second: what the autoregressive model learns, and what it learns on top of that; the
+    VAE learns on the first's clips. bfloat16: compute in bfloat16 on a CPU too, several times as fast if it has
+    instructions for that. shares: of a time budget, for VAE, latents, first lesson, latents, second lesson and few-step
+    stage; the rest is left.
+    """
+
+    video: DemoVideo = LARGE
+    vae: VAERecipe = VAERecipe()
+    model: ModelRecipe = ModelRecipe()
+    first: Lesson = Lesson("full", clips=12_000, openings=0, steps=20_000, rate=1e-3, phases=((1.0, ((7, 64),)),))
+    second: Lesson | None = None
+    history: History = History()
+    few: FewRecipe = FewRecipe()
+    seed: int = 0
     bfloat16: bool = False
+    cache_batch: int = 8
     save_every: int = 250
     held_out_clips: int = 16
     eval_captions: int = 20
-    block: int = 16
-    # Of a time budget: VAE, latents, first lesson, latents, second lesson, few-step; the rest is left.
     shares: tuple[float, float, float, float, float, float] = (0.32, 0.08, 0.42, 0.0, 0.0, 0.14)
 
     @property
-    def latent_frames(self) -> int:
-        return self.video.latent_frames
+    def aspect(self) -> float:
+        return self.video.width / self.video.height
 
-    @property
-    def video(self) -> DemoVideo:
-        """What the exported model says of its videos."""
-        level = (self.second or self.first).level
-        return DemoVideo(self.height, self.width, self.frames, self.frames_per_chunk, self.block, level)
 
+_CPU = Recipe(
+    video=DemoVideo(96, 144, frames=81, frames_per_chunk=3, block=16, level="simple"),
+    vae=VAERecipe(dim=8, crop=48, image_steps=1200, batch=2, steps=1600, rate=6e-4),
+    model=ModelRecipe(layers=4),
+    first=Lesson(
+        "simple",
+        clips=320,
+        openings=3200,
+        steps=10_400,
+        rate=1e-3,
+        phases=((0.2, ((1, 8),)), (0.5, ((1, 16),)), (0.6, ((2, 8),)), (1.0, ((7, 3), (1, 16)))),
+    ),
+    history=History(own=0.5, few_share=0.9, thing_weight=3.0),
+    few=FewRecipe(steps=0),
+    bfloat16=True,
+    cache_batch=4,
+    save_every=50,
+    shares=(0.18, 0.09, 0.7, 0.0, 0.0, 0.0),
+)
 
 PRESETS = {
     "h200": Recipe(),
-    "cpu": Recipe(
-        height=96,
-        width=144,
-        vae_dim=8,
-        vae_frames=17,
-        vae_crop=48,
-        vae_image_steps=1200,
-        vae_batch=2,
-        vae_steps=1600,
-        vae_rate=6e-4,
-        cache_batch=4,
-        layers=4,
-        bfloat16=True,
-        first=Lesson(
-            "simple",
-            clips=320,
-            openings=3200,
-            steps=10_400,
-            rate=1e-3,
-            phases=((0.2, ((1, 8),)), (0.5, ((1, 16),)), (0.6, ((2, 8),)), (1.0, ((7, 3), (1, 16)))),
+    "cpu": _CPU,
+    "pillar": replace(
+        _CPU,
+        video=replace(_CPU.video, level="pillar"),
+        second=Lesson(
+            "pillar",
+            clips=240,
+            openings=1600,
+            steps=1_500,
+            rate=6e-4,
+            phases=((0.25, ((1, 16),)), (1.0, ((7, 3), (7, 3), (1, 16)))),
         ),
-        own_history=0.5,
-        few_share=0.9,
-        thing_weight=3.0,
-        few_steps=0,
-        save_every=50,
-        shares=(0.18, 0.09, 0.7, 0.0, 0.0, 0.0),
+        shares=(0.15, 0.07, 0.57, 0.04, 0.14, 0.0),
     ),
     "tiny": Recipe(
-        height=32,
-        width=48,
-        frames=21,
-        vae_dim=2,
-        vae_frames=5,
-        vae_crop=32,
-        vae_image_steps=2,
-        vae_batch=1,
-        vae_steps=2,
-        cache_batch=2,
-        dim=128,
-        ffn_dim=64,
-        layers=1,
-        text_dim=32,
+        video=DemoVideo(32, 48, frames=21, frames_per_chunk=3, block=16, level="pillar"),
+        vae=VAERecipe(dim=2, frames=5, crop=32, image_steps=2, batch=1, steps=2),
+        model=ModelRecipe(dim=128, ffn_dim=64, layers=1, text_dim=32),
         first=Lesson(
             "simple", clips=4, openings=3, steps=4, rate=1e-3, phases=((0.5, ((1, 4),)), (1.0, ((2, 2), (1, 2))))
         ),
         second=Lesson("pillar", clips=3, openings=2, steps=2, rate=1e-3, phases=((1.0, ((2, 2), (1, 2))),)),
-        own_history=0.5,
-        few_share=0.5,
-        thing_weight=1.0,
-        few_batch=2,
-        few_steps=2,
-        few_chunks=1,
+        history=History(own=0.5, few_share=0.5, thing_weight=1.0),
+        few=FewRecipe(steps=2, batch=2, chunks=1),
+        cache_batch=2,
         save_every=2,
         held_out_clips=2,
         eval_captions=1,
     ),
 }
-PRESETS["pillar"] = replace(
-    PRESETS["cpu"],
-    second=Lesson(
-        "pillar",
-        clips=240,
-        openings=1600,
-        steps=1_500,
-        rate=6e-4,
-        phases=((0.25, ((1, 16),)), (1.0, ((7, 3), (7, 3), (1, 16)))),
-    ),
-    shares=(0.15, 0.07, 0.57, 0.04, 0.14, 0.0),
-)

@@ -1,4 +1,4 @@
-"""Procedural videos of moving coloured shapes, the same for the same (seed, index) everywhere.
+"""Procedural videos of moving coloured shapes, a function of (seed, index) alone.
 
 Lengths are in units of the picture's height, times in seconds. A shape bounces when its outline meets an edge, and
 runs freely for at least its first second, so that a caption's direction can be seen.
@@ -37,7 +37,7 @@ RGB = {
     "purple": (0.55, 0.18, 0.80),
     "pink": (0.96, 0.45, 0.72),
 }
-SIMPLE_SPREAD = 0.25  # of the places to start from; a small model that must choose among all of them blurs its choices
+SIMPLE_SPREAD = 0.25  # of the start positions; a small model that must choose among all of them blurs its choices
 CANDIDATES = 48  # start positions tried for a clip with two things
 PILLAR = 0.32  # width, in the middle of the picture
 PILLAR_SHADE = 0.6  # of the background
@@ -47,11 +47,11 @@ WAVES = 6  # plane waves in a background
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip: what its caption says, and the numbers that the caption leaves open.
+    """One clip: the scene of its caption, and the numbers that the caption leaves open.
 
     radii: of each thing. starts, velocities: [things, 2] as (x, y) and per second. aspect: width / height.
     ground: RGB of the background's mean; waves: [WAVES, 4] as amplitude, x and y frequency in cycles, phase.
-    pillar: whether one stands before the things.
+    pillar: whether a pillar covers the middle of the picture.
     """
 
     scene: Scene
@@ -65,7 +65,7 @@ class Clip:
 
 
 def extents(shape: str, radius: float) -> tuple[float, float, float, float]:
-    """How far an outline reaches from its centre: left, right, up, down."""
+    """The reach of an outline from its centre: left, right, up, down."""
     if shape == "circle":
         return radius, radius, radius, radius
     if shape == "square":
@@ -77,7 +77,7 @@ def extents(shape: str, radius: float) -> tuple[float, float, float, float]:
 
 
 def draw_clip(seed: int, index: int, *, aspect: float = 1.5, level: Level = "full", frames: int = 81) -> Clip:
-    """The `index`-th clip of the endless list that `seed` names. frames: the length in which occlusions should fall."""
+    """Clip `index` of the endless list of `seed`. frames: the length within which occlusions should happen."""
     rng = np.random.default_rng([seed, index])
     if level == "pillar":
         return _passing_clip(rng, aspect)
@@ -110,9 +110,9 @@ def _passing_clip(rng: np.random.Generator, aspect: float) -> Clip:
 def place_scene(
     scene: Scene, rng: np.random.Generator, *, aspect: float = 1.5, frames: int = 81, spread: float = 1.0
 ) -> Clip:
-    """A clip of `scene`; two things cross in about half of the clips where they can, and else keep apart.
+    """A clip of `scene`; two things that can cross do so in about half of the clips, and else keep apart.
 
-    spread: how far from the middle of all places where a thing may start it does, 1 anywhere.
+    spread: the part of all start positions that is used, around their middle; 1 is all.
     """
     count = len(scene.things)
     radii = rng.uniform(*RADII, count)
@@ -174,7 +174,7 @@ def _bounds(scene: Scene, radii: np.ndarray, aspect: float) -> tuple[np.ndarray,
 
 
 def _reflect(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """x folded back and forth between low and high, as by mirrors."""
+    """x reflected back and forth between low and high."""
     span = high - low
     return low + span - np.abs((x - low) % (2 * span) - span)
 
@@ -190,7 +190,7 @@ def _distance(shape: str, radius: float, dx: Tensor, dy: Tensor) -> Tensor:
 
 
 def _waves(background: str, rng: np.random.Generator) -> np.ndarray:
-    """A background's plane waves; one that needs fewer has the others at amplitude 0."""
+    """A background's plane waves; those that it does not need have amplitude 0."""
     waves = np.zeros((WAVES, 4))
     waves[:, 3] = rng.uniform(0, 2 * math.pi, WAVES)
     contrast = rng.uniform(0.05, 0.1)

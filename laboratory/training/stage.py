@@ -1,7 +1,7 @@
-"""The loop that every training stage shares: budget, learning rate, EMA, checkpoints that resume exactly, logs.
+"""The loop that all training stages share: budget, learning rate, EMA, logs, and checkpoints that resume exactly.
 
-All randomness of a step follows from (seed, stage, step), so that a run which was interrupted and continued gives
-the very weights of one which was not, where its budget counts steps.
+All randomness of a step follows from (seed, stage, step). If the budget counts steps, an interrupted and continued run
+therefore gives exactly the weights of an uninterrupted one.
 """
 
 import copy
@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +29,21 @@ OnStep = Callable[[str, int, Mapping[str, float]], None]
 
 
 class Paused(Exception):
-    """The time for now is over; everything is saved, and the same command goes on from here."""
+    """The deadline has passed; everything is saved, and the same command continues from here."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """One call of the training.
+
+    folder: holds checkpoints, logs and results. device: computes. on_step: called as on_step(stage, step, values).
+    deadline: the moment, on time.monotonic's clock, at which a stage saves and raises Paused.
+    """
+
+    folder: Path
+    device: torch.device
+    on_step: OnStep | None = None
+    deadline: float | None = None
 
 
 def step_generator(seed: int, stage: str, step: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -38,30 +53,28 @@ def step_generator(seed: int, stage: str, step: int, device: torch.device | str 
 
 
 def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
-    """bfloat16 for the heavy operations, on a GPU always and on a CPU where the recipe says so."""
+    """bfloat16 for the heavy operations, always on a GPU, on a CPU if the recipe says so."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or recipe.bfloat16)
 
 
 class Stage:
-    """One stage's state: the module that learns, its moving average, the optimiser, and where it stands.
+    """One stage's state: the module that learns, its moving average, the optimiser, and the number of steps done.
 
-    Continues from `folder`/`name`.pt where that exists. minutes: None counts steps alone. deadline: the moment, on
-    time.monotonic's clock, at which `run` saves and raises Paused.
+    Continues from `name`.pt in the session's folder if that exists. minutes: None counts steps alone.
     """
 
     def __init__(
         self,
-        folder: Path,
+        session: Session,
         name: str,
         module: nn.Module,
         *,
         rate: float,
         steps: int,
-        minutes: float | None,
+        minutes: float | None = None,
         save_every: int,
-        deadline: float | None = None,
     ) -> None:
-        self.folder, self.name, self.module, self.deadline = folder, name, module, deadline
+        self.session, self.name, self.module = session, name, module
         self.steps, self.minutes, self.save_every, self.rate = steps, minutes, save_every, rate
         self.ema = copy.deepcopy(module).requires_grad_(False)
         self.step, self.seconds, self.done = 0, 0.0, False
@@ -71,15 +84,16 @@ class Stage:
 
     @property
     def _file(self) -> Path:
-        return self.folder / f"{self.name}.pt"
+        return self.session.folder / f"{self.name}.pt"
 
     @property
     def _log(self) -> Path:
-        return self.folder / f"{self.name}.jsonl"
+        return self.session.folder / f"{self.name}.jsonl"
 
-    def run(self, step_loss: StepLoss, on_step: OnStep | None = None) -> nn.Module:
+    def run(self, step_loss: StepLoss) -> nn.Module:
         """Train to the end of the budget; `step_loss(step)` gives the loss and what to log. Returns the average."""
         self._cut_log()
+        deadline, on_step = self.session.deadline, self.session.on_step
         began = time.monotonic() - self.seconds
         with self._log.open("a", encoding="utf-8") as log:
             while not self.done:
@@ -98,19 +112,19 @@ class Stage:
                 self.done = self.progress >= 1.0
                 numbers = {key: value.item() for key, value in {"loss": loss, **values, "norm": norm}.items()}
                 log.write(json.dumps({"step": self.step, "seconds": round(self.seconds, 2), **numbers}) + "\n")
-                pauses = not self.done and self.deadline is not None and time.monotonic() > self.deadline
+                pauses = not self.done and deadline is not None and time.monotonic() > deadline
                 if self.done or pauses or self.step % self.save_every == 0:
                     log.flush()
                     self._save()
                 if on_step is not None:
                     on_step(self.name, self.step, numbers)
                 if pauses:
-                    raise Paused(f"{self.name} paused after step {self.step}; the same command goes on from there")
+                    raise Paused(f"{self.name} paused after step {self.step}; the same command continues from there")
         return self.ema
 
     @property
     def progress(self) -> float:
-        """Share of the budget that is spent."""
+        """The share of the budget that is spent."""
         spent = self.step / self.steps
         return spent if self.minutes is None else max(spent, self.seconds / (60 * self.minutes))
 
@@ -144,7 +158,7 @@ class Stage:
         self.optimiser.load_state_dict(state["optimiser"])
 
     def _cut_log(self) -> None:
-        """Drop what an interrupted run logged after its last checkpoint."""
+        """Drop the lines that an interrupted run logged after its last checkpoint."""
         if self._log.exists():
             lines = self._log.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]

@@ -1,8 +1,8 @@
 """The stages after the VAE: latents, the autoregressive model by teacher forcing, and its four-step student.
 
-The student is distilled for consistency along the teacher's own flow: each clip's start is one of many, and plain
-x0 regression would give four steps their blurred mean. Half of its steps read a history that the student itself
-denoised, so that a rollout meets nothing new in its own output.
+The student is distilled for consistency along the teacher's own flow: a caption leaves the clip's start open, and plain
+x0 regression would give four steps the blurred mean of all starts. Half of its steps read a history that the student
+itself denoised, so that a rollout meets nothing new in its own output.
 """
 
 import time
@@ -21,30 +21,26 @@ from lightforcing.lightforcing_core.vae.wan_vae import WanVAE, normalise_latents
 
 from .recipe import Lesson, Recipe
 from .shapes import draw_clip, render
-from .stage import OnStep, Stage, autocast, step_generator
+from .stage import Session, Stage, autocast, step_generator
 from .whole_clip import encode_clip, teacher_forced
 
 CACHES = {"ar": "latents.safetensors", "second": "latents_second.safetensors"}
 SHIFT = 5.0
-DIRTY = 0.1  # the most noise in a history that claims to be clean
+DIRTY = 0.1  # the most noise in a history that counts as clean
 GRID = 32  # noise levels along which consistency is distilled
 TRAIN_SEED_OFFSET = 1_000_003  # the model's clips are not those of the VAE
 
 
 def new_model(recipe: Recipe) -> Wan:
-    """A Wan to be trained: Xavier linears, unit norms, a silent head."""
-    model = Wan(
-        dim=recipe.dim,
-        ffn_dim=recipe.ffn_dim,
-        num_layers=recipe.layers,
-        text_dim=recipe.text_dim,
-    )
+    """A Wan to be trained: Xavier linears, unit norms, a head of zeros."""
+    sizes = recipe.model
+    model = Wan(dim=sizes.dim, ffn_dim=sizes.ffn_dim, num_layers=sizes.layers, text_dim=sizes.text_dim)
     generator = torch.Generator().manual_seed(recipe.seed)
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight"):
             nn.init.ones_(parameter)
         elif name.endswith("modulation"):
-            nn.init.normal_(parameter, std=recipe.dim**-0.5, generator=generator)
+            nn.init.normal_(parameter, std=sizes.dim**-0.5, generator=generator)
         elif name.endswith("bias") or name.startswith("head.head"):
             nn.init.zeros_(parameter)
         elif name.startswith("time_"):
@@ -57,7 +53,7 @@ def new_model(recipe: Recipe) -> Wan:
 def cache_latents(
     recipe: Recipe, lesson: Lesson, vae: WanVAE, file: Path, device: torch.device, minutes: float | None = None
 ) -> dict[str, Tensor]:
-    """The latents that the model learns on in a lesson, from `file` or made and kept there.
+    """The latents of a lesson, from `file` or made and kept there.
 
     latents [clips, 16, F, h, w] (bfloat16, normalised) and ids [clips, SLOTS]; openings and opening_ids, the same of
     other clips and their first chunk alone. Makes at least one batch of each, then as many as half the minutes allow.
@@ -65,8 +61,9 @@ def cache_latents(
     if not file.exists():
         half = None if minutes is None else minutes / 2
         wholes, others = range(lesson.clips), range(lesson.clips, lesson.clips + lesson.openings)
-        latents, ids = encode_clips(recipe, lesson.level, vae, device, wholes, recipe.latent_frames, half)
-        openings, opening_ids = encode_clips(recipe, lesson.level, vae, device, others, recipe.frames_per_chunk, half)
+        latents, ids = encode_clips(recipe, lesson.level, vae, device, wholes, recipe.video.latent_frames, half)
+        chunk = recipe.video.frames_per_chunk
+        openings, opening_ids = encode_clips(recipe, lesson.level, vae, device, others, chunk, half)
         tensors = {"latents": latents, "ids": ids, "openings": openings, "opening_ids": opening_ids}
         write_tensors(file, tensors, {})
     return {name: tensor.to(device) for name, tensor in load_file(file).items()}
@@ -83,19 +80,19 @@ def encode_clips(
     minutes: float | None,
 ) -> tuple[Tensor, Tensor]:
     """The first `latent_frames` of some clips and their captions' word ids, of as many as the minutes allow."""
-    began, aspect = time.monotonic(), recipe.width / recipe.height
-    latents = [torch.empty(0, 16, latent_frames, recipe.height // 8, recipe.width // 8, dtype=torch.bfloat16)]
+    began, video = time.monotonic(), recipe.video
+    latents = [torch.empty(0, 16, latent_frames, video.height // 8, video.width // 8, dtype=torch.bfloat16)]
     ids = [torch.empty(0, SLOTS, dtype=torch.long)]
     for first in clips[:: recipe.cache_batch]:
         if len(ids) > 1 and minutes is not None and time.monotonic() - began > 60 * minutes:
             break
         drawn = [
-            draw_clip(recipe.seed + TRAIN_SEED_OFFSET, index, aspect=aspect, level=level, frames=recipe.frames)
+            draw_clip(recipe.seed + TRAIN_SEED_OFFSET, index, aspect=recipe.aspect, level=level, frames=video.frames)
             for index in range(first, min(first + recipe.cache_batch, clips.stop))
         ]
-        video = render(drawn, 4 * latent_frames - 3, recipe.height, recipe.width, device=device)
+        pixels = render(drawn, 4 * latent_frames - 3, video.height, video.width, device=device)
         with autocast(recipe, device):
-            mean, _ = encode_clip(vae, video.permute(0, 4, 1, 2, 3) * 2 - 1)
+            mean, _ = encode_clip(vae, pixels.permute(0, 4, 1, 2, 3) * 2 - 1)
         latents.append(normalise_latents(mean.float()).bfloat16().cpu())
         ids.append(torch.tensor([word_ids(caption_of(clip.scene)) for clip in drawn]))
     return torch.cat(latents), torch.cat(ids)
@@ -117,12 +114,12 @@ class Batches:
         if chunks == 1 and len(self._cache["openings"]):
             latents, ids = self._cache["openings"], self._cache["opening_ids"]
         index = torch.randint(0, len(ids), (clips,), generator=generator, device=self._device)
-        clean = latents[index, :, : chunks * self._recipe.frames_per_chunk]
+        clean = latents[index, :, : chunks * self._recipe.video.frames_per_chunk]
         return clean.float(), context_of(self._table, ids[index]), generator
 
     def per_frame(self, chunk_values: Tensor, frames: int) -> Tensor:
         """One value a chunk [B, chunks] → one a frame [B, frames]."""
-        return chunk_values.repeat_interleave(self._recipe.frames_per_chunk, 1)[:, :frames]
+        return chunk_values.repeat_interleave(self._recipe.video.frames_per_chunk, 1)[:, :frames]
 
 
 def train_ar(
@@ -130,11 +127,8 @@ def train_ar(
     lesson: Lesson,
     cache: dict[str, Tensor],
     table: dict[str, Tensor],
-    folder: Path,
-    device: torch.device,
+    session: Session,
     minutes: float | None = None,
-    on_step: OnStep | None = None,
-    deadline: float | None = None,
     *,
     start: Wan | None = None,
 ) -> Wan:
@@ -143,18 +137,18 @@ def train_ar(
     Every chunk has a noise level of its own: one of those of the four steps in `few_share` of all cases, else any
     under shift 5.
     """
+    device, history_of = session.device, recipe.history
     model = new_model(recipe).to(device)
     if start is not None:
         model.load_state_dict(start.state_dict())
     stage = Stage(
-        folder,
+        session,
         "ar" if start is None else "second",
         model,
         rate=lesson.rate,
         steps=lesson.steps,
         minutes=minutes,
         save_every=recipe.save_every,
-        deadline=deadline,
     )
     batches = Batches(recipe, cache, table, device, stage.name)
     levels = torch.tensor(few_step_sigmas(shift=SHIFT)[:-1], device=device)
@@ -165,26 +159,31 @@ def train_ar(
         chunks, clips = kinds[step % len(kinds)]
         x0, context, generator = batches.draw(step, clips, chunks)
         u, chance = torch.rand(2, len(x0), chunks, generator=generator, device=device)
-        level = torch.where(chance < recipe.few_share, levels[(u * len(levels)).long()], _shifted(u))
+        level = torch.where(chance < history_of.few_share, levels[(u * len(levels)).long()], _shifted(u))
         sigma = batches.per_frame(level, x0.shape[2])
         noise = torch.randn(x0.shape, generator=generator, device=device)
         noisy = _mixed(x0, noise, sigma)
         history = _dirtied(x0, generator)
-        if chunks > 1 and bool(torch.rand((), generator=generator, device=device) < recipe.own_history):
+        if chunks > 1 and bool(torch.rand((), generator=generator, device=device) < history_of.own):
             history = _made(stage.ema, x0, history, levels, context, generator, batches, recipe)
         flow = _flow(model, noisy, history, sigma, context, recipe)
         error = (flow - (noise - x0)).square()
-        values = {"mean": error.detach().mean(), "first_chunk": error[:, :, : recipe.frames_per_chunk].detach().mean()}
-        weights = thing_weights(x0, recipe.thing_weight) * _spread(batches.per_frame(chunk_weights(level), x0.shape[2]))
+        values = {
+            "mean": error.detach().mean(),
+            "first_chunk": error[:, :, : recipe.video.frames_per_chunk].detach().mean(),
+        }
+        weights = thing_weights(x0, history_of.thing_weight) * _spread(
+            batches.per_frame(chunk_weights(level), x0.shape[2])
+        )
         return (weights * error).mean(), values
 
-    return stage.run(loss_of, on_step)
+    return stage.run(loss_of)
 
 
 def thing_weights(x0: Tensor, weight: float) -> Tensor:
-    """How much each place of x0 [B, 16, F, h, w] counts, [B, 1, F, h, w] of mean 1.
+    """The weight of each place of x0 [B, 16, F, h, w], [B, 1, F, h, w] of mean 1.
 
-    1 plus `weight` times its squared distance from its frame's median, which the mean of those divides.
+    1 plus `weight` times its squared distance from its frame's median, in units of the mean distance.
     """
     median = x0.flatten(3).median(3).values[..., None, None]
     far = (x0 - median).square().mean(1, keepdim=True)
@@ -192,11 +191,11 @@ def thing_weights(x0: Tensor, weight: float) -> Tensor:
 
 
 def chunk_weights(level: Tensor) -> Tensor:
-    """How much each chunk counts at its noise level σ [B, chunks], of mean 1 over the four steps' levels.
+    """The weight of each chunk at its noise level σ [B, chunks], of mean 1 over the four steps' levels.
 
-    What the first chunk shows is anyone's guess at σ = 1, and its loss there drowns what can be learnt: it falls with
-    σ about as 0.13 + 0.87 σ⁸, which it is divided by. Later chunks know their history, and their loss hardly depends
-    on σ.
+    At σ = 1 the content of the first chunk is open, and the loss there would drown everything that can be learnt. It
+    falls with σ about as 0.13 + 0.87 σ⁸, so the weight divides by that. Later chunks know their history, and their loss
+    hardly depends on σ.
     """
     weights = torch.ones_like(level)
     weights[:, 0] = 0.33 / (0.13 + 0.87 * level[:, 0] ** 8)
@@ -208,32 +207,29 @@ def train_few(
     teacher: Wan,
     cache: dict[str, Tensor],
     table: dict[str, Tensor],
-    folder: Path,
-    device: torch.device,
+    session: Session,
     minutes: float | None = None,
-    on_step: OnStep | None = None,
-    deadline: float | None = None,
 ) -> Wan:
     """Consistency distillation of `teacher` into a model for `few_step_sigmas()`; the averaged student."""
+    device = session.device
     student = new_model(recipe).to(device)
     student.load_state_dict(teacher.state_dict())
     stage = Stage(
-        folder,
+        session,
         "few",
         student,
-        rate=recipe.few_rate,
-        steps=recipe.few_steps,
+        rate=recipe.few.rate,
+        steps=recipe.few.steps,
         minutes=minutes,
         save_every=recipe.save_every,
-        deadline=deadline,
     )
     batches = Batches(recipe, cache, table, device, "few")
     grid = _shifted(torch.linspace(0, 1, GRID + 1, device=device))
     levels = torch.tensor(few_step_sigmas(shift=SHIFT)[:-1], device=device)
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        chunks = recipe.few_chunks
-        x0, context, generator = batches.draw(step, recipe.few_batch, chunks)
+        chunks = recipe.few.chunks
+        x0, context, generator = batches.draw(step, recipe.few.batch, chunks)
         shape = (len(x0), chunks)
 
         def spread(values: Tensor) -> Tensor:
@@ -255,17 +251,19 @@ def train_few(
         loss = ((found - goal).square() + 0.03**2).sqrt().mean() - 0.03
         return loss, {"x0_error": (found.detach() - x0).square().mean()}
 
-    return stage.run(loss_of, on_step)
+    return stage.run(loss_of)
 
 
 def _flow(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Tensor, recipe: Recipe) -> Tensor:
     with autocast(recipe, noisy.device):
-        flow = teacher_forced(model, noisy, history, 1000 * sigma, context, frames_per_chunk=recipe.frames_per_chunk)
+        flow = teacher_forced(
+            model, noisy, history, 1000 * sigma, context, frames_per_chunk=recipe.video.frames_per_chunk
+        )
     return flow.float()
 
 
 def _denoised(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Tensor, recipe: Recipe) -> Tensor:
-    """x0 as the model sees it; at σ = 0 its input."""
+    """The model's estimate of x0; at σ = 0 its input."""
     return noisy - _spread(sigma) * _flow(model, noisy, history, sigma, context, recipe)
 
 
@@ -282,7 +280,7 @@ def _made(
 ) -> Tensor:
     """Clips as the model denoises them from one of the four steps' levels, a level for every chunk."""
     drawn = torch.randint(
-        0, len(levels), (len(x0), x0.shape[2] // recipe.frames_per_chunk), generator=generator, device=x0.device
+        0, len(levels), (len(x0), x0.shape[2] // recipe.video.frames_per_chunk), generator=generator, device=x0.device
     )
     sigma = batches.per_frame(levels[drawn], x0.shape[2])
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
@@ -304,7 +302,7 @@ def _mixed(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _dirtied(x0: Tensor, generator: torch.Generator) -> Tensor:
-    """History with up to `DIRTY` noise, different for each clip: what a model makes itself is never quite clean."""
+    """History with up to `DIRTY` noise, different for each clip, since the output of a model is never quite clean."""
     noise = torch.randn(x0.shape, generator=generator, device=x0.device)
     share = DIRTY * torch.rand(len(x0), 1, 1, 1, 1, generator=generator, device=x0.device)
     return torch.lerp(x0, noise, share)

@@ -1,13 +1,11 @@
-"""Stage 1, the VAE: Wan's layout at a small width, trained as a causal video autoencoder, scaled to Wan's statistics.
+"""The VAE: Wan's layout at a small width, trained as a causal video autoencoder, scaled to Wan's statistics.
 
 The loss is L1 and squared error on pixels, L1 on their differences in space and time (edges and motion), and a weak
-KL. At the end an
-affine map per latent channel is folded into the convolutions on both sides of the latents, so that Wan's fixed
-normalisation brings them to mean 0 and variance 1.
+KL. At the end an affine map per latent channel is folded into the convolutions on both sides of the latents, so that
+Wan's fixed normalisation brings them to mean 0 and variance 1.
 """
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from lightforcing.lightforcing_core.vae.wan_vae import LATENT_CHANNELS, LATENT_M
 
 from .recipe import Recipe
 from .shapes import Clip, draw_clip, paths_of, render
-from .stage import OnStep, Stage, StepLoss, autocast, step_generator
+from .stage import Session, Stage, StepLoss, autocast, step_generator
 from .whole_clip import decode_clip, encode_clip
 
 FIRST_LOG_VARIANCE = -6.0
@@ -27,8 +25,8 @@ FAINTEST = 0.1  # a channel fainter than this share of the median one stays fain
 def new_vae(dim: int, seed: int) -> WanVAE:
     """A WanVAE to be trained: weights of unit gain, quiet residual branches, latents nearly without noise.
 
-    It starts blind to the past, each latent showing the last frame of its four: an autoencoder of pictures is then one
-    of videos too, alike at every length, and learns motion on top. Random weights on past frames would be fitted to
+    It starts blind to the past: each latent shows the last frame of its four. An autoencoder of pictures is then one
+    of videos too, the same at every length, and learns motion on top. Random weights on past frames would be fitted to
     the few frames, and the padding before them, of the clips that it learns on.
     """
     with torch.random.fork_rng(devices=[]):
@@ -37,7 +35,7 @@ def new_vae(dim: int, seed: int) -> WanVAE:
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             module.weight.data.mul_(3**0.5)  # torch's own gain is 1/√3, under which a picture fades layer by layer
-        if isinstance(module, nn.Conv3d):  # 3-D convolutions are several times faster so, on CPUs above all
+        if isinstance(module, nn.Conv3d):  # makes 3-D convolutions several times faster, above all on CPUs
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
         if isinstance(module, nn.Conv3d) and module.kernel_size[0] > 1:
             module.weight.data[:, :, :-1] = 0
@@ -54,42 +52,37 @@ def new_vae(dim: int, seed: int) -> WanVAE:
     return vae
 
 
-def train_vae(
-    recipe: Recipe,
-    folder: Path,
-    device: torch.device,
-    minutes: float | None = None,
-    on_step: OnStep | None = None,
-    deadline: float | None = None,
-) -> WanVAE:
-    """Train in `folder`, on single pictures and then on clips, continuing what is there.
+def train_vae(recipe: Recipe, session: Session, minutes: float | None = None) -> WanVAE:
+    """Train on single pictures and then on clips, continuing what the session's folder holds.
 
     Returns the averaged VAE, its statistics not yet folded.
     """
-    vae = new_vae(recipe.vae_dim, recipe.seed).to(device)
+    sizes = recipe.vae
+    vae = new_vae(sizes.dim, recipe.seed).to(session.device)
     parts = (
-        ("vae_images", recipe.vae_image_steps, recipe.vae_image_rate, 1),
-        ("vae", recipe.vae_steps, recipe.vae_rate, recipe.vae_frames),
+        ("vae_images", sizes.image_steps, sizes.image_rate, 1),
+        ("vae", sizes.steps, sizes.rate, sizes.frames),
     )
     total = sum(steps for _, steps, _, _ in parts)
     for name, steps, rate, frames in parts:
         if not steps:
             continue
         stage = Stage(
-            folder,
+            session,
             name,
             vae,
             rate=rate,
             steps=steps,
             minutes=None if minutes is None else minutes * steps / total,
             save_every=recipe.save_every,
-            deadline=deadline,
         )
-        vae.load_state_dict(stage.run(_loss_of(recipe, stage, frames, device), on_step).state_dict())
+        vae.load_state_dict(stage.run(_loss_of(recipe, stage, frames)).state_dict())
     return vae.requires_grad_(False)
 
 
-def _loss_of(recipe: Recipe, stage: Stage, frames: int, device: torch.device) -> StepLoss:
+def _loss_of(recipe: Recipe, stage: Stage, frames: int) -> StepLoss:
+    device = stage.session.device
+
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         video = crops(recipe, step, device, frames)
         noise = step_generator(recipe.seed, stage.name, step, device)
@@ -106,7 +99,7 @@ def _loss_of(recipe: Recipe, stage: Stage, frames: int, device: torch.device) ->
         edges = sum((decoded.diff(dim=axis) - video.diff(dim=axis)).abs().mean() for axis in axes)
         psnr = -10 * (error / 2).square().mean().log10()
         values = {"l1": error.detach().abs().mean(), "kl": kl.detach(), "psnr": psnr.detach()}
-        return pixels + 0.5 * edges + recipe.kl_weight * kl, values
+        return pixels + 0.5 * edges + recipe.vae.kl_weight * kl, values
 
     return loss_of
 
@@ -114,21 +107,18 @@ def _loss_of(recipe: Recipe, stage: Stage, frames: int, device: torch.device) ->
 def crops(recipe: Recipe, step: int, device: torch.device, frames: int) -> Tensor:
     """The step's videos [B, 3, frames, H, W] in −1…1, cut from anywhere in their clips.
 
-    `vae_batch` of them; of single pictures half as many as one batch of videos has frames.
+    `batch` of them; of single pictures half as many as one batch of videos has frames.
     """
     generator = step_generator(recipe.seed, "vae crops", step)
-    count = recipe.vae_batch * recipe.vae_frames // 2 if frames == 1 < recipe.vae_frames else recipe.vae_batch
-    start = int(torch.randint(0, recipe.frames - frames + 1, (1,), generator=generator))
-    first, aspect = step * count, recipe.width / recipe.height
-    clips = [
-        draw_clip(recipe.seed, first + i, aspect=aspect, level=recipe.first.level, frames=recipe.frames)
-        for i in range(count)
-    ]
-    video = render(clips, frames, recipe.height, recipe.width, start=start, device=device)
-    if recipe.vae_crop is not None:
-        video = torch.stack(
-            [_crop(one, clip, start, recipe.vae_crop, generator) for one, clip in zip(video, clips, strict=True)]
-        )
+    sizes = recipe.vae
+    count = sizes.batch * sizes.frames // 2 if frames == 1 < sizes.frames else sizes.batch
+    start = int(torch.randint(0, recipe.video.frames - frames + 1, (1,), generator=generator))
+    options = {"aspect": recipe.aspect, "level": recipe.first.level, "frames": recipe.video.frames}
+    clips = [draw_clip(recipe.seed, index, **options) for index in range(step * count, (step + 1) * count)]
+    video = render(clips, frames, recipe.video.height, recipe.video.width, start=start, device=device)
+    if sizes.crop is not None:
+        crop = (_crop(one, clip, start, sizes.crop, generator) for one, clip in zip(video, clips, strict=True))
+        video = torch.stack(list(crop))
     return video.permute(0, 4, 1, 2, 3) * 2 - 1
 
 

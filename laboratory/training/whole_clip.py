@@ -1,7 +1,6 @@
-"""Whole-clip forms of the VAE and the model, with gradients: what training runs instead of the chunk-wise code.
+"""Whole-clip forms of the VAE and the model, with gradients, which training runs instead of the chunk-wise code.
 
-Both drive the same module trees as `lightforcing_core.vae.streaming` and `lightforcing_core.model.causal`, and give the
-same values; the tests hold them to it.
+Both drive the same module trees as `vae.streaming` and `model.causal`, and the tests compare their values.
 """
 
 from collections.abc import Iterable
@@ -59,12 +58,14 @@ def _resample(layer: Any, x: Tensor) -> Tensor:
 def teacher_forced(
     dit: Wan, noisy: Tensor, clean: Tensor, timesteps: Tensor, context: Tensor, *, frames_per_chunk: int
 ) -> Tensor:
-    """The flow of every chunk behind clean history, all chunks at once: what a rollout computes one by one.
+    """The flow of every chunk behind clean history, of all chunks at once; a rollout computes them one by one.
 
     noisy, clean: [B, 16, F, h, w], the chunks to denoise and those that later chunks see (committed at timestep 0;
-    nothing sees the last one). timesteps: [B, F] on the 0…1000 scale, of the noisy frames. context:
-    [B, tokens, text_dim]. A noisy chunk sees itself and all clean chunks before it, a clean one itself and those
-    before it. Returns [B, 16, F, h, w].
+    nothing sees the last one).
+    timesteps: [B, F] on the 0…1000 scale, of the noisy frames.
+    context: [B, tokens, text_dim].
+    A noisy chunk sees itself and all clean chunks before it, a clean one itself and those before it. Returns
+    [B, 16, F, h, w].
     """
     batch, _, frames, height, width = noisy.shape
     grid = (frames, height // 2, width // 2)
@@ -72,7 +73,7 @@ def teacher_forced(
     past = (frames - 1) // frames_per_chunk * frames_per_chunk
     seen = past * grid[1] * grid[2]  # tokens of history
     both = torch.cat([clean[:, :, :past], noisy], dim=2)
-    x = dit.patch_embedding(both).flatten(2).transpose(1, 2).float()  # autocast leaves the residual stream alone
+    x = dit.patch_embedding(both).flatten(2).transpose(1, 2).float()  # autocast keeps the residual stream in float32
     steps = torch.cat([torch.zeros_like(timesteps[:, :past]), timesteps], dim=1)
     e = dit.time_embedding(_sinusoid(dit.freq_dim, steps.flatten())).unflatten(0, (batch, -1))
     e0 = dit.time_projection(e).unflatten(2, (6, -1))
@@ -105,13 +106,13 @@ def _modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, L, H, D] turned by its tokens' angles, in float32."""
+    """x [B, L, H, D] rotated by its tokens' angles, in float32."""
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
 def _self_attention(attention: Any, x: Tensor, rope: tuple[Tensor, Tensor], seen: int, per_chunk: int) -> Tensor:
-    """Over `seen` clean and then all noisy tokens, [B, L, D]: one dense call a chunk, so no mask, and half the work."""
+    """Attention over `seen` clean and then all noisy tokens, [B, L, D]; a dense call per chunk needs no mask."""
     heads = (attention.num_heads, HEAD_DIM)
     v = attention.v(x).unflatten(-1, heads)
     q = _rotated(attention.norm_q(attention.q(x)).unflatten(-1, heads), *rope).to(v.dtype)
@@ -130,7 +131,7 @@ def _self_attention(attention: Any, x: Tensor, rope: tuple[Tensor, Tensor], seen
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention; on CPUs spelt out, since torch's fused one takes a quarter of a training step there."""
+    """Softmax attention; on CPUs written out, since torch's fused one takes a quarter of a training step there."""
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v)
     weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)

@@ -1,4 +1,4 @@
-"""The training tools are run from the repository's root and are not part of the installed package."""
+"""The laboratory is run from the repository's root and is not part of the installed package."""
 
 import sys
 from pathlib import Path

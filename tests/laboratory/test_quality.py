@@ -5,6 +5,7 @@ import lzma
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -13,29 +14,20 @@ import torch
 from typer.testing import CliRunner
 
 from laboratory.quality import __main__ as command
-from laboratory.quality.arms import Arm, all_arms, as_dense_as_hsa, chosen, growth_of, halves
+from laboratory.quality.arms import all_arms, as_dense_as_hsa, chosen, growth_of, halves
 from laboratory.quality.bench import QualityBench, run_quality
 from laboratory.quality.claims import paired, summary
-from laboratory.quality.fp8 import FP8Linear, quantize_linears
 from laboratory.quality.measures import against_caption, against_dense, over_time, psnr, structural_similarity
 from laboratory.quality.pages import markdown
-from laboratory.quality.probe import AttentionProbe
 from laboratory.quality.rows import read_rows
 from laboratory.quality.scenes import prompt_scenes
 from lightforcing.benchmarks.settings import Machine
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.attention.selection import SelectionPlan
+from lightforcing.lightforcing_core.demo import captions
 from lightforcing.lightforcing_core.demo import model as demo_model
-from lightforcing.lightforcing_core.demo.captions import (
-    COLOURS,
-    DIRECTIONS,
-    PASSING,
-    caption_of,
-    context_of_caption,
-    parse,
-)
-from lightforcing.lightforcing_core.fp8.linear import LAYER_LINEARS
+from lightforcing.lightforcing_core.demo.captions import caption_of, parse
 from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout, seeded_noise
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
@@ -45,21 +37,19 @@ RESULTS = Path(command.__file__).parents[1] / "results"
 
 SHORT, LONG = Schedule(21), Schedule(61, window=12, sink_frames=1, sink_rope="follow")
 ATTENTION = AttentionOptions("reference", (16, 16))
+RED = (0.86, 0.13, 0.13)
+PLAIN = "on a plain background"
 SIZES = {"frames_per_chunk": 3, "sigmas": few_step_sigmas()}
 
 
 def kept_blocks(schedule, growth, attention, per_frame=6):
     """Key blocks that each chunk's query blocks keep, and how many there are."""
-    end, found = 0, []
-    for frames, sparsity in zip(schedule.chunk_lengths(), growth, strict=True):
-        end += frames
-        budget = {name: getattr(attention, name) for name in ("keep_frames", "sink_frames", "near_frames")}
-        plan = SelectionPlan.build(range(end), frames, FrameBlocks(per_frame * 16, 16), sparsity=sparsity, **budget)
-        found.append((plan.kept, end * per_frame))
-    return found
-
-
-# ---------------------------------------------------------------------------------------------------------- arms
+    budget = {name: getattr(attention, name) for name in ("keep_frames", "sink_frames", "near_frames")}
+    lengths, layout = schedule.chunk_lengths(), FrameBlocks(per_frame * 16, 16)
+    return [
+        (SelectionPlan.build(range(end), frames, layout, sparsity=sparsity, **budget).kept, end * per_frame)
+        for frames, end, sparsity in zip(lengths, accumulate(lengths), growth, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75, 0.88, 0.97])
@@ -106,25 +96,24 @@ def test_arms_are_chosen_by_name_or_pattern():
 
 def test_prompts_are_fixed_balanced_and_fit_the_level():
     simple, full, passing = prompt_scenes("simple"), prompt_scenes("full"), prompt_scenes("pillar", 60)
-    assert caption_of(simple[0]) == "on a plain background a blue square moves down-right quickly"
+    assert caption_of(simple[0]) == f"{PLAIN} a blue square moves down-right quickly"
     assert all(parse(caption_of(scene)) == scene for scene in (*simple, *full))
     assert {(scene.background, len(scene.things)) for scene in simple} == {("plain", 1)}
     assert [len(scene.things) for scene in full[:4]] == [1, 2, 1, 2]
-    assert Counter((t.direction, t.speed) for scene in passing for t in scene.things) == dict.fromkeys(PASSING, 10)
-    for words, name in ((COLOURS, "colour"), (tuple(DIRECTIONS), "direction")):
+    assert Counter((t.direction, t.speed) for scene in passing for t in scene.things) == dict.fromkeys(
+        captions.PASSING, 10
+    )
+    for words, name in ((captions.COLOURS, "colour"), (tuple(captions.DIRECTIONS), "direction")):
         counts = Counter(getattr(scene.things[0], name) for scene in simple)
         assert counts == dict.fromkeys(words, 64 // len(words))
 
 
-# ------------------------------------------------------------------------------------------------------ measures
-
-
-def square_video(frames, left=10, colour=(0.86, 0.13, 0.13), speed=1.0):
-    """A square that moves right over grey."""
+def square_video(frames):
+    """A red square that moves right over grey, 0.2 heights per second."""
     video = torch.full((frames, 64, 96, 3), 0.5)
     for index, picture in enumerate(video):
-        x = round(left + speed * index)
-        picture[24:40, x : x + 16] = torch.tensor(colour)
+        x = round(10 + 0.8 * index)
+        picture[24:40, x : x + 16] = torch.tensor(RED)
     return video
 
 
@@ -159,7 +148,7 @@ def test_errors_against_dense_are_found_in_the_chunk_where_they_are():
 
 
 def test_caption_measures_tell_a_kept_promise_from_a_broken_one():
-    video, red = square_video(33, speed=0.8), "on a plain background a red square moves"  # 0.2 heights per second
+    video, red = square_video(33), f"{PLAIN} a red square moves"
     kept = against_caption(video, parse(f"{red} right slowly"))
     assert {kept[name] for name in ("right", "colour", "shape", "direction", "speed", "identity")} == {1.0}
     assert (kept["copies"], len(kept["position_errors"])) == (0, 8)
@@ -170,16 +159,16 @@ def test_caption_measures_tell_a_kept_promise_from_a_broken_one():
     half = against_caption(video, parse(f"{red} right slowly and a blue circle moves up slowly"))
     assert (half["right"], half["colour"], half["shape"]) == (0, 0.5, 0.5)
     assert half["position_error"] == pytest.approx(kept["position_error"])
-    absent = against_caption(video, parse("on a plain background a blue square moves right slowly"))
+    absent = against_caption(video, parse(f"{PLAIN} a blue square moves right slowly"))
     assert (absent["colour"], absent["strangers"], absent["position_error"]) == (0, 1, None)
-    video[22:, 40:54, 78:92] = torch.tensor((0.86, 0.13, 0.13))  # a second red thing
+    video[22:, 40:54, 78:92] = torch.tensor(RED)  # a second red thing
     copied = against_caption(video, parse(f"{red} right slowly"))
     assert (copied["right"], copied["copies"]) == (1, pytest.approx(11 / 33))
 
 
 def test_drift_grows_with_fading_and_not_with_motion():
-    scene, lengths = parse("on a plain background a red square moves right slowly"), [3, 3, 3, 3]
-    steady = square_video(45, speed=0.8)
+    scene, lengths = parse(f"{PLAIN} a red square moves right slowly"), [3, 3, 3, 3]
+    steady = square_video(45)
     fading = torch.lerp(steady, torch.full_like(steady, 0.5), torch.linspace(0, 1, 45).view(-1, 1, 1, 1))
     calm, fades = over_time(steady, scene, lengths), over_time(fading, scene, lengths)
     assert calm["drifts"][0] == 0
@@ -187,9 +176,6 @@ def test_drift_grows_with_fading_and_not_with_motion():
     assert fades["drifts"] == sorted(fades["drifts"])
     assert (calm["colour_late"], calm["shape_late"]) == (1, 1)
     assert (fades["colour_late"], fades["shape_late"]) == (0, 0)
-
-
-# ---------------------------------------------------------------------------------------------------------- runs
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +226,7 @@ def test_rows_hold_what_one_seed_alone_gives(bench, models, tmp_path):
     rows = run_quality(replace(bench, seeds=(0, 5)), tmp_path)  # of the batch, the second one is missing
     assert max(row["latent_error"] for row in rows if row["arm"] == "dense") < 1e-5
     model, scene = demo_model.load_demo_model(models), prompt_scenes("simple")[5]
-    context = context_of_caption(model.table, caption_of(scene))
+    context = captions.context_of_caption(model.table, caption_of(scene))
     options = {"attention": AttentionOptions("reference", (16, 16), 3, 1, 1), "noise": seeded_noise(5)}
 
     def rolled(growth):
@@ -276,37 +262,6 @@ def test_probe_finds_the_error_of_each_layer_in_the_chunks_that_skip(bench, tmp_
     for dtype, most in (("int8", 0.02), ("fp8", 0.06)):
         assert (errors[f"dense kv {dtype}"] > 1e-4).all()
         assert (errors[f"dense kv {dtype}"] < most).all()
-
-
-def test_probe_measures_at_the_last_step_alone(models):
-    model, levels = demo_model.load_demo_model(models), few_step_sigmas()
-    probe = AttentionProbe(model.dit, (2, 3), levels[-2], [Arm("published 0.5", (0.0, 0.5), ATTENTION)])
-    measured = []
-
-    def denoise(x, sigma, model_pass):
-        before = len(probe.errors["published 0.5"])
-        x0 = probe.denoise(x, sigma, model_pass)
-        if len(probe.errors["published 0.5"]) > before:
-            measured.append((sigma, model_pass.commits))
-        return x0
-
-    context = context_of_caption(model.table, demo_model.DEFAULT_CAPTION)
-    callbacks = {"denoise": denoise, "dense_attention": probe.attention}
-    list(rollout(model.dit, context, latent_shape=(1, 16, 6, 4, 6), **SIZES, **callbacks))
-    assert measured == [(levels[-2], False)] * 2
-
-
-def test_published_layers_become_fp8_and_stay_close(models):
-    plain, dit = (demo_model.load_demo_model(models).dit for _ in "ab")
-    quantize_linears(dit)
-    replaced = [name for name, module in dit.named_modules() if isinstance(module, FP8Linear)]
-    assert replaced == [f"blocks.{i}.{name}" for i in range(2) for name in LAYER_LINEARS]
-    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
-    exact, rounded = (tree.blocks[1].ffn(x) for tree in (plain, dit))
-    assert 0.005 < (rounded - exact).norm() / exact.norm() < 0.08  # e4m3 rounds weights and inputs by 2.6 % each
-
-
-# -------------------------------------------------------------------------------------------------------- claims
 
 
 def made_rows(values, kind="video", measure="latent_error"):
@@ -356,13 +311,6 @@ def test_sparse_may_drift_a_tenth_further_than_dense(more, verdict):
     assert [claim["verdict"] for claim in summary(rows)["claims"]] == [verdict]
 
 
-def test_options_are_compared_at_their_own_sparsity_over_shared_seeds():
-    values = {"published 0.5": [1.0, 2, 3], "tail 0.5": [0.5, 1.5], "published 0.88": [9.0], "tiles 0.9": [1.0]}
-    (option,) = summary(made_rows(values))["options"]
-    assert (option["says"], option["worse"], option["better"]) == ("tail", "tail 0.5", "published 0.5")
-    assert (option["seeds"], option["mean"]) == (2, -0.5)
-
-
 @pytest.mark.parametrize("name", ["quality", "quality-pillar"])
 def test_recorded_rows_give_the_recorded_tables(name):
     settings, rows = read_rows(RESULTS / name)
@@ -370,9 +318,6 @@ def test_recorded_rows_give_the_recorded_tables(name):
     assert markdown(summary(rows)) == (RESULTS / name / "table.md").read_text(encoding="utf-8")
     assert len(rows) == json.loads((RESULTS / name / "quality.json").read_text())["rows"]
     assert sum(file.stat().st_size for file in RESULTS.rglob("rows*")) < 150_000
-
-
-# ------------------------------------------------------------------------------------------------------- command
 
 
 def run(*arguments):
@@ -391,8 +336,7 @@ def test_command_writes_rows_table_and_plots(models, tmp_path):
     pages = {"table.md", "sparsity.png", "chunks.png", "layers.png", "drift.png", "claims.png"}
     texts = {name: (tmp_path / name).read_bytes() for name in pages}
     assert b"## Sparsifying early chunks hurts more than late ones" in texts["table.md"]
-    for name in pages:
-        (tmp_path / name).unlink()
+    [(tmp_path / name).unlink() for name in pages]
     assert run("pages", tmp_path).exit_code == 0
     assert (tmp_path / "table.md").read_bytes() == texts["table.md"]
     assert all((tmp_path / name).stat().st_size > 5000 for name in pages - {"table.md"})
@@ -405,7 +349,6 @@ def test_command_writes_rows_table_and_plots(models, tmp_path):
         (["--seeds", "3-x"], "--seeds '3-x' is not a list of numbers"),
         (["--seeds", "1,1"], "each once"),
         (["--keep", "6,1"], "--keep '6,1' is not 3 numbers"),
-        (["--sparsities", "many"], "--sparsities 'many' is not a list of numbers"),
         (["--arms", "magic"], "no arm is called 'magic'"),
         (["--batch", "0"], "batch 0 is not positive"),
         (["--long-frames", "80"], "length 80 is not 1 + 4·k"),
