@@ -146,7 +146,8 @@ def inspect(
         from ..lightforcing_core.memory.plan import describe_memory
 
         info = inspect_checkpoint(file)
-        size = ModelSize(info.dim, info.ffn_dim, info.layers, info.text_dim, 2 * info.parameters)
+        wan = info.size
+        size = ModelSize(wan.dim, wan.ffn_dim, wan.layers, wan.text_dim, 2 * wan.parameters)
         rows = describe(info, height=height, width=width)
         rows += describe_memory(size, info.family, height=height, width=width, length=length)
     table = Table(show_header=False, box=None, pad_edge=False)

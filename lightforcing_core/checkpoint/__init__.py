@@ -1,1 +1,1 @@
-"""Published checkpoints of every layout as one state dict."""
+"""Checkpoint files of every published layout, loaded as one state dict."""

@@ -1,4 +1,4 @@
-"""Opens weight files of every kind as plain tensors, memory-mapped, without ever running what is inside them."""
+"""Weight files of every kind, opened as memory-mapped tensors without running any code in them."""
 
 import json
 import re
@@ -16,15 +16,15 @@ _SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suff
 
 
 class CheckpointError(ValueError):
-    """A file cannot be used; the message names the file, what was found in it and the way out."""
+    """A file cannot be used; the message names the file, its problem and the remedy."""
 
 
 @dataclass(frozen=True)
 class WeightFile:
     """An opened file or set of shards.
 
-    `contents` is what was stored: names → tensors, or for PyTorch files possibly dicts of such dicts. The tensors
-    are memory-mapped where the format allows it, so nothing is read until it is used. `bytes` counts all `files`.
+    contents: names → tensors; in PyTorch files also nested dicts of them. Tensors are memory-mapped if the format
+        allows it, so that nothing is read before it is used.
     """
 
     path: Path
@@ -34,14 +34,15 @@ class WeightFile:
 
     @property
     def bytes(self) -> int:
+        """The size of all files."""
         return sum(file.stat().st_size for file in self.files)
 
 
 def open_weights(path: str | Path) -> WeightFile:
     """Open a .safetensors or PyTorch file, one of several shards, an index.json, or a folder that holds one model.
 
-    The first bytes decide what a file is, not its name. PyTorch files are read with `weights_only=True` and nothing
-    else. Raises CheckpointError for anything that is missing, empty, truncated, unsafe or of another kind.
+    The first bytes tell the format, not the name. PyTorch files are read with `weights_only=True` only. Raises
+    CheckpointError for files that are missing, empty, truncated, unsafe or of another kind.
     """
     path = Path(path)
     files = _files_of(path)
@@ -50,16 +51,18 @@ def open_weights(path: str | Path) -> WeightFile:
     for file in files:
         stored, notes = _read_one(file)
         if twice := contents.keys() & stored.keys():
-            raise CheckpointError(f"{path}: {some(twice)} is in more than one shard; the shards do not belong together")
+            raise CheckpointError(
+                f"{path}: {name_list(twice)} is in several shards, so they are not of one model; download them again"
+            )
         contents.update(stored)
         metadata.update(notes)
     return WeightFile(path, files, contents, metadata)
 
 
 def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Every set of weights in a stored object by name: {"generator": …, "generator_ema": …}, or {"": …} when flat.
+    """All sets of weights in a file by name: {"generator": …, "generator_ema": …}, or {"": …} in a flat one.
 
-    A file that cannot nest (safetensors) may have the names of such sets in front of its keys, `generator_ema.model.…`.
+    A safetensors file cannot nest; there the name of the set may be a prefix of the keys, `generator_ema.model.…`.
     """
     groups: dict[str, dict[str, Tensor]] = {}
 
@@ -91,9 +94,8 @@ def _files_of(path: Path) -> tuple[Path, ...]:
         return _files_of_folder(path)
     if not path.exists():
         folder = path.parent
-        near = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES) if folder.is_dir() else []
-        there = f"{folder} holds {', '.join(near[:5])}" if near else f"{folder} holds no weight file"
-        raise CheckpointError(f"{path}: no such file; {there}")
+        others = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES) if folder.is_dir() else []
+        raise CheckpointError(f"{path}: no such file; {folder} holds {', '.join(others[:5]) or 'no weight file'}")
     if path.name.endswith(".index.json"):
         return _files_of_index(path)
     shard = _SHARD.match(path.name)
@@ -101,7 +103,7 @@ def _files_of(path: Path) -> tuple[Path, ...]:
         return (path,)
     count = int(shard["count"])
     names = [f"{shard['stem']}-{i:05d}-of-{shard['count']}{shard['suffix']}" for i in range(1, count + 1)]
-    return _present(path, path.parent, names)
+    return _shards(path, path.parent, names)
 
 
 def _files_of_folder(folder: Path) -> tuple[Path, ...]:
@@ -116,12 +118,10 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
             return _files_of(found[0])
         if found:
             names = ", ".join(file.name for file in found[:5])
-            raise CheckpointError(f"{folder}: holds {len(found)} weight files ({names}); name the one to load")
+            raise CheckpointError(f"{folder}: has {len(found)} weight files ({names}); pass the path of one of them")
     if (folder / "transformer").is_dir():
         return _files_of_folder(folder / "transformer")
-    raise CheckpointError(
-        f"{folder}: this folder holds no weights; expected one of *{', *'.join(SUFFIXES)} or an index.json"
-    )
+    raise CheckpointError(f"{folder}: has no weight file; expected *{', *'.join(SUFFIXES)} or an index.json")
 
 
 def _files_of_index(index: Path) -> tuple[Path, ...]:
@@ -129,20 +129,20 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{index}: not an index of weight shards (no readable weight_map); name a weight file"
+            f"{index}: not an index of weight shards (no readable weight_map); pass a weight file"
         ) from error
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
         raise CheckpointError(
-            f"{index}: points outside its own folder ({outside[0]}); shards must lie beside their index"
+            f"{index}: points outside its own folder ({outside[0]}); shards must be in the folder of their index"
         )
-    return _present(index, index.parent, names)
+    return _shards(index, index.parent, names)
 
 
-def _present(asked: Path, folder: Path, names: list[str]) -> tuple[Path, ...]:
+def _shards(path: Path, folder: Path, names: list[str]) -> tuple[Path, ...]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise CheckpointError(
-            f"{asked}: {len(missing)} of its {len(names)} shards are missing ({some(missing)}); "
+            f"{path}: {len(missing)} of its {len(names)} shards are missing ({name_list(missing)}); "
             f"download them into {folder}"
         )
     return tuple(folder / name for name in names)
@@ -161,19 +161,20 @@ def _read_one(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
         return _read_safetensors(file, size)
     if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
         return _read_torch(file, zipped=head.startswith(b"PK")), {}
-    raise CheckpointError(f"{file}: {_what_else(head)}")
+    raise CheckpointError(f"{file}: {_describe_other(head)}")
 
 
-def _what_else(head: bytes) -> str:
+def _describe_other(head: bytes) -> str:
+    """The likely kind of a file that is neither safetensors nor PyTorch, and the remedy."""
     text = head.lstrip().lower()
     if head.startswith(b"GGUF"):
         return "this is a GGUF file; load it with a GGUF loader node and connect its MODEL to Light Forcing Apply"
     if text.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer, not the weights themselves; run `git lfs pull` or download the file"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "this is a web page saved under a weight file's name; download the file itself"
+        return "this is a web page saved under the name of a weight file; download the file itself"
     return (
-        f"neither a safetensors nor a PyTorch file (it begins with {head[:12]!r}); "
+        f"neither a safetensors nor a PyTorch file (first bytes {head[:12]!r}); "
         "choose a .safetensors, .pt or .pth file, or download it again if it is damaged"
     )
 
@@ -192,7 +193,7 @@ def _read_safetensors(file: Path, size: int) -> tuple[dict[str, Any], dict[str, 
 
 
 def _safetensors_size(file: Path, size: int) -> int | None:
-    """Bytes the header promises, or None where the header itself is unreadable."""
+    """The size in bytes that follows from the header, or None if the header is unreadable."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if length > min(size, 100_000_000):
@@ -207,7 +208,8 @@ def _safetensors_size(file: Path, size: int) -> int | None:
 
 def _read_torch(file: Path, *, zipped: bool) -> dict[str, Any]:
     try:
-        # Only the zip format of torch ≥ 1.6 can be mapped, and only by path; torch reads "x.safetensors" by its name.
+        # Only the zip format of torch ≥ 1.6 can be mapped, and only by path; a path with the suffix
+        # .safetensors makes torch use another reader.
         if zipped and file.suffix != ".safetensors":
             stored = torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)
         else:
@@ -215,11 +217,11 @@ def _read_torch(file: Path, *, zipped: bool) -> dict[str, Any]:
                 stored = torch.load(stream, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # a damaged pickle can fail in any way; each way means the same to the user
+    except Exception as error:  # a damaged pickle can raise anything; to the user it means the same
         raise CheckpointError(f"{file}: {_why_torch_refused(file, str(error))}") from error
     if not isinstance(stored, Mapping):
         raise CheckpointError(
-            f"{file}: holds a {type(stored).__name__}, not a dict of weights; choose a checkpoint file"
+            f"{file}: contains a {type(stored).__name__}, not a dict of weights; choose a checkpoint file"
         )
     return dict(stored)
 
@@ -231,21 +233,21 @@ def _why_torch_refused(file: Path, message: str) -> str:
         return "truncated or damaged; download it again and compare its size with the published one"
     if message.startswith("Weights only load failed"):
         try:
-            foreign = some(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))[:120]
-        except Exception:  # damaged, or in the format before torch 1.6, which torch does not scan
+            foreign = name_list(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))[:120]
+        except Exception:  # damaged, or in the format before torch 1.6, which torch cannot scan
             named = re.search(r"GLOBAL (\S+)", message)
             foreign = named[1] if named else ""
         detail = f" ({foreign})" if foreign else ""
         return (
-            f"refused, because it holds more than tensors{detail} and opening that could run code; nothing was run. "
-            "Use a .safetensors version of it, or a file of tensors only"
+            f"refused: it contains more than tensors{detail}, and opening it could run code; nothing was run. "
+            "Use a .safetensors version of it, or a file with tensors only"
         )
     first_line = message.strip().partition("\n")[0][:120]
     return f"not a readable PyTorch checkpoint ({first_line}); download it again or use a .safetensors version"
 
 
-def some(names: Iterable[str], count: int = 3) -> str:
-    """The first few names of many, for a message: "a, b, c and 7 more"."""
+def name_list(names: Iterable[str], count: int = 3) -> str:
+    """The first names in alphabetical order, for a message: "a, b, c and 7 more"."""
     ordered = sorted(names)
     rest = len(ordered) - count
     return ", ".join(ordered[:count]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""Every naming of Wan's weights → the original one, and a word for the models that are something else."""
+"""Key names of Wan checkpoints mapped to the original ones; names for other models."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 Shape = tuple[int, ...]
 
-# Path components that training wrappers leave behind: FSDP, activation checkpointing, torch.compile, DataParallel.
+# Name components added by training wrappers: FSDP, activation checkpointing, torch.compile, DataParallel.
 WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"})
-# What a quantised layer stores beside its weight; the scale of a whole file is a name of its own.
+# Names that a quantised layer stores in addition to its weight; a whole file has one more.
 SCALE_NAMES = (
     "weight_scale",
     "scale_weight",
@@ -20,7 +20,7 @@ SCALE_NAMES = (
     "comfy_quant",
 )
 FILE_SCALE = "scaled_fp8"
-# Tables that a model computes for itself; leaving them out changes nothing.
+# Tables that a model computes itself and need not be loaded.
 _COMPUTED = re.compile(r"(^|\.)(freqs|inv_freq|_extra_state)(\.|$)")
 _LAYER = re.compile(r"(?:^|\.)blocks\.\d+\.(?:self_attn|attn1)\.")
 
@@ -49,7 +49,7 @@ _DIFFUSERS_ATTENTION = {
     "add_v_proj": "v_img",
     "norm_added_k": "norm_k_img",
 }
-# Diffusers numbers the norms by position: its norm2 is the one before cross-attention, which Wan calls norm3.
+# Diffusers numbers norms by position: its norm2 precedes cross-attention and is Wan's norm3.
 _DIFFUSERS_LAYER = {
     **{f"attn1.{name}": f"self_attn.{ours}" for name, ours in _DIFFUSERS_ATTENTION.items()},
     **{f"attn2.{name}": f"cross_attn.{ours}" for name, ours in _DIFFUSERS_ATTENTION.items()},
@@ -60,8 +60,8 @@ _DIFFUSERS_LAYER = {
 }
 
 _USE_CORE = "use ComfyUI's own nodes for it, and an autoregressive text-to-video checkpoint here"
-_USE_T2V = "for image to video take a text-to-video checkpoint here and start it from the encoded image"
-# (a weight only this model has, what it is, what to do instead); the most particular first.
+_USE_T2V = "for image to video use a text-to-video checkpoint and start it from the encoded image"
+# (prefix of a weight that only this model has, its name, the remedy); specific models before general ones.
 _OTHER_WANS = (
     ("vace_patch_embedding.", "Wan VACE", _USE_CORE),
     ("vace_blocks.", "Wan VACE", _USE_CORE),
@@ -71,14 +71,14 @@ _OTHER_WANS = (
     ("audio_proj.audio_proj_glob_1.", "HuMo", _USE_CORE),
     ("face_adapter.", "Wan 2.2 Animate", _USE_CORE),
     ("motion_encoder.", "Wan 2.2 Animate", _USE_CORE),
-    ("audio_proj.", "a talking-head Wan (it has audio_proj weights)", _USE_CORE),
+    ("audio_proj.", "a talking-head Wan (audio_proj weights)", _USE_CORE),
     ("patch_embedding_mask.", "SCAIL 2", _USE_CORE),
     ("patch_embedding_pose.", "SCAIL", _USE_CORE),
     ("patch_embedding_global.", "WanDancer", _USE_CORE),
     ("ref_conv.", "Wan Fun Control", _USE_CORE),
     ("img_emb.emb_pos", "Wan 2.1 FLF2V (first and last frame to video)", _USE_T2V),
 )
-# (a fragment of a key, what such a file is), for files without any Wan transformer.
+# (fragment of a key, kind of file), for files without a Wan transformer.
 _OTHER_FILES = (
     ("token_embedding.weight", "a text encoder (umT5); load it with Load CLIP"),
     ("encoder.block.0.", "a text encoder (T5); load it with Load CLIP"),
@@ -91,7 +91,7 @@ _OTHER_FILES = (
     ("joint_blocks.0.", "a Stable Diffusion 3 model"),
     ("input_blocks.0.", "a Stable Diffusion UNet"),
     ("down_blocks.0.", "a Stable Diffusion UNet in diffusers names"),
-    ("transformer_blocks.0.", "a video transformer of another kind (LTX, CogVideoX or the like)"),
+    ("transformer_blocks.0.", "another video transformer, such as LTX or CogVideoX"),
     ("vision_model.", "a CLIP vision model"),
     ("text_model.", "a CLIP text encoder; load it with Load CLIP"),
 )
@@ -99,10 +99,12 @@ _OTHER_FILES = (
 
 @dataclass(frozen=True)
 class Layout:
-    """How a file names Wan's weights: `stored` maps each original name to the file's own key.
+    """The way a file names Wan's weights.
 
-    `prefix` is what was in front of every name, `title` says it all in words, `extra` are the file's keys that
-    belong to no Wan 2.1 T2V weight.
+    prefix: in front of every name.
+    title: a description for users.
+    stored: original name → the file's key.
+    extra: keys that are not of the transformer.
     """
 
     prefix: str
@@ -113,10 +115,7 @@ class Layout:
 
 
 def read_layout(keys: Iterable[str]) -> Layout | None:
-    """Recognise how `keys` name a Wan transformer; None where there is no such transformer in them.
-
-    Raises ValueError where they hold more than one.
-    """
+    """Recognise how `keys` name a Wan transformer; None if there is none. Raises ValueError if there are several."""
     keys = list(keys)
     bare = {key: without_wrappers(key) for key in keys}
     prefixes = {
@@ -125,7 +124,7 @@ def read_layout(keys: Iterable[str]) -> Layout | None:
     if not prefixes:
         return None
     if len(prefixes) > 1:
-        raise ValueError(f"it holds {len(prefixes)} models side by side, under {', '.join(sorted(prefixes))}")
+        raise ValueError(f"contains {len(prefixes)} models, with the prefixes {', '.join(sorted(prefixes))}")
     prefix = prefixes.pop()
     diffusers = any(name.startswith(f"{prefix}condition_embedder.") or ".attn1." in name for name in bare.values())
     stored: dict[str, str] = {}
@@ -144,12 +143,12 @@ def read_layout(keys: Iterable[str]) -> Layout | None:
 
 
 def without_wrappers(name: str) -> str:
-    """`name` without the components that FSDP, torch.compile and the like put into it."""
+    """`name` without the components that FSDP, torch.compile and other wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def original_name(name: str, prefix: str = "", diffusers: bool = False) -> str | None:
-    """Wan's own name of a weight (or of a layer, or of a layer's scale); None for a table that models compute."""
+    """Wan's name of a weight, a layer or a layer's scale; None for a table that models compute themselves."""
     name = name.removeprefix(prefix)
     if _COMPUTED.search(name):
         return None
@@ -176,7 +175,7 @@ def wan_shapes(
     in_dim: int = 16,
     out_dim: int = 16,
 ) -> dict[str, Shape]:
-    """Names and shapes of all weights of a Wan 2.1 T2V transformer, in the order of its modules: 27·layers + 15."""
+    """Names and shapes of the 27 · layers + 15 weights of a Wan 2.1 T2V transformer, in the order of its modules."""
     shapes: dict[str, Shape] = {
         "patch_embedding.weight": (dim, in_dim, 1, 2, 2),
         "patch_embedding.bias": (dim,),
@@ -206,9 +205,9 @@ def _linear(name: str, out_features: int, in_features: int) -> dict[str, Shape]:
 
 
 def other_wan(shapes: Mapping[str, Shape]) -> str | None:
-    """What a Wan transformer is when it is not Wan 2.1 text-to-video, and what to do instead; else None.
+    """The kind of a Wan transformer other than Wan 2.1 text-to-video, and the remedy; None for Wan 2.1 T2V.
 
-    `shapes` maps original names to shapes.
+    shapes: original name → shape.
     """
     for marker, title, advice in _OTHER_WANS:
         if any(name.startswith(marker) for name in shapes):
@@ -220,11 +219,11 @@ def other_wan(shapes: Mapping[str, Shape]) -> str | None:
     has_image = any(name.startswith("img_emb.") or ".k_img." in name for name in shapes)
     if out_dim == 48:
         return (
-            f"this is Wan 2.2 TI2V 5B or made from it ({in_dim} latent channels, another VAE); "
-            f"{_USE_CORE} that is made from Wan 2.1"
+            f"this is Wan 2.2 TI2V 5B or a fine-tune of it ({in_dim} latent channels, another VAE); "
+            f"{_USE_CORE} that is based on Wan 2.1"
         )
     if has_image and in_dim == 48:
-        return f"this is Wan 2.1 Fun Control (its input has {in_dim} channels); {_USE_CORE}"
+        return f"this is Wan 2.1 Fun Control ({in_dim} input channels); {_USE_CORE}"
     if has_image:
         return f"this is Wan 2.1 I2V, image to video (img_emb weights, {in_dim} input channels); {_USE_T2V}"
     if in_dim == 36:
@@ -235,10 +234,9 @@ def other_wan(shapes: Mapping[str, Shape]) -> str | None:
 
 
 def other_file(keys: Iterable[str]) -> str:
-    """What a file without a Wan transformer seems to be, judged by its keys."""
+    """The likely kind of a file without a Wan transformer, judged by its keys."""
     keys = list(keys)
     for fragment, title in _OTHER_FILES:
         if any(fragment in key for key in keys):
-            return f"no Wan transformer in it; this is {title}"
-    shown = ", ".join(sorted(keys)[:3])
-    return f"no Wan transformer in it (its {len(keys)} names begin with {shown})"
+            return f"contains no Wan transformer; this is {title}"
+    return f"contains no Wan transformer ({len(keys)} weights, such as {', '.join(sorted(keys)[:3])})"

@@ -1,4 +1,4 @@
-"""Reads LoRA files of every common naming and adds them to a Wan state dict."""
+"""LoRA files of every common naming, merged into a Wan state dict."""
 
 import re
 from collections import defaultdict
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .files import CheckpointError, open_weights, some, tensor_groups
+from .files import CheckpointError, name_list, open_weights, tensor_groups
 from .layouts import original_name, without_wrappers
 
-# layer, what it is, PEFT's adapter name. Kohya and diffusers say down/up, PEFT says A/B.
+# Layer, part, PEFT's adapter name. Kohya and diffusers say down/up, PEFT says A/B.
 _KEY = re.compile(
     r"^(?P<layer>.+?)\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|alpha|diff_b|diff|dora_scale|lora_magnitude_vector)"
     r"(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?$"
@@ -21,7 +21,7 @@ _KOHYA = "lora_unet_"
 
 
 def looks_like_lora(names: Mapping[str, object]) -> bool:
-    """Whether these weights are low-rank pairs."""
+    """Whether any of these weights belongs to a low-rank pair."""
     return any(_PAIR.search(name) for name in names)
 
 
@@ -30,11 +30,11 @@ def merge_lora(
 ) -> tuple[dict[str, Tensor], str]:
     """Add a LoRA to a Wan state dict with original names: W' = W + strength · (alpha / rank) · up · down.
 
-    Computed in float32 layer by layer and cast back to each weight's dtype; without a stored alpha the scale is 1
-    (LongLive: rank 256, alpha 256). Understands LongLive's `generator_lora` container, PEFT (`base_model.model.…
-    lora_A/lora_B`, with or without adapter name), `diffusion_model.…lora_down/lora_up`, diffusers and Kohya names,
-    and full differences (`.diff`, `.diff_b`). Returns the new dict, which shares every untouched tensor, and a
-    sentence about what was added. Raises CheckpointError where any target or shape does not fit.
+    Computed in float32 and cast back to each weight's dtype; without a stored alpha the scale is 1 (LongLive: rank
+    256, alpha 256). Supported: LongLive's `generator_lora` container, PEFT (`base_model.model.…lora_A/lora_B`, with or
+    without an adapter name), `diffusion_model.…lora_down/lora_up`, diffusers and Kohya names, and full differences
+    (`.diff`, `.diff_b`). Returns the new dict, which shares all unchanged tensors, and a note for the user. Raises
+    CheckpointError if a layer or shape does not match the model.
     """
     path = Path(path)
     layers = _by_layer(path, _read(path), state_dict)
@@ -43,10 +43,10 @@ def merge_lora(
         for name, delta in _deltas(path, layer, parts).items():
             weight = merged.get(name)
             if weight is None or weight.numel() != delta.numel() or weight.shape[0] != delta.shape[0]:
-                there = "no such weight" if weight is None else f"{tuple(weight.shape)}"
+                own = "no such weight" if weight is None else f"{tuple(weight.shape)}"
                 raise CheckpointError(
-                    f"{path}: changes {name} by {tuple(delta.shape)}, but the model has {there}; "
-                    "the LoRA was made for a model of another size"
+                    f"{path}: changes {name} by {tuple(delta.shape)}, but the model has {own}; "
+                    "the LoRA is for a model of another size"
                 )
             merged[name] = (weight.float() + strength * delta.reshape(weight.shape)).to(weight.dtype)
     ranks = sorted({str(parts["down"].shape[0]) for parts in layers.values() if "down" in parts})
@@ -59,46 +59,46 @@ def _read(path: Path) -> dict[str, Tensor]:
     groups = {name: group for name, group in tensor_groups(opened.contents).items() if looks_like_lora(group)}
     if not groups:
         raise CheckpointError(
-            f"{path}: not a LoRA (no lora_A/lora_B or lora_down/lora_up weights); pass a model as the model"
+            f"{path}: not a LoRA (no lora_A/lora_B or lora_down/lora_up weights); a model is loaded as the model itself"
         )
     for wanted in ("generator_lora", "generator_ema_lora"):
         if wanted in groups:
             return groups[wanted]
     groups = {name: group for name, group in groups.items() if "critic" not in name} or groups
     if len(groups) > 1:
-        raise CheckpointError(f"{path}: holds several LoRAs ({some(groups)}); save the one to use as its own file")
+        raise CheckpointError(f"{path}: contains several LoRAs ({name_list(groups)}); save one of them as its own file")
     return next(iter(groups.values()))
 
 
 def _by_layer(
     path: Path, stored: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """The LoRA's tensors by the layer of the model they belong to: layer → part ("down", "up", "alpha", …) → tensor."""
+    """The LoRA's tensors by layer of the model: layer → part ("down", "up", "alpha", …) → tensor."""
     known = {name.rpartition(".")[0] for name in state_dict} | set(state_dict)
     underscored = {f"{_KOHYA}{layer.replace('.', '_')}": layer for layer in known}
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     adapters = set()
-    strangers = []
+    unknown = []
     for key, tensor in stored.items():
         match = _KEY.match(without_wrappers(key))
         layer = underscored.get(match["layer"]) or _layer_of(match["layer"], known) if match else None
         if match is None or layer is None:
-            strangers.append(key)
+            unknown.append(key)
             continue
         adapters.add(match["adapter"])
         layers[layer][_PARTS.get(match["part"], match["part"])] = tensor
-    if strangers:
+    if unknown:
         raise CheckpointError(
-            f"{path}: {len(strangers)} of its {len(stored)} weights have no counterpart in this model "
-            f"({some(strangers)}); the LoRA belongs to another model"
+            f"{path}: {len(unknown)} of its {len(stored)} weights match no layer of this model "
+            f"({name_list(unknown)}); the LoRA is for another model"
         )
-    if len(adapters - {None}) > 1:
-        raise CheckpointError(f"{path}: holds several adapters ({some(adapters - {None})}); save one of them alone")
+    if len(names := adapters - {None}) > 1:
+        raise CheckpointError(f"{path}: contains several adapters ({name_list(names)}); save one as its own file")
     return dict(layers)
 
 
 def _layer_of(name: str, known: set[str]) -> str | None:
-    """`name` without the prefixes that stand before the model's own names, in Wan's or in diffusers' naming."""
+    """The layer in `known` that `name` ends with, in Wan's or diffusers' naming; None if there is none."""
     parts = name.split(".")
     for start in range(len(parts)):
         tail = ".".join(parts[start:])
@@ -109,19 +109,20 @@ def _layer_of(name: str, known: set[str]) -> str | None:
 
 
 def _deltas(path: Path, layer: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weight name → what is added to it at strength 1, float32, rows first."""
+    """Weight name → the change at strength 1, float32 [rows, columns]."""
     if unknown := parts.keys() & {"dora_scale", "lora_magnitude_vector"}:
         raise CheckpointError(
-            f"{path}: {layer} has {some(unknown)}; DoRA is not supported, merge it into the model first"
+            f"{path}: {layer} has {name_list(unknown)}; DoRA is not supported, merge it into the model first"
         )
     deltas = {}
     if "down" in parts or "up" in parts:
         if not {"down", "up"} <= parts.keys():
-            raise CheckpointError(f"{path}: {layer} has only one half of its pair; the file is incomplete")
+            raise CheckpointError(f"{path}: {layer} has only one matrix of its pair; download the file again")
         down, up = parts["down"].float().flatten(1), parts["up"].float().flatten(1)
         if up.shape[1] != down.shape[0]:
             raise CheckpointError(
-                f"{path}: {layer} pairs up {tuple(up.shape)} with down {tuple(down.shape)}; ranks differ"
+                f"{path}: the ranks of {layer} differ: up {tuple(up.shape)}, down {tuple(down.shape)}; "
+                "download the file again"
             )
         scale = float(parts["alpha"]) / down.shape[0] if "alpha" in parts else 1.0
         deltas[f"{layer}.weight"] = scale * (up @ down)

@@ -1,9 +1,9 @@
-"""Writes a checkpoint as FP8 in ComfyUI's own format, for its Load Diffusion Model and for our loader.
+"""Write a checkpoint as FP8 in ComfyUI's format, for its Load Diffusion Model and for our loader.
 
-Each matrix of a layer is stored as float8_e4m3fn with one float32 scale (ComfyUI's kernels take no other) and a
-`comfy_quant` key that names the format. ComfyUI 0.27 multiplies such a layer in FP8 on cards that can, with the
-activation divided by a fixed `input_scale`, or by 1 where the file has none, and cut off at ±448 (see `calibrate.py`);
-elsewhere, and under a LoRA that it applies on the fly, it multiplies the dequantised weights.
+Each matrix of a layer is stored as float8_e4m3fn with one float32 scale, the only kind that ComfyUI's kernels support,
+and a `comfy_quant` key that names the format. On GPUs with FP8 units, ComfyUI 0.27 multiplies such a layer in FP8 and
+divides activations by the stored `input_scale`, or by 1 without one, and clips them at ±448 (see `calibrate.py`). On
+other devices, or with a LoRA that it applies at run time, it multiplies the dequantised weights.
 """
 
 import json
@@ -29,10 +29,12 @@ _FORMAT = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
 
 @dataclass(frozen=True)
 class FP8File:
-    """What was written: `layers` in FP8 out of how many bytes into how many.
+    """Facts about a written file.
 
-    `error` is the weights' relative rounding error (root mean square over all layers), `worst` the layer where it is
-    largest and its own; `notes` are sentences a user should know.
+    layers: the number of matrices in FP8.
+    error: the relative rounding error of their weights, root mean square over all layers.
+    worst: the layer with the largest error, and that error.
+    notes: sentences for the user.
     """
 
     path: Path
@@ -54,30 +56,34 @@ def write_fp8_checkpoint(
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> FP8File:
-    """Read a checkpoint of any published layout and write it to `out` in ComfyUI's FP8 format, whole or not at all.
+    """Convert a checkpoint of any published layout to ComfyUI's FP8 format, with one layer in memory at a time.
 
-    `weights` names one of several sets in the file and `lora` is added first, both as for `load_dit_state_dict`;
-    a LoRA such as LongLive's cannot be merged afterwards. What is not quantised is stored in 16 bits, except the
-    patch embedding, which every host computes in float32. The file says that it is autoregressive where its family is
-    known to be, so that ComfyUI loads it as such. One layer is in memory at a time.
+    source: any file that `load_dit_state_dict` can load, unless it is quantised.
+    out: the .safetensors file to write; it is complete or absent.
+    weights: the set of weights to use if the file has several.
+    lora: merged before quantisation; a LoRA such as LongLive's cannot be merged later.
+    prompts: a file of Light Forcing Save Text Embeds. A short video is made of each prompt to determine each layer's
+        `input_scale`, with the whole model in bfloat16, on a GPU if there is one.
+    overwrite: replace an existing `out`.
+    on_progress: called as on_progress(stage, done, total).
 
-    `prompts`, a file of Light Forcing Save Text Embeds, has a short video made first, from the whole model in bfloat16
-    on a GPU where torch sees one, to fix each layer's `input_scale`. on_progress: on_progress(stage, done, total).
+    Other weights are stored in 16 bits, except the patch embedding, which ComfyUI computes in float32. If the family is
+    known, the file is marked as autoregressive, so that ComfyUI loads it as such.
 
-    Raises CheckpointError for a source that cannot be used, quantised ones included, and OutputError or ValueError
-    for an `out` that cannot be written; all before any work, and without touching a file that is there.
+    Raises CheckpointError for an unusable source, and OutputError or ValueError for an `out` that cannot be written;
+    both before any work and without changing an existing file.
     """
     source, out = Path(source), Path(out)
     _check_out(source, out, overwrite)
     info = inspect_checkpoint(source, weights=weights)
     if info.quantised is not None:
         raise CheckpointError(
-            f"{source}: is quantised already ({info.quantised}); rounding it twice would add to its error, so take the "
-            "bf16 or fp32 file"
+            f"{source}: is quantised already ({info.quantised}), and rounding twice adds to the error; use the bf16 or "
+            "fp32 file"
         )
     texts = [] if prompts is None else _texts(prompts, info)
     state_dict, _ = load_dit_state_dict(source, weights=weights)
-    names = [f"blocks.{i}.{linear}" for i in range(info.layers) for linear in LAYER_LINEARS]
+    names = [f"blocks.{i}.{linear}" for i in range(info.size.layers) for linear in LAYER_LINEARS]
     reasons = {name: why_no_fp8(*state_dict[f"{name}.weight"].shape) for name in names}
     layers = [name for name, reason in reasons.items() if reason is None]
     layout = _layout(state_dict, layers, scaled_inputs=bool(texts))
@@ -96,7 +102,9 @@ def write_fp8_checkpoint(
             weight = state_dict[f"{name}.weight"].float()
             stored, scale = quantize_rows(weight.reshape(1, -1))
             if not scale.isfinite():
-                raise CheckpointError(f"{source}: {name}.weight holds values that are not finite; the file is damaged")
+                raise CheckpointError(
+                    f"{source}: {name}.weight has values that are not finite; download the file again"
+                )
             rounded = dequantize_rows(stored, scale, torch.float32).view_as(weight)
             squares[name] = (rounded - weight).square().sum().item(), weight.square().sum().item()
             yield f"{name}.weight", stored.view_as(weight)
@@ -107,14 +115,14 @@ def write_fp8_checkpoint(
             progress("quantising", done, len(layers))
 
     stream_tensors(out, layout, tensors(), _metadata(info))
-    errors = {name: _relative(*pair) for name, pair in squares.items()}
+    errors = {name: _relative_error(*pair) for name, pair in squares.items()}
     worst = max(errors, key=errors.__getitem__)
     return FP8File(
         path=out,
         layers=len(layers),
         bytes_before=info.file_bytes,
         bytes_after=out.stat().st_size,
-        error=_relative(*(sum(column) for column in zip(*squares.values(), strict=True))),
+        error=_relative_error(*(sum(column) for column in zip(*squares.values(), strict=True))),
         worst=(worst, errors[worst]),
         notes=_notes(info, out, {reason for reason in reasons.values() if reason}, len(names) - len(layers)),
     )
@@ -122,10 +130,10 @@ def write_fp8_checkpoint(
 
 def _texts(prompts: str | Path, info: CheckpointInfo) -> list[Tensor]:
     texts = read_prompts(prompts)
-    if odd := [text.shape[-1] for text in texts if text.shape[-1] != info.text_dim]:
+    if odd := [text.shape[-1] for text in texts if text.shape[-1] != info.size.text_dim]:
         raise CheckpointError(
-            f"{prompts}: its embeddings are {odd[0]} wide where the model reads {info.text_dim}; encode the prompt "
-            "with the model's own text encoder, umT5 for Wan"
+            f"{prompts}: its embeddings have a width of {odd[0]} and the model needs {info.size.text_dim}; encode the "
+            "prompt with the model's own text encoder, umT5 for Wan"
         )
     return texts
 
@@ -139,16 +147,16 @@ def _input_scales(
     return input_scales(largest_inputs(dit, texts, info.family, on_step=on_step))
 
 
-def _relative(error: float, whole: float) -> float:
-    """A root mean square out of two sums of squares; a layer of zeros is stored without error."""
-    return (error / whole) ** 0.5 if whole else 0.0
+def _relative_error(error: float, total: float) -> float:
+    """The relative error from the sums of squares of errors and weights; 0 for a layer of zeros, which is exact."""
+    return (error / total) ** 0.5 if total else 0.0
 
 
 def _check_out(source: Path, out: Path, overwrite: bool) -> None:
     if out.suffix != ".safetensors":
-        raise ValueError(f"{out}: name the output with .safetensors, the format that is written")
+        raise ValueError(f"{out}: the output is a safetensors file; use the suffix .safetensors")
     if not out.parent.is_dir():
-        raise ValueError(f"{out.parent}: no such folder; make it, or choose another")
+        raise ValueError(f"{out.parent}: no such folder; create it, or choose another one")
     if out.exists() and source.exists() and out.samefile(source):
         raise ValueError(f"{out}: is the source itself; choose another name")
     if out.exists() and not overwrite:
@@ -156,7 +164,7 @@ def _check_out(source: Path, out: Path, overwrite: bool) -> None:
 
 
 def _layout(state_dict: Mapping[str, Tensor], layers: list[str], *, scaled_inputs: bool) -> dict[str, Tensor]:
-    """Name → a tensor on the meta device, for everything that is written."""
+    """Name → a tensor on the meta device with the shape and dtype to be written."""
     layout = {}
     for name, tensor in state_dict.items():
         wide = tensor.element_size() > 2 and not name.startswith("patch_embedding.")
@@ -171,7 +179,7 @@ def _layout(state_dict: Mapping[str, Tensor], layers: list[str], *, scaled_input
 
 
 def _metadata(info: CheckpointInfo) -> dict[str, str]:
-    """The source's metadata, and that it is autoregressive where its family is known to be."""
+    """The source's metadata; if the family is known, with ComfyUI's mark of autoregressive models."""
     metadata = {"format": "pt", **info.metadata}
     if info.family.id != "unknown" and not info.causal_metadata:
         config = json.loads(metadata.get("config", "{}"))
@@ -186,7 +194,7 @@ def _notes(info: CheckpointInfo, out: Path, reasons: set[str], left: int) -> tup
         notes.append(f"{left} layers stay in 16 bits: {'; '.join(sorted(reasons))}")
     if family_of(out)[0] is not info.family:
         notes.append(
-            f"the name {out.name} does not tell the family, which is {info.family.id}: rename the file to contain "
+            f"the name {out.name} does not show the family, {info.family.id}: rename the file to contain "
             f"{info.family.name_hints[0]!r}, or choose the family in the loader"
         )
     return tuple(notes)

@@ -157,7 +157,7 @@ def load_checkpoint(
     if by_rows:
         from .rowwise import quantized, restored, use_rows  # needs comfy-kitchen, which not every ComfyUI has
 
-        state_dict = quantized(state_dict, info.layers) if weight_dtype == ROWWISE else restored(state_dict)
+        state_dict = quantized(state_dict, info.size.layers) if weight_dtype == ROWWISE else restored(state_dict)
     model = load_model(
         state_dict,
         options=WEIGHT_DTYPES[weight_dtype],

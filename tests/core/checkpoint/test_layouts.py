@@ -1,13 +1,14 @@
 """Every published layout gives the same tensors under Wan's own names."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lightforcing.lightforcing_core.checkpoint.layouts import wan_shapes
-from lightforcing.lightforcing_core.checkpoint.load import describe, inspect_checkpoint, load_dit_state_dict
+from lightforcing.lightforcing_core.checkpoint.load import WanSize, describe, inspect_checkpoint, load_dit_state_dict
 
 from ...support.checkpoint_samples import assert_same, fsdp_wrapped, in_diffusers_names, prefixed, tiny_wan
 
@@ -39,9 +40,10 @@ def test_every_naming_gives_wans_own_names(tmp_path, wrapping, suffix):
     save_file(stored, path) if suffix == ".safetensors" else torch.save(stored, path)
     loaded, info = load_dit_state_dict(path)
     assert_same(loaded, weights)
-    assert (info.dim, info.ffn_dim, info.layers, info.heads, info.in_dim, info.text_dim) == (128, 192, 2, 1, 16, 32)
+    size = info.size
+    assert (size.dim, size.ffn_dim, size.layers, size.heads, size.text_dim) == (128, 192, 2, 1, 32)
     assert info.weights == ""
-    assert not any("left out" in note for note in info.notes)
+    assert not any("skipped" in note for note in info.notes)
 
 
 def test_diffusers_norm2_is_wans_norm3(tmp_path):
@@ -100,7 +102,7 @@ def test_each_family_runs_the_weights_it_is_published_to_run(tmp_path, file_name
 @pytest.mark.parametrize(
     ("file_name", "expected"), [("something.safetensors", "generator_ema"), ("longlive_base.safetensors", "generator")]
 )
-def test_sets_that_a_flat_file_names_in_its_keys_are_told_apart(tmp_path, file_name, expected):
+def test_sets_that_a_flat_file_names_in_its_keys_are_separated(tmp_path, file_name, expected):
     sets = {"generator": tiny_wan(seed=1, layers=1), "generator_ema": tiny_wan(seed=2, layers=1)}
     flat = {"critic.model.blocks.0.self_attn.q.weight": torch.zeros(2, 2)}
     for name, weights in sets.items():
@@ -129,7 +131,7 @@ def test_parameters_and_the_old_pickle_format_load_as_plain_tensors(tmp_path):
     assert not any(value.requires_grad or isinstance(value, torch.nn.Parameter) for value in loaded.values())
 
 
-def test_content_decides_what_a_file_is_not_its_name(tmp_path):
+def test_the_content_of_a_file_decides_its_format_not_its_name(tmp_path):
     weights = tiny_wan(layers=1)
     torch.save(weights, tmp_path / "x.safetensors")
     save_file(weights, tmp_path / "y.pt")
@@ -164,24 +166,22 @@ def test_shards_load_from_repository_folder_index_or_any_shard(tmp_path):
     assert_same(load_dit_state_dict(folder)[0], weights)
 
 
-def test_a_folder_with_one_file_beside_other_pickles_loads_the_safetensors(tmp_path):
+def test_a_folder_with_one_safetensors_file_and_pickles_loads_the_safetensors(tmp_path):
     weights = tiny_wan(layers=1)
     save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
     torch.save({"decoder.conv1.weight": torch.zeros(1)}, tmp_path / "Wan2.1_VAE.pth")
     assert_same(load_dit_state_dict(tmp_path)[0], weights)
 
 
-def test_chunkwise_and_framewise_causal_forcing_differ_by_their_folder(tmp_path):
-    for folder in ("chunkwise", "framewise"):
-        (tmp_path / folder).mkdir()
-        torch.save({"generator": tiny_wan(layers=1)}, tmp_path / folder / "causal_forcing.pt")
-    assert inspect_checkpoint(tmp_path / "chunkwise" / "causal_forcing.pt").family.frames_per_chunk == 3
+def test_a_family_read_from_the_folder_is_noted(tmp_path):
+    (tmp_path / "framewise").mkdir()
+    torch.save({"generator": tiny_wan(layers=1)}, tmp_path / "framewise" / "causal_forcing.pt")
     info = inspect_checkpoint(tmp_path / "framewise" / "causal_forcing.pt")
     assert info.family.frames_per_chunk == 1
-    assert any("framewise" in note for note in info.notes)
+    assert any("folder name framewise" in note for note in info.notes)
 
 
-def test_other_weights_in_the_file_are_left_out_and_named(tmp_path):
+def test_other_weights_in_the_file_are_skipped_and_named(tmp_path):
     weights = tiny_wan(layers=1)
     extra = {"first_stage_model.decoder.conv.weight": torch.zeros(1), "freqs": torch.zeros(3)}
     save_file(prefixed(weights, "model.diffusion_model.") | extra, tmp_path / "all.safetensors")
@@ -200,47 +200,33 @@ def test_published_sizes_have_the_published_counts(dim, ffn_dim, layers, tensors
     assert sum(torch.empty(shape, device="meta").numel() for shape in shapes.values()) == parameters
 
 
-def test_the_table_of_shapes_is_that_of_the_hand_written_weights():
-    shapes = wan_shapes(256, 320, 3, text_dim=32)
-    assert shapes == {name: tuple(value.shape) for name, value in tiny_wan(dim=256, ffn_dim=320, layers=3).items()}
-
-
-def test_kv_bytes_follow_the_layers_and_the_picture(tmp_path):
+def test_kv_bytes_follow_the_layers_and_the_size_of_the_video(tmp_path):
     torch.save(tiny_wan(dim=256, layers=2), tmp_path / "x.pt")
     info = inspect_checkpoint(tmp_path / "x.pt")
-    assert info.kv_bytes_per_frame() == 2 * 2 * 1560 * 256 * 2  # K and V, layers, tokens, dim, bytes
-    assert info.kv_bytes_per_frame(512, 768, torch.float32) == 2 * 2 * 1536 * 256 * 4
+    assert info.kv_bytes_per_frame(512, 768) == 2 * 2 * 1536 * 256 * 2  # K and V, layers, tokens, dim, bytes
     with pytest.raises(ValueError, match="height 500 is not a multiple of 16; use 496 or 512"):
-        info.kv_bytes_per_frame(height=500)
+        info.kv_bytes_per_frame(500, 768)
+    published = replace(info, size=WanSize(dim=1536, ffn_dim=8960, layers=30, text_dim=4096, parameters=0))
+    assert published.kv_bytes_per_frame(480, 832) == 1560 * 180 * 1024
 
 
-def test_kv_bytes_of_the_1_3b_model_are_180_kib_per_token(tmp_path):
-    from dataclasses import replace
-
-    torch.save(tiny_wan(layers=1), tmp_path / "x.pt")
-    info = replace(inspect_checkpoint(tmp_path / "x.pt"), dim=1536, layers=30)
-    assert info.kv_bytes_per_frame() == 1560 * 180 * 1024
-    assert round(12 * info.kv_bytes_per_frame() / 2**30, 2) == 3.21
-    assert round(21 * info.kv_bytes_per_frame(512, 768) / 2**30, 2) == 5.54
-
-
-def test_description_tells_what_a_user_asks(tmp_path):
+def test_description_answers_the_questions_of_a_user(tmp_path):
     torch.save({"generator": tiny_wan(), "generator_ema": tiny_wan()}, tmp_path / "self_forcing_dmd.pt")
     rows = dict(describe(inspect_checkpoint(tmp_path / "self_forcing_dmd.pt")))
     assert rows["family"] == "Self Forcing (read from the name)"
-    assert rows["would load"] == "generator_ema (also there: generator)"
+    assert rows["loads"] == "generator_ema (other sets: generator)"
     assert rows["chunk"] == "3 latent frames"
     assert rows["dimensions"] == "dim 128, ffn 192, 2 layers, 1 heads of 128"
     assert rows["KV cache"] == "1.5 MiB per latent frame at 480x832 in bfloat16"
     assert "note" not in rows
 
 
-def test_an_unknown_name_is_told_that_weights_cannot_show_the_fine_tune(tmp_path):
+def test_an_unknown_name_is_noted_unless_the_metadata_say_that_it_is_autoregressive(tmp_path):
     weights = tiny_wan(layers=1)
     save_file(weights, tmp_path / "wan2.1_t2v_1.3B_bf16.safetensors")
     (note,) = inspect_checkpoint(tmp_path / "wan2.1_t2v_1.3B_bf16.safetensors").notes
-    assert "the name is that of plain Wan 2.1" in note
-    assert "weights alone cannot tell" in note
+    assert "the name of plain Wan 2.1" in note
+    assert "the same keys and shapes" in note
     config = {"config": json.dumps({"transformer": {"causal_ar": True}})}
     save_file(weights, tmp_path / "mine.safetensors", metadata=config)
     info = inspect_checkpoint(tmp_path / "mine.safetensors")
@@ -249,7 +235,7 @@ def test_an_unknown_name_is_told_that_weights_cannot_show_the_fine_tune(tmp_path
     assert info.notes == ()
 
 
-def test_reading_does_not_depend_on_the_file_staying_and_writing_never_reaches_it(tmp_path):
+def test_loaded_weights_survive_the_file_and_writing_to_them_does_not_change_it(tmp_path):
     for name, save in (("x.pt", torch.save), ("x.safetensors", save_file)):
         weights = tiny_wan(layers=1)
         save(weights, tmp_path / name)

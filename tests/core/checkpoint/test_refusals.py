@@ -1,4 +1,4 @@
-"""Files that cannot be used: each gives one error with the file, what was found and the way out, and runs nothing."""
+"""Files that cannot be used: each raises one error with file, problem and remedy, and runs no code."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def test_a_malicious_pickle_is_refused_and_nothing_runs(tmp_path, form):
     if form != "text protocol":
         assert "nothing was run" in message
         assert "system" in message or form == "bare"
-    pickle.loads(pickle.dumps(Malicious(target)))  # the sample does bite where pickles are trusted
+    pickle.loads(pickle.dumps(Malicious(target)))  # the sample works if pickles are trusted
     assert target.exists()
 
 
@@ -100,21 +100,21 @@ def test_damaged_bytes_never_crash_the_reader(tmp_path, suffix):
     ],
 )
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_other_content_under_a_weight_files_name(tmp_path, content, expected, suffix):
+def test_other_content_under_the_name_of_a_weight_file(tmp_path, content, expected, suffix):
     path = tmp_path / f"x{suffix}"
     path.write_bytes(content)
     assert expected in refusal(path)
 
 
-def test_a_missing_file_tells_what_is_there_instead(tmp_path):
+def test_the_error_of_a_missing_file_lists_the_files_of_the_folder(tmp_path):
     assert "holds no weight file" in refusal(tmp_path / "self_forcing_dmd.pt")
     save_file(tiny_wan(layers=1), tmp_path / "longlive_base.safetensors")
     assert "longlive_base.safetensors" in refusal(tmp_path / "self_forcing_dmd.pt")
     assert "no such file" in refusal(tmp_path / "nowhere" / "x.pt")
 
 
-def test_folders_that_hold_no_model_or_several(tmp_path):
-    assert "holds no weights" in refusal(tmp_path)
+def test_folders_without_a_model_or_with_several(tmp_path):
+    assert "has no weight file" in refusal(tmp_path)
     for name in ("a", "b"):
         save_file(tiny_wan(layers=1), tmp_path / f"{name}.safetensors")
     assert "a.safetensors, b.safetensors" in refusal(tmp_path)
@@ -139,7 +139,7 @@ def test_missing_shards_are_named(tmp_path):
         (json.dumps({"weight_map": {"a": 3}}), "outside its own folder"),
     ],
 )
-def test_an_index_that_leads_nowhere(tmp_path, index, expected):
+def test_an_index_without_usable_shards(tmp_path, index, expected):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(index)
     assert expected in refusal(path)
@@ -197,23 +197,23 @@ def test_diffusers_image_to_video_names_are_understood(tmp_path):
         (["token_embedding.weight", "blocks.0.attn.q.weight"], "a text encoder"),
         (["double_blocks.0.img_attn.qkv.weight"], "a Flux or HunyuanVideo model"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "a Stable Diffusion UNet"),
-        (["net.blocks.0.self_attn.q_proj.weight"], "no Wan transformer in it (its 1 names begin with net.blocks"),
-        (["layers.0.weight"], "no Wan transformer in it (its 1 names begin with layers.0.weight"),
-        (["emb_params"], "no Wan transformer in it"),
+        (["net.blocks.0.self_attn.q_proj.weight"], "contains no Wan transformer (1 weights, such as net.blocks"),
+        (["layers.0.weight"], "contains no Wan transformer (1 weights, such as layers.0.weight"),
+        (["emb_params"], "contains no Wan transformer"),
     ],
 )
-def test_files_that_are_no_wan_are_named_where_possible(tmp_path, names, expected):
+def test_the_error_names_the_kind_of_other_files_if_known(tmp_path, names, expected):
     save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "x.safetensors")
     assert expected in refusal(tmp_path / "x.safetensors")
 
 
 def test_files_without_weights(tmp_path):
     torch.save([torch.zeros(3)], tmp_path / "list.pt")
-    assert "holds a list, not a dict" in refusal(tmp_path / "list.pt")
+    assert "contains a list, not a dict" in refusal(tmp_path / "list.pt")
     torch.save({"step": 3, "generator": None}, tmp_path / "numbers.pt")
-    assert "holds no weights" in refusal(tmp_path / "numbers.pt")
+    assert "contains no weights" in refusal(tmp_path / "numbers.pt")
     torch.save({"critic": tiny_wan(layers=1)}, tmp_path / "critic.pt")
-    assert "holds only critic" in refusal(tmp_path / "critic.pt")
+    assert "contains only critic" in refusal(tmp_path / "critic.pt")
 
 
 def test_missing_weights_are_counted_and_the_first_named(tmp_path):
@@ -225,7 +225,7 @@ def test_missing_weights_are_counted_and_the_first_named(tmp_path):
     assert (
         "4 of 69 weights are missing (blocks.1.ffn.0.weight, blocks.1.ffn.2.bias, head.head.bias and 1 more)" in message
     )
-    assert "other weights in this file: generator" in message
+    assert "other sets of weights in this file: generator" in message
 
 
 @pytest.mark.parametrize("absent", ["head.modulation", "blocks.0.", "text_embedding."])
@@ -266,17 +266,17 @@ def test_layers_with_unknown_parts_are_refused_rather_than_run_without_them(tmp_
 def test_two_models_in_one_flat_file_are_not_mixed(tmp_path):
     both = prefixed(tiny_wan(layers=1), "student.") | prefixed(tiny_wan(layers=1, seed=1), "average.")
     save_file(both, tmp_path / "x.safetensors")
-    assert "2 models side by side, under average., student." in refusal(tmp_path / "x.safetensors")
+    assert "2 models, with the prefixes average., student." in refusal(tmp_path / "x.safetensors")
 
 
 def test_several_unnamed_sets_of_weights_need_a_choice(tmp_path):
     torch.save({"first": tiny_wan(layers=1), "second": tiny_wan(layers=1)}, tmp_path / "x.pt")
-    assert "first, second; name one with weights=" in refusal(tmp_path / "x.pt")
+    assert "first, second; choose one with weights=" in refusal(tmp_path / "x.pt")
     assert "'first', 'second'" in refusal(tmp_path / "x.pt", weights="third")
     assert load_dit_state_dict(tmp_path / "x.pt", weights="second")[1].weights == "second"
 
 
-def test_a_lora_given_as_a_model_says_where_it_belongs(tmp_path):
+def test_the_error_of_a_lora_passed_as_a_model_says_how_to_use_it(tmp_path):
     pair = {
         "blocks.0.self_attn.q.lora_A.weight": torch.zeros(4, 128),
         "blocks.0.self_attn.q.lora_B.weight": torch.zeros(128, 4),

@@ -1,4 +1,4 @@
-"""Quantised files: the host's formats pass through, what no host format announces becomes plain bfloat16."""
+"""Quantised files: ComfyUI's formats are unchanged, weights that ComfyUI cannot read become plain bfloat16."""
 
 import json
 
@@ -48,17 +48,17 @@ def test_row_scaled_weights_become_bfloat16(tmp_path, dtype, top):
     assert "20 layers" in info.quantised
 
 
-def test_legacy_scaled_fp8_keys_reach_the_host_unchanged(tmp_path):
+def test_legacy_scaled_fp8_keys_are_unchanged(tmp_path):
     stored, _ = quantised(tiny_wan(), "scale_weight", "tensor")
     stored |= {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), "blocks.0.ffn.0.scale_input": torch.ones(())}
     save_file(prefixed(stored, "model.diffusion_model."), tmp_path / "x.safetensors")
     loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
     assert_same(loaded, stored)
     assert "ComfyUI" in info.quantised
-    assert info.parameters == sum(value.numel() for value in tiny_wan().values())
+    assert info.size.parameters == sum(value.numel() for value in tiny_wan().values())
 
 
-def test_comfy_quant_keys_reach_the_host_unchanged_and_become_plain_on_request(tmp_path):
+def test_comfy_quant_keys_are_unchanged_and_become_plain_on_request(tmp_path):
     weights = tiny_wan(dtype=torch.bfloat16)
     stored, product = quantised(weights, "weight_scale", "tensor")
     stored |= {f"{layer}.comfy_quant": comfy_quant("float8_e4m3fn") for layer in LAYERS}
@@ -81,7 +81,7 @@ def test_quantisation_in_the_metadata_is_renamed_with_the_layers(tmp_path, namin
     assert set(json.loads(info.metadata["_quantization_metadata"])["layers"]) == set(LAYERS)
 
 
-def test_weights_only_cast_to_fp8_stay_so_unless_plain_ones_are_asked_for(tmp_path):
+def test_weights_cast_to_fp8_become_plain_on_request_only(tmp_path):
     weights = {name: value.to(torch.float8_e4m3fn) for name, value in tiny_wan().items()}
     save_file(weights, tmp_path / "x.safetensors")
     loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
@@ -91,7 +91,7 @@ def test_weights_only_cast_to_fp8_stay_so_unless_plain_ones_are_asked_for(tmp_pa
     assert_same(plain, {name: value.bfloat16() for name, value in weights.items()})
 
 
-def test_packed_host_formats_pass_through_but_cannot_be_made_plain(tmp_path):
+def test_packed_comfyui_formats_are_unchanged_and_cannot_become_plain(tmp_path):
     stored = tiny_wan()
     for layer in LAYERS:
         rows, columns = stored[f"{layer}.weight"].shape
@@ -103,11 +103,11 @@ def test_packed_host_formats_pass_through_but_cannot_be_made_plain(tmp_path):
     loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
     assert_same(loaded, stored)
     assert "nvfp4" in info.quantised
-    with pytest.raises(CheckpointError, match=r"packed as nvfp4, which only ComfyUI"):
+    with pytest.raises(CheckpointError, match=r"packed as nvfp4; load the file in ComfyUI"):
         load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)
 
 
-def test_packed_weights_that_nothing_announces_are_refused(tmp_path):
+def test_packed_weights_without_a_format_name_are_refused(tmp_path):
     stored = tiny_wan()
     stored["blocks.0.ffn.0.weight"] = torch.zeros(192, 64, dtype=torch.uint8)
     stored["blocks.0.ffn.0.weight_scale"] = torch.zeros(192, 8).to(torch.float8_e4m3fn)
@@ -120,7 +120,7 @@ def test_block_scales_are_refused_with_their_shape(tmp_path):
     stored, _ = quantised(tiny_wan(), "weight_scale", "row")
     stored["blocks.0.ffn.0.weight_scale"] = torch.ones(2, 1)
     save_file(stored, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=r"scales of shape \(2, 1\); one scale per row"):
+    with pytest.raises(CheckpointError, match=r"scales of shape \(2, 1\); use a file with one scale per row"):
         load_dit_state_dict(tmp_path / "x.safetensors")
 
 

@@ -1,4 +1,4 @@
-"""The FP8 writer: what it stores, what it says of the file, and what it refuses before any work."""
+"""The FP8 writer: stored tensors, metadata and notes, and refusals before any work."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def test_every_published_matrix_is_fp8_with_one_scale_and_the_formats_name(sourc
     assert_same({name: stored[name] for name in rest}, kept)
 
 
-def test_our_reader_takes_the_file_as_comfyuis_format_and_makes_it_plain(source, tmp_path):
+def test_our_reader_recognises_comfyuis_format_and_dequantises_it(source, tmp_path):
     written = write_fp8_checkpoint(source, tmp_path / "self_forcing_fp8.safetensors")
     loaded, info = load_dit_state_dict(written.path)
     assert_same(loaded, load_file(written.path))
@@ -87,7 +87,7 @@ def test_halves_a_bf16_file(tmp_path):
 
 
 @pytest.mark.parametrize("rename", [fsdp_wrapped, in_diffusers_names])
-def test_any_layout_comes_out_in_original_names(source, tmp_path, rename):
+def test_any_layout_is_written_in_original_names(source, tmp_path, rename):
     save_file(rename(tiny_wan()), tmp_path / "self_forcing_other.safetensors")
     for name in ("self_forcing_dmd.pt", "self_forcing_other.safetensors"):
         write_fp8_checkpoint(tmp_path / name, tmp_path / f"{name}.safetensors")
@@ -108,7 +108,7 @@ def test_any_layout_comes_out_in_original_names(source, tmp_path, rename):
         ("krea.safetensors", {"config": json.dumps({"transformer": {"x": 1}, "y": 2}), "author": "someone"}, True),
     ],
 )
-def test_says_that_it_is_autoregressive_only_where_that_is_known(tmp_path, name, metadata, causal):
+def test_the_file_is_marked_as_autoregressive_only_if_that_is_known(tmp_path, name, metadata, causal):
     save_file(tiny_wan(), tmp_path / name, metadata=metadata)
     written = write_fp8_checkpoint(tmp_path / name, tmp_path / f"fp8_{name}")
     stored = metadata_of(written.path)
@@ -139,7 +139,7 @@ def test_a_lora_is_merged_before_rounding(tmp_path):
     assert any("LoRA lora.safetensors added: 1 layers" in note for note in written.notes)
 
 
-def test_layers_that_fp8_cannot_take_stay_in_16_bits_and_are_noted(tmp_path):
+def test_layers_with_unsuitable_sizes_stay_in_16_bits_and_are_noted(tmp_path):
     save_file(tiny_wan(ffn_dim=200), tmp_path / "self_forcing.safetensors")
     written = write_fp8_checkpoint(tmp_path / "self_forcing.safetensors", tmp_path / "self_forcing_fp8.safetensors")
     stored = load_file(written.path)
@@ -161,7 +161,7 @@ def refusals(folder):
         "exists already; choose another name, or replace it with --force": (source, folder / "there.safetensors"),
         "is the source itself": (source, source, "--force"),
         "no such folder": (source, folder / "absent" / "x.safetensors"),
-        "name the output with .safetensors": (source, folder / "x.pt"),
+        "use the suffix .safetensors": (source, folder / "x.pt"),
         "is quantised already (float8_e4m3fn without scales)": (folder / "cast.safetensors", folder / "x.safetensors"),
         "no_wan.safetensors: ": (folder / "no_wan.safetensors", folder / "x.safetensors"),
         "no such file": (folder / "absent.pt", folder / "x.safetensors"),
@@ -169,7 +169,7 @@ def refusals(folder):
     }
 
 
-def test_what_cannot_work_is_refused_in_one_line_and_leaves_nothing(tmp_path):
+def test_impossible_requests_are_refused_in_one_line_and_write_nothing(tmp_path):
     cases = refusals(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     for words, arguments in cases.items():
@@ -181,7 +181,7 @@ def test_what_cannot_work_is_refused_in_one_line_and_leaves_nothing(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_disk_that_is_too_small_is_told_before_any_work(source, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_refused_before_any_work(source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9, 1000))
     save_file({"0.cond": torch.randn(1, 7, 32)}, tmp_path / "prompts.safetensors")
     work = []
@@ -195,18 +195,18 @@ def test_a_disk_that_is_too_small_is_told_before_any_work(source, tmp_path, monk
     assert work == []
 
 
-def test_damaged_weights_leave_the_former_file_as_it_was(tmp_path):
+def test_damaged_weights_do_not_change_an_existing_file(tmp_path):
     weights = tiny_wan()
     weights["blocks.1.ffn.2.weight"][3, 5] = float("nan")
     save_file(weights, tmp_path / "self_forcing.safetensors")
     (tmp_path / "out.safetensors").write_bytes(b"mine")
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.2\.weight holds values that are not finite"):
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.2\.weight has values that are not finite"):
         write_fp8_checkpoint(tmp_path / "self_forcing.safetensors", tmp_path / "out.safetensors", overwrite=True)
     assert (tmp_path / "out.safetensors").read_bytes() == b"mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.safetensors", "self_forcing.safetensors"]
 
 
-def test_the_command_says_what_it_wrote(source, tmp_path):
+def test_the_command_reports_the_file(source, tmp_path):
     out = tmp_path / "mine.safetensors"
     result = run(source, out)
     assert result.exit_code == 0, result.output
@@ -215,7 +215,7 @@ def test_the_command_says_what_it_wrote(source, tmp_path):
     assert "rename the file to contain 'selfforcing'" in result.output
     out.write_bytes(b"old")
     assert run(source, out, "--force").exit_code == 0
-    assert inspect_checkpoint(out).layers == 2
+    assert inspect_checkpoint(out).size.layers == 2
 
 
 def test_a_streamed_file_is_the_one_written_at_once_in_any_order(tmp_path):
@@ -238,7 +238,7 @@ def test_a_streamed_file_is_the_one_written_at_once_in_any_order(tmp_path):
 
 
 @pytest.mark.parametrize("tensors", [{}, {"a": torch.zeros(3)}, {"b": torch.zeros(2)}])
-def test_a_stream_that_breaks_its_announcement_leaves_no_file(tmp_path, tensors):
+def test_a_stream_that_differs_from_its_layout_leaves_no_file(tmp_path, tensors):
     with pytest.raises(ValueError, match=r"differs from its layout|are missing"):
         stream_tensors(tmp_path / "s.safetensors", {"a": torch.zeros(2)}, tensors.items(), {})
     assert list(tmp_path.iterdir()) == []
