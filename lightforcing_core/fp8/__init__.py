@@ -1,1 +1,1 @@
-"""FP8 checkpoints and linear layers."""
+"""FP8 products, calibration and checkpoints."""

@@ -1,7 +1,7 @@
-"""How large the inputs of each quantised layer become, for FP8 formats that fix an activation's scale in the file.
+"""Measure the largest input of every quantised layer, for FP8 formats that store an activation scale in the file.
 
-ComfyUI's FP8 divides activations by `input_scale`, 1 without one, and cuts them off at ±448. One short video with real
-prompts tells where 448 is not enough, or where inputs are so small that e4m3 loses digits.
+ComfyUI's FP8 divides activations by `input_scale`, or by 1 without one, and clips them at ±448. A short video with real
+prompts shows the layers whose inputs exceed 448 or are so small that e4m3 loses digits.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,22 +16,22 @@ from ..families import Family
 from ..rollout.rollout import StepEvent, few_step_sigmas, rollout
 from .linear import LARGEST, LAYER_LINEARS, SMALLEST
 
-CHUNKS = 2  # the second one reads a cache, and between them lies a clean pass
-HEADROOM = 2.0  # other prompts may go higher; e4m3 is a floating format, so room above costs it no digits
+CHUNKS = 2  # so that a clean pass runs, and a chunk reads the cache
+HEADROOM = 2.0  # other prompts may give larger inputs; e4m3 is a floating-point format, so it loses no digits by this
 _LATENT_HEIGHT, _LATENT_WIDTH = 32, 56  # 256×448 pixels
 
 
 def read_prompts(path: str | Path) -> list[Tensor]:
-    """The text embeddings [1, tokens, text_dim] in a file of Light Forcing Save Text Embeds.
+    """Read the text embeddings [1, tokens, text_dim] from a file of Light Forcing Save Text Embeds.
 
-    Raises CheckpointError, which names the file, where there are none.
+    Raises CheckpointError, which names the file, if it has none.
     """
     contents = open_weights(path).contents
     prompts = [value for name, value in sorted(contents.items()) if name.endswith(".cond")]
     if not prompts or any(not isinstance(prompt, Tensor) or prompt.ndim != 3 for prompt in prompts):
         raise CheckpointError(
-            f"{path}: holds no text embeddings; encode a prompt in ComfyUI and save it with Light Forcing Save Text "
-            "Embeds"
+            f"{path}: contains no text embeddings; encode a prompt in ComfyUI and save it with Light Forcing Save "
+            "Text Embeds"
         )
     return prompts
 
@@ -44,24 +44,28 @@ def largest_inputs(
     latent_size: tuple[int, int] = (_LATENT_HEIGHT, _LATENT_WIDTH),
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Layer → the largest magnitude that went into it while a video of two chunks was made for each prompt.
+    """Layer → the largest magnitude of its inputs, over a dense video of two chunks for each prompt.
 
-    dit: a Wan tree (see `wan.py`); it runs where its weights lie, dense, with the family's chunks and steps. prompts:
-    [1, tokens, text_dim] each. latent_size: h, w of the latents. on_step: called with the number of denoising steps
-    done and their total. Raises ValueError where an input is not finite.
+    dit: a Wan tree (see `wan.py`), which runs on its own device.
+    prompts: [1, tokens, text_dim] each.
+    family: gives the chunk length and the denoising steps.
+    latent_size: (h, w) of the latents.
+    on_step: called with the number of finished denoising steps and their total.
+
+    Raises ValueError if an input is not finite.
     """
     blocks: Any = dit.blocks
     device = next(dit.parameters()).device
     names = [f"blocks.{i}.{name}" for i in range(len(blocks)) for name in LAYER_LINEARS]
     largest = {name: torch.zeros((), device=device) for name in names}
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        def see(_: nn.Module, inputs: tuple[Tensor]) -> None:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        def record(_: nn.Module, inputs: tuple[Tensor]) -> None:
             torch.maximum(largest[name], inputs[0].abs().amax().float(), out=largest[name])
 
-        return see
+        return record
 
-    hooks = [dit.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    hooks = [dit.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
     try:
         for index, prompt in enumerate(prompts):
 
@@ -85,10 +89,12 @@ def largest_inputs(
             hook.remove()
     found = {name: value.item() for name, value in largest.items()}
     if broken := [name for name, value in found.items() if not value < float("inf")]:
-        raise ValueError(f"the inputs of {broken[0]} are not finite; the weights or the prompt are damaged")
+        raise ValueError(
+            f"the inputs of {broken[0]} are not finite, so the weights or the prompt are damaged; get them again"
+        )
     return found
 
 
 def input_scales(largest: Mapping[str, float]) -> dict[str, float]:
-    """What to divide each layer's inputs by, so that twice the largest one seen still fits e4m3."""
+    """The divisor of each layer's inputs with which twice the largest measured one still fits e4m3."""
     return {name: HEADROOM * max(value, SMALLEST) / LARGEST for name, value in largest.items()}

@@ -1,4 +1,4 @@
-"""Calibration: what goes into a layer is seen at its largest, and the file's scales let it fit."""
+"""Calibration: the largest input of every layer, and scales with which it fits."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_prompts_are_those_of_save_text_embeds(tmp_path):
     assert torch.equal(first, text(1))
     assert torch.equal(second, text(2))
     save_file({"a.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"other\.safetensors: holds no text embeddings"):
+    with pytest.raises(CheckpointError, match=r"other\.safetensors: contains no text embeddings"):
         read_prompts(tmp_path / "other.safetensors")
 
 
@@ -95,7 +95,7 @@ def test_a_calibrated_file_holds_a_scale_for_the_inputs_of_every_layer(tmp_path)
 def test_prompts_of_another_text_encoder_are_refused(tmp_path):
     save_file(random_state_dict(dim=128, ffn_dim=192, layers=1, text_dim=TEXT), tmp_path / "self_forcing.safetensors")
     save_file({"0.cond": text(1, width=48)}, tmp_path / "prompts.safetensors")
-    with pytest.raises(CheckpointError, match="48 wide where the model reads 32"):
+    with pytest.raises(CheckpointError, match="width of 48 and the model needs 32"):
         write_fp8_checkpoint(
             tmp_path / "self_forcing.safetensors",
             tmp_path / "self_forcing_fp8.safetensors",
