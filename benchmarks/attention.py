@@ -18,7 +18,7 @@ from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.dispatch import BACKENDS, BackendUnavailable, choose_backend
 from ..lightforcing_core.attention.selection import BlockSelection
 from ..lightforcing_core.model.causal import sdpa
-from ..lightforcing_core.rollout.growth import chunk_sparsities
+from ..lightforcing_core.rollout.schedule import chunk_sparsities
 from .layer import CHUNKS, FAMILY, FRAMES, HEAD_DIM, LayerAttention, published
 from .record import facts
 from .settings import AttentionBench

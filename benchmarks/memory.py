@@ -16,7 +16,9 @@ from ..lightforcing_core.attention.dispatch import AttentionOptions, choose_back
 from ..lightforcing_core.memory.estimate import MemoryEstimate, ModelSize, estimate
 from ..lightforcing_core.model.kv_storage import KVOptions
 from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
-from ..lightforcing_core.rollout.rollout import few_step_sigmas, rollout
+from ..lightforcing_core.rollout.loop import rollout
+from ..lightforcing_core.rollout.recipe import Guidance, Recipe, few_step_sigmas
+from ..lightforcing_core.rollout.runtime import Runtime
 from ..lightforcing_core.rollout.schedule import Schedule
 from ..lightforcing_core.vae.streaming import StreamingDecoder
 from ..lightforcing_core.vae.tiled import TiledDecoder
@@ -48,6 +50,18 @@ class MemoryCase:
     def sizes(self) -> dict[str, Any]:
         """The model's sizes, as Wan's functions take them."""
         return {**asdict(self.model), "text_dim": self.text_dim}
+
+    def recipe(self, schedule: Schedule, dtype: torch.dtype, device: torch.device | str) -> Recipe:
+        """The run of `schedule` at this case's size, with empty prompts on `device`."""
+        text = torch.zeros(1, self.text_tokens, self.text_dim, dtype=dtype, device=device)
+        return Recipe(
+            latent_shape=(self.batch, 16, schedule.latent_frames, *self.picture.latent),
+            sigmas=few_step_sigmas((1000, 500)),
+            context=text,
+            guidance=Guidance(self.cfg, text.clone() if self.cfg != 1.0 else None),
+            attention=AttentionOptions(backend=self.backend),
+            **schedule.arguments(),
+        )
 
 
 def _short(latent_frames: int) -> Schedule:
@@ -111,8 +125,7 @@ def _row(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> dict[str
 
 def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tuple[MemoryEstimate, str]:
     """The estimate, and the backend that it counts on."""
-    picture = case.picture
-    (rows, columns), heads = picture.grid, case.model.dim // HEAD_DIM
+    (rows, columns), heads = case.picture.grid, case.model.dim // HEAD_DIM
     chunk, visible = max(case.schedule.chunk_lengths()), case.schedule.visible_frames()
     q, k = (
         torch.empty(case.batch, frames * rows * columns, heads, HEAD_DIM, dtype=dtype, device=device)
@@ -121,14 +134,9 @@ def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tup
     backend = choose_backend(q, k, k, backend=case.backend).name
     expected = estimate(
         ModelSize.of_wan(**case.sizes, dtype=dtype),
-        case.schedule,
-        height=picture.height,
-        width=picture.width,
-        batch=case.batch,
-        guided=case.cfg != 1.0,
+        case.recipe(case.schedule, dtype, "meta"),
         kv=case.kv,
         backend=backend,
-        text_tokens=case.text_tokens,
         dtype=dtype,
         vae_dim=case.vae_dim,
         vae_dtype=dtype,
@@ -171,23 +179,7 @@ def _run(
     if vae_weights:
         vae: nn.Module = vae_from_state_dict(vae_weights, dtype=dtype, device=device)
         decoder = TiledDecoder(lambda: StreamingDecoder(vae), case.decode_tiles)
-    text = torch.zeros(1, case.text_tokens, case.text_dim, dtype=dtype, device=device)
-    chunks = rollout(
-        dit,
-        text,
-        latent_shape=(case.batch, 16, schedule.latent_frames, *case.picture.latent),
-        frames_per_chunk=schedule.frames_per_chunk,
-        sigmas=few_step_sigmas((1000, 500)),
-        growth=schedule.sparsities(),
-        window=schedule.window,
-        sink_frames=schedule.sink_frames,
-        sink_rope=schedule.sink_rope,
-        cfg=case.cfg,
-        negative=text.clone() if case.cfg != 1.0 else None,
-        attention=AttentionOptions(backend=case.backend),
-        kv=case.kv,
-    )
-    for chunk in chunks:
+    for chunk in rollout(dit, case.recipe(schedule, dtype, device), Runtime(kv=case.kv)):
         if decoder is not None:
             decoder.decode(chunk.latents)
         del chunk

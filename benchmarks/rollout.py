@@ -21,7 +21,9 @@ from ..lightforcing_core.families import FAMILIES, Family
 from ..lightforcing_core.model.causal import Pass
 from ..lightforcing_core.model.cuda_graph import CudaRecorder, StepGraph, why_no_graph
 from ..lightforcing_core.model.wan import Wan, random_state_dict, wan_from_state_dict
-from ..lightforcing_core.rollout.rollout import Chunk, few_step_sigmas, rollout
+from ..lightforcing_core.rollout.loop import rollout
+from ..lightforcing_core.rollout.recipe import Recipe, few_step_sigmas
+from ..lightforcing_core.rollout.runtime import Chunk, Runtime
 from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
 from ..lightforcing_core.vae.overlap import OverlappedDecoder
 from ..lightforcing_core.vae.streaming import StreamingDecoder
@@ -128,23 +130,17 @@ class _Arm:
             timestep = torch.full((x.shape[0],), sigma * 1000.0, device=device)
             return x - sigma * model_pass(dit, x.to(dit.dtype), timestep).float()
 
-        self._chunks: Iterator[Chunk] = rollout(
-            dit,
-            context,
+        recipe = Recipe(
             latent_shape=(1, 16, schedule.latent_frames, *bench.picture.latent),
-            frames_per_chunk=schedule.frames_per_chunk,
             sigmas=few_step_sigmas(family.denoising_steps, family.shift),
-            growth=schedule.sparsities(),
-            window=schedule.window,
-            sink_frames=schedule.sink_frames,
-            sink_rope=schedule.sink_rope,
-            seed=0,
+            context=context,
             attention=AttentionOptions(
                 bench.backend, bench.picture.block, family.keep_frames, family.keep_sink, family.keep_near
             ),
-            denoise=denoise,
-            cuda_graph=bench.cuda_graph,  # type: ignore[arg-type]
+            **schedule.arguments(),
         )
+        runtime = Runtime(denoise=denoise, cuda_graph=bench.cuda_graph)  # type: ignore[arg-type]
+        self._chunks: Iterator[Chunk] = rollout(dit, recipe, runtime)
 
     @property
     def graphs(self) -> str:

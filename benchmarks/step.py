@@ -16,7 +16,7 @@ from ..lightforcing_core.model.causal import ModelState, Predict, predict
 from ..lightforcing_core.model.kv_cache import KVCache
 from ..lightforcing_core.model.kv_storage import CacheShape
 from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
-from ..lightforcing_core.rollout.growth import chunk_sparsities
+from ..lightforcing_core.rollout.schedule import chunk_sparsities
 from .attention import check_chunk
 from .layer import CHUNKS, FAMILY, FRAMES, published
 from .record import facts

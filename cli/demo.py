@@ -41,9 +41,12 @@ from ..lightforcing_core.families import Family
 from ..lightforcing_core.files.output import prepare_folder, whole_file
 from ..lightforcing_core.model.causal import Pass, sdpa
 from ..lightforcing_core.model.wan import HEAD_DIM, Wan, random_state_dict, wan_from_state_dict
+from ..lightforcing_core.refusal import Refusal, check_size
 from ..lightforcing_core.report.plots import RunReport
 from ..lightforcing_core.rollout.cost import ChunkCost, flops_ratio, schedule_costs
-from ..lightforcing_core.rollout.rollout import StepEvent, few_step_sigmas, rollout
+from ..lightforcing_core.rollout.loop import rollout
+from ..lightforcing_core.rollout.recipe import Recipe, few_step_sigmas
+from ..lightforcing_core.rollout.runtime import Runtime, StepEvent
 from ..lightforcing_core.rollout.schedule import Schedule, video_frames_of
 from ..lightforcing_core.vae.overlap import OverlappedDecoder
 from ..lightforcing_core.vae.streaming import StreamingDecoder
@@ -80,13 +83,10 @@ class DemoSettings:
     caption: str = DEFAULT_CAPTION
 
     def __post_init__(self) -> None:
-        for name, pixels in (("height", self.height), ("width", self.width)):
-            if pixels < 16 or pixels % 16:
-                below = max(16, pixels // 16 * 16)
-                raise ValueError(f"{name} {pixels} is not a multiple of 16; use {below} or {below + 16}")
+        check_size(self.height, self.width)
         for name, count in (("chunks", self.chunks), ("frames_per_chunk", self.frames_per_chunk)):
             if count < 1:
-                raise ValueError(f"{name} {count} is not positive; use 1 or more")
+                raise Refusal(name, f"{count} is not positive", "use 1 or more")
         parse(self.caption)
         self.schedule().sparsities()
 
@@ -171,20 +171,17 @@ def run_demo(
         density[event.index] = event.density
         progress("denoising", event.chunk * event.steps + event.step + 1, event.chunks * event.steps)
 
-    sparsities, lengths = schedule.sparsities() or [], schedule.chunk_lengths()
-    costs = schedule_costs(sparsities or [0.0] * len(lengths), lengths, schedule.window)
-    chunks = rollout(
-        dit,
-        parts.context,
+    recipe = Recipe(
         latent_shape=(1, 16, schedule.latent_frames, settings.height // 8, settings.width // 8),
-        frames_per_chunk=settings.frames_per_chunk,
         sigmas=steps,
-        growth=sparsities or None,
+        context=parts.context,
         seed=settings.seed,
         attention=options,
-        denoise=denoise,
-        on_step=on_step,
+        **schedule.arguments(),
     )
+    lengths = recipe.chunk_lengths()
+    costs = schedule_costs([recipe.sparsity(index) for index in range(len(lengths))], lengths, recipe.window)
+    chunks = rollout(dit, recipe, Runtime(denoise=denoise, on_step=on_step))
     decoder = OverlappedDecoder(StreamingDecoder(parts.vae), device)
     thumbnails: list[tuple[str, Image.Image]] = []
     with ExitStack() as files:

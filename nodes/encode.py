@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..lightforcing_core.memory.estimate import gib
+from ..lightforcing_core.refusal import check_size
 from ..lightforcing_core.vae.streaming import StreamingEncoder
 from .comfy import (
     ProgressBar,
@@ -63,13 +64,7 @@ class LightForcingEncode(io.ComfyNode):
     @classmethod
     def execute(cls, pixels: Tensor, vae: Any, place: Literal["start", "end"] = "start") -> io.NodeOutput:
         _, height, width, _ = pixels.shape
-        for side, size in (("height", height), ("width", width)):
-            if size % 16:
-                lower = size // 16 * 16
-                raise ValueError(
-                    f"the frames' {side} {size} is not a multiple of 16; scale or crop it to "
-                    f"{lower or 16} or {lower + 16}"
-                )
+        check_size(height, width)
         vae.throw_exception_if_invalid()
         try:
             encoder = StreamingEncoder(vae.first_stage_model, dtype=vae.vae_dtype, device=vae.device)

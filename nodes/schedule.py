@@ -8,8 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..lightforcing_core.families import FAMILIES, Family, SinkRope, family_of
 from ..lightforcing_core.rollout.cost import clip_cost, schedule_costs
-from ..lightforcing_core.rollout.growth import CURVES
-from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
+from ..lightforcing_core.rollout.schedule import CURVES, Schedule, latent_frames_of
 from .browser import watching_page
 from .comfy import ModelPatcher, find_model, running_server
 from .model.patch import settings_of
@@ -200,8 +199,6 @@ def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None)
         target, window = settings.pop("target"), settings.pop("window")
         own = numbers_per_chunk(settings.pop("sparsity", None) or "", "sparsity", float, lists=True)
         overrides = tuple(sorted(own.items()))
-        if settings["sink_rope"] not in SINK_ROPES:
-            raise ValueError(f"sink_rope {settings['sink_rope']} is not known; use {' or '.join(SINK_ROPES)}")
         return Schedule(
             frames, window=window or None, target=target or None, title=CUSTOM, overrides=overrides, **settings
         )

@@ -41,7 +41,7 @@ class StateFile:
         """The run to go on with, for a video of `latent_shape`; ValueError when it is of another size or shorter."""
         if self.run is None:
             return None
-        frames, made_for = latent_shape[2], self.run.latent_shape
+        frames, made_for = latent_shape[2], self.run.recipe.latent_shape
         if (*latent_shape[:2], *latent_shape[3:]) != (*made_for[:2], *made_for[3:]):
             raise ValueError(
                 f"state {self.path.name} is of a video of {made_for[4] * 8}×{made_for[3] * 8}, batch {made_for[0]}; "

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
-from ..lightforcing_core.rollout.timeline import Prompt, Switch
+from ..lightforcing_core.rollout.timeline import Prompt, Switch, check_text
 
 TimelineType = io.Custom("LIGHTFORCING_TIMELINE")
 FRAMES_PER_SECOND = 16
@@ -145,10 +144,9 @@ def unsuitable_prompt(name: str, parts: Sequence[Mapping[str, Any]], *, may_be_e
     if len(parts) != 1:
         return f"the {name} has {len(parts)} parts; a rollout follows exactly one: do not combine prompts"
     text = parts[0].get("cross_attn")
-    if text is None or text.ndim != 3 or not text.shape[1]:
+    if text is None:
         return f"the {name} holds no text embedding; connect CLIP Text Encode with a Wan (umt5) text encoder"
-    if not torch.isfinite(text).all():
-        return f"the {name}'s embedding holds NaN or infinity; encode the text again"
+    check_text(f"the {name}", text)
     if not may_be_empty and int((text.abs().amax(-1) > 0).sum(1).min()) < 2:
         return f"the {name} is empty; write what the video should show"
     unused = [field for field in UNUSED_BY_T2V if parts[0].get(field) is not None]

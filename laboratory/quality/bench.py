@@ -20,7 +20,9 @@ from lightforcing.benchmarks.settings import Machine
 from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.demo.captions import caption_of, context_of_caption
 from lightforcing.lightforcing_core.demo.model import DIT, SHIPPED, DemoModel, DemoVideo, demo_video, load_demo_model
-from lightforcing.lightforcing_core.rollout.rollout import Chunk, StepEvent, few_step_sigmas, rollout, seeded_noise
+from lightforcing.lightforcing_core.rollout.loop import rollout
+from lightforcing.lightforcing_core.rollout.recipe import Recipe, few_step_sigmas, seeded_noise
+from lightforcing.lightforcing_core.rollout.runtime import Chunk, Runtime, StepEvent
 from lightforcing.lightforcing_core.rollout.schedule import Schedule, latent_frames_of
 from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
 
@@ -216,21 +218,14 @@ class _Maker:
         def noise(chunk: int, number: int, shape: tuple[int, ...]) -> Tensor:
             return torch.cat([draw(chunk, number, (1, *shape[1:])) for draw in draws])
 
-        return rollout(
-            dit,
-            context.to(dit.dtype),
+        recipe = Recipe(
             latent_shape=(len(seeds), 16, schedule.latent_frames, self._video.height // 8, self._video.width // 8),
-            frames_per_chunk=schedule.frames_per_chunk,
             sigmas=self._sigmas,
-            growth=arm.growth,
-            window=schedule.window,
-            sink_frames=schedule.sink_frames,
-            sink_rope=schedule.sink_rope,
+            context=context.to(dit.dtype),
             attention=arm.attention,
-            kv=arm.kv,
-            noise=noise,
-            **callbacks,
+            **{**schedule.arguments(), "growth": arm.growth},
         )
+        return rollout(dit, recipe, Runtime(kv=arm.kv, noise=noise, **callbacks))
 
     def _schedule(self, arm: Arm) -> Schedule:
         schedule = self._long if arm.is_long else self._short

@@ -16,7 +16,9 @@ from lightforcing.lightforcing_core.demo.captions import Scene, caption_of, cont
 from lightforcing.lightforcing_core.demo.model import DemoModel, Level, load_demo_model
 from lightforcing.lightforcing_core.families import Family
 from lightforcing.lightforcing_core.files.output import whole_file
-from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout
+from lightforcing.lightforcing_core.rollout.loop import rollout
+from lightforcing.lightforcing_core.rollout.recipe import Recipe as RolloutRecipe
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
 
@@ -50,18 +52,17 @@ def generate(
 ) -> Tensor:
     """A video of the scene's caption, [frames, H, W, 3] in 0…1 on the CPU."""
     context, video = context_of_caption(models.table, caption_of(scene)), recipe.video
-    chunks = rollout(
-        models.dit,
-        context,
+    asked = RolloutRecipe(
         latent_shape=(1, 16, video.latent_frames, video.height // 8, video.width // 8),
         frames_per_chunk=video.frames_per_chunk,
         sigmas=few_step_sigmas(),
+        context=context,
         growth=growth,
         seed=seed,
         attention=AttentionOptions(block=(video.block, video.block), estimator=Family.estimator, tail=Family.tail),
     )
     decoder = StreamingDecoder(models.vae)
-    return torch.cat([decoder.decode(chunk.latents)[0].float().cpu() for chunk in chunks])
+    return torch.cat([decoder.decode(chunk.latents)[0].float().cpu() for chunk in rollout(models.dit, asked)])
 
 
 def evaluate(recipe: Recipe, folder: Path, device: torch.device) -> dict:

@@ -16,7 +16,7 @@ from lightforcing.lightforcing_core.demo.captions import SLOTS, caption_of, cont
 from lightforcing.lightforcing_core.demo.model import Level
 from lightforcing.lightforcing_core.files.tensors import write_tensors
 from lightforcing.lightforcing_core.model.wan import Wan
-from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 from lightforcing.lightforcing_core.vae.wan_vae import WanVAE, normalise_latents
 
 from .recipe import Lesson, Recipe

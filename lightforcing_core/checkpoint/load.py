@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..families import FAMILIES, Family, family_of
+from ..refusal import check_size
 from .files import CheckpointError, name_list, open_weights, tensor_groups
 from .layouts import Layout, original_name, other_file, other_wan, read_layout, wan_shapes
 from .lora import looks_like_lora, merge_lora
@@ -78,12 +79,9 @@ class CheckpointInfo:
     def kv_bytes_per_frame(self, height: int, width: int) -> int:
         """Bytes of one latent frame's bfloat16 keys and values in all layers; `height`, `width` in pixels.
 
-        Raises ValueError if a side is not a multiple of 16.
+        Raises Refusal if a side is not a multiple of 16.
         """
-        for side, pixels in (("height", height), ("width", width)):
-            if pixels < 16 or pixels % 16:
-                below = max(16, pixels // 16 * 16)
-                raise ValueError(f"{side} {pixels} is not a multiple of 16; use {below} or {below + 16}")
+        check_size(height, width)
         return 2 * self.size.layers * (height // 16) * (width // 16) * self.size.dim * torch.bfloat16.itemsize
 
 

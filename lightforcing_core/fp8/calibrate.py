@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..checkpoint.files import CheckpointError, open_weights
 from ..families import Family
-from ..rollout.rollout import StepEvent, few_step_sigmas, rollout
+from ..rollout.loop import rollout
+from ..rollout.recipe import Recipe, few_step_sigmas
+from ..rollout.runtime import Runtime, StepEvent
 from .linear import LARGEST, LAYER_LINEARS, SMALLEST
 
 CHUNKS = 2  # so that a clean pass runs, and a chunk reads the cache
@@ -73,16 +75,14 @@ def largest_inputs(
                 if on_step:
                     on_step(before * event.total + event.done, len(prompts) * event.total)
 
-            chunks = rollout(
-                dit,
-                prompt,
+            recipe = Recipe(
                 latent_shape=(1, 16, CHUNKS * family.frames_per_chunk, *latent_size),
                 frames_per_chunk=family.frames_per_chunk,
                 sigmas=few_step_sigmas(family.denoising_steps, family.shift),
+                context=prompt,
                 seed=index,
-                on_step=stepped,
             )
-            for _ in chunks:
+            for _ in rollout(dit, recipe, Runtime(on_step=stepped)):
                 pass
     finally:
         for hook in hooks:

@@ -22,10 +22,11 @@ from ..model.causal import ModelState, TextMemory, predict
 from ..model.kv_cache import KVCache
 from ..model.kv_storage import CacheShape, KVOptions
 from ..model.wan import HEAD_DIM, Wan
-from ..rollout.schedule import Schedule
+from ..refusal import Refusal
+from ..rollout.recipe import Recipe
 from ..vae.streaming import StreamingDecoder
 from ..vae.tiled import TiledDecoder, tile_spans
-from ..vae.wan_vae import LATENT_CHANNELS, WanVAE
+from ..vae.wan_vae import WanVAE
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,10 @@ class MemoryEstimate:
 
 def estimate(
     model: ModelSize,
-    schedule: Schedule,
+    recipe: Recipe,
     *,
-    height: int,
-    width: int,
-    batch: int = 1,
-    guided: bool = False,
-    attention: AttentionOptions | None = None,
     kv: KVOptions | None = None,
     backend: str = "triton",
-    text_tokens: int = 512,
     dtype: torch.dtype = torch.bfloat16,
     vae_dim: int | None = None,
     vae_dtype: torch.dtype = torch.bfloat16,
@@ -122,29 +117,36 @@ def estimate(
     overlap: bool = False,
     cuda_graph: bool = False,
 ) -> MemoryEstimate:
-    """The memory of one `rollout` of `schedule` at `height` × `width` video pixels, multiples of 16.
+    """The memory of one `rollout` of `recipe`, whose tensors may be on the meta device.
 
-    backend: the sparse attention that will run, one of `attention.BACKENDS`. guided: classifier-free guidance, which
-    keeps a second cache and prompt. kv: how the cache is kept. vae_dim: the width of the VAE that decodes each chunk
-    on the same device (24 LightVAE, 96 Wan's own), None when nothing is decoded; decode_tiles: tiles per side, see
-    `TiledDecoder`. overlap: decode runs beside the sampling, see `overlap`. cuda_graph: steps are recorded, see
-    `step_graph`. Not counted: the text encoder and what an allocator wastes between tensors. Raises ValueError for
-    a size that is no multiple of 16 and an unknown backend.
+    kv: how the KV cache is kept.
+    backend: the sparse attention that will run, one of `attention.BACKENDS`.
+    dtype: of the computation.
+    vae_dim: the width of the VAE that decodes each chunk on the same device (24 LightVAE, 96 Wan's own); None if
+        nothing is decoded.
+    decode_tiles: tiles per side, see `TiledDecoder`.
+    overlap: a chunk is decoded while the next one is sampled.
+    cuda_graph: steps are recorded.
+
+    Not counted: the text encoder, and the memory that an allocator wastes between tensors.
+    Raises Refusal for an unknown backend.
     """
-    for name, pixels in (("height", height), ("width", width)):
-        if pixels < 16 or pixels % 16:
-            below = max(16, pixels // 16 * 16)
-            raise ValueError(f"{name} {pixels} is not a multiple of 16; use {below} or {below + 16}")
     if backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}; use one of {', '.join(map(repr, BACKENDS))}")
-    sparse = any(sparsity > 0.0 for sparsity in schedule.sparsities() or [])
-    options = replace(attention or AttentionOptions(), backend=backend)
-    run = _DryRun(model, schedule, height, width, batch, options, sparse, text_tokens, dtype, kv or KVOptions())
+        raise Refusal("backend", f"{backend!r} is not known", f"use one of {', '.join(map(repr, BACKENDS))}")
+    batch, channels, _, height, width = recipe.latent_shape
+    run = _DryRun(
+        model,
+        recipe.cache_shape(layers=model.layers, heads=model.dim // HEAD_DIM, head_dim=HEAD_DIM, dtype=dtype),
+        (batch, channels, max(recipe.chunk_lengths()), height, width),
+        recipe.prompts[0].context.shape[1],
+        replace(recipe.attention, backend=backend),
+        kv or KVOptions(),
+    )
     step, prompt = run.step()
     history = decode = vae = 0
     if vae_dim is not None:
-        vae, history, decode = run.decode(vae_dim, vae_dtype, decode_tiles)
-    passes = 2 if guided else 1
+        vae, history, decode = decode_bytes(run.latents, vae_dim, vae_dtype, decode_tiles)
+    passes = len(recipe.guides)
     cache = run.cache(model.layers)
     return MemoryEstimate(
         weights=model.weight_bytes,
@@ -160,67 +162,46 @@ def estimate(
 
 @dataclass(frozen=True)
 class _DryRun:
-    """One run without data; fields as in `estimate`."""
+    """One run without data: the sizes in a recipe, so that a cached result keeps no tensor alive.
+
+    latents: the shape of the longest chunk's, [B, C, frames, h, w].
+    """
 
     model: ModelSize
-    schedule: Schedule
-    height: int
-    width: int
-    batch: int
-    options: AttentionOptions
-    sparse: bool
+    shape: CacheShape
+    latents: tuple[int, ...]
     text_tokens: int
-    dtype: torch.dtype
+    options: AttentionOptions
     kv: KVOptions
 
     def cache(self, layers: int) -> KVCache:
         """The cache that `rollout` makes, `layers` layers of it."""
-        plan = self.schedule
-        shape = CacheShape.of_run(
-            self.options,
-            (self.batch, LATENT_CHANNELS, plan.latent_frames, self.height // 8, self.width // 8),
-            layers=layers,
-            heads=self.model.dim // HEAD_DIM,
-            head_dim=HEAD_DIM,
-            window=plan.window,
-            sink_frames=plan.sink_frames,
-            sink_rope=plan.sink_rope,
-            sparse=self.sparse,
-            dtype=self.dtype,
-        )
-        return KVCache(shape, self.kv, "meta")
+        return KVCache(replace(self.shape, layers=layers), self.kv, "meta")
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 (holds sizes, no tensors)
     def step(self) -> tuple[int, int]:
         """Bytes of one forward's activations, and of what stays of the prompt."""
         layers = 2  # the second one meets what the first one left
-        model = self.model
-        dit = _meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, self.dtype)
+        model, dtype, batch = self.model, self.shape.dtype, self.latents[0]
+        dit = _meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, dtype)
         state = _DryState(self.cache(layers), self.options, self._attend)
-        state.open_chunk(max(self.schedule.chunk_lengths()), 0.0, "meta")
-        shape = (self.batch, LATENT_CHANNELS, state.chunk.frames, self.height // 8, self.width // 8)
-        timestep = torch.empty(self.batch, device="meta")
+        state.open_chunk(self.latents[2], 0.0, "meta")
+        timestep = torch.empty(batch, device="meta")
         with torch.no_grad(), AllocationPeak() as peak:
-            x = torch.empty(shape, device="meta")
-            text = torch.empty(self.batch, self.text_tokens, model.text_dim, dtype=self.dtype, device="meta")
+            x = torch.empty(self.latents, device="meta")
+            text = torch.empty(batch, self.text_tokens, model.text_dim, dtype=dtype, device="meta")
             state.text = prompt = TextMemory(text)
-            x0 = x - predict(dit, x.to(self.dtype), timestep, state).float()
+            x0 = x - predict(dit, x.to(dtype), timestep, state).float()
             prompt_bytes = sum(k.nbytes + v.nbytes for k, v in prompt.keys_values)
             state.chunk.rope = None  # a chunk's first pass also makes its table
             peak.reset()
-            predict(dit, x0.to(self.dtype), timestep, state)
+            predict(dit, x0.to(dtype), timestep, state)
         # One text serves a whole batch; its keys and values do not.
-        return peak.peak - text.nbytes - prompt_bytes, text.nbytes // self.batch + model.layers * prompt_bytes // layers
-
-    def decode(self, vae_dim: int, vae_dtype: torch.dtype, tiles: int) -> tuple[int, int, int]:
-        """Bytes of the VAE's weights, of what its decoder keeps between chunks, and of decoding one chunk."""
-        frames = max(self.schedule.chunk_lengths())
-        shape = (self.batch, LATENT_CHANNELS, frames, self.height // 8, self.width // 8)
-        return decode_bytes(shape, vae_dim, vae_dtype, tiles)
+        return peak.peak - text.nbytes - prompt_bytes, text.nbytes // batch + model.layers * prompt_bytes // layers
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Stands in for every attention: its output, and while that is made what a sparse backend needs beside it."""
-        workspace = self._workspace(q) if self.sparse and k.shape[1] != self.text_tokens else []
+        workspace = self._workspace(q) if self.shape.pooled and k.shape[1] != self.text_tokens else []
         out = torch.empty_like(q)
         workspace.clear()
         return out
@@ -228,9 +209,8 @@ class _DryRun:
     def _workspace(self, q: Tensor) -> list[Tensor]:
         """What the sparse backend allocates beside its output when every slot of the cache is visible."""
         batch, tokens, heads, dim = q.shape
-        tokens_per_frame = (self.height // 16) * (self.width // 16)
+        tokens_per_frame, visible = self.shape.tokens_per_frame, self.shape.slots
         q_layout, k_layout = (FrameBlocks(tokens_per_frame, size) for size in self.options.block)
-        visible = self.schedule.visible_frames()
         q_blocks, k_blocks = tokens // tokens_per_frame * q_layout.per_frame, visible * k_layout.per_frame
         if self.options.backend == "flex":
             # 8-bit keys and values are widened one head at a time; the heads' outputs are put together at the end.
@@ -239,11 +219,11 @@ class _DryRun:
             queries = (batch, q_blocks * q_layout.block, at_once, dim)
             # On a CPU keys and values of narrow dtypes are copied once, widened to float32 or packed inside flex;
             # ragged frames are padded besides.
-            widened = widens_on_cpu(self.dtype) or at_once < heads
+            widened = widens_on_cpu(self.shape.dtype) or at_once < heads
             # A tail's means are put behind them in one more copy.
             copies = 2 + 2 * k_layout.ragged + 2 * self.options.tail
             shapes = [keys] * copies + [queries] * (2 if widened or q_layout.ragged else 0)
-            dtype = torch.float32 if widened else self.dtype
+            dtype = torch.float32 if widened else self.shape.dtype
             lists = [
                 torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.int32, device="meta")
                 for _ in range(6 if self.options.tail else 3)

@@ -9,14 +9,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from ..families import Family
 from ..model.kv_storage import KVOptions
+from ..refusal import check_size
+from ..rollout.recipe import Recipe, few_step_sigmas
 from ..rollout.schedule import Schedule, latent_frames_of
+from ..vae.wan_vae import LATENT_CHANNELS
 from .estimate import MemoryEstimate, ModelSize, estimate, gib
 
 # What an allocator loses between tensors, and what a card needs for itself.
 HEADROOM = 0.08
 LIGHT_VAE, WAN_VAE = 24, 96  # widths
+TEXT_TOKENS = 512  # the umt5 encoder's slots
 # How a KV cache is kept, the best first.
 LADDER = (KVOptions(), KVOptions("int8"), KVOptions("int8", host=True))
 
@@ -122,7 +128,14 @@ def plan_memory(
 
 def describe_memory(model: ModelSize, family: Family, *, height: int, width: int, length: int) -> list[tuple[str, str]]:
     """(label, value) rows of what `length` video frames need on a GPU, for each way to keep the KV cache."""
+    check_size(height, width)
     schedule = Schedule.of_family(family, latent_frames_of(length))
+    recipe = Recipe(
+        latent_shape=(1, LATENT_CHANNELS, schedule.latent_frames, height // 8, width // 8),
+        sigmas=few_step_sigmas(family.denoising_steps, family.shift),
+        context=torch.empty(1, TEXT_TOKENS, model.text_dim, device="meta"),
+        **schedule.arguments(),
+    )
     rows = []
     for label, vae_dim, kv in (
         ("memory", LIGHT_VAE, KVOptions()),
@@ -130,8 +143,7 @@ def describe_memory(model: ModelSize, family: Family, *, height: int, width: int
         ("... in host memory", LIGHT_VAE, KVOptions("int8", host=True)),
         ("full Wan VAE", WAN_VAE, KVOptions()),
     ):
-        needed = estimate(model, schedule, height=height, width=width, kv=kv, vae_dim=vae_dim)
-        rows.append((label, str(needed)))
+        rows.append((label, str(estimate(model, recipe, kv=kv, vae_dim=vae_dim))))
     first, *others = rows
     what = f"{length} frames at {height}x{width} in bfloat16, LightVAE decoding"
     return [(first[0], f"{what}: {first[1]}"), *others]

@@ -1,88 +1,75 @@
-"""The chunk × step loop behind `rollout`, what it yields, and what it tells while it runs."""
+"""The autoregressive rollout: chunk after chunk, a few denoising steps each, then a clean pass that commits it.
 
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+`for chunk in rollout(...)` is the whole interface: finished chunks come out as they are made, closing the generator
+cancels, and an error leaves every chunk already yielded in the caller's hands.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..attention import fast_path
-from ..attention.dispatch import AttentionOptions
-from ..model.causal import GIVEN_NOISE, DenseAttention, ModelState, Pass, Predict
-from ..model.cuda_graph import CudaGraph, step_graphs
+from ..model.causal import GIVEN_NOISE, ModelState, Pass, Predict
+from ..model.cuda_graph import step_graphs, why_no_graph
 from ..model.kv_cache import KVCache
-from ..model.kv_storage import CacheShape, KVOptions
 from ..pinned import to_device
+from ..refusal import Refusal
+from .recipe import Recipe
 from .record import Recorder
-from .timeline import Timeline
-
-Noise = Callable[[int, int, tuple[int, ...]], Tensor]
-Denoise = Callable[[Tensor, float, Pass], Tensor]
-Replay = Literal["all", "window"]
+from .runtime import Chunk, Runtime, StepEvent
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A finished chunk: its index in the video, its first latent frame and latents [B, C, frames, h, w]."""
+def rollout(
+    dit: Any,
+    recipe: Recipe,
+    runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
+    finished: Sequence[Tensor | Chunk] = (),
+) -> Generator[Chunk, None, None]:
+    """Generate the chunks of a video that are not `finished` yet, in the model's normalised latent space.
 
-    index: int
-    start_frame: int
-    latents: Tensor
+    dit: a Wan 2.1 T2V module tree, from `wan_from_state_dict` or ComfyUI's.
+    recipe: all that decides the video.
+    runtime: how it runs here.
+    finished: the chunks that an earlier run of this recipe made, from the first on; they are not yielded again.
 
-
-@dataclass(frozen=True)
-class StepEvent:
-    """One finished denoising step: the `step`-th of `steps` (from 0) of the `chunk`-th of `chunks` generated chunks.
-
-    `index` is the chunk's index in the video, initial latents included; `done` of `total` counts the steps of the
-    whole run. x, x0: [B, C, frames, h, w], the step's input and its prediction. density: the share of visible key
-    blocks that the chunk attends to.
+    The KV cache is allocated when iteration starts and freed when it ends, however it ends. Raises Refusal, before
+    anything runs, for a recipe that does not fit the model. Source: Self Forcing's few-step rollout.
     """
-
-    chunk: int
-    chunks: int
-    index: int
-    start_frame: int
-    step: int
-    steps: int
-    done: int
-    total: int
-    x: Tensor
-    x0: Tensor
-    density: float
+    return ChunkLoop(dit, recipe, runtime, finished).chunks()
 
 
-@dataclass
 class ChunkLoop:
-    """One checked request, and the chunk × step loop that fulfils it. Fields as in `rollout`."""
+    """The chunk × step loop of one run. Arguments as in `rollout`."""
 
-    dit: Any
-    guides: list[Timeline]  # the prompts and, with guidance, the negative prompt; one cache each
-    cfg: float
-    shape: tuple[int, ...]
-    lengths: list[int]
-    first_index: int  # the first chunk that is generated
-    levels: list[float]
-    first_levels: list[float]
-    growth: Sequence[float] | None
-    cache: CacheShape
-    noise: Noise
-    initial_latents: Tensor | None
-    last_latents: Tensor | None
-    replay: Replay
-    context_noise: float
-    attention: AttentionOptions
-    kv: KVOptions
-    denoise: Denoise | None
-    dense_attention: DenseAttention
-    on_step: Callable[[StepEvent], None] | None
-    recorder: Recorder
-    cuda_graph: CudaGraph
-    why_no_graphs: str | None
-    dtype: torch.dtype
-    device: torch.device
+    def __init__(self, dit: Any, recipe: Recipe, runtime: Runtime, finished: Sequence[Tensor | Chunk]) -> None:
+        _check_model(dit, recipe)
+        made = [one.latents if isinstance(one, Chunk) else one for one in finished]
+        recipe.check_finished(made)
+        self.dit, self.recipe, self.runtime = dit, recipe, runtime
+        self.recorder = runtime.recorder or Recorder()
+        self.guides, self.shape, self.lengths = recipe.guides, recipe.latent_shape, recipe.chunk_lengths()
+        self.first_index = recipe.first_index + len(made)  # the first chunk that is generated
+        if self.first_index == len(self.lengths):
+            problem = f"already holds all {recipe.frames} latent frames of the video"
+            raise Refusal("finished", problem, "ask for a longer video")
+        self.total = sum(len(recipe.levels(index)) - 1 for index in range(self.first_index, len(self.lengths)))
+        self.known = recipe.latents_with(made)
+        self.noise = runtime.noise or recipe.noise()
+        self.dtype = runtime.dtype or dit.dtype
+        self.device = torch.device(runtime.device or recipe.prompts[0].context.device)
+        heads = dit.blocks[0].self_attn.num_heads
+        self.cache = recipe.cache_shape(
+            layers=len(dit.blocks), heads=heads, head_dim=dit.dim // heads, dtype=self.dtype
+        )
+        self.why_no_graphs = None
+        if runtime.cuda_graph != "off":
+            self.why_no_graphs = why_no_graph(dit, self.device, kv_in_host_memory=runtime.kv.host)
+            if self.why_no_graphs and runtime.cuda_graph == "on":
+                raise Refusal("cuda_graph", f"'on' cannot run: {self.why_no_graphs}", "use 'auto' or 'off'")
 
     def chunks(self) -> Generator[Chunk, None, None]:
         """The loop; memory lives from the first `next` to the end."""
@@ -93,7 +80,8 @@ class ChunkLoop:
         self.recorder.start(self.dit, self.shape, self.device)
         try:
             states += (self._new_state() for _ in self.guides)
-            with step_graphs(self.cuda_graph, self.why_no_graphs, self.device, len(states), self._note_graphs) as runs:
+            wanted = self.runtime.cuda_graph
+            with step_graphs(wanted, self.why_no_graphs, self.device, len(states), self._note_graphs) as runs:
                 for index, length in enumerate(self.lengths):
                     start = sum(self.lengths[:index])
                     self._follow_prompts(states, index, past)
@@ -122,38 +110,33 @@ class ChunkLoop:
                 state.close()
 
     def _new_state(self) -> ModelState:
-        return ModelState(KVCache(self.cache, self.kv, self.device), self.attention, self.dense_attention)
+        cache = KVCache(self.cache, self.runtime.kv, self.device)
+        return ModelState(cache, self.recipe.attention, self.runtime.dense_attention)
 
     def _note_graphs(self, text: str) -> None:
         self.recorder.fact("CUDA graphs", text)
 
     def _open_chunk(self, states: list[ModelState], index: int) -> None:
         end = self._end_of(index)
-        steps, given = len(self._levels(index)) - 1, 0 if end is None else end.shape[2]
+        steps, given = len(self.recipe.levels(index)) - 1, 0 if end is None else end.shape[2]
+        sparsity = self.recipe.sparsity(index)
         for state in states:
-            state.open_chunk(self.lengths[index], self._sparsity(index), self.device, steps=steps, given=given)
-
-    def _levels(self, index: int) -> list[float]:
-        return self.first_levels if index == 0 else self.levels
-
-    def _sparsity(self, index: int) -> float:
-        return self.growth[min(index, len(self.growth) - 1)] if self.growth is not None else 0.0
+            state.open_chunk(self.lengths[index], sparsity, self.device, steps=steps, given=given)
 
     def _is_replayed(self, index: int) -> bool:
         """Whether an initial chunk is fed through the model: all are, or those that hold sinks or are still visible."""
         start, given = sum(self.lengths[:index]), sum(self.lengths[: self.first_index])
         still_visible = start + self.lengths[index] > given - (self.cache.slots - self.cache.sink_frames)
-        return self.replay == "all" or start < self.cache.sink_frames or still_visible
+        return self.runtime.replay == "all" or start < self.cache.sink_frames or still_visible
 
     def _given(self, start: int, length: int) -> Tensor:
-        assert self.initial_latents is not None
-        return self._for_each_video(self.initial_latents[:, :, start : start + length])
+        assert self.known is not None
+        return self._for_each_video(self.known[:, :, start : start + length])
 
     def _end_of(self, index: int) -> Tensor | None:
         """What the chunk ends with, if anything: [B, C, frames, h, w]."""
-        if self.last_latents is None or index < len(self.lengths) - 1:
-            return None
-        return self._for_each_video(self.last_latents)
+        last = self.recipe.last_latents
+        return None if last is None or index < len(self.lengths) - 1 else self._for_each_video(last)
 
     def _for_each_video(self, given: Tensor) -> Tensor:
         return to_device(given.float(), self.device).expand(self.shape[0], -1, -1, -1, -1)
@@ -180,15 +163,16 @@ class ChunkLoop:
         """A finished chunk from noise, and the steps done so far. runs: how each state predicts."""
         batch, channels, _, height, width = self.shape
         shape = (batch, channels, self.lengths[index], height, width)
-        levels = self._levels(index)
+        levels = self.recipe.levels(index)
 
         def draw(number: int) -> Tensor:
             drawn = self.noise(index, number, shape)
             if drawn.shape != shape:
-                raise ValueError(f"noise({index}, {number}, …) has shape {tuple(drawn.shape)}; expected {shape}")
+                problem = f"({index}, {number}, …) has shape {list(drawn.shape)}"
+                raise Refusal("noise", problem, f"return one of {list(shape)}")
             return to_device(drawn.float(), self.device)
 
-        self.recorder.open(index, self._sparsity(index), len(levels) - 1, states[0])
+        self.recorder.open(index, self.recipe.sparsity(index), len(levels) - 1, states[0])
         end = self._end_of(index)
         noise = draw(0)
         x = levels[0] * noise if levels[0] < 1.0 else noise
@@ -203,13 +187,11 @@ class ChunkLoop:
             if end is not None:
                 x0 = _with_end(x0, end)
             done += 1
-            if self.on_step is not None:
-                generated = len(self.lengths) - self.first_index
-                total = generated * (len(self.levels) - 1)
-                if self.first_index == 0:
-                    total += len(self.first_levels) - len(self.levels)
-                chunk, steps, density = index - self.first_index, len(levels) - 1, states[0].chunk.density
-                self.on_step(StepEvent(chunk, generated, index, start, step, steps, done, total, x, x0, density))
+            if self.runtime.on_step is not None:
+                chunk, chunks = index - self.first_index, len(self.lengths) - self.first_index
+                steps, density = len(levels) - 1, states[0].chunk.density
+                event = StepEvent(chunk, chunks, index, start, step, steps, done, self.total, x, x0, density)
+                self.runtime.on_step(event)
             if following > 0.0:
                 noise = draw(step + 1)
                 x = (1.0 - following) * x0 + following * noise
@@ -219,7 +201,7 @@ class ChunkLoop:
     @torch.no_grad()
     def _clean_pass(self, state: ModelState, latents: Tensor) -> None:
         """Commit clean latents as history."""
-        self._run(latents, self.context_noise / 1000.0, Pass(state, commits=True))
+        self._run(latents, self.recipe.noise_options.context_noise / 1000.0, Pass(state, commits=True))
         state.cache.commit()  # even if a `denoise` function ran no model
 
     def _guided(self, x: Tensor, sigma: float, passes: list[Pass]) -> Tensor:
@@ -227,15 +209,27 @@ class ChunkLoop:
         x0 = self._run(x, sigma, passes[0])
         if len(passes) > 1:
             unguided = self._run(x, sigma, passes[1])
-            x0 = unguided + self.cfg * (x0 - unguided)
+            x0 = unguided + self.recipe.guidance.cfg * (x0 - unguided)
         return x0
 
     def _run(self, x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
         """x0 of one pass."""
-        if self.denoise is not None:
-            return self.denoise(x, sigma, model_pass)
+        if self.runtime.denoise is not None:
+            return self.runtime.denoise(x, sigma, model_pass)
         timestep = torch.full((x.shape[0],), sigma * 1000.0, device=self.device)
         return x - sigma * model_pass(self.dit, x.to(self.dtype), timestep).float()
+
+
+def _check_model(dit: Any, recipe: Recipe) -> None:
+    """Refusal unless the model takes the recipe's latents and texts."""
+    channels, wanted = recipe.latent_shape[1], dit.patch_embedding.in_channels
+    if channels != wanted:
+        raise Refusal("latent_shape", f"has {channels} channels", f"the model takes {wanted}")
+    wanted = dit.text_embedding[0].in_features
+    for name, guide in zip(("context", "negative"), recipe.guides, strict=False):
+        for width in (prompt.context.shape[2] for prompt in guide.prompts):
+            if width != wanted:
+                raise Refusal(name, f"is {width} wide and the model takes {wanted}", "use the model's text encoder")
 
 
 def _with_end(x: Tensor, end: Tensor) -> Tensor:

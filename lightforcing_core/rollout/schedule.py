@@ -1,16 +1,27 @@
-"""How one video falls into chunks, what each chunk may see, and how sparse it may be: a recipe to hand around."""
+"""How a video falls into chunks, what each chunk may see, and how sparse each may be (Chunk-Aware Growth).
 
+Growth meets a FLOP budget exactly: early chunks stay dense because later ones inherit their errors; sparsity then
+grows towards `base`.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from ..families import Family, SinkRope
-from .growth import chunk_lengths, chunk_sparsities, first_chunk_length
+from ..refusal import Refusal, check_choice
+
+CURVES = ("inverse_sqrt", "linear", "exponential", "constant")
+LARGEST = math.nextafter(1.0, 0.0)  # sparsities live in [0, 1)
 
 
 def latent_frames_of(video_frames: int) -> int:
-    """Latent frames of a video of 1 + 4·k frames; ValueError for another length."""
+    """Latent frames of a video of 1 + 4·k frames; Refusal for another length."""
     if video_frames < 1 or (video_frames - 1) % 4:
         below = max(1, 1 + (video_frames - 1) // 4 * 4)
-        raise ValueError(f"length {video_frames} is not 1 + 4·k video frames; use {below} or {below + 4}")
+        raise Refusal("length", f"{video_frames} is not 1 + 4·k video frames", f"use {below} or {below + 4}")
     return (video_frames - 1) // 4 + 1
 
 
@@ -24,14 +35,72 @@ def latent_frame_at(video_frame: int) -> int:
     return (video_frame + 3) // 4
 
 
+def chunk_lengths(latent_frames: int, frames_per_chunk: int, first_chunk: int | None = None) -> list[int]:
+    """Latent frames of every chunk: `first_chunk` (default `frames_per_chunk`) first, a shorter rest last."""
+    for name, value in (("latent_frames", latent_frames), ("frames_per_chunk", frames_per_chunk)):
+        if value < 1:
+            raise Refusal(name, f"{value} is not positive", "use at least 1 latent frame")
+    first = frames_per_chunk if first_chunk is None else first_chunk
+    if first < 1:
+        raise Refusal("first_chunk", f"{first} is not positive", f"leave it out for chunks of {frames_per_chunk}")
+    lengths = [min(first, latent_frames)]
+    rest = latent_frames - lengths[0]
+    lengths += [frames_per_chunk] * (rest // frames_per_chunk)
+    if rest % frames_per_chunk:
+        lengths.append(rest % frames_per_chunk)
+    return lengths
+
+
+def first_chunk_length(frames_per_chunk: int, initial_frames: int = 0) -> int:
+    """Latent frames of the first chunk of a video that starts with `initial_frames` given ones.
+
+    Given frames make whole chunks; if they do not, the first chunk takes the rest: one image → 1, n, n, …
+    """
+    return initial_frames % max(frames_per_chunk, 1) or frames_per_chunk
+
+
+def check_window(window: int | None, sink_frames: int, sink_rope: str, longest_chunk: int) -> None:
+    """Refusal unless a window of latent frames holds the sinks and the longest chunk; None holds everything."""
+    check_choice("sink_rope", sink_rope, SinkRope)
+    if sink_frames < 0:
+        raise Refusal("sink_frames", f"{sink_frames} is negative", "use 0 or more latent frames")
+    least = sink_frames + longest_chunk
+    if window is not None and window < least:
+        problem = f"{window} cannot hold {sink_frames} sink frames and a chunk of {longest_chunk}"
+        raise Refusal("window", problem, f"use at least {least} latent frames")
+
+
+def check_sparsity(field: str, sparsity: float, chunk: int | None = None) -> None:
+    """Refusal unless `sparsity`, of chunk number `chunk` if given, is in [0, 1)."""
+    if not 0.0 <= sparsity < 1.0:
+        of = "" if chunk is None else f" of chunk {chunk}"
+        raise Refusal(field, f"{sparsity}{of} is outside [0, 1)", "0 is dense, 0.88 skips 88 % of the key blocks")
+
+
+class ScheduleArguments(TypedDict):
+    """The fields of a `Recipe` that a schedule decides, for `Recipe(..., **schedule.arguments())`."""
+
+    frames_per_chunk: int
+    growth: list[float] | None
+    window: int | None
+    sink_frames: int
+    sink_rope: SinkRope
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """The recipe for one video of `latent_frames`; `target` None is dense throughout.
+    """The chunks, window and sparsity of a video, before its size and prompt are known.
 
-    `window` (None: everything) counts latent frames, sinks and the current chunk included. `curve` is one of
-    `growth.CURVES`; `base` and `dense_chunks` as in `growth.chunk_sparsities`. `overrides` are (chunk index, sparsity)
-    pairs that replace the curve's values, whose target then holds without them. `title` says where it comes from.
-    Construction raises ValueError for a recipe that cannot be met.
+    latent_frames: of the whole video.
+    frames_per_chunk: latent frames of a chunk.
+    window: visible latent frames, sinks and the current chunk included; None sees everything.
+    sink_frames: the first latent frames, which stay visible.
+    sink_rope: the position of sinks once the window has moved on, see `KVCache`.
+    target, base, curve, dense_chunks: as in `chunk_sparsities`; target None is dense throughout.
+    title: its origin, for people.
+    overrides: (chunk index, sparsity) pairs that replace the curve's values; the target holds for the curve alone.
+
+    Raises Refusal when it is made with values that cannot be met.
     """
 
     latent_frames: int
@@ -47,14 +116,7 @@ class Schedule:
     overrides: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        longest = max(self.chunk_lengths())
-        if self.sink_frames < 0:
-            raise ValueError(f"sink_frames {self.sink_frames} is negative; use 0 or more")
-        if self.window is not None and self.window < self.sink_frames + longest:
-            raise ValueError(
-                f"window {self.window} cannot hold {self.sink_frames} sink frames and a chunk of {longest}; "
-                f"use at least {self.sink_frames + longest} latent frames"
-            )
+        check_window(self.window, self.sink_frames, self.sink_rope, max(self.chunk_lengths()))
         self.sparsities()
 
     @classmethod
@@ -99,12 +161,125 @@ class Schedule:
             )
         for chunk, sparsity in self.overrides:
             if not 0 <= chunk < len(values):
-                raise ValueError(f"sparsity is given for chunk {chunk}; this video has chunks 0 to {len(values) - 1}")
-            if not 0.0 <= sparsity < 1.0:
-                raise ValueError(f"sparsity {sparsity} of chunk {chunk} is outside [0, 1); 0 is dense")
+                raise Refusal("sparsity", f"names chunk {chunk}", f"this video has chunks 0 to {len(values) - 1}")
+            check_sparsity("sparsity", sparsity, chunk)
             values[chunk] = sparsity
         return values
+
+    def arguments(self, initial_frames: int = 0) -> ScheduleArguments:
+        """The recipe fields that follow from this schedule for a video that starts with `initial_frames`."""
+        return {
+            "frames_per_chunk": self.frames_per_chunk,
+            "growth": self.sparsities(initial_frames),
+            "window": self.window,
+            "sink_frames": self.sink_frames,
+            "sink_rope": self.sink_rope,
+        }
 
     def visible_frames(self) -> int:
         """Latent frames that the KV cache must hold."""
         return self.latent_frames if self.window is None else min(self.window, self.latent_frames)
+
+
+def chunk_sparsities(
+    latent_frames: int,
+    frames_per_chunk: int,
+    *,
+    target: float,
+    base: float | None = None,
+    window: int | None = None,
+    dense_chunks: int = 1,
+    curve: str | Sequence[float] = "inverse_sqrt",
+    first_chunk: int | None = None,
+) -> list[float]:
+    """One sparsity in [0, 1) per chunk: `s_i = base − g_i · β`, the first `dense_chunks` of them 0.
+
+    latent_frames, frames_per_chunk: of the video and of a chunk.
+    target: the mean sparsity over the sparse chunks, each weighted by the key frames it sees,
+        `kv_i = min(frames up to its end, window)`; β is solved from `Σ (1 − s_i) · kv_i = (1 − target) · Σ kv_i`.
+    base: the sparsity that growth tends to.
+    window: visible latent frames; None sees everything.
+    dense_chunks: chunks at the start that skip nothing.
+    curve: the shape g_i, one of
+        "inverse_sqrt": the published `1/√(frames up to the chunk's end)`;
+        "linear": from 1 at the first sparse chunk to 0 at the last;
+        "exponential": decay by e for each length of the first sparse chunk's context;
+        "constant": `target` everywhere, `base` is not read;
+        or a list with one sparsity per chunk, which is shifted as a whole to meet the target.
+    first_chunk: latent frames of the first chunk if it is shorter than the others.
+
+    A value that would leave [0, 1) is clamped and the others are solved again, so the target always holds.
+    Raises Refusal, naming values that work, for requests that cannot be met.
+
+    Source: Light Forcing, arXiv 2602.04789, Chunk-Aware Growth.
+    """
+    lengths = chunk_lengths(latent_frames, frames_per_chunk, first_chunk)
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    check_sparsity("target", target)
+    check_window(window, 0, "fixed", max(lengths))
+    if dense_chunks < 0:
+        raise Refusal("dense_chunks", f"{dense_chunks} is negative", "use 0 or more")
+    if not isinstance(curve, str) and len(curve) != len(lengths):
+        raise Refusal("curve", f"lists {len(curve)} values for {len(lengths)} chunks", "give one sparsity per chunk")
+    sparse_ends = ends[dense_chunks:]
+    if not sparse_ends:
+        return [0.0] * len(lengths)
+    weights = [float(min(end, window or end)) for end in sparse_ends]
+    tops, slopes = _shape(curve, sparse_ends, dense_chunks, target, base)
+    sparsities = _solve(tops, slopes, weights, target)
+    return [0.0] * min(dense_chunks, len(lengths)) + sparsities
+
+
+def _shape(
+    curve: str | Sequence[float], ends: list[int], dense_chunks: int, target: float, base: float | None
+) -> tuple[list[float], list[float]]:
+    """The lines `top_i − slope_i · β` along which the sparse chunks' sparsities move."""
+    count = len(ends)
+    if not isinstance(curve, str):
+        values = [float(value) for value in curve][dense_chunks:]
+        for chunk, value in enumerate(values, dense_chunks):
+            check_sparsity("curve", value, chunk)
+        return values, [1.0] * count
+    if curve == "constant":
+        return [target] * count, [1.0] * count
+    if base is None:
+        raise Refusal("base", f"is missing, and curve {curve!r} grows towards it", f"give one between {target} and 1")
+    if not target <= base <= 1.0:
+        raise Refusal(
+            "base",
+            f"{base} is not between target {target} and 1: growth starts below the target and ends at base",
+            f"raise base to at least {target}, lower target, or use the constant curve",
+        )
+    if curve == "inverse_sqrt":
+        return [base] * count, [1.0 / math.sqrt(end) for end in ends]
+    if curve == "linear":
+        return [base] * count, [1.0 - i / (count - 1) for i in range(count)] if count > 1 else [1.0]
+    if curve == "exponential":
+        # Below 1e-250 growth is complete; the bound keeps β finite.
+        return [base] * count, [max(math.exp(1.0 - end / ends[0]), 1e-250) for end in ends]
+    raise Refusal("curve", f"{curve!r} is not known", f"use one of {', '.join(CURVES)} or a list of sparsities")
+
+
+def _solve(tops: list[float], slopes: list[float], weights: list[float], target: float) -> list[float]:
+    """Sparsities on the lines `top − slope · β`, clamped to [0, 1), whose weighted mean is `target`."""
+    budget = target * sum(weights)
+
+    def at(beta: float) -> list[float]:
+        return [min(max(top - slope * beta, 0.0), LARGEST) for top, slope in zip(tops, slopes, strict=True)]
+
+    def spent(values: list[float]) -> float:
+        return math.fsum(weight * value for weight, value in zip(weights, values, strict=True))
+
+    # Between the β at which some value reaches an end of [0, 1), every value and the spent budget are linear in β.
+    bends = sorted(
+        (top - end) / slope for top, slope in zip(tops, slopes, strict=True) if slope > 0.0 for end in (0.0, LARGEST)
+    )
+    after = bisect_left(bends, -budget, key=lambda beta: -spent(at(beta)))
+    low, high = at(bends[max(after - 1, 0)]), at(bends[min(after, len(bends) - 1)])
+    width = spent(low) - spent(high)
+    share = (spent(low) - budget) / width if width > 0.0 else 0.0
+    values = [min(max(a + share * (b - a), 0.0), LARGEST) for a, b in zip(low, high, strict=True)]
+    if not abs(spent(values) - budget) <= 1e-9 * sum(weights):
+        nearest = f"use {spent(values) / sum(weights):.6f}, the nearest mean sparsity, or move base"
+        raise Refusal("target", f"{target} cannot be met with this curve and base", nearest)
+    return values

@@ -6,7 +6,7 @@ Fed back to `rollout`, a state continues the video as if it had never stopped, b
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,15 @@ from torch import Tensor
 
 from ..attention.dispatch import AttentionOptions
 from ..attention.quantised import KVDtype
-from ..families import SinkRope
 from ..files.tensors import write_tensors
-from ..model.kv_storage import KVOptions
-from .growth import chunk_lengths, first_chunk_length
-from .rollout import Chunk, Replay, check_last_latents, seeded_noise
-from .timeline import Prompt, Timeline
+from .recipe import Guidance, NoiseOptions, Recipe
+from .runtime import Chunk
+from .timeline import Prompt
 
 FORMAT = "light_forcing_run_state"
 VERSION = 2  # 1 knows no given end; a state without one is still written as 1
-TENSORS = ("given", "last_latents", "negative")  # the fields that are one tensor or None
+# The fields of a recipe that are saved as they are.
+RECIPE_FACTS = ("latent_shape", "frames_per_chunk", "sigmas", "growth", "window", "sink_frames", "sink_rope", "seed")
 
 
 class StateError(ValueError):
@@ -34,96 +33,44 @@ class StateError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class RunState:
-    """What a run has made so far and what it was asked for; the fields are `rollout`'s arguments of the same name.
+    """A run: its recipe, and what there is of the video.
 
-    model: what identifies the model, a text of the caller's making (sizes, family, a hash of some weights).
-    latent_shape: (B, C, frames, h, w) of the whole video. prompts: the timeline. chunk_seeds: chunk index → seed of
-    its own. kv_dtype: how the KV cache keeps keys and values. given: the initial latents [B or 1, C, frames, h, w]
-    that the video started from. finished: the chunks generated since, [B, C, frames, h, w] each, in the model's
-    normalised space, on the CPU.
+    recipe: all that decides the video. A run with a `noise` function of its own cannot be kept as a state.
+    model: text that identifies the model; the caller chooses it (sizes, family, a hash of some weights).
+    kv_dtype: how the run's KV cache keeps keys and values.
+    finished: the chunks generated so far, [B, C, frames, h, w] each, in the model's normalised space, on the CPU.
 
-    A run with a `noise` function of its own cannot be told by a state. Raises ValueError for parts that do not fit
-    together.
+    Raises Refusal for chunks that are not this recipe's. `rollout(dit, state.recipe, runtime, state.finished)` with
+    `KVOptions(state.kv_dtype)` yields the chunks that are missing.
     """
 
+    recipe: Recipe
     model: str
-    latent_shape: tuple[int, int, int, int, int]
-    frames_per_chunk: int
-    sigmas: tuple[float, ...]
-    prompts: tuple[Prompt, ...]
-    first_sigmas: tuple[float, ...] | None = None
-    growth: tuple[float, ...] | None = None
-    window: int | None = None
-    sink_frames: int = 0
-    sink_rope: SinkRope = "fixed"
-    seed: int = 0
-    chunk_seeds: Mapping[int, int] = field(default_factory=dict)
-    context_noise: float = 0.0
-    cfg: float = 1.0
-    negative: Tensor | None = None
-    attention: AttentionOptions = field(default_factory=AttentionOptions)
     kv_dtype: KVDtype = "same"
-    given: Tensor | None = None
-    last_latents: Tensor | None = None
     finished: tuple[Tensor, ...] = ()
 
     def __post_init__(self) -> None:
-        Timeline(self.prompts)
-        batch, channels, _, *size = self.latent_shape
-        if self.given is not None:
-            shape = tuple(self.given.shape)
-            if len(shape) != 5 or shape[0] not in (1, batch) or (shape[1], *shape[3:]) != (channels, *size):
-                raise ValueError(f"the given latents have shape {shape}, which does not fit a video of {self._shape()}")
-            if shape[2] >= self.latent_shape[2]:
-                raise ValueError(f"the given latents already fill {shape[2]} of {self.latent_shape[2]} latent frames")
-        planned = self.chunk_lengths()
-        if self.last_latents is not None:
-            check_last_latents(self.last_latents, self.latent_shape, self.frames_per_chunk, planned[-1])
-        lengths = planned[self.first_index :]
-        if len(self.finished) > len(lengths):
-            raise ValueError(f"{len(self.finished)} chunks are finished; a video of {self._shape()} has {len(lengths)}")
-        for number, (latents, frames) in enumerate(zip(self.finished, lengths, strict=False), start=self.first_index):
-            shape, expected = tuple(latents.shape), (batch, channels, frames, *size)
-            if shape != expected:
-                raise ValueError(f"chunk {number} has shape {shape}; expected {expected}")
-
-    @property
-    def given_frames(self) -> int:
-        """Latent frames that the video started from."""
-        return 0 if self.given is None else self.given.shape[2]
+        self.recipe.check_finished(self.finished)
 
     @property
     def finished_frames(self) -> int:
-        """Latent frames there are, given ones included."""
-        return self.given_frames + sum(chunk.shape[2] for chunk in self.finished)
+        """Latent frames there are, initial ones included."""
+        return self.recipe.initial_frames + sum(chunk.shape[2] for chunk in self.finished)
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing is left to generate."""
-        return self.finished_frames == self.latent_shape[2]
-
-    @property
-    def first_index(self) -> int:
-        """The index in the video of the first generated chunk."""
-        lengths = self.chunk_lengths()
-        return next(index for index in range(len(lengths)) if sum(lengths[:index]) >= self.given_frames)
+        return self.finished_frames == self.recipe.frames
 
     @property
     def latents(self) -> Tensor | None:
-        """All latents there are, [B, C, frames, h, w], given ones first; None before the first."""
-        given = [] if self.given is None else [self.given.float().expand(self.latent_shape[0], -1, -1, -1, -1)]
-        parts = [*given, *self.finished]
-        return torch.cat(parts, dim=2) if parts else None
-
-    def chunk_lengths(self) -> list[int]:
-        """Latent frames of every chunk of the video."""
-        return chunk_lengths(
-            self.latent_shape[2], self.frames_per_chunk, first_chunk_length(self.frames_per_chunk, self.given_frames)
-        )
+        """All latents there are, [B, C, frames, h, w], initial ones first; None before the first."""
+        latents = self.recipe.latents_with(self.finished)
+        return None if latents is None else latents.float().expand(self.recipe.latent_shape[0], -1, -1, -1, -1)
 
     def extended_by(self, chunk: Chunk) -> "RunState":
         """The state after one more chunk, which must be the next one; StateError for another."""
-        index, start = self.first_index + len(self.finished), self.finished_frames
+        index, start = self.recipe.first_index + len(self.finished), self.finished_frames
         if (chunk.index, chunk.start_frame) != (index, start) or self.is_complete:
             raise StateError(
                 f"chunk {chunk.index} starts at latent frame {chunk.start_frame}, the state ends before "
@@ -139,15 +86,16 @@ class RunState:
         the longer video: it is left out and made again at full length. So is one that led to given last latents,
         which the longer video ends with instead. `growth` stays; its last value holds on.
         """
-        batch, channels, frames, height, width = self.latent_shape
+        recipe = self.recipe
+        batch, channels, frames, height, width = recipe.latent_shape
         if latent_frames <= frames:
             raise StateError(f"the video already has {frames} latent frames; {latent_frames} would not lengthen it")
-        longer = replace(self, latent_shape=(batch, channels, latent_frames, height, width), finished=())
-        planned = longer.chunk_lengths()[self.first_index :]
-        if self.last_latents is not None:
-            planned = planned[: len(self.chunk_lengths()) - 1 - self.first_index]
+        longer = replace(recipe, latent_shape=(batch, channels, latent_frames, height, width))
+        planned = longer.chunk_lengths()[recipe.first_index :]
+        if recipe.last_latents is not None:
+            planned = planned[: len(recipe.chunk_lengths()) - 1 - recipe.first_index]
         whole = [chunk for chunk, length in zip(self.finished, planned, strict=False) if chunk.shape[2] == length]
-        return replace(longer, finished=tuple(whole))
+        return replace(self, recipe=longer, finished=tuple(whole))
 
     def check_model(self, model: str) -> None:
         """StateError, naming both, unless the state was made by this model."""
@@ -157,51 +105,15 @@ class RunState:
                 f"load the former to continue, or start a new video"
             )
 
-    def _shape(self) -> str:
-        batch, channels, frames, height, width = self.latent_shape
-        return f"{batch}×{channels}×{frames} latent frames×{height}×{width}"
-
-
-def resume_arguments(state: RunState, *, replay: Replay = "all") -> dict[str, Any]:
-    """Keyword arguments with which `rollout(dit, **arguments)` yields the chunks that are missing.
-
-    replay "all" continues exactly; "window" feeds only the frames that are still visible, which costs no more for a
-    long video than for a short one and is close but not equal. StateError when nothing is missing.
-    """
-    if state.is_complete:
-        raise StateError(
-            f"all {state.latent_shape[2]} latent frames of this video are finished; "
-            f"ask for a longer video (`lengthened`) to go on"
-        )
-    same = [
-        "latent_shape",
-        "frames_per_chunk",
-        "sigmas",
-        "first_sigmas",
-        "growth",
-        "window",
-        "sink_frames",
-        "sink_rope",
-    ]
-    same += ["context_noise", "cfg", "negative", "attention", "last_latents"]
-    return {
-        **{name: getattr(state, name) for name in same},
-        "context": list(state.prompts),
-        "kv": KVOptions(state.kv_dtype),
-        "noise": seeded_noise(state.seed, state.chunk_seeds),
-        "initial_latents": state.latents,
-        "replay": replay,
-    }
-
 
 def save_run_state(state: RunState, path: str | Path) -> Path:
     """Write the state whole or not at all; a former file stays until the new one is complete.
 
-    Raises OutputError when the folder cannot take the file or the disk is full.
+    Raises OutputError if the folder cannot take the file or the disk is full.
     """
     tensors, facts = _packed(state)
     facts["checksums"] = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    version = 1 if state.last_latents is None else VERSION
+    version = 1 if state.recipe.last_latents is None else VERSION
     return write_tensors(path, tensors, {"format": FORMAT, "version": str(version), "state": json.dumps(facts)})
 
 
@@ -238,32 +150,42 @@ def load_run_state(path: str | Path) -> RunState:
 
 def _packed(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by name, and everything else as plain JSON values."""
+    recipe, noise, guidance = state.recipe, state.recipe.noise_options, state.recipe.guidance
     tensors = {f"chunk.{i:05d}": chunk.detach().cpu().contiguous() for i, chunk in enumerate(state.finished)}
-    shared = {f"prompt.{i}": prompt.context for i, prompt in enumerate(state.prompts)}
-    shared |= {name: t for name in TENSORS if (t := getattr(state, name)) is not None}
+    shared = {f"prompt.{i}": prompt.context for i, prompt in enumerate(recipe.prompts)}
+    given = {"given": recipe.initial_latents, "last_latents": recipe.last_latents, "negative": guidance.negative}
+    shared |= {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in shared.items():  # safetensors refuses tensors that share memory, like a prompt that returns
         tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    apart = {*TENSORS, "finished", "prompts", "attention"}
-    facts = {name: value for name, value in vars(state).items() if name not in apart}
-    facts["chunk_seeds"] = list(state.chunk_seeds.items())
-    facts["attention"] = asdict(state.attention)
+    facts = {name: getattr(recipe, name) for name in RECIPE_FACTS}
+    facts |= {"model": state.model, "kv_dtype": state.kv_dtype, "finished": len(state.finished)}
+    facts |= {"cfg": guidance.cfg, "first_sigmas": noise.first_sigmas, "context_noise": noise.context_noise}
+    facts["chunk_seeds"] = list(noise.chunk_seeds.items())
+    facts["attention"] = asdict(recipe.attention)
     facts["prompts"] = [
         {"start_chunk": prompt.start_chunk, "switch": prompt.switch, "blend_chunks": prompt.blend_chunks}
-        for prompt in state.prompts
+        for prompt in recipe.prompts
     ]
-    facts["finished"] = len(state.finished)
     return tensors, facts
 
 
-def _unpacked(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> RunState:
+def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
     """The reverse of `_packed`; KeyError, TypeError or ValueError for what is not a state."""
-    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-    plain["chunk_seeds"] = dict(facts["chunk_seeds"])
-    plain["attention"] = AttentionOptions(**{**facts["attention"], "block": tuple(facts["attention"]["block"])})
-    plain["prompts"] = tuple(Prompt(tensors[f"prompt.{i}"], **one) for i, one in enumerate(facts["prompts"]))
-    plain["finished"] = tuple(tensors[f"chunk.{i:05d}"] for i in range(facts["finished"]))
-    plain |= {name: tensors.get(name) for name in TENSORS}
-    return RunState(**plain)
+    attention = facts.pop("attention")
+    prompts = [Prompt(tensors[f"prompt.{i}"], **one) for i, one in enumerate(facts.pop("prompts"))]
+    finished = tuple(tensors[f"chunk.{i:05d}"] for i in range(facts.pop("finished")))
+    state = {name: facts.pop(name) for name in ("model", "kv_dtype") if name in facts}
+    noise = {name: facts.pop(name) for name in ("first_sigmas", "context_noise") if name in facts}
+    recipe = Recipe(
+        context=prompts,
+        initial_latents=tensors.get("given"),
+        last_latents=tensors.get("last_latents"),
+        attention=AttentionOptions(**{**attention, "block": tuple(attention["block"])}),
+        guidance=Guidance(facts.pop("cfg", 1.0), tensors.get("negative")),
+        noise_options=NoiseOptions(chunk_seeds=dict(facts.pop("chunk_seeds")), **noise),
+        **facts,
+    )
+    return RunState(recipe, finished=finished, **state)
 
 
 def _checksum(tensor: Tensor) -> int:

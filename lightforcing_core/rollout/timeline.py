@@ -1,11 +1,14 @@
-"""Prompts that change while the video runs: which text each chunk follows, and what a change does to the past."""
+"""Prompts that change while the video runs: the text of each chunk, and how the past follows a change."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from ..refusal import Refusal, check_choice, check_finite
 
 Switch = Literal["hard", "soft", "blend"]
 
@@ -14,9 +17,12 @@ Switch = Literal["hard", "soft", "blend"]
 class Prompt:
     """A text that holds from chunk `start_chunk` on.
 
-    context: [B or 1, tokens, text_dim]. `switch` says what its start does: "hard" recomputes the visible past under
-    the new text (LongLive's KV re-cache), "soft" changes the text only, so the picture follows gradually, and
-    "blend" moves from the old text to the new one over `blend_chunks` chunks, each of them a soft change.
+    context: [B or 1, tokens, text_dim].
+    switch: "hard" recomputes the visible past under the new text (LongLive's KV re-cache), "soft" changes the text
+        only, so the picture follows gradually, and "blend" moves from the old text to the new one over
+        `blend_chunks` chunks, each of them a soft change.
+
+    Raises Refusal for anything else.
     """
 
     context: Tensor
@@ -25,31 +31,39 @@ class Prompt:
     blend_chunks: int = 1
 
     def __post_init__(self) -> None:
-        if self.context.ndim != 3 or not self.context.shape[1]:
-            shape = tuple(self.context.shape)
-            raise ValueError(f"context has shape {shape}; expected [batch, tokens, text_dim] with tokens")
+        check_text("context", self.context)
         if self.start_chunk < 0:
-            raise ValueError(f"start_chunk {self.start_chunk} is negative; the video starts at chunk 0")
-        if self.switch not in get_args(Switch):
-            raise ValueError(f"switch {self.switch!r} is not known; use one of {', '.join(get_args(Switch))}")
+            raise Refusal("start_chunk", f"{self.start_chunk} is negative", "the video starts at chunk 0")
+        check_choice("switch", self.switch, Switch)
         if self.blend_chunks < 1:
-            raise ValueError(f"blend_chunks {self.blend_chunks} is not positive; 1 switches at once")
+            raise Refusal("blend_chunks", f"{self.blend_chunks} is not positive", "1 switches at once")
+
+
+def check_text(field: str, context: Tensor) -> None:
+    """Refusal unless a prompt's embedding is [batch, tokens, text_dim] with at least one token, and finite."""
+    if context.ndim != 3 or not context.shape[1]:
+        expected = "pass [batch, tokens, text_dim] with at least one token"
+        raise Refusal(field, f"has shape {list(context.shape)}", expected)
+    check_finite(field, context, "encode the text again")
 
 
 class Timeline:
-    """The prompts of one video in order of their start; the first one holds from the beginning."""
+    """The prompts of one video in order of their start; the first one holds from the beginning.
+
+    Raises Refusal for prompts that do not make one timeline.
+    """
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self.prompts = sorted(prompts, key=lambda prompt: prompt.start_chunk)
         if not self.prompts or self.prompts[0].start_chunk:
-            first = self.prompts[0].start_chunk if self.prompts else None
-            raise ValueError(f"no prompt starts at chunk 0 (the first starts at {first}); the video needs one there")
-        for one, other in zip(self.prompts, self.prompts[1:], strict=False):
+            first = f"; the first starts at chunk {self.prompts[0].start_chunk}" if self.prompts else ""
+            raise Refusal("context", f"has no prompt that starts at chunk 0{first}", "let one start there")
+        for one, other in pairwise(self.prompts):
             if one.start_chunk == other.start_chunk:
-                raise ValueError(f"two prompts start at chunk {one.start_chunk}; move one of them")
+                raise Refusal("context", f"has two prompts that start at chunk {one.start_chunk}", "move one of them")
             if one.context.shape[2] != other.context.shape[2]:
-                widths = one.context.shape[2], other.context.shape[2]
-                raise ValueError(f"prompts have text widths {widths[0]} and {widths[1]}; use one text encoder for all")
+                widths = f"{one.context.shape[2]} and {other.context.shape[2]}"
+                raise Refusal("context", f"has prompts of text widths {widths}", "use one text encoder for all")
 
     def text(self, chunk: int) -> Tensor:
         """The context that chunk `chunk` follows, [B or 1, tokens, text_dim]."""
@@ -62,7 +76,7 @@ class Timeline:
         return torch.lerp(old, new, step / prompt.blend_chunks)
 
     def changes_at(self, chunk: int) -> Switch | None:
-        """What happens to the text when chunk `chunk` begins, None when it stays."""
+        """How the text changes when chunk `chunk` begins; None if it stays."""
         index = self._index(chunk)
         prompt = self.prompts[index]
         if index == 0:

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...lightforcing_core.memory.plan import MemoryPlan
-from ...lightforcing_core.rollout.rollout import StepEvent
+from ...lightforcing_core.rollout.runtime import StepEvent
 from ...lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
 from ..browser import watching_page
 from ..comfy import ModelPatcher, Preview, ProgressBar, executing_node, running_server, show_text

@@ -1,5 +1,6 @@
 """What a run may take of the card that the host manages, and the plan that follows from it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +15,7 @@ from ...lightforcing_core.attention.dispatch import choose_backend
 from ...lightforcing_core.memory.estimate import MemoryEstimate, ModelSize, estimate
 from ...lightforcing_core.memory.plan import LADDER, MemoryPlan, plan_memory
 from ...lightforcing_core.model.kv_storage import KVOptions
-from ...lightforcing_core.rollout.schedule import Schedule
+from ...lightforcing_core.model.wan import HEAD_DIM
 from ...lightforcing_core.rollout.state import RunState
 from ..comfy import memory_for_a_run
 from ..decode import FrameDecoder
@@ -55,43 +56,23 @@ def plan_of(
     """
     base, device = model.model, model.load_device
     dtype = base.get_dtype_inference()
-    batch, _, frames, height, width = run.latent_shape
-    growth = max(run.growth or (0.0,))
-    schedule = Schedule(
-        frames,
-        run.frames_per_chunk,
-        run.window,
-        run.sink_frames,
-        run.sink_rope,
-        overrides=((0, growth),) if growth else (),
-    )
+    recipe = run.recipe
+    batch, _, frames, height, width = recipe.latent_shape
     size = ModelSize.of_module(model.get_model_object("diffusion_model"))
     # With --novram weights are only on the card while they are used.
     leaves = comfy.model_management.vram_state == VRAMState.NO_VRAM
     size = replace(size, weight_bytes=0 if leaves else model.model_size())
-    text = run.prompts[0].context.shape[1]
-    tokens = max(schedule.chunk_lengths()) * height * width // 4
+    tokens = height * width // 4
+    visible = min(recipe.window or frames, frames)
     q, k = (
-        torch.empty(1, dtype=dtype, device=device).expand(batch, length, size.dim // 128, 128)
-        for length in (tokens, schedule.visible_frames() * height * width // 4)
+        torch.empty(1, dtype=dtype, device=device).expand(batch, length * tokens, size.dim // HEAD_DIM, HEAD_DIM)
+        for length in (max(recipe.chunk_lengths()), visible)
     )
-    backend = choose_backend(q, k, block=run.attention.block, backend=run.attention.backend).name
+    backend = choose_backend(q, k, block=recipe.attention.block, backend=recipe.attention.backend).name
 
     def reckon(kv: KVOptions, tiles: int) -> MemoryEstimate:
         with torch.inference_mode(False):  # where operations hide the smaller ones that they are made of
-            needed = estimate(
-                size,
-                schedule,
-                height=8 * height,
-                width=8 * width,
-                batch=batch,
-                guided=run.cfg != 1.0,
-                attention=run.attention,
-                kv=kv,
-                backend=backend,
-                text_tokens=text,
-                dtype=dtype,
-            )
+            needed = estimate(size, recipe, kv=kv, backend=backend, dtype=dtype)
         return needed if decoder is None else replace(needed, **decoder.bytes_of(tiles))
 
     ladder: Sequence[KVOptions] = LADDER
@@ -105,7 +86,7 @@ def plan_of(
         memory_for_a_run(device),
         ladder=ladder if on_device else ladder[: max(1, sum(not options.host for options in ladder))],
         most_tiles=1 if decoder is None else decoder.most_tiles,
-        latents=LATENT_COPIES * 4 * batch * 16 * frames * height * width if on_device else 0,
+        latents=LATENT_COPIES * 4 * math.prod(recipe.latent_shape) if on_device else 0,
         overlap=is_cuda and decoder is not None and decoder.can_run_beside,
         # Nobody has measured them yet: only where the host was started with --fast, which asks for such things. They
         # read weights where they lie, which DynamicVRAM may change.

@@ -5,7 +5,7 @@ from types import TracebackType
 
 from torch import Tensor
 
-from ...lightforcing_core.rollout.rollout import Chunk, StepEvent
+from ...lightforcing_core.rollout.runtime import Chunk, StepEvent
 from ..comfy import raise_if_interrupted
 from ..decode import FRAMES_AT_ONCE, FrameDecoder
 from ..video_output import VideoFiles

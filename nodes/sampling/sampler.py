@@ -15,9 +15,10 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ...lightforcing_core.families import Family
-from ...lightforcing_core.rollout.rollout import Replay, few_step_sigmas, seeded_noise
+from ...lightforcing_core.rollout.recipe import check_guidance, few_step_sigmas, seeded_noise
+from ...lightforcing_core.rollout.runtime import Replay
 from ...lightforcing_core.rollout.schedule import Schedule
-from ...lightforcing_core.rollout.state import save_run_state
+from ...lightforcing_core.rollout.state import RunState, save_run_state
 from ..comfy import show_text
 from ..decode import FrameDecoder
 from ..model.patch import KEY, settings_of
@@ -26,11 +27,12 @@ from ..schedule import numbers_per_chunk
 from ..state import StateFile, StateType
 from ..timeline import PromptChange
 from ..video_output import VideoFiles, VideoOutput, VideoOutputType, graph_metadata
-from .chunk_sampler import ChunkSampler, model_text
+from .chunk_sampler import NO_PATCH, ChunkSampler
 from .inputs import CUT_SHORT, run_inputs, schedule_input, timeline_input
 from .live_view import LiveView
 from .memory import KV_CACHES
 from .outputs import ChunkOutputs
+from .request import Request, model_text
 
 MAX_SEED, MAX_CFG = 0xFFFFFFFFFFFFFFFF, 30.0
 OPEN = object()  # an input that nothing is connected to
@@ -159,8 +161,8 @@ class LightForcingSampler(io.ComfyNode):
         numbers_per_chunk(chunk_seeds or "", "chunk_seeds", int, lists=False)
         if cfg is not None and not 0.0 <= cfg <= MAX_CFG:
             raise ValueError(f"cfg {cfg:g} is outside 0 to {MAX_CFG:g}; use 1 for distilled checkpoints")
-        if cfg not in (None, 1.0) and negative is OPEN and state is OPEN:
-            raise ValueError(f"cfg {cfg:g} needs a negative prompt; connect one, or set cfg to 1")
+        if cfg is not None:
+            check_guidance(cfg, None if negative is OPEN and state is OPEN else "connected")
         if video_output is not OPEN and vae is OPEN:
             raise ValueError(VIDEO_WITHOUT_VAE)
         return True
@@ -194,29 +196,27 @@ class LightForcingSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         settings = settings_of(model)
         if settings is None:
-            raise ValueError(
-                "this MODEL carries no Light Forcing patch; load it with Light Forcing Model Loader or put Light "
-                "Forcing Apply behind its loader"
-            )
+            raise ValueError(NO_PATCH)
         if video_output is not None and vae is None:
             raise ValueError(VIDEO_WITHOUT_VAE)
         latents = empty_latents(model, latent)
         run = state.continued(latents.shape) if state else None
         if run is not None:
             run.check_model(model_text(model))
-        initial = start_latent["samples"] if start_latent and run is None else None
         told: list[str] = []
-        sampler = ChunkSampler(
+        wanted = run or Request(
             schedule,
-            initial_latents=initial,
+            initial_latents=start_latent["samples"] if start_latent else None,
             last_latents=end_latent["samples"] if end_latent else None,
             timeline=timeline,
             chunk_seeds=numbers_per_chunk(chunk_seeds, "chunk_seeds", int, lists=False),
-            replay=replay,
-            run=run,
-            keep_finished=keep_finished,
-            kv=KV_CACHES[kv_cache],
             context_noise=context_noise,
+        )
+        sampler = ChunkSampler(
+            wanted,
+            replay=replay,
+            kv=KV_CACHES[kv_cache],
+            keep_finished=keep_finished,
             on_cut=told.append,
         )
         live = LiveView(model, latents.shape, decodes=vae is not None)
@@ -228,7 +228,7 @@ class LightForcingSampler(io.ComfyNode):
                 frames = sampler.decoder = FrameDecoder(vae, latents.shape, keep=keep)
                 if video_output is not None:
                     files = stack.enter_context(video_files(video_output, latents, cls))
-                before = run.latents if run else initial
+                before = wanted.latents if isinstance(wanted, RunState) else wanted.initial_latents
                 outputs = stack.enter_context(
                     ChunkOutputs(frames, before, normalised=run is not None, live=live, files=files)
                 )
@@ -243,10 +243,10 @@ class LightForcingSampler(io.ComfyNode):
                     outputs.add_before(latents.shape[0])
             else:
                 family = settings.family
-                levels = run.sigmas if run else few_step_sigmas(denoising_steps(family, steps), family.shift)
+                levels = run.recipe.sigmas if run else few_step_sigmas(denoising_steps(family, steps), family.shift)
                 guider = guider_for(model, vae, positive, negative, cfg if run is None else 1.0)
                 video = guider.sample(
-                    starting_noise(latents, seed, sampler, family),
+                    starting_noise(latents, seed, wanted, family),
                     latents,
                     sampler,
                     torch.tensor(levels),
@@ -296,17 +296,16 @@ def denoising_steps(family: Family, steps: int) -> Sequence[int]:
     return own if steps in (0, len(own)) else [round(1000 * (steps - step) / steps) for step in range(steps)]
 
 
-def starting_noise(latents: Tensor, seed: int, sampler: ChunkSampler, family: Family) -> Tensor:
+def starting_noise(latents: Tensor, seed: int, wanted: Request | RunState, family: Family) -> Tensor:
     """Draw 0 of every chunk, [B, 16, frames, h, w]; it depends on the seed and the chunk only."""
     if latents.ndim != 5:
         return torch.zeros_like(latents)  # refused by the sampler's checks
     batch, channels, frames, height, width = latents.shape
-    if sampler.run is not None:
-        lengths, draw = sampler.run.chunk_lengths(), seeded_noise(sampler.run.seed, sampler.run.chunk_seeds)
+    if isinstance(wanted, RunState):
+        lengths, draw = wanted.recipe.chunk_lengths(), wanted.recipe.noise()
     else:
-        schedule = sampler.schedule or Schedule.of_family(family, frames)
-        initial = 0 if sampler.initial_latents is None else sampler.initial_latents.shape[2]
-        lengths, draw = schedule.chunk_lengths(initial), seeded_noise(seed, sampler.chunk_seeds)
+        lengths = wanted.schedule_of(family, frames).chunk_lengths(wanted.initial_frames)
+        draw = seeded_noise(seed, wanted.chunk_seeds)
     pieces = [draw(index, 0, (batch, channels, length, height, width)) for index, length in enumerate(lengths)]
     return torch.cat(pieces, dim=2)[:, :, :frames]
 

@@ -5,13 +5,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...lightforcing_core.rollout.rollout import Replay
+from ...lightforcing_core.rollout.runtime import Replay
 from ...lightforcing_core.rollout.schedule import Schedule
 from ..timeline import PromptChange
 from .chunk_sampler import ChunkSampler
 from .inputs import CUT_SHORT, run_inputs, schedule_input, timeline_input
 from .live_view import ProgressLine
 from .memory import KV_CACHES
+from .request import Request
 
 
 class LightForcingSamplerSelect(io.ComfyNode):
@@ -62,15 +63,18 @@ class LightForcingSamplerSelect(io.ComfyNode):
             CUT_SHORT[node_id] += 1
 
         line = ProgressLine()
-        sampler = ChunkSampler(
+        wanted = Request(
             schedule,
             initial_latents=start_latent["samples"] if start_latent else None,
             last_latents=end_latent["samples"] if end_latent else None,
             timeline=timeline,
-            replay=replay,
-            keep_finished=keep_finished,
-            kv=KV_CACHES[kv_cache],
             context_noise=context_noise,
+        )
+        sampler = ChunkSampler(
+            wanted,
+            replay=replay,
+            kv=KV_CACHES[kv_cache],
+            keep_finished=keep_finished,
             on_cut=on_cut,
             on_plan=line.plan,
             on_step=line,

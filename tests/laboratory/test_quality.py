@@ -28,9 +28,10 @@ from lightforcing.lightforcing_core.attention.selection import SelectionPlan
 from lightforcing.lightforcing_core.demo import captions
 from lightforcing.lightforcing_core.demo import model as demo_model
 from lightforcing.lightforcing_core.demo.captions import caption_of, parse
-from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout, seeded_noise
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
+from ..support.rollouts import roll
 from ..support.tiny_demo import TINY_VIDEO, write_tiny_demo
 
 RESULTS = Path(command.__file__).parents[1] / "results"
@@ -230,7 +231,7 @@ def test_rows_hold_what_one_seed_alone_gives(bench, models, tmp_path):
     options = {"attention": AttentionOptions("reference", (16, 16), 3, 1, 1), "noise": seeded_noise(5)}
 
     def rolled(growth):
-        chunks = rollout(model.dit, context, latent_shape=(1, 16, 9, 4, 6), **SIZES, growth=growth, **options)
+        chunks = roll(model.dit, context, latent_shape=(1, 16, 9, 4, 6), **SIZES, growth=growth, **options)
         return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
     dense, sparse = rolled(None), rolled(growth_of(Schedule(9), 0.75))

@@ -56,7 +56,7 @@ def test_encode_equals_the_hosts_and_keeps_the_end_of_a_video(facts):
 
 
 def test_encode_refuses_what_it_cannot_take(facts):
-    assert "height 40 is not a multiple of 16; scale or crop it to 32 or 48" in facts["odd size"]
+    assert "height 40 is not a multiple of 16; use 32 or 48" in facts["odd size"]
     assert "use the Wan 2.1 VAE or LightVAE" in facts["another VAE"]
 
 

@@ -8,6 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from lightforcing.benchmarks.memory import MemoryCase
+from lightforcing.benchmarks.settings import Picture
 from lightforcing.lightforcing_core.memory.estimate import ModelSize, estimate
 from lightforcing.lightforcing_core.memory.plan import HEADROOM, plan_memory
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
@@ -22,8 +24,8 @@ def reckon():
 
     @functools.cache
     def reckon(kv, tiles):
-        schedule = Schedule(21, target=0.6, base=0.7)
-        return estimate(WAN, schedule, height=480, width=832, kv=kv, vae_dim=96, decode_tiles=tiles)
+        case = MemoryCase("", Schedule(21, target=0.6, base=0.7), Picture(480, 832))
+        return estimate(WAN, case.recipe(case.schedule, torch.bfloat16, "meta"), kv=kv, vae_dim=96, decode_tiles=tiles)
 
     return reckon
 
@@ -131,9 +133,9 @@ def test_the_line_names_every_choice(reckon):
 
 
 def test_estimate_of_an_eight_bit_cache_in_another_dtype_follows_the_formula():
-    schedule = Schedule(6)
-    small = estimate(WAN, schedule, height=256, width=256, kv=KVOptions("fp8"), dtype=torch.float32)
-    again = estimate(WAN, schedule, height=256, width=256, kv=KVOptions("fp8"))
+    recipe = MemoryCase("", Schedule(6), Picture(256, 256)).recipe(Schedule(6), torch.bfloat16, "meta")
+    small = estimate(WAN, recipe, kv=KVOptions("fp8"), dtype=torch.float32)
+    again = estimate(WAN, recipe, kv=KVOptions("fp8"))
     assert small.cache == again.cache == 2 * 30 * 6 * 12 * (256 * 128 + 4 * 4)
 
 

@@ -19,11 +19,12 @@ from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.pinned import why_not_resident
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 from lightforcing.lightforcing_core.rollout.record import RunRecorder
-from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
 from ...support import tape
+from ...support.rollouts import roll
 from ...support.tape import TapeRecorder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,7 +72,7 @@ def run(dit, graphs, *, seen=None, options=None, context=None, **changes):
         "cuda_graph": graphs,
         **changes,
     }
-    return rollout(dit, prompt(1) if context is None else context, **settings)
+    return roll(dit, prompt(1) if context is None else context, **settings)
 
 
 def video(chunks):

@@ -12,7 +12,9 @@ from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.model import fused
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
-from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
+
+from ...support.rollouts import roll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,7 +45,7 @@ def ran(monkeypatch):
 
 def video(dit, *, growth=(0.0, 0.5, 0.6), kv=None, window=None, sinks=0, sink_rope="fixed", **options):
     """Latents of three chunks of 2 frames; 35 tokens per frame in blocks of 16, so blocks are ragged."""
-    chunks = rollout(
+    chunks = roll(
         dit,
         torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1)),
         latent_shape=(1, 16, 6, 10, 14),

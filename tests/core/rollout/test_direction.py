@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
-from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout, seeded_noise
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 from lightforcing.lightforcing_core.rollout.timeline import Prompt, Timeline
+
+from ...support.rollouts import FINE, roll
 
 TEXT, SIZE = 32, (4, 6)
 SIGMAS = few_step_sigmas((1000, 500))
-FINE = AttentionOptions(backend="reference", block=(16, 16), keep_frames=3, sink_frames=1, near_frames=1)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def text(seed, tokens=7):
 
 def run(dit, context, frames=12, **options):
     arguments = {"frames_per_chunk": 3, "sigmas": SIGMAS, "attention": FINE, **options}
-    return rollout(dit, context, latent_shape=(1, 16, frames, *SIZE), **arguments)
+    return roll(dit, context, latent_shape=(1, 16, frames, *SIZE), **arguments)
 
 
 def video(chunks):
@@ -67,14 +67,14 @@ class TestTimeline:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: Timeline([]), "no prompt starts at chunk 0"),
-            (lambda: Timeline([Prompt(text(1), 1)]), "first starts at 1"),
-            (lambda: Timeline([Prompt(text(1)), Prompt(text(2))]), "two prompts start at chunk 0"),
+            (lambda: Timeline([]), "no prompt that starts at chunk 0"),
+            (lambda: Timeline([Prompt(text(1), 1)]), "first starts at chunk 1"),
+            (lambda: Timeline([Prompt(text(1)), Prompt(text(2))]), "two prompts that start at chunk 0"),
             (lambda: Timeline([Prompt(text(1)), Prompt(torch.zeros(1, 7, 16), 1)]), "widths 32 and 16"),
             (lambda: Prompt(text(1), -1), "start_chunk -1"),
             (lambda: Prompt(text(1), 1, "fade"), "'fade'"),
             (lambda: Prompt(text(1), 1, "blend", 0), "blend_chunks 0"),
-            (lambda: Prompt(torch.zeros(7, 16)), r"\(7, 16\)"),
+            (lambda: Prompt(torch.zeros(7, 16)), r"\[7, 16\]"),
         ],
     )
     def test_impossible_timelines_are_refused(self, make, message):
@@ -168,7 +168,7 @@ def test_guidance_with_the_prompt_itself_changes_nothing(dit):
 
 
 def test_guidance_without_a_negative_prompt_is_refused(dit):
-    with pytest.raises(ValueError, match=r"cfg 2\.0 needs a negative prompt"):
+    with pytest.raises(ValueError, match=r"cfg 2 needs a negative prompt"):
         run(dit, text(1), cfg=2.0)
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightforcing.lightforcing_core.rollout.growth import CURVES, chunk_lengths, chunk_sparsities
+from lightforcing.lightforcing_core.rollout.schedule import CURVES, chunk_lengths, chunk_sparsities
 
 SHORT = [0, 0.826990, 0.855068, 0.871806, 0.883228, 0.891660, 0.898213]
 LONG = [

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.demo.captions import context_of_caption
 from lightforcing.lightforcing_core.demo.model import SHIPPED, load_demo_model
 from lightforcing.lightforcing_core.model import causal as causal_wan
 from lightforcing.lightforcing_core.model.causal import GIVEN_NOISE
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 from lightforcing.lightforcing_core.rollout.record import RunRecorder
-from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout, seeded_noise
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
+
+from ...support.rollouts import FINE, roll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT, SIZE = 32, (4, 6)
 SIGMAS = few_step_sigmas((1000, 750, 500))
-FINE = AttentionOptions(backend="reference", block=(16, 16), keep_frames=3, sink_frames=1, near_frames=1)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def latents(frames, batch=1, seed=4):
 
 def run(dit, frames=9, batch=1, context=None, **options):
     arguments = {"frames_per_chunk": 3, "sigmas": SIGMAS, "attention": FINE, **options}
-    return rollout(dit, text(1) if context is None else context, latent_shape=(batch, 16, frames, *SIZE), **arguments)
+    return roll(dit, text(1) if context is None else context, latent_shape=(batch, 16, frames, *SIZE), **arguments)
 
 
 def video(chunks):
@@ -132,20 +132,26 @@ def test_continued_run_equals_the_uninterrupted_one(dit, options, cut):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"last_latents": latents(3)}, "3 latent frames leave none of the last chunk's 3.*give at most 2"),
-        ({"last_latents": latents(1), "frames_per_chunk": 1}, "frame by frame.*use a chunk-wise checkpoint"),
-        ({"last_latents": latents(1), "frames": 7}, "none of the last chunk's 1.*ask for 9 latent frames instead of 7"),
+        ({"last_latents": latents(3)}, "3 latent frames, and a chunk of 3 can end with at most 2; give one image"),
+        ({"last_latents": latents(1), "frames_per_chunk": 1}, "frame-wise model.*use a chunk-wise checkpoint"),
+        (
+            {"last_latents": latents(1), "frames": 7},
+            "of 25 frames .7 latent. has a last chunk of 1; make the video 33 frames long .9 latent.",
+        ),
         (
             {"last_latents": latents(2), "frames": 3, "initial_latents": latents(1)},
-            "ask for 4 latent frames instead of 3",
+            "make the video 13 frames long .4 latent.",
         ),
-        ({"last_latents": latents(0)}, r"last_latents have shape \(1, 16, 0, 4, 6\)"),
+        ({"last_latents": latents(0)}, r"last_latents has shape \[1, 16, 0, 4, 6\]"),
         (
             {"last_latents": latents(1)[..., :4]},
-            r"last_latents have shape \(1, 16, 1, 4, 4\); expected \[1, 16, frames",
+            "last_latents is 32×32 and the video 48×32; resize",
         ),
-        ({"last_latents": latents(1, batch=3), "batch": 2}, r"\(3, 16, 1, 4, 6\); expected \[1 or 2, 16"),
-        ({"last_latents": torch.full((1, 16, 1, *SIZE), torch.nan)}, "last_latents hold NaN"),
+        (
+            {"last_latents": latents(1, batch=3), "batch": 2},
+            "a batch of 3 and the video one of 2; use a batch of 1 or 2",
+        ),
+        ({"last_latents": torch.full((1, 16, 1, *SIZE), torch.nan)}, "last_latents holds NaN"),
     ],
 )
 def test_bad_requests_fail_before_anything_runs(dit, options, message):
@@ -166,7 +172,7 @@ def test_the_last_chunk_leads_to_the_given_frame():
     shape = (2, 16, 9, model.video.height // 8, model.video.width // 8)
 
     def made(seed, **options):
-        return video(rollout(model.dit, context, latent_shape=shape, seed=seed, **sizes, **options))
+        return video(roll(model.dit, context, latent_shape=shape, seed=seed, **sizes, **options))
 
     truth = made(0)
     far = {}

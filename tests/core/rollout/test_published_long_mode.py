@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
-from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout, seeded_noise
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
+
+from ...support.rollouts import roll
 
 _spec = importlib.util.spec_from_file_location("naive_wan", Path(__file__).parents[2] / "support" / "naive_wan.py")
 naive = importlib.util.module_from_spec(_spec)
@@ -83,7 +85,7 @@ def test_following_sinks_give_the_published_rollout(window, sinks, per_chunk, fr
     weights = random_state_dict(dim=256, ffn_dim=320, layers=LAYERS, text_dim=TEXT)
     context = torch.randn(1, 7, TEXT, generator=torch.Generator().manual_seed(1))
     sigmas = few_step_sigmas((1000, 500))
-    ours = rollout(
+    ours = roll(
         wan_from_state_dict(weights, dtype=torch.float64),
         context,
         latent_shape=(1, 16, frames, HEIGHT, WIDTH),

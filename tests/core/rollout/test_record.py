@@ -8,16 +8,17 @@ from lightforcing.lightforcing_core.attention.selection import SelectionPlan
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout import record as run_record
 from lightforcing.lightforcing_core.rollout.cost import flops_ratio
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 from lightforcing.lightforcing_core.rollout.record import RunRecorder
-from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
+
+from ...support.rollouts import FINE, roll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT, SIZE = 32, (12, 8)  # 6 × 4 = 24 tokens per frame: a block of 16 and a ragged one of 8
 SIGMAS = few_step_sigmas((1000, 500))
 GROWTH = [0.0, 0.4, 0.6, 0.7, 0.7]
-FINE = AttentionOptions(backend="reference", block=(16, 16), keep_frames=3, sink_frames=1, near_frames=1)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def context():
 
 def run(dit, context, recorder=None, *, frames=12, batch=1, chunk=2, **options):
     defaults = {"growth": GROWTH, "window": 7, "sink_frames": 1, "attention": FINE, "sigmas": SIGMAS}
-    return rollout(
+    return roll(
         dit,
         context,
         latent_shape=(batch, 16, frames, *SIZE),

@@ -4,15 +4,15 @@ import weakref
 import pytest
 import torch
 
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
-from lightforcing.lightforcing_core.rollout.growth import chunk_sparsities
-from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout, seeded_noise
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
+from lightforcing.lightforcing_core.rollout.schedule import chunk_sparsities
+
+from ...support.rollouts import roll
 
 TEXT, SIZE = 32, (8, 8)
 SIGMAS = few_step_sigmas()
-FINE = AttentionOptions(backend="reference", block=(16, 16), keep_frames=3, sink_frames=1, near_frames=1)
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def video(chunks):
 
 
 def run(dit, context, frames=9, batch=1, **options):
-    defaults = {"latent_shape": (batch, 16, frames, *SIZE), "frames_per_chunk": 3, "sigmas": SIGMAS, "attention": FINE}
-    return rollout(dit, **{"context": context, **defaults, **options})
+    defaults = {"latent_shape": (batch, 16, frames, *SIZE), "frames_per_chunk": 3, "sigmas": SIGMAS}
+    return roll(dit, **{"context": context, **defaults, **options})
 
 
 def test_few_step_sigmas_are_the_published_ones():
@@ -205,25 +205,25 @@ def test_steps_are_reported_with_chunk_and_density(dit, context):
     [
         ({"frames": 0}, "empty side"),
         ({"frames_per_chunk": 0}, "frames_per_chunk 0"),
-        ({"sigmas": [1.0, 0.5]}, r"\[1\.0, 0\.5\] must fall"),
-        ({"sigmas": [0.5, 0.7, 0.0]}, "must fall"),
-        ({"sigmas": [1.5, 0.0]}, r"start at 1\.5"),
-        ({"growth": [0.0, 1.0]}, r"growth \[0\.0, 1\.0\]"),
+        ({"sigmas": [1.0, 0.5]}, r"sigmas \[1\.0, 0\.5\] does not fall"),
+        ({"sigmas": [0.5, 0.7, 0.0]}, "does not fall"),
+        ({"sigmas": [1.5, 0.0]}, r"starts at 1\.5"),
+        ({"growth": [0.0, 1.0]}, r"growth 1\.0 of chunk 1 is outside"),
         ({"growth": []}, "at least one"),
         ({"window": 2}, "window 2 cannot hold"),
         ({"sink_frames": -1}, "sink_frames -1"),
         ({"sink_rope": "sideways"}, "sink_rope 'sideways'.*fixed, follow"),
         ({"replay": "some"}, "replay 'some'.*all, window"),
-        ({"context": torch.zeros(1, 7, 64)}, "64 wide, the model takes 32"),
+        ({"context": torch.zeros(1, 7, 64)}, "64 wide and the model takes 32"),
         ({"context": torch.full((1, 7, TEXT), torch.nan)}, "NaN"),
-        ({"latent_shape": (1, 16, 9, 8)}, r"\(1, 16, 9, 8\) is not"),
-        ({"latent_shape": (1, 4, 9, 8, 8)}, "4 channels, the model takes 16"),
+        ({"latent_shape": (1, 16, 9, 8)}, r"\(1, 16, 9, 8\) has 4 sides"),
+        ({"latent_shape": (1, 4, 9, 8, 8)}, "4 channels; the model takes 16"),
         ({"window": 4, "sink_frames": 2}, "use at least 5"),
         ({"context_noise": -1.0}, r"context_noise -1\.0"),
-        ({"initial_latents": torch.zeros(1, 16, 9, 8, 8)}, "already fill 9 of 9"),
-        ({"initial_latents": torch.zeros(1, 16, 3, 8, 6)}, r"\(1, 16, 3, 8, 6\)"),
+        ({"initial_latents": torch.zeros(1, 16, 9, 8, 8)}, "already fills 9 of the video's 9"),
+        ({"initial_latents": torch.zeros(1, 16, 3, 8, 6)}, "48×64 and the video 64×64"),
         ({"initial_latents": torch.full((1, 16, 3, 8, 8), torch.nan)}, "NaN"),
-        ({"initial_latents": torch.zeros(3, 16, 3, 8, 8)}, r"\(3, 16, 3, 8, 8\)"),
+        ({"initial_latents": torch.zeros(3, 16, 3, 8, 8)}, "a batch of 3 and the video one of 1; use a batch of 1"),
     ],
 )
 def test_bad_requests_fail_before_anything_runs(dit, context, options, message):
@@ -232,7 +232,7 @@ def test_bad_requests_fail_before_anything_runs(dit, context, options, message):
 
 
 def test_noise_of_another_shape_is_named(dit, context):
-    with pytest.raises(ValueError, match=r"noise\(0, 0, …\) has shape \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"noise \(0, 0, …\) has shape \[2, 2\]"):
         list(run(dit, context, noise=lambda *_: torch.zeros(2, 2)))
 
 
@@ -248,10 +248,10 @@ def test_the_clean_pass_runs_at_the_context_noise(dit, context):
 
 
 def test_odd_sizes_name_the_video_size(dit, context):
-    with pytest.raises(ValueError, match="height 72 and width 64"):
-        rollout(dit, context, latent_shape=(1, 16, 3, 9, 8), frames_per_chunk=3, sigmas=SIGMAS)
+    with pytest.raises(ValueError, match="height 72 is not a multiple of 16; use 64 or 80"):
+        roll(dit, context, latent_shape=(1, 16, 3, 9, 8), frames_per_chunk=3, sigmas=SIGMAS)
 
 
 def test_an_empty_prompt_is_refused(dit):
-    with pytest.raises(ValueError, match=r"\(1, 0, 32\)"):
+    with pytest.raises(ValueError, match=r"\[1, 0, 32\]"):
         run(dit, torch.zeros(1, 0, TEXT))

@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import resource
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from itertools import islice
 
 import pytest
@@ -13,27 +13,24 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.files import tensors as tensor_files
 from lightforcing.lightforcing_core.files.output import OutputError
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.refusal import Refusal
 from lightforcing.lightforcing_core.rollout import state as run_state
-from lightforcing.lightforcing_core.rollout.rollout import Chunk, few_step_sigmas, rollout, seeded_noise
-from lightforcing.lightforcing_core.rollout.state import (
-    RunState,
-    StateError,
-    load_run_state,
-    resume_arguments,
-    save_run_state,
-)
+from lightforcing.lightforcing_core.rollout.loop import rollout
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
+from lightforcing.lightforcing_core.rollout.runtime import Chunk, Runtime
+from lightforcing.lightforcing_core.rollout.state import RunState, StateError, load_run_state, save_run_state
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
+
+from ...support.rollouts import recipe_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT, SIZE = 32, (4, 4)
 SIGMAS = (1.0, 0.6, 0.0)
-FINE = AttentionOptions(backend="reference", block=(16, 16), keep_frames=3, sink_frames=1, near_frames=1)
 MODEL = "wan, 2 layers of 2 heads, width 256"
 
 
@@ -46,55 +43,39 @@ def text(seed, tokens=5):
     return torch.randn(1, tokens, TEXT, generator=torch.Generator().manual_seed(seed))
 
 
-def start(frames=8, **options):
+def start(frames=8, *, kv_dtype="same", batch=1, **options):
     """A run of chunks of 3 before its first chunk."""
-    shape = (1, 16, frames, *SIZE)
-    arguments = {"frames_per_chunk": 3, "sigmas": SIGMAS, "prompts": (Prompt(text(1)),), "attention": FINE}
-    return RunState(model=MODEL, latent_shape=shape, **{**arguments, **options})
+    arguments = {"frames_per_chunk": 3, "sigmas": SIGMAS, "context": text(1), **options}
+    return RunState(recipe_of(latent_shape=(batch, 16, frames, *SIZE), **arguments), MODEL, kv_dtype)
 
 
-def uninterrupted(dit, state):
-    """The video that `state` asks for, told to `rollout` without any help of the module under test."""
-    chunks = rollout(
-        dit,
-        list(state.prompts),
-        latent_shape=state.latent_shape,
-        frames_per_chunk=state.frames_per_chunk,
-        sigmas=state.sigmas,
-        first_sigmas=state.first_sigmas,
-        growth=state.growth,
-        window=state.window,
-        sink_frames=state.sink_frames,
-        sink_rope=state.sink_rope,
-        noise=seeded_noise(state.seed, state.chunk_seeds),
-        initial_latents=state.given,
-        last_latents=state.last_latents,
-        context_noise=state.context_noise,
-        cfg=state.cfg,
-        negative=state.negative,
-        attention=state.attention,
-        kv=KVOptions(state.kv_dtype),
-    )
-    return [chunk.latents for chunk in chunks]
+def remaining(dit, state):
+    """The chunks that a state lacks."""
+    return rollout(dit, state.recipe, Runtime(kv=KVOptions(state.kv_dtype)), state.finished)
+
+
+def completed(dit, state, count=None):
+    """The state after `count` more chunks, by default after all."""
+    for chunk in islice(remaining(dit, state), count):
+        state = state.extended_by(chunk)
+    return state
 
 
 def resumed(dit, state, path, cuts):
     """The run, stopped, saved and loaded again after every number of chunks in `cuts`, then run to its end."""
     for count in [*cuts, None]:
-        save_run_state(state, path)
-        state = load_run_state(path)
+        state = load_run_state(save_run_state(state, path))
         if state.is_complete:
             break
-        for chunk in islice(rollout(dit, **resume_arguments(state)), count):
-            state = state.extended_by(chunk)
+        state = completed(dit, state, count)
     return state
 
 
 def filled(state, seed=0):
     """The state with all its chunks made of noise."""
     generator = torch.Generator().manual_seed(seed)
-    begin = state.given_frames
-    for index, frames in list(enumerate(state.chunk_lengths()))[state.first_index :]:
+    recipe, begin = state.recipe, state.recipe.initial_frames
+    for index, frames in list(enumerate(recipe.chunk_lengths()))[recipe.first_index :]:
         state = state.extended_by(Chunk(index, begin, torch.randn(1, 16, frames, *SIZE, generator=generator)))
         begin += frames
     return state
@@ -120,119 +101,117 @@ def runs(draw):
         chunk_seeds=draw(st.dictionaries(st.integers(0, 3), st.integers(0, 9), max_size=2)),
         context_noise=draw(st.sampled_from([0.0, 125.0])),
         kv_dtype=draw(st.sampled_from(["same", "same", "int8", "fp8"])),
-        prompts=tuple(prompts),
-        given=torch.randn(1, 16, given_frames, *SIZE) if given_frames else None,
+        context=prompts,
+        initial_latents=torch.randn(1, 16, given_frames, *SIZE) if given_frames else None,
     )
-    end = draw(st.integers(0, state.chunk_lengths()[-1] - 1))
-    return replace(state, last_latents=torch.randn(1, 16, end, *SIZE)) if end else state
+    end = draw(st.integers(0, state.recipe.chunk_lengths()[-1] - 1)) if per_chunk > 1 else 0
+    last = torch.randn(1, 16, end, *SIZE) if end else None
+    return replace(state, recipe=replace(state.recipe, last_latents=last))
+
+
+CASES = (
+    start(8, cfg=3.0, negative=text(9)),
+    start(8, growth=(0.0, 0.5), window=5, sink_frames=1, context=[Prompt(text(1)), Prompt(text(2), 2)]),
+    start(8, initial_latents=torch.zeros(1, 16, 1, *SIZE)),
+    start(8, last_latents=torch.ones(1, 16, 1, *SIZE), cfg=3.0, negative=text(9)),
+    start(9, last_latents=torch.ones(1, 16, 2, *SIZE), growth=(0.0, 0.5), window=5, sink_frames=1),
+)
+
+
+def same(one, other):
+    """Whether two values that may hold tensors and dataclasses are equal, dtypes included."""
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if is_dataclass(one):
+        return all(same(getattr(one, part.name), getattr(other, part.name)) for part in fields(one))
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+@given(runs())
+@example(CASES[0])
+@example(CASES[3])
+def test_every_recipe_survives_the_file(tmp_path_factory, state):
+    loaded = load_run_state(save_run_state(state, tmp_path_factory.getbasetemp() / "recipe.safetensors"))
+    assert same(loaded.recipe.prompts, state.recipe.prompts)
+    assert same(replace(loaded, recipe=replace(loaded.recipe, context=state.recipe.context)), state)
 
 
 @settings(max_examples=25)
 @given(runs(), st.lists(st.integers(0, 2), max_size=3))
-@example(start(8, cfg=3.0, negative=text(9)), [1, 1])
-@example(start(8, growth=(0.0, 0.5), window=5, sink_frames=1, prompts=(Prompt(text(1)), Prompt(text(2), 2))), [2])
-@example(start(8, given=torch.zeros(1, 16, 1, *SIZE)), [0, 2])
-@example(start(8, last_latents=torch.ones(1, 16, 1, *SIZE), cfg=3.0, negative=text(9)), [1, 1])
-@example(start(9, last_latents=torch.ones(1, 16, 2, *SIZE), growth=(0.0, 0.5), window=5, sink_frames=1), [2])
+@example(CASES[0], [1, 1])
+@example(CASES[1], [2])
+@example(CASES[2], [0, 2])
+@example(CASES[3], [1, 1])
+@example(CASES[4], [2])
 def test_resumed_equals_uninterrupted(dit, tmp_path_factory, state, cuts):
-    whole = uninterrupted(dit, state)
+    whole = completed(dit, state)
     again = resumed(dit, state, tmp_path_factory.getbasetemp() / "state.safetensors", cuts)
     assert again.is_complete
-    assert [one.shape for one in again.finished] == [one.shape for one in whole]
-    assert all(torch.equal(one, other) for one, other in zip(again.finished, whole, strict=True))
+    assert same(again.finished, whole.finished)
 
 
 @pytest.mark.parametrize("options", [{}, {"growth": (0.0, 0.5), "window": 5, "sink_frames": 1}])
 @pytest.mark.parametrize("frames", [8, 9])
 def test_lengthened_continues_as_if_asked_for_at_once(dit, options, frames):
     """A video of 8 ends with a chunk of 2; in the longer one it has 3, so it is made again."""
-    state = start(frames, **options)
-    for chunk in rollout(dit, **resume_arguments(state)):
-        state = state.extended_by(chunk)
-    state = state.lengthened(14)
+    state = completed(dit, start(frames, **options)).lengthened(14)
     assert len(state.finished) == frames // 3
-    for chunk in rollout(dit, **resume_arguments(state)):
-        state = state.extended_by(chunk)
-    whole = uninterrupted(dit, start(14, **options))
-    assert torch.equal(state.latents, torch.cat(whole, dim=2))
+    assert torch.equal(completed(dit, state).latents, completed(dit, start(14, **options)).latents)
 
 
 @pytest.mark.parametrize("finished", [1, 3])
 def test_lengthened_moves_the_given_end(dit, finished):
     """The chunk that led to it is made again; the others stay."""
     end = torch.randn(1, 16, 1, *SIZE)
-    state = start(9, last_latents=end)
-    for chunk in islice(rollout(dit, **resume_arguments(state)), finished):
-        state = state.extended_by(chunk)
-    state = state.lengthened(15)
+    state = completed(dit, start(9, last_latents=end), finished).lengthened(15)
     assert len(state.finished) == min(finished, 2)
-    for chunk in rollout(dit, **resume_arguments(state)):
-        state = state.extended_by(chunk)
-    assert torch.equal(state.latents, torch.cat(uninterrupted(dit, start(15, last_latents=end)), dim=2))
-    assert torch.equal(state.latents[:, :, -1:], end)
+    latents = completed(dit, state).latents
+    assert torch.equal(latents, completed(dit, start(15, last_latents=end)).latents)
+    assert torch.equal(latents[:, :, -1:], end)
 
 
-def test_a_finished_run_says_how_to_go_on():
-    with pytest.raises(StateError, match=r"all 8 latent frames of this video are finished.*longer"):
-        resume_arguments(filled(start(8)))
+def test_a_finished_run_says_how_to_go_on(dit):
+    with pytest.raises(Refusal, match=r"already holds all 8 latent frames of the video.*longer"):
+        remaining(dit, filled(start(8)))
     with pytest.raises(StateError, match="already has 8 latent frames; 8 would not"):
         start(8).lengthened(8)
 
 
-def test_every_field_survives_the_file(tmp_path):
+def test_numbers_and_dtypes_survive_the_file(tmp_path):
     state = filled(
         start(
             8,
-            sigmas=tuple(few_step_sigmas()),
+            sigmas=few_step_sigmas(),
             first_sigmas=(0.1 + 0.2, 0.0),
             growth=(0.0, 1 / 3),
-            window=7,
-            sink_frames=1,
-            sink_rope="follow",
             seed=2**64 - 1,
             chunk_seeds={2: 5},
-            context_noise=12.5,
-            cfg=2.5,
-            negative=text(3),
-            given=torch.randn(1, 16, 5, *SIZE).bfloat16(),
-            last_latents=torch.randn(1, 16, 2, *SIZE),
-            prompts=(Prompt(text(1).half()), Prompt(text(2).half(), 1, "blend", 3)),
+            initial_latents=torch.randn(1, 16, 5, *SIZE).bfloat16(),
+            context=[Prompt(text(1).half()), Prompt(text(2).half(), 1, "blend", 3)],
         )
     )
-    loaded = load_run_state(save_run_state(state, tmp_path / "state.safetensors"))
-    plain = vars(state).keys() - {"prompts", "given", "last_latents", "negative", "finished"}
-    assert {name: getattr(loaded, name) for name in plain} == {name: getattr(state, name) for name in plain}
-    for name in ("given", "last_latents", "negative", "latents"):
-        one, other = getattr(loaded, name), getattr(state, name)
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    for one, other in zip(loaded.prompts, state.prompts, strict=True):
-        assert torch.equal(one.context, other.context)
-        assert (one.context.dtype, one.start_chunk, one.switch, one.blend_chunks) == (
-            other.context.dtype,
-            other.start_chunk,
-            other.switch,
-            other.blend_chunks,
-        )
+    assert same(load_run_state(save_run_state(state, tmp_path / "state.safetensors")), state)
 
 
 def test_loaded_tensors_are_aligned_like_any_other(tmp_path):
     """Matrix products of tensors at odd addresses may round differently, and the video would not be the same."""
-    state = filled(start(prompts=(Prompt(text(1, 3)[:, :, :31]),), negative=text(2, 3)[:, :, :31]))
+    state = filled(start(context=text(1, 3)[:, :, :31], negative=text(2, 3)[:, :, :31]))
     loaded = load_run_state(save_run_state(state, tmp_path / "state.safetensors"))
-    tensors = (*loaded.finished, loaded.negative, loaded.prompts[0].context)
+    tensors = (*loaded.finished, loaded.recipe.guidance.negative, loaded.recipe.prompts[0].context)
     assert [tensor.data_ptr() % 64 for tensor in tensors] == [0] * 5
 
 
 def test_a_prompt_may_return(tmp_path):
     first = text(1)
-    state = start(prompts=(Prompt(first), Prompt(text(2), 1), Prompt(first, 2)))
+    state = start(context=[Prompt(first), Prompt(text(2), 1), Prompt(first, 2)])
     loaded = load_run_state(save_run_state(state, tmp_path / "state.safetensors"))
-    assert torch.equal(loaded.prompts[2].context, first)
+    assert torch.equal(loaded.recipe.prompts[2].context, first)
 
 
 def test_a_batch_may_start_from_one_image(tmp_path):
-    state = replace(start(7, given=torch.randn(1, 16, 1, *SIZE)), latent_shape=(2, 16, 7, *SIZE))
+    state = start(7, batch=2, initial_latents=torch.randn(1, 16, 1, *SIZE))
     state = state.extended_by(Chunk(1, 1, torch.randn(2, 16, 3, *SIZE)))
     loaded = load_run_state(save_run_state(state, tmp_path / "state.safetensors"))
     assert loaded.latents.shape == (2, 16, 4, *SIZE)
@@ -258,20 +237,15 @@ def test_a_chunk_after_the_end_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("finished", "message"),
     [
-        ({"finished": (torch.zeros(1, 16, 2, *SIZE),)}, r"chunk 0 has shape \(1, 16, 2, 4, 4\); expected \(1, 16, 3"),
-        ({"finished": (torch.zeros(1, 16, 3, *SIZE),) * 4}, "4 chunks are finished.* has 3"),
-        ({"given": torch.zeros(1, 16, 1, 2, 2)}, r"given latents have shape \(1, 16, 1, 2, 2\)"),
-        ({"given": torch.zeros(1, 16, 8, *SIZE)}, "already fill 8 of 8"),
-        ({"prompts": ()}, "no prompt starts at chunk 0"),
-        ({"last_latents": torch.zeros(1, 16, 1, 2, 2)}, r"last_latents have shape \(1, 16, 1, 2, 2\)"),
-        ({"last_latents": torch.zeros(1, 16, 2, *SIZE)}, "the last chunk's 2.*ask for 9 latent frames instead of 8"),
+        ((torch.zeros(1, 16, 2, *SIZE),), r"chunk 0 of shape \[1, 16, 2, 4, 4\]; pass one of \[1, 16, 3"),
+        ((torch.zeros(1, 16, 3, *SIZE),) * 4, "4 chunks of a video that has 3"),
     ],
 )
-def test_parts_that_do_not_fit_together_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        replace(start(), **change)
+def test_chunks_of_another_video_are_refused(finished, message):
+    with pytest.raises(Refusal, match=message):
+        replace(start(), finished=finished)
 
 
 def test_another_model_is_refused_with_both_names():

@@ -27,7 +27,7 @@ for frames_per_chunk in (3, 1, 4):
     worst["spread of the latents"] = float(expected.std())
     for name, model in (("core's causal model", causal), ("a plain Wan model", plain)):
         schedule = schedules.Schedule(SHAPE[2], frames_per_chunk)
-        ours = chunk_sampler.ChunkSampler(schedule, fresh_noise=core_noise)
+        ours = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedule), fresh_noise=core_noise)
         actual = comfyui.sample(patch.patched(model, settings), ours, noise, seed=SEED)
         worst[f"{frames_per_chunk} per chunk, {name}"] = float((actual - expected).abs().max())
 print(json.dumps(worst))

@@ -13,7 +13,7 @@ core, wan_vae = comfyui.module("lightforcing_core.files.video"), comfyui.module(
 run_state, tensor_files = (comfyui.module(f"lightforcing_core.{name}") for name in ("rollout.state", "files.tensors"))
 memory, refusals = comfyui.module("lightforcing_core.memory.estimate"), comfyui.module("nodes.sampling.refusals")
 memory_plan, kv_storage = (comfyui.module(f"lightforcing_core.{name}") for name in ("memory.plan", "model.kv_storage"))
-timeline = comfyui.module("lightforcing_core.rollout.timeline")
+recipe = comfyui.module("lightforcing_core.rollout.recipe")
 Out = torch.OutOfMemoryError
 options = {"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
 model = loader.LightForcingApply.execute(comfyui.load("tiny_wan.safetensors"), "unknown", **options)[0]
@@ -84,14 +84,13 @@ with core.av.open(str(OUTPUT / "faults" / "clip_00001.partial.mp4")) as containe
     facts["frames in the partial file"] = len(list(container.decode(video=0)))
 
 
-def advice(width, height, *, decoding=False, host_memory=False, **options):
+def advice(width, height, *, decoding=False, host_memory=False):
     """The advice for a run of this size when its memory runs out."""
     shape = (1, 16, 9, height // 8, width // 8)
-    prompts = (timeline.Prompt(torch.zeros(1, 4, 8)),)
-    run = run_state.RunState("tiny", shape, 3, (1.0, 0.5, 0.0), prompts, window=3, **options)
+    wanted = recipe.Recipe(shape, 3, (1.0, 0.5, 0.0), torch.zeros(1, 4, 8), window=3)
     needed = memory.MemoryEstimate(weights=1 << 30, cache=4 << 30, prompt=0, step=4 << 30)
     plan = memory_plan.MemoryPlan(needed, needed, 0, kv_storage.KVOptions("int8", host=host_memory))
-    return refusals.memory_advice(run, plan, decoding=decoding)
+    return refusals.memory_advice(wanted, plan, decoding=decoding)
 
 
 facts["advice"] = {f"{width}×{height}": advice(width, height) for width, height in ((832, 480), (48, 32), (64, 16))}

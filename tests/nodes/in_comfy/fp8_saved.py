@@ -32,7 +32,7 @@ def ours(file, weight_dtype="default"):
 
 
 def sample(model):
-    sampler = chunk_sampler.ChunkSampler(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6))
+    sampler = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6)))
     return comfyui.sample(patch.patched(model, settings), sampler, noise)
 
 

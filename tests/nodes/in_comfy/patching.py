@@ -19,7 +19,9 @@ facts = {}
 
 
 def ours(**options):
-    return chunk_sampler.ChunkSampler(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6), **options)
+    return chunk_sampler.ChunkSampler(
+        chunk_sampler.Request(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6)), **options
+    )
 
 
 # The stock model before, between and after runs of the patched clone; the clone under a stock sampler.
@@ -58,7 +60,7 @@ for replay in ("all", "window"):
     calls.clear()
     plan = schedules.Schedule(15, 3, window=6, sink_frames=1)
     given = comfyui.noise_of((1, 16, 12, 8, 12))
-    sampler = chunk_sampler.ChunkSampler(plan, initial_latents=given, replay=replay)
+    sampler = chunk_sampler.ChunkSampler(chunk_sampler.Request(plan, initial_latents=given), replay=replay)
     comfyui.sample(counted, sampler, comfyui.noise_of((1, 16, 15, 8, 12)))
     facts["forwards to continue"][replay] = len(calls)
 

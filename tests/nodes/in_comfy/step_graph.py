@@ -33,7 +33,7 @@ plan_of = chunk_sampler.plan_of
 def sample(model, on):
     chunk_sampler.plan_of = lambda *a, **n: replace(plan_of(*a, **n), cuda_graph=on)
     tape.TapeRecorder.events.clear()
-    sampler = chunk_sampler.ChunkSampler(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6))
+    sampler = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6)))
     latents = comfyui.sample(patch.patched(model, settings), sampler, noise)
     launches = [kind for kind, _ in tape.TapeRecorder.events].count("launch")
     return latents, launches, sampler.record.facts.get("CUDA graphs")

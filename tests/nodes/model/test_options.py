@@ -9,7 +9,9 @@ from lightforcing.lightforcing_core.attention.selection import SelectionPlan
 from lightforcing.lightforcing_core.model import causal as causal_wan
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
-from lightforcing.lightforcing_core.rollout.rollout import few_step_sigmas, rollout
+from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
+
+from ...support.rollouts import roll
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +26,7 @@ def dit():
 def video(dit, growth=(0.0, 0.6, 0.7, 0.7), *, size=(14, 20), kv=None, dtype=None, **options):
     """Latents of four chunks; frames of 70 tokens by default, which leaves ragged blocks."""
     context = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
-    chunks = rollout(
+    chunks = roll(
         dit,
         context,
         latent_shape=(1, 16, 2 * CHUNKS, *size),

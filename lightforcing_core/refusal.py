@@ -1,0 +1,46 @@
+"""The error for a request that cannot be met, and the checks that several modules share."""
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+
+class Refusal(ValueError):
+    """A request that cannot be met; its text is "`field` `problem`; `remedy`".
+
+    field: the parameter at fault, by its name in this library; another front end may put its own name there, see
+    `named`. problem: what is wrong with it, the value included. remedy: what works instead, in the imperative.
+    """
+
+    def __init__(self, field: str, problem: str, remedy: str) -> None:
+        super().__init__(field, problem, remedy)
+        self.field, self.problem, self.remedy = field, problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.problem}; {self.remedy}"
+
+    def named(self, field: str) -> "Refusal":
+        """The same refusal under another name for the field."""
+        return Refusal(field, self.problem, self.remedy)
+
+
+def check_size(height: int, width: int) -> None:
+    """Refusal unless a video can have this size in pixels: latents are an eighth of it, and patches 2×2 latents."""
+    for side, pixels in (("height", height), ("width", width)):
+        if pixels < 16 or pixels % 16:
+            below = max(16, pixels // 16 * 16)
+            raise Refusal(side, f"{pixels} is not a multiple of 16", f"use {below} or {below + 16}")
+
+
+def check_finite(field: str, x: Tensor, remedy: str) -> None:
+    """Refusal if x holds NaN or infinity. A tensor on the meta device has no values and passes."""
+    # The extremes pass NaN on, and cost no copy of x.
+    if not x.is_meta and not bool(torch.isfinite(torch.stack(x.aminmax())).all()):
+        raise Refusal(field, "holds NaN or infinity", remedy)
+
+
+def check_choice(field: str, value: str, kind: Any) -> None:
+    """Refusal unless `value` is one of the strings of the Literal type `kind`."""
+    if value not in get_args(kind):
+        raise Refusal(field, f"{value!r} is not known", f"use one of {', '.join(get_args(kind))}")

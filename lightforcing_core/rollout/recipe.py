@@ -1,0 +1,304 @@
+"""The recipe: all that decides a video, checked once, when it is made."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from ..attention.dispatch import AttentionOptions
+from ..families import SinkRope
+from ..model.kv_storage import CacheShape
+from ..refusal import Refusal, check_finite, check_size
+from .schedule import check_sparsity, check_window, chunk_lengths, first_chunk_length, video_frames_of
+from .timeline import Prompt, Timeline, check_text
+
+Noise = Callable[[int, int, tuple[int, ...]], Tensor]
+
+
+def few_step_sigmas(steps: Sequence[int] = (1000, 750, 500, 250), shift: float = 5.0) -> list[float]:
+    """Noise levels of a few-step list on the 1000-step scale, warped by the flow shift and closed with 0.
+
+    `σ = shift · s / (1 + (shift − 1) · s)`, s = step / 1000; the Self Forcing list gives 1, 0.9375, 0.8333, 0.625, 0.
+    """
+    fractions = [step / 1000.0 for step in steps]
+    return [shift * s / (1.0 + (shift - 1.0) * s) for s in fractions] + [0.0]
+
+
+def seeded_noise(seed: int, chunk_seeds: Mapping[int, int] | None = None) -> Noise:
+    """Standard normal noise that depends only on (seed, chunk index, draw), drawn on the CPU in float32.
+
+    `chunk_seeds` gives single chunks a seed of their own.
+    """
+    own = dict(chunk_seeds or {})
+
+    def draw(chunk_index: int, draw_index: int, shape: tuple[int, ...]) -> Tensor:
+        key = f"{own.get(chunk_index, seed)}/{chunk_index}/{draw_index}"
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.randn(shape, generator=generator)
+
+    return draw
+
+
+@dataclass(frozen=True, eq=False)
+class Guidance:
+    """Classifier-free guidance, for models that are not distilled; it doubles time and KV cache.
+
+    cfg: strength of the prompt over the negative one; 1 runs the prompt alone.
+    negative: the negative prompt, [B or 1, tokens, text_dim].
+    """
+
+    cfg: float = 1.0
+    negative: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_guidance(self.cfg, self.negative)
+        if self.negative is not None:
+            check_text("negative", self.negative)
+
+
+def check_guidance(cfg: float, negative: object | None) -> None:
+    """Refusal if `cfg` needs a negative prompt and there is none."""
+    if cfg != 1.0 and negative is None:
+        raise Refusal("cfg", f"{cfg:g} needs a negative prompt", "give one, or set cfg to 1")
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """Noise of single chunks and of the past, beyond a recipe's `sigmas` and `seed`.
+
+    first_sigmas: noise levels of the video's first chunk, if it has its own.
+    chunk_seeds: chunk index → seed of its own.
+    context_noise: the timestep, 0…1000, at which finished chunks are committed.
+    """
+
+    first_sigmas: Sequence[float] | None = None
+    chunk_seeds: Mapping[int, int] = field(default_factory=dict)
+    context_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.first_sigmas is not None:
+            object.__setattr__(self, "first_sigmas", _levels("first_sigmas", self.first_sigmas))
+        object.__setattr__(self, "chunk_seeds", dict(self.chunk_seeds))
+        if not 0.0 <= self.context_noise <= 1000.0:
+            raise Refusal("context_noise", f"{self.context_noise} is not a timestep", "use 0 to 1000")
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """All that decides a video but the model's weights. Raises Refusal when it is made, if it cannot work.
+
+    latent_shape: (B, C, frames, height, width) of the whole video, given latents included; an eighth of its pixels.
+    frames_per_chunk: latent frames of a chunk.
+    sigmas: falling noise levels in (0, 1], closed by 0.
+    context: the text, [B or 1, tokens, text_dim], or the prompts of a timeline.
+    growth: one sparsity in [0, 1) per chunk, of which the last holds on; None is dense.
+    window: visible latent frames, sinks and the current chunk included; None sees everything.
+    sink_frames: the first latent frames, which stay visible.
+    seed: of the noise, which depends on seed, chunk and draw alone.
+    initial_latents: [B or 1, C, frames, height, width], clean, with which the video starts. If `frames_per_chunk`
+        does not divide them the first chunk takes the rest: one image and chunks of three give 1, 3, 3, …
+        Chunk indices, and with them growth, prompts and noise, count from the start of the video.
+    attention: how sparse attention is done.
+    sink_rope: the position of sinks once the window has moved on, see `KVCache`.
+    last_latents: [B or 1, C, frames, height, width], clean, with which the video ends; fewer than the last chunk
+        holds, so that something is left to lead to them. In that chunk's steps they carry `GIVEN_NOISE` of the
+        others' noise, with a timestep to match; the chunks before know nothing of them.
+    guidance: classifier-free guidance.
+    noise_options: noise of single chunks and of the past.
+    """
+
+    latent_shape: Sequence[int]
+    frames_per_chunk: int
+    sigmas: Sequence[float]
+    context: Tensor | Sequence[Prompt]
+    growth: Sequence[float] | None = None
+    window: int | None = None
+    sink_frames: int = 0
+    seed: int = 0
+    initial_latents: Tensor | None = None
+    attention: AttentionOptions = field(default_factory=AttentionOptions)
+    sink_rope: SinkRope = "fixed"
+    last_latents: Tensor | None = None
+    guidance: Guidance = field(default_factory=Guidance)
+    noise_options: NoiseOptions = field(default_factory=NoiseOptions)
+
+    def __post_init__(self) -> None:
+        # Lists become tuples, since a caller may change a list later.
+        shape = _shape(self.latent_shape)
+        object.__setattr__(self, "latent_shape", shape)
+        object.__setattr__(self, "sigmas", _levels("sigmas", self.sigmas))
+        if self.growth is not None:
+            object.__setattr__(self, "growth", _sparsities(self.growth))
+        if not isinstance(self.context, Tensor):
+            object.__setattr__(self, "context", tuple(self.context))
+        for name, guide in zip(("context", "negative"), self.guides, strict=False):
+            for prompt in guide.prompts:
+                _check_batch(name, prompt.context, shape[0])
+        for name, given in (("initial_latents", self.initial_latents), ("last_latents", self.last_latents)):
+            if given is not None:
+                check_given(name, given, shape)
+        if self.initial_frames >= self.frames:
+            problem = f"already fills {self.initial_frames} of the video's {self.frames} latent frames"
+            raise Refusal("initial_latents", problem, "make the video longer")
+        lengths = self.chunk_lengths()
+        check_window(self.window, self.sink_frames, self.sink_rope, max(lengths))
+        if self.last_latents is not None:
+            _check_end(self.last_latents.shape[2], self.frames, self.frames_per_chunk, lengths[-1])
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the whole video."""
+        return self.latent_shape[2]
+
+    @property
+    def initial_frames(self) -> int:
+        """Latent frames that the video starts with."""
+        return 0 if self.initial_latents is None else self.initial_latents.shape[2]
+
+    @cached_property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """The prompts of the timeline; a single text holds throughout."""
+        return (Prompt(self.context),) if isinstance(self.context, Tensor) else tuple(self.context)
+
+    @cached_property
+    def guides(self) -> tuple[Timeline, ...]:
+        """The prompts and, with guidance, the negative prompt; the model keeps a KV cache for each."""
+        prompts, guidance = Timeline(self.prompts), self.guidance
+        if guidance.negative is None or guidance.cfg == 1.0:
+            return (prompts,)
+        return prompts, Timeline([Prompt(guidance.negative)])
+
+    def chunk_lengths(self) -> list[int]:
+        """Latent frames of every chunk of the video."""
+        first = first_chunk_length(self.frames_per_chunk, self.initial_frames)
+        return chunk_lengths(self.frames, self.frames_per_chunk, first)
+
+    @property
+    def first_index(self) -> int:
+        """The index in the video of the first chunk that is generated."""
+        return [0, *accumulate(self.chunk_lengths())].index(self.initial_frames)
+
+    def sparsity(self, index: int) -> float:
+        """The share of visible key blocks that chunk `index` skips."""
+        return self.growth[min(index, len(self.growth) - 1)] if self.growth is not None else 0.0
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether any chunk skips anything."""
+        return any(self.sparsity(index) > 0.0 for index in range(len(self.chunk_lengths())))
+
+    def levels(self, index: int) -> Sequence[float]:
+        """The noise levels of chunk `index`."""
+        return self.noise_options.first_sigmas or self.sigmas if index == 0 else self.sigmas
+
+    def cache_shape(self, *, layers: int, heads: int, head_dim: int, dtype: torch.dtype) -> CacheShape:
+        """The KV cache that a model of these sizes needs for one prompt."""
+        return CacheShape.of_run(
+            self.attention,
+            self.latent_shape,
+            layers=layers,
+            heads=heads,
+            head_dim=head_dim,
+            window=self.window,
+            sink_frames=self.sink_frames,
+            sink_rope=self.sink_rope,
+            sparse=self.is_sparse,
+            dtype=dtype,
+        )
+
+    def noise(self) -> Noise:
+        """The noise of this video: draw 0 of a chunk is its start, draw s ≥ 1 follows denoising step s."""
+        return seeded_noise(self.seed, self.noise_options.chunk_seeds)
+
+    def check_finished(self, finished: Sequence[Tensor]) -> None:
+        """Refusal unless these are the video's first generated chunks, [B, C, frames, height, width] each."""
+        batch, channels, _, *size = self.latent_shape
+        lengths = self.chunk_lengths()[self.first_index :]
+        if len(finished) > len(lengths):
+            problem = f"holds {len(finished)} chunks of a video that has {len(lengths)}"
+            raise Refusal("finished", problem, "pass the chunks of this video only")
+        for number, (latents, frames) in enumerate(zip(finished, lengths, strict=False), start=self.first_index):
+            shape, expected = list(latents.shape), [batch, channels, frames, *size]
+            if shape != expected:
+                raise Refusal("finished", f"holds chunk {number} of shape {shape}", f"pass one of {expected}")
+
+    def latents_with(self, finished: Sequence[Tensor]) -> Tensor | None:
+        """The start of the video, [B or 1, C, frames, height, width]: initial latents, then the finished chunks."""
+        if not finished:
+            return self.initial_latents
+        given = self.initial_latents
+        start = [] if given is None else [given.to(finished[0]).expand(self.latent_shape[0], -1, -1, -1, -1)]
+        return torch.cat([*start, *finished], dim=2)
+
+
+def _shape(latent_shape: Sequence[int]) -> tuple[int, ...]:
+    shape = tuple(map(int, latent_shape))
+    if len(shape) != 5:
+        raise Refusal("latent_shape", f"{shape} has {len(shape)} sides", "use (batch, channels, frames, height, width)")
+    if min(shape) < 1:
+        raise Refusal("latent_shape", f"{shape} has an empty side", "every side must be at least 1")
+    check_size(8 * shape[3], 8 * shape[4])
+    return shape
+
+
+def _levels(name: str, sigmas: Sequence[float]) -> tuple[float, ...]:
+    levels = tuple(map(float, sigmas))
+    if len(levels) < 2 or levels[-1] != 0.0 or any(a <= b for a, b in pairwise(levels)):
+        raise Refusal(
+            name, f"{list(levels)} does not fall from step to step to 0", f"use a list like {few_step_sigmas()}"
+        )
+    if not 0.0 < levels[0] <= 1.0:
+        raise Refusal(name, f"starts at {levels[0]}, outside (0, 1]", f"use a list like {few_step_sigmas()}")
+    return levels
+
+
+def _sparsities(growth: Sequence[float]) -> tuple[float, ...]:
+    values = tuple(map(float, growth))
+    if not values:
+        raise Refusal("growth", "is empty", "give at least one sparsity, or None for dense")
+    for chunk, value in enumerate(values):
+        check_sparsity("growth", value, chunk)
+    return values
+
+
+def _check_batch(name: str, x: Tensor, batch: int) -> None:
+    if x.shape[0] not in (1, batch):
+        fitting = "1" if batch == 1 else f"1 or {batch}"
+        raise Refusal(name, f"is a batch of {x.shape[0]} and the video one of {batch}", f"use a batch of {fitting}")
+
+
+def check_given(name: str, given: Tensor, shape: Sequence[int]) -> None:
+    """Refusal unless given latents fit a video of latents `shape` and are finite."""
+    _, channels, _, height, width = shape
+    if given.ndim != 5 or given.shape[1] != channels or not given.shape[2]:
+        expected = f"pass [batch, {channels}, frames, height, width], as the Wan 2.1 VAE encodes them"
+        raise Refusal(name, f"has shape {list(given.shape)}", expected)
+    if tuple(given.shape[3:]) != (height, width):
+        sizes = f"{8 * given.shape[4]}×{8 * given.shape[3]} and the video {8 * width}×{8 * height}"
+        raise Refusal(name, f"is {sizes}", "resize its frames to the video's size before encoding them")
+    _check_batch(name, given, shape[0])
+    check_finite(name, given, "encode the frames again")
+
+
+def _check_end(count: int, frames: int, frames_per_chunk: int, last_chunk: int) -> None:
+    """Refusal unless the last chunk holds more latent frames than the `count` that the video shall end with."""
+    if frames_per_chunk == 1:
+        problem = "cannot be met by a frame-wise model, which finishes each frame before it sees the next"
+        raise Refusal("last_latents", problem, "use a chunk-wise checkpoint")
+    if count >= frames_per_chunk:
+        most = frames_per_chunk - 1
+        problem = f"holds {count} latent frames, and a chunk of {frames_per_chunk} can end with at most {most}"
+        raise Refusal("last_latents", problem, f"give one image, or the last {4 * most} frames of a video")
+    if count >= last_chunk:
+        whole = frames + frames_per_chunk - last_chunk
+        problem = (
+            f"of {count} latent frames leaves nothing to lead to it: a video of {video_frames_of(frames)} frames "
+            f"({frames} latent) has a last chunk of {last_chunk}"
+        )
+        remedy = f"make the video {video_frames_of(whole)} frames long ({whole} latent)"
+        raise Refusal("last_latents", problem, remedy)

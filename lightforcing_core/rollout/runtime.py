@@ -1,0 +1,86 @@
+"""How a rollout runs on this machine, and what it reports: nothing here is saved with a run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..model.causal import DenseAttention, Pass, sdpa
+from ..model.cuda_graph import CudaGraph
+from ..model.kv_storage import KVOptions
+from ..refusal import check_choice
+from .recipe import Noise
+from .record import Recorder
+
+Denoise = Callable[[Tensor, float, Pass], Tensor]
+Replay = Literal["all", "window"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A finished chunk: its index in the video, its first latent frame and latents [B, C, frames, h, w]."""
+
+    index: int
+    start_frame: int
+    latents: Tensor
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One finished denoising step: the `step`-th of `steps` (from 0) of the `chunk`-th of `chunks` generated chunks.
+
+    index: the chunk's index in the video, initial latents included.
+    start_frame: its first latent frame.
+    done, total: steps of the whole run.
+    x, x0: [B, C, frames, h, w], the step's input and its prediction.
+    density: the share of visible key blocks that the chunk attends to.
+    """
+
+    chunk: int
+    chunks: int
+    index: int
+    start_frame: int
+    step: int
+    steps: int
+    done: int
+    total: int
+    x: Tensor
+    x0: Tensor
+    density: float
+
+
+@dataclass(frozen=True, eq=False)
+class Runtime:
+    """How a recipe runs here. Raises Refusal for choices that do not exist.
+
+    device, dtype: of the KV cache and the computation; None takes the prompt's device and the model's dtype.
+    kv: how the KV cache is kept.
+    dense_attention: dense attention over [B, L, H, D].
+    noise: called as noise(chunk_index, draw, shape); draw 0 is the chunk's initial noise, draw s ≥ 1 the fresh noise
+        after denoising step s. None draws the recipe's own.
+    denoise: denoise(x, sigma, model_pass) → x0, for callers that run the model themselves; x is float32
+        [B, C, f, h, w], and model_pass(dit, x, timestep) gives the model's flow, see `causal.Pass`.
+    replay: how a continued video is read again. "all" feeds every frame, so that the result equals one long run;
+        "window" only the sinks and what is still visible, whose cost does not grow with the video.
+    on_step: called after every denoising step.
+    recorder: notes what the run keeps and how long it takes.
+    cuda_graph: whether a chunk's steps are launched as one CUDA graph, see `cuda_graph`; "auto" does so if it can and
+        says why if not, "on" refuses to run without.
+    """
+
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+    kv: KVOptions = field(default_factory=KVOptions)
+    dense_attention: DenseAttention = sdpa
+    noise: Noise | None = None
+    denoise: Denoise | None = None
+    replay: Replay = "all"
+    on_step: Callable[[StepEvent], object] | None = None
+    recorder: Recorder | None = None
+    cuda_graph: CudaGraph = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("replay", self.replay, Replay)
+        check_choice("cuda_graph", self.cuda_graph, CudaGraph)

@@ -1,0 +1,142 @@
+"""The inputs of a sampling node, and the recipe that they make once model, prompts and size are known."""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...lightforcing_core.families import Family
+from ...lightforcing_core.refusal import Refusal
+from ...lightforcing_core.rollout.recipe import Guidance, NoiseOptions, Recipe, check_given, few_step_sigmas
+from ...lightforcing_core.rollout.schedule import Schedule, video_frames_of
+from ..model.patch import Settings
+from ..timeline import PromptChange, prompts_of
+
+# A recipe's fields as the canvas calls them.
+SOCKETS = {
+    "latent_shape": "the latent",
+    "context": "the positive prompt",
+    "negative": "the negative prompt",
+    "initial_latents": "start_latent",
+    "last_latents": "end_latent",
+    "window": "the schedule's window",
+    "sink_frames": "the schedule's sink_frames",
+    "growth": "the schedule's sparsity",
+}
+
+
+@contextmanager
+def named_for_the_canvas() -> Iterator[None]:
+    """Raise the core's refusals under the names of the sockets that they concern."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise refusal.named(SOCKETS.get(refusal.field, refusal.field)) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """The inputs of a sampling node that decide the video.
+
+    schedule: None takes the defaults of the model's family.
+    initial_latents, last_latents: [B or 1, 16, frames, h, w] in the VAE's space, the video's start and end.
+    timeline: prompts that take over later.
+    chunk_seeds: chunk index → seed of its own.
+    context_noise: as in `NoiseOptions`.
+    """
+
+    schedule: Schedule | None = None
+    initial_latents: Tensor | None = None
+    last_latents: Tensor | None = None
+    timeline: Sequence[PromptChange] = ()
+    chunk_seeds: Mapping[int, int] = field(default_factory=dict)
+    context_noise: float = 0.0
+
+    @property
+    def initial_frames(self) -> int:
+        """Latent frames that the video starts with."""
+        return 0 if self.initial_latents is None else self.initial_latents.shape[2]
+
+    def schedule_of(self, family: Family, latent_frames: int) -> Schedule:
+        """The schedule that was given, or the family's."""
+        return self.schedule or Schedule.of_family(family, latent_frames)
+
+    @property
+    def title(self) -> str:
+        """The schedule's, for the log and the report."""
+        return self.schedule.title if self.schedule else "the family's schedule"
+
+    def recipe(
+        self, guider: Any, settings: Settings, sigmas: Sequence[float], shape: Sequence[int], seed: int
+    ) -> Recipe:
+        """The recipe of a run on the guider's model and prompts; shape: of its latents. Raises ValueError."""
+        family = settings.family
+        schedule = self.schedule_of(family, shape[2])
+        _check_schedule(schedule, family, shape[2])
+        for name in ("initial_latents", "last_latents"):
+            if (latents := getattr(self, name)) is not None:
+                check_given(name, latents, shape)
+        given, end = (
+            None if latents is None else guider.model_patcher.model.process_latent_in(latents.to("cpu", torch.float32))
+            for latents in (self.initial_latents, self.last_latents)
+        )
+        lengths = schedule.chunk_lengths(self.initial_frames)
+        if beyond := [chunk for chunk in self.chunk_seeds if chunk >= len(lengths)]:
+            raise ValueError(f"chunk_seeds names chunk {beyond[0]}; this video has chunks 0 to {len(lengths) - 1}")
+        negative = guider.conds["negative"][0]["cross_attn"] if guider.cfg != 1.0 else None
+        return Recipe(
+            latent_shape=shape,
+            sigmas=sigmas,
+            context=prompts_of(guider.conds["positive"][0]["cross_attn"], self.timeline, lengths),
+            seed=seed,
+            initial_latents=given,
+            last_latents=end,
+            attention=settings.attention,
+            guidance=Guidance(guider.cfg, negative),
+            noise_options=NoiseOptions(_first_levels(family, sigmas), self.chunk_seeds, self.context_noise),
+            **schedule.arguments(self.initial_frames),
+        )
+
+
+def _check_schedule(schedule: Schedule, family: Family, latent_frames: int) -> None:
+    """ValueError for a schedule of another length or for another kind of checkpoint."""
+    if schedule.latent_frames != latent_frames:
+        raise ValueError(
+            f"the schedule is for {video_frames_of(schedule.latent_frames)} video frames "
+            f"({schedule.latent_frames} latent) but the latent holds {video_frames_of(latent_frames)} "
+            f"({latent_frames}); feed both from one length"
+        )
+    if family.id != "unknown" and family.frames_per_chunk != schedule.frames_per_chunk:
+        raise ValueError(
+            f"the schedule's chunks of {schedule.frames_per_chunk} latent frames do not match the checkpoint: "
+            f"{family.title} was trained on chunks of {family.frames_per_chunk}; set frames_per_chunk to that, or "
+            f"the model's family to unknown"
+        )
+
+
+def _first_levels(family: Family, levels: Sequence[float]) -> tuple[float, ...] | None:
+    """Noise levels of the first chunk if the family has its own and `levels` are the family's, else None."""
+    if family.first_denoising_steps is None:
+        return None
+    usual = few_step_sigmas(family.denoising_steps, family.shift)
+    if len(usual) != len(levels) or any(abs(a - b) > 1e-3 for a, b in zip(usual, levels, strict=True)):
+        return None
+    # In float32, as ComfyUI's own lists are.
+    return tuple(torch.tensor(few_step_sigmas(family.first_denoising_steps, family.shift)).tolist())
+
+
+def model_text(model: ModelPatcher) -> str:
+    """The text that identifies a MODEL: its sizes, a checksum of some weights, and one of the LoRAs on it."""
+    dit = model.get_model_object("diffusion_model")
+    some = (dit.head.modulation, dit.blocks[0].modulation, dit.blocks[-1].modulation)
+    weights = b"".join(part.detach().to("cpu", torch.float32).numpy().tobytes() for part in some)
+    text = f"Wan 2.1, {dit.dim} wide, {len(dit.blocks)} layers, weights {zlib.crc32(weights):08x}"
+    if model.patches:
+        loras = sorted((str(key), [patch[0] for patch in patches]) for key, patches in model.patches.items())
+        text += f", LoRA {zlib.crc32(repr(loras).encode()):08x}"
+    return text
