@@ -167,13 +167,10 @@ def test_replay_of_the_window_goes_on_from_the_same_frames(server, models):
     assert (videos["window"] - videos["all"]).abs().max() <= 1e-4
 
 
-def test_schedule_shows_its_curve(server):
-    prompt = graph({"model": loader()}, schedule=link("plan")) | {"plan": schedule(preset="auto", model=link("model"))}
-    entry = server.run(prompt)
-    (shown,) = entry["outputs"]["plan"]["images"]
-    with Image.open(server.base / shown["type"] / shown["subfolder"] / shown["filename"]) as picture:
-        assert picture.size == (512, 300)
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
+def test_schedule_lists_its_sparsities_if_no_page_draws_them(server):
+    prompt = graph({"model": loader()}, schedule=link("plan")) | {"plan": schedule(preset="light_forcing_short")}
+    (text,) = server.run(prompt)["outputs"]["plan"]["text"]
+    assert text == "Light Forcing, 5 s video: 2 chunks, sparsity 0.000, 0.880"
 
 
 def test_saved_prompt_loads_as_it_was(server, models):
