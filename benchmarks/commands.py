@@ -60,7 +60,7 @@ def step(bench: StepBench, say: Say) -> Measured:
 
 @measurement(app, RolloutBench)
 def rollout(bench: RolloutBench, say: Say) -> Measured:
-    """A whole video with random weights, tiny unless told otherwise: seconds and peak memory of every chunk."""
+    """A whole video with random weights, tiny by default: seconds and peak memory of every chunk."""
     from .rollout import run_rollout
 
     result = run_rollout(bench, lambda done, total: say(f"chunk {done} of {total}"))

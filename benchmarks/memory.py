@@ -146,7 +146,7 @@ def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tup
 
 
 def measured_peak(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes that torch's allocator held at the most while this case ran, over what it held before."""
+    """Peak bytes of torch's allocator while this case runs, above those held before."""
     # Random state dicts, on the CPU, in float32: the run casts them and so owns its copies.
     weights = random_state_dict(**case.sizes), random_vae_state_dict(dim=case.vae_dim) if case.vae_dim else {}
 

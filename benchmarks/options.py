@@ -1,4 +1,4 @@
-"""`bench options`: what each option beyond the published method does to the error and the time of one attention.
+"""`bench options`: the error and the time of one attention with each option beyond the published method.
 
 Queries and keys are synthetic: smooth fields over time, rows and columns, with noise and a few loud tokens, rotated as
 Wan rotates them. They show how an option behaves on data with structure; its effect on videos only trained weights

@@ -1,10 +1,10 @@
-"""What every result carries: the machine, versions, commit and arguments, written as JSON beside the printed table."""
+"""The facts of every record: machine, versions, commit and arguments; and the record as JSON."""
 
-import functools
 import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -16,7 +16,7 @@ import torch
 from ..lightforcing_core.files.output import prepare_folder, whole_file
 
 ROOT = Path(__file__).resolve().parent.parent
-_FEATURES = ("amx_bf16", "avx512_bf16", "avx512f", "avx2")
+_FEATURES = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 def facts(device: torch.device, settings: Any) -> dict[str, Any]:
@@ -51,38 +51,27 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine_class() -> str:
-    """Cores, architecture and what matters to bfloat16, for instance "2-core x86_64 with AMX"."""
-    flags = _cpu_flags()
-    best = next((feature for feature in _FEATURES if feature in flags), None)
-    names = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
-    return f"{os.cpu_count()}-core {platform.machine()}" + (f" with {names[best]}" if best else "")
-
-
-@functools.cache
-def _cpu_flags() -> frozenset[str]:
+    """Cores, architecture and the best instructions for bfloat16, for instance "2-core x86_64 with AMX"."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:  # not Linux
-        return frozenset()
-    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+        flags = None
+    known = set(flags[1].split()) if flags else set()
+    best = next((f" with {name}" for flag, name in _FEATURES.items() if flag in known), "")
+    return f"{os.cpu_count()}-core {platform.machine()}{best}"
 
 
 def commit() -> str:
-    """The checked-out commit, with "+" behind it when files differ from it; "unknown" outside a checkout."""
+    """The checked-out commit, with "+" after it if tracked files differ from it; "unknown" outside a checkout."""
+    command = ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
     try:
-        head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("+" if _git("status", "--porcelain") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(("git", "-C", str(ROOT), *arguments), capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result as indented JSON; the file is whole or absent. OutputError when the place takes no files."""
+    """Write a result as indented JSON; the file is whole or absent. OutputError if the folder takes no files."""
     prepare_folder(path.parent)
     with whole_file(path) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -122,7 +122,7 @@ class _Arm:
         self._graph: StepGraph | None = None
         self._why_no_graph = why_no_graph(dit, device, kv_in_host_memory=False)
         if bench.cuda_graph == "off":
-            self._why_no_graph = "not asked for"
+            self._why_no_graph = "switched off"
 
         def denoise(x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
             if isinstance(model_pass.predict, StepGraph):

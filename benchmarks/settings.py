@@ -42,7 +42,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a measurement runs, and in which dtype."""
+    """The machine and the dtype of a measurement."""
 
     machine: Machine = Machine()
     dtype: Annotated[str, f"One of {', '.join(DTYPES)}."] = "bfloat16"

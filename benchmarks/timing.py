@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 WARM_UP = 2
 
 
 def warm_up_rule(repeats: int) -> str:
-    """What happens before and while anything is timed, as a sentence for the record."""
+    """The rule of `take_turns`, as a sentence for the record."""
     return (
         f"every arm runs {WARM_UP} times untimed (compilation happens there), then {repeats} rounds in which each arm "
         f"runs once, the first arm of a round rotating; medians with quartiles; a ratio is the median of the rounds' "
@@ -33,16 +34,12 @@ class Samples:
 
     def to_dict(self) -> dict[str, Any]:
         """Median, quartiles and every sample, in JSON types."""
-        low, high = quartiles(self.seconds)
-        return {"median": self.median, "quartiles": [low, high], "seconds": list(self.seconds)}
+        return {"median": self.median, "quartiles": quartiles(self.seconds), "seconds": list(self.seconds)}
 
 
-def quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float]:
-    """The first and third quartile; the value itself, twice, where there is just one."""
-    if len(values) == 1:
-        return values[0], values[0]
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
+def quartiles(values: Sequence[float]) -> list[float]:
+    """The first and third quartile."""
+    return np.quantile(values, (0.25, 0.75)).tolist()
 
 
 def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -53,7 +50,7 @@ def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def ratio(slow: Samples, fast: Samples) -> dict[str, Any]:
     """How many times as fast the second arm is: the median of the rounds' ratios, and its quartiles."""
     ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
-    return {"median": statistics.median(ratios), "quartiles": list(quartiles(ratios))}
+    return {"median": statistics.median(ratios), "quartiles": quartiles(ratios)}
 
 
 def take_turns(arms: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device) -> dict[str, Samples]:

@@ -118,7 +118,7 @@ def as_dense_as_hsa(schedule: Schedule, growth: Sequence[float], attention: Atte
 def halves(lengths: Sequence[int], sparsity: float) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Growths that skip as many FLOPs in the early chunks alone as in the late ones alone.
 
-    The first chunk is always dense. The others are cut where both sides cost most nearly the same; the cheaper side
+    The first chunk is always dense. The others are cut so that both sides cost most nearly the same; the cheaper side
     has `sparsity`, the other one a little less. Raises ValueError for videos of fewer than three chunks.
     """
     if len(lengths) < 3:

@@ -1,6 +1,6 @@
 """Make the videos of every arm and seed with the same noise, and judge them: a row each, see `rows.py`; resumable.
 
-What a folder holds already is not made again, so an interrupted run continues, and later runs add arms, seeds and
+Rows that a folder holds are not made again, so an interrupted run continues, and later runs add arms, seeds and
 sparsities.
 """
 

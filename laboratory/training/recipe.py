@@ -59,7 +59,7 @@ class History:
     """Training of the autoregressive model towards its use in four steps.
 
     own: how often clips of several chunks follow a history that the model made. few_share: how often a noise level is
-    one of the four steps'. thing_weight: how much more the loss counts where a thing is, 0 no more; without it a model
+    one of the four steps'. thing_weight: the additional weight of things in the loss; without it a model
     with few steps to spend learns backgrounds alone.
     """
 
@@ -85,8 +85,8 @@ LARGE = DemoVideo(128, 192, frames=81, frames_per_chunk=3, block=16, level="full
 class Recipe:
     """One training run. Steps are upper limits; with a time budget a stage also ends when its share of it is spent.
 
-    Learning rates fall with whichever comes first. video: what the exported model says of its videos; its level is
-    that of the last lesson. first, second: what the autoregressive model learns, and what it learns on top of that; the
+    Learning rates fall with whichever comes first. video: the exported model's record of its videos; its level is
+    that of the last lesson. first, second: lessons of the autoregressive model, the second on top of the first; the
     VAE learns on the first's clips. bfloat16: compute in bfloat16 on a CPU too, several times as fast if it has
     instructions for that. shares: of a time budget, for VAE, latents, first lesson, latents, second lesson and few-step
     stage; the rest is left.

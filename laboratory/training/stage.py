@@ -91,7 +91,7 @@ class Stage:
         return self.session.folder / f"{self.name}.jsonl"
 
     def run(self, step_loss: StepLoss) -> nn.Module:
-        """Train to the end of the budget; `step_loss(step)` gives the loss and what to log. Returns the average."""
+        """Train to the end of the budget; `step_loss(step)` gives the loss and values to log. Returns the average."""
         self._cut_log()
         deadline, on_step = self.session.deadline, self.session.on_step
         began = time.monotonic() - self.seconds

@@ -53,7 +53,7 @@ def new_vae(dim: int, seed: int) -> WanVAE:
 
 
 def train_vae(recipe: Recipe, session: Session, minutes: float | None = None) -> WanVAE:
-    """Train on single pictures and then on clips, continuing what the session's folder holds.
+    """Train on single pictures and then on clips, continuing from the session's folder.
 
     Returns the averaged VAE, its statistics not yet folded.
     """
@@ -160,7 +160,7 @@ def whole_clip_psnr(vae: WanVAE, videos: Tensor) -> float:
 def fold_statistics(vae: WanVAE, mean: Tensor, std: Tensor) -> None:
     """Rescale the latents, in place, from channels of `mean` and `std` to Wan's LATENT_MEAN and LATENT_STD.
 
-    The decoder undoes it: what is decoded from what is encoded stays the same.
+    The decoder undoes it, so an encoded and decoded video stays the same.
     """
     std = std.clamp(min=FAINTEST * float(std.median()))
     scale = mean.new_tensor(LATENT_STD) / std
