@@ -22,6 +22,7 @@ inference.__enter__()
 sampler, loader, decode = (comfyui.module(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "decode"))
 chunk_sampler, report = comfyui.module("nodes.sampling.chunk_sampler"), comfyui.module("nodes.report")
 fused, graphs = comfyui.module("lightforcing_core.model.fused"), comfyui.module("lightforcing_core.model.cuda_graph")
+pinned = comfyui.module("lightforcing_core.pinned")
 wan, wan_vae = comfyui.module("lightforcing_core.model.wan"), comfyui.module("lightforcing_core.vae.wan_vae")
 LAYERS, WIDTH, TEXT, FRAMES = 3, 256, 256, 6
 FOLDER = Path(comfyui.BASE, "low_memory")
@@ -40,7 +41,7 @@ def plan_of(*arguments, plan=chunk_sampler.plan_of, **named):
 chunk_sampler.plan_of = plan_of
 # What else than an NVIDIA GPU do recorded steps and fused kernels want? An ordinary weight on this card is an OnCard.
 graphs.CudaRecorder.why_not = staticmethod(lambda device: None)
-fused.nn = graphs.nn = SimpleNamespace(**{**vars(torch.nn), "Parameter": OnCard})
+fused.nn = pinned.nn = SimpleNamespace(**{**vars(torch.nn), "Parameter": OnCard})
 FOLDER.mkdir(exist_ok=True)
 save_file(
     wan.random_state_dict(dim=WIDTH, ffn_dim=512, layers=LAYERS, text_dim=TEXT, seed=1),

@@ -89,7 +89,7 @@ for name, made, limit, state in (
         "same": same(whole, (latents, frames)),
         "norms": sorted(set(seen)),
         "graphs": record.facts["CUDA graphs"],
-        "reason": runs.graphs.why_not_resident(made.model.diffusion_model, CARD),
+        "reason": runs.pinned.why_not_resident(made.model.diffusion_model, CARD),
     }
 run(mine, size=size)
 management.unload_all_models()
