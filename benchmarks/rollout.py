@@ -120,7 +120,7 @@ class _Arm:
         self._decoder = OverlappedDecoder(StreamingDecoder(vae), device, concurrent=bench.overlap) if vae else None
         self._overlaps, self._count = bench.overlap, len(schedule.chunk_lengths())
         self._graph: StepGraph | None = None
-        self._why_no_graph = why_no_graph(dit, device, kv_in_host_memory=False)
+        self._why_no_graph = why_no_graph(dit, device, kv_in_cpu_memory=False)
         if bench.cuda_graph == "off":
             self._why_no_graph = "switched off"
 

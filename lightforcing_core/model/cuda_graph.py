@@ -38,12 +38,12 @@ _checked: set[tuple[object, ...]] = set()
 _log = logging.getLogger(__name__)
 
 
-def why_no_graph(dit: Any, device: torch.device, *, kv_in_host_memory: bool) -> str | None:
+def why_no_graph(dit: Any, device: torch.device, *, kv_in_cpu_memory: bool) -> str | None:
     """One sentence of why the steps of `dit` cannot be recorded on `device`, or None."""
     if reason := CudaRecorder.why_not(device):
         return reason
-    if kv_in_host_memory:
-        return "the KV cache is in host memory and is copied by a stream of its own"
+    if kv_in_cpu_memory:
+        return "the KV cache is in CPU memory and is copied by a stream of its own"
     return why_not_resident(dit, device)
 
 

@@ -39,9 +39,9 @@ class KVOptions:
             raise ValueError(f"KV cache dtype {self.dtype!r} is not known; use one of same, {', '.join(STORED)}")
 
     def __str__(self) -> str:
-        """A short description for reports: "8-bit KV cache (int8) in host memory"."""
+        """A short description for reports: "8-bit KV cache (int8) in CPU memory"."""
         kind = "KV cache" if self.dtype == "same" else f"8-bit KV cache ({self.dtype})"
-        return f"{kind} in host memory" if self.host else kind
+        return f"{kind} in CPU memory" if self.host else kind
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def _angles(positions: Tensor, dim: int) -> Tensor:
 class RopeTable:
     """cos and sin of the tokens of `frames` latent frames that start at frame `start`, ready for `rotate`.
 
-    The tokens of a frame are `height` × `width` patches, width fastest, or in `order`, see `geometry.tile_order`.
+    The tokens of a frame are `height` × `width` patches, width fastest, or in `order`, see `blocks.tile_order`.
     cos, sin: [1, L, 1, D/2] in `dtype`.
     """
 

@@ -1,6 +1,6 @@
 """The Wan 2.1 text-to-video module tree, for use without ComfyUI: names and shapes of the published weights.
 
-The tree holds weights and small submodules only; `causal_wan.forward` drives it, as it drives the host's own tree.
+The tree holds weights and small submodules only; `causal.predict` drives it, as it drives ComfyUI's own tree.
 """
 
 from collections.abc import Mapping

@@ -67,7 +67,7 @@ class ChunkLoop:
         )
         self.why_no_graphs = None
         if runtime.cuda_graph != "off":
-            self.why_no_graphs = why_no_graph(dit, self.device, kv_in_host_memory=runtime.kv.host)
+            self.why_no_graphs = why_no_graph(dit, self.device, kv_in_cpu_memory=runtime.kv.host)
             if self.why_no_graphs and runtime.cuda_graph == "on":
                 raise Refusal("cuda_graph", f"'on' cannot run: {self.why_no_graphs}", "use 'auto' or 'off'")
 

@@ -29,7 +29,7 @@ def test_each_way_to_keep_the_cache_gives_the_same_video_as_near_as_it_can(facts
         error, spread, said = found[name]
         assert 0.0 < error < 0.2 * spread
         assert said == f"8-bit KV cache ({name})"
-    assert found["int8_host"][2] == "8-bit KV cache (int8) in host memory"
+    assert found["int8_host"][2] == "8-bit KV cache (int8) in CPU memory"
 
 
 def test_decode_is_cut_into_tiles_where_memory_is_short(facts):

@@ -146,7 +146,7 @@ WAITING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_selec
 
 
 class Watchdog(TorchDispatchMode):
-    """With the meta device in the place of a GPU: fails where the host's tensors or the device's numbers are used."""
+    """With the meta device in the place of a GPU: fails where CPU tensors or the device's numbers are used."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ class Watchdog(TorchDispatchMode):
         assert func._schema.name.removeprefix("aten::") not in WAITING, f"{func} waits for the device"
         out = func(*args, **(kwargs or {}))
         for tensor in tape.tensors((args, kwargs, out)):
-            assert tensor.device.type == "meta", f"{func} uses a tensor of the host: {tensor.shape} on {tensor.device}"
+            assert tensor.device.type == "meta", f"{func} uses a CPU tensor: {tensor.shape} on {tensor.device}"
         self.seen.append(func)
         return out
 

@@ -333,7 +333,7 @@ def test_a_chunk_that_is_opened_anew_is_run_first(dit, events):
     assert [kind for kind, _ in events if kind == "record"] == ["record"] * 2
 
 
-def test_weights_that_the_host_moves_within_a_chunk_are_not_read_where_they_were(dit, events):
+def test_weights_that_comfyui_moves_within_a_chunk_are_not_read_where_they_were(dit, events):
     weight = dit.blocks[0].ffn[0].weight
 
     def move(number, state):
@@ -348,7 +348,7 @@ def test_weights_that_the_host_moves_within_a_chunk_are_not_read_where_they_were
     assert [kind for kind, _ in events].count("record") == 2
 
 
-def test_weights_that_the_host_begins_to_cast_are_no_longer_recorded_in_this_run(dit, events):
+def test_weights_that_comfyui_begins_to_cast_are_no_longer_recorded_in_this_run(dit, events):
     def cast_from_the_second_chunk_on(event):
         module.comfy_cast_weights = event.chunk > 0
 
@@ -382,12 +382,12 @@ def test_a_cpu_has_no_cuda_graphs_and_says_so(dit):
         run(dit, "maybe")
 
 
-def test_a_cache_in_host_memory_cannot_be_recorded(dit, events):
+def test_a_cache_in_cpu_memory_cannot_be_recorded(dit, events):
     recorder = RunRecorder()
     list(run(dit, "auto", recorder=recorder, kv=KVOptions(host=True)))
-    assert "host memory" in recorder.finish().facts["CUDA graphs"]
+    assert "CPU memory" in recorder.finish().facts["CUDA graphs"]
     assert not events
-    with pytest.raises(ValueError, match="host memory"):
+    with pytest.raises(ValueError, match="CPU memory"):
         run(dit, "on", kv=KVOptions(host=True))
 
 
@@ -428,7 +428,7 @@ def test_weights_that_are_not_simply_there_cannot_be_recorded(dit, events, chang
     assert why_not_resident(dit, CPU) is None
     change(dit.blocks[1].ffn[0])
     assert reason in why_not_resident(dit, CPU)
-    assert reason in why_no_graph(dit, CPU, kv_in_host_memory=False)
+    assert reason in why_no_graph(dit, CPU, kv_in_cpu_memory=False)
 
 
 def test_fp8_layers_can_be_recorded(dit, events):

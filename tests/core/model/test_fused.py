@@ -67,7 +67,7 @@ CASES = {
     "ring wrapped, sinks stay": {"window": 4, "sinks": 1},
     "ring wrapped, sinks follow": {"window": 4, "sinks": 1, "sink_rope": "follow"},
     "int8": {"kv": KVOptions("int8")},
-    "host memory": {"kv": KVOptions(host=True)},
+    "CPU memory": {"kv": KVOptions(host=True)},
     "tail, parts, tiles": {"tail": True, "estimator": "lse", "tiles": True},
 }
 

@@ -1,4 +1,4 @@
-"""Where keys and values are kept: eight bits against sixteen, host memory against the device."""
+"""Where keys and values are kept: eight bits against sixteen, CPU memory against the device."""
 
 import gc
 
@@ -156,7 +156,7 @@ class Copies(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", ["same", "int8"])
 def test_what_the_bus_carries_is_contiguous_on_both_sides(dtype):
-    """Anything else goes through memory that is not pinned, and the host waits for it."""
+    """Anything else goes through memory that is not pinned, and the CPU waits for it."""
     cache = make_cache(KVOptions(dtype, host=True))
     fill(cache, 2)
     assert cache.storage.visible < cache.shape.slots  # so that a batch's slots do not lie side by side
