@@ -28,28 +28,24 @@ class Stored(NamedTuple):
 def norm_scale_shift(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) · (1 + scale) + shift; x [B, F · tokens, D], per-frame scale and shift [B, F or 1, D]."""
     is_plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None and not _hooked(norm)
-    if is_plain and _kernels_run(x):
+    if is_plain and (path := _modulation_path(x)):
         from ...kernels import modulation
 
-        if modulation.why_not(x) is None:
-            path = FastPath("fused modulation", x.device, x.dtype)
-            fused: Tensor | None = path.attempt(lambda: modulation.norm_scale_shift(x, scale, shift, norm.eps), INSTEAD)
-            if fused is not None:
-                return fused
+        fused: Tensor | None = path.attempt(lambda: modulation.norm_scale_shift(x, scale, shift, norm.eps), INSTEAD)
+        if fused is not None:
+            return fused
     framed = norm(x).unflatten(1, (scale.shape[1], -1))
     return torch.addcmul(shift.unsqueeze(2), framed, 1 + scale.unsqueeze(2)).flatten(1, 2)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y · gate; x, y [B, F · tokens, D], per-frame gate [B, F or 1, D]."""
-    if _kernels_run(x):
+    if path := _modulation_path(x):
         from ...kernels import modulation
 
-        if modulation.why_not(x) is None:
-            path = FastPath("fused modulation", x.device, x.dtype)
-            fused: Tensor | None = path.attempt(lambda: modulation.gated_add(x, y, gate), INSTEAD)
-            if fused is not None:
-                return fused
+        fused: Tensor | None = path.attempt(lambda: modulation.gated_add(x, y, gate), INSTEAD)
+        if fused is not None:
+            return fused
     framed = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, framed), y.unflatten(1, framed), gate.unsqueeze(2)).flatten(1, 2)
 
@@ -115,6 +111,15 @@ def _fused_store(
     if stored is not None:
         cache.written(layer)
     return stored
+
+
+def _modulation_path(x: Tensor) -> FastPath | None:
+    """The fast path of the modulation kernels for x, or None if they cannot run."""
+    if not _kernels_run(x):
+        return None
+    from ...kernels import modulation
+
+    return None if modulation.why_not(x) else FastPath("fused modulation", x.device, x.dtype)
 
 
 def _kernels_run(x: Tensor) -> bool:
