@@ -5,7 +5,9 @@ cancels, and an error leaves every chunk already yielded in the caller's hands.
 """
 
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -80,8 +82,7 @@ class ChunkLoop:
         self.recorder.start(self.dit, self.shape, self.device)
         try:
             states += (self._new_state() for _ in self.guides)
-            wanted = self.runtime.cuda_graph
-            with step_graphs(wanted, self.why_no_graphs, self.device, len(states), self._note_graphs) as runs:
+            with self._step_graphs(len(states)) as runs:
                 for index, length in enumerate(self.lengths):
                     start = sum(self.lengths[:index])
                     self._follow_prompts(states, index, past)
@@ -113,8 +114,9 @@ class ChunkLoop:
         cache = KVCache(self.cache, self.runtime.kv, self.device)
         return ModelState(cache, self.recipe.attention, self.runtime.dense_attention)
 
-    def _note_graphs(self, text: str) -> None:
-        self.recorder.fact("CUDA graphs", text)
+    def _step_graphs(self, states: int) -> AbstractContextManager[list[Predict]]:
+        note = partial(self.recorder.fact, "CUDA graphs")
+        return step_graphs(self.runtime.cuda_graph, self.why_no_graphs, self.device, states, note)
 
     def _open_chunk(self, states: list[ModelState], index: int) -> None:
         end = self._end_of(index)
@@ -188,9 +190,19 @@ class ChunkLoop:
                 x0 = _with_end(x0, end)
             done += 1
             if self.runtime.on_step is not None:
-                chunk, chunks = index - self.first_index, len(self.lengths) - self.first_index
-                steps, density = len(levels) - 1, states[0].chunk.density
-                event = StepEvent(chunk, chunks, index, start, step, steps, done, self.total, x, x0, density)
+                event = StepEvent(
+                    chunk=index - self.first_index,
+                    chunks=len(self.lengths) - self.first_index,
+                    index=index,
+                    start_frame=start,
+                    step=step,
+                    steps=len(levels) - 1,
+                    done=done,
+                    total=self.total,
+                    x=x,
+                    x0=x0,
+                    density=states[0].chunk.density,
+                )
                 self.runtime.on_step(event)
             if following > 0.0:
                 noise = draw(step + 1)
