@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..lightforcing_core.attention.backends import BACKEND_NAMES
 from ..lightforcing_core.attention.blocks import FrameBlocks
-from ..lightforcing_core.attention.dispatch import BACKENDS, BackendUnavailable, choose_backend
+from ..lightforcing_core.attention.dispatch import BackendUnavailable, choose_backend
 from ..lightforcing_core.attention.selection import BlockSelection
 from ..lightforcing_core.model.causal import sdpa
 from ..lightforcing_core.rollout.schedule import chunk_sparsities
@@ -40,8 +41,8 @@ def run_attention(
     for chunk in bench.chunks:
         check_chunk(chunk)
     for name in bench.backend:
-        if name not in BACKENDS:
-            raise ValueError(f"unknown attention backend {name!r}; use one of {', '.join(BACKENDS)}")
+        if name not in BACKEND_NAMES:
+            raise ValueError(f"unknown attention backend {name!r}; use one of {', '.join(BACKEND_NAMES)}")
     device, dtype = bench.place.prepare()
     generator = torch.Generator().manual_seed(0)
     shape = (1, CHUNKS * FRAMES * bench.tokens_per_frame, bench.heads, HEAD_DIM)
@@ -148,11 +149,14 @@ def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _sparse_backends(bench: AttentionBench, q: Tensor, k: Tensor, v: Tensor, absent: dict[str, str]) -> list[str]:
     """The backends to time; a named one that cannot run is an error, any other goes to `absent`."""
     if bench.backend:
-        return [choose_backend(q, k, v, block=bench.block, backend=name).name for name in bench.backend]
+        return [
+            choose_backend(q, k, tokens_per_frame=bench.tokens_per_frame, block=bench.block, backend=name).name
+            for name in bench.backend
+        ]
     able = []
-    for name in BACKENDS[:-1]:
+    for name in BACKEND_NAMES[:-1]:
         try:
-            choose_backend(q, k, v, block=bench.block, backend=name)
+            choose_backend(q, k, tokens_per_frame=bench.tokens_per_frame, block=bench.block, backend=name)
         except BackendUnavailable as error:
             absent[name] = str(error)
             continue
@@ -160,7 +164,7 @@ def _sparse_backends(bench: AttentionBench, q: Tensor, k: Tensor, v: Tensor, abs
             absent[name] = "Triton's interpreter is only for tests"
             continue
         able.append(name)
-    return able or [BACKENDS[-1]]
+    return able or [BACKEND_NAMES[-1]]
 
 
 def _check(out: Tensor, layer: LayerAttention, selection: BlockSelection) -> float:

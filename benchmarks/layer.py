@@ -62,7 +62,14 @@ class LayerAttention:
     def backend(self) -> str:
         """The backend that runs. Raises BackendUnavailable if the one that is named cannot."""
         q, k, options = self.tensors[0], self._stored[0], self.options
-        return choose_backend(q, k, block=options.block, backend=options.backend, tail=options.tail).name
+        return choose_backend(
+            q,
+            k,
+            tokens_per_frame=self.tokens_per_frame,
+            block=options.block,
+            backend=options.backend,
+            tail=options.tail,
+        ).name
 
     def select(self) -> BlockSelection:
         """The work of a chunk in every forward: pool its own q and k, then choose; older keys are pooled already."""
@@ -73,13 +80,7 @@ class LayerAttention:
             self._layout.frame_means(means)
         if self.options.tail:
             self._layout.block_means(v[:, own])
-        return self.plan.select(
-            self._q_layout.block_means(q),
-            self.k_means,
-            self._frame_means,
-            estimator=self.options.estimator,
-            sub_means=self._sub_means,
-        )
+        return self.plan.select(self._q_layout.block_means(q), self.k_means, self._frame_means, self._sub_means)
 
     def attend(self, selection: BlockSelection, backend: str | None = None) -> Tensor:
         """[B, Lq, H, D] by the options' backend or another one."""

@@ -131,7 +131,7 @@ def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tup
         torch.empty(case.batch, frames * rows * columns, heads, HEAD_DIM, dtype=dtype, device=device)
         for frames in (chunk, visible)
     )
-    backend = choose_backend(q, k, k, backend=case.backend).name
+    backend = choose_backend(q, k, tokens_per_frame=rows * columns, backend=case.backend).name
     expected = estimate(
         ModelSize.of_wan(**case.sizes, dtype=dtype),
         case.recipe(case.schedule, dtype, "meta"),

@@ -71,7 +71,9 @@ def run_step(bench: StepBench) -> dict[str, Any]:
         samples = take_turns(arms | recorded, repeats=bench.repeats, device=device)
         stages = _stages(arms, states, dit, device)
         q, k = (torch.empty(1, n, dim // HEAD_DIM, HEAD_DIM, dtype=dtype, device=device) for n in (queries, keys))
-        chosen = choose_backend(q, k, k, block=bench.picture.block, backend=bench.backend)
+        chosen = choose_backend(
+            q, k, tokens_per_frame=queries // FRAMES, block=bench.picture.block, backend=bench.backend
+        )
     return {
         "bench": "step",
         **facts(device, bench),

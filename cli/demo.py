@@ -276,7 +276,7 @@ def _attention_options(device: torch.device, settings: DemoSettings, heads: int)
             return options, "flex_attention compiles here"
         except (BackendUnavailable, RuntimeError) as error:
             _log.warning("[Light Forcing] demo: flex_attention does not compile here: %s", error)
-    choice = choose_backend(q, k, block=block)
+    choice = choose_backend(q, k, tokens_per_frame=tokens, block=block)
     return replace(options, backend=choice.name), choice.reason
 
 
@@ -312,7 +312,7 @@ def _time_attention(
 
     def select() -> BlockSelection:
         q_means = q_layout.block_means(q)
-        return plan.select(q_means, k_means, frame_means, estimator=options.estimator, sub_means=sub_means)
+        return plan.select(q_means, k_means, frame_means, sub_means)
 
     selection, backend = select(), options.backend
 

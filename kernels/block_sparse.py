@@ -20,8 +20,9 @@ import torch
 import triton
 from torch import Tensor
 
-from . import tuning
+from . import device, tuning
 from .attend import combine, forward, tail_bias
+from .device import INTERPRETED
 from .tuning import Kind, Launch
 
 try:
@@ -33,15 +34,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 128
-MIN_CAPABILITY = (8, 0)
-MIN_CAPABILITY_FP8 = (8, 9)  # older chips have no instruction that widens float8_e4m3fn
-MIN_CAPABILITY_DESCRIPTORS = (9, 0)
 ONLY_PLAIN_DESCRIPTORS = (12, 0)
 LOG2_E = 1.4426950408889634
 COMBINED_ROWS = 16  # of a unit that was cut, per program that adds up its parts
-
-# Whether TRITON_INTERPRET was set when this module was imported: then the kernel runs on any device, slowly.
-INTERPRETED = not isinstance(forward, triton.JITFunction)
 
 _log = logging.getLogger(__name__)
 _launches: dict[tuple[Kind, torch.device], Launch] = {}  # what has been chosen on this process's devices
@@ -51,7 +46,7 @@ class Work(NamedTuple):
     """One call of the kernel: what it reads and writes, as in `block_sparse_attention`.
 
     lists: blocks and counts, None for dense. order: int32, rows of the lists in the order in which they are begun.
-    tail: the means of k and v and the bias of their scores. lse: float32 [B, Lq, H], None where nobody asked.
+    tail: the means of k and v and the bias of their scores. lse: float32 [B, Lq, H], if it is wanted.
     """
 
     kind: Kind
@@ -71,7 +66,7 @@ class Work(NamedTuple):
 def why_not(q: Tensor, block: tuple[int, int], stored: torch.dtype | None = None) -> str | None:
     """Why this kernel cannot run on q [B, L, H, D] with (query, key) blocks of `block` tokens, or None.
 
-    `stored` is the dtype of keys and values where it is not q's.
+    stored: the dtype of keys and values if it is not q's.
     """
     if q.dtype not in DTYPES:
         return f"the Triton kernel takes bfloat16, float16 or float32, not {q.dtype}"
@@ -81,16 +76,7 @@ def why_not(q: Tensor, block: tuple[int, int], stored: torch.dtype | None = None
         return f"the Triton kernel takes blocks of {', '.join(map(str, BLOCK_SIZES))} tokens, not {block}"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"the Triton kernel takes head dims up to {MAX_HEAD_DIM}, not {q.shape[-1]}"
-    if INTERPRETED:
-        return None
-    if q.device.type != "cuda" or torch.version.hip:
-        return f"the Triton kernel runs on NVIDIA GPUs (or anywhere with TRITON_INTERPRET=1), not on {q.device.type}"
-    capability = torch.cuda.get_device_capability(q.device)
-    if capability < MIN_CAPABILITY:
-        return f"the Triton kernel needs an sm_80 GPU or newer, this one is sm_{capability[0]}{capability[1]}"
-    if stored == torch.float8_e4m3fn and capability < MIN_CAPABILITY_FP8:
-        return f"Triton has no float8_e4m3fn on sm_{capability[0]}{capability[1]}; keep the cache in int8 there"
-    return None
+    return device.why_not("the attention kernels", q.device, float8=stored == torch.float8_e4m3fn)
 
 
 def block_sparse_attention(
@@ -107,21 +93,24 @@ def block_sparse_attention(
     scales: tuple[Tensor, Tensor] | None = None,
     tail: tuple[Tensor, Tensor] | None = None,
     uneven: bool = False,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    lse: Tensor | None = None,
+) -> Tensor:
     """Attention of every query block over its listed key blocks only.
 
-    q: [B, Lq, H, D]; k, v: [B, Lk, H, D], whole frames, any strides as long as D is contiguous. blocks: int32
-    [B, H, q_blocks, width], of which the first `counts` (int32 [B, H, q_blocks]) entries of each row are read.
-    `scale` multiplies the scores, 1/√D when None. scales: for int8 or float8_e4m3fn k and v their scales, positive,
-    float32 [B, k_blocks, H] each. tail: the block means of k and v, [B, k_blocks, H, D] in q's dtype: each block that
-    is not listed takes part once, as its mean with log(its real tokens) added to the score. uneven: counts differ, so
-    the longest lists are begun first, for one sort of the counts. Nothing waits on the device, except where launch
-    parameters are timed on first use, see `tuning`.
+    q: [B, Lq, H, D].
+    k, v: [B, Lk, H, D]; all in whole frames, any strides as long as D is contiguous.
+    blocks: int32 [B, H, q_blocks, width], of which the first `counts` entries of each row are read.
+    counts: int32 [B, H, q_blocks].
+    scale: multiplies the scores, 1/√D if None.
+    scales: for int8 or float8_e4m3fn k and v their scales, positive, float32 [B, k_blocks, H] each.
+    tail: the block means of k and v, [B, k_blocks, H, D] in q's dtype: each block that is not listed takes part once,
+    as its mean with log(its real tokens) added to the score.
+    uneven: counts differ, so the longest lists are begun first, for one sort of the counts.
+    lse: if given, contiguous float32 [B, Lq, H], filled with the natural log of the sum of each query's exponentiated
+    scores, means of the tail included.
 
-    Returns a contiguous [B, Lq, H, D] in q's dtype; with `return_lse` a pair of that and the natural log of the sum of
-    each query's exponentiated scores, means of the tail included, float32 [B, Lq, H]. A query block with an empty list
-    and no tail gives zeros, and −inf.
+    Returns a contiguous [B, Lq, H, D] in q's dtype. A query block with an empty list and no tail gives zeros, and −inf
+    in lse. Nothing waits on the device, except if launch parameters are timed on first use, see `tuning`.
 
     Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
     """
@@ -138,7 +127,7 @@ def block_sparse_attention(
         raise ValueError(f"blocks and counts must be int32, not {blocks.dtype} and {counts.dtype}")
     order = counts.flatten().argsort(descending=True, stable=True).to(torch.int32) if uneven else None
     lists = blocks.contiguous(), counts.contiguous()
-    return _run(q, k, v, lists, order, (tokens_per_frame, block_q, block_k), scale, scales, tail, return_lse)
+    return _run(q, k, v, lists, order, (tokens_per_frame, block_q, block_k), scale, scales, tail, lse)
 
 
 def dense_attention(
@@ -151,12 +140,12 @@ def dense_attention(
     block_k: int = 64,
     scale: float | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    lse: Tensor | None = None,
+) -> Tensor:
     """Attention of every query over all keys with the same kernel; as `block_sparse_attention` in all else."""
     if reason := why_not(q, (block_q, block_k), k.dtype):
         raise ValueError(reason)
-    return _run(q, k, v, None, None, (tokens_per_frame, block_q, block_k), scale, scales, None, return_lse)
+    return _run(q, k, v, None, None, (tokens_per_frame, block_q, block_k), scale, scales, None, lse)
 
 
 def _run(
@@ -169,22 +158,20 @@ def _run(
     scale: float | None,
     scales: tuple[Tensor, Tensor] | None,
     tail: tuple[Tensor, Tensor] | None,
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+    lse: Tensor | None,
+) -> Tensor:
     """Launch on q's device; `sizes` is (tokens per frame, block_q, block_k)."""
     tokens_per_frame, block_q, block_k = sizes
     k_blocks = k.shape[1] // tokens_per_frame * triton.cdiv(tokens_per_frame, block_k)
-    _check_beside(q, k, v, k_blocks, scales, tail)
+    _check_pairs(q, k, v, k_blocks, scales, tail)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
     ragged = tokens_per_frame % block_q != 0, tokens_per_frame % block_k != 0
     kind = Kind(block_q, block_k, q.shape[-1], q.dtype, k.dtype, ragged, tail is not None, lists is None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:  # the kernel takes a row's maximum before it scales
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
-    # Triton launches on the current device, which need not be q's; the interpreter also takes CPU tensors.
-    with torch.cuda.device(q.device if q.is_cuda else -1):
+    with device.current(q.device):
         scales = scales and (scales[0].contiguous(), scales[1].contiguous())
         tail_and_bias = None
         if tail is not None and lists is not None:
@@ -199,7 +186,7 @@ def _run(
                 kernel[grid](*arguments, **constants)
 
         run(_launch_for(kind, q, run))
-    return out if lse is None else (out, lse)
+    return out
 
 
 def prepared(
@@ -290,7 +277,7 @@ def _launch_for(kind: Kind, q: Tensor, run: Callable[[Launch], None]) -> Launch:
         return tuning.known(key) or default
 
     def time(launch: Launch) -> float:
-        return triton.testing.do_bench(lambda: run(launch), warmup=10, rep=40, return_mode="median")
+        return float(triton.testing.do_bench(lambda: run(launch), warmup=10, rep=40, return_mode="median"))
 
     shared = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"]
     descriptors = takes_descriptors(kind, torch.cuda.get_device_capability(q.device))
@@ -308,10 +295,10 @@ def takes_descriptors(kind: Kind, capability: tuple[int, int]) -> bool:
     """Whether TMA is worth timing: the chip has it and, compiled for it, the kernel stays in registers."""
     plain = kind.stored not in EIGHT_BIT and not kind.tail and kind.block_q <= 64
     spills = capability >= ONLY_PLAIN_DESCRIPTORS and not plain
-    return TensorDescriptor is not None and capability >= MIN_CAPABILITY_DESCRIPTORS and not spills
+    return TensorDescriptor is not None and capability >= device.MIN_CAPABILITY_DESCRIPTORS and not spills
 
 
-def _check_beside(
+def _check_pairs(
     q: Tensor,
     k: Tensor,
     v: Tensor,

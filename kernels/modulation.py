@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device
 from .rounding import cast
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 8192
-MIN_CAPABILITY = (8, 0)
 
 
 @triton.jit
@@ -92,10 +92,6 @@ def _gated_add(
     tl.store(out_ptr + tile, cast(out, out_ptr.dtype.element_ty, INTERPRETED), mask=real)
 
 
-# Whether TRITON_INTERPRET was set when this module was imported: then the kernels run on any device, slowly.
-INTERPRETED = not isinstance(_gated_add, triton.JITFunction)
-
-
 def launch_options(width: int) -> dict[str, int]:
     """Padded width, rows and warps of one program: 4,096 values or one row, 16 values of it a thread."""
     padded = triton.next_power_of_2(width)
@@ -109,14 +105,7 @@ def why_not(x: Tensor) -> str | None:
         return f"the modulation kernels take bfloat16, float16 or float32, not {x.dtype}"
     if x.shape[-1] > MAX_WIDTH or x.shape[-1] % 8:
         return f"the modulation kernels take widths up to {MAX_WIDTH} in eights, not {x.shape[-1]}"
-    if INTERPRETED:
-        return None
-    if x.device.type != "cuda" or torch.version.hip:
-        return f"the modulation kernels run on NVIDIA GPUs (or anywhere with TRITON_INTERPRET=1), not {x.device.type}"
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < MIN_CAPABILITY:
-        return f"the modulation kernels need an sm_80 GPU or newer, this one is sm_{capability[0]}{capability[1]}"
-    return None
+    return device.why_not("the modulation kernels", x.device)
 
 
 def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -130,8 +119,7 @@ def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Ten
     x = x.contiguous()
     out = torch.empty_like(x)
     options = launch_options(x.shape[-1])
-    # Triton launches on the current device, which need not be x's; the interpreter also takes CPU tensors.
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device.current(x.device):
         _norm_scale_shift[(x.shape[0] * frames * triton.cdiv(tokens, options["ROWS"]),)](
             x,
             scale,
@@ -143,7 +131,7 @@ def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Ten
             frames,
             eps,
             WIDTH=x.shape[-1],
-            INTERPRETED=INTERPRETED,
+            INTERPRETED=device.INTERPRETED,
             **options,
         )
     return out
@@ -161,7 +149,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     x, y = x.contiguous(), y.contiguous()
     out = torch.empty_like(x)
     options = launch_options(x.shape[-1])
-    with torch.cuda.device(x.device if x.is_cuda else -1):
+    with device.current(x.device):
         _gated_add[(x.shape[0] * frames * triton.cdiv(tokens, options["ROWS"]),)](
             x,
             y,
@@ -171,7 +159,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
             tokens,
             frames,
             WIDTH=x.shape[-1],
-            INTERPRETED=INTERPRETED,
+            INTERPRETED=device.INTERPRETED,
             **options,
         )
     return out

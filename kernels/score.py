@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import INTERPRETED
+
 
 class Parts(NamedTuple):
     """Means of parts of key blocks, [B, frames · parts per frame, H, D], and how they tile frames.
@@ -161,10 +163,6 @@ def _score_parts(
         frame_sum = frame_sum * tl.exp(frame_max - shift) + tl.sum(tl.exp(block_scores - shift[:, None]), 1)
         frame_max = new_max
     tl.store(row_ptr + frames * per_frame + frame, tl.log(frame_sum) + _shifted(frame_max), mask=row_is_real)
-
-
-# Whether TRITON_INTERPRET was set when this module was imported: then the kernels run on any device, slowly.
-INTERPRETED = not isinstance(_score, triton.JITFunction)
 
 
 def score_constants(head_dim: int, itemsize: int) -> dict[str, int]:

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device
 from .score import Parts, check_parts, score_means, score_parts
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_BLOCKS = 16384
 MAX_FRAMES = 4096
-MIN_CAPABILITY = (8, 0)
 
 LOWEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).min)
 HIGHEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
@@ -104,10 +104,6 @@ def _select(
     tl.store(counts_ptr + row, kept)
 
 
-# Whether TRITON_INTERPRET was set when this module was imported: then the kernels run on any device, slowly.
-INTERPRETED = not isinstance(_select, triton.JITFunction)
-
-
 def select_constants(k_blocks: int, frames: int) -> dict[str, int]:
     """Compile-time constants of the second launch: coarse powers of two, so that a growing cache rarely compiles."""
     columns = max(512, triton.next_power_of_2(k_blocks))
@@ -128,14 +124,7 @@ def why_not(q_means: Tensor, k_blocks: int, frames: int) -> str | None:
         return f"the selection kernel holds up to {MAX_BLOCKS:,} key blocks in registers, not {k_blocks:,}"
     if frames > MAX_FRAMES:
         return f"the selection kernel holds up to {MAX_FRAMES:,} frames in registers, not {frames:,}"
-    if INTERPRETED:
-        return None
-    if q_means.device.type != "cuda" or torch.version.hip:
-        return f"the selection kernel runs on NVIDIA GPUs (or with TRITON_INTERPRET=1), not on {q_means.device.type}"
-    capability = torch.cuda.get_device_capability(q_means.device)
-    if capability < MIN_CAPABILITY:
-        return f"the selection kernel needs an sm_80 GPU or newer, this one is sm_{capability[0]}{capability[1]}"
-    return None
+    return device.why_not("the selection kernels", q_means.device)
 
 
 def select_blocks(
@@ -189,8 +178,7 @@ def select_blocks(
     counts = torch.empty(batch, heads, q_blocks, dtype=torch.int32, device=q_means.device)
     row = select_constants(k_blocks, frames)
 
-    # Triton launches on the current device, which need not be the tensors'; the interpreter also takes CPU tensors.
-    with torch.cuda.device(q_means.device if q_means.is_cuda else -1):
+    with device.current(q_means.device):
         if parts is None:
             score_means(q_means, k_means, frame_means, scores, with_frames=choose > 0)
         else:

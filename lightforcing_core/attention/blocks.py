@@ -27,7 +27,7 @@ def tile_order(height: int, width: int, block: int) -> Tensor:
     rows, columns = torch.arange(height), torch.arange(width)
     strip, within = rows // side, rows % side
     # Sorted by strip, then column, then the row inside the strip.
-    key = (strip[:, None] * width + columns) * side + within[:, None]
+    key: Tensor = (strip[:, None] * width + columns) * side + within[:, None]
     return key.flatten().argsort()
 
 
@@ -60,7 +60,7 @@ class FrameBlocks:
         return self.per_frame * self.block
 
     def frames(self, tokens: int) -> int:
-        """Whole frames in `tokens` tokens; ValueError when the last one is cut."""
+        """Whole frames in `tokens` tokens; ValueError if the last one is cut."""
         frames, rest = divmod(tokens, self.tokens_per_frame)
         if rest or not frames:
             raise ValueError(
@@ -72,7 +72,7 @@ class FrameBlocks:
     def block_lengths(self, frames: int, device: torch.device | str | None = None) -> Tensor:
         """Real tokens of every block of `frames` frames: int64 [frames · per_frame]."""
         one = torch.full((self.per_frame,), self.block, dtype=torch.int64, device=device)
-        # Filled and not assigned, which would copy a number from the host and wait for the device.
+        # fill_ and not an assignment, which would copy a number to the device and wait for it.
         one[-1:].fill_(self.tokens_per_frame - (self.per_frame - 1) * self.block)
         return one.repeat(frames)
 
@@ -97,15 +97,16 @@ class FrameBlocks:
         """The inverse of `pad`: [B, frames · padded_tokens_per_frame, H, D] → [B, frames · tokens_per_frame, H, D]."""
         if not self.ragged:
             return x
-        return x.unflatten(1, (-1, self.padded_tokens_per_frame))[:, :, : self.tokens_per_frame].flatten(1, 2)
+        framed: Tensor = x.unflatten(1, (-1, self.padded_tokens_per_frame))
+        return framed[:, :, : self.tokens_per_frame].flatten(1, 2)
 
     def block_means(self, x: Tensor) -> Tensor:
         """Mean over the real tokens of each block, accumulated in float32, in x's dtype.
 
         x: [B, frames · tokens_per_frame, H, D] → [B, frames · per_frame, H, D].
         """
-        padded = self.pad(x)
-        sums = padded.unflatten(1, (-1, self.block)).sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
+        blocks: Tensor = self.pad(x).unflatten(1, (-1, self.block))
+        sums = blocks.sum(2, dtype=torch.promote_types(x.dtype, torch.float32))
         lengths = self.block_lengths(x.shape[1] // self.tokens_per_frame, x.device)
         return (sums / lengths[None, :, None, None]).to(x.dtype)
 
@@ -117,5 +118,5 @@ class FrameBlocks:
         """
         wide = torch.promote_types(block_means.dtype, torch.float32)
         weights = self.block_lengths(1, block_means.device).to(wide) / self.tokens_per_frame
-        framed = block_means.unflatten(1, (-1, self.per_frame)).to(wide)
+        framed: Tensor = block_means.unflatten(1, (-1, self.per_frame)).to(wide)
         return (framed * weights[None, None, :, None, None]).sum(2).to(block_means.dtype)

@@ -1,54 +1,31 @@
-"""The front door for block-sparse attention: picks a backend, says why, and runs it.
-
-Backends, in the order in which `auto` falls through:
-
-- `triton`: our kernel; NVIDIA GPUs from sm_80 on (or the Triton interpreter, only when named).
-- `flex`: `torch.nn.attention.flex_attention`, compiled; any GPU with Triton, x86 CPUs with a C++ compiler.
-- `flash4`: FlashAttention-4's block-sparse kernel on sm_90 and sm_100, only when named: nobody has measured it here.
-- `reference`: plain PyTorch, everywhere, computed in float32 or wider. The truth that the others are tested against.
-
-On CPU `auto` gives small problems to the reference, because compiling flex takes seconds (`FLEX_MIN_SCORES`).
-"""
+"""Sparse attention: check the input, choose a backend, run it, and with "auto" run the next one if it fails."""
 
 import logging
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, overload
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import attention_backends as backends
-from .attention_backends import REFERENCE_CHUNK, Attention, Request, widens_on_cpu
-from .blocks import FrameBlocks, block_pair
-from .fast_path import is_recording
-from .quantised import STORED
-from .selection import ESTIMATORS, BlockSelection, check_frame_budget
+from . import fast_path
+from .backends import BACKENDS, DENSE, REFERENCE, TRITON, Backend, Call, Result
+from .backends.base import EIGHT_BIT
+from .backends.dense import dense_by_head
+from .blocks import FrameBlocks
+from .fast_path import raise_if_fatal
+from .options import AttentionOptions, check_backend, check_block
+from .selection import BlockSelection
 
 __all__ = [
-    "BACKENDS",
-    "FLEX_MIN_SCORES",
-    "REFERENCE_CHUNK",
     "AttentionOptions",
     "BackendChoice",
     "BackendUnavailable",
     "choose_backend",
     "dense_attention_8bit",
     "sparse_attention",
-    "widens_on_cpu",
 ]
 
-BACKENDS = ("triton", "flex", "flash4", "reference")
-ONLY_NAMED = ("flash4",)
-EIGHT_BIT = tuple(STORED.values())
-
-# Query-key pairs, B · H · Lq · Lk, from which on a CPU a compiled flex pays for its compilation. Measured on two
-# busy cores at 12 % density: compiling takes 4 to 20 s once; at this size the reference took 0.6 s per call, flex
-# 0.2 s, so the compiler is paid back after some ten to fifty calls, less than one clip.
-FLEX_MIN_SCORES = 1 << 24
-
-_log = logging.getLogger(__name__)
-_announced: set[str] = set()
-_failures: dict[tuple[object, ...], str] = {}
+_BY_NAME: dict[str, Backend] = {backend.name: backend for backend in (*BACKENDS, DENSE)}
 
 
 class BackendUnavailable(RuntimeError):
@@ -60,77 +37,6 @@ class BackendChoice(NamedTuple):
 
     name: str
     reason: str
-
-
-@dataclass(frozen=True)
-class AttentionOptions:
-    """How sparse attention is done during a rollout.
-
-    backend: "auto" or one of BACKENDS. block: (query, key) tokens per block, powers of two from 16 on.
-    keep_frames, sink_frames, near_frames: the past latent frames that stay eligible for selection, and how many of
-    them are the first and the nearest ones.
-
-    Options beyond the published method: estimator "lse" scores a block by its parts, see `SelectionPlan.select`;
-    tail: skipped blocks enter the softmax as their mean; tiles: blocks are compact patches of the picture instead of
-    runs of its rows; reuse_steps: a selection serves that many denoising steps of a chunk, the clean pass never.
-
-    Raises ValueError with the way out for anything else.
-    """
-
-    backend: str = "auto"
-    block: tuple[int, int] = (64, 64)
-    keep_frames: int = 6
-    sink_frames: int = 1
-    near_frames: int = 2
-    estimator: str = "mean"
-    tail: bool = False
-    tiles: bool = False
-    reuse_steps: int = 1
-
-    def __post_init__(self) -> None:
-        _check_backend(self.backend)
-        _check_block(self.block)
-        check_frame_budget(self.keep_frames, self.sink_frames, self.near_frames)
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"estimator {self.estimator!r} is not known; use one of {', '.join(ESTIMATORS)}")
-        if self.reuse_steps < 1:
-            raise ValueError(f"reuse_steps {self.reuse_steps} is less than 1; 1 selects anew in every step")
-
-
-@overload
-def sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = ...,
-    selection: BlockSelection | None = ...,
-    tokens_per_frame: int,
-    block: tuple[int, int] = ...,
-    backend: str = ...,
-    scale: float | None = ...,
-    scales: tuple[Tensor, Tensor] | None = ...,
-    tail: tuple[Tensor, Tensor] | None = ...,
-    return_lse: Literal[False] = ...,
-) -> Tensor: ...
-
-
-@overload
-def sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = ...,
-    selection: BlockSelection | None = ...,
-    tokens_per_frame: int,
-    block: tuple[int, int] = ...,
-    backend: str = ...,
-    scale: float | None = ...,
-    scales: tuple[Tensor, Tensor] | None = ...,
-    tail: tuple[Tensor, Tensor] | None = ...,
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
 
 
 def sparse_attention(
@@ -146,69 +52,117 @@ def sparse_attention(
     scale: float | None = None,
     scales: tuple[Tensor, Tensor] | None = None,
     tail: tuple[Tensor, Tensor] | None = None,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """Softmax attention in which every query block reads only its own key blocks.
 
-    q: [B, Lq, H, D]; k, v: [B, Lk, H, D], in whole frames of `tokens_per_frame` tokens; k and v may be slices of a
-    larger cache. Exactly one of `mask`, bool [B, H, q_blocks, k_blocks], and `selection`, its compact list form.
-    `block` is (query, key) tokens per block; blocks are aligned to frames, see `FrameBlocks`. `scale` multiplies
-    the scores, 1/√D when None. Returns [B, Lq, H, D] in q's dtype. A query block with no key block gives zeros.
-
+    q: [B, Lq, H, D].
+    k, v: [B, Lk, H, D]; all in whole frames of `tokens_per_frame` tokens. k and v may be slices of a larger cache.
+    mask: bool [B, H, q_blocks, k_blocks], or `selection`, its compact list form. Exactly one of them.
+    block: (query, key) tokens per block; blocks are aligned to frames, see `FrameBlocks`.
+    backend: one of `BACKEND_NAMES`, or "auto": the best that can run, and the next one, with a warning, if it fails.
+    scale: multiplies the scores, 1/√D if None.
     scales: for int8 or float8_e4m3fn k and v, one float32 number per key block and head of each, [B, k_blocks, H];
     a value is its stored number times its block's scale. No wider copy of k and v is made.
     tail: the block means of k and of v, [B, k_blocks, H, D] in q's dtype. Every key block that a query block does
     not read enters its softmax once, as its mean with log(the block's real tokens) added to the score.
-    return_lse: return the output and lse, the natural log of the sum of each query's exponentiated scores, a tail's
-    included: [B, Lq, H] in float32 (float64 for queries in float64), −inf for a query without keys. By it attention
-    over disjoint keys, on two devices say, adds up: out = Σ exp(lseᵢ − lse) · outᵢ with lse = log Σ exp(lseᵢ).
 
-    With backend "auto" the best backend that can run is taken, and a backend that fails while it compiles or runs
-    is replaced by the next one with a warning. Raises ValueError for input that does not fit together and
-    BackendUnavailable when a named backend cannot run. Block ids in `selection` are not checked: that would
-    wait on the device.
+    Returns [B, Lq, H, D] in q's dtype. A query block with no key block gives zeros. On a device without a working
+    sparse backend "auto" is dense attention. Raises ValueError for input that does not fit together and
+    `BackendUnavailable` if a named backend cannot run. Block ids in `selection` are not checked: that would wait on
+    the device.
     """
-    _check_backend(backend)
-    _check_block(block)
-    q_layout, k_layout = FrameBlocks(tokens_per_frame, block[0]), FrameBlocks(tokens_per_frame, block[1])
-    _check_inputs(q, k, v, scales)
-    rows = (q.shape[0], q.shape[2], q_layout.frames(q.shape[1]) * q_layout.per_frame)
-    k_blocks = k_layout.frames(k.shape[1]) * k_layout.per_frame
-    selection = _checked_selection(mask, selection, rows, k_blocks, q.device)
-    _check_beside("scales", scales, (q.shape[0], k_blocks, q.shape[2]), torch.float32, q.device)
-    _check_beside("tail", tail, (q.shape[0], k_blocks, *q.shape[2:]), q.dtype, q.device)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    call = Attention(q, k, v, selection, q_layout, k_layout, scale, scales, tail, mask is not None, return_lse)
-    out, lse = _run_auto(call) if backend == "auto" else backends.RUN[_choose(call, backend).name](call)
-    return out if lse is None else (out, lse)
-
-
-def _run_auto(call: Attention) -> backends.Result:
-    """Run the first backend that can, and the next ones where it fails."""
-    while True:
-        choice = _choose(call, "auto")
-        _announce(choice)
-        try:
-            return backends.RUN[choice.name](call)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if choice.name == BACKENDS[-1] or is_recording():
-                raise
-            _remember_failure(choice.name, call.q, call.k, error, tail=call.tail is not None, lse=call.lse)
-
-
-def _choose(call: Attention, backend: str) -> BackendChoice:
-    return choose_backend(
-        call.q,
-        call.k,
-        call.v,
-        block=(call.q_layout.block, call.k_layout.block),
-        backend=backend,
-        tail=call.tail is not None,
-        tokens_per_frame=call.q_layout.tokens_per_frame,
-        lse=call.lse,
+    check_backend(backend)
+    call = checked_call(
+        q,
+        k,
+        v,
+        mask=mask,
+        selection=selection,
+        tokens_per_frame=tokens_per_frame,
+        block=block,
+        scale=scale,
+        scales=scales,
+        tail=tail,
     )
+    return attend(call, choose(call, backend), backend)[0].out
+
+
+def choose_backend(
+    q: Tensor,
+    k: Tensor,
+    *,
+    tokens_per_frame: int,
+    block: tuple[int, int] = (64, 64),
+    backend: str = "auto",
+    tail: bool = False,
+) -> BackendChoice:
+    """The backend that `sparse_attention` takes for such tensors, with one sentence of why.
+
+    q: [B, Lq, H, D].
+    k: [B, Lk, H, D], as it is stored; only shapes, dtypes and devices matter.
+    tail: whether there is a pooled tail.
+
+    Raises ValueError for an unknown backend and `BackendUnavailable` for a named one that cannot run.
+    """
+    check_backend(backend)
+    q_layout, k_layout = (FrameBlocks(tokens_per_frame, size) for size in block)
+    return choose(Call(q, k, k, q_layout, k_layout, tail=(k, k) if tail else None), backend)
+
+
+def choose(call: Call, backend: str = "auto") -> BackendChoice:
+    """The backend for `call`, whose tensors need no data. Raises `BackendUnavailable` if a named one cannot run."""
+    if backend != "auto":
+        if reason := _BY_NAME[backend].why_not(call):
+            raise BackendUnavailable(f"attention backend {backend!r} cannot run: {reason}")
+        return BackendChoice(backend, f"{backend} was asked for")
+    declined: list[str] = []
+    for one in BACKENDS:
+        if not one.automatic:
+            continue
+        reason = call.path(one.name).failure or one.why_not(call) or one.why_not_auto(call)
+        if reason is None:
+            return BackendChoice(one.name, "; ".join(declined) or f"{one.name} is the fastest here and can run")
+        declined.append(reason)
+    last = REFERENCE if call.q.device.type == "cpu" else DENSE
+    if reason := last.why_not(call):
+        raise BackendUnavailable(f"no attention backend can run: {'; '.join([*declined, reason])}")
+    return BackendChoice(last.name, "; ".join(declined))
+
+
+def attend(call: Call, choice: BackendChoice, backend: str = "auto") -> tuple[Result, BackendChoice]:
+    """Run `call` by its chosen backend; returns the result and the choice that gave it.
+
+    backend: what was asked for. With "auto" a backend that fails is replaced by the next one, with a warning.
+    """
+    while True:
+        one = _BY_NAME[choice.name]
+        if backend != "auto":
+            return _run(one, call), choice
+        announce(choice, call.q.device)
+        if one in (REFERENCE, DENSE):
+            return _run(one, call), choice
+        result = call.path(one.name).attempt(partial(one.run, call), "running the next backend")
+        if result is not None:
+            return result, choice
+        choice = choose(call)
+
+
+def _run(backend: Backend, call: Call) -> Result:
+    """Run a backend that nothing replaces."""
+    try:
+        return backend.run(call)
+    except Exception as error:
+        raise_if_fatal(error)
+        raise
+
+
+def announce(choice: BackendChoice, device: torch.device) -> None:
+    """Log a choice of "auto" once per run: a warning if sparse attention runs dense."""
+    level, text = logging.INFO, f"{choice.name} ({choice.reason})"
+    if choice.name == DENSE.name:
+        level = logging.WARNING
+        text = f"no sparse backend works on {device}, so everything runs dense ({choice.reason})"
+    fast_path.say_once(level, f"[Light Forcing] attention: {text}", about=f"attention {choice.name}")
 
 
 def dense_attention_8bit(
@@ -223,122 +177,63 @@ def dense_attention_8bit(
 ) -> Tensor:
     """Attention of every query over all keys of an 8-bit cache, without a wider copy of that cache.
 
-    q: [B, Lq, H, D]; k, v: int8 or float8_e4m3fn [B, Lk, H, D]; scales: as in `sparse_attention`, for key blocks of
-    `block_k` tokens. Returns [B, Lq, H, D] in q's dtype. The Triton kernel reads 8-bit tiles; wherever `auto` would
-    not take it, and with any other backend named, one head at a time is dequantised and attended to by PyTorch's
-    own attention. Raises as `sparse_attention` does.
+    q: [B, Lq, H, D].
+    k, v: int8 or float8_e4m3fn [B, Lk, H, D].
+    scales: as in `sparse_attention`, for key blocks of `block_k` tokens.
+
+    Returns [B, Lq, H, D] in q's dtype. The Triton kernel reads 8-bit tiles; if "auto" would not take it, or another
+    backend is named, one head at a time is dequantised for PyTorch's own attention. Raises as `sparse_attention` does.
     """
-    _check_backend(backend)
-    _check_block((64, block_k))
+    check_backend(backend)
+    check_block((64, block_k))
     layout = FrameBlocks(tokens_per_frame, block_k)
     if scales is None:
         raise ValueError(f"scales are missing: {k.dtype} keys and values of full width need ordinary dense attention")
-    _check_inputs(q, k, v, scales)
-    blocks = layout.frames(k.shape[1]) * layout.per_frame
-    _check_beside("scales", scales, (q.shape[0], blocks, q.shape[2]), torch.float32, q.device)
-    if backend == "triton" or (backend == "auto" and q.device.type == "cuda"):
-        request = Request(q, k, (64, block_k), _needs_grad(q))
-        reason = backends.WHY_NOT["triton"](request)
-        if backend == "triton" and reason:
-            raise BackendUnavailable(f"attention backend 'triton' cannot run: {reason}")
-        if not (reason or _failures.get(_failure_key("triton", q, k))):
-            try:
-                return backends.dense_triton(q, k, v, scales, layout)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                if backend == "triton" or is_recording():
-                    raise
-                _remember_failure("triton", q, k, error)
-    return backends.dense_by_head(q, k, v, scales, layout)
-
-
-def choose_backend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None = None,
-    *,
-    block: tuple[int, int] = (64, 64),
-    backend: str = "auto",
-    tail: bool = False,
-    tokens_per_frame: int | None = None,
-    lse: bool = False,
-) -> BackendChoice:
-    """The backend that `sparse_attention` takes for these tensors, with one sentence of why.
-
-    q: [B, Lq, H, D]; k, v: [B, Lk, H, D]; only shapes, dtypes and devices are looked at. `tail` and `lse` are whether
-    a pooled tail and a log-sum-exp are asked for; `tokens_per_frame` matters only to flash4, which takes no ragged
-    frames. Raises ValueError for an unknown backend and BackendUnavailable for a named one that cannot run.
-    """
-    _check_backend(backend)
-    request = Request(q, k, block, _needs_grad(q, k, v), tail, tokens_per_frame, lse)
-    if backend != "auto":
-        if reason := backends.WHY_NOT[backend](request):
-            raise BackendUnavailable(f"attention backend {backend!r} cannot run: {reason}")
-        return BackendChoice(backend, f"{backend} was asked for")
-    declined: list[str] = []
-    for name in BACKENDS:
-        if name in ONLY_NAMED:
-            continue
-        reason = _failures.get(_failure_key(name, q, k, tail, lse)) or backends.WHY_NOT[name](request)
-        if reason is None and name == "triton" and q.device.type != "cuda":
-            reason = "Triton's interpreter is only for tests and must be named"
-        if reason is None and name == "flex" and q.device.type == "cpu":
-            reason = _too_small_to_compile(q, k)
-        if reason is None:
-            return BackendChoice(name, "; ".join(declined) or f"{name} is the fastest here and can run")
-        declined.append(reason)
-    raise AssertionError("the reference backend runs everywhere")
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def _too_small_to_compile(q: Tensor, k: Tensor) -> str | None:
-    scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
-    if scores >= FLEX_MIN_SCORES:
-        return None
-    return f"{scores:,} query-key pairs on CPU are fewer than {FLEX_MIN_SCORES:,}, too few to wait for a compiler"
-
-
-def _failure_key(name: str, q: Tensor, k: Tensor, tail: bool = False, lse: bool = False) -> tuple[object, ...]:
-    return name, q.device.type, q.dtype, k.dtype, tail, lse
-
-
-def _remember_failure(
-    name: str, q: Tensor, k: Tensor, error: Exception, *, tail: bool = False, lse: bool = False
-) -> None:
-    """Warn, and do not try this backend again on this kind of tensors."""
-    first_line = (str(error).strip() or repr(error)).splitlines()[0]
-    reason = f"{name} failed on {q.device.type} in {q.dtype}: {type(error).__name__}: {first_line}"
-    _failures[_failure_key(name, q, k, tail, lse)] = reason
-    _log.warning("[Light Forcing] attention: %s; trying the next backend", reason)
-
-
-def _announce(choice: BackendChoice) -> None:
-    """Log a choice of `auto` once per sentence."""
-    line = f"[Light Forcing] attention: {choice.name} ({choice.reason})"
-    if line not in _announced:
-        _announced.add(line)
-        _log.info("%s", line)
+    _check_tensors(q, k, v, scales)
+    call = Call(q, k, v, FrameBlocks(tokens_per_frame, 64), layout, scales=scales)
+    _check_pair("scales", scales, (q.shape[0], call.k_blocks, q.shape[2]), torch.float32, q.device)
+    if backend == TRITON.name:
+        choose(call, backend)
+        return TRITON.run_dense(q, k, v, scales, layout)
+    if backend == "auto" and not (TRITON.why_not(call) or TRITON.why_not_auto(call)):
+        path = call.path(f"dense {TRITON.name}")
+        out = path.attempt(lambda: TRITON.run_dense(q, k, v, scales, layout), "dequantising one head at a time")
+        if out is not None:
+            return out
+    return dense_by_head(q, k, v, scales, layout)
 
 
 # ---------------------------------------------------------------------------------------------------- validation
 
 
-def _check_backend(backend: str) -> None:
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}; use 'auto', {', '.join(map(repr, BACKENDS))}")
+def checked_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    selection: BlockSelection | None = None,
+    tokens_per_frame: int,
+    block: tuple[int, int],
+    scale: float | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    tail: tuple[Tensor, Tensor] | None = None,
+    wants_lse: bool = False,
+) -> Call:
+    """The call of these arguments, as in `sparse_attention`; ValueError if they do not fit together."""
+    check_block(block)
+    _check_tensors(q, k, v, scales)
+    q_layout, k_layout = (FrameBlocks(tokens_per_frame, size) for size in block)
+    shape = Call(q, k, v, q_layout, k_layout)
+    rows = (q.shape[0], q.shape[2], shape.q_blocks)
+    selection = _checked_selection(mask, selection, rows, shape.k_blocks, q.device)
+    _check_pair("scales", scales, (q.shape[0], shape.k_blocks, q.shape[2]), torch.float32, q.device)
+    _check_pair("tail", tail, (q.shape[0], shape.k_blocks, *q.shape[2:]), q.dtype, q.device)
+    uneven = mask is not None
+    return Call(q, k, v, q_layout, k_layout, selection, scale, scales, tail, uneven=uneven, wants_lse=wants_lse)
 
 
-def _check_block(block: tuple[int, int]) -> None:
-    for side, size in zip(("query", "key"), block_pair(block), strict=True):
-        if size < 16 or size & (size - 1):
-            raise ValueError(f"{side} block of {size} tokens is not a power of two from 16 on; use 64 or 128")
-
-
-def _check_inputs(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor] | None) -> None:
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor] | None) -> None:
     if q.dim() != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together; "
@@ -357,7 +252,7 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor]
             raise ValueError(f"{name} is {x.dtype} on {x.device} but {other} on {q.device}; move or cast one of them")
 
 
-def _check_beside(
+def _check_pair(
     name: str, pair: tuple[Tensor, Tensor] | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     """ValueError unless both tensors of a pair that is given have this shape, dtype and device."""

@@ -39,6 +39,7 @@ _CONTEXT_LOST = (
 _log = logging.getLogger(__name__)
 recording_thread = threading.local()
 _failures: dict["FastPath", str] = {}
+_said: set[str] = set()
 
 
 class DeviceLost(RuntimeError):
@@ -93,8 +94,16 @@ class FastPath(NamedTuple):
 
 
 def begin_run() -> None:
-    """Forget all failures: a new run tries every fast path again."""
+    """Forget all failures and what was said of them: a new run tries every fast path again."""
     _failures.clear()
+    _said.clear()
+
+
+def say_once(level: int, text: str, *, about: str) -> None:
+    """Log `text` if nothing was said about `about` in this run."""
+    if about not in _said:
+        _said.add(about)
+        _log.log(level, "%s", text)
 
 
 def raise_if_fatal(error: BaseException) -> None:

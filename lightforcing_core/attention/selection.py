@@ -10,27 +10,22 @@ softmaxed, because only their order matters. The rules that make a selection exa
 Nothing here waits on the device: every count is a Python int. On a GPU a fused kernel makes the same selection.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..pinned import to_device
 from .blocks import FrameBlocks, block_pair
-from .fast_path import is_recording, kernel_module
+from .fast_path import FastPath, why_no_kernels
 
 # How a block's share of attention is estimated: by the product of means, or by the log-sum-exp over sub-blocks.
 ESTIMATORS = ("mean", "lse")
 
 # Sub-blocks per key block, for the estimator "lse".
 SUB_BLOCKS = 4
-
-_log = logging.getLogger(__name__)
-_failures: dict[tuple[torch.dtype, bool], str] = {}  # by dtype, and whether parts were scored
 
 
 class BlockSelection(NamedTuple):
@@ -63,7 +58,7 @@ class BlockSelection(NamedTuple):
 
 @dataclass(frozen=True)
 class SelectionPlan:
-    """Which frame slots play which part for one chunk; made once per chunk, read by every layer and step.
+    """How blocks compete in one chunk; made once per chunk, read by every layer and step.
 
     `always` bool [k_blocks]: the blocks that are eligible for every query block. `middle_slots` int64 [m]: the
     slots that compete for the `choose` remaining places, oldest frame first (None when every block is eligible).
@@ -116,33 +111,43 @@ class SelectionPlan:
         always = (ranks < 0).repeat_interleave(layout.per_frame)
         return cls(layout, always, middle_slots, ranks, choose, kept)
 
+    @property
+    def density(self) -> float:
+        """The share of visible key blocks that each query block keeps."""
+        return self.kept / len(self.always)
+
+    @property
+    def kind(self) -> bool:
+        """Whether frames are chosen before blocks."""
+        return self.choose > 0
+
+    @property
+    def fixed(self) -> None:
+        """Nothing is selected before queries and keys are known."""
+
     def select(
-        self,
-        q_means: Tensor,
-        k_means: Tensor,
-        frame_means: Tensor,
-        *,
-        estimator: str = "mean",
-        sub_means: Tensor | None = None,
+        self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None
     ) -> BlockSelection:
         """Choose frames, then blocks.
 
-        q_means [B, q_blocks, H, D], k_means [B, k_blocks, H, D], frame_means [B, frames, H, D], the last two in
-        slot order. With `estimator` "lse" the keys are read from `sub_means` instead, [B, sub-blocks, H, D] in the
-        layout `sub_block_layout(layout)`: a block's score is the log-sum-exp over its sub-blocks of
-        q·k/√D + log(tokens in the sub-block), which a few strong keys can raise as they raise attention itself; a
-        frame's score is the log-sum-exp of its blocks.
+        q_means: [B, q_blocks, H, D].
+        k_means, frame_means: [B, k_blocks, H, D] and [B, frames, H, D], in slot order.
+        sub_means: [B, sub-blocks, H, D] in the layout `sub_block_layout(layout)`, for the estimator "lse": a block's
+        score is then the log-sum-exp over its sub-blocks of q·k/√D + log(tokens in the sub-block), which a few strong
+        keys can raise as they raise attention itself; a frame's score is the log-sum-exp of its blocks.
 
-        Raises ValueError for an unknown estimator and for sub-block means that are missing or do not fit.
+        Raises ValueError for sub-block means that do not fit.
         """
-        self._check_estimator(k_means, estimator, sub_means)
+        self._check_sub_means(k_means, sub_means)
         batch, q_blocks, heads = q_means.shape[:3]
         rows, k_blocks = (batch, heads, q_blocks), k_means.shape[1]
         if self.kept == k_blocks:
             every = torch.arange(k_blocks, dtype=torch.int32, device=q_means.device)
             return BlockSelection(every.expand(*rows, k_blocks), _constant(rows, k_blocks, q_means.device))
         if why_not_fused(q_means, k_means, frame_means, sub_means) is None:
-            selection = self._select_fused(q_means, k_means, frame_means, sub_means)
+            selection = _fast_path(q_means, sub_means).attempt(
+                lambda: self._select_fused(q_means, k_means, frame_means, sub_means), "selecting through torch"
+            )
             if selection is not None:
                 return selection
         if sub_means is None:
@@ -180,39 +185,26 @@ class SelectionPlan:
 
     def _select_fused(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None
-    ) -> BlockSelection | None:
-        """The selection from the fused kernel; None, with one warning per dtype and estimator, where it fails."""
-        kernel = kernel_module("selection")
-        assert isinstance(kernel, ModuleType)
-        options: dict[str, Any] = {"choose": self.choose, "kept": self.kept}
+    ) -> BlockSelection:
+        from ...kernels import score
+        from ...kernels import selection as kernel
+
+        parts = None
         if sub_means is not None:
             size = sub_block_layout(self.layout).block
-            options["parts"] = kernel.Parts(sub_means, self.layout.tokens_per_frame, size, SUB_BLOCKS)
-        try:
-            return BlockSelection(*kernel.select_blocks(q_means, k_means, frame_means, self.frame_ranks, **options))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if is_recording():
-                raise
-            first_line = (str(error).strip() or repr(error)).splitlines()[0]
-            reason = f"the fused kernel failed in {q_means.dtype}: {type(error).__name__}: {first_line}"
-            _failures[q_means.dtype, sub_means is not None] = reason
-            _log.warning("[Light Forcing] selection: %s; selecting through torch", reason)
-            return None
+            parts = score.Parts(sub_means, self.layout.tokens_per_frame, size, SUB_BLOCKS)
+        chosen = kernel.select_blocks(
+            q_means, k_means, frame_means, self.frame_ranks, choose=self.choose, kept=self.kept, parts=parts
+        )
+        return BlockSelection(*chosen)
 
-    def _check_estimator(self, k_means: Tensor, estimator: str, sub_means: Tensor | None) -> None:
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"unknown estimator {estimator!r}; use {' or '.join(map(repr, ESTIMATORS))}")
-        if estimator == "mean":
-            if sub_means is not None:
-                raise ValueError("sub_means are only for the estimator 'lse'; leave them out or name it")
+    def _check_sub_means(self, k_means: Tensor, sub_means: Tensor | None) -> None:
+        if sub_means is None:
             return
         sub_blocks = k_means.shape[1] // self.layout.per_frame * sub_block_layout(self.layout).per_frame
         wanted = (k_means.shape[0], sub_blocks, *k_means.shape[2:])
-        if sub_means is None or sub_means.shape != wanted:
-            given = None if sub_means is None else tuple(sub_means.shape)
-            raise ValueError(f"the estimator 'lse' needs sub_means {wanted}, not {given}; pool with sub_block_layout")
+        if sub_means.shape != wanted:
+            raise ValueError(f"sub_means are {tuple(sub_means.shape)}, not {wanted}; pool with sub_block_layout")
 
 
 def sub_block_layout(layout: FrameBlocks) -> FrameBlocks:
@@ -233,11 +225,16 @@ def why_not_fused(q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_mea
     if set(others) != {q_means.dtype}:
         given = " and ".join(map(str, [q_means.dtype, *others]))
         return f"the fused kernel takes means of one dtype, not {given}"
-    kernel = kernel_module("selection")
-    if isinstance(kernel, str):
-        return kernel
-    failure = _failures.get((q_means.dtype, sub_means is not None))
-    return failure or kernel.why_not(q_means, k_means.shape[1], frame_means.shape[1])
+    if reason := why_no_kernels() or _fast_path(q_means, sub_means).failure:
+        return reason
+    from ...kernels import selection as kernel
+
+    return kernel.why_not(q_means, k_means.shape[1], frame_means.shape[1])
+
+
+def _fast_path(q_means: Tensor, sub_means: Tensor | None) -> FastPath:
+    detail = "parts" if sub_means is not None else "means"
+    return FastPath("selection kernel", q_means.device, q_means.dtype, None, q_means.shape[-1], detail)
 
 
 def _constant(shape: tuple[int, ...], value: int, device: torch.device) -> Tensor:

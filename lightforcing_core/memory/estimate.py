@@ -15,9 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ...kernels.layer_memory import LayerMemory
-from ..attention.attention_backends import dequantised
+from ..attention.backends import BACKENDS, DENSE, Backend, Call
+from ..attention.backends.dense import dequantised
 from ..attention.blocks import FrameBlocks
-from ..attention.dispatch import BACKENDS, REFERENCE_CHUNK, AttentionOptions, widens_on_cpu
+from ..attention.options import AttentionOptions
+from ..attention.policies import POLICIES
+from ..attention.quantised import STORED
 from ..model.causal import ModelState, TextMemory, predict
 from ..model.kv_cache import KVCache
 from ..model.kv_storage import CacheShape, KVOptions
@@ -120,7 +123,7 @@ def estimate(
     """The memory of one `rollout` of `recipe`, whose tensors may be on the meta device.
 
     kv: how the KV cache is kept.
-    backend: the sparse attention that will run, one of `attention.BACKENDS`.
+    backend: what runs in sparse chunks, as `choose_backend` names it.
     dtype: of the computation.
     vae_dim: the width of the VAE that decodes each chunk on the same device (24 LightVAE, 96 Wan's own); None if
         nothing is decoded.
@@ -131,15 +134,18 @@ def estimate(
     Not counted: the text encoder, and the memory that an allocator wastes between tensors.
     Raises Refusal for an unknown backend.
     """
-    if backend not in BACKENDS:
-        raise Refusal("backend", f"{backend!r} is not known", f"use one of {', '.join(map(repr, BACKENDS))}")
+    named = {one.name: one for one in (*BACKENDS, DENSE)}
+    if backend not in named:
+        raise Refusal("backend", f"{backend!r} is not known", f"use one of {', '.join(map(repr, named))}")
+    has_sparse_chunks = POLICIES[recipe.attention.policy].selection is not None and any(recipe.growth or ())
     batch, channels, _, height, width = recipe.latent_shape
     run = _DryRun(
         model,
         recipe.cache_shape(layers=model.layers, heads=model.dim // HEAD_DIM, head_dim=HEAD_DIM, dtype=dtype),
         (batch, channels, max(recipe.chunk_lengths()), height, width),
         recipe.prompts[0].context.shape[1],
-        replace(recipe.attention, backend=backend),
+        replace(recipe.attention, backend="auto" if backend == DENSE.name else backend),
+        named[backend] if has_sparse_chunks else None,
         kv or KVOptions(),
     )
     step, prompt = run.step()
@@ -165,6 +171,7 @@ class _DryRun:
     """One run without data: the sizes in a recipe, so that a cached result keeps no tensor alive.
 
     latents: the shape of the longest chunk's, [B, C, frames, h, w].
+    backend: of sparse chunks, None if every chunk is dense.
     """
 
     model: ModelSize
@@ -172,6 +179,7 @@ class _DryRun:
     latents: tuple[int, ...]
     text_tokens: int
     options: AttentionOptions
+    backend: Backend | None
     kv: KVOptions
 
     def cache(self, layers: int) -> KVCache:
@@ -200,42 +208,25 @@ class _DryRun:
         return peak.peak - text.nbytes - prompt_bytes, text.nbytes // batch + model.layers * prompt_bytes // layers
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stands in for every attention: its output, and while that is made what a sparse backend needs beside it."""
-        workspace = self._workspace(q) if self.shape.pooled and k.shape[1] != self.text_tokens else []
+        """Take the place of every attention: allocate its output, and before that what a sparse backend needs."""
+        workspace = None
+        if self.backend is not None and k.shape[1] != self.text_tokens:
+            workspace = torch.empty(self.backend.workspace(self._sparse_call(q)), dtype=torch.uint8, device="meta")
         out = torch.empty_like(q)
-        workspace.clear()
+        del workspace
         return out
 
-    def _workspace(self, q: Tensor) -> list[Tensor]:
-        """What the sparse backend allocates beside its output when every slot of the cache is visible."""
-        batch, tokens, heads, dim = q.shape
-        tokens_per_frame, visible = self.shape.tokens_per_frame, self.shape.slots
-        q_layout, k_layout = (FrameBlocks(tokens_per_frame, size) for size in self.options.block)
-        q_blocks, k_blocks = tokens // tokens_per_frame * q_layout.per_frame, visible * k_layout.per_frame
-        if self.options.backend == "flex":
-            # 8-bit keys and values are widened one head at a time; the heads' outputs are put together at the end.
-            at_once = heads if self.kv.dtype == "same" else 1
-            keys = (batch, visible * k_layout.padded_tokens_per_frame, at_once, dim)
-            queries = (batch, q_blocks * q_layout.block, at_once, dim)
-            # On a CPU keys and values of narrow dtypes are copied once, widened to float32 or packed inside flex;
-            # ragged frames are padded besides.
-            widened = widens_on_cpu(self.shape.dtype) or at_once < heads
-            # A tail's means are put behind them in one more copy.
-            copies = 2 + 2 * k_layout.ragged + 2 * self.options.tail
-            shapes = [keys] * copies + [queries] * (2 if widened or q_layout.ragged else 0)
-            dtype = torch.float32 if widened else self.shape.dtype
-            lists = [
-                torch.empty(batch, heads, q_blocks, k_blocks, dtype=torch.int32, device="meta")
-                for _ in range(6 if self.options.tail else 3)
-            ]
-            apart = [torch.empty_like(q)] if at_once < heads else []
-            return apart + lists + [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
-        if self.options.backend == "triton" and self.options.tail:
-            return [torch.empty(batch, heads, q_blocks, k_blocks, device="meta")]
-        if self.options.backend == "reference":
-            per_pair = k_layout.block * (2 * dim + 2 * q_layout.block)
-            return [torch.empty(min(REFERENCE_CHUNK, q_blocks * k_blocks * per_pair), device="meta")]
-        return []
+    def _sparse_call(self, q: Tensor) -> Call:
+        """The shapes of sparse attention when every slot of the cache is visible."""
+        shape = self.shape
+        q_layout, k_layout = (FrameBlocks(shape.tokens_per_frame, size) for size in self.options.block)
+        # One number each, because what is allocated here must not count.
+        stored, wide = (
+            torch.empty(1, dtype=x, device="meta") for x in (STORED.get(self.kv.dtype, shape.dtype), shape.dtype)
+        )
+        k = stored.expand(shape.rows(shape.tokens_per_frame))
+        means = wide.expand(shape.rows(k_layout.per_frame))
+        return Call(q, k, k, q_layout, k_layout, tail=(means, means) if self.options.tail else None)
 
 
 @functools.lru_cache(maxsize=16)

@@ -8,16 +8,20 @@ pass is an argument of `predict` or `commit`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...kernels.layer_memory import LayerMemory
+from ..attention.backends import Call, DenseAttention, sdpa
 from ..attention.blocks import FrameBlocks, tile_order
-from ..attention.dispatch import AttentionOptions, BackendChoice, choose_backend, dense_attention_8bit, sparse_attention
-from ..attention.selection import BlockSelection, SelectionPlan
+from ..attention.chunk import ChunkAttention, plan_chunk
+from ..attention.dispatch import BackendChoice, attend, dense_attention_8bit
+from ..attention.options import AttentionOptions
+from ..attention.policies import Plan, View
+from ..attention.selection import BlockSelection
 from ..pinned import to_device
 from . import fused
 from .kv_cache import KVCache
@@ -28,23 +32,16 @@ from .rope import RopeTable
 # model this leads best, from 0.6 to 0.85 nearly alike.
 GIVEN_NOISE = 0.75
 
-DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Predict = Callable[[Any, Tensor, Tensor, "ModelState", "Watch | None"], Tensor]
 # Called with the layer, the blocks it read and the backend of every sparse self-attention.
 Watch = Callable[[int, BlockSelection, BackendChoice], object]
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention through torch, [B, L, H, D] in and out."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 @dataclass
 class OpenChunk:
     """What lives as long as one chunk is open. A new object also means that recorded passes are out of date.
 
-    plan: which blocks may be read, None for a dense chunk.
+    attention: its plan and its backend.
     steps: denoising steps that are to come, which tells a `StepGraph` whether recording pays.
     given: how many of the last frames are given, and so have `GIVEN_NOISE` of a step's noise.
     passes: how many passes there have been.
@@ -54,7 +51,7 @@ class OpenChunk:
 
     frames: int
     start_frame: int
-    plan: SelectionPlan | None = None
+    attention: ChunkAttention = field(default_factory=ChunkAttention)
     steps: int = 0
     given: int = 0
     passes: int = 0
@@ -62,9 +59,14 @@ class OpenChunk:
     selections: dict[int, BlockSelection] = field(default_factory=dict)
 
     @property
+    def plan(self) -> Plan | None:
+        """Which blocks are read, None for a dense chunk."""
+        return self.attention.plan
+
+    @property
     def density(self) -> float:
         """The share of visible key blocks that the chunk attends to."""
-        return 1.0 if self.plan is None else self.plan.kept / len(self.plan.always)
+        return self.attention.density
 
 
 @dataclass
@@ -107,19 +109,25 @@ class ModelState:
         steps, given: see `OpenChunk`.
         """
         self.cache.open(frames)
-        plan = None
-        if sparsity > 0.0 and len(self.cache.slot_frames) > frames:
-            plan = SelectionPlan.build(
-                self.cache.slot_frames,
-                frames,
-                self.cache.layout,
-                sparsity=sparsity,
-                keep_frames=self.attention.keep_frames,
-                sink_frames=self.attention.sink_frames,
-                near_frames=self.attention.near_frames,
-                device=device,
-            )
-        self.chunk = OpenChunk(frames, self.cache.current_frames[0], plan, steps, given)
+        shape, options = self.cache.shape, self.attention
+        view = View(
+            self.cache.slot_frames,
+            frames,
+            FrameBlocks(shape.tokens_per_frame, options.block[0]),
+            shape.layout,
+            batch=shape.batch,
+            heads=shape.heads,
+            device=device,
+        )
+        attention = plan_chunk(
+            options,
+            view,
+            sparsity,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
+            stored=self.cache.storage.dtype,
+        )
+        self.chunk = OpenChunk(frames, self.cache.current_frames[0], attention, steps, given)
 
     def reopen_visible(self) -> None:
         """Begin a pass that recomputes every visible frame that is no sink, all of them at once and dense."""
@@ -293,54 +301,46 @@ def _self_attention(
     attention: Any, x: Tensor, layer: int, rope: RopeTable, state: ModelState, watch: Watch | None
 ) -> Tensor:
     """Self-attention of the chunk over everything it may see."""
-    options, layout = state.attention, state.cache.layout
+    options, chunk, layout = state.attention, state.chunk, state.cache.layout
     q, q_means = fused.store(attention, x, layer, state.cache, rope, options.block[0])
     memory = state.cache.visible(layer)
-    if state.chunk.plan is None:
+    if chunk.plan is None or chunk.attention.choice is None:
         return _output(attention, state.attend_history(q, memory))
-    selection = _select(state.chunk.plan, layer, q, q_means, memory, state)
-    y = sparse_attention(
+    selection = _select(chunk.plan, layer, q, q_means, memory, state)
+    call = Call(
         q,
         memory.keys,
         memory.values,
-        selection=selection,
+        FrameBlocks(layout.tokens_per_frame, options.block[0]),
+        layout,
+        selection,
         scales=memory.scales,
         tail=memory.tail if options.tail else None,
-        tokens_per_frame=layout.tokens_per_frame,
-        block=options.block,
-        backend=options.backend,
+        dense=state.dense_attention,
     )
+    result, choice = attend(call, chunk.attention.choice, options.backend)
+    if choice is not chunk.attention.choice:  # another backend failed
+        chunk.attention = replace(chunk.attention, choice=choice)
     if watch is not None:
-        choice = choose_backend(
-            q,
-            memory.keys,
-            block=options.block,
-            backend=options.backend,
-            tail=options.tail,
-            tokens_per_frame=layout.tokens_per_frame,
-        )
         watch(layer, selection, choice)
-    return _output(attention, y)
+    return _output(attention, result.out)
 
 
 def _select(
-    plan: SelectionPlan, layer: int, q: Tensor, q_means: Tensor | None, memory: LayerMemory, state: ModelState
+    plan: Plan, layer: int, q: Tensor, q_means: Tensor | None, memory: LayerMemory, state: ModelState
 ) -> BlockSelection:
     """The key blocks that the chunk's roped queries [B, L, H, D] read in `layer`; q_means: their block means."""
     chunk, options = state.chunk, state.attention
+    if plan.fixed is not None:
+        return plan.fixed
     selection = chunk.selections.get(layer)
     if selection is None:
         if q_means is None:
             q_means = FrameBlocks(state.cache.layout.tokens_per_frame, options.block[0]).block_means(q)
         assert memory.key_means is not None  # which a cache without a plan to follow does not keep
         assert memory.frame_means is not None
-        selection = plan.select(
-            q_means,
-            memory.key_means,
-            memory.frame_means,
-            estimator=options.estimator,
-            sub_means=memory.sub_means if options.estimator == "lse" else None,
-        )
+        sub_means = memory.sub_means if options.estimator == "lse" else None
+        selection = plan.select(q_means, memory.key_means, memory.frame_means, sub_means)
         if options.reuse_steps > 1:
             chunk.selections[layer] = selection
     return selection

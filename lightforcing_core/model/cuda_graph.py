@@ -251,7 +251,7 @@ class _Call:
         """Graphs of one kind are so alike that checking one of them is checking all."""
         state, dit, x, plan = self.state, self.dit, self.x, self.state.chunk.plan
         sizes = (type(dit), dit.dim, len(dit.blocks), x.shape, x.dtype, x.device, self.timestep.shape)
-        sparse = plan is not None and (self.selects, plan.choose > 0)
+        sparse = plan is not None and (self.selects, plan.kind)
         return (*sizes, state.cache.layer(0).keys.dtype, state.attention, state.dense_attention, sparse)
 
 

@@ -98,6 +98,7 @@ class CacheShape:
         """
         batch, _, frames, height, width = latent_shape
         slots = frames if window is None else min(window, frames)
+        pools = attention.pools(sparse=sparse)
         return cls(
             layers=layers,
             batch=batch,
@@ -108,9 +109,9 @@ class CacheShape:
             block_k=attention.block[1],
             sink_frames=min(sink_frames, slots - 1),
             sink_rope=sink_rope if slots < frames else "fixed",
-            pooled=sparse,
-            value_means=attention.tail,
-            sub_blocks=attention.estimator == "lse",
+            pooled=pools.keys,
+            value_means=pools.values,
+            sub_blocks=pools.parts,
             dtype=dtype,
         )
 
@@ -150,14 +151,15 @@ class KVStorage:
     """The tensors of all layers, allocated at construction.
 
     visible: how many slots, from the first on, hold anything; the others are not copied.
+    dtype: of keys and values.
     """
 
     def __init__(self, shape: CacheShape, options: KVOptions, device: torch.device | str | None) -> None:
         self.visible = 0
         self._layout = layout = shape.layout
-        stored = STORED.get(options.dtype, shape.dtype)
-        sizes: list[tuple[tuple[int, ...], torch.dtype]] = [(shape.rows(layout.tokens_per_frame), stored)] * 2
-        if stored is not shape.dtype:
+        self.dtype = STORED.get(options.dtype, shape.dtype)
+        sizes: list[tuple[tuple[int, ...], torch.dtype]] = [(shape.rows(layout.tokens_per_frame), self.dtype)] * 2
+        if self.dtype is not shape.dtype:
             sizes += [(shape.rows(layout.per_frame)[:3], torch.float32)] * 2
 
         def on_device() -> LayerMemory:

@@ -223,16 +223,9 @@ class _Open:
         self.slot_frames = tuple(state.cache.slot_frames)
         self.per_frame = layout.per_frame
         self.key_block, self.tiles = layout.block, state.attention.tiles
-        blocks = len(self.slot_frames) * self.per_frame
         queries = FrameBlocks(layout.tokens_per_frame, state.attention.block[0])
         self.query_blocks = batch * self.frames * queries.per_frame
-        self.why_dense = None
-        if len(self.slot_frames) == self.frames:
-            self.why_dense = "it sees nothing but itself"
-        elif chunk.plan is None:
-            self.why_dense = "the schedule asks for no sparsity here"
-        elif chunk.plan.kept == blocks:
-            self.why_dense = f"a sparsity of {sparsity:g} leaves no whole block to skip among {blocks}"
+        self.why_dense = chunk.attention.why_dense
         self.kept: dict[int, Tensor] = {}  # by layer, int16 [heads, key blocks] in slot order
         self.kept_sums: Tensor | None = None
         self.block_map: Tensor | None = None

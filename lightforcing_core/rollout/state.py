@@ -6,7 +6,7 @@ Fed back to `rollout`, a state continues the video as if it had never stopped, b
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def _packed(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     facts |= {"model": state.model, "kv_dtype": state.kv_dtype, "finished": len(state.finished)}
     facts |= {"cfg": guidance.cfg, "first_sigmas": noise.first_sigmas, "context_noise": noise.context_noise}
     facts["chunk_seeds"] = list(noise.chunk_seeds.items())
-    facts["attention"] = asdict(recipe.attention)
+    facts["attention"] = recipe.attention.to_saved()
     facts["prompts"] = [
         {"start_chunk": prompt.start_chunk, "switch": prompt.switch, "blend_chunks": prompt.blend_chunks}
         for prompt in recipe.prompts
@@ -180,7 +180,7 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
         context=prompts,
         initial_latents=tensors.get("given"),
         last_latents=tensors.get("last_latents"),
-        attention=AttentionOptions(**{**attention, "block": tuple(attention["block"])}),
+        attention=AttentionOptions.from_saved(attention),
         guidance=Guidance(facts.pop("cfg", 1.0), tensors.get("negative")),
         noise_options=NoiseOptions(chunk_seeds=dict(facts.pop("chunk_seeds")), **noise),
         **facts,

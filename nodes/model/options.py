@@ -5,7 +5,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ...lightforcing_core.attention.dispatch import BACKENDS, AttentionOptions
+from ...lightforcing_core.attention.backends import BACKEND_NAMES
+from ...lightforcing_core.attention.options import AttentionOptions
 from ...lightforcing_core.attention.selection import ESTIMATORS
 from ...lightforcing_core.families import FAMILIES, Family
 from .patch import Settings
@@ -27,7 +28,7 @@ def option_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "backend",
-            options=[AUTO, *BACKENDS],
+            options=[AUTO, *BACKEND_NAMES],
             default=AUTO,
             tooltip="The code that computes sparse attention. auto takes the fastest that runs here; if a named one "
             "cannot run, that is an error, not a silent fallback.",

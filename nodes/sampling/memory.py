@@ -68,7 +68,8 @@ def plan_of(
         torch.empty(1, dtype=dtype, device=device).expand(batch, length * tokens, size.dim // HEAD_DIM, HEAD_DIM)
         for length in (max(recipe.chunk_lengths()), visible)
     )
-    backend = choose_backend(q, k, block=recipe.attention.block, backend=recipe.attention.backend).name
+    attention = recipe.attention
+    backend = choose_backend(q, k, tokens_per_frame=tokens, block=attention.block, backend=attention.backend).name
 
     def reckon(kv: KVOptions, tiles: int) -> MemoryEstimate:
         with torch.inference_mode(False):  # where operations hide the smaller ones that they are made of

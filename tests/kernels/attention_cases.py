@@ -1,4 +1,4 @@
-"""Cases for the block-sparse kernel: inputs full of what must not be read, brute force in float64, ways to launch."""
+"""Cases for the block-sparse kernel: inputs full of what must not be read, and ways to launch."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -7,9 +7,9 @@ import torch
 from hypothesis import strategies as st
 
 from lightforcing.kernels import block_sparse, tuning
+from lightforcing.kernels.block_sparse import block_sparse_attention, dense_attention
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
+from ..support.attention_problems import DEVICE, EIGHT_BIT, brute_force, spans
 
 
 def dense(q, k, v, tokens):
@@ -25,45 +25,6 @@ def every_query_block_reads(ids, batch, heads, q_blocks, width=None):
     return row.expand(batch, heads, q_blocks, -1), counts
 
 
-def ranges(frames, tokens_per_frame, block):
-    """The token range of every block, frame by frame, the last one of a frame cut at the frame's end."""
-    starts = [
-        (frame * tokens_per_frame, start) for frame in range(frames) for start in range(0, tokens_per_frame, block)
-    ]
-    return [(first + start, first + min(start + block, tokens_per_frame)) for first, start in starts]
-
-
-def brute_force(q, k, v, mask, tokens_per_frame, block, means=None):
-    """Attention in float64, row by row of the mask; with `means` every block that is not in the row is one key."""
-    return brute_force_and_lse(q, k, v, mask, tokens_per_frame, block, means)[0]
-
-
-def brute_force_and_lse(q, k, v, mask, tokens_per_frame, block, means=None):
-    """The same and the log-sum-exp of each query's scores, −inf without any."""
-    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
-    lse = torch.full(q.shape[:-1], -torch.inf, dtype=torch.float64, device=q.device)
-    q_ranges = ranges(q.shape[1] // tokens_per_frame, tokens_per_frame, block[0])
-    k_ranges = ranges(k.shape[1] // tokens_per_frame, tokens_per_frame, block[1])
-    for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in (q.shape[0], q.shape[2], len(q_ranges)))).tolist():
-        keys, values, extra = [], [], []
-        for i, (start, end) in enumerate(k_ranges):
-            if mask[b, h, row, i]:
-                keys.append(k[b, start:end, h].double())
-                values.append(v[b, start:end, h].double())
-                extra += [0.0] * (end - start)
-            elif means:
-                keys.append(means[0][b, i : i + 1, h].double())
-                values.append(means[1][b, i : i + 1, h].double())
-                extra.append(torch.tensor(float(end - start), dtype=torch.float64).log().item())
-        if keys:
-            first, last = q_ranges[row]
-            scores = q[b, first:last, h].double() @ torch.cat(keys).T / q.shape[-1] ** 0.5
-            scores += torch.tensor(extra, dtype=torch.float64, device=q.device)
-            out[b, first:last, h] = scores.softmax(-1) @ torch.cat(values)
-            lse[b, first:last, h] = scores.logsumexp(-1)
-    return out, lse
-
-
 class Case:
     """Random q, k, v in a larger cache, lists and means; all that the kernel must not read is NaN or nonsense."""
 
@@ -71,20 +32,20 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         self.tokens_per_frame, self.block = tokens_per_frame, block
         k_frames = q_frames + past
-        spans = ranges(k_frames, tokens_per_frame, block[1])
-        rows = q_frames * len(ranges(1, tokens_per_frame, block[0]))
+        self.k_spans = spans(k_frames, tokens_per_frame, block[1])
+        rows = q_frames * len(spans(1, tokens_per_frame, block[0]))
 
         def normal(*shape):
             return torch.randn(shape, generator=generator)
 
         self.q = normal(batch, q_frames * tokens_per_frame, heads, dim).to(DEVICE, dtype)
-        self.mask = torch.rand(batch, heads, rows, len(spans), generator=generator) < 0.4
+        self.mask = torch.rand(batch, heads, rows, len(self.k_spans), generator=generator) < 0.4
         self.mask[-1, -1, -1] = True
         if rows > 1:
             self.mask[0, 0, 0] = False
-        self.means = tuple(normal(batch, len(spans), heads, dim).to(DEVICE, dtype) for _ in range(2))
+        self.means = tuple(normal(batch, len(self.k_spans), heads, dim).to(DEVICE, dtype) for _ in range(2))
         # Lists in any order, in a row that is wider than needed and ends in ids that do not exist.
-        self.blocks = torch.full((batch, heads, rows, len(spans) + 2), 10**6, dtype=torch.int32)
+        self.blocks = torch.full((batch, heads, rows, len(self.k_spans) + 2), 10**6, dtype=torch.int32)
         self.counts = self.mask.sum(-1, dtype=torch.int32).to(DEVICE)
         for index in torch.cartesian_prod(*(torch.arange(n) for n in self.mask.shape[:3])).tolist():
             ids = self.mask[tuple(index)].nonzero()[:, 0]
@@ -95,13 +56,13 @@ class Case:
         self.exact, self.stored, scales = [], [], []
         for _ in range(2):
             cache = torch.full((batch, k_frames * tokens_per_frame + 40, heads, dim), torch.nan)
-            block_scales = torch.full((batch, len(spans), heads), 1.0)
-            for i, (start, end) in enumerate(spans):
+            block_scales = torch.full((batch, len(self.k_spans), heads), 1.0)
+            for i, (start, end) in enumerate(self.k_spans):
                 cache[:, 20 + start : 20 + end] = normal(batch, end - start, heads, dim)
                 block_scales[:, i] = 0.002 * 2.0 ** torch.randint(0, 4, (heads,), generator=generator)
             if stored in EIGHT_BIT:
                 spread = torch.cat(
-                    [block_scales[:, i : i + 1].expand(-1, e - s, -1) for i, (s, e) in enumerate(spans)], 1
+                    [block_scales[:, i : i + 1].expand(-1, e - s, -1) for i, (s, e) in enumerate(self.k_spans)], 1
                 )
                 inner = cache[:, 20:-20] / spread[..., None] / 16
                 numbers = inner.round().clamp(-127, 127) if stored == torch.int8 else inner
@@ -117,9 +78,27 @@ class Case:
         wide = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
         self.tolerance = wide[torch.bfloat16 if dtype == torch.float16 and scales else dtype]
 
+    def want(self, mask=None, means=None):
+        """Output and log-sum-exp in float64."""
+        mask = self.mask if mask is None else mask
+        return brute_force(self.q, *self.exact, mask, self.tokens_per_frame, self.block, means)
+
+    def attend(self, blocks=None, counts=None, **rest):
+        """The kernel's output and log-sum-exp, for the case's own lists unless others are given."""
+        lists = (self.blocks, self.counts) if blocks is None else (blocks, counts)
+        lse = torch.full(self.q.shape[:-1], torch.nan, device=DEVICE)
+        return block_sparse_attention(self.q, *self.stored, *lists, **self.options() | {"lse": lse} | rest), lse
+
+    def attend_densely(self):
+        lse = torch.full(self.q.shape[:-1], torch.nan, device=DEVICE)
+        return dense_attention(self.q, *self.stored, lse=lse, **self.options()), lse
+
     def check(self, got, want):
-        assert got.dtype == self.q.dtype
-        assert (got.double() - want).abs().max() <= self.tolerance * max(1.0, want.abs().max().item())
+        """Scores are float32 sums of exact products in every dtype, so one bound serves every log-sum-exp."""
+        (out, lse), (want_out, want_lse) = got, want
+        assert out.dtype == self.q.dtype
+        assert (out.double() - want_out).abs().max() <= self.tolerance * max(1.0, want_out.abs().max().item())
+        torch.testing.assert_close(lse.double(), want_lse, atol=1e-4, rtol=1e-5)
 
     def options(self):
         return {

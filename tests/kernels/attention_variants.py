@@ -14,7 +14,7 @@ import itertools
 
 import torch
 
-from lightforcing.kernels import block_sparse, tuning
+from lightforcing.kernels import block_sparse, device, tuning
 from lightforcing.kernels.tuning import Kind, Launch
 from lightforcing.lightforcing_core.model.wan import HEAD_DIM
 
@@ -66,7 +66,7 @@ def kinds() -> list[Kind]:
 
 
 def runs_on(kind: Kind, cc: int) -> bool:
-    return kind.stored != torch.float8_e4m3fn or divmod(cc, 10) >= block_sparse.MIN_CAPABILITY_FP8
+    return kind.stored != torch.float8_e4m3fn or divmod(cc, 10) >= device.MIN_CAPABILITY_FLOAT8
 
 
 def launches(kind: Kind, cc: int, shared_kib: int) -> list[Launch]:

@@ -12,22 +12,21 @@ pytest.importorskip("triton")
 
 import triton
 
-from lightforcing.kernels import block_sparse, tuning
-from lightforcing.kernels.block_sparse import block_sparse_attention, dense_attention, why_not
+from lightforcing.kernels import block_sparse, device, tuning
+from lightforcing.kernels.block_sparse import block_sparse_attention, why_not
 
+from ..support.attention_problems import DEVICE, EIGHT_BIT, brute_force, spans
 from .attention_cases import (
     CASES,
-    DEVICE,
-    EIGHT_BIT,
     HOW,
     Case,
-    brute_force,
     dense,
     every_query_block_reads,
     launched,
     poisoned,
-    ranges,
 )
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # log2(0) is −inf, as it should be
 
 
 @pytest.fixture
@@ -39,19 +38,19 @@ def poisoned_outputs():
 @given(case=CASES, with_tail=st.booleans(), uneven=st.booleans(), how=HOW)
 def test_every_variant_equals_brute_force(case, with_tail, uneven, how):
     means = case.means if with_tail else None
-    want = brute_force(case.q, *case.exact, case.mask, case.tokens_per_frame, case.block, means)
-    with launched(**how):
-        got = block_sparse_attention(
-            case.q, *case.stored, case.blocks, case.counts, tail=means, uneven=uneven, **case.options()
-        )
+    want = case.want(means=means)
+    with launched(**how), poisoned():
+        got = case.attend(tail=means, uneven=uneven)
+        alone, _ = case.attend(tail=means, uneven=uneven, lse=None)
     case.check(got, want)
+    assert torch.equal(got[0], alone)  # a log-sum-exp changes nothing else
 
 
 @given(case=CASES, how=HOW)
 def test_dense_mode_equals_brute_force(case, how):
-    want = brute_force(case.q, *case.exact, torch.ones_like(case.mask), case.tokens_per_frame, case.block)
-    with launched(**how):
-        got = dense_attention(case.q, *case.stored, **case.options())
+    want = case.want(torch.ones_like(case.mask))
+    with launched(**how), poisoned():
+        got = case.attend_densely()
     case.check(got, want)
 
 
@@ -63,11 +62,11 @@ def test_dense_mode_equals_brute_force(case, how):
 def test_units_cut_into_parts_equal_brute_force(tokens_per_frame, with_tail, descriptors):
     case = Case(tokens_per_frame, (128, 128), 2, 1, 2, 1, 16, torch.float16, None, seed=tokens_per_frame)
     means = case.means if with_tail else None
-    want = brute_force(case.q, *case.exact, case.mask, tokens_per_frame, case.block, means)
+    want = case.want(means=means)
     units = case.counts.numel() * (2 if with_tail else 1)  # beside a tail a tile has 64 rows
     for per_sm in (units - 1, 2 * units + 1):  # one unit into many parts; all units into two, none whole
         with launched(descriptors=descriptors, per_sm=per_sm) as calls:
-            got = block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, tail=means, **case.options())
+            got = case.attend(tail=means)
         case.check(got, want)
         ((forward, programs, *_), (combine, *_)) = calls[0]
         assert (forward, combine) == (block_sparse.forward, block_sparse.combine)
@@ -81,13 +80,13 @@ def test_parts_that_find_no_key_change_nothing():
     mask = torch.zeros_like(case.mask)
     mask[..., 4] = True
     for means in (None, case.means):
-        want = brute_force(case.q, *case.exact, mask, 16, case.block, means)
+        want = case.want(mask, means)
         with launched(per_sm=6), mock.patch.object(tuning, "cut", return_value=(0, 6)):
-            got = block_sparse_attention(case.q, *case.stored, blocks, counts, tail=means, **case.options())
+            got = case.attend(blocks, counts, tail=means)
         case.check(got, want)
     none = torch.zeros_like(counts)
     with launched(per_sm=6), mock.patch.object(tuning, "cut", return_value=(0, 6)):
-        assert (block_sparse_attention(case.q, *case.stored, blocks, none, **case.options()) == 0).all()
+        case.check(case.attend(blocks, none), case.want(torch.zeros_like(mask)))
 
 
 def test_a_part_that_meets_nothing_but_listed_means_changes_nothing():
@@ -96,9 +95,9 @@ def test_a_part_that_meets_nothing_but_listed_means_changes_nothing():
     blocks, counts = every_query_block_reads(list(range(16)), 1, 1, 1)
     mask = torch.zeros_like(case.mask)
     mask[..., :16] = True
-    want = brute_force(case.q, *case.exact, mask, 16, case.block, case.means)
+    want = case.want(mask, case.means)
     with launched(), mock.patch.object(tuning, "cut", return_value=(0, 17)):
-        got = block_sparse_attention(case.q, *case.stored, blocks, counts, tail=case.means, **case.options())
+        got = case.attend(blocks, counts, tail=case.means)
     case.check(got, want)
 
 
@@ -107,22 +106,21 @@ def test_a_part_that_meets_nothing_but_listed_means_changes_nothing():
 def test_scores_are_scaled_by_any_number(scale, stored):
     case = Case(40, (16, 32), 1, 2, 1, 2, 16, torch.float32, stored, seed=7)
     want = brute_force(case.q * scale * 16**0.5, *case.exact, case.mask, 40, case.block, case.means)
-    options = {"scale": scale, "tail": case.means, **case.options()}
-    case.check(block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, **options), want)
+    case.check(case.attend(scale=scale, tail=case.means), want)
 
 
 def test_cut_units_give_the_same_bits_every_time():
     case = Case(70, (32, 32), 1, 2, 1, 1, 16, torch.float32, None, seed=4)
     with launched(per_sm=7):
-        runs = [block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, **case.options()) for _ in "ab"]
-    assert torch.equal(*runs)
+        (one, _), (other, _) = (case.attend() for _ in "ab")
+    assert torch.equal(one, other)
 
 
 def test_longest_lists_are_begun_first():
     case = Case(40, (16, 32), 1, 2, 2, 2, 16, torch.float32, None, seed=4)
     with launched() as calls:
-        block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, uneven=True, **case.options())
-        block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, **case.options())
+        case.attend(uneven=True)
+        case.attend()
     order, none = (dict(zip(block_sparse.forward.arg_names, call[0][2], strict=False))["order_ptr"] for call in calls)
     begun = case.counts.flatten()[order.long()]
     assert (begun.diff() <= 0).all()
@@ -135,17 +133,17 @@ def test_longest_lists_are_begun_first():
 def test_descriptors_never_read_beyond_a_listed_block_or_a_frame(tokens_per_frame, stored):
     """All other blocks are NaN, or nonsense in eight bits: the ragged end of a block is not the next block's start."""
     case = Case(tokens_per_frame, (32, 16), 1, 2, 1, 2, 32, torch.float32, stored, seed=3)
-    last = len(ranges(2, tokens_per_frame, 16)) - 1  # of the second frame
+    last = len(spans(2, tokens_per_frame, 16)) - 1  # of the second frame
     blocks, counts = every_query_block_reads([0, last], 1, 2, case.counts.shape[-1])
     mask = torch.zeros_like(case.mask)
     mask[..., [0, last]] = True
-    want = brute_force(case.q, *case.exact, mask, tokens_per_frame, case.block)
-    for i, (start, end) in enumerate(ranges(3, tokens_per_frame, 16)):
+    want = case.want(mask)
+    for i, (start, end) in enumerate(spans(3, tokens_per_frame, 16)):
         if i not in (0, last):
             for x in case.stored:
                 x[:, start:end] = 127 if stored == torch.int8 else torch.nan
     with launched(descriptors=True) as calls:
-        got = block_sparse_attention(case.q, *case.stored, blocks, counts, **case.options())
+        got = case.attend(blocks, counts)
     assert calls[0][0][3]["DESCRIPTORS"]
     case.check(got, want)
 
@@ -171,8 +169,8 @@ def test_tensors_that_tma_cannot_address_are_read_through_pointers(dim, offset, 
 def test_blocks_larger_than_a_tile_equal_brute_force(tokens_per_frame, stored, with_tail):
     case = Case(tokens_per_frame, (128, 128), 1, 1, 1, 2, 32, torch.float32, stored, seed=tokens_per_frame)
     means = case.means if with_tail else None
-    want = brute_force(case.q, *case.exact, case.mask, tokens_per_frame, case.block, means)
-    got = block_sparse_attention(case.q, *case.stored, case.blocks, case.counts, tail=means, **case.options())
+    want = case.want(means=means)
+    got = case.attend(tail=means)
     case.check(got, want)
 
 
@@ -182,10 +180,10 @@ def test_blocks_outside_the_list_are_never_read(stored):
     case = Case(50, (32, 16), 1, 2, 1, 2, 32, torch.float32, stored, seed=3)
     case.mask[..., 1] = case.mask[..., 7] = False  # a full block and a frame's ragged last one
     keep = case.mask.any((0, 1, 2))
-    want = brute_force(case.q, *case.exact, case.mask, 50, case.block)
+    want = case.want()
     counts = case.mask.sum(-1, dtype=torch.int32).to(DEVICE)
     ids = torch.where(case.mask, torch.arange(case.mask.shape[-1]), 10**6).sort(-1).values.int().to(DEVICE)
-    for i, (start, end) in enumerate(ranges(3, 50, 16)):
+    for i, (start, end) in enumerate(spans(3, 50, 16)):
         if not keep[i]:
             for side in range(2):
                 if stored in EIGHT_BIT:
@@ -193,28 +191,26 @@ def test_blocks_outside_the_list_are_never_read(stored):
                 if stored != torch.int8:
                     case.stored[side][:, start:end] = torch.nan
     assert not keep.all()
-    case.check(block_sparse_attention(case.q, *case.stored, ids, counts, **case.options()), want)
+    case.check(case.attend(ids, counts), want)
 
 
 def test_tail_changes_nothing_where_every_block_is_listed():
     case = Case(50, (32, 16), 1, 1, 2, 2, 32, torch.float32, None, seed=0)
     blocks, counts = every_query_block_reads(list(range(8)), 2, 2, 2)
-    without = block_sparse_attention(case.q, *case.stored, blocks, counts, **case.options())
-    assert torch.equal(
-        block_sparse_attention(case.q, *case.stored, blocks, counts, tail=case.means, **case.options()), without
-    )
+    without, _ = case.attend(blocks, counts)
+    assert torch.equal(case.attend(blocks, counts, tail=case.means)[0], without)
 
 
 def test_tail_of_equal_keys_is_exact():
     """Where all keys and values of a block are equal, its mean stands for every one of them: nothing is lost."""
     case = Case(50, (32, 16), 1, 2, 1, 1, 32, torch.float32, None, seed=1)
     keys, values = (
-        torch.cat([x[:, i : i + 1].expand(-1, e - s, -1, -1) for i, (s, e) in enumerate(ranges(3, 50, 16))], 1)
+        torch.cat([x[:, i : i + 1].expand(-1, e - s, -1, -1) for i, (s, e) in enumerate(spans(3, 50, 16))], 1)
         for x in case.means
     )
     want = brute_force(case.q, keys, values, torch.ones_like(case.mask), 50, case.block)
-    got = block_sparse_attention(case.q, keys, values, case.blocks, case.counts, tail=case.means, **case.options())
-    case.check(got, want)
+    case.stored = [keys, values]
+    case.check(case.attend(tail=case.means), want)
 
 
 @pytest.mark.parametrize(
@@ -247,8 +243,31 @@ def test_large_scores_do_not_overflow():
     q, k, v = (torch.randn(1, 32, 1, 64, generator=generator).to(DEVICE) for _ in range(3))
     q, k = q * 40, k * 40  # scores in the thousands
     blocks, counts = every_query_block_reads([0, 1], 1, 1, 2)
-    got = block_sparse_attention(q, k, v, blocks, counts, tokens_per_frame=32, block_q=16, block_k=16)
+    lse = torch.empty(1, 32, 1, device=DEVICE)
+    got = block_sparse_attention(q, k, v, blocks, counts, tokens_per_frame=32, block_q=16, block_k=16, lse=lse)
     assert (got.double() - dense(q, k, v, list(range(32)))).abs().max() <= 1e-3
+    want = torch.einsum("blhd,bmhd->blhm", q.double(), k.double()).div(8).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), want, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stored", [None, *EIGHT_BIT])
+@pytest.mark.parametrize("with_tail", [False, True])
+def test_parts_of_the_keys_add_up_to_all_of_them(stored, with_tail):
+    """Two calls that each have some frames of one cache; some query blocks read keys of one of them, or of none."""
+    case = Case(50, (32, 16), 1, 3, 2, 2, 32, torch.float32, stored, seed=5)
+    want, whole = case.want(means=case.means if with_tail else None), case.stored
+    parts = []
+    for tokens, blocks in ((slice(0, 50), slice(0, 4)), (slice(50, 200), slice(4, 16))):
+        mask = case.mask[..., blocks]
+        ids = torch.where(mask, torch.arange(mask.shape[-1]), 10**6).sort(-1).values.int().to(DEVICE)
+        scales = case.scales and tuple(x[:, blocks] for x in case.scales)
+        tail = tuple(x[:, blocks] for x in case.means) if with_tail else None
+        case.stored = [x[:, tokens] for x in whole]
+        parts.append(case.attend(ids, mask.sum(-1, dtype=torch.int32).to(DEVICE), scales=scales, tail=tail))
+    outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))
+    lse = lses.logsumexp(0)
+    shares = (lses - lse).exp().nan_to_num(0)  # of nothing, nothing
+    case.check(((shares[..., None] * outs).sum(0), lse), want)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +308,7 @@ def test_kernel_gives_no_reason_against_the_published_shape():
 
 @pytest.mark.parametrize(("capability", "declines"), [((8, 0), True), ((8, 6), True), ((8, 9), False), ((9, 0), False)])
 def test_fp8_is_declined_where_the_chip_cannot_widen_it(monkeypatch, capability, declines):
-    monkeypatch.setattr(block_sparse, "INTERPRETED", False)
+    monkeypatch.setattr(device, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     q = SimpleNamespace(dtype=torch.bfloat16, shape=(1, 64, 1, 128), device=SimpleNamespace(type="cuda"))
     assert why_not(q, (64, 64), torch.int8) is None

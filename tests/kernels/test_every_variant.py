@@ -12,12 +12,11 @@ import pytest
 
 pytest.importorskip("triton")
 
-import triton
 
 from .compiling import compile_all, in_a_process
-from .every_variant import CODE, every_name, identity
+from .every_variant import every_name
 from .resource_bounds import TENSOR_MEMORY, check, most_registers, most_stack
-from .resource_table import RECORD, attention_table, digest, fused_table, kernel_of, record_of
+from .resource_table import RECORD, attention_table, digest, fused_table, record_of
 from .resources import SHARED_KIB
 
 EVERYTHING = "LIGHTFORCING_COMPILE_ALL"
@@ -26,19 +25,6 @@ EVERYTHING = "LIGHTFORCING_COMPILE_ALL"
 @pytest.fixture(scope="module")
 def record():
     return json.loads(RECORD.read_text(encoding="utf-8"))
-
-
-def test_the_record_is_of_this_code_and_of_every_variant(record):
-    if not all(source.startswith(f"triton {triton.__version__} ") for source in record["sources"].values()):
-        pytest.skip(f"the record is of another Triton than {triton.__version__}")
-    names = every_name()
-    picked = {kernel: digest(name for name in names if kernel_of(name) == kernel) for kernel in CODE}
-    renew = "CONTRIBUTING.md says, under a kernel, how to renew it"
-    changed = [kernel for kernel in CODE if record["sources"][kernel] != identity(kernel)]
-    assert not changed, f"the record is of other code of {', '.join(changed)}; {renew}"
-    others = [kernel for kernel in CODE if record["variants"][kernel] != picked[kernel]]
-    assert not others, f"a run picks other variants of {', '.join(others)} than are on record; {renew}"
-    assert sum(count for count, *_ in record["kinds"].values()) == len(names)
 
 
 def test_a_record_keeps_what_is_as_it_was_and_has_no_rows():

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lightforcing.kernels import modulation
+from lightforcing.kernels import device
 from lightforcing.kernels.modulation import gated_add, norm_scale_shift, why_not
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,10 +125,10 @@ def test_gated_add_refuses_parts_that_differ():
 
 
 def test_why_not_knows_what_chips_can(monkeypatch):
-    monkeypatch.setattr(modulation, "INTERPRETED", False)
+    monkeypatch.setattr(device, "INTERPRETED", False)
     x = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"), shape=(1, 6, 1536))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "sm_80 GPU or newer, this one is sm_75" in why_not(x)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert why_not(x) is None
-    assert "not cpu" in why_not(torch.zeros(1, 6, 64))
+    assert "not on cpu" in why_not(torch.zeros(1, 6, 64))

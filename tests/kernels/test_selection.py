@@ -154,7 +154,7 @@ def select_by_parts(plan, q, parts):
     frames = len(plan.frame_ranks)
     k, f = (q.new_zeros(q.shape[0], rows, *q.shape[2:]) for rows in (frames * plan.layout.per_frame, frames))
     got = select_blocks(q, k, f, plan.frame_ranks, choose=plan.choose, kept=plan.kept, parts=parts)
-    through_torch = plan.select(q, k, f, estimator="lse", sub_means=parts.means)
+    through_torch = plan.select(q, k, f, sub_means=parts.means)
     assert torch.equal(got[0], through_torch.blocks)
     assert torch.equal(got[1], through_torch.counts)
     return got[0].cpu()

@@ -1,11 +1,11 @@
-"""Random problems for the front door of sparse attention, what they stand for in float64, and brute force."""
+"""Random problems for sparse attention, what they mean in float64, and brute force."""
 
 import torch
 from hypothesis import strategies as st
 
-from lightforcing.lightforcing_core.attention import attention_backends
-from lightforcing.lightforcing_core.attention import dispatch as attention
-from lightforcing.lightforcing_core.attention.dispatch import sparse_attention
+from lightforcing.lightforcing_core.attention import fast_path
+from lightforcing.lightforcing_core.attention.backends import BACKENDS, flex
+from lightforcing.lightforcing_core.attention.dispatch import attend, checked_call, choose
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EIGHT_BIT = [torch.int8, torch.float8_e4m3fn]
@@ -27,10 +27,56 @@ def spans(frames, tokens_per_frame, block):
     return [(first + start, first + min(start + block, tokens_per_frame)) for first, start in firsts]
 
 
-class Problem:
-    """Random queries, stored keys and values with their scales, what these stand for in float64, mask and means."""
+def brute_force(q, k, v, mask, tokens_per_frame, block, means=None):
+    """Attention in float64, one row of the mask at a time, and the log-sum-exp of each query's scores.
 
-    def __init__(self, tokens_per_frame, block, q_frames, k_frames, stored, *, batch=1, heads=2, dim=32, dtype=None):
+    With means every block that is not in the row is one key. A query without keys gives zeros and −inf.
+    """
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    lse = torch.full(q.shape[:-1], -torch.inf, dtype=torch.float64, device=q.device)
+    q_spans, k_spans = (
+        spans(x.shape[1] // tokens_per_frame, tokens_per_frame, size) for x, size in zip((q, k), block, strict=True)
+    )
+    assert mask.shape == (q.shape[0], q.shape[2], len(q_spans), len(k_spans))
+    for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in mask.shape[:3])).tolist():
+        keys, values, extra = [], [], []
+        for i, (start, end) in enumerate(k_spans):
+            if mask[b, h, row, i]:
+                keys.append(k[b, start:end, h].double())
+                values.append(v[b, start:end, h].double())
+                extra.append(torch.zeros(end - start, dtype=torch.float64, device=q.device))
+            elif means:
+                keys.append(means[0][b, i : i + 1, h].double())
+                values.append(means[1][b, i : i + 1, h].double())
+                extra.append(torch.tensor([end - start], dtype=torch.float64, device=q.device).log())
+        if keys:
+            first, last = q_spans[row]
+            scores = q[b, first:last, h].double() @ torch.cat(keys).T / q.shape[-1] ** 0.5 + torch.cat(extra)
+            out[b, first:last, h] = scores.softmax(-1) @ torch.cat(values)
+            lse[b, first:last, h] = scores.logsumexp(-1)
+    return out, lse
+
+
+class Problem:
+    """Random queries, stored keys and values with their scales, what these are in float64, a mask and means.
+
+    One query block of the first head reads nothing.
+    """
+
+    def __init__(
+        self,
+        tokens_per_frame,
+        block,
+        q_frames,
+        k_frames,
+        stored=None,
+        *,
+        batch=1,
+        heads=2,
+        dim=32,
+        dtype=None,
+        density=0.4,
+    ):
         generator = torch.Generator().manual_seed(tokens_per_frame + block[0] + k_frames)
         self.tokens_per_frame, self.block = tokens_per_frame, block
         self.q_spans, self.k_spans = (
@@ -43,7 +89,7 @@ class Problem:
 
         self.dtype = dtype or torch.float32
         self.q = normal(batch, q_frames * tokens_per_frame, heads, dim).to(self.dtype)
-        self.mask = torch.rand(batch, heads, len(self.q_spans), len(self.k_spans), generator=generator) < 0.4
+        self.mask = torch.rand(batch, heads, len(self.q_spans), len(self.k_spans), generator=generator) < density
         self.mask[-1, -1, -1] = True
         if len(self.q_spans) > 1:
             self.mask[0, 0, 0] = False
@@ -67,54 +113,29 @@ class Problem:
             self.kv.append(numbers)
             self.exact.append(exact)
 
-    def brute_force(self, mask, means=None):
-        """Float64, one row of the mask at a time; with means every block that is not in the row is one key."""
-        return self.brute_force_and_lse(mask, means)[0]
+    def brute_force(self, mask=None, means=None):
+        """Output and log-sum-exp in float64; the problem's own mask unless another is given."""
+        mask = self.mask if mask is None else mask
+        return brute_force(self.q, *self.exact, mask, self.tokens_per_frame, self.block, means)
 
-    def brute_force_and_lse(self, mask, means=None):
-        """The same and the log-sum-exp of each query's scores, −inf without any."""
-        k, v = self.exact
-        out = torch.zeros(self.q.shape, dtype=torch.float64, device=DEVICE)
-        lse = torch.full(self.q.shape[:-1], -torch.inf, dtype=torch.float64, device=DEVICE)
-        for b, h, row in torch.cartesian_prod(*(torch.arange(n) for n in mask.shape[:3])).tolist():
-            keys, values, extra = [], [], []
-            for i, (start, end) in enumerate(self.k_spans):
-                if mask[b, h, row, i]:
-                    keys.append(k[b, start:end, h])
-                    values.append(v[b, start:end, h])
-                    extra.append(torch.zeros(end - start, dtype=torch.float64, device=DEVICE))
-                elif means:
-                    keys.append(means[0][b, i : i + 1, h].double())
-                    values.append(means[1][b, i : i + 1, h].double())
-                    extra.append(torch.tensor([end - start], dtype=torch.float64, device=DEVICE).log())
-            if keys:
-                first, last = self.q_spans[row]
-                scores = self.q[b, first:last, h].double() @ torch.cat(keys).T / self.q.shape[-1] ** 0.5
-                scores += torch.cat(extra)
-                out[b, first:last, h] = scores.softmax(-1) @ torch.cat(values)
-                lse[b, first:last, h] = scores.logsumexp(-1)
-        return out, lse
+    def call(self, **rest):
+        options = {"mask": self.mask, "scales": self.scales} | rest
+        return checked_call(self.q, *self.kv, tokens_per_frame=self.tokens_per_frame, block=self.block, **options)
 
     def attend(self, backend, **rest):
-        return sparse_attention(
-            self.q,
-            *self.kv,
-            mask=self.mask,
-            tokens_per_frame=self.tokens_per_frame,
-            block=self.block,
-            backend=backend,
-            scales=self.scales,
-            **rest,
-        )
+        """The result of one backend, or of "auto"."""
+        call = self.call(**rest)
+        return attend(call, choose(call, backend), backend)[0]
 
 
-def let_flex_fail(monkeypatch):
+def let_flex_fail(monkeypatch, error="not today"):
     """`auto` takes flex for calls of any size, and it raises."""
-    monkeypatch.setattr(attention, "_failures", {})
-    monkeypatch.setattr(attention, "FLEX_MIN_SCORES", 0)
-    monkeypatch.setitem(attention_backends.WHY_NOT, "flex", lambda request: None)
+    fast_path.begin_run()
+    monkeypatch.setattr(flex, "FLEX_MIN_SCORES", 0)
+    (backend,) = (one for one in BACKENDS if one.name == "flex")
 
     def fails(call):
-        raise RuntimeError("not today")
+        raise RuntimeError(error)
 
-    monkeypatch.setitem(attention_backends.RUN, "flex", fails)
+    monkeypatch.setattr(backend, "why_not", lambda call: None, raising=False)
+    monkeypatch.setattr(backend, "run", fails, raising=False)

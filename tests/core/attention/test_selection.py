@@ -264,7 +264,7 @@ def test_lse_selection_equals_brute_force(tokens, block):
     k = torch.randn(2, frames * tokens, 2, 8, generator=generator, dtype=torch.float64)
     means, subs = layout.block_means(k), sub_block_layout(layout)
     plan = SelectionPlan.build(RING, 3, layout, sparsity=0.6, **PUBLISHED)
-    got = plan.select(q, means, layout.frame_means(means), estimator="lse", sub_means=subs.block_means(k))
+    got = plan.select(q, means, layout.frame_means(means), sub_means=subs.block_means(k))
     for b in range(2):
         for h in range(2):
             for i in range(3):
@@ -293,22 +293,14 @@ def test_lse_finds_a_strong_key_that_the_mean_hides():
     sub_means = sub_block_layout(layout).block_means(k)
     frame_means = layout.frame_means(means)
     assert plan.select(q, means, frame_means).blocks.item() == 0
-    assert plan.select(q, means, frame_means, estimator="lse", sub_means=sub_means).blocks.item() == 1
+    assert plan.select(q, means, frame_means, sub_means=sub_means).blocks.item() == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"estimator": "median"}, "unknown estimator 'median'; use 'mean' or 'lse'"),
-        ({"sub_means": torch.zeros(1, 80, 1, 4)}, "only for the estimator 'lse'"),
-        ({"estimator": "lse"}, r"needs sub_means \(1, 80, 1, 4\), not None"),
-        ({"estimator": "lse", "sub_means": torch.zeros(1, 90, 1, 4)}, r"\(1, 80, 1, 4\), not \(1, 90, 1, 4\)"),
-    ],
-)
-def test_bad_estimators_are_refused_with_the_value(arguments, message):
+def test_sub_means_that_do_not_fit_are_refused():
     plan = SelectionPlan.build(range(8), 1, FrameBlocks(20, 8), sparsity=0.5, **PUBLISHED)
-    with pytest.raises(ValueError, match=message):
-        plan.select(torch.zeros(1, 1, 1, 4), torch.zeros(1, 24, 1, 4), torch.zeros(1, 8, 1, 4), **arguments)
+    means = (torch.zeros(1, blocks, 1, 4) for blocks in (1, 24, 8, 90))
+    with pytest.raises(ValueError, match=r"sub_means are \(1, 90, 1, 4\), not \(1, 80, 1, 4\)"):
+        plan.select(*means)
 
 
 def test_blocks_that_do_not_split_are_refused():

@@ -1,13 +1,16 @@
-"""When `SelectionPlan.select` takes the fused kernel, what it says when it does not, and what a failing kernel does."""
-
-from types import ModuleType
+"""When `SelectionPlan.select` takes the fused kernel, what it says if it does not, and what a failing kernel does."""
 
 import pytest
 import torch
 
+from lightforcing.lightforcing_core.attention import fast_path
 from lightforcing.lightforcing_core.attention import selection as selection_module
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.selection import SelectionPlan, why_not_fused
+
+pytest.importorskip("triton")
+
+from lightforcing.kernels import selection as kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -18,6 +21,13 @@ class OnCuda(torch.Tensor):
     is_cuda = True
 
 
+@pytest.fixture(autouse=True)
+def new_run():
+    fast_path.begin_run()
+    yield
+    fast_path.begin_run()
+
+
 def problem(seed=0):
     generator = torch.Generator().manual_seed(seed)
     budget = {"sparsity": 0.7, "keep_frames": 6, "sink_frames": 1, "near_frames": 2}
@@ -25,16 +35,17 @@ def problem(seed=0):
     return plan, [torch.randn(1, rows, 1, 8, generator=generator).to(DEVICE) for rows in (3, 30, 10)]
 
 
-def kernel_that(select_blocks):
-    """A stand-in for the kernel's module."""
-    module = ModuleType("kernel")
-    module.why_not = lambda q_means, k_blocks, frames: None
-    module.select_blocks = select_blocks
-    return module
+def that_raises(error):
+    calls = []
+
+    def fail(*arguments, **options):
+        calls.append(options)
+        raise error
+
+    return fail, calls
 
 
-def test_the_fused_kernel_runs_where_nothing_speaks_against_it(monkeypatch):
-    pytest.importorskip("triton")
+def test_the_fused_kernel_runs_if_nothing_is_against_it(monkeypatch):
     plan, inputs = problem()
     want = plan.select(*inputs)
     monkeypatch.setattr(selection_module, "why_not_fused", lambda *arguments: None)
@@ -44,55 +55,42 @@ def test_the_fused_kernel_runs_where_nothing_speaks_against_it(monkeypatch):
     assert torch.equal(got.counts, want.counts)
 
 
-def test_the_fused_kernel_scores_by_parts_where_that_is_asked_for(monkeypatch):
-    pytest.importorskip("triton")
+def test_the_fused_kernel_scores_by_parts_if_asked(monkeypatch):
     plan, inputs = problem()
     parts = torch.randn(1, 100, 1, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)  # 10 to a frame of 20
-    options = {"estimator": "lse", "sub_means": parts}
-    want, by_means = plan.select(*inputs, **options), plan.select(*inputs)
+    want, by_means = plan.select(*inputs, parts), plan.select(*inputs)
     monkeypatch.setattr(selection_module, "why_not_fused", lambda *arguments: None)
     monkeypatch.setattr(selection_module, "_best", None)  # the torch path cannot run
-    got = plan.select(*inputs, **options)
+    got = plan.select(*inputs, parts)
     assert torch.equal(got.blocks, want.blocks)
     assert not torch.equal(got.blocks, by_means.blocks)
 
 
-def test_a_kernel_that_fails_is_replaced_once_and_for_all(monkeypatch, caplog):
+def test_a_kernel_that_fails_is_replaced_for_the_run(monkeypatch, caplog):
     plan, inputs = problem()
-    want, calls = plan.select(*inputs), []
-
-    def fail(*arguments, **options):
-        calls.append(options)
-        raise RuntimeError("no such luck\nat all")
-
-    monkeypatch.setattr(selection_module, "kernel_module", lambda name: kernel_that(fail))
-    monkeypatch.setattr(selection_module, "_failures", {})
+    want = plan.select(*inputs)
+    fail, calls = that_raises(RuntimeError("no such luck\nat all"))
+    monkeypatch.setattr(kernel, "select_blocks", fail)
+    on_gpu = [inputs[0].as_subclass(OnCuda), *inputs[1:]]
     for _ in range(3):
-        got = plan.select(inputs[0].as_subclass(OnCuda), *inputs[1:])
+        got = plan.select(*on_gpu)
         assert torch.equal(got.blocks.as_subclass(torch.Tensor), want.blocks)
-    assert calls == [{"choose": 3, "kept": plan.kept}]
+    assert calls == [{"choose": 3, "kept": plan.kept, "parts": None}]
     parts = torch.zeros(1, 100, 1, 8, device=DEVICE)
-    assert why_not_fused(inputs[0].as_subclass(OnCuda), *inputs[1:]).startswith("the fused kernel failed")
-    assert why_not_fused(inputs[0].as_subclass(OnCuda), *inputs[1:], parts) is None  # another kernel, not yet tried
-    assert [record.getMessage() for record in caplog.records] == [
-        "[Light Forcing] selection: the fused kernel failed in torch.float32: RuntimeError: no such luck; "
-        "selecting through torch"
-    ]
+    assert why_not_fused(*on_gpu).startswith("selection kernel failed")
+    assert why_not_fused(*on_gpu, parts) is None  # another kernel, not yet tried
+    (record,) = caplog.records
+    assert record.getMessage().endswith("(RuntimeError: no such luck); selecting through torch until the next run")
 
 
 def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(monkeypatch):
     plan, inputs = problem()
-
-    def fail(*arguments, **options):
-        raise torch.OutOfMemoryError("full")
-
-    monkeypatch.setattr(selection_module, "kernel_module", lambda name: kernel_that(fail))
+    monkeypatch.setattr(kernel, "select_blocks", that_raises(torch.OutOfMemoryError("full"))[0])
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         plan.select(inputs[0].as_subclass(OnCuda), *inputs[1:])
 
 
 def test_the_reason_against_the_fused_kernel_names_it(monkeypatch):
-    pytest.importorskip("triton")
     _, inputs = problem()
     on_gpu = [inputs[0].as_subclass(OnCuda), *inputs[1:]]
     if DEVICE == "cpu":
@@ -102,5 +100,5 @@ def test_the_reason_against_the_fused_kernel_names_it(monkeypatch):
     )
     assert "and torch.bfloat16" in why_not_fused(*on_gpu, inputs[1].bfloat16())
     assert "not torch.float64" in why_not_fused(*(x.double() for x in on_gpu))
-    monkeypatch.setattr(selection_module, "kernel_module", lambda name: "triton is not installed")
+    monkeypatch.setattr(selection_module, "why_no_kernels", lambda: "triton is not installed")
     assert why_not_fused(*on_gpu) == "triton is not installed"

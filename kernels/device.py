@@ -1,0 +1,37 @@
+"""What a chip and this Triton can do, asked once for all kernels."""
+
+import torch
+import triton
+
+MIN_CAPABILITY = (8, 0)
+MIN_CAPABILITY_FLOAT8 = (8, 9)  # older chips have no instruction that widens float8_e4m3fn
+MIN_CAPABILITY_DESCRIPTORS = (9, 0)
+
+
+@triton.jit
+def _nothing() -> None:
+    pass
+
+
+# Whether TRITON_INTERPRET was set when kernels were first imported: then they run on any device, slowly.
+INTERPRETED = not isinstance(_nothing, triton.JITFunction)
+
+
+def why_not(kernel: str, device: torch.device, *, float8: bool = False) -> str | None:
+    """Why a kernel cannot run on `device`, or None. kernel: its name in the plural, float8: it reads or writes them."""
+    if INTERPRETED:
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return f"{kernel} run on NVIDIA GPUs (or anywhere with TRITON_INTERPRET=1), not on {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    chip = f"sm_{capability[0]}{capability[1]}"
+    if capability < MIN_CAPABILITY:
+        return f"{kernel} need an sm_80 GPU or newer, this one is {chip}"
+    if float8 and capability < MIN_CAPABILITY_FLOAT8:
+        return f"Triton has no float8_e4m3fn on {chip}; keep the cache in int8 there"
+    return None
+
+
+def current(device: torch.device) -> torch.cuda.device:
+    """A context that makes `device` the one that Triton launches on; it changes nothing for CPU tensors."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

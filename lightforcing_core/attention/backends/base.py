@@ -1,0 +1,139 @@
+"""The interface of an attention backend, and the call that every backend takes."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..blocks import FrameBlocks
+from ..fast_path import FastPath
+from ..quantised import STORED
+from ..selection import BlockSelection
+
+EIGHT_BIT = tuple(STORED.values())
+
+# Dense attention over [B, L, H, D], as ComfyUI or torch computes it.
+DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Result(NamedTuple):
+    """What a backend returns.
+
+    out: [B, Lq, H, D] in q's dtype.
+    lse: if the call asks for it, the natural log of the sum of each query's exponentiated scores, those of a tail
+    included: [B, Lq, H] in float32 or wider, −inf for a query without keys. Attention over disjoint keys, on two
+    devices for example, adds up by it: out = Σ exp(lseᵢ − lse) · outᵢ with lse = log Σ exp(lseᵢ).
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call whose tensors are known to fit together. To choose a backend, shapes and dtypes are enough.
+
+    q: [B, Lq, H, D].
+    k, v: [B, Lk, H, D], in q's dtype, int8 or float8_e4m3fn.
+    q_layout, k_layout: the blocks of either side.
+    selection: the key blocks that each query block reads; None only while a backend is chosen.
+    scale: multiplies the scores, 1/√D if None.
+    scales: those of 8-bit k and v, float32 [B, k_blocks, H] each.
+    tail: the block means of k and v, [B, k_blocks, H, D] each, that stand in for the blocks that are not read.
+    uneven: query blocks may read different numbers of key blocks.
+    wants_lse: the result must hold a log-sum-exp.
+    dense: dense attention, for the backend that runs it; torch's own if None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_layout: FrameBlocks
+    k_layout: FrameBlocks
+    selection: BlockSelection | None = None
+    scale: float | None = None
+    scales: tuple[Tensor, Tensor] | None = None
+    tail: tuple[Tensor, Tensor] | None = None
+    uneven: bool = False
+    wants_lse: bool = False
+    dense: DenseAttention | None = None
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """(query, key) tokens per block."""
+        return self.q_layout.block, self.k_layout.block
+
+    @property
+    def q_blocks(self) -> int:
+        """Query blocks per head."""
+        return self.q_layout.frames(self.q.shape[1]) * self.q_layout.per_frame
+
+    @property
+    def k_blocks(self) -> int:
+        """Key blocks per head."""
+        return self.k_layout.frames(self.k.shape[1]) * self.k_layout.per_frame
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of the scores."""
+        return float(self.q.shape[-1] ** -0.5) if self.scale is None else self.scale
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether autograd will ask for a backward pass."""
+        return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
+
+    @property
+    def blocks_read(self) -> BlockSelection:
+        """The selection; RuntimeError in a call that was made to choose a backend."""
+        if self.selection is None:
+            raise RuntimeError("this call only describes shapes; give it a selection to run it")
+        return self.selection
+
+    def path(self, kind: str) -> FastPath:
+        """The fast path of one kind for this call."""
+        detail = (self.k.dtype, self.tail is not None, self.wants_lse)
+        return FastPath(f"attention: {kind}", self.q.device, self.q.dtype, self.block, self.q.shape[-1], detail)
+
+    def heads(self, heads: slice) -> "Call":
+        """The same call for some of the heads."""
+
+        def cut(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+            return None if pair is None else (pair[0][:, :, heads], pair[1][:, :, heads])
+
+        blocks, counts = self.blocks_read
+        return replace(
+            self,
+            q=self.q[:, :, heads],
+            k=self.k[:, :, heads],
+            v=self.v[:, :, heads],
+            selection=BlockSelection(blocks[:, heads], counts[:, heads]),
+            scales=cut(self.scales),
+            tail=cut(self.tail),
+        )
+
+
+class Backend(ABC):
+    """One way to compute block-sparse attention."""
+
+    name: ClassVar[str]
+    automatic: ClassVar[bool] = True  # whether "auto" may choose it; others run when named
+
+    @abstractmethod
+    def why_not(self, call: Call) -> str | None:
+        """One sentence of why this backend cannot run `call`, or None."""
+
+    def why_not_auto(self, call: Call) -> str | None:
+        """Why "auto" does not choose this backend for `call` although it can run it, or None."""
+        return None
+
+    @abstractmethod
+    def workspace(self, call: Call) -> int:
+        """Bytes that `run` allocates besides its output, at most."""
+
+    @abstractmethod
+    def run(self, call: Call) -> Result:
+        """Compute `call`, which `why_not` has nothing against."""

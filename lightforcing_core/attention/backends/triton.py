@@ -1,0 +1,60 @@
+"""Block-sparse attention by our Triton kernel: NVIDIA GPUs from sm_80 on, or Triton's interpreter."""
+
+import torch
+from torch import Tensor
+
+from ..blocks import FrameBlocks
+from ..fast_path import why_no_kernels
+from .base import Backend, Call, Result
+
+
+class Triton(Backend):
+    """The kernel in `kernels/block_sparse.py`, which reads 8-bit keys and values as they are stored."""
+
+    name = "triton"
+
+    def why_not(self, call: Call) -> str | None:
+        if reason := why_no_kernels():
+            return reason
+        if call.needs_grad:
+            return "the Triton kernel has no backward pass; run under torch.no_grad()"
+        from ....kernels import block_sparse
+
+        return block_sparse.why_not(call.q, call.block, call.k.dtype)
+
+    def why_not_auto(self, call: Call) -> str | None:
+        if call.q.device.type != "cuda":
+            return "Triton's interpreter is only for tests and must be named"
+        return None
+
+    def workspace(self, call: Call) -> int:
+        """The tail's bias: one float32 per query block and key block."""
+        return 4 * call.q.shape[0] * call.q.shape[2] * call.q_blocks * call.k_blocks if call.tail else 0
+
+    def run(self, call: Call) -> Result:
+        from ....kernels import block_sparse
+
+        lse = torch.empty(call.q.shape[:-1], dtype=torch.float32, device=call.q.device) if call.wants_lse else None
+        out = block_sparse.block_sparse_attention(
+            call.q,
+            call.k,
+            call.v,
+            *call.blocks_read,
+            tokens_per_frame=call.q_layout.tokens_per_frame,
+            block_q=call.q_layout.block,
+            block_k=call.k_layout.block,
+            scale=call.scale,
+            scales=call.scales,
+            tail=call.tail,
+            uneven=call.uneven,
+            lse=lse,
+        )
+        return Result(out, lse)
+
+    def run_dense(self, q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], layout: FrameBlocks) -> Tensor:
+        """Attention over all key blocks of an 8-bit cache, by the same kernel."""
+        from ....kernels import block_sparse
+
+        return block_sparse.dense_attention(
+            q, k, v, tokens_per_frame=layout.tokens_per_frame, block_q=128, block_k=layout.block, scales=scales
+        )

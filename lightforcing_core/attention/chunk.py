@@ -1,0 +1,73 @@
+"""How one chunk attends, decided when it opens: the plan of its policy, the backend, and why it is dense if it is."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .backends import DENSE, Call
+from .dispatch import BackendChoice, announce, choose
+from .options import AttentionOptions
+from .policies import POLICIES, Plan, View
+
+
+@dataclass(frozen=True)
+class ChunkAttention:
+    """One chunk's attention. A chunk without a plan is dense, and then `why_dense` says why.
+
+    choice: the backend of a sparse chunk. A backend may still fail and be replaced while the chunk runs.
+    """
+
+    plan: Plan | None = None
+    choice: BackendChoice | None = None
+    why_dense: str | None = None
+
+    @property
+    def density(self) -> float:
+        """The share of visible key blocks that the chunk reads."""
+        return 1.0 if self.plan is None else self.plan.density
+
+
+def plan_chunk(
+    options: AttentionOptions,
+    view: View,
+    sparsity: float,
+    *,
+    head_dim: int,
+    dtype: torch.dtype,
+    stored: torch.dtype | None = None,
+) -> ChunkAttention:
+    """Plan the attention of a chunk that skips the share `sparsity` of the key blocks in `view`, in [0, 1).
+
+    dtype: of queries. stored: of keys and values in the cache, if it is another one. Raises `BackendUnavailable` if a
+    backend was named that cannot run.
+    """
+    rule = POLICIES[options.policy].selection
+    if len(view.slot_frames) == view.current:
+        return ChunkAttention(why_dense="it sees nothing but itself")
+    if sparsity == 0.0:
+        return ChunkAttention(why_dense="the schedule asks for no sparsity here")
+    if rule is None:
+        return ChunkAttention(why_dense=f"the attention policy {options.policy!r} reads everything")
+    call = _shapes(options, view, head_dim, dtype, stored or dtype)
+    choice = choose(call, options.backend)
+    if choice.name == DENSE.name:
+        announce(choice, call.q.device)
+        return ChunkAttention(why_dense=f"no sparse attention backend works here: {choice.reason}")
+    plan = rule.plan(view, sparsity, options.budget)
+    why_dense = None
+    if plan.kept == view.k_blocks:
+        why_dense = f"a sparsity of {sparsity:g} leaves no whole block to skip among {view.k_blocks}"
+    return ChunkAttention(plan, choice, why_dense)
+
+
+def _shapes(options: AttentionOptions, view: View, head_dim: int, dtype: torch.dtype, stored: torch.dtype) -> Call:
+    """A call of the chunk's shapes, without data."""
+
+    def empty(rows: int, kind: torch.dtype) -> torch.Tensor:
+        one = torch.empty(1, dtype=kind, device=view.device)
+        return one.expand(view.batch, rows, view.heads, head_dim)
+
+    tokens = view.q_layout.tokens_per_frame
+    q, k = empty(view.current * tokens, dtype), empty(len(view.slot_frames) * tokens, stored)
+    means = empty(view.k_blocks, dtype)
+    return Call(q, k, k, view.q_layout, view.k_layout, tail=(means, means) if options.tail else None)

@@ -1,0 +1,98 @@
+"""The options of sparse attention, and the checks that everything which takes them shares."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from .backends import BACKEND_NAMES
+from .blocks import block_pair
+from .policies import POLICIES, FrameBudget
+from .selection import ESTIMATORS
+
+# Options of earlier versions that saved runs and graphs may still hold, and that have no effect any more.
+RETIRED: frozenset[str] = frozenset()
+
+
+class Pools(NamedTuple):
+    """Means that the KV cache must keep: of key blocks and frames, of value blocks, of parts of key blocks."""
+
+    keys: bool
+    values: bool
+    parts: bool
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How sparse attention is done during a rollout. Raises ValueError that names the way out for anything else.
+
+    backend: "auto" or one of `BACKEND_NAMES`.
+    block: (query, key) tokens per block, powers of two from 16 on.
+    keep_frames, sink_frames, near_frames: the past latent frames that stay eligible for selection, and how many of
+    them are the first and the nearest ones.
+    policy: one of `POLICIES`.
+
+    Options beyond the published method:
+    estimator: "lse" scores a block by its parts, see `SelectionPlan.select`.
+    tail: skipped blocks enter the softmax as their mean.
+    tiles: blocks are compact patches of the picture instead of runs of its rows.
+    """
+
+    backend: str = "auto"
+    block: tuple[int, int] = (64, 64)
+    keep_frames: int = 6
+    sink_frames: int = 1
+    near_frames: int = 2
+    estimator: str = "mean"
+    tail: bool = False
+    tiles: bool = False
+    reuse_steps: int = 1
+    policy: str = "light_forcing"
+
+    def __post_init__(self) -> None:
+        check_backend(self.backend)
+        check_block(self.block)
+        self.budget.check()
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"estimator {self.estimator!r} is not known; use one of {', '.join(ESTIMATORS)}")
+        if self.reuse_steps < 1:
+            raise ValueError(f"reuse_steps {self.reuse_steps} is less than 1; 1 selects anew in every step")
+        if self.policy not in POLICIES:
+            raise ValueError(f"attention policy {self.policy!r} is not known; use one of {', '.join(POLICIES)}")
+
+    def to_saved(self) -> dict[str, Any]:
+        """Plain values for a saved run, which earlier versions can read as long as the policy is theirs."""
+        facts = asdict(self)
+        if self.policy == "light_forcing":
+            del facts["policy"]
+        return facts
+
+    @classmethod
+    def from_saved(cls, facts: Mapping[str, Any]) -> "AttentionOptions":
+        """The options that a saved run holds, of this version or an earlier one."""
+        kept = {name: value for name, value in facts.items() if name not in RETIRED}
+        return cls(**{**kept, "block": tuple(kept["block"])})
+
+    @property
+    def budget(self) -> FrameBudget:
+        """The past frames that the policy may favour."""
+        return FrameBudget(self.keep_frames, self.sink_frames, self.near_frames)
+
+    def pools(self, *, sparse: bool) -> Pools:
+        """The means that the cache of a run keeps; sparse: whether the run asks for any sparsity."""
+        rule = POLICIES[self.policy].selection
+        if rule is None or not sparse:
+            return Pools(False, False, False)
+        return Pools(rule.needs_means or self.tail, self.tail, rule.needs_means and self.estimator == "lse")
+
+
+def check_backend(backend: str) -> None:
+    """ValueError unless `backend` is "auto" or the name of one."""
+    if backend != "auto" and backend not in BACKEND_NAMES:
+        raise ValueError(f"unknown attention backend {backend!r}; use 'auto', {', '.join(map(repr, BACKEND_NAMES))}")
+
+
+def check_block(block: tuple[int, int]) -> None:
+    """ValueError unless both sides of a block are powers of two from 16 on."""
+    for side, size in zip(("query", "key"), block_pair(block), strict=True):
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"{side} block of {size} tokens is not a power of two from 16 on; use 64 or 128")
