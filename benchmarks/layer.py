@@ -6,7 +6,7 @@ from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.dispatch import AttentionOptions, choose_backend, sparse_attention
 from ..lightforcing_core.attention.quantised import STORED, KVDtype, quantise_blocks
 from ..lightforcing_core.attention.selection import BlockSelection, SelectionPlan, sub_block_layout
-from ..lightforcing_core.families import FAMILIES
+from ..lightforcing_core.families import FAMILIES, Family
 
 HEAD_DIM = 128
 FRAMES = 3  # latent frames per chunk
@@ -14,9 +14,9 @@ CHUNKS = 7  # of an 81-frame video
 FAMILY = FAMILIES["light_forcing_short"]  # the published method's settings
 
 
-def published(backend: str, block: tuple[int, int]) -> AttentionOptions:
+def published(backend: str, block: tuple[int, int], family: Family = FAMILY) -> AttentionOptions:
     """The published method in these blocks."""
-    return AttentionOptions(backend, block, FAMILY.keep_frames, FAMILY.keep_sink, FAMILY.keep_near)
+    return AttentionOptions(backend, block, family.keep_frames, family.keep_sink, family.keep_near)
 
 
 class LayerAttention:

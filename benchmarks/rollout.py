@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lightforcing_core.attention.dispatch import AttentionOptions
 from ..lightforcing_core.families import FAMILIES, Family
 from ..lightforcing_core.model.causal import Pass
 from ..lightforcing_core.model.cuda_graph import CudaRecorder, StepGraph, why_no_graph
@@ -28,6 +27,7 @@ from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
 from ..lightforcing_core.vae.overlap import OverlappedDecoder
 from ..lightforcing_core.vae.streaming import StreamingDecoder
 from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
+from .layer import published
 from .record import facts
 from .settings import RolloutBench
 from .timing import medians
@@ -134,9 +134,7 @@ class _Arm:
             latent_shape=(1, 16, schedule.latent_frames, *bench.picture.latent),
             sigmas=few_step_sigmas(family.denoising_steps, family.shift),
             context=context,
-            attention=AttentionOptions(
-                bench.backend, bench.picture.block, family.keep_frames, family.keep_sink, family.keep_near
-            ),
+            attention=published(bench.backend, bench.picture.block, family),
             **schedule.arguments(),
         )
         runtime = Runtime(denoise=denoise, cuda_graph=bench.cuda_graph)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -223,9 +223,9 @@ class _Maker:
             sigmas=self._sigmas,
             context=context.to(dit.dtype),
             attention=arm.attention,
-            **{**schedule.arguments(), "growth": arm.growth},
+            **schedule.arguments(),
         )
-        return rollout(dit, recipe, Runtime(kv=arm.kv, noise=noise, **callbacks))
+        return rollout(dit, replace(recipe, growth=arm.growth), Runtime(kv=arm.kv, noise=noise, **callbacks))
 
     def _schedule(self, arm: Arm) -> Schedule:
         schedule = self._long if arm.is_long else self._short

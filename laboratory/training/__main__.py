@@ -21,7 +21,7 @@ from lightforcing.lightforcing_core.files.output import whole_file
 
 from .evaluate import evaluate
 from .export import export
-from .recipe import PRESETS, Lesson, Recipe
+from .recipe import PRESETS, Lesson, TrainingRecipe
 from .shapes import draw_clip, render
 from .stage import Paused, Session, autocast
 from .train_ar import CACHES, cache_latents, train_ar, train_few
@@ -33,7 +33,7 @@ PAUSED = 75  # exit status
 
 
 def run(
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     session: Session,
     *,
     minutes: float | None = None,
@@ -52,7 +52,7 @@ def run(
         draw_curves(session.folder)
 
 
-def _stages(recipe: Recipe, session: Session, minutes: float | None, last: str, start: Path | None) -> dict:
+def _stages(recipe: TrainingRecipe, session: Session, minutes: float | None, last: str, start: Path | None) -> dict:
     folder, device = session.folder, session.device
     shares = [None if minutes is None else minutes * share for share in recipe.shares]
     clock = time.monotonic()
@@ -108,14 +108,14 @@ def _stages(recipe: Recipe, session: Session, minutes: float | None, last: str, 
     return counts
 
 
-def _held_out(recipe: Recipe, device: torch.device) -> torch.Tensor:
+def _held_out(recipe: TrainingRecipe, device: torch.device) -> torch.Tensor:
     """Videos [B, 3, T, H, W] in −1…1 of a list that no stage trains on."""
     seed, size = recipe.seed + HELD_OUT_SEED_OFFSET, recipe.video
     clips = [draw_clip(seed, i, aspect=recipe.aspect, level=recipe.first.level) for i in range(recipe.held_out_clips)]
     return render(clips, size.frames, size.height, size.width, device=device).permute(0, 4, 1, 2, 3) * 2 - 1
 
 
-def _keep_recipe(recipe: Recipe, folder: Path) -> None:
+def _keep_recipe(recipe: TrainingRecipe, folder: Path) -> None:
     """Write the recipe next to its results; ValueError if the folder holds those of another one."""
     file = folder / "recipe.json"
     text = json.dumps(asdict(recipe), indent=1) + "\n"

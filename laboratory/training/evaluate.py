@@ -17,24 +17,23 @@ from lightforcing.lightforcing_core.demo.model import DemoModel, Level, load_dem
 from lightforcing.lightforcing_core.families import Family
 from lightforcing.lightforcing_core.files.output import whole_file
 from lightforcing.lightforcing_core.rollout.loop import rollout
-from lightforcing.lightforcing_core.rollout.recipe import Recipe as RolloutRecipe
-from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
+from lightforcing.lightforcing_core.rollout.recipe import Recipe, few_step_sigmas
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
 
-from .recipe import Recipe
+from .recipe import TrainingRecipe
 from .shapes import draw_clip
 
 TEST_SEED_OFFSET = 2_000_003
 
 
-def evaluation_scenes(recipe: Recipe) -> dict[str, list[Scene]]:
+def evaluation_scenes(recipe: TrainingRecipe) -> dict[str, list[Scene]]:
     """As many different scenes of each lesson, from lists that training never draws from."""
     lessons = {"first": recipe.first, "second": recipe.second}
     return {name: _drawn(recipe, lesson.level) for name, lesson in lessons.items() if lesson is not None}
 
 
-def _drawn(recipe: Recipe, level: Level) -> list[Scene]:
+def _drawn(recipe: TrainingRecipe, level: Level) -> list[Scene]:
     found: dict[Scene, None] = {}
     drawn = (draw_clip(recipe.seed + TEST_SEED_OFFSET, index, level=level).scene for index in itertools.count())
     while len(found) < recipe.eval_captions:
@@ -45,14 +44,14 @@ def _drawn(recipe: Recipe, level: Level) -> list[Scene]:
 def generate(
     models: DemoModel,
     scene: Scene,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     *,
     seed: int,
     growth: list[float] | None = None,
 ) -> Tensor:
     """A video of the scene's caption, [frames, H, W, 3] in 0…1 on the CPU."""
     context, video = context_of_caption(models.table, caption_of(scene)), recipe.video
-    asked = RolloutRecipe(
+    video_recipe = Recipe(
         latent_shape=(1, 16, video.latent_frames, video.height // 8, video.width // 8),
         frames_per_chunk=video.frames_per_chunk,
         sigmas=few_step_sigmas(),
@@ -62,10 +61,10 @@ def generate(
         attention=AttentionOptions(block=(video.block, video.block), estimator=Family.estimator, tail=Family.tail),
     )
     decoder = StreamingDecoder(models.vae)
-    return torch.cat([decoder.decode(chunk.latents)[0].float().cpu() for chunk in rollout(models.dit, asked)])
+    return torch.cat([decoder.decode(chunk.latents)[0].float().cpu() for chunk in rollout(models.dit, video_recipe)])
 
 
-def evaluate(recipe: Recipe, folder: Path, device: torch.device) -> dict:
+def evaluate(recipe: TrainingRecipe, folder: Path, device: torch.device) -> dict:
     """Judge dense and sparse rollouts of each lesson's captions.
 
     Writes evaluation.json and one picture sheet each; returns (right, of) by "dense first" and so on.

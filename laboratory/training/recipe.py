@@ -82,7 +82,7 @@ LARGE = DemoVideo(128, 192, frames=81, frames_per_chunk=3, block=16, level="full
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """One training run. Steps are upper limits; with a time budget a stage also ends when its share of it is spent.
 
     Learning rates fall with whichever comes first. video: the exported model's record of its videos; its level is
@@ -112,7 +112,7 @@ class Recipe:
         return self.video.width / self.video.height
 
 
-_CPU = Recipe(
+_CPU = TrainingRecipe(
     video=DemoVideo(96, 144, frames=81, frames_per_chunk=3, block=16, level="simple"),
     vae=VAERecipe(dim=8, crop=48, image_steps=1200, batch=2, steps=1600, rate=6e-4),
     model=ModelRecipe(layers=4),
@@ -133,7 +133,7 @@ _CPU = Recipe(
 )
 
 PRESETS = {
-    "h200": Recipe(),
+    "h200": TrainingRecipe(),
     "cpu": _CPU,
     "pillar": replace(
         _CPU,
@@ -148,7 +148,7 @@ PRESETS = {
         ),
         shares=(0.15, 0.07, 0.57, 0.04, 0.14, 0.0),
     ),
-    "tiny": Recipe(
+    "tiny": TrainingRecipe(
         video=DemoVideo(32, 48, frames=21, frames_per_chunk=3, block=16, level="pillar"),
         vae=VAERecipe(dim=2, frames=5, crop=32, image_steps=2, batch=1, steps=2),
         model=ModelRecipe(dim=128, ffn_dim=64, layers=1, text_dim=32),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightforcing.lightforcing_core.files.output import whole_file
 
-from .recipe import Recipe
+from .recipe import TrainingRecipe
 
 WARM_UP = 50  # steps until the full learning rate
 DECAY_FROM = 0.6  # share of the budget from which on the learning rate falls to 0
@@ -52,7 +52,7 @@ def step_generator(seed: int, stage: str, step: int, device: torch.device | str 
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def autocast(recipe: Recipe, device: torch.device) -> torch.autocast:
+def autocast(recipe: TrainingRecipe, device: torch.device) -> torch.autocast:
     """bfloat16 for the heavy operations, always on a GPU, on a CPU if the recipe says so."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or recipe.bfloat16)
 

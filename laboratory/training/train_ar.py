@@ -19,7 +19,7 @@ from lightforcing.lightforcing_core.model.wan import Wan
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 from lightforcing.lightforcing_core.vae.wan_vae import WanVAE, normalise_latents
 
-from .recipe import Lesson, Recipe
+from .recipe import Lesson, TrainingRecipe
 from .shapes import draw_clip, render
 from .stage import Session, Stage, autocast, step_generator
 from .whole_clip import encode_clip, teacher_forced
@@ -31,7 +31,7 @@ GRID = 32  # noise levels along which consistency is distilled
 TRAIN_SEED_OFFSET = 1_000_003  # the model's clips are not those of the VAE
 
 
-def new_model(recipe: Recipe) -> Wan:
+def new_model(recipe: TrainingRecipe) -> Wan:
     """A Wan to be trained: Xavier linears, unit norms, a head of zeros."""
     sizes = recipe.model
     model = Wan(dim=sizes.dim, ffn_dim=sizes.ffn_dim, num_layers=sizes.layers, text_dim=sizes.text_dim)
@@ -51,7 +51,7 @@ def new_model(recipe: Recipe) -> Wan:
 
 
 def cache_latents(
-    recipe: Recipe, lesson: Lesson, vae: WanVAE, file: Path, device: torch.device, minutes: float | None = None
+    recipe: TrainingRecipe, lesson: Lesson, vae: WanVAE, file: Path, device: torch.device, minutes: float | None = None
 ) -> dict[str, Tensor]:
     """The latents of a lesson, from `file` or made and kept there.
 
@@ -71,7 +71,7 @@ def cache_latents(
 
 @torch.no_grad()
 def encode_clips(
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     level: Level,
     vae: WanVAE,
     device: torch.device,
@@ -102,7 +102,12 @@ class Batches:
     """Clips, noise levels and noise of any step."""
 
     def __init__(
-        self, recipe: Recipe, cache: dict[str, Tensor], table: dict[str, Tensor], device: torch.device, stage: str
+        self,
+        recipe: TrainingRecipe,
+        cache: dict[str, Tensor],
+        table: dict[str, Tensor],
+        device: torch.device,
+        stage: str,
     ) -> None:
         self._recipe, self._cache, self._table, self._device, self._stage = recipe, cache, table, device, stage
 
@@ -123,7 +128,7 @@ class Batches:
 
 
 def train_ar(
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     lesson: Lesson,
     cache: dict[str, Tensor],
     table: dict[str, Tensor],
@@ -203,7 +208,7 @@ def chunk_weights(level: Tensor) -> Tensor:
 
 
 def train_few(
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     teacher: Wan,
     cache: dict[str, Tensor],
     table: dict[str, Tensor],
@@ -254,7 +259,7 @@ def train_few(
     return stage.run(loss_of)
 
 
-def _flow(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Tensor, recipe: Recipe) -> Tensor:
+def _flow(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Tensor, recipe: TrainingRecipe) -> Tensor:
     with autocast(recipe, noisy.device):
         flow = teacher_forced(
             model, noisy, history, 1000 * sigma, context, frames_per_chunk=recipe.video.frames_per_chunk
@@ -262,7 +267,9 @@ def _flow(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Te
     return flow.float()
 
 
-def _denoised(model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Tensor, recipe: Recipe) -> Tensor:
+def _denoised(
+    model: Wan, noisy: Tensor, history: Tensor, sigma: Tensor, context: Tensor, recipe: TrainingRecipe
+) -> Tensor:
     """The model's estimate of x0; at σ = 0 its input."""
     return noisy - _spread(sigma) * _flow(model, noisy, history, sigma, context, recipe)
 
@@ -276,7 +283,7 @@ def _made(
     context: Tensor,
     generator: torch.Generator,
     batches: Batches,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
 ) -> Tensor:
     """Clips as the model denoises them from one of the four steps' levels, a level for every chunk."""
     drawn = torch.randint(

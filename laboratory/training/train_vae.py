@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightforcing.lightforcing_core.vae.wan_vae import LATENT_CHANNELS, LATENT_MEAN, LATENT_STD, WanVAE
 
-from .recipe import Recipe
+from .recipe import TrainingRecipe
 from .shapes import Clip, draw_clip, paths_of, render
 from .stage import Session, Stage, StepLoss, autocast, step_generator
 from .whole_clip import decode_clip, encode_clip
@@ -52,7 +52,7 @@ def new_vae(dim: int, seed: int) -> WanVAE:
     return vae
 
 
-def train_vae(recipe: Recipe, session: Session, minutes: float | None = None) -> WanVAE:
+def train_vae(recipe: TrainingRecipe, session: Session, minutes: float | None = None) -> WanVAE:
     """Train on single pictures and then on clips, continuing from the session's folder.
 
     Returns the averaged VAE, its statistics not yet folded.
@@ -80,7 +80,7 @@ def train_vae(recipe: Recipe, session: Session, minutes: float | None = None) ->
     return vae.requires_grad_(False)
 
 
-def _loss_of(recipe: Recipe, stage: Stage, frames: int) -> StepLoss:
+def _loss_of(recipe: TrainingRecipe, stage: Stage, frames: int) -> StepLoss:
     device = stage.session.device
 
     def loss_of(step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -104,7 +104,7 @@ def _loss_of(recipe: Recipe, stage: Stage, frames: int) -> StepLoss:
     return loss_of
 
 
-def crops(recipe: Recipe, step: int, device: torch.device, frames: int) -> Tensor:
+def crops(recipe: TrainingRecipe, step: int, device: torch.device, frames: int) -> Tensor:
     """The step's videos [B, 3, frames, H, W] in −1…1, cut from anywhere in their clips.
 
     `batch` of them; of single pictures half as many as one batch of videos has frames.
