@@ -9,8 +9,7 @@ from unittest import mock
 import torch
 
 from ..lightforcing_core.attention.blocks import FrameBlocks
-from ..lightforcing_core.attention.dispatch import choose_backend
-from ..lightforcing_core.attention.selection import SelectionPlan
+from ..lightforcing_core.attention.chunk import ChunkAttention
 from ..lightforcing_core.model import causal, cuda_graph
 from ..lightforcing_core.model.causal import ModelState, Predict, predict
 from ..lightforcing_core.model.kv_cache import KVCache
@@ -57,7 +56,8 @@ def run_step(bench: StepBench) -> dict[str, Any]:
     sparse = _state_with_history(bench, KVCache(shape, device=device), random, device)
     x = random(1, 16, FRAMES, *bench.picture.latent)
     sparse.follow(random(1, TEXT_TOKENS, TEXT_DIM))
-    states = {"dense": replace(sparse, chunk=replace(sparse.chunk, plan=None)), "sparse": sparse}
+    dense = replace(sparse, chunk=replace(sparse.chunk, attention=ChunkAttention()))
+    states = {"dense": dense, "sparse": sparse}
     timestep = torch.full((1,), 937.5, device=device)
 
     def arm(state: ModelState, run: Predict = predict) -> Callable[[], object]:
@@ -70,16 +70,13 @@ def run_step(bench: StepBench) -> dict[str, Any]:
             recorded = {f"{name}, graph": arm(state, _recorded(device)) for name, state in states.items()}
         samples = take_turns(arms | recorded, repeats=bench.repeats, device=device)
         stages = _stages(arms, states, dit, device)
-        q, k = (torch.empty(1, n, dim // HEAD_DIM, HEAD_DIM, dtype=dtype, device=device) for n in (queries, keys))
-        chosen = choose_backend(
-            q, k, tokens_per_frame=queries // FRAMES, block=bench.picture.block, backend=bench.backend
-        )
+    choice = sparse.chunk.attention.choice
     return {
         "bench": "step",
         **facts(device, bench),
         "layers": layers,
         "warm_up": warm_up_rule(bench.repeats),
-        "backend": chosen._asdict(),
+        "backend": choice._asdict() if choice else sparse.chunk.attention.why_dense,
         "queries": queries,
         "keys": keys,
         "density": sparse.chunk.density,
@@ -142,8 +139,9 @@ def _hooked(clock: StageClock, dit: Any, state: ModelState) -> Iterator[None]:
 
         hook(state.cache, "store", "store and pool")
         hook(FrameBlocks, "block_means", "selection")
-        hook(SelectionPlan, "select", "selection")
-        hook(causal, "sparse_attention", "attention")
+        if state.chunk.plan is not None:
+            hook(type(state.chunk.plan), "select", "selection")
+        hook(causal, "attend", "attention")
         hook(state, "dense_attention", "attention")
         hook(causal, "_cross_attention", "cross-attention")
         for block in dit.blocks:
