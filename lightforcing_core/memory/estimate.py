@@ -1,7 +1,7 @@
-"""What a run will need in memory, before it starts: weights, KV cache, one forward's activations, decode.
+"""Estimate a run's memory before it starts: weights, KV cache, one forward's activations, decode.
 
-Nothing is looked up in a table: one layer's forward and one chunk's decode are run dry, on tensors that have a shape
-and no data, while their allocations are counted. It follows the code when the code changes.
+Nothing is looked up in a table: one layer's forward and one chunk's decode run on tensors without data while their
+allocations are counted, so the estimate follows the code when the code changes.
 """
 
 import functools
@@ -34,7 +34,7 @@ from ..vae.wan_vae import WanVAE
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A Wan-layout model's widths, and the bytes that its weights take where it runs."""
+    """A Wan-layout model's widths, and the bytes of its weights on the device."""
 
     dim: int
     ffn_dim: int
@@ -44,7 +44,7 @@ class ModelSize:
 
     @classmethod
     def of_module(cls, dit: Any) -> "ModelSize":
-        """The sizes of a loaded module tree, ours or the host's."""
+        """The sizes of a loaded module tree, ours or ComfyUI's."""
         block = dit.blocks[0]
         return cls(
             dim=dit.dim,
@@ -67,11 +67,15 @@ class ModelSize:
 class MemoryEstimate:
     """Bytes that a run needs. `step` and `decode` are held by turns unless overlapped, everything else all the time.
 
-    weights: the model's; vae: the decoder's weights; cache: keys, values, pooled keys and sink originals; prompt:
-    the text and its keys and values in every layer; history: what the decoder keeps between chunks; step: the
-    activations of one forward; decode: those of decoding one chunk, its frames included; host: pinned host memory,
-    which is not part of the total. overlapped: a chunk is decoded while the next one is sampled. graph: what a
-    recorded step keeps to itself, its activations once more.
+    weights, vae: of the model and the decoder.
+    cache: keys, values, pooled keys and sink originals.
+    prompt: the text and its keys and values in every layer.
+    step: the activations of one forward.
+    history: the frames that the decoder keeps between chunks.
+    decode: the activations of decoding one chunk, its frames included.
+    host: pinned CPU memory, which is not part of the total.
+    overlapped: whether a chunk is decoded while the next one is sampled.
+    graph: the activations that a recorded step keeps to itself.
     """
 
     weights: int
@@ -92,19 +96,19 @@ class MemoryEstimate:
         return self.weights + self.vae + self.cache + self.prompt + self.history + self.graph + work
 
     def sped_up(self, *, overlap: bool, cuda_graph: bool) -> "MemoryEstimate":
-        """The same run with decode beside the sampling, and with recorded steps, as far as it is asked for."""
+        """The same run with overlapped decode and with recorded steps, if asked for."""
         return replace(self, overlapped=overlap, graph=self.step if cuda_graph else 0)
 
     def __str__(self) -> str:
         """One line for a log, a node or the command line."""
         parts = {"weights": self.weights, "KV cache": self.cache, "one step": self.step + self.prompt}
         if self.vae:
-            parts |= {"VAE": self.vae, "decode beside it" if self.overlapped else "decode": self.decode + self.history}
+            parts |= {"VAE": self.vae, "overlapped decode" if self.overlapped else "decode": self.decode + self.history}
         if self.graph:
             parts["CUDA graph"] = self.graph
         listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items())
-        beside = f" and {gib(self.host)} GiB of host memory" if self.host else ""
-        return f"needs about {gib(self.total)} GiB ({listed}){beside}"
+        pinned = f" and {gib(self.host)} GiB of CPU memory" if self.host else ""
+        return f"needs about {gib(self.total)} GiB ({listed}){pinned}"
 
 
 def estimate(
@@ -208,7 +212,7 @@ class _DryRun:
         return peak.peak - text.nbytes - prompt_bytes, text.nbytes // batch + model.layers * prompt_bytes // layers
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Take the place of every attention: allocate its output, and before that what a sparse backend needs."""
+        """Replace every attention: allocate its output, and the workspace of a sparse backend while that is made."""
         workspace = None
         if self.backend is not None and k.shape[1] != self.text_tokens:
             workspace = torch.empty(self.backend.workspace(self._sparse_call(q)), dtype=torch.uint8, device="meta")
@@ -235,8 +239,9 @@ def decode_bytes(
 ) -> tuple[int, int, int]:
     """Bytes of a Wan VAE's weights, of what its decoder keeps between chunks, and of decoding one chunk.
 
-    shape: of the chunk's latents, [B, C, frames, h, w]. tiles: per side, see `TiledDecoder`. on_host: the decoder
-    runs in host memory, where tiles that wait are not out of the way.
+    shape: of the chunk's latents, [B, C, frames, h, w].
+    tiles: per side, see `TiledDecoder`.
+    on_host: the decoder runs on the CPU, where tiles that wait take the same memory.
     """
     with torch.device("meta"):
         vae = WanVAE(vae_dim).to(vae_dtype)
@@ -245,7 +250,7 @@ def decode_bytes(
     with AllocationPeak(convolutions_copy=True) as peak:
         decoder.decode(latents)
         peak.reset()
-        decoder.decode(latents)  # what the first chunk left is replaced piece by piece
+        decoder.decode(latents)  # the state that the first chunk left is replaced piece by piece
     history = decoder.cache_bytes
     decode = peak.peak - history
     if not on_host:
@@ -254,7 +259,7 @@ def decode_bytes(
 
 
 class _DryState(ModelState):
-    """A state that counts what dense attention over an 8-bit cache takes: nothing in the kernel, a head elsewhere."""
+    """Counts the widened keys and values of dense attention over an 8-bit cache: none in the kernel, else a head's."""
 
     def attend_history(self, q: Tensor, memory: LayerMemory) -> Tensor:
         keys, values = memory.keys, memory.values
@@ -279,7 +284,7 @@ class AllocationPeak(TorchDispatchMode):
     """
 
     def __init__(self, *, convolutions_copy: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._convolutions_copy = convolutions_copy
         self._sizes: dict[int, int] = {}
         self._now = 0

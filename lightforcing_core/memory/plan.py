@@ -1,8 +1,8 @@
-"""What to give up when a run does not fit: speed-ups, then decode tiles, an 8-bit KV cache, one in host memory.
+"""Degrade a run, step by step, until it fits in memory.
 
-The choices are taken in the order of what they cost: CUDA graphs and a decode beside the sampling only save time,
-tiles cost a little of it, eight bits a little precision, host memory a copy of the cache per forward. One that does
-not help is left out.
+The steps are in the order of their cost: CUDA graphs and overlapped decode only save time, decode tiles cost a little
+of it, an 8-bit KV cache a little precision, one in CPU memory a copy of the cache per forward. A step that does not
+help is left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,23 +19,25 @@ from ..rollout.schedule import Schedule, latent_frames_of
 from ..vae.wan_vae import LATENT_CHANNELS
 from .estimate import MemoryEstimate, ModelSize, estimate, gib
 
-# What an allocator loses between tensors, and what a card needs for itself.
+# The share that an allocator loses between tensors and a GPU needs for itself.
 HEADROOM = 0.08
 LIGHT_VAE, WAN_VAE = 24, 96  # widths
 TEXT_TOKENS = 512  # the umt5 encoder's slots
-# How a KV cache is kept, the best first.
+# Ways to keep a KV cache, the best first.
 LADDER = (KVOptions(), KVOptions("int8"), KVOptions("int8", host=True))
 
-Reckon = Callable[[KVOptions, int], MemoryEstimate]
+EstimateOf = Callable[[KVOptions, int], MemoryEstimate]
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a run is kept in memory, what it then needs, and what there is.
+    """How a run is kept in memory, and the bytes that it then needs.
 
-    estimate: with these choices; before: without them. free: bytes that the run may take. latents: bytes of the
-    video's latents beside the chunk's own, and whether they are kept on the device. overlap, cuda_graph: whether
-    chunks are decoded beside the sampling, and steps recorded; both only where they were asked for.
+    estimate, before: with these choices, and without them.
+    free: bytes that the run may take.
+    kv, decode_tiles: how the KV cache is kept, and tiles per side in decode.
+    latents, latents_on_device: bytes of the whole video's latents, and whether they are kept on the device.
+    overlap, cuda_graph: whether a chunk is decoded while the next one is sampled, and whether steps are recorded.
     """
 
     estimate: MemoryEstimate
@@ -55,7 +57,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak, with room for an allocator's waste, is no more than what is free."""
+        """Whether the peak and the headroom for an allocator's waste are free."""
         return self.needed * (1 + HEADROOM) <= self.free
 
     @property
@@ -71,11 +73,11 @@ class MemoryPlan:
         if self.kv != KVOptions():
             words.append(str(self.kv))
         if not self.latents_on_device:
-            words.append("latents in host memory")
+            words.append("latents in CPU memory")
         return words
 
     def __str__(self) -> str:
-        """One line: what is needed, what there is, and what is done about it."""
+        """One line: the bytes needed and free, and the choices made."""
         line = f"{self.estimate}, {gib(self.free)} GiB free"
         if self.given_up:
             line += f": {', '.join(self.given_up)} (without: {gib(self.before.total + self.latents)} GiB)"
@@ -86,7 +88,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    reckon: Reckon,
+    estimate_of: EstimateOf,
     free: int,
     *,
     ladder: Sequence[KVOptions] = LADDER,
@@ -95,20 +97,21 @@ def plan_memory(
     overlap: bool = False,
     cuda_graph: bool = False,
 ) -> MemoryPlan:
-    """The cheapest way to make a run fit into `free` bytes, or all of them together when it cannot.
+    """The cheapest way to fit a run into `free` bytes; if none fits, all of them together.
 
-    reckon: the estimate for a KV cache and a number of decode tiles per side. ladder: the ways in which the cache may
-    be kept, the best first. most_tiles: how far decode may be cut, 1 for a decoder that cannot. latents: bytes that
-    the video's latents take on the device, 0 where the device is the host. overlap, cuda_graph: what the run would
-    like to do where there is room.
+    estimate_of: the estimate for a KV cache and a number of decode tiles per side.
+    ladder: the ways in which the cache may be kept, the best first.
+    most_tiles: the most tiles per side in decode; 1 for a decoder that cannot be cut.
+    latents: bytes of the whole video's latents on the device; 0 if the device is the CPU.
+    overlap, cuda_graph: whether the run would decode while it samples, and record steps, if that fits.
     """
 
     def fill(plan: MemoryPlan) -> MemoryPlan:
-        needed = reckon(plan.kv, plan.decode_tiles)
+        needed = estimate_of(plan.kv, plan.decode_tiles)
         recorded = plan.cuda_graph and not plan.kv.host
         return replace(plan, estimate=needed.sped_up(overlap=plan.overlap, cuda_graph=recorded))
 
-    plain = reckon(ladder[0], 1)
+    plain = estimate_of(ladder[0], 1)
     best = fill(MemoryPlan(plain, plain, free, ladder[0], latents=latents, overlap=overlap, cuda_graph=cuda_graph))
     best = replace(best, before=best.estimate)
     changes: list[dict[str, Any]] = [{"cuda_graph": False}] if cuda_graph else []
@@ -127,7 +130,7 @@ def plan_memory(
 
 
 def describe_memory(model: ModelSize, family: Family, *, height: int, width: int, length: int) -> list[tuple[str, str]]:
-    """(label, value) rows of what `length` video frames need on a GPU, for each way to keep the KV cache."""
+    """(label, value) rows: the memory of `length` video frames on a GPU, for each way to keep the KV cache."""
     check_size(height, width)
     schedule = Schedule.of_family(family, latent_frames_of(length))
     recipe = Recipe(
@@ -140,7 +143,7 @@ def describe_memory(model: ModelSize, family: Family, *, height: int, width: int
     for label, vae_dim, kv in (
         ("memory", LIGHT_VAE, KVOptions()),
         ("8-bit KV cache", LIGHT_VAE, KVOptions("int8")),
-        ("... in host memory", LIGHT_VAE, KVOptions("int8", host=True)),
+        ("... in CPU memory", LIGHT_VAE, KVOptions("int8", host=True)),
         ("full Wan VAE", WAN_VAE, KVOptions()),
     ):
         rows.append((label, str(estimate(model, recipe, kv=kv, vae_dim=vae_dim))))

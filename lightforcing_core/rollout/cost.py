@@ -1,6 +1,6 @@
-"""What a schedule costs in FLOPs against dense attention: its self-attention, and the whole forward around it.
+"""The FLOPs of a schedule against dense attention: of self-attention, and of the whole forward.
 
-Counted for the 1.3B model at 480×832 unless told otherwise; the ratios hardly move with the number of steps.
+For the 1.3B model at 480×832 by default; the ratios hardly depend on the number of steps.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,7 +31,7 @@ class ChunkCost:
 
 
 def schedule_costs(sparsities: Sequence[float], chunk_lengths: Sequence[int], window: int | None) -> list[ChunkCost]:
-    """What a schedule will cost: one `ChunkCost` per chunk, its density the complement of its sparsity.
+    """The cost of a schedule: one `ChunkCost` per chunk, its density the complement of its sparsity.
 
     chunk_lengths and window: latent frames (window None: every frame is visible). Raises ValueError when the two
     lists differ in length.
@@ -53,7 +53,7 @@ def flops_ratio(chunks: Iterable[ChunkCost]) -> float:
 
 @dataclass(frozen=True)
 class ClipCost:
-    """FLOPs of one video: self-attention as scheduled and dense, and the linear layers beside it."""
+    """FLOPs of one video: self-attention as scheduled and dense, and the linear layers."""
 
     attention: float
     dense_attention: float

@@ -136,7 +136,7 @@ class ChunkLoop:
         return self._for_each_video(self.known[:, :, start : start + length])
 
     def _end_of(self, index: int) -> Tensor | None:
-        """What the chunk ends with, if anything: [B, C, frames, h, w]."""
+        """The given latents at the end of the chunk, [B, C, frames, h, w], if any."""
         last = self.recipe.last_latents
         return None if last is None or index < len(self.lengths) - 1 else self._for_each_video(last)
 

@@ -1,4 +1,4 @@
-"""The record of one run: what every chunk saw and kept in each layer, how long it took, and why anything ran dense.
+"""The record of one run: the frames and blocks that each chunk read, seconds per stage, reasons for dense attention.
 
 A recorder only notes Python numbers and keeps a few small tensors on the device while a run lasts; nothing waits on
 the device before `finish`, which brings all of it to the CPU at once.
@@ -27,15 +27,18 @@ Moment: TypeAlias = "float | torch.cuda.Event"
 class ChunkRecord:
     """One generated chunk: `frames` latent frames from `start_frame` on.
 
-    visible: the latent frames it attended to, oldest first, its own included. sparsity: what the schedule asked to
-    skip. layer_density: the share of visible key blocks that each layer read at the last denoising step, the mean
-    over heads and query blocks. seconds: per stage, `denoise`, `clean pass`, `output`. why_dense: a sentence where
-    every block was read, else None.
-
+    visible: the latent frames it attended to, oldest first, its own included.
+    sparsity: the share of key blocks that the schedule skips.
+    layer_density: the share of visible key blocks that each layer read at the last denoising step, the mean over heads
+        and query blocks.
+    seconds: per stage, `denoise`, `clean pass`, `output`.
+    why_dense: the reason if every block was read, else None.
+    query_blocks: the number that `block_map` counts out of.
+    key_block: tokens per key block.
+    tiles: blocks are patches of the picture, see `blocks.tile_order`.
     block_map: how many query blocks kept each key block at that step, over the batch's videos: int16
-    [layers, heads, visible frames, blocks per frame], frames as in `visible`, on the CPU. None where the chunk was
-    dense or the run kept no map of it. query_blocks: what the counts are out of. key_block: tokens per key block.
-    tiles: blocks are patches of the picture, see `geometry.tile_order`.
+        [layers, heads, visible frames, blocks per frame], frames as in `visible`, on the CPU. None if the chunk was
+        dense or the run kept no map of it.
     """
 
     index: int
@@ -59,17 +62,18 @@ class ChunkRecord:
 
     @property
     def cost(self) -> ChunkCost:
-        """The chunk as the report reckons with it."""
+        """The chunk's attention, as counted in FLOPs."""
         return ChunkCost(self.index, self.start_frame, self.frames, len(self.visible), self.sparsity, self.density)
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run did.
+    """One run.
 
-    grid: tokens per latent frame, (rows, columns). attention: the backends
-    that ran sparse attention, each with its reason; empty where none did. notes: what else ran dense. seconds: per
-    stage over the whole run, the reading of given frames (`replay`) and prompt switches (`recompute`) included.
+    grid: tokens per latent frame, (rows, columns).
+    attention: the backends that ran sparse attention, each with its reason.
+    notes: other work that ran dense.
+    seconds: per stage over the whole run, reading given frames (`replay`) and prompt switches (`recompute`) included.
     facts: whatever else belongs to the run, as text.
     """
 
@@ -124,7 +128,8 @@ class Recorder:
 class RunRecorder(Recorder):
     """Collects one run; `rollout` calls it. One recorder serves one run.
 
-    facts: text to keep in the record. map_bytes: how much memory block maps may take.
+    facts: text to keep in the record.
+    map_bytes: the most memory that block maps may take.
     """
 
     def __init__(self, facts: dict[str, str] | None = None, *, map_bytes: int = MAP_BYTES) -> None:
@@ -231,7 +236,7 @@ class _Open:
         self.block_map: Tensor | None = None
 
     def record(self, seconds: dict[str, float], layers: int, heads: int) -> ChunkRecord:
-        """What stays of the chunk, on the CPU and in time order."""
+        """The chunk's record, on the CPU and in time order."""
         density: Sequence[float] = (1.0,) * layers
         by_time = sorted(range(len(self.slot_frames)), key=self.slot_frames.__getitem__)
         block_map = None
@@ -258,7 +263,7 @@ class _Open:
 
 
 def _now(device: torch.device) -> Moment:
-    """This moment in the device's own queue of work, or on the host's clock where the device has no such events."""
+    """This moment in the device's queue of work; on the CPU's clock if the device has no such events."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -269,6 +274,6 @@ def _now(device: torch.device) -> Moment:
 def _seconds(start: Moment, end: Moment) -> float:
     if isinstance(start, torch.cuda.Event):
         assert isinstance(end, torch.cuda.Event)
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
     assert isinstance(end, float)
     return end - start

@@ -1,6 +1,6 @@
-"""A run that survives a restart: its finished chunks and all that steers it, as one safetensors file.
+"""A run that survives a restart: its recipe and finished chunks, as one safetensors file.
 
-Fed back to `rollout`, a state continues the video as if it had never stopped, bit for bit on the same machine.
+A loaded state continues the video as if it had never stopped, bit for bit on the same machine.
 """
 
 import json
@@ -22,18 +22,18 @@ from .runtime import Chunk
 from .timeline import Prompt
 
 FORMAT = "light_forcing_run_state"
-VERSION = 2  # 1 knows no given end; a state without one is still written as 1
+VERSION = 2  # 1 has no given end; a state without one is still written as 1
 # The fields of a recipe that are saved as they are.
 RECIPE_FACTS = ("latent_shape", "frames_per_chunk", "sigmas", "growth", "window", "sink_frames", "sink_rope", "seed")
 
 
 class StateError(ValueError):
-    """A saved run cannot be used; the message names it, what is wrong with it and the way out."""
+    """A saved run that cannot be used; the message names the file, the problem and the remedy."""
 
 
 @dataclass(frozen=True, eq=False)
 class RunState:
-    """A run: its recipe, and what there is of the video.
+    """A run: its recipe, and the part of the video that is finished.
 
     recipe: all that decides the video. A run with a `noise` function of its own cannot be kept as a state.
     model: text that identifies the model; the caller chooses it (sizes, family, a hash of some weights).
@@ -54,7 +54,7 @@ class RunState:
 
     @property
     def finished_frames(self) -> int:
-        """Latent frames there are, initial ones included."""
+        """Latent frames of the video so far, initial ones included."""
         return self.recipe.initial_frames + sum(chunk.shape[2] for chunk in self.finished)
 
     @property
@@ -64,7 +64,7 @@ class RunState:
 
     @property
     def latents(self) -> Tensor | None:
-        """All latents there are, [B, C, frames, h, w], initial ones first; None before the first."""
+        """The latents so far, [B, C, frames, h, w], initial ones first; None if there are none."""
         latents = self.recipe.latents_with(self.finished)
         return None if latents is None else latents.float().expand(self.recipe.latent_shape[0], -1, -1, -1, -1)
 
@@ -80,11 +80,11 @@ class RunState:
         return replace(self, finished=(*self.finished, latents))
 
     def lengthened(self, latent_frames: int) -> "RunState":
-        """The same run for a longer video, which continues as if it had been asked for this length at once.
+        """The same run for a longer video, equal to one that had this length from the start.
 
-        A short last chunk, there because the former length was no multiple of the chunk size, would not be short in
-        the longer video: it is left out and made again at full length. So is one that led to given last latents,
-        which the longer video ends with instead. `growth` stays; its last value holds on.
+        A short last chunk would not be short in the longer video, so it is dropped and made again at full length. So
+        is one that led to given last latents, because the longer video ends with them instead. `growth` stays; its
+        last value holds on.
         """
         recipe = self.recipe
         batch, channels, frames, height, width = recipe.latent_shape
@@ -208,7 +208,7 @@ def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """What a file is that safetensors refuses."""
+    """Why safetensors refuses a file."""
     with path.open("rb") as file:
         start = file.read(9)
     if not start:

@@ -221,7 +221,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         return "saved run" if isinstance(self.wanted, RunState) else self.wanted.title
 
     def _facts(self, model: ModelPatcher, run: RunState, plan: MemoryPlan) -> dict[str, str]:
-        """What a report says of the run besides its record."""
+        """The facts that a report states in addition to the run's record."""
         settings, recipe = settings_of(model), run.recipe
         batch, _, frames, height, width = recipe.latent_shape
         videos = "" if batch == 1 else f"{batch} videos of "
@@ -236,7 +236,7 @@ class ChunkSampler(comfy.samplers.Sampler):
         }
 
     def _accept_end(self, error: BaseException, at: "_Progress", run: RunState, plan: MemoryPlan) -> None:
-        """Return when the finished chunks shall be the result; else raise what the host shall see."""
+        """Return if the finished chunks are the result; else raise the error for ComfyUI."""
         interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
         if interrupted and at.in_output:  # so that LATENT and frames end together
             at.finished, at.end = at.finished - 1, at.in_output.start_frame

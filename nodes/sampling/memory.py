@@ -1,4 +1,4 @@
-"""What a run may take of the card that the host manages, and the plan that follows from it."""
+"""The memory plan of a run on a device that ComfyUI manages."""
 
 import math
 from collections.abc import Sequence
@@ -71,8 +71,8 @@ def plan_of(
     attention = recipe.attention
     backend = choose_backend(q, k, tokens_per_frame=tokens, block=attention.block, backend=attention.backend).name
 
-    def reckon(kv: KVOptions, tiles: int) -> MemoryEstimate:
-        with torch.inference_mode(False):  # where operations hide the smaller ones that they are made of
+    def estimate_of(kv: KVOptions, tiles: int) -> MemoryEstimate:
+        with torch.inference_mode(False):  # inference mode hides the smaller operations inside an operation
             needed = estimate(size, recipe, kv=kv, backend=backend, dtype=dtype)
         return needed if decoder is None else replace(needed, **decoder.bytes_of(tiles))
 
@@ -83,7 +83,7 @@ def plan_of(
         ladder = [kv]
     on_device, is_cuda = device.type != "cpu", device.type == "cuda"
     return plan_memory(
-        reckon,
+        estimate_of,
         memory_for_a_run(device),
         ladder=ladder if on_device else ladder[: max(1, sum(not options.host for options in ladder))],
         most_tiles=1 if decoder is None else decoder.most_tiles,

@@ -61,7 +61,7 @@ def unsuitable_sigmas(sigmas: Tensor) -> str | None:
 
 
 def memory_advice(recipe: Recipe, plan: MemoryPlan, *, decoding: bool) -> str:
-    """What to lower, and by how much, after a run of `recipe` ran out of memory although it was planned for."""
+    """The settings to lower, and by how much, after a run of `recipe` ran out of memory in spite of its plan."""
     ways = _ways_to_need_less(recipe, plan)
     said = f"lower {', or '.join(ways)}" if ways else "nothing is left to lower; end what else uses this memory"
     more = "; LightVAE (lightvaew2_1) decodes in about a quarter of the full VAE's memory" if decoding else ""
@@ -69,7 +69,7 @@ def memory_advice(recipe: Recipe, plan: MemoryPlan, *, decoding: bool) -> str:
 
 
 def _ways_to_need_less(recipe: Recipe, plan: MemoryPlan) -> list[str]:
-    """What of the run can still be lowered, each as `thing from old to new (GiB less)`."""
+    """The settings that can still be lowered, each as `setting from old to new (GiB less)`."""
     batch, _, frames, h, w = recipe.latent_shape
     cache = plan.estimate.cache
     ways = []

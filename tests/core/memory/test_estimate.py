@@ -106,7 +106,7 @@ def test_overlapped_they_are_held_together_and_a_graph_keeps_its_own():
     plain, beside = tiny(schedule, vae_dim=24), tiny(schedule, vae_dim=24, overlap=True, cuda_graph=True)
     assert beside.total == plain.total + min(plain.step, plain.decode) + plain.step
     assert tiny(schedule, overlap=True).overlapped is False  # nothing is decoded
-    assert "decode beside it" in str(beside)
+    assert "overlapped decode" in str(beside)
     assert "CUDA graph" in str(beside)
     assert "CUDA graph" not in str(plain)
 

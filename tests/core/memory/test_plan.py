@@ -19,33 +19,34 @@ WAN = ModelSize.of_wan(dim=1536, ffn_dim=8960, layers=30)
 
 
 @pytest.fixture(scope="module")
-def reckon():
+def estimate_of():
     """The 1.3B model, 81 frames at 480×832, decoded by the full VAE."""
 
     @functools.cache
-    def reckon(kv, tiles):
+    def estimate_of(kv, tiles):
         case = MemoryCase("", Schedule(21, target=0.6, base=0.7), Picture(480, 832))
         return estimate(WAN, case.recipe(case.schedule, torch.bfloat16, "meta"), kv=kv, vae_dim=96, decode_tiles=tiles)
 
-    return reckon
+    return estimate_of
 
 
-def plans(reckon, *, most_tiles=3, latents=200 << 20, **options):
+def plans(estimate_of, *, most_tiles=3, latents=200 << 20, **options):
     """The plan for less and less memory."""
     return [
-        plan_memory(reckon, free << 28, most_tiles=most_tiles, latents=latents, **options) for free in range(96, 4, -6)
+        plan_memory(estimate_of, free << 28, most_tiles=most_tiles, latents=latents, **options)
+        for free in range(96, 4, -6)
     ]
 
 
-def test_a_run_that_fits_gives_nothing_up(reckon):
-    plan = plan_memory(reckon, 80 << 30, most_tiles=3)
+def test_a_run_that_fits_gives_nothing_up(estimate_of):
+    plan = plan_memory(estimate_of, 80 << 30, most_tiles=3)
     assert plan.fits
     assert plan.given_up == []
     assert re.match(r"needs about [\d.]+ GiB \(weights 2\.\d+, KV cache 5\.\d+, .*\), 80\.00 GiB free$", str(plan))
 
 
-def test_less_memory_never_gives_up_less(reckon):
-    made = plans(reckon)
+def test_less_memory_never_gives_up_less(estimate_of):
+    made = plans(estimate_of)
     for more, less in pairwise(made):
         assert len(less.given_up) >= len(more.given_up)
         assert less.needed <= more.needed
@@ -53,37 +54,37 @@ def test_less_memory_never_gives_up_less(reckon):
     assert len(kinds) >= 4  # tiles, then eight bits, then latents, on the way down
 
 
-def test_every_choice_is_needed_and_enough(reckon):
-    for plan in plans(reckon):
+def test_every_choice_is_needed_and_enough(estimate_of):
+    for plan in plans(estimate_of):
         if not plan.fits:
             continue
         assert plan.needed * (1 + HEADROOM) <= plan.free
         if plan.decode_tiles > 1 and plan.kv == KVOptions() and plan.latents_on_device:
-            fewer = reckon(KVOptions(), plan.decode_tiles - 1).total + plan.latents
+            fewer = estimate_of(KVOptions(), plan.decode_tiles - 1).total + plan.latents
             assert fewer * (1 + HEADROOM) > plan.free
         if plan.kv == KVOptions("int8", host=True):
-            assert (reckon(KVOptions("int8"), plan.decode_tiles).total + plan.latents) * (1 + HEADROOM) > plan.free
+            assert (estimate_of(KVOptions("int8"), plan.decode_tiles).total + plan.latents) * (1 + HEADROOM) > plan.free
 
 
-def test_eight_bits_and_host_memory_save_what_they_promise(reckon):
-    full, small, far = (reckon(kv, 1) for kv in (KVOptions(), KVOptions("int8"), KVOptions("int8", host=True)))
+def test_eight_bits_and_host_memory_save_what_they_promise(estimate_of):
+    full, small, far = (estimate_of(kv, 1) for kv in (KVOptions(), KVOptions("int8"), KVOptions("int8", host=True)))
     assert small.cache < 0.54 * full.cache
     assert far.cache < 0.1 * small.cache
     assert far.host == pytest.approx(small.cache - (far.cache - 2 * far.host / 30), rel=0.01)
 
 
-def test_tiles_cut_what_decoding_needs(reckon):
-    whole, halves, thirds = (reckon(KVOptions(), tiles).decode for tiles in (1, 2, 3))
+def test_tiles_cut_what_decoding_needs(estimate_of):
+    whole, halves, thirds = (estimate_of(KVOptions(), tiles).decode for tiles in (1, 2, 3))
     assert halves < 0.5 * whole
     assert thirds < 0.7 * halves
 
 
-def test_what_only_saves_time_is_given_up_first(reckon):
-    plain = reckon(KVOptions(), 1)
+def test_what_only_saves_time_is_given_up_first(estimate_of):
+    plain = estimate_of(KVOptions(), 1)
     beside = plain.total + min(plain.step, plain.decode)
     both = beside + plain.step
     made = [
-        plan_memory(reckon, int(room * (1 + HEADROOM)) + 1, most_tiles=3, overlap=True, cuda_graph=True)
+        plan_memory(estimate_of, int(room * (1 + HEADROOM)) + 1, most_tiles=3, overlap=True, cuda_graph=True)
         for room in (both, both - 2, beside - 2, plain.total - 2)
     ]
     graph, overlap = "no CUDA graphs", "decode between the chunks"
@@ -98,34 +99,34 @@ def test_what_only_saves_time_is_given_up_first(reckon):
     assert [plan.needed for plan in made[:3]] == [both, beside, plain.total]
 
 
-def test_who_does_not_ask_for_overlap_or_graphs_never_hears_of_them(reckon):
-    assert not any("graph" in word or "between" in word for plan in plans(reckon) for word in plan.given_up)
+def test_who_does_not_ask_for_overlap_or_graphs_never_hears_of_them(estimate_of):
+    assert not any("graph" in word or "between" in word for plan in plans(estimate_of) for word in plan.given_up)
 
 
-def test_a_cache_in_host_memory_leaves_no_graph_to_count(reckon):
+def test_a_cache_in_host_memory_leaves_no_graph_to_count(estimate_of):
     options = [KVOptions(host=True)]
-    plan = plan_memory(reckon, 80 << 30, ladder=options, cuda_graph=True)
+    plan = plan_memory(estimate_of, 80 << 30, ladder=options, cuda_graph=True)
     assert plan.estimate.graph == 0
 
 
-def test_a_chosen_cache_is_kept(reckon):
+def test_a_chosen_cache_is_kept(estimate_of):
     for kv in (KVOptions(), KVOptions("fp8"), KVOptions(host=True)):
-        assert {plan.kv for plan in plans(reckon, ladder=[kv])} == {kv}
+        assert {plan.kv for plan in plans(estimate_of, ladder=[kv])} == {kv}
 
 
-def test_where_the_device_is_the_host_latents_are_not_moved(reckon):
-    assert all(plan.latents_on_device for plan in plans(reckon, latents=0))
+def test_where_the_device_is_the_host_latents_are_not_moved(estimate_of):
+    assert all(plan.latents_on_device for plan in plans(estimate_of, latents=0))
 
 
-def test_what_cannot_fit_says_by_how_much(reckon):
-    plan = plan_memory(reckon, 2 << 30, most_tiles=3)
+def test_what_cannot_fit_says_by_how_much(estimate_of):
+    plan = plan_memory(estimate_of, 2 << 30, most_tiles=3)
     assert not plan.fits
     found = re.search(r"; ([\d.]+) GiB too little, .* lower the size or the window$", str(plan))
     assert float(found[1]) == pytest.approx((plan.needed * (1 + HEADROOM) - (2 << 30)) / 2**30, abs=0.01)
 
 
-def test_the_line_names_every_choice(reckon):
-    plan = plan_memory(reckon, 5 << 30, most_tiles=3)
+def test_the_line_names_every_choice(estimate_of):
+    plan = plan_memory(estimate_of, 5 << 30, most_tiles=3)
     line = str(plan)
     assert "tiles" in line
     assert "8-bit KV cache (int8)" in line
@@ -139,16 +140,16 @@ def test_estimate_of_an_eight_bit_cache_in_another_dtype_follows_the_formula():
     assert small.cache == again.cache == 2 * 30 * 6 * 12 * (256 * 128 + 4 * 4)
 
 
-def test_a_choice_that_saves_nothing_is_left_out(reckon):
+def test_a_choice_that_saves_nothing_is_left_out(estimate_of):
     """Decoding is not what takes most here, so tiles would only cost time."""
-    small = replace(reckon(KVOptions(), 1), decode=1)
+    small = replace(estimate_of(KVOptions(), 1), decode=1)
     plan = plan_memory(lambda kv, tiles: small, small.total, most_tiles=4)
     assert not plan.fits
     assert plan.given_up == []
 
 
-def test_an_allocator_is_left_some_room(reckon):
-    needed = reckon(KVOptions(), 1).total
-    assert not plan_memory(reckon, needed, ladder=[KVOptions()]).fits
-    assert not plan_memory(reckon, int(1.05 * needed), ladder=[KVOptions()]).fits
-    assert plan_memory(reckon, int(1.1 * needed), ladder=[KVOptions()]).fits
+def test_an_allocator_is_left_some_room(estimate_of):
+    needed = estimate_of(KVOptions(), 1).total
+    assert not plan_memory(estimate_of, needed, ladder=[KVOptions()]).fits
+    assert not plan_memory(estimate_of, int(1.05 * needed), ladder=[KVOptions()]).fits
+    assert plan_memory(estimate_of, int(1.1 * needed), ladder=[KVOptions()]).fits
