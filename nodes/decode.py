@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..lightforcing_core.memory.estimate import decode_bytes, gib
 from ..lightforcing_core.pinned import why_not_resident
+from ..lightforcing_core.refusal import check_finite
 from ..lightforcing_core.rollout.schedule import video_frames_of
 from ..lightforcing_core.vae.overlap import OverlappedDecoder
 from ..lightforcing_core.vae.streaming import StreamingDecoder
@@ -74,8 +75,7 @@ class LightForcingDecode(io.ComfyNode):
         latents = samples["samples"]
         if latents.ndim != 5:
             raise ValueError(f"the latent has shape {list(latents.shape)}; expected [batch, 16, frames, height, width]")
-        if not torch.isfinite(latents).all():
-            raise ValueError("the latent holds NaN or infinity, which would decode to black; sample it again")
+        check_finite("the latent", latents, "it would decode to black: sample it again")
         frames = FrameDecoder(vae, latents.shape, tae_latents=tae_latents)
         frames.load()
         progress = ProgressBar(latents.shape[2])

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from safetensors import SafetensorError, safe_open
 
 from ..lightforcing_core.files.tensors import write_tensors
+from ..lightforcing_core.rollout.timeline import check_text
 from .comfy import add_model_kind, model_files, model_folder, model_path
 
 FOLDER = "text_embeds"
@@ -126,7 +127,6 @@ def load_embeds(path: Path) -> list:
     for index, entry in enumerate(json.loads(metadata["entries"])):
         own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
         cond = own.pop("cond")
-        if cond.ndim != 3 or not torch.isfinite(cond).all():
-            raise ValueError(f"{path} holds NaN or an embedding of shape {list(cond.shape)}; save the prompt again")
+        check_text(f"the prompt in {path}", cond)
         conditioning.append([cond, {**entry, **own}])
     return conditioning
