@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import lightforcing_core
 
 if TYPE_CHECKING:
+    from .lightforcing_core import POLICIES as POLICIES
     from .lightforcing_core import AttentionOptions as AttentionOptions
     from .lightforcing_core import Recipe as Recipe
     from .lightforcing_core import Runtime as Runtime

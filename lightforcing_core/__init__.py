@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention.dispatch import AttentionOptions as AttentionOptions
     from .attention.dispatch import sparse_attention as sparse_attention
+    from .attention.options import AttentionOptions as AttentionOptions
+    from .attention.policies import POLICIES as POLICIES
     from .attention.selection import hierarchical_block_mask as hierarchical_block_mask
     from .checkpoint.load import load_dit_state_dict as load_dit_state_dict
     from .model.wan import wan_from_state_dict as wan_from_state_dict
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 # The module that defines each public name.
 PUBLIC = {
-    "AttentionOptions": "attention.dispatch",
+    "AttentionOptions": "attention.options",
+    "POLICIES": "attention.policies",
     "Recipe": "rollout.recipe",
     "Runtime": "rollout.runtime",
     "StreamingDecoder": "vae.streaming",

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from ..attention.dispatch import AttentionOptions
+from ..attention.options import AttentionOptions
 from ..families import SinkRope
 from ..model.kv_storage import CacheShape
 from ..refusal import Refusal, check_finite, check_size

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..attention.dispatch import AttentionOptions
+from ..attention.options import AttentionOptions
 from ..attention.quantised import KVDtype
 from ..files.tensors import write_tensors
 from .recipe import Guidance, NoiseOptions, Recipe

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.rollout.loop import rollout
 from lightforcing.lightforcing_core.rollout.recipe import Guidance, NoiseOptions, Recipe
 from lightforcing.lightforcing_core.rollout.runtime import Runtime
