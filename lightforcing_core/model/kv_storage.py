@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...kernels.layer_memory import LayerMemory
 from ..attention.blocks import FrameBlocks
-from ..attention.dispatch import AttentionOptions
 from ..attention.quantised import STORED, KVDtype, quantise_blocks
 from ..attention.selection import sub_block_layout
 from ..families import SinkRope
@@ -75,45 +74,6 @@ class CacheShape:
             raise ValueError(
                 f"sink_frames {self.sink_frames} must be 0 or more and fewer than the window of {self.slots} frames"
             )
-
-    @classmethod
-    def of_run(
-        cls,
-        attention: AttentionOptions,
-        latent_shape: Sequence[int],
-        *,
-        layers: int,
-        heads: int,
-        head_dim: int,
-        window: int | None,
-        sink_frames: int,
-        sink_rope: SinkRope,
-        sparse: bool,
-        dtype: torch.dtype,
-    ) -> "CacheShape":
-        """The cache that a video of `latent_shape` (B, C, frames, h, w) needs.
-
-        window: visible latent frames, None for all. A window that holds the whole video never moves, so its sinks
-        have nothing to follow. sparse: whether any chunk skips blocks.
-        """
-        batch, _, frames, height, width = latent_shape
-        slots = frames if window is None else min(window, frames)
-        pools = attention.pools(sparse=sparse)
-        return cls(
-            layers=layers,
-            batch=batch,
-            slots=slots,
-            tokens_per_frame=(height // 2) * (width // 2),
-            heads=heads,
-            head_dim=head_dim,
-            block_k=attention.block[1],
-            sink_frames=min(sink_frames, slots - 1),
-            sink_rope=sink_rope if slots < frames else "fixed",
-            pooled=pools.keys,
-            value_means=pools.values,
-            sub_blocks=pools.parts,
-            dtype=dtype,
-        )
 
     @property
     def layout(self) -> FrameBlocks:

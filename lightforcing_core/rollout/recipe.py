@@ -198,16 +198,22 @@ class Recipe:
 
     def cache_shape(self, *, layers: int, heads: int, head_dim: int, dtype: torch.dtype) -> CacheShape:
         """The KV cache that a model of these sizes needs for one prompt."""
-        return CacheShape.of_run(
-            self.attention,
-            self.latent_shape,
+        batch, _, frames, height, width = self.latent_shape
+        slots = frames if self.window is None else min(self.window, frames)
+        pools = self.attention.pools(sparse=self.is_sparse)
+        return CacheShape(
             layers=layers,
+            batch=batch,
+            slots=slots,
+            tokens_per_frame=(height // 2) * (width // 2),
             heads=heads,
             head_dim=head_dim,
-            window=self.window,
-            sink_frames=self.sink_frames,
-            sink_rope=self.sink_rope,
-            sparse=self.is_sparse,
+            block_k=self.attention.block[1],
+            sink_frames=min(self.sink_frames, slots - 1),
+            sink_rope=self.sink_rope if slots < frames else "fixed",  # nothing to follow if the window never moves
+            pooled=pools.keys,
+            value_means=pools.values,
+            sub_blocks=pools.parts,
             dtype=dtype,
         )
 
