@@ -37,7 +37,7 @@ Predict = Callable[[Any, Tensor, Tensor, "ModelState", "Watch | None"], Tensor]
 Watch = Callable[[int, BlockSelection, BackendChoice], object]
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenChunk:
     """What lives as long as one chunk is open. A new object also means that recorded passes are out of date.
 
@@ -69,7 +69,7 @@ class OpenChunk:
         return self.attention.density
 
 
-@dataclass
+@dataclass(eq=False)
 class TextMemory:
     """The prompt that is followed, [B, tokens, text_dim], and each layer's keys and values of it.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..attention.fast_path import FastPath, one_line, recording
 from ..attention.selection import BlockSelection
 from ..pinned import why_not_resident
-from .causal import ModelState, OpenChunk, Predict, TextMemory, Watch, predict
+from .causal import ModelState, Predict, Watch, predict
 from .cuda_capture import CudaRecorder, CudaRecording
 
 CudaGraph = Literal["auto", "on", "off"]
@@ -90,24 +90,20 @@ class StepGraph:
         self._inputs: tuple[Tensor, Tensor] | None = None  # x and timestep, where recorded passes read them
         self._spent: list[_Recorded] = []  # of the chunk before: the next recording takes over their memory
         self._recorded: dict[bool, _Recorded] = {}  # by whether the pass selects blocks
-        self._ran: _Epoch | None = None  # of the pass that ran as it is and so prepared everything for a recording
+        self._ran: tuple[object, ...] | None = None  # epoch of the pass that ran as it is and so prepared a recording
         self._selections: dict[int, BlockSelection] = {}  # where passes that reuse a selection read it
 
     def __call__(self, dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Watch | None = None) -> Tensor:
         """`predict` with the same arguments, as it is or recorded; the result is the caller's to keep."""
         call = _Call(dit, x, timestep, state, watch)
-        if self._ran is None or not self._ran.covers(call):
-            self._forget()
-            self._ran = _Epoch.of(call)
-            return self._run(call)
         recorded = self._recorded.get(call.selects)
-        if recorded is not None and recorded.weights == _addresses(dit):
+        if self._ran != call.epoch or (recorded is not None and recorded.weights != _addresses(dit)):
+            self._forget()
+            self._ran = call.epoch
+            return self._run(call)
+        if recorded is not None:
             state.chunk.passes += 1
             return self._launch(recorded, call)
-        if recorded is not None:  # the weights have moved
-            self._forget()
-            self._ran = _Epoch.of(call)
-            return self._run(call)
         if self.why_off or call.passes_alike() < LEAST_LAUNCHES:
             return self._run(call)
         return self._first_launch(call)
@@ -230,6 +226,13 @@ class _Call:
     state: ModelState
     watch: Watch | None
 
+    @property
+    def epoch(self) -> tuple[object, ...]:
+        """All that a recording depends on besides weights; the chunk and the prompt are compared by identity."""
+        x, timestep, state = self.x, self.timestep, self.state
+        inputs = x.shape, x.dtype, x.device, timestep.shape, timestep.dtype
+        return state.chunk, state.text, id(self.dit), inputs
+
     def run(self) -> Tensor:
         return predict(self.dit, self.x, self.timestep, self.state, self.watch)
 
@@ -255,42 +258,16 @@ class _Call:
         return (*sizes, state.cache.layer(0).keys.dtype, state.attention, state.dense_attention, sparse)
 
 
-@dataclass(frozen=True)
-class _Epoch:
-    """The chunk, the prompt and the kind of inputs of a pass, for which a recording stays right."""
-
-    chunk: OpenChunk
-    text: TextMemory | None
-    inputs: tuple[object, ...]
-
-    @classmethod
-    def of(cls, call: _Call) -> "_Epoch":
-        return cls(call.state.chunk, call.state.text, cls._inputs_of(call))
-
-    def covers(self, call: _Call) -> bool:
-        same = self.chunk is call.state.chunk and self.text is call.state.text
-        return same and self.inputs == self._inputs_of(call)
-
-    @staticmethod
-    def _inputs_of(call: _Call) -> tuple[object, ...]:
-        x, timestep = call.x, call.timestep
-        return id(call.dit), x.shape, x.dtype, x.device, timestep.shape, timestep.dtype
-
-
+@dataclass(eq=False)
 class _Recorded:
-    """A recorded pass, where its weights lay, and what a launch fills: out, calls of a watcher, selections."""
+    """A recorded pass, the addresses of its weights, and what a launch fills: out, calls of a watcher, selections."""
 
-    def __init__(
-        self,
-        recording: CudaRecording,
-        selects: bool,
-        out: Tensor,
-        seen: list[tuple[Any, ...]],
-        selections: dict[int, BlockSelection],
-        weights: tuple[int, ...],
-    ) -> None:
-        self.recording, self.selects, self.weights = recording, selects, weights
-        self.out, self.seen, self.selections = out, seen, selections
+    recording: CudaRecording
+    selects: bool
+    out: Tensor
+    seen: list[tuple[Any, ...]]
+    selections: dict[int, BlockSelection]
+    weights: tuple[int, ...]
 
     def drop_tensors(self) -> None:
         """Give its tensors back to the pool, for the next recording to use."""
