@@ -1,8 +1,8 @@
-"""The device code of block-sparse attention: what one program does to the rows that it owns.
+"""The device code of block-sparse attention: the work of one program on the rows that it owns.
 
 A unit of work is up to TILE_Q rows of one query block of one head. Most units are one program each; those that would
 leave the last wave half empty are cut into parts, programs of their own that each walk a share of the list and leave
-what they found for `combine`, which adds the parts up in their order.
+their sums for `combine`, which adds the parts up in their order.
 """
 
 import triton
@@ -46,7 +46,7 @@ def _attend(v, scores, factor, v_scale, row_max, row_sum, total, DTYPE: tl.const
 
 @triton.jit
 def _place(unit, heads, q_blocks, q_frame, order_ptr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr):
-    """Where a unit stands: its row of the lists, batch, head, first token of all, and that token in its frame."""
+    """A unit's row of the lists, its batch, head and first token, and that token's number in its frame."""
     list_row = unit // (BLOCK_Q // TILE_Q)
     if order_ptr is not None:
         list_row = tl.load(order_ptr + list_row)
@@ -85,7 +85,7 @@ def _write(
 
 
 # fmt: off
-# Lengths, list widths and where a view starts change from chunk to chunk; unspecialised, they cost no compilation.
+# Lengths, list widths and the start of a view change from chunk to chunk; unspecialised, they cost no compilation.
 @triton.jit(do_not_specialize=[
     "q_blocks", "k_blocks", "width", "q_frame", "k_frame", "whole", "parts",
     "blocks_ptr", "counts_ptr", "order_ptr", "k_scales_ptr", "v_scales_ptr", "bias_ptr",
@@ -101,9 +101,9 @@ def forward(
 ):
     """Attention of one unit, or of one part of it.
 
-    Units from `whole` on are cut into `parts`, where totals_ptr, maxima_ptr and sums_ptr are given. With DESCRIPTORS
+    Units from `whole` on are cut into `parts` if totals_ptr, maxima_ptr and sums_ptr are given. With DESCRIPTORS
     k_ptr and v_ptr are tensor descriptors of [batch, head, frame, token of the frame, dim]: tokens past a frame's end
-    read as zeros. lse_ptr, where it is given, takes each row's natural log of the sum of its exponentiated scores.
+    read as zeros. lse_ptr, if given, takes each row's natural log of the sum of its exponentiated scores.
     """
     # fmt: on
     program = tl.program_id(0)
@@ -187,7 +187,7 @@ def forward(
             factor *= tl.load(k_scale_ptr + k_block * heads)
             v_scale = tl.load(v_scale_ptr + k_block * heads)
         if RAGGED_K:  # noqa: SIM102 (one is known when it is compiled)
-            # One tile of a frame is ragged. To branch around the mask in all others takes registers, where there are.
+            # One tile of a frame is ragged. A branch around the mask in all others takes registers, if there are any.
             if not BRANCHES or k_within + TILE_K > k_frame:
                 scores = tl.where((k_within + columns < k_frame)[None, :], scores, float("-inf"))
         # Every block's first tile holds a real key, so the running maximum is finite from there on.

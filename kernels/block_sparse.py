@@ -39,11 +39,11 @@ LOG2_E = 1.4426950408889634
 COMBINED_ROWS = 16  # of a unit that was cut, per program that adds up its parts
 
 _log = logging.getLogger(__name__)
-_launches: dict[tuple[Kind, torch.device], Launch] = {}  # what has been chosen on this process's devices
+_launches: dict[tuple[Kind, torch.device], Launch] = {}  # chosen in this process, by device
 
 
 class Work(NamedTuple):
-    """One call of the kernel: what it reads and writes, as in `block_sparse_attention`.
+    """The tensors of one call of the kernel, as in `block_sparse_attention`.
 
     lists: blocks and counts, None for dense. order: int32, rows of the lists in the order in which they are begun.
     tail: the means of k and v and the bias of their scores. lse: float32 [B, Lq, H], if it is wanted.
@@ -76,7 +76,7 @@ def why_not(q: Tensor, block: tuple[int, int], stored: torch.dtype | None = None
         return f"the Triton kernel takes blocks of {', '.join(map(str, BLOCK_SIZES))} tokens, not {block}"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"the Triton kernel takes head dims up to {MAX_HEAD_DIM}, not {q.shape[-1]}"
-    return device.why_not("the attention kernels", q.device, float8=stored == torch.float8_e4m3fn)
+    return device.why_not("the attention kernel", q.device, float8=stored == torch.float8_e4m3fn)
 
 
 def block_sparse_attention(
@@ -195,7 +195,7 @@ def prepared(
     """Kernel, grid, arguments and constants of each launch that does the work; buffers for parts are allocated here."""
     kind, q, k = work.kind, work.q, work.k
     batch, q_tokens, heads, head_dim = q.shape
-    # Without lists frames only matter where scales follow them: queries, and keys where they can, are one long frame.
+    # Without lists frames matter only to scales: queries, and keys without scales, are one long frame.
     q_frame = q_tokens if kind.dense else work.tokens_per_frame
     k_frame = k.shape[1] if kind.dense and work.scales is None else work.tokens_per_frame
     q_blocks = q_tokens // q_frame * triton.cdiv(q_frame, kind.block_q)
@@ -251,7 +251,7 @@ def _describable(x: Tensor) -> bool:
 def _described(x: Tensor, frame: int, rows: int, columns: int) -> Any:
     """A descriptor of x [B, L, H, D] as [batch, head, frame, token of the frame, dim], read in tiles [rows, columns].
 
-    Frames are a dimension of their own, so that what lies past a frame's end reads as zeros and not as the next frame.
+    Frames are a dimension of their own, so that tokens past a frame's end read as zeros and not as the next frame.
     """
     batch, tokens, heads, dim = x.shape
     by_batch, by_token, by_head, _ = x.stride()
@@ -264,7 +264,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _launch_for(kind: Kind, q: Tensor, run: Callable[[Launch], None]) -> Launch:
-    """Launch parameters: timed where there is a GPU to time and work to time it on, the defaults elsewhere."""
+    """Launch parameters: timed on a GPU with enough work to time, else the defaults."""
     default = tuning.default_launch(kind)
     if INTERPRETED or not q.is_cuda:
         return default

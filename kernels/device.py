@@ -18,15 +18,19 @@ INTERPRETED = not isinstance(_nothing, triton.JITFunction)
 
 
 def why_not(kernel: str, device: torch.device, *, float8: bool = False) -> str | None:
-    """Why a kernel cannot run on `device`, or None. kernel: its name in the plural, float8: it reads or writes them."""
+    """Why a kernel cannot run on `device`, or None.
+
+    kernel: begins the sentence, such as "the fused store". float8: whether it reads or writes float8_e4m3fn.
+    """
     if INTERPRETED:
         return None
     if device.type != "cuda" or torch.version.hip:
-        return f"{kernel} run on NVIDIA GPUs (or anywhere with TRITON_INTERPRET=1), not on {device.type}"
+        found = "on an AMD GPU" if torch.version.hip else f"on {device.type}"
+        return f"{kernel} needs an NVIDIA GPU (or TRITON_INTERPRET=1); the tensors are {found}"
     capability = torch.cuda.get_device_capability(device)
     chip = f"sm_{capability[0]}{capability[1]}"
     if capability < MIN_CAPABILITY:
-        return f"{kernel} need an sm_80 GPU or newer, this one is {chip}"
+        return f"{kernel} needs an sm_80 GPU or newer, this one is {chip}"
     if float8 and capability < MIN_CAPABILITY_FLOAT8:
         return f"Triton has no float8_e4m3fn on {chip}; keep the cache in int8 there"
     return None

@@ -100,12 +100,12 @@ def launch_options(width: int) -> dict[str, int]:
 
 
 def why_not(x: Tensor) -> str | None:
-    """The reason why these kernels cannot take x [B, L, D], or None."""
+    """Why these kernels cannot take x [B, L, D], or None."""
     if x.dtype not in DTYPES:
         return f"the modulation kernels take bfloat16, float16 or float32, not {x.dtype}"
     if x.shape[-1] > MAX_WIDTH or x.shape[-1] % 8:
         return f"the modulation kernels take widths up to {MAX_WIDTH} in eights, not {x.shape[-1]}"
-    return device.why_not("the modulation kernels", x.device)
+    return device.why_not("the modulation kernel", x.device)
 
 
 def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
@@ -166,7 +166,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def _frames_and_tokens(x: Tensor, *modulations: Tensor) -> tuple[int, int]:
-    """Frames of the modulations and tokens of x to each; ValueError where they do not fit."""
+    """Frames of the modulations and tokens of x to each; ValueError if they do not fit."""
     if reason := why_not(x):
         raise ValueError(reason)
     batch, tokens, width = x.shape

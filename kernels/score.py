@@ -90,7 +90,7 @@ def _score(
 
 @triton.jit
 def _shifted(largest):
-    """What is taken off the scores before exp: their largest, or nothing where that is infinite."""
+    """The number subtracted from scores before exp: the largest of them, or 0 if that is infinite."""
     return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
 
 
@@ -166,13 +166,13 @@ def _score_parts(
 
 
 def score_constants(head_dim: int, itemsize: int) -> dict[str, int]:
-    """Compile-time constants of the first launch, the interpreter's apart; `itemsize` is bytes per element."""
+    """Compile-time constants of the first launch, without the interpreter's; `itemsize` is bytes per element."""
     # float32 runs on plain multiply-adds, which the compiler unrolls: longer steps would spill registers.
     return {"HEAD_DIM": head_dim, "TILE_Q": 64, "TILE_K": 64, "TILE_DIM": 32 if itemsize == 4 else 64}
 
 
 def part_constants(head_dim: int, itemsize: int, parts: Parts) -> dict[str, int]:
-    """Compile-time constants where parts are scored: half the rows in float32, which would spill registers too."""
+    """Compile-time constants to score parts: half the rows in float32, which would spill registers too."""
     tile_q = 32 if itemsize == 4 else 64
     own = {"TILE_Q": tile_q, "TOKENS": parts.tokens, "PER_BLOCK": parts.per_block}
     return score_constants(head_dim, itemsize) | own

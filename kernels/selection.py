@@ -20,7 +20,7 @@ MAX_FRAMES = 4096
 
 LOWEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).min)
 HIGHEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
-LOWEST_INT = tl.constexpr(-(2**31))  # lower than the order of any score: what is not eligible
+LOWEST_INT = tl.constexpr(-(2**31))  # below the order of any score: not eligible
 HIGHEST_INT = tl.constexpr(2**31 - 1)  # higher than the order of any score: a bar that nothing reaches
 
 
@@ -117,14 +117,14 @@ def select_warps(columns: int) -> int:
 
 
 def why_not(q_means: Tensor, k_blocks: int, frames: int) -> str | None:
-    """The reason why these kernels cannot select for q_means [B, q_blocks, H, D] among `k_blocks` blocks, or None."""
+    """Why these kernels cannot select for q_means [B, q_blocks, H, D] among `k_blocks` blocks, or None."""
     if q_means.dtype not in DTYPES:
         return f"the selection kernel takes bfloat16, float16 or float32, not {q_means.dtype}"
     if k_blocks > MAX_BLOCKS:
         return f"the selection kernel holds up to {MAX_BLOCKS:,} key blocks in registers, not {k_blocks:,}"
     if frames > MAX_FRAMES:
         return f"the selection kernel holds up to {MAX_FRAMES:,} frames in registers, not {frames:,}"
-    return device.why_not("the selection kernels", q_means.device)
+    return device.why_not("the selection kernel", q_means.device)
 
 
 def select_blocks(

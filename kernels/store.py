@@ -11,20 +11,154 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import device
 from .layer_memory import LayerMemory
-from .store_part import write_part
+from .rounding import cast
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (16, 32, 64, 128)
 # The largest value that each 8-bit dtype holds, to which a block's largest is scaled.
 LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
-MIN_CAPABILITY = (8, 0)
-MIN_CAPABILITY_FLOAT8 = (8, 9)
 # Parts of a key block that have means of their own, for selection that looks inside blocks.
 SUB_BLOCKS = 4
 # Programs that a launch should have: two for each of the 132 multiprocessors of an H100 or H200.
 PROGRAMS = 264
+
+
+@triton.jit
+def _inverse_rms(tile, heads, row_is_real, eps, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """1 / √(mean(x²) + eps) of every row over all heads: float32 [BLOCK]."""
+    squares = tl.zeros([BLOCK, HEAD_DIM], tl.float32)
+    for head in tl.range(heads, num_stages=STAGES):
+        x = tl.load(tile + head * HEAD_DIM, mask=row_is_real[:, None], other=0.0).to(tl.float32)
+        squares += x * x
+    return tl.rsqrt(tl.sum(squares, 1) / (heads * HEAD_DIM) + eps)
+
+
+@triton.jit
+def _rotate(x, cos, sin, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Each pair of channels (2i, 2i + 1) of x [BLOCK, HEAD_DIM] turned by the angles of cos, sin [BLOCK, D/2]."""
+    first, second = tl.split(tl.reshape(x, [BLOCK, HEAD_DIM // 2, 2]))
+    turned = tl.join(first * cos - second * sin, first * sin + second * cos)
+    return tl.reshape(turned, [BLOCK, HEAD_DIM])
+
+
+@triton.jit
+def _write_part(
+    program,
+    x_ptr,
+    stride_b,
+    stride_l,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
+    slots_ptr,
+    out_ptr,
+    scales_ptr,
+    means_ptr,
+    frame_means_ptr,
+    arrivals_ptr,
+    sub_means_ptr,
+    heads,
+    heads_per_program,
+    frames,
+    out_frames,
+    tokens_per_frame,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
+    SUB_BLOCKS: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """One program's share of q, k or v; pointers that a part does not have are None."""
+    groups = tl.cdiv(heads, heads_per_program)
+    per_frame = tl.cdiv(tokens_per_frame, BLOCK)
+    group = program % groups  # neighbours share their rows
+    block = program // groups % per_frame
+    frame = program // groups // per_frame % frames
+    batch = (program // groups // per_frame // frames).to(tl.int64)
+    within = block * BLOCK
+    out_frame = batch * out_frames + (frame if slots_ptr is None else tl.load(slots_ptr + frame))
+    out_block = out_frame * per_frame + block
+    length = tl.minimum(BLOCK, tokens_per_frame - within)
+
+    rows = tl.arange(0, BLOCK)
+    dims = tl.arange(0, HEAD_DIM)
+    row_is_real = rows < length
+    token = frame.to(tl.int64) * tokens_per_frame + within
+    tile = x_ptr + batch * stride_b + token * stride_l + rows[:, None] * stride_l + dims[None, :]
+    out_row = (out_frame * tokens_per_frame + within) * heads
+    out_tile = out_ptr + out_row * HEAD_DIM + rows[:, None] * (heads * HEAD_DIM) + dims[None, :]
+
+    if weight_ptr is not None:
+        inverse_rms = _inverse_rms(tile, heads, row_is_real, eps, HEAD_DIM, BLOCK, STAGES)
+        pairs = rows[:, None] * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM // 2)[None, :]
+        pairs += token.to(tl.int32) * (HEAD_DIM // 2)
+        cos = tl.load(cos_ptr + pairs, mask=row_is_real[:, None], other=0.0)
+        sin = tl.load(sin_ptr + pairs, mask=row_is_real[:, None], other=0.0)
+
+    first_head = group * heads_per_program
+    last_head = tl.minimum(first_head + heads_per_program, heads)
+    compute: tl.constexpr = x_ptr.dtype.element_ty
+    for head in tl.range(first_head, last_head, num_stages=STAGES):
+        x = tl.load(tile + head * HEAD_DIM, mask=row_is_real[:, None], other=0.0)
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + head * HEAD_DIM + dims).to(tl.float32)
+            x = x.to(tl.float32) * inverse_rms[:, None] * weight[None, :]
+            x = cast(x, compute, INTERPRETED).to(tl.float32)
+            x = cast(_rotate(x, cos, sin, HEAD_DIM, BLOCK), compute, INTERPRETED)
+        if sub_means_ptr is not None:
+            size: tl.constexpr = BLOCK // SUB_BLOCKS
+            total = tl.zeros([HEAD_DIM], tl.float32)
+            for part in tl.static_range(SUB_BLOCKS):
+                partial = tl.sum(tl.where((rows // size == part)[:, None], x.to(tl.float32), 0.0), 0)
+                total += partial
+                count = tl.minimum(length - part * size, size)
+                if count > 0:
+                    sub = out_frame * tl.cdiv(tokens_per_frame, size) + block * SUB_BLOCKS + part
+                    mean = tl.div_rn(partial, count.to(tl.float32))
+                    place = sub_means_ptr + (sub * heads + head) * HEAD_DIM + dims
+                    tl.store(place, cast(mean, compute, INTERPRETED))
+        elif means_ptr is not None:
+            total = tl.sum(x.to(tl.float32), 0)
+        if means_ptr is not None:
+            mean = tl.div_rn(total, length.to(tl.float32))
+            tl.store(means_ptr + (out_block * heads + head) * HEAD_DIM + dims, cast(mean, compute, INTERPRETED))
+        if scales_ptr is not None:
+            wide = x.to(tl.float32)
+            scale = tl.div_rn(tl.max(tl.max(tl.abs(wide), 1), 0), LARGEST * 1.0)
+            scale = tl.where(scale == 0.0, 1.0, scale)
+            tl.store(scales_ptr + out_block * heads + head, scale)
+            x = tl.clamp(tl.div_rn(wide, scale), -LARGEST * 1.0, LARGEST * 1.0)
+            x = cast(x, out_ptr.dtype.element_ty, INTERPRETED)
+        tl.store(out_tile + head * HEAD_DIM, x, mask=row_is_real[:, None])
+
+    if frame_means_ptr is not None:
+        # Whoever finishes a frame's last block pools the frame, always in the order of its blocks: no result
+        # depends on who that is. The barrier puts all threads' means before the release of the count.
+        tl.debug_barrier()
+        arrivals = arrivals_ptr + (batch * frames + frame) * groups + group
+        if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == per_frame - 1:
+            tl.store(arrivals, 0)
+            first_block = out_frame * per_frame
+            for head in range(first_head, last_head):
+                total = tl.zeros([HEAD_DIM], tl.float32)
+                for start in range(0, per_frame, 32):
+                    blocks = start + tl.arange(0, 32)
+                    means = tl.load(
+                        means_ptr + ((first_block + blocks[:, None]) * heads + head) * HEAD_DIM + dims[None, :],
+                        mask=blocks[:, None] < per_frame,
+                        other=0.0,
+                        cache_modifier=".cg",  # other programs wrote them, and only L2 has seen that
+                    )
+                    lengths = tl.minimum(BLOCK, tokens_per_frame - blocks * BLOCK).to(tl.float32)
+                    shares = tl.div_rn(lengths, tl.zeros([32], tl.float32) + tokens_per_frame)
+                    total += tl.sum(means.to(tl.float32) * shares[:, None], 0)
+                place = frame_means_ptr + (out_frame * heads + head) * HEAD_DIM + dims
+                tl.store(place, cast(total, compute, INTERPRETED))
 
 
 # Frames and the split over programs change from call to call; unspecialised, they cost no new compilation.
@@ -76,7 +210,7 @@ def _store(
     if q_ptr is not None:
         q_programs = lanes * tl.cdiv(tokens_per_frame, BLOCK_Q)
         if program < q_programs:
-            write_part(
+            _write_part(
                 program,
                 q_ptr,
                 q_stride_b,
@@ -107,7 +241,7 @@ def _store(
     if k_ptr is not None:
         k_programs = lanes * tl.cdiv(tokens_per_frame, BLOCK_K)
         if (program >= q_programs) & (program < q_programs + k_programs):
-            write_part(
+            _write_part(
                 program - q_programs,
                 k_ptr,
                 k_stride_b,
@@ -136,7 +270,7 @@ def _store(
                 INTERPRETED,
             )
         if program >= q_programs + k_programs:
-            write_part(
+            _write_part(
                 program - q_programs - k_programs,
                 v_ptr,
                 v_stride_b,
@@ -166,14 +300,10 @@ def _store(
             )
 
 
-# Whether TRITON_INTERPRET was set when this module was imported: then the kernel runs on any device, slowly.
-INTERPRETED = not isinstance(_store, triton.JITFunction)
-
-
 def launch_options(block_q: int, block_k: int, itemsize: int, sub_means: bool) -> dict[str, int]:
     """Warps, registers and load-ahead for the larger of two tiles; `itemsize` is bytes per element.
 
-    Eight tokens a warp (four where parts of blocks are pooled too, which takes registers) and at most 128 registers
+    Eight tokens a warp (four if parts of blocks are pooled too, which takes registers) and at most 128 registers
     a thread let 16 warps live on every multiprocessor. Parts of 128 tokens and float32 spill then: twice of both. Two
     tiles of 16 bits are loaded ahead of the one at work, 64 KB at most; float32 would not fit and loads none ahead.
     """
@@ -185,9 +315,9 @@ def launch_options(block_q: int, block_k: int, itemsize: int, sub_means: bool) -
 
 
 def why_not(x: Tensor, head_dim: int, block: tuple[int, int], cache_dtype: torch.dtype | None = None) -> str | None:
-    """The reason why this kernel cannot take a projection x [B, L, H · D] of heads of `head_dim`, or None.
+    """Why this kernel cannot take a projection x [B, L, H · D] of heads of `head_dim`, or None.
 
-    `block` is (query, key) tokens per block; `cache_dtype` is what keys and values are kept in, None: x's dtype.
+    block: (query, key) tokens per block. cache_dtype: of stored keys and values, x's dtype if None.
     """
     cache_dtype = cache_dtype or x.dtype
     if x.dtype not in DTYPES:
@@ -198,16 +328,7 @@ def why_not(x: Tensor, head_dim: int, block: tuple[int, int], cache_dtype: torch
         return f"the fused store takes head dims of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     if not set(block) <= set(BLOCK_SIZES):
         return f"the fused store takes blocks of {', '.join(map(str, BLOCK_SIZES))} tokens, not {block}"
-    if INTERPRETED:
-        return None
-    if x.device.type != "cuda" or torch.version.hip:
-        return f"the fused store runs on NVIDIA GPUs (or anywhere with TRITON_INTERPRET=1), not on {x.device.type}"
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < MIN_CAPABILITY:
-        return f"the fused store needs an sm_80 GPU or newer, this one is sm_{capability[0]}{capability[1]}"
-    if cache_dtype == torch.float8_e4m3fn and capability < MIN_CAPABILITY_FLOAT8:
-        return f"a float8 cache needs an sm_89 GPU or newer, this one is sm_{capability[0]}{capability[1]}; use int8"
-    return None
+    return device.why_not("the fused store", x.device, float8=cache_dtype == torch.float8_e4m3fn)
 
 
 def fused_store(
@@ -241,7 +362,7 @@ def fused_store(
     The mathematics and its roundings are the unfused ones: statistics, weight and rotation in float32, rounded to
     the projections' dtype after the norm and after the rotation; means are float32 sums of those rounded values,
     divided and rounded; frame means weigh the rounded block means. An 8-bit ring gets value / scale rounded half to
-    even with scale = largest / 127 or / 448 of each block and head (1 where all is zero); means stay unquantised.
+    even with scale = largest / 127 or / 448 of each block and head (1 if all is zero); means stay unquantised.
 
     Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
     """
@@ -290,8 +411,7 @@ def fused_store(
     heads_per_program = triton.cdiv(heads, min(heads, triton.cdiv(PROGRAMS, blocks)))
     groups = triton.cdiv(heads, heads_per_program)
 
-    # Triton launches on the current device, which need not be the tensors'; the interpreter also takes CPU tensors.
-    with torch.cuda.device(like.device if like.is_cuda else -1):
+    with device.current(like.device):
         _store[(blocks * groups,)](
             q,
             k,
@@ -319,7 +439,7 @@ def fused_store(
             BLOCK_K=block_k,
             LARGEST=largest,
             SUB_BLOCKS=SUB_BLOCKS,
-            INTERPRETED=INTERPRETED,
+            INTERPRETED=device.INTERPRETED,
             **launch_options(block_q, block_k, like.element_size(), sub_means),
         )
     return None if out is None or means is None else (out, means)
@@ -339,7 +459,7 @@ def _require_ring(
     head_dim: int,
     block_k: int,
 ) -> int:
-    """How many slots `ring` has; ValueError where its tensors do not fit k, each other, or `slots`."""
+    """The number of slots of `ring`; ValueError if its tensors do not fit k, each other, or `slots`."""
     if slots is None or slots.shape != (frames,) or slots.dtype != torch.int32:
         raise ValueError(f"k and v need int32 slots ({frames},), one for each frame, not {_shape(slots)}")
     count, batch = ring.keys.shape[1] // tokens_per_frame, k.shape[0]

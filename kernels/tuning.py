@@ -76,7 +76,7 @@ def shared_bytes(kind: Kind, launch: Launch) -> int:
     """Shared memory that the tiles of `launch` take at most, on any chip.
 
     One tile of queries, keys and values once per stage, an 8-bit tile widened (two of them in float32); the tail's two
-    stages come after, and so does what a part of a unit leaves in float32.
+    stages come after, and so do the float32 sums of a part of a unit.
     """
     dim = padded(kind.head_dim)
     column = launch.tile_k * dim
@@ -93,7 +93,7 @@ def default_launch(kind: Kind) -> Launch:
     """What runs untimed: fits every supported chip and, compiled for each of them, stays in registers.
 
     Key tiles of 128 spill, and so do 128 query rows with a pooled tail: both are cut in two. float32 takes three
-    products for one and a quarter of the tile, an eighth beside an 8-bit cache and a tail.
+    products for one and a quarter of the tile, an eighth with an 8-bit cache and a tail.
     """
     if kind.dtype == torch.float32:
         tile_q = 16 if kind.tail and kind.stored != kind.dtype else 32
@@ -102,7 +102,7 @@ def default_launch(kind: Kind) -> Launch:
 
 
 def rounds(kind: Kind, shared_limit: int, *, descriptors: bool) -> list[Round]:
-    """What to time, each round given the winner so far: the tiles first, then how tiles are read and units are cut."""
+    """Launches to time, each round given the winner so far: tiles first, then how tiles are read and units are cut."""
     found: list[Round] = [lambda _: candidates(kind, shared_limit, wide=descriptors)]
     if descriptors and is_tuned(kind):
         found.append(lambda best: through_descriptors(kind, best, shared_limit))
@@ -113,18 +113,18 @@ def is_tuned(kind: Kind) -> bool:
     """Whether tiles are worth timing: large models' blocks in 16 bits.
 
     Every tile costs its user a compilation. Blocks under 64 are those of models that run in a moment, and float32,
-    which no model on a GPU runs in, has no tiles besides the default's that stay in registers.
+    which no model on a GPU runs in, has no other tiles than the default's that stay in registers.
     """
     large = min(kind.block_q, kind.block_k, kind.head_dim) >= 64
     return large and padded(kind.head_dim) == kind.head_dim and kind.dtype != torch.float32
 
 
 def candidates(kind: Kind, shared_limit: int, *, wide: bool = True) -> list[Launch]:
-    """The launches worth timing where one program may use `shared_limit` bytes; the default is the first.
+    """The launches worth timing if one program may use `shared_limit` bytes; the default is the first.
 
     Fewer query rows per program fill the last wave better, which dense work hardly has, more read each key tile for
-    more rows. Left out is what was seen to spill: 128 rows with a tail, and beside an 8-bit cache other stages than
-    the default's. wide: key tiles of 128 are among them, for 128 rows, which only chips with TMA have registers for.
+    more rows. Launches that were seen to spill are left out: 128 rows with a tail, and with an 8-bit cache other
+    stages than the default's. wide: include key tiles of 128, for 128 rows; only chips with TMA have the registers.
     """
     default = default_launch(kind)
     found = [default]
@@ -159,7 +159,7 @@ def cut(units: int, at_once: int, blocks: int) -> tuple[int, int]:
 
 
 def _staged(kind: Kind, tile_q: int, tile_k: int) -> Launch:
-    """As many stages, up to three, as the smallest chip has room for."""
+    """As many stages, up to three, as fit on the smallest chip."""
     fits = [Launch(tile_q, tile_k, _warps(tile_q), stages) for stages in (3, 2, 1)]
     return next((x for x in fits if shared_bytes(kind, x) <= SMALLEST_SHARED), fits[-1])
 
@@ -172,7 +172,7 @@ def _warps(tile_q: int) -> int:
 def fastest(key: str, default: Launch, rounds: Iterable[Round], time: Callable[[Launch], float]) -> Launch:
     """The launch that won under `key`: remembered, read from disk, or timed now and kept.
 
-    Each of `rounds` names launches to time, given the winner so far; the default is taken where nothing else runs.
+    Each of `rounds` names launches to time, given the winner so far; the default is taken if nothing else runs.
     `time` returns milliseconds and may raise: a launch that does not compile or does not fit is no candidate.
     """
     if found := known(key):
@@ -184,7 +184,7 @@ def fastest(key: str, default: Launch, rounds: Iterable[Round], time: Callable[[
                 times[launch] = time(launch)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # what a compiler or a driver refuses has no common type
+            except Exception as error:  # errors of compilers and drivers have no common type
                 _log.debug("[Light Forcing] %s: %s does not run: %s", key, launch, error)
         winner = min(times, key=times.__getitem__) if times else default
     _known[key] = winner

@@ -29,7 +29,7 @@ _BY_NAME: dict[str, Backend] = {backend.name: backend for backend in (*BACKENDS,
 
 
 class BackendUnavailable(RuntimeError):
-    """A backend was named that cannot run here; the message says why or what to install."""
+    """A named backend cannot run here; the message says why, and how to install a missing package."""
 
 
 class BackendChoice(NamedTuple):
@@ -132,7 +132,7 @@ def choose(call: Call, backend: str = "auto") -> BackendChoice:
 def attend(call: Call, choice: BackendChoice, backend: str = "auto") -> tuple[Result, BackendChoice]:
     """Run `call` by its chosen backend; returns the result and the choice that gave it.
 
-    backend: what was asked for. With "auto" a backend that fails is replaced by the next one, with a warning.
+    backend: the requested one. With "auto" a backend that fails is replaced by the next one, with a warning.
     """
     while True:
         one = _BY_NAME[choice.name]

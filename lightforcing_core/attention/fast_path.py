@@ -1,6 +1,6 @@
 """Optional fast paths: try one, remember for this run that it failed, and say so once.
 
-Kernels, compiled backends, recorded graphs and low-precision products can all fail on a machine where they should run.
+Kernels, compiled backends, recorded graphs and low-precision products can all fail on a machine that should run them.
 Each has a slower replacement, so a failure costs one warning and not the video. Two kinds of failure are errors all the
 same: memory that ran out, which says nothing about the path, and a CUDA error after which nothing runs any more.
 """
@@ -69,7 +69,7 @@ class FastPath(NamedTuple):
     def attempt(self, run: Callable[[], T], instead: str) -> T | None:
         """Return `run()`, or None if it fails now or has failed in this run.
 
-        `instead` ends the warning: what runs in its place, such as "running the modules". Raises
+        `instead` ends the warning with the replacement, such as "running the modules". Raises
         torch.OutOfMemoryError if memory runs out, `DeviceLost` if the device is unusable, and the error itself
         while a graph is recorded: that fails the recording only.
         """
@@ -94,7 +94,7 @@ class FastPath(NamedTuple):
 
 
 def begin_run() -> None:
-    """Forget all failures and what was said of them: a new run tries every fast path again."""
+    """Forget all failures and messages: a new run tries every fast path again."""
     _failures.clear()
     _said.clear()
 
@@ -107,7 +107,7 @@ def say_once(level: int, text: str, *, about: str) -> None:
 
 
 def raise_if_fatal(error: BaseException) -> None:
-    """Raise torch.OutOfMemoryError or `DeviceLost` if that is what `error` means, whoever raised it."""
+    """Raise torch.OutOfMemoryError or `DeviceLost` if `error` means that; return otherwise."""
     if isinstance(error, torch.OutOfMemoryError | DeviceLost):
         raise error
     text = str(error).lower()

@@ -58,11 +58,11 @@ class BlockSelection(NamedTuple):
 
 @dataclass(frozen=True)
 class SelectionPlan:
-    """How blocks compete in one chunk; made once per chunk, read by every layer and step.
+    """Rules by which blocks compete in one chunk; made once per chunk, read by every layer and step.
 
     `always` bool [k_blocks]: the blocks that are eligible for every query block. `middle_slots` int64 [m]: the
     slots that compete for the `choose` remaining places, oldest frame first (None when every block is eligible).
-    `frame_ranks` int32 [slots] says the same as both: a slot's place in `middle_slots`, or −1 where its blocks are
+    `frame_ranks` int32 [slots] says the same as both: a slot's place in `middle_slots`, or −1 if its blocks are
     always eligible. `kept` is how many blocks each query block keeps.
     """
 
@@ -294,7 +294,7 @@ def hierarchical_block_mask(
     `keep_frames` or fewer past frames every block competes. Raises ValueError for lengths that are not whole
     frames, a sparsity outside [0, 1) and impossible frame counts.
 
-    Source: Light Forcing, arXiv 2602.04789; equal to the released selection where blocks divide the frame.
+    Source: Light Forcing, arXiv 2602.04789; equal to the released selection if blocks divide the frame.
     """
     q_layout, k_layout = (FrameBlocks(tokens_per_frame, size) for size in block_pair(block))
     q_frames, k_frames = q_layout.frames(q.shape[1]), k_layout.frames(k.shape[1])

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime import KernelInterface
 
-from lightforcing.kernels import attend, modulation, rounding, score, selection, store, store_part
+from lightforcing.kernels import attend, modulation, rounding, score, selection, store
 
 from . import attention_variants, fused_variants
 from .ahead_of_time import fused_kernel, fused_row, prepare, row_of
@@ -36,7 +36,7 @@ from .resources import SHARED_KIB
 FAMILIES = ((80, 86, 89), (90,), (100, 103), (120,))
 CODE = {
     "attention": (attend,),
-    "store": (store, store_part, rounding),
+    "store": (store, rounding),
     "score": (score,),
     "parts": (score,),
     "select": (selection,),

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import triton
 
-from lightforcing.kernels import block_sparse, modulation, score, selection, store
+from lightforcing.kernels import block_sparse, device, modulation, score, selection, store
 from lightforcing.lightforcing_core.model.wan import HEAD_DIM
 
 from .attention_variants import BLOCKS, DTYPES
@@ -43,7 +43,7 @@ def names(cc: int) -> list[str]:
         f"store:{dtype}:{stored}:{block}:{parts}{pooled}"
         for dtype, block, parts, pooled in itertools.product(FLOATS, BLOCKS, ("qkv", "kv"), POOLED)
         for stored in (dtype, "int8", "fp8")
-        if stored != "fp8" or divmod(cc, 10) >= store.MIN_CAPABILITY_FLOAT8
+        if stored != "fp8" or divmod(cc, 10) >= device.MIN_CAPABILITY_FLOAT8
     ]
     found += [f"score:{dtype}" for dtype in FLOATS]
     found += [f"parts:{dtype}:{block}" for dtype, block in itertools.product(FLOATS, BLOCKS)]

@@ -131,4 +131,4 @@ def test_why_not_knows_what_chips_can(monkeypatch):
     assert "sm_80 GPU or newer, this one is sm_75" in why_not(x)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert why_not(x) is None
-    assert "not on cpu" in why_not(torch.zeros(1, 6, 64))
+    assert "the tensors are on cpu" in why_not(torch.zeros(1, 6, 64))

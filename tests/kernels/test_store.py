@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lightforcing.kernels import store
+from lightforcing.kernels import device, store
 from lightforcing.kernels.store import LayerMemory, fused_store, why_not
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.quantised import quantise_blocks
@@ -336,17 +336,17 @@ def test_an_eight_bit_ring_needs_scales_and_frames_need_slots():
     ("capability", "cache", "reason"),
     [
         ((7, 5), None, "sm_80 GPU or newer, this one is sm_75"),
-        ((8, 6), torch.float8_e4m3fn, "sm_89 GPU or newer, this one is sm_86; use int8"),
+        ((8, 6), torch.float8_e4m3fn, "float8_e4m3fn on sm_86; keep the cache in int8"),
         ((8, 6), torch.int8, None),
         ((8, 9), torch.float8_e4m3fn, None),
         ((9, 0), None, None),
     ],
 )
 def test_why_not_knows_what_chips_can(monkeypatch, capability, cache, reason):
-    monkeypatch.setattr(store, "INTERPRETED", False)
+    monkeypatch.setattr(device, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     x = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
     got = why_not(x, 128, (64, 64), cache)
     assert got is None if reason is None else reason in got
-    assert "not on cpu" in why_not(torch.zeros(1, 8, 128), 128, (64, 64))
+    assert "the tensors are on cpu" in why_not(torch.zeros(1, 8, 128), 128, (64, 64))
     assert "not as torch.float16" in why_not(x, 128, (64, 64), torch.float16)

@@ -1,4 +1,4 @@
-"""Dense attention as ComfyUI or torch computes it: what "auto" runs on a device without a sparse backend."""
+"""Dense attention as ComfyUI or torch computes it, for "auto" on a device without a sparse backend."""
 
 import torch
 from torch import Tensor
@@ -61,6 +61,6 @@ def dequantised(
 def widened_bytes(k: Tensor, dtype: torch.dtype) -> int:
     """The most bytes of keys and values while one head of an 8-bit cache k [B, L, H, D] is dequantised to `dtype`."""
     numbers = k.shape[0] * k.shape[1] * k.shape[3]
-    # Values are widened in float32, with the scale of every token beside them, before they get their dtype.
+    # Values are widened in float32, multiplied by a scale for every token, and then get their dtype.
     float32 = 4 * (numbers + k.shape[0] * k.shape[1])
     return numbers * dtype.itemsize + float32 + (0 if dtype == torch.float32 else numbers * dtype.itemsize)

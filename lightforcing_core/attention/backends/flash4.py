@@ -14,7 +14,7 @@ class Flash4(Backend):
     """FlashAttention-4's block-sparse kernel on sm_90 and sm_100, for blocks that divide a frame."""
 
     name = "flash4"
-    automatic = False  # nobody has measured it here
+    automatic = False  # its speed has not been measured here
 
     def why_not(self, call: Call) -> str | None:
         q = call.q

@@ -1,9 +1,9 @@
 """Block-sparse attention by `torch.nn.attention.flex_attention`, compiled.
 
-flex takes lists of full blocks and of masked blocks, and a rule that says token by token what of a masked block a query
-reads. Frames are padded to whole blocks, so only a frame's ragged last key block is masked. A pooled tail becomes more
-keys behind the others, one per block: their scores get log(the block's real tokens), and a query block reads those of
-the blocks that it does not read itself.
+flex takes lists of full blocks and of masked blocks, and a rule that decides token by token whether a query reads a key
+of a masked block. Frames are padded to whole blocks, so only a frame's ragged last key block is masked. A pooled tail
+becomes more keys behind the others, one per block: their scores get log(the block's real tokens), and a query block
+reads those of the blocks that it does not read itself.
 """
 
 import functools
@@ -163,7 +163,7 @@ def _mask_options() -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(*kind: object, lse: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """flex_attention compiled once for all lengths; `kind` and `lse` are what makes code of its own necessary.
+    """flex_attention compiled once for all lengths; each `kind` and `lse` needs code of its own.
 
     torch.compile counts recompilations per code object and past a small limit falls back to a dense, uncompiled
     flex. So each kind gets its own code object, and fullgraph turns that fallback into an error.
@@ -238,7 +238,7 @@ def with_tail(
 def tail_rules(
     selection: BlockSelection, layout: FrameBlocks, k_blocks: int, keys: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which keys of masked blocks a query block sees, and what is added to their scores.
+    """Which keys of masked blocks a query block sees, and the bias of their scores.
 
     visible: bool [B, H, q_blocks, k_blocks + 2], whether a query block sees keys of each kind; column: int64 [keys],
     the kind: 0 real tokens, 1 + b the mean of block b, the last one padding; bias: float32 [keys], log(count) of means.

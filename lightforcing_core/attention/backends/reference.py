@@ -1,4 +1,4 @@
-"""Block-sparse attention in plain PyTorch, in float32 or wider: what the other backends are tested against."""
+"""Block-sparse attention in plain PyTorch, in float32 or wider; the other backends are tested against it."""
 
 import torch
 from torch import Tensor

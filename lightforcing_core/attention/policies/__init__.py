@@ -1,7 +1,7 @@
 """Attention policies by name.
 
-A policy is a set of rules. Today it has one, which key blocks a query block reads; rules of what the cache holds and of
-which frames are denoised together belong beside it in `Policy`, with today's behaviour as their default.
+A policy is a set of rules. Today it has one, which key blocks a query block reads. A rule for what the cache holds, or
+for which frames are denoised together, is another field of `Policy` with today's behaviour as its default.
 """
 
 from .base import FrameBudget, Plan, Policy, SelectionRule, View

@@ -1,4 +1,4 @@
-"""What makes an attention policy: its rules, and the plan that its selection rule makes for each chunk."""
+"""The parts of an attention policy: its rules, and the plan that its selection rule makes for each chunk."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class FrameBudget(NamedTuple):
 
 
 class View(NamedTuple):
-    """What an open chunk can see.
+    """The frames that an open chunk can see, and how they are cut into blocks.
 
     slot_frames: the latent frames in the cache, in memory order.
     current: how many of them, the newest, are the chunk's own.
@@ -69,7 +69,7 @@ class Plan(Protocol):
 
     @property
     def kind(self) -> Hashable:
-        """What makes the work of `select` different from that of another plan of the same policy."""
+        """Equal for plans of one policy whose `select` does the same work."""
 
     @property
     def fixed(self) -> BlockSelection | None:
