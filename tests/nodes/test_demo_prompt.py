@@ -44,7 +44,7 @@ def test_caption_outside_the_grammar_is_refused_before_anything_runs(server):
 def test_demo_prompt_of_another_model_is_refused(server):
     prompt = run_of()
     prompt["model"]["inputs"]["model_name"] = "tiny_wan.safetensors"
-    with pytest.raises(Failed, match="context is 32 wide, the model takes 4096"):
+    with pytest.raises(Failed, match="context is 32 wide and the model takes 4096"):
         server.run(prompt)
 
 
