@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..lightforcing_core.attention.backends import BACKEND_NAMES
+from ..lightforcing_core.attention.backends import BACKEND_NAMES, sdpa
 from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.dispatch import BackendUnavailable, choose_backend
 from ..lightforcing_core.attention.selection import BlockSelection
-from ..lightforcing_core.model.causal import sdpa
 from ..lightforcing_core.rollout.schedule import chunk_sparsities
 from .layer import CHUNKS, FAMILY, FRAMES, HEAD_DIM, LayerAttention, published
 from .record import facts

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..lightforcing_core.attention.backends import sdpa
 from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.dispatch import (
     AttentionOptions,
@@ -39,7 +40,7 @@ from ..lightforcing_core.demo.model import (
 )
 from ..lightforcing_core.families import Family
 from ..lightforcing_core.files.output import prepare_folder, whole_file
-from ..lightforcing_core.model.causal import Pass, sdpa
+from ..lightforcing_core.model.causal import Pass
 from ..lightforcing_core.model.wan import HEAD_DIM, Wan, random_state_dict, wan_from_state_dict
 from ..lightforcing_core.refusal import Refusal, check_size
 from ..lightforcing_core.report.plots import RunReport

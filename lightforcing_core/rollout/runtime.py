@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..model.causal import DenseAttention, Pass, sdpa
+from ..attention.backends import DenseAttention, sdpa
+from ..model.causal import Pass
 from ..model.cuda_graph import CudaGraph
 from ..model.kv_storage import KVOptions
 from ..refusal import check_choice
