@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := test
-.PHONY: demo test quick test-comfyui locales help-tables lint setup
+.PHONY: demo test quick test-comfyui help-tables lint setup
 
 setup: $(READY)
 
@@ -36,13 +36,7 @@ quick: lint
 test-comfyui: $(READY)
 	$(BIN)/python -m pytest tests/nodes tests/workflows tests/browser $(PYTEST_ARGS)
 
-# locales/en/nodeDefs.json from the nodes' schemas, in that same ComfyUI, and the input tables of the help pages from
-# the locales; translations are written by hand, after which `make help-tables` is enough.
-locales:
-	$(COMFYUI_PYTHON) tests/nodes/in_comfy/node_texts.py "$(COMFYUI_PATH)" "$(CURDIR)" "$(COMFYUI_PATH)" \
-		locales/en/nodeDefs.json > /dev/null
-	$(PYTHON) tools/help_tables.py
-
+# The input tables of the nodes' help pages, from the texts in locales/.
 help-tables:
 	$(PYTHON) tools/help_tables.py
 

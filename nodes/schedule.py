@@ -12,6 +12,7 @@ from ..lightforcing_core.rollout.schedule import CURVES, Schedule, latent_frames
 from .browser import watching_page
 from .comfy import ModelPatcher, find_model, running_server
 from .model.patch import settings_of
+from .texts import with_texts
 
 ScheduleType = io.Custom("LIGHTFORCING_SCHEDULE")
 AUTO, DENSE, CUSTOM, GENTLE = "auto", "dense", "custom", "gentle"
@@ -34,22 +35,13 @@ class LightForcingSchedule(io.ComfyNode):
     """Chunk-Aware Growth: chunk lengths, window and sparsity per chunk."""
 
     @classmethod
+    @with_texts
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LightForcingSchedule",
-            display_name="Light Forcing Schedule",
             category="Light Forcing",
-            description="Splits the video into chunks, and sets how far each one looks back and how much of that it "
-            "may skip. Early chunks stay dense, later ones become sparser (Chunk-Aware Growth).",
             inputs=[
-                io.Int.Input(
-                    "length",
-                    default=81,
-                    min=1,
-                    max=MOST_FRAMES,
-                    step=4,
-                    tooltip="Video frames, 1 + 4·k; must equal the latent's length. 81 is 5 seconds at 16 fps.",
-                ),
+                io.Int.Input("length", default=81, min=1, max=MOST_FRAMES, step=4),
                 io.DynamicCombo.Input(
                     "preset",
                     options=[
@@ -60,23 +52,10 @@ class LightForcingSchedule(io.ComfyNode):
                         *(io.DynamicCombo.Option(name, []) for name in H100),
                         io.DynamicCombo.Option(GENTLE, []),
                     ],
-                    tooltip="auto: the settings that the connected model's checkpoint was published with. A family's "
-                    "name: the settings of that family; with _h100, those that the authors of Light Forcing use on an "
-                    "H100 (80 % skipped). dense: the same chunks and window, nothing skipped (slower, the reference "
-                    "for quality). gentle: the same chunks and window, 60 % skipped, safe for checkpoints that were "
-                    "not trained sparse. custom: your own settings.",
                 ),
-                io.Model.Input(
-                    "model",
-                    optional=True,
-                    tooltip="The patched model, for auto, dense and gentle: its family sets the values.",
-                ),
+                io.Model.Input("model", optional=True),
             ],
-            outputs=[
-                ScheduleType.Output(
-                    display_name="schedule", tooltip="For Light Forcing Sampler or Light Forcing Sampler Select."
-                )
-            ],
+            outputs=[ScheduleType.Output(display_name="schedule")],
             has_intermediate_output=True,
         )
 
@@ -108,82 +87,15 @@ class LightForcingSchedule(io.ComfyNode):
 def custom_inputs() -> list[io.Input]:
     """The inputs of the custom preset."""
     return [
-        io.Int.Input(
-            "frames_per_chunk",
-            default=3,
-            min=1,
-            max=32,
-            step=1,
-            tooltip="Latent frames per chunk. Must match the checkpoint: 3 for chunk-wise ones, 1 for frame-wise.",
-        ),
-        io.Int.Input(
-            "window",
-            default=0,
-            min=0,
-            max=4001,
-            step=1,
-            tooltip="Latent frames that stay visible, including sinks and the current chunk. Limits memory and time "
-            "on long videos; 0 keeps all.",
-        ),
-        io.Int.Input(
-            "sink_frames",
-            default=0,
-            min=0,
-            max=32,
-            step=1,
-            tooltip="The first latent frames, which stay visible after the window has moved on; they preserve the "
-            "look.",
-        ),
-        io.Combo.Input(
-            "sink_rope",
-            options=list(SINK_ROPES),
-            default=SINK_ROPES[0],
-            advanced=True,
-            tooltip="The position of the sinks in time after the window has moved on. fixed: at the start (LongLive). "
-            "follow: directly before the window (Infinite Forcing, Light Forcing long).",
-        ),
-        io.Float.Input(
-            "target",
-            default=0.6,
-            min=0.0,
-            max=0.99,
-            step=0.01,
-            tooltip="Share of key blocks that the sparse chunks skip on average. 0.6 computes 40 % of attention; 0 is "
-            "dense.",
-        ),
-        io.Float.Input(
-            "base",
-            default=0.7,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="The sparsity that late chunks approach; at least the target. The further it is above the target, "
-            "the denser the early chunks are.",
-        ),
-        io.Combo.Input(
-            "curve",
-            options=list(CURVES),
-            default=CURVES[0],
-            advanced=True,
-            tooltip="How sparsity grows from chunk to chunk. All curves meet the target; constant does not grow.",
-        ),
-        io.Int.Input(
-            "dense_chunks",
-            default=1,
-            min=0,
-            max=1000,
-            step=1,
-            advanced=True,
-            tooltip="Chunks at the start that skip nothing, because the whole video inherits their errors.",
-        ),
-        io.String.Input(
-            "sparsity",
-            default="",
-            optional=True,
-            advanced=True,
-            tooltip="Sparsity of single chunks instead of the curve's, such as 3: 0.5, 7: 0.8, or a plain list from "
-            "chunk 0 on. The target then applies to the other chunks of the curve. Empty: the curve alone.",
-        ),
+        io.Int.Input("frames_per_chunk", default=3, min=1, max=32, step=1),
+        io.Int.Input("window", default=0, min=0, max=4001, step=1),
+        io.Int.Input("sink_frames", default=0, min=0, max=32, step=1),
+        io.Combo.Input("sink_rope", options=list(SINK_ROPES), default=SINK_ROPES[0], advanced=True),
+        io.Float.Input("target", default=0.6, min=0.0, max=0.99, step=0.01),
+        io.Float.Input("base", default=0.7, min=0.0, max=1.0, step=0.01),
+        io.Combo.Input("curve", options=list(CURVES), default=CURVES[0], advanced=True),
+        io.Int.Input("dense_chunks", default=1, min=0, max=1000, step=1, advanced=True),
+        io.String.Input("sparsity", default="", optional=True, advanced=True),
     ]
 
 

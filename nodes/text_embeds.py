@@ -1,4 +1,4 @@
-"""Text embeddings on disk: a prompt once encoded needs no 10 GB text encoder again."""
+"""Text embeddings on disk, so that an encoded prompt needs no 10 GB text encoder again."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from ..lightforcing_core.files.tensors import write_tensors
 from ..lightforcing_core.rollout.timeline import check_text
 from .comfy import add_model_kind, model_files, model_folder, model_path
+from .texts import with_texts
 
 FOLDER = "text_embeds"
 FORMAT = "light_forcing_text_embeds"
@@ -19,24 +20,16 @@ add_model_kind(FOLDER, ".safetensors")
 
 
 class LightForcingSaveTextEmbeds(io.ComfyNode):
-    """CONDITIONING → models/text_embeds/NAME.safetensors."""
+    """Save CONDITIONING to models/text_embeds/NAME.safetensors."""
 
     @classmethod
+    @with_texts
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LightForcingSaveTextEmbeds",
-            display_name="Light Forcing Save Text Embeds",
             category="Light Forcing",
-            description="Saves an encoded prompt to models/text_embeds, so later runs need no text encoder.",
-            inputs=[
-                io.Conditioning.Input("conditioning", tooltip="The output of CLIP Text Encode."),
-                io.String.Input(
-                    "name",
-                    default="prompt",
-                    tooltip="File name without extension; subfolder/name works. An existing file is replaced.",
-                ),
-            ],
-            outputs=[io.Conditioning.Output(display_name="CONDITIONING", tooltip="The input, passed on.")],
+            inputs=[io.Conditioning.Input("conditioning"), io.String.Input("name", default="prompt")],
+            outputs=[io.Conditioning.Output(display_name="CONDITIONING")],
             is_output_node=True,
         )
 
@@ -48,26 +41,16 @@ class LightForcingSaveTextEmbeds(io.ComfyNode):
 
 
 class LightForcingLoadTextEmbeds(io.ComfyNode):
-    """models/text_embeds/NAME.safetensors → CONDITIONING."""
+    """Load CONDITIONING from models/text_embeds/NAME.safetensors."""
 
     @classmethod
+    @with_texts
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LightForcingLoadTextEmbeds",
-            display_name="Light Forcing Load Text Embeds",
             category="Light Forcing",
-            description="Loads a prompt that Light Forcing Save Text Embeds has saved.",
-            inputs=[
-                io.Combo.Input(
-                    "name",
-                    options=model_files(FOLDER),
-                    tooltip="A file in models/text_embeds; press R to see new ones. It fits only models with the same "
-                    "text encoder (umt5 for Wan).",
-                ),
-            ],
-            outputs=[
-                io.Conditioning.Output(display_name="CONDITIONING", tooltip="The prompt, as CLIP Text Encode made it.")
-            ],
+            inputs=[io.Combo.Input("name", options=model_files(FOLDER))],
+            outputs=[io.Conditioning.Output(display_name="CONDITIONING")],
         )
 
     @classmethod
@@ -81,12 +64,12 @@ class LightForcingLoadTextEmbeds(io.ComfyNode):
 
 
 def embeds_path(name: str) -> Path:
-    """Where embeddings called `name` live; ValueError for a name that leaves the folder."""
+    """The path of embeddings called `name`. Raises ValueError for a name that leaves the folder."""
     folder = model_folder(FOLDER)
     stem = name.strip().removesuffix(".safetensors")
     path = (folder / f"{stem}.safetensors").resolve()
     if not stem or Path(stem).name.startswith(".") or not path.is_relative_to(folder):
-        raise ValueError(f"name {name!r} is no file name inside {folder}; use letters, digits and /")
+        raise ValueError(f"name {name!r} is not a file name inside {folder}; use letters, digits and /")
     return path
 
 
@@ -117,12 +100,12 @@ def load_embeds(path: Path) -> list:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            # Copies, since tensors lie in the file at any address, and how a matrix product rounds can depend on it.
+            # Cloned because tensors in a file can have any alignment, which can change how a matrix product rounds.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}; save the prompt again") from error
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} holds no text embeddings; files come from Light Forcing Save Text Embeds")
+        raise ValueError(f"{path} holds no text embeddings; save the prompt with Light Forcing Save Text Embeds")
     conditioning = []
     for index, entry in enumerate(json.loads(metadata["entries"])):
         own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}

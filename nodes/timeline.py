@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
 from ..lightforcing_core.rollout.timeline import Prompt, Switch, check_text
+from .texts import with_texts
 
 TimelineType = io.Custom("LIGHTFORCING_TIMELINE")
 FRAMES_PER_SECOND = 16
@@ -46,48 +47,19 @@ class LightForcingPromptTimeline(io.ComfyNode):
     """CONDITIONING and a start time → one more change on the timeline."""
 
     @classmethod
+    @with_texts
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LightForcingPromptTimeline",
-            display_name="Light Forcing Prompt Timeline",
             category="Light Forcing",
-            description="A prompt that takes over at a given second of the video. Chain several; the sampler's own "
-            "prompt applies until the first of them.",
             inputs=[
-                io.Conditioning.Input("positive", tooltip="The prompt that applies from start on."),
-                io.Float.Input(
-                    "start",
-                    default=3.0,
-                    min=0.0,
-                    max=3600.0,
-                    step=0.25,
-                    tooltip="Seconds into the video, at 16 frames per second. The change happens at the beginning of "
-                    "the chunk that contains this moment.",
-                ),
-                io.Combo.Input(
-                    "switch",
-                    options=["hard", "soft", "blend"],
-                    default="hard",
-                    tooltip="hard: the visible frames are read again under the new prompt, so the scene changes at "
-                    "once (one extra pass). soft: only the text changes, and the picture follows slowly. blend: like "
-                    "soft, but the text moves from the old prompt to the new one over several chunks.",
-                ),
-                io.Int.Input(
-                    "blend_chunks",
-                    default=4,
-                    min=1,
-                    max=1000,
-                    step=1,
-                    tooltip="For blend: the number of chunks until the new prompt applies alone. A chunk of 3 latent "
-                    "frames lasts 0.75 seconds.",
-                ),
-                TimelineType.Input(
-                    "timeline",
-                    optional=True,
-                    tooltip="Other changes, from another Light Forcing Prompt Timeline; their order does not matter.",
-                ),
+                io.Conditioning.Input("positive"),
+                io.Float.Input("start", default=3.0, min=0.0, max=3600.0, step=0.25),
+                io.Combo.Input("switch", options=["hard", "soft", "blend"], default="hard"),
+                io.Int.Input("blend_chunks", default=4, min=1, max=1000, step=1),
+                TimelineType.Input("timeline", optional=True),
             ],
-            outputs=[TimelineType.Output(display_name="timeline", tooltip="For the sampler, or for the next change.")],
+            outputs=[TimelineType.Output(display_name="timeline")],
         )
 
     @classmethod
@@ -151,5 +123,5 @@ def unsuitable_prompt(name: str, parts: Sequence[Mapping[str, Any]], *, may_be_e
         return f"the {name} is empty; write what the video should show"
     unused = [field for field in UNUSED_BY_T2V if parts[0].get(field) is not None]
     if unused:
-        return f"the {name} carries {', '.join(unused)}, which a rollout cannot follow; remove that node"
+        return f"the {name} has {', '.join(unused)}, which a rollout cannot follow; remove that node"
     return None

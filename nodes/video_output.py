@@ -1,4 +1,4 @@
-"""Frames that leave for a video file while the run goes on: the node that asks for it, and the files of one run."""
+"""Video files that grow with a run: the node that asks for them, and the files of one run."""
 
 import contextlib
 from collections.abc import Mapping
@@ -13,6 +13,7 @@ from torch import Tensor
 from ..lightforcing_core.files.output import numbered_path, remove_empty
 from ..lightforcing_core.files.video import FORMATS, VideoWriter
 from .comfy import metadata_wanted, numbered_output, output_folder
+from .texts import with_texts
 
 VideoOutputType = io.Custom("LIGHTFORCING_VIDEO_OUTPUT")
 MOST_CRF = max(known.worst_crf for known in FORMATS.values())
@@ -30,67 +31,31 @@ class VideoOutput:
 
 
 class LightForcingVideoOutput(io.ComfyNode):
-    """File name, format and quality → a video file that grows with the run."""
+    """Choose name, format and quality of a video file that grows with the run."""
 
     @classmethod
+    @with_texts
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LightForcingVideoOutput",
-            display_name="Light Forcing Video Output",
             category="Light Forcing",
-            description="Lets the sampler write each chunk's frames into a video file as soon as they are decoded, so "
-            "memory does not limit the length of a video. The sampler needs a VAE for this.",
             inputs=[
-                io.String.Input(
-                    "filename_prefix",
-                    default="video/light_forcing",
-                    tooltip="Name in the output folder; a number is added. Fields such as %date:yyyy-MM-dd% work as in "
-                    "Save Video.",
-                ),
-                io.Combo.Input(
-                    "format",
-                    options=["mp4", "webm"],
-                    default="mp4",
-                    tooltip="mp4 (H.264) plays everywhere; webm (VP9) is smaller and slower to write.",
-                ),
-                io.Int.Input(
-                    "crf",
-                    default=-1,
-                    min=-1,
-                    max=MOST_CRF,
-                    step=1,
-                    tooltip="Quality: lower is better and larger. -1 takes 19 for mp4 and 30 for webm.",
-                ),
-                io.Float.Input(
-                    "fps",
-                    default=16.0,
-                    min=1.0,
-                    max=120.0,
-                    step=1.0,
-                    tooltip="Frames per second of the file; Wan 2.1 makes 16. Another value changes the speed of the "
-                    "motion.",
-                ),
-                io.Boolean.Input(
-                    "keep_images",
-                    default=False,
-                    tooltip="On: the sampler's IMAGE holds all frames too (4.6 GB per minute at 480×832). Off: IMAGE "
-                    "stays empty, nodes after it do not run, and memory does not grow with the video.",
-                ),
+                io.String.Input("filename_prefix", default="video/light_forcing"),
+                io.Combo.Input("format", options=["mp4", "webm"], default="mp4"),
+                io.Int.Input("crf", default=-1, min=-1, max=MOST_CRF, step=1),
+                io.Float.Input("fps", default=16.0, min=1.0, max=120.0, step=1.0),
+                io.Boolean.Input("keep_images", default=False),
             ],
-            outputs=[
-                VideoOutputType.Output(
-                    display_name="video_output", tooltip="For the video_output input of Light Forcing Sampler."
-                )
-            ],
+            outputs=[VideoOutputType.Output(display_name="video_output")],
         )
 
     @classmethod
     def validate_inputs(
         cls, filename_prefix: str | None = None, format: str | None = None, crf: int | None = None
     ) -> bool:
-        """Refuse what cannot be written before anything runs; what comes over a link is None here.
+        """Refuse a file that cannot be written before anything runs; an input that is linked is None here.
 
-        Raises ValueError, which the host shows once; a returned reason it repeats for every input.
+        Raises ValueError, which ComfyUI shows once; it would repeat a returned reason for every input.
         """
         if filename_prefix is not None and Path(filename_prefix).name in ("", ".."):
             raise ValueError(f"filename_prefix {filename_prefix!r} names no file; write one such as video/clip")
@@ -109,8 +74,11 @@ class LightForcingVideoOutput(io.ComfyNode):
 class VideoFiles:
     """A context manager: one file for each video of the batch, under its name when the block ends well.
 
-    Otherwise, and after `cut_short`, what was written is kept as `NAME.partial.EXT`. height, width: pixels.
-    metadata: what the host stores beside the graph. Raises ValueError and OutputError as `VideoWriter` does.
+    Otherwise, and after `cut_short`, the frames so far are kept as `NAME.partial.EXT`.
+
+    height, width: pixels.
+    metadata: the graph, as ComfyUI stores it in files.
+    Raises ValueError and OutputError as `VideoWriter` does.
     """
 
     def __init__(
@@ -125,7 +93,7 @@ class VideoFiles:
         output, root = self._output, output_folder()
         folder, name = numbered_output(output.filename_prefix, width=width, height=height)
         with contextlib.ExitStack() as stack:
-            # The host has made them; where no file came, they go again.
+            # ComfyUI has made the folders; remove them if no file was written.
             stack.callback(remove_empty, [one for one in (folder, *folder.parents) if root in one.parents])
             for _ in range(self._batch):
                 path = stack.enter_context(numbered_path(folder, name, f".{output.format}"))
@@ -152,7 +120,7 @@ class VideoFiles:
         self._stack.__exit__(InterruptedError, cut, None)
 
     def shown(self) -> list[ui.SavedResult]:
-        """The files there are, as the host's previews want them."""
+        """The files that exist, in the form of ComfyUI's previews."""
         root = output_folder()
         results = []
         for path in (writer.partial or writer.path for writer in self._writers):
@@ -163,7 +131,7 @@ class VideoFiles:
 
 
 def graph_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What restores the graph when the file is dropped on the canvas; None where the host was told to store none."""
+    """The graph, which dropping the file on the canvas restores; None with --disable-metadata."""
     if not metadata_wanted():
         return None
     return {**(extra_pnginfo or {}), **({"prompt": prompt} if prompt is not None else {})}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lightforcing.lightforcing_core.demo.captions import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SPEEDS
 from lightforcing.tools import help_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,6 +63,13 @@ def test_no_message_holds_what_the_frontend_would_interpret(language):
         for path, text in texts(language, name).items():
             if name != "nodeDefs" or not path.endswith("/tooltip"):
                 assert not set("{}@|") & set(text), f"{name}: {path}"
+
+
+def test_caption_lists_the_words_of_the_demo_model():
+    words = [*BACKGROUNDS, *COLOURS, *SHAPES, *DIRECTIONS, *SPEEDS]
+    for language in ("en", *OTHERS):
+        tooltip = texts(language, "nodeDefs")["LightForcingDemoPrompt/inputs/caption/tooltip"]
+        assert set(words) <= set(re.findall(r"[a-z-]+", tooltip))
 
 
 def test_settings_are_those_of_the_page():

@@ -1,7 +1,6 @@
 """Write the input tables of the nodes' help pages from the texts in locales/.
 
-A page keeps its prose by hand; only the lines between the two markers are replaced. `make locales` runs this after it
-has written the English texts from the nodes' schemas.
+Only the lines between the two markers are replaced; the rest of a page is written by hand.
 """
 
 import json
@@ -9,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ROOT / "nodes" / "web" / "docs"
-BEGIN, END = "<!-- inputs: written by `make locales` -->", "<!-- end of inputs -->"
+BEGIN, END = "<!-- inputs: written by `make help-tables` -->", "<!-- end of inputs -->"
 HEADS = {"en": "| input | effect |", "zh": "| 输入 | 作用 |"}
 
 

@@ -11,6 +11,7 @@ from ...lightforcing_core.checkpoint.load import CheckpointError, inspect_checkp
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS
 from ...lightforcing_core.families import FAMILIES, Family, family_of
 from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path
+from ..texts import with_texts
 from .options import AUTO, option_inputs, settings_from
 from .patch import patched
 
@@ -30,48 +31,20 @@ class LightForcingModelLoader(io.ComfyNode):
     """Load any published autoregressive Wan 2.1 checkpoint, already patched."""
 
     @classmethod
+    @with_texts
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LightForcingModelLoader",
-            display_name="Light Forcing Model Loader",
             category="Light Forcing",
-            description="Loads an autoregressive Wan 2.1 checkpoint in any published layout (Self Forcing, Causal "
-            "Forcing, LongLive, Light Forcing, Infinite Forcing, Krea), .pt or .safetensors, ready to sample.",
             search_aliases=["self forcing", "causal forcing", "longlive", "krea realtime"],
             inputs=[
-                io.Combo.Input(
-                    "model_name",
-                    options=model_files("diffusion_models"),
-                    tooltip="A checkpoint in models/diffusion_models. Training files (.pt with generator or "
-                    "generator_ema) load unchanged.",
-                ),
-                io.Combo.Input(
-                    "weight_dtype",
-                    options=list(WEIGHT_DTYPES),
-                    default="default",
-                    tooltip="fp8 halves the memory of the weights at a small loss of quality. _fast also computes in "
-                    "fp8 on RTX 40 and later. fp8_rowwise does the same with one scale per channel and per token, so "
-                    "outliers are not clipped. Keep default for a checkpoint that is already fp8.",
-                    advanced=True,
-                ),
-                io.Combo.Input(
-                    "weights",
-                    options=[AUTO, "ema", "plain"],
-                    default=AUTO,
-                    tooltip="Which weights to load if a file holds several sets. auto follows the checkpoint's "
-                    "authors: EMA, except for LongLive and chunk-wise Causal Forcing.",
-                    advanced=True,
-                ),
-                io.Combo.Input(
-                    "lora_name",
-                    options=[NONE, *model_files("loras")],
-                    default=NONE,
-                    tooltip="A LoRA that belongs to the checkpoint, merged at strength 1, such as LongLive's lora.pt. "
-                    "Style LoRAs go into a Load LoRA node after this one.",
-                ),
+                io.Combo.Input("model_name", options=model_files("diffusion_models")),
+                io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True),
+                io.Combo.Input("weights", options=[AUTO, "ema", "plain"], default=AUTO, advanced=True),
+                io.Combo.Input("lora_name", options=[NONE, *model_files("loras")], default=NONE),
                 *option_inputs(),
             ],
-            outputs=[io.Model.Output(display_name="MODEL", tooltip="The patched model, for Light Forcing Sampler.")],
+            outputs=[io.Model.Output(display_name="MODEL")],
         )
 
     @classmethod
@@ -89,24 +62,13 @@ class LightForcingApply(io.ComfyNode):
     """Patch a MODEL that another loader made."""
 
     @classmethod
+    @with_texts
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LightForcingApply",
-            display_name="Light Forcing Apply",
             category="Light Forcing",
-            description="Makes a Wan 2.1 text-to-video MODEL from any loader (Load Diffusion Model, GGUF, with LoRAs) "
-            "ready for Light Forcing Sampler. Bypass the node to get the stock model back.",
-            inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="A Wan 2.1 T2V model that was fine-tuned to be autoregressive. Plain Wan 2.1 loads too, "
-                    "but was not trained for this and drifts into noise.",
-                ),
-                *option_inputs(),
-            ],
-            outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="A patched clone; the input model does not change.")
-            ],
+            inputs=[io.Model.Input("model"), *option_inputs()],
+            outputs=[io.Model.Output(display_name="MODEL")],
         )
 
     @classmethod

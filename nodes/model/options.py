@@ -19,84 +19,16 @@ def option_inputs() -> list[io.Input]:
     """The inputs that loader and apply node share; `settings_from` reads them."""
     frames = {"default": AS_FAMILY, "min": AS_FAMILY, "max": 64, "step": 1, "advanced": True}
     return [
-        io.Combo.Input(
-            "family",
-            options=[AUTO, *FAMILIES],
-            default=AUTO,
-            tooltip="The checkpoint's family, which sets the chunk length, window, sparsity and shift that the "
-            "samplers use. auto reads it from the name of the file or its folder; the weights alone cannot tell.",
-        ),
-        io.Combo.Input(
-            "backend",
-            options=[AUTO, *BACKEND_NAMES],
-            default=AUTO,
-            tooltip="The code that computes sparse attention. auto takes the fastest that runs here; if a named one "
-            "cannot run, that is an error, not a silent fallback.",
-            advanced=True,
-        ),
-        io.Combo.Input(
-            "block",
-            options=["16", "32", "64", "128"],
-            default="64",
-            tooltip="Tokens per attention block. Smaller blocks select more precisely and run slower; the published "
-            "method uses 64.",
-            advanced=True,
-        ),
-        io.Int.Input(
-            "keep_frames",
-            tooltip="Past latent frames that sparse attention may read, including the first and the nearest ones. "
-            "Fewer is faster but forgets more; -1 takes the family's value.",
-            **frames,
-        ),
-        io.Int.Input(
-            "keep_sink",
-            tooltip="How many of the kept frames are always the first ones of the video. -1 takes the family's value.",
-            **frames,
-        ),
-        io.Int.Input(
-            "keep_near",
-            tooltip="How many of the kept frames are always the nearest ones, which keeps motion smooth. -1 takes the "
-            "family's value.",
-            **frames,
-        ),
-        io.Combo.Input(
-            "estimator",
-            options=[AUTO, *ESTIMATORS],
-            default=AUTO,
-            optional=True,
-            advanced=True,
-            tooltip="How the importance of a block is estimated before it is read. mean: as published. lse: from its "
-            "four parts, which finds a block with one strong spot; selection takes about four times as long, which is "
-            "still little. auto: mean for checkpoints trained with it, lse for all others.",
-        ),
-        io.Combo.Input(
-            "tail",
-            options=[AUTO, "on", "off"],
-            default=AUTO,
-            optional=True,
-            advanced=True,
-            tooltip="on: skipped blocks still count, each as its mean. This is closer to dense attention and takes a "
-            "little more time and memory. auto: off for checkpoints trained without it, on for all others.",
-        ),
-        io.Boolean.Input(
-            "tiles",
-            default=False,
-            optional=True,
-            advanced=True,
-            tooltip="On: a block is a compact patch of the picture instead of a run of its rows, so its tokens belong "
-            "together. Light Forcing checkpoints were not trained with it.",
-        ),
-        io.Int.Input(
-            "reuse_steps",
-            default=1,
-            min=1,
-            max=16,
-            step=1,
-            optional=True,
-            advanced=True,
-            tooltip="Denoising steps of a chunk that share one selection of blocks. 1 selects anew in every step; "
-            "more saves a little time.",
-        ),
+        io.Combo.Input("family", options=[AUTO, *FAMILIES], default=AUTO),
+        io.Combo.Input("backend", options=[AUTO, *BACKEND_NAMES], default=AUTO, advanced=True),
+        io.Combo.Input("block", options=["16", "32", "64", "128"], default="64", advanced=True),
+        io.Int.Input("keep_frames", **frames),
+        io.Int.Input("keep_sink", **frames),
+        io.Int.Input("keep_near", **frames),
+        io.Combo.Input("estimator", options=[AUTO, *ESTIMATORS], default=AUTO, optional=True, advanced=True),
+        io.Combo.Input("tail", options=[AUTO, "on", "off"], default=AUTO, optional=True, advanced=True),
+        io.Boolean.Input("tiles", default=False, optional=True, advanced=True),
+        io.Int.Input("reuse_steps", default=1, min=1, max=16, step=1, optional=True, advanced=True),
     ]
 
 

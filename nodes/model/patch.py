@@ -1,16 +1,27 @@
-"""The patch: a clone of a Wan 2.1 T2V MODEL whose forward is ours while one of our samplers runs, and stock otherwise.
+"""The patch: a clone of a Wan 2.1 T2V MODEL that runs causally under this pack's samplers, and stock otherwise.
 
-It hangs on the host's DIFFUSION_MODEL wrapper, which chains with others and leaves with the clone, so bypassing or
-deleting the node gives the stock model back. A patch that the causal forward would silently drop is refused by name.
+ComfyUI calls a sampler, and the sampler calls the model through ComfyUI, so that hooks, LoRAs and offloading work. The
+patch adds two ways from the sampler into the model, both as wrappers that chain with others and belong to the clone:
+
+1. Before sampling, `CausalSampler.prepare` checks the inputs and requests memory, while no weights are loaded yet.
+2. In each forward, a `Pass` of the rollout arrives in `transformer_options`, the one argument that ComfyUI hands from
+   a sampler to the model unchanged (`call_model` puts it there, `_forward` takes it out). The text comes from that
+   pass, because prompts change during a run; ComfyUI's own conditioning is computed as always, and not used.
+
+Without our sampler neither way is taken, and bypassing or deleting the node gives the stock model back. A patch that
+the causal forward would silently drop is refused by name.
 """
 
 import logging
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ...lightforcing_core.attention.dispatch import AttentionOptions
 from ...lightforcing_core.families import Family
-from ..comfy import WAN_T2V, ModelPatcher, WrappersMP, flow_sampling, forward_patches
+from ...lightforcing_core.model.causal import Pass
+from ..comfy import WAN_T2V, ModelPatcher, Sampler, WrappersMP, flow_sampling, forward_patches
 
 KEY = "light_forcing"
 RUN = "light_forcing_run"  # the key in transformer_options of the pass that a sampler runs
@@ -20,15 +31,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the patch remembers for the samplers: the checkpoint's family and the attention options."""
+    """What the samplers read from the patch: the checkpoint's family and the attention options."""
 
     family: Family
     attention: AttentionOptions
 
 
 def settings_of(model: ModelPatcher) -> Settings | None:
-    """The patch's settings on a MODEL, None on one that carries no patch."""
+    """The patch's settings on a MODEL, None on one without the patch."""
     return model.get_attachment(KEY)
+
+
+def required_settings(model: ModelPatcher) -> Settings:
+    """The patch's settings on a MODEL. Raises ValueError for one without the patch."""
+    settings = settings_of(model)
+    if settings is None:
+        raise ValueError(
+            "this MODEL has no Light Forcing patch; load it with Light Forcing Model Loader, or put Light Forcing "
+            "Apply after its loader"
+        )
+    return settings
 
 
 def patched(model: ModelPatcher, settings: Settings) -> ModelPatcher:
@@ -46,7 +68,7 @@ def patched(model: ModelPatcher, settings: Settings) -> ModelPatcher:
 
 
 def unsuitable_model(model: ModelPatcher) -> str | None:
-    """Why `model` is no Wan 2.1 text-to-video model, or None."""
+    """Why `model` is not a Wan 2.1 text-to-video model, or None."""
     kind = type(model.model)
     if kind not in WAN_T2V:
         return (
@@ -70,22 +92,61 @@ def conflicting_patch(model: ModelPatcher, model_options: dict[str, Any]) -> str
     return found and f"this MODEL has {found}, which Light Forcing would silently drop; remove the node that adds it"
 
 
-def _forward(executor, x, timestep, context, clip_fea=None, time_dim_concat=None, transformer_options=None, **kwargs):
-    """The DIFFUSION_MODEL wrapper: the causal forward while a sampler of ours runs, else the next wrapper."""
-    model_pass = (transformer_options or {}).get(RUN)
-    if model_pass is None:
-        return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options or {}, **kwargs)
-    return model_pass(executor.class_obj, x, timestep)
+class CausalSampler(Sampler):
+    """A ComfyUI SAMPLER that runs the causal forward of a patched MODEL."""
+
+    def prepare(
+        self, guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor, denoise_mask: Tensor | None, seed: int
+    ) -> None:
+        """Check the inputs and request memory, before any weight is loaded. Raises ValueError."""
+        raise NotImplementedError
 
 
-def _outer_sample(executor, noise, latent_image, sampler, *args, **kwargs):
-    """The OUTER_SAMPLE wrapper: our sampler checks its inputs and states its memory before any weight is loaded."""
-    prepare = getattr(sampler, "light_forcing_prepare", None)
-    if prepare is None:
+def _outer_sample(
+    executor: Any,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Sampler,
+    sigmas: Tensor,
+    denoise_mask: Tensor | None = None,
+    callback: Any = None,
+    disable_pbar: bool = False,
+    seed: int | None = None,
+    **named: Any,
+) -> Tensor:
+    """The OUTER_SAMPLE wrapper, around all that ComfyUI does for one sampling: the first way in."""
+    if isinstance(sampler, CausalSampler):
+        sampler.prepare(executor.class_obj, noise, latent_image, sigmas, denoise_mask, seed or 0)
+    else:
         log.warning(
             "[Light Forcing] this sampler is not Light Forcing's, so the model runs as an ordinary bidirectional one. "
             "Use Light Forcing Sampler, or Light Forcing Sampler Select with SamplerCustomAdvanced."
         )
-    else:
-        prepare(executor.class_obj, noise, latent_image, *args, **kwargs)
-    return executor(noise, latent_image, sampler, *args, **kwargs)
+    return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **named)
+
+
+def call_model(model_wrap: Any, x: Tensor, sigma: float, model_pass: Pass, extra_args: dict[str, Any]) -> Tensor:
+    """x0 of the open chunk [B, 16, f, h, w], by a call of the model through ComfyUI that runs `model_pass`."""
+    options = extra_args["model_options"]["transformer_options"]
+    options[RUN] = model_pass
+    try:
+        return model_wrap(x, x.new_full((x.shape[0],), sigma), **extra_args)
+    finally:
+        del options[RUN]
+
+
+def _forward(
+    executor: Any,
+    x: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    clip_fea: Any = None,
+    time_dim_concat: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **named: Any,
+) -> Tensor:
+    """The DIFFUSION_MODEL wrapper, around the model's forward: the second way in."""
+    model_pass = (transformer_options or {}).get(RUN)
+    if model_pass is None:
+        return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options or {}, **named)
+    return model_pass(executor.class_obj, x, timestep)

@@ -1,136 +1,115 @@
-"""The chunk sampler behind both sampling nodes: our rollout decides the passes, ComfyUI's guider runs each."""
+"""The chunk sampler behind both sampling nodes: the core's rollout decides the passes, ComfyUI's guider runs each."""
 
 import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
-import comfy.model_management
-import comfy.samplers
 import torch
-from comfy.ldm.modules.attention import optimized_attention
-from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.model.causal import Pass
-from ...lightforcing_core.model.kv_storage import KVOptions
 from ...lightforcing_core.rollout.loop import rollout
 from ...lightforcing_core.rollout.recipe import Noise
 from ...lightforcing_core.rollout.record import RunRecord, RunRecorder
-from ...lightforcing_core.rollout.runtime import Chunk, Replay, Runtime, StepEvent
+from ...lightforcing_core.rollout.runtime import Chunk, Runtime, StepEvent
 from ...lightforcing_core.rollout.schedule import video_frames_of
 from ...lightforcing_core.rollout.state import RunState
-from ..comfy import is_out_of_memory
-from ..decode import FrameDecoder
-from ..model.patch import KEY, RUN, conflicting_patch, settings_of
-from .memory import plan_of
-from .refusals import memory_advice, unsuitable_guider, unsuitable_latents, unsuitable_sigmas
-from .request import Request, model_text, named_for_the_canvas
-
-NO_PATCH = (
-    "this MODEL carries no Light Forcing patch; load it with Light Forcing Model Loader or put Light Forcing Apply "
-    "behind its loader"
+from ..comfy import (
+    Interrupted,
+    ModelPatcher,
+    dense_attention,
+    is_out_of_memory,
+    out_of_memory,
+    raise_if_interrupted,
+    request_memory,
 )
+from ..model.patch import KEY, CausalSampler, call_model, conflicting_patch, required_settings
+from ..vae.decode import FrameDecoder
+from .memory import plan_of
+from .observer import Observer
+from .refusals import memory_advice, unsuitable_guider, unsuitable_latents, unsuitable_sigmas
+from .request import KV_CACHES, Request, model_text, named_for_the_canvas
+
 log = logging.getLogger(__name__)
 
 
-class ChunkSampler(comfy.samplers.Sampler):
-    """The autoregressive rollout as a ComfyUI SAMPLER; the guider's cfg and negative prompt are followed.
+class ChunkSampler(CausalSampler):
+    """The autoregressive rollout as a ComfyUI SAMPLER; it follows the guider's cfg and negative prompt.
 
-    wanted: the inputs of the node, or a saved run to go on with, which decides everything but the model.
-    replay: as in `Runtime`.
-    kv: how the KV cache is kept; None chooses.
-    decoder: decodes finished chunks; it is cut into tiles if memory is short.
+    request: the inputs of the node.
+    observers: receive the events of the run, in this order.
+    saved: a run to continue; it decides the video instead of the request.
+    decoder: decodes finished chunks, so the memory plan includes it.
     fresh_noise: the noise after each denoising step, as `Runtime.noise`; None takes the run's own.
-    keep_finished: when the run is interrupted or memory runs out after the first finished chunk, the chunks so far
-        are the result.
-    on_plan: called with the memory plan before anything is loaded.
-    on_step: called after each denoising step, before ComfyUI's callback.
-    on_state: called with the run's state after each finished chunk.
-    on_chunk: called then with the chunk (normalised latents), the steps done and the steps in all.
-    on_cut: called with the reason if the run ends early.
 
     `record` is the record of the last run, once it has ended.
     """
 
     def __init__(
         self,
-        wanted: Request | RunState | None = None,
+        request: Request,
+        observers: Sequence[Observer] = (),
         *,
-        replay: Replay = "all",
-        kv: KVOptions | None = None,
+        saved: RunState | None = None,
         decoder: FrameDecoder | None = None,
         fresh_noise: Noise | None = None,
-        keep_finished: bool = False,
-        on_plan: Callable[[MemoryPlan], object] | None = None,
-        on_step: Callable[[StepEvent], None] | None = None,
-        on_state: Callable[[RunState], object] | None = None,
-        on_chunk: Callable[[Chunk, int, int], None] | None = None,
-        on_cut: Callable[[str], None] | None = None,
     ) -> None:
-        self.wanted, self.replay, self.kv = wanted or Request(), replay, kv
-        self.decoder, self.fresh_noise, self.keep_finished = decoder, fresh_noise, keep_finished
-        self.on_plan, self.on_step, self.on_state = on_plan, on_step, on_state
-        self.on_chunk, self.on_cut = on_chunk, on_cut
+        self.request, self.observers, self.saved = request, observers, saved
+        self.decoder, self.fresh_noise = decoder, fresh_noise
         self.record: RunRecord | None = None
         self._prepared: tuple[RunState, MemoryPlan] | None = None
 
-    def light_forcing_prepare(
-        self,
-        guider: Any,
-        noise: Tensor,
-        latent_image: Tensor,
-        sigmas: Tensor,
-        denoise_mask: Any = None,
-        callback: Any = None,
-        disable_pbar: bool = False,
-        seed: int | None = None,
-        **_: Any,
+    def prepare(
+        self, guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor, denoise_mask: Tensor | None, seed: int
     ) -> None:
-        """Check everything before weights are loaded, and add the KV cache to the run's memory request."""
+        """Check everything and plan the memory, before any weight is loaded."""
+        model = guider.model_patcher
         with named_for_the_canvas():
             reason = (
-                conflicting_patch(guider.model_patcher, guider.model_options)
+                conflicting_patch(model, guider.model_options)
                 or unsuitable_guider(guider)
                 or unsuitable_latents(latent_image)
                 or unsuitable_sigmas(sigmas)
             )
             if denoise_mask is not None:
-                reason = "the latent carries a noise mask, which a rollout cannot follow; remove Set Latent Noise Mask"
+                reason = "the latent has a noise mask, which a rollout cannot follow; remove Set Latent Noise Mask"
             if reason:
                 raise ValueError(reason)
-            run = self._run(guider, sigmas, noise.shape, seed or 0)
-        is_saved = isinstance(self.wanted, RunState)
-        plan = plan_of(guider.model_patcher, run, self.kv, self.decoder, saved=is_saved)
-        self._prepared = replace(run, kv_dtype=plan.kv.dtype), plan
+            run = self._run(guider, sigmas, noise.shape, seed)
+        plan = plan_of(model, run, KV_CACHES[self.request.kv_cache], self.decoder, saved=self.saved is not None)
+        self._prepared = run, plan = replace(run, kv_dtype=plan.kv.dtype), plan
         log.info("[Light Forcing] %s", plan)
-        if self.decoder is not None:
-            self.decoder.cut(plan.decode_tiles, beside=plan.overlap)
-        if self.on_plan is not None:
-            self.on_plan(plan)
-        base, needed, longest = guider.model_patcher.model, plan.estimate, max(run.recipe.chunk_lengths())
+        for observer in self.observers:
+            observer.begin(run, plan)
+        longest = max(run.recipe.chunk_lengths())
 
-        def prepare_sampling(executor, model, noise_shape, conds, *args, **kwargs):
-            # ComfyUI's estimate grows linearly with the frames of its argument: speak in that unit.
-            one_frame = base.memory_required([*noise_shape[:2], 1, *noise_shape[3:]])
-            # It asks for the weights by itself, and its own estimate of a step holds the prompt.
-            held = replace(needed, weights=0, vae=0, prompt=0, step=longest * one_frame).total
-            frames = held / max(one_frame, 1)
-            return executor(model, [*noise_shape[:2], -int(-frames // 1), *noise_shape[3:]], conds, *args, **kwargs)
+        def memory(one_frame: int) -> int:
+            # ComfyUI adds the weights itself, and its estimate of a step includes the prompt.
+            return replace(plan.estimate, weights=0, vae=0, prompt=0, step=longest * one_frame).total
 
-        add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, prepare_sampling, guider.model_options, True)
+        request_memory(guider, KEY, memory)
+
+    def _run(self, guider: Any, sigmas: Tensor, shape: Sequence[int], seed: int) -> RunState:
+        """The saved run, or a new one from the inputs. Raises ValueError."""
+        model = guider.model_patcher
+        if self.saved is not None:
+            self.saved.check_model(model_text(model))
+            return self.saved
+        recipe = self.request.recipe(guider, required_settings(model), sigmas.tolist(), shape, seed)
+        return RunState(recipe, model_text(model))
 
     def sample(
         self,
         model_wrap: Any,
         sigmas: Tensor,
         extra_args: dict[str, Any],
-        callback: Callable | None,
+        callback: Callable[[int, Tensor, Tensor, int], object] | None,
         noise: Tensor,
         latent_image: Tensor | None = None,
         denoise_mask: Tensor | None = None,
@@ -140,94 +119,76 @@ class ChunkSampler(comfy.samplers.Sampler):
 
         A run that was cut short gives fewer frames.
         """
-        inner = model_wrap.inner_model
-        if settings_of(model_wrap.model_patcher) is None:
-            raise ValueError(NO_PATCH)
-        assert self._prepared is not None  # the patch's OUTER_SAMPLE wrapper has called light_forcing_prepare
-        run, plan = self._prepared
-        recipe, end = run.recipe, run.finished_frames
-        lengths = recipe.chunk_lengths()
-        starts = [sum(lengths[:index]) for index in range(len(lengths))]
-        home = noise.device if plan.latents_on_device else torch.device("cpu")
-        video, noisy = torch.zeros_like(noise, device=home), noise.to(home, copy=True)
-        past = run.latents
-        if past is not None:
-            video[:, :, :end] = past
-        fresh = self.fresh_noise or recipe.noise()
-        options = extra_args["model_options"]["transformer_options"]
-        guidance, model_wrap.cfg = model_wrap.cfg, 1.0  # each call is for one prompt; the rollout mixes them
-        at = _Progress(wanted=sum(start >= end for start in starts), frames=noise.shape[2], end=end)
-        begun = time.perf_counter()
+        required_settings(model_wrap.model_patcher)
+        assert self._prepared is not None  # with the patch, ComfyUI has called `prepare` before
+        (run, plan), self._prepared = self._prepared, None
+        inner, video = model_wrap.inner_model, _Video(run, noise, plan.latents_on_device)
+        fresh = self.fresh_noise or run.recipe.noise()
+        bar = tqdm(disable=disable_pbar, desc="Light Forcing")
 
         def draw(index: int, number: int, shape: tuple[int, ...]) -> Tensor:
-            return fresh(index, number, shape) if number else noise[:, :, starts[index] : starts[index] + shape[2]]
+            start = video.starts[index]
+            return fresh(index, number, shape) if number else noise[:, :, start : start + shape[2]]
 
         def denoise(x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            options[RUN] = model_pass
-            return model_wrap(x, x.new_full((x.shape[0],), sigma), **extra_args)
+            raise_if_interrupted()
+            return call_model(model_wrap, x, sigma, model_pass, extra_args)
 
         def on_step(event: StepEvent) -> None:
-            frames = slice(event.start_frame, event.start_frame + event.x0.shape[2])
-            video[:, :, frames], noisy[:, :, frames] = event.x0, event.x
-            at.done, at.total = event.done, event.total
+            video.update(event)
             bar.total = event.total
             bar.update()
-            if self.on_step is not None:
-                self.on_step(event)
+            for observer in self.observers:
+                observer.step(event)
             if callback is not None:
-                callback(event.done - 1, video.clone(), noisy, event.total)
+                callback(event.done - 1, video.clean.clone(), video.noisy, event.total)
 
-        bar = tqdm(disable=disable_pbar, desc="Light Forcing")
         recorder = RunRecorder(self._facts(model_wrap.model_patcher, run, plan))
+        runtime = Runtime(
+            device=noise.device,
+            dtype=inner.get_dtype_inference(),
+            kv=plan.kv,
+            dense_attention=dense_attention,
+            noise=draw,
+            denoise=denoise,
+            replay=self.request.replay,
+            on_step=on_step,
+            recorder=recorder,
+            cuda_graph="auto" if plan.cuda_graph else "off",
+        )
+        cfg, model_wrap.cfg = model_wrap.cfg, 1.0  # each call runs one prompt; the rollout mixes their results
+        begun = time.perf_counter()
         try:
-            runtime = Runtime(
-                device=noise.device,
-                dtype=inner.get_dtype_inference(),
-                kv=plan.kv,
-                dense_attention=_comfy_attention,
-                noise=draw,
-                denoise=denoise,
-                replay=self.replay,
-                on_step=on_step,
-                recorder=recorder,
-                cuda_graph="auto" if plan.cuda_graph else "off",
-            )
-            chunks = rollout(inner.diffusion_model, recipe, runtime, run.finished)
-            with contextlib.closing(chunks):
+            with contextlib.closing(rollout(inner.diffusion_model, run.recipe, runtime, run.finished)) as chunks:
                 for chunk in chunks:
-                    at.begin_output(chunk)
-                    video[:, :, chunk.start_frame : at.end] = chunk.latents
-                    if self.on_state is not None:
-                        run = run.extended_by(chunk)
-                        self.on_state(run)
-                    if self.on_chunk is not None:
-                        self.on_chunk(chunk, at.done, at.total)
-                    at.in_output = None
-        except (comfy.model_management.InterruptProcessingException, Exception) as error:
-            self._accept_end(error, at, run, plan)
-            video = video[:, :, : at.end].clone()
+                    video.add(chunk)
+                    for observer in self.observers:
+                        observer.chunk(chunk, is_last=video.is_complete)
+                    video.in_output = None
+        except (Interrupted, Exception) as error:
+            self._accept_end(error, video, run, plan)
         finally:
-            model_wrap.cfg = guidance
-            options.pop(RUN, None)
+            model_wrap.cfg = cfg
             bar.close()
             seconds = time.perf_counter() - begun
-            log.info("[Light Forcing] %s, %d of %d chunks in %.1f s", self._title, at.finished, at.wanted, seconds)
-        self.record = recorder.finish(frames=at.end)
-        return video
+            log.info(
+                "[Light Forcing] %s, %d of %d chunks in %.1f s", self._title, video.finished, video.wanted, seconds
+            )
+        self.record = recorder.finish(frames=video.end)
+        return video.result()
 
     @property
     def _title(self) -> str:
-        return "saved run" if isinstance(self.wanted, RunState) else self.wanted.title
+        return "saved run" if self.saved else self.request.title
 
     def _facts(self, model: ModelPatcher, run: RunState, plan: MemoryPlan) -> dict[str, str]:
-        """The facts that a report states in addition to the run's record."""
-        settings, recipe = settings_of(model), run.recipe
+        """The facts about a run that its report shows in addition to its record."""
+        recipe = run.recipe
         batch, _, frames, height, width = recipe.latent_shape
         videos = "" if batch == 1 else f"{batch} videos of "
         sinks = f", {recipe.sink_frames} of them sinks" if recipe.sink_frames else ""
         return {
-            "model": f"{settings.family.title if settings else 'unknown'}, {run.model}",
+            "model": f"{required_settings(model).family.title}, {run.model}",
             "video": f"{videos}{video_frames_of(frames)} frames ({frames} latent) at {8 * width}×{8 * height}",
             "schedule": self._title,
             "sees": "everything" if recipe.window is None else f"{recipe.window} latent frames{sinks}",
@@ -235,62 +196,69 @@ class ChunkSampler(comfy.samplers.Sampler):
             "memory": str(plan.kv),
         }
 
-    def _accept_end(self, error: BaseException, at: "_Progress", run: RunState, plan: MemoryPlan) -> None:
-        """Return if the finished chunks are the result; else raise the error for ComfyUI."""
-        interrupted = isinstance(error, comfy.model_management.InterruptProcessingException)
-        if interrupted and at.in_output:  # so that LATENT and frames end together
-            at.finished, at.end = at.finished - 1, at.in_output.start_frame
+    def _accept_end(self, error: BaseException, video: "_Video", run: RunState, plan: MemoryPlan) -> None:
+        """Return if the finished chunks are the result of a run that `error` ended; else raise it for ComfyUI."""
+        interrupted = isinstance(error, Interrupted)
         if not interrupted and not is_out_of_memory(error):
             raise error
-        made = (
-            f"{at.finished} of {at.wanted} chunks: {video_frames_of(at.end) if at.end else 0} of "
-            f"{video_frames_of(at.frames)} frames"
-        )
-        reason = f"cancelled after {made}"
+        decoding = video.in_output is not None
+        if interrupted:
+            video.drop_output()  # so that LATENT and the frames end together
+        reason = f"cancelled after {video.progress}"
         if not interrupted:
-            decoding = at.in_output is not None
             advice = memory_advice(run.recipe, plan, decoding=decoding)
-            reason = f"out of memory while {'decoding' if decoding else 'sampling'} a chunk, after {made}; {advice}"
-        if not (self.keep_finished and at.finished):
-            raise error if interrupted else comfy.model_management.OOM_EXCEPTION(reason) from error
+            doing = "decoding" if decoding else "sampling"
+            reason = f"out of memory while {doing} a chunk, after {video.progress}; {advice}"
+        if not (self.request.keep_finished and video.finished):
+            raise error if interrupted else out_of_memory(reason) from error
         log.warning("[Light Forcing] %s", reason)
-        if self.on_cut is not None:
-            self.on_cut(reason)
-
-    def _run(self, guider: Any, sigmas: Tensor, shape: Sequence[int], seed: int) -> RunState:
-        """The saved run, or a new one from the inputs. Raises ValueError."""
-        model = guider.model_patcher
-        if isinstance(self.wanted, RunState):
-            self.wanted.check_model(model_text(model))
-            return self.wanted
-        settings = settings_of(model)
-        if settings is None:
-            raise ValueError(NO_PATCH)
-        return RunState(self.wanted.recipe(guider, settings, sigmas.tolist(), shape, seed), model_text(model))
+        for observer in self.observers:
+            observer.cut(reason)
 
 
-@dataclass
-class _Progress:
-    """How far a run is: chunks `finished` of `wanted`, latent frames up to `end` of `frames`, steps `done` of `total`.
+class _Video:
+    """The latents of a run so far, and how much of them is finished.
 
-    in_output: the chunk that is being saved and decoded, if any.
+    clean, noisy: [B, 16, frames, h, w], where the current chunk holds its latest prediction and that step's input.
+    starts: first latent frame of every chunk.
+    end: latent frames that are finished. finished, wanted: chunks of this run.
+    in_output: the chunk that observers are working on, if any.
     """
 
-    wanted: int
-    frames: int
-    end: int
-    finished: int = 0
-    done: int = 0
-    total: int = 0
-    in_output: Chunk | None = None
+    def __init__(self, run: RunState, noise: Tensor, on_device: bool) -> None:
+        home = noise.device if on_device else torch.device("cpu")
+        self.clean, self.noisy = torch.zeros_like(noise, device=home), noise.to(home, copy=True)
+        self.starts, self.end = [0, *accumulate(run.recipe.chunk_lengths())][:-1], run.finished_frames
+        if (past := run.latents) is not None:
+            self.clean[:, :, : self.end] = past
+        self.finished, self.wanted = 0, sum(start >= self.end for start in self.starts)
+        self.in_output: Chunk | None = None
 
-    def begin_output(self, chunk: Chunk) -> None:
-        """The next chunk's latents are there."""
+    @property
+    def is_complete(self) -> bool:
+        return self.finished == self.wanted
+
+    @property
+    def progress(self) -> str:
+        """How far the run is, in chunks and video frames."""
+        frames = (video_frames_of(latent) if latent else 0 for latent in (self.end, self.clean.shape[2]))
+        return f"{self.finished} of {self.wanted} chunks: {' of '.join(map(str, frames))} frames"
+
+    def update(self, event: StepEvent) -> None:
+        """Show a step of the current chunk."""
+        frames = slice(event.start_frame, event.start_frame + event.x0.shape[2])
+        self.clean[:, :, frames], self.noisy[:, :, frames] = event.x0, event.x
+
+    def add(self, chunk: Chunk) -> None:
+        """A chunk is finished, and its output begins."""
         self.finished, self.end, self.in_output = self.finished + 1, chunk.start_frame + chunk.latents.shape[2], chunk
+        self.clean[:, :, chunk.start_frame : self.end] = chunk.latents
 
+    def drop_output(self) -> None:
+        """Give up the chunk whose output was interrupted, if any."""
+        if self.in_output is not None:
+            self.finished, self.end = self.finished - 1, self.in_output.start_frame
 
-def _comfy_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """ComfyUI's own dense attention over [B, L, H, D]."""
-    heads = q.shape[2]
-    mixed = optimized_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=heads)
-    return mixed.unflatten(-1, (heads, -1))
+    def result(self) -> Tensor:
+        """The finished frames."""
+        return self.clean if self.end == self.clean.shape[2] else self.clean[:, :, : self.end].clone()

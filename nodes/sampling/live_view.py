@@ -1,7 +1,7 @@
-"""The video so far, on the sampling node while it runs: decoded frames, the current chunk as a draft, and a line.
+"""Live view of a run on its node: decoded frames, the current chunk as a draft, and a line of text.
 
-A page with the pack's JavaScript is sent every new picture once and plays them; any other client gets the host's own
-preview: one sheet of the whole video that fills up. Pictures wait until they have cost less than `SHARE` of the run.
+A page with the pack's JavaScript receives every new picture once and plays them. Any other client gets ComfyUI's own
+preview: one sheet of the whole video, whose cells fill up. Pictures take at most `SHARE` of the run's time.
 """
 
 import base64
@@ -22,9 +22,11 @@ from torch import Tensor
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.rollout.runtime import StepEvent
 from ...lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
+from ...lightforcing_core.rollout.state import RunState
 from ..browser import watching_page
 from ..comfy import ModelPatcher, Preview, ProgressBar, executing_node, running_server, show_text
 from ..model.patch import settings_of
+from .observer import Observer
 
 SHARE = 0.02  # of the run's time that pictures may take
 PAUSE = 0.4  # seconds between pictures
@@ -41,7 +43,7 @@ DEMO_FAMILY = "demo"
 
 @dataclass
 class Stretch:
-    """Pictures [n, h, w, 3] (uint8) of video frames `start` up to `stop`; `at` tells which frame each begins at."""
+    """Pictures [n, h, w, 3] (uint8) of video frames `start` up to `stop`; `at`: the frame that each begins at."""
 
     start: int
     stop: int
@@ -51,7 +53,7 @@ class Stretch:
 
 @dataclass
 class Draft:
-    """A chunk's pictures on their way from the device; `ready` tells when they have arrived, None: they have."""
+    """A chunk's pictures while they are copied from the device; `ready`: the event that ends the copy, if any."""
 
     start: int
     stop: int
@@ -59,34 +61,33 @@ class Draft:
     ready: Any = None
 
     def arrived(self) -> Stretch | None:
-        """The pictures, None while they are on their way."""
+        """The pictures, None while they are being copied."""
         if self.ready is not None and not self.ready.query():
             return None
         return spread(self.start, self.stop, self.pictures.numpy())
 
 
-class ProgressLine:
+class ProgressLine(Observer):
     """A line on the executing node after every step: chunk, step, seconds per chunk and density; below it the plan."""
 
     def __init__(self) -> None:
         self._plan = ""
-        self._told = self._begun = 0.0
+        self._shown = self._begun = 0.0
         self._pace = ""
         self._last: StepEvent | None = None
 
-    def plan(self, plan: MemoryPlan) -> None:
-        """How the run is kept in memory; nothing has been loaded yet."""
+    def begin(self, run: RunState, plan: MemoryPlan) -> None:
         self._plan = str(plan)
         show_text(self._plan)
 
-    def __call__(self, event: StepEvent) -> None:
+    def step(self, event: StepEvent) -> None:
         now, self._last = time.perf_counter(), event
         if event.done == 1:
-            self._told, self._begun, self._pace = -math.inf, now, ""
+            self._shown, self._begun, self._pace = -math.inf, now, ""
         elif event.step == 0:
             self._pace = f"{(now - self._begun) / event.chunk:.1f} s per chunk · "
-        if now - self._told >= LINE_PAUSE:
-            self._told = now
+        if now - self._shown >= LINE_PAUSE:
+            self._shown = now
             show_text(
                 f"chunk {event.chunk + 1}/{event.chunks} · step {event.step + 1}/{event.steps} · {self._pace}"
                 f"density {100 * event.density:.0f} %{self._below}"
@@ -99,15 +100,15 @@ class ProgressLine:
 
     @property
     def _below(self) -> str:
-        """The plan on a line of its own; nodes that Vue draws put it behind the other."""
+        """The plan on a line of its own; nodes drawn by Vue append it to the other line."""
         return f"\n· {self._plan}"
 
 
-class LiveView:
-    """Shows one run on its node: `callback` is for the sampler, `step` and `add_frames` are told what it makes.
+class LiveView(Observer):
+    """Shows one run on its node; `callback` is for ComfyUI's guider, `add_frames` takes decoded frames.
 
-    latent_shape: [B, 16, frames, h, w] of the whole video; the first of the batch is shown. decodes: whether decoded
-    frames will come; without them there are drafts alone, if the host's preview method asks for any.
+    latent_shape: [B, 16, frames, h, w] of the whole video; the first of the batch is shown.
+    decodes: whether decoded frames will follow. If not, there are only drafts, and only if ComfyUI's previews are on.
     """
 
     def __init__(self, model: ModelPatcher, latent_shape: Sequence[int], *, decodes: bool) -> None:
@@ -118,7 +119,7 @@ class LiveView:
         self._decoded = 0  # video frames
         self._shape = tuple(latent_shape)
         settings = settings_of(model)
-        # The demo model's latents are its own VAE's: in the colours of Wan's a draft would be a wild pattern.
+        # The demo model has a VAE of its own; in the colours of Wan's latents its drafts would be noise.
         self._drafts = settings is None or settings.family.id != DEMO_FAMILY
 
     @cached_property
@@ -132,23 +133,21 @@ class LiveView:
 
     @property
     def callback(self) -> Callable[[int, Tensor, Tensor, int], None]:
-        """What a sampler calls with (step, x0, x, steps in all), x0 being the whole video so far.
+        """Called by ComfyUI as (step, x0, x, total steps), where x0 is the whole video so far.
 
-        Where another pack has put animated previews in the place of the host's, they are shown and ours are not.
+        If another pack has replaced ComfyUI's previews by animated ones, those are shown instead of ours.
         """
         return self._preview.callback() if self._preview.is_foreign else self._progress
 
-    def plan(self, plan: MemoryPlan) -> None:
-        """How the run is kept in memory; nothing has been loaded yet."""
-        self._line.plan(plan)
+    def begin(self, run: RunState, plan: MemoryPlan) -> None:
+        self._line.begin(run, plan)
 
     def step(self, event: StepEvent) -> None:
-        """A denoising step is done; `callback` follows."""
-        self._line(event)
+        self._line.step(event)
         if self._preview.is_foreign:
             return
         self._take_draft()
-        must = event.step == event.steps - 1 and not self._decodes  # or the chunk would never be seen
+        must = event.step == event.steps - 1 and not self._decodes  # else the chunk would never be seen
         wanted = self._drafts and (self._decodes or self._preview.is_on)
         if wanted and (must or (self._draft is None and self._budget.allows())):
             with self._budget.spending():
@@ -166,7 +165,7 @@ class LiveView:
             self._pictures.add(Stretch(start, start + frames.shape[1], at, small_pictures(frames[0, skipped::EVERY])))
 
     def show(self) -> None:
-        """Send what is new, if that is affordable or the run is over."""
+        """Send new pictures, if the budget allows it or the run is over."""
         preview = None
         if self._pictures.is_new and (self._budget.allows() or self._done >= self._total):
             with self._budget.spending(shown=True):
@@ -194,7 +193,7 @@ class LiveView:
             self._pictures.add(stretch)
 
     def _drawn(self, event: StepEvent) -> Draft:
-        """The current chunk's pictures: by the host's tiny VAE where it is chosen, else by its colours of a latent."""
+        """The current chunk's pictures: by the tiny VAE if ComfyUI's user chose it, else by approximate colours."""
         start = video_frames_of(event.start_frame) if event.start_frame else 0
         stop = video_frames_of(event.start_frame + event.x0.shape[2])
         if self._preview.has_tiny_vae and self._budget.allows():
@@ -208,7 +207,7 @@ class LiveView:
 
 
 class Budget:
-    """How long pictures took, against how long the run took."""
+    """The time that pictures have taken, compared with the time of the run."""
 
     def __init__(self) -> None:
         self._begun, self._shown, self.spent = time.perf_counter(), -math.inf, 0.0
@@ -220,7 +219,7 @@ class Budget:
 
     @contextmanager
     def spending(self, *, shown: bool = False) -> Iterator[None]:
-        """Count the time that this takes; `shown`: a picture goes out."""
+        """Count the time of the block; `shown`: it sends a picture."""
         begun = time.perf_counter()
         yield
         now = time.perf_counter()
@@ -230,9 +229,9 @@ class Budget:
 
 
 class Strips:
-    """For a page that plays them: every picture is sent once, in strips; a later stretch replaces an earlier one.
+    """For a page that plays pictures: each is sent once, in strips; a later stretch replaces an earlier one.
 
-    A page that was loaded anew is sent all of them with the next one.
+    A reloaded page gets all of them with the next one.
     """
 
     def __init__(self, server: Any, frames: int) -> None:
@@ -245,7 +244,7 @@ class Strips:
         return bool(self._unsent) or self._end is not None
 
     def cut(self, stop: int) -> None:
-        """The video ends before frame `stop`: what was a draft behind it is not to come."""
+        """The video ends before frame `stop`: discard drafts past it."""
         self._unsent = [stretch for stretch in self._unsent if stretch.start < stop]
         if any(strip["start"] >= stop for strip in self._sent):
             self._sent = [strip for strip in self._sent if strip["start"] < stop]
@@ -275,7 +274,7 @@ class Strips:
 
 
 class Sheet:
-    """For any other client: one picture of the whole video, whose cells fill up."""
+    """For other clients: one picture of the whole video, whose cells fill up."""
 
     def __init__(self, latent_frames: int, aspect: float) -> None:
         self._latent_frames, self._cells = latent_frames, min(latent_frames, CELLS)
@@ -296,7 +295,7 @@ class Sheet:
             self._image.paste(small, (cell % self._columns * self._width, cell // self._columns * self._height))
 
     def cut(self, stop: int) -> None:
-        """The video ends before frame `stop`: cells behind it are empty again."""
+        """The video ends before frame `stop`: clear the cells past it."""
         for cell in range(latent_frame_at(stop) * self._cells // self._latent_frames, self._cells):
             left, top = cell % self._columns * self._width, cell // self._columns * self._height
             self._image.paste(EMPTY, (left, top, left + self._width, top + self._height))
@@ -314,7 +313,7 @@ def spread(start: int, stop: int, pictures: np.ndarray) -> Stretch:
 
 
 def small_pictures(frames: Tensor) -> np.ndarray:
-    """Frames [n, H, W, 3] in [0, 1] as uint8, no side longer than `SIDE`: pixels are skipped, which is fast."""
+    """Frames [n, H, W, 3] in [0, 1] as uint8, no side longer than `SIDE`; skips pixels, which is fast."""
     step = math.ceil(max(frames.shape[1:3]) / SIDE)
     few = frames[:, ::step, ::step].cpu()
     values = few.numpy() if few.dtype in (torch.float32, torch.float16) else few.float().numpy()

@@ -1,15 +1,10 @@
-"""The memory plan of a run on a device that ComfyUI manages."""
+"""The memory plan of a run on the GPU that ComfyUI manages."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import comfy.model_management
 import torch
-from comfy.cli_args import PerformanceFeature, args
-from comfy.model_management import VRAMState
-from comfy.model_patcher import ModelPatcher
-from comfy_api.latest import io
 
 from ...lightforcing_core.attention.dispatch import choose_backend
 from ...lightforcing_core.memory.estimate import MemoryEstimate, ModelSize, estimate
@@ -17,51 +12,34 @@ from ...lightforcing_core.memory.plan import LADDER, MemoryPlan, plan_memory
 from ...lightforcing_core.model.kv_storage import KVOptions
 from ...lightforcing_core.model.wan import HEAD_DIM
 from ...lightforcing_core.rollout.state import RunState
-from ..comfy import memory_for_a_run
-from ..decode import FrameDecoder
+from ..comfy import (
+    ModelPatcher,
+    memory_for_a_run,
+    untested_speedups_wanted,
+    weight_bytes_on_device,
+    weights_may_move,
+)
+from ..vae.decode import FrameDecoder
 
-# How the widget names the ways to keep the KV cache; auto chooses.
-KV_CACHES: dict[str, KVOptions | None] = {
-    "auto": None,
-    "full": KVOptions(),
-    "int8": KVOptions("int8"),
-    "fp8": KVOptions("fp8"),
-    "host": KVOptions(host=True),
-    "int8_host": KVOptions("int8", host=True),
-}
-# Whole videos of latents that sampling can keep elsewhere: the result, the noisy one, and a preview's copy.
+# Whole videos of latents that sampling can keep in CPU memory: the result, the noisy one, and a preview's copy.
 LATENT_COPIES = 3
-
-
-def kv_cache_input() -> io.Input:
-    """The widget of both sampling nodes."""
-    return io.Combo.Input(
-        "kv_cache",
-        options=list(KV_CACHES),
-        default="auto",
-        optional=True,
-        advanced=True,
-        tooltip="How the keys and values of past frames are kept. auto: in full if they fit, else in 8 bits (half the "
-        "memory, nearly the same video), else in CPU memory (slower); the node shows which. int8, fp8: 8 bits. host: "
-        "in CPU memory, copied one layer ahead. int8_host: both.",
-    )
 
 
 def plan_of(
     model: ModelPatcher, run: RunState, kv: KVOptions | None, decoder: FrameDecoder | None, *, saved: bool
 ) -> MemoryPlan:
-    """How `run` is kept in the card's memory. kv: how the KV cache shall be kept; None chooses.
+    """Plan the memory of `run` on the model's device.
 
-    saved: the run goes on with the precision that it began with; only the place of its cache is open.
+    kv: how to keep the KV cache; None chooses.
+    decoder: what decodes the run's frames, if anything.
+    saved: the run continues a saved one, with the precision that it began with.
     """
     base, device = model.model, model.load_device
     dtype = base.get_dtype_inference()
     recipe = run.recipe
     batch, _, frames, height, width = recipe.latent_shape
     size = ModelSize.of_module(model.get_model_object("diffusion_model"))
-    # With --novram weights are only on the card while they are used.
-    leaves = comfy.model_management.vram_state == VRAMState.NO_VRAM
-    size = replace(size, weight_bytes=0 if leaves else model.model_size())
+    size = replace(size, weight_bytes=weight_bytes_on_device(model))
     tokens = height * width // 4
     visible = min(recipe.window or frames, frames)
     q, k = (
@@ -71,8 +49,8 @@ def plan_of(
     attention = recipe.attention
     backend = choose_backend(q, k, tokens_per_frame=tokens, block=attention.block, backend=attention.backend).name
 
-    def estimate_of(kv: KVOptions, tiles: int) -> MemoryEstimate:
-        with torch.inference_mode(False):  # inference mode hides the smaller operations inside an operation
+    def needed_with(kv: KVOptions, tiles: int) -> MemoryEstimate:
+        with torch.inference_mode(False):  # inference mode hides the operations that others consist of
             needed = estimate(size, recipe, kv=kv, backend=backend, dtype=dtype)
         return needed if decoder is None else replace(needed, **decoder.bytes_of(tiles))
 
@@ -83,13 +61,12 @@ def plan_of(
         ladder = [kv]
     on_device, is_cuda = device.type != "cpu", device.type == "cuda"
     return plan_memory(
-        estimate_of,
+        needed_with,
         memory_for_a_run(device),
         ladder=ladder if on_device else ladder[: max(1, sum(not options.host for options in ladder))],
         most_tiles=1 if decoder is None else decoder.most_tiles,
         latents=LATENT_COPIES * 4 * math.prod(recipe.latent_shape) if on_device else 0,
-        overlap=is_cuda and decoder is not None and decoder.can_run_beside,
-        # Nobody has measured them yet: only where the host was started with --fast, which asks for such things. They
-        # read weights where they lie, which DynamicVRAM may change.
-        cuda_graph=is_cuda and PerformanceFeature.AutoTune in args.fast and not model.is_dynamic(),
+        overlap=is_cuda and decoder is not None and decoder.can_overlap,
+        # Graphs are not measured yet, so they need --fast. They hold the addresses of weights, which must not move.
+        cuda_graph=is_cuda and untested_speedups_wanted() and not weights_may_move(model),
     )

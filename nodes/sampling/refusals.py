@@ -1,11 +1,7 @@
-"""Reasons to decline: what a rollout cannot follow, as a sentence that names the way out, or None.
-
-Also what to say when memory runs out, with numbers.
-"""
+"""Reasons why a rollout cannot follow some inputs, each with a remedy, and advice for a run out of memory."""
 
 from typing import Any
 
-import comfy.samplers
 import torch
 from torch import Tensor
 
@@ -13,16 +9,17 @@ from ...lightforcing_core.memory.estimate import gib
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.refusal import check_finite
 from ...lightforcing_core.rollout.recipe import Recipe, check_guidance
+from ..comfy import is_plain_guider
 from ..model.patch import LATENT_CHANNELS
 from ..timeline import unsuitable_prompt
 
 
 def unsuitable_guider(guider: Any) -> str | None:
     """Why the guider's prompts or strength cannot drive a rollout, or None."""
-    if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
+    if not is_plain_guider(guider):
         return (
-            f"the guider {type(guider).__name__} runs the model in a way of its own, which the KV cache cannot follow; "
-            f"use BasicGuider or CFGGuider"
+            f"the guider {type(guider).__name__} calls the model in its own way, which the KV cache cannot follow; use "
+            f"BasicGuider or CFGGuider"
         )
     if guider.model_options.get("disable_cfg1_optimization") and guider.conds.get("negative"):
         return "a patch forces the negative prompt at cfg 1 (disable_cfg1_optimization); remove the node that adds it"
@@ -61,11 +58,11 @@ def unsuitable_sigmas(sigmas: Tensor) -> str | None:
 
 
 def memory_advice(recipe: Recipe, plan: MemoryPlan, *, decoding: bool) -> str:
-    """The settings to lower, and by how much, after a run of `recipe` ran out of memory in spite of its plan."""
+    """The settings to lower, and by how much, after a run of `recipe` ran out of the memory that was planned."""
     ways = _ways_to_need_less(recipe, plan)
-    said = f"lower {', or '.join(ways)}" if ways else "nothing is left to lower; end what else uses this memory"
+    advice = f"lower {', or '.join(ways)}" if ways else "every setting is at its lowest; close other programs"
     more = "; LightVAE (lightvaew2_1) decodes in about a quarter of the full VAE's memory" if decoding else ""
-    return said + more
+    return advice + more
 
 
 def _ways_to_need_less(recipe: Recipe, plan: MemoryPlan) -> list[str]:
@@ -95,5 +92,5 @@ def _ways_to_need_less(recipe: Recipe, plan: MemoryPlan) -> list[str]:
 
 
 def _smaller_side(pixels: int) -> int:
-    """A side of a picture with three quarters of the area, in steps of 16 pixels; less in any case, but for 16."""
+    """A side of a picture with three quarters of the area, in steps of 16 pixels; smaller unless it is 16."""
     return max(16, min(round(pixels * 0.866 / 16) * 16, pixels - 16))

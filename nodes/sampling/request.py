@@ -1,22 +1,34 @@
-"""The inputs of a sampling node, and the recipe that they make once model, prompts and size are known."""
+"""The inputs of a sampling node, and the recipe they make with a model, prompts and a size."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...lightforcing_core.families import Family
+from ...lightforcing_core.model.kv_storage import KVOptions
 from ...lightforcing_core.refusal import Refusal
 from ...lightforcing_core.rollout.recipe import Guidance, NoiseOptions, Recipe, check_given, few_step_sigmas
+from ...lightforcing_core.rollout.runtime import Replay
 from ...lightforcing_core.rollout.schedule import Schedule, video_frames_of
+from ..comfy import ModelPatcher
 from ..model.patch import Settings
+from ..schedule import numbers_per_chunk
 from ..timeline import PromptChange, prompts_of
 
+# The choices of kv_cache; auto lets the memory plan choose.
+KV_CACHES: dict[str, KVOptions | None] = {
+    "auto": None,
+    "full": KVOptions(),
+    "int8": KVOptions("int8"),
+    "fp8": KVOptions("fp8"),
+    "host": KVOptions(host=True),
+    "int8_host": KVOptions("int8", host=True),
+}
 # A recipe's fields as the canvas calls them.
 SOCKETS = {
     "latent_shape": "the latent",
@@ -41,34 +53,50 @@ def named_for_the_canvas() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """The inputs of a sampling node that decide the video.
+    """Values of the inputs that both sampling nodes have, and of `chunk_seeds`, by their names on the canvas.
 
     schedule: None takes the defaults of the model's family.
-    initial_latents, last_latents: [B or 1, 16, frames, h, w] in the VAE's space, the video's start and end.
+    start_latent, end_latent: LATENTs of [B or 1, 16, frames, h, w] in the VAE's space.
     timeline: prompts that take over later.
-    chunk_seeds: chunk index → seed of its own.
-    context_noise: as in `NoiseOptions`.
     """
 
     schedule: Schedule | None = None
-    initial_latents: Tensor | None = None
-    last_latents: Tensor | None = None
+    start_latent: Mapping[str, Any] | None = None
+    end_latent: Mapping[str, Any] | None = None
     timeline: Sequence[PromptChange] = ()
-    chunk_seeds: Mapping[int, int] = field(default_factory=dict)
+    chunk_seeds: str = ""
+    replay: Replay = "all"
+    keep_finished: bool = True
+    kv_cache: str = "auto"
     context_noise: float = 0.0
+
+    @property
+    def initial_latents(self) -> Tensor | None:
+        """The latents that the video starts with."""
+        return self.start_latent["samples"] if self.start_latent else None
+
+    @property
+    def last_latents(self) -> Tensor | None:
+        """The latents that the video ends with."""
+        return self.end_latent["samples"] if self.end_latent else None
 
     @property
     def initial_frames(self) -> int:
         """Latent frames that the video starts with."""
         return 0 if self.initial_latents is None else self.initial_latents.shape[2]
 
+    @property
+    def seeds(self) -> dict[int, int]:
+        """Chunk index → seed of its own."""
+        return numbers_per_chunk(self.chunk_seeds, "chunk_seeds", int, lists=False)
+
     def schedule_of(self, family: Family, latent_frames: int) -> Schedule:
-        """The schedule that was given, or the family's."""
+        """The given schedule, or the family's."""
         return self.schedule or Schedule.of_family(family, latent_frames)
 
     @property
     def title(self) -> str:
-        """The schedule's, for the log and the report."""
+        """The schedule's title, for the log and the report."""
         return self.schedule.title if self.schedule else "the family's schedule"
 
     def recipe(
@@ -86,7 +114,7 @@ class Request:
             for latents in (self.initial_latents, self.last_latents)
         )
         lengths = schedule.chunk_lengths(self.initial_frames)
-        if beyond := [chunk for chunk in self.chunk_seeds if chunk >= len(lengths)]:
+        if beyond := [chunk for chunk in self.seeds if chunk >= len(lengths)]:
             raise ValueError(f"chunk_seeds names chunk {beyond[0]}; this video has chunks 0 to {len(lengths) - 1}")
         negative = guider.conds["negative"][0]["cross_attn"] if guider.cfg != 1.0 else None
         return Recipe(
@@ -98,13 +126,13 @@ class Request:
             last_latents=end,
             attention=settings.attention,
             guidance=Guidance(guider.cfg, negative),
-            noise_options=NoiseOptions(_first_levels(family, sigmas), self.chunk_seeds, self.context_noise),
+            noise_options=NoiseOptions(_first_levels(family, sigmas), self.seeds, self.context_noise),
             **schedule.arguments(self.initial_frames),
         )
 
 
 def _check_schedule(schedule: Schedule, family: Family, latent_frames: int) -> None:
-    """ValueError for a schedule of another length or for another kind of checkpoint."""
+    """Refuse a schedule of another length or for another kind of checkpoint."""
     if schedule.latent_frames != latent_frames:
         raise ValueError(
             f"the schedule is for {video_frames_of(schedule.latent_frames)} video frames "

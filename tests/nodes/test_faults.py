@@ -46,7 +46,7 @@ def test_least_size_is_not_to_be_lowered(facts):
 
 def test_run_with_nothing_left_to_lower_is_told_what_else_helps(facts):
     sampling, decoding = facts["no advice left"]
-    assert sampling == "nothing is left to lower; end what else uses this memory"
+    assert sampling == "every setting is at its lowest; close other programs"
     assert decoding.startswith(f"{sampling}; LightVAE (lightvaew2_1) decodes in")
 
 

@@ -86,7 +86,7 @@ def test_a_layer_that_is_not_there_is_refused_with_what_is(server, first):
 
 def test_a_latent_without_a_run_is_refused_with_the_way_out(server):
     prompt = {"latent": empty(), "report": report(samples=link("latent"))}
-    assert "carries no record of a run; connect LATENT of Light Forcing Sampler" in server.error_of(prompt)
+    assert "holds no record of a run; connect LATENT of Light Forcing Sampler" in server.error_of(prompt)
 
 
 def test_the_record_of_samplercustomadvanced_comes_with_its_sampler(server):

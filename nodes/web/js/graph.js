@@ -1,8 +1,8 @@
-// Reading the graph: nodes by execution id, and what a widget or an input holds, wherever the value comes from.
+// Reads the graph: nodes by execution id, and the value of a widget or an input, wherever it comes from.
 
 import { app } from "../../../scripts/app.js";
 
-/** The node that runs under an execution id such as "8", behind the subgraph nodes around it ("12:8"); [] for none. */
+/** The node with an execution id such as "8", after the subgraph nodes around it ("12:8"); [] if there is none. */
 export function pathOfExecution(id) {
   let graph = app.rootGraph ?? app.graph;
   const path = [];
@@ -15,7 +15,7 @@ export function pathOfExecution(id) {
   return path;
 }
 
-/** The node and slot that feed an input, with subgraph borders crossed; null for an open one. */
+/** The node and slot that feed an input, across subgraph borders; null if it is not connected. */
 export function originOf(node, inputName) {
   const input = node.inputs?.find((one) => one.name === inputName);
   const link = input?.link == null ? null : linkOf(node.graph, input.link);
@@ -27,7 +27,7 @@ export function originOf(node, inputName) {
   return outer ? (originOf(outer, inner.name) ?? { node: outer, widget: inner.name }) : null;
 }
 
-/** The value of an input: its widget's, or that of the primitive that feeds it; undefined if a run has to tell. */
+/** The value of an input: its widget's, or that of the primitive that feeds it; undefined if only a run knows it. */
 export function valueOf(node, name) {
   const origin = originOf(node, name);
   if (!origin) return node.widgets?.find((widget) => widget.name === name)?.value;

@@ -1,5 +1,5 @@
-// The live view: plays the video so far on the sampling node while the rest is being made, and on the subgraph nodes
-// around it, as ComfyUI does with its own previews.
+// The live view: plays the video so far on the sampling node, and on the subgraph nodes around it, as ComfyUI does with
+// its own previews.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
@@ -11,7 +11,7 @@ const MIN_HEIGHT = 200;
 const MESSAGE = "light_forcing.preview";
 const views = new Map(); // execution id → LiveView; outlives the node object when tabs are switched
 
-/** Pictures of one run, each with the video frame it begins at, and the screens that play them. */
+/** Pictures of one run, each with the video frame at which it begins, and the screens that play them. */
 class LiveView {
   constructor() {
     this.screens = new Set();
@@ -22,13 +22,13 @@ class LiveView {
   begin(promptId) {
     this.promptId = promptId;
     this.cells = []; // {at, picture, x, y, width, height}, in order
-    this.until = 0; // video frames that are there
+    this.until = 0; // number of video frames so far
     this.frames = 0;
     this.clock = 0; // position in video frames
     this.live = true;
   }
 
-  /** Messages are read one behind the other: a draft whose pictures take longer must not replace later frames. */
+  /** Reads messages in order: a draft that takes longer to decode must not replace later frames. */
   take(message) {
     if (message.prompt_id !== this.promptId) this.begin(message.prompt_id);
     this.turn = Promise.allSettled([this.turn]).then(() => this.read(message));
@@ -87,7 +87,7 @@ async function pictureOf(strip) {
   return picture;
 }
 
-/** What a node shows of a view: a canvas, and on a subgraph node the line that ComfyUI writes on the inner one. */
+/** The part of a view on one node: a canvas, and on a subgraph node the line that ComfyUI shows on the inner one. */
 class Screen {
   constructor() {
     this.element = document.createElement("div");
@@ -159,7 +159,7 @@ function attach(node, view) {
   if (node.lightForcingScreen.view !== view) node.lightForcingScreen.show(view);
 }
 
-/** A subgraph node drawn by Vue makes its list of widgets anew from its inputs: there ours is added to what it makes. */
+/** A subgraph node drawn by Vue rebuilds its list of widgets from its inputs, so ours is added to each new list. */
 function keep(node, widget) {
   const made = Object.getOwnPropertyDescriptor(node, "widgets");
   if (node.widgets.includes(widget) || !made?.get || !made.configurable) return;
@@ -196,7 +196,7 @@ app.registerExtension({
         if (node.lightForcingScreen?.view === view) node.lightForcingScreen.line.textContent = detail.text;
     });
     api.addEventListener("executed", ({ detail }) => {
-      // A node that shows its own video file needs no pictures beside it.
+      // A node that shows its own video file needs no pictures as well.
       if (detail.output?.images && views.has(detail.node)) detach(pathOfExecution(detail.node).at(-1));
     });
     for (const name of ["execution_success", "execution_error", "execution_interrupted"])

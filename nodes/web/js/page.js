@@ -1,4 +1,4 @@
-// Tells the server that this page draws schedules, and whether it plays the live view.
+// Registers the page with the server: it draws schedules, and may play the live view.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
@@ -13,7 +13,7 @@ async function tell() {
   try {
     await api.fetchApi("/light_forcing/page", { method: "POST", headers, body: message });
   } catch {
-    // The server is gone; when it is back, `reconnected` comes.
+    // The server is gone; `reconnected` follows when it is back.
   }
 }
 
@@ -31,7 +31,7 @@ app.registerExtension({
     },
   ],
   setup() {
-    // The first status message brings the client's id; a server that was restarted has forgotten it.
+    // The first status message brings the client's id, which a restarted server has forgotten.
     api.addEventListener("status", once);
     api.addEventListener("reconnected", tell);
     tell();

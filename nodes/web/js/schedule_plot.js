@@ -1,5 +1,5 @@
-// The schedule node's plot: sparsity per chunk, its budget, and FLOPs against dense, as the widgets change.
-// The numbers come from the server, which computes them as the run will.
+// The schedule node's plot: sparsity per chunk, its target, and FLOPs relative to dense; it follows the widgets.
+// The server computes the numbers, as it does for the run.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
@@ -13,7 +13,7 @@ const SHARPNESS = 2; // canvas pixels per unit of the graph
 const MARGIN = { left: 44, right: 8, top: 48, bottom: 34 };
 const FILE_WIDGETS = ["model_name", "unet_name", "ckpt_name", "gguf_name"];
 
-/** What decides the schedule, as POST /light_forcing/schedule takes it. */
+/** The inputs that decide the schedule, in the form of POST /light_forcing/schedule. */
 function inputsOf(node) {
   const preset = { preset: valueOf(node, "preset") };
   for (const widget of node.widgets) {
@@ -23,7 +23,7 @@ function inputsOf(node) {
   return { length: valueOf(node, "length"), preset, ...modelOf(node) };
 }
 
-/** Family and file of the connected model, as far as the loaders on the way to it tell. */
+/** Family and file of the connected model, as far as the loaders on the way to it know. */
 function modelOf(node) {
   let family = null;
   for (let at = originOf(node, "model"), hops = 0; at && hops < 50; hops += 1) {
@@ -52,7 +52,7 @@ class SchedulePlot {
     this.asked = null;
     this.numbers = null;
     this.busy = false;
-    this.again = () => (this.asked = null); // what a server that went away did not answer
+    this.again = () => (this.asked = null); // ask again what the server did not answer
     api.addEventListener("reconnected", this.again);
     this.timer = setInterval(() => this.follow(), EVERY_MS);
     this.sizes = new ResizeObserver(() => this.draw());

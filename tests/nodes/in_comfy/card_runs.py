@@ -19,7 +19,7 @@ torch.set_num_threads(1)  # tiny layers: threads cost more than they bring
 inference = torch.inference_mode()  # as ComfyUI runs every node; it ends with this object
 inference.__enter__()
 
-sampler, loader, decode = (comfyui.module(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "decode"))
+sampler, loader, decode = comfyui.modules("nodes", "sampling.sampler", "model.loader", "vae.decode")
 chunk_sampler, report = comfyui.module("nodes.sampling.chunk_sampler"), comfyui.module("nodes.report")
 fused, graphs = comfyui.module("lightforcing_core.model.fused"), comfyui.module("lightforcing_core.model.cuda_graph")
 pinned = comfyui.module("lightforcing_core.pinned")

@@ -34,6 +34,11 @@ def module(name):
     return importlib.import_module(f"{NAME}.{name}")
 
 
+def modules(folder, *names):
+    """Modules of a folder of the pack, such as ("nodes", "schedule", "model.patch")."""
+    return [module(f"{folder}.{name}") for name in names]
+
+
 def load(file):
     """A MODEL from models/diffusion_models as ComfyUI's own loader makes it."""
     return comfy.sd.load_diffusion_model(f"{BASE}/models/diffusion_models/{file}")

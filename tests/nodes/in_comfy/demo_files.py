@@ -11,9 +11,7 @@ from pathlib import Path
 import comfyui
 import torch
 
-demo_prompt, loader, patch = (
-    comfyui.module(f"nodes.{name}") for name in ("demo_prompt", "model.loader", "model.patch")
-)
+demo_prompt, loader, patch = comfyui.modules("nodes", "demo_prompt", "model.loader", "model.patch")
 
 
 def has_prompt_node():

@@ -18,7 +18,7 @@ from card import OnCard
 from card_runs import CARD, card, comfyui, decode, management, new_vae, run, same
 from comfyui import comfy
 
-node_comfy, encode = comfyui.module("nodes.comfy"), comfyui.module("nodes.encode")
+node_comfy, encode = comfyui.module("nodes.comfy"), comfyui.module("nodes.vae.encode")
 facts = {}
 
 
@@ -213,7 +213,7 @@ for on in (False, True):
     switch(on)
     vae = new_vae()
     on_gpu = SimpleNamespace(_vae=SimpleNamespace(device=torch.device("cuda"), patcher=vae.patcher))
-    facts["beside"].append(decode.FrameDecoder.can_run_beside.fget(on_gpu))
+    facts["beside"].append(decode.FrameDecoder.can_overlap.fget(on_gpu))
     made.append(decode.LightForcingDecode.execute({"samples": latents}, vae)[0])
     made.append(encode.LightForcingEncode.execute(video, vae)[0]["samples"])
     management.unload_all_models()

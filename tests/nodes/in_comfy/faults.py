@@ -7,12 +7,12 @@ import torch
 from comfy_api.latest import io
 from comfyui import comfy
 
-sampler, loader, state = (comfyui.module(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "state"))
-decode, video_output, schedules = (comfyui.module(f"nodes.{name}") for name in ("decode", "video_output", "schedule"))
+sampler, loader, state = comfyui.modules("nodes", "sampling.sampler", "model.loader", "state")
+decode, video_output, schedules = comfyui.modules("nodes", "vae.decode", "video_output", "schedule")
 core, wan_vae = comfyui.module("lightforcing_core.files.video"), comfyui.module("lightforcing_core.vae.wan_vae")
-run_state, tensor_files = (comfyui.module(f"lightforcing_core.{name}") for name in ("rollout.state", "files.tensors"))
+run_state, tensor_files = comfyui.modules("lightforcing_core", "rollout.state", "files.tensors")
 memory, refusals = comfyui.module("lightforcing_core.memory.estimate"), comfyui.module("nodes.sampling.refusals")
-memory_plan, kv_storage = (comfyui.module(f"lightforcing_core.{name}") for name in ("memory.plan", "model.kv_storage"))
+memory_plan, kv_storage = comfyui.modules("lightforcing_core", "memory.plan", "model.kv_storage")
 recipe = comfyui.module("lightforcing_core.rollout.recipe")
 Out = torch.OutOfMemoryError
 options = {"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}

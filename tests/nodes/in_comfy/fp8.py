@@ -13,9 +13,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from comfyui import comfy
 
-loader, patch, chunk_sampler = (
-    comfyui.module(f"nodes.{name}") for name in ("model.loader", "model.patch", "sampling.chunk_sampler")
-)
+loader, patch, chunk_sampler = comfyui.modules("nodes", "model.loader", "model.patch", "sampling.chunk_sampler")
 schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
 attention, quantize = (
     comfyui.module("lightforcing_core.attention.dispatch"),

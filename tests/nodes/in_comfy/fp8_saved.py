@@ -10,9 +10,7 @@ from comfyui import comfy
 
 import comfy_extras.nodes_model_merging as merging  # isort: skip (comfyui adds its path)
 
-loader, patch, chunk_sampler = (
-    comfyui.module(f"nodes.{name}") for name in ("model.loader", "model.patch", "sampling.chunk_sampler")
-)
+loader, patch, chunk_sampler = comfyui.modules("nodes", "model.loader", "model.patch", "sampling.chunk_sampler")
 schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
 attention, checkpoint = (
     comfyui.module("lightforcing_core.attention.dispatch"),

@@ -14,7 +14,7 @@ live_view = module("nodes.sampling.live_view")
 settings_from = module("nodes.model.loader").settings_from
 FAMILIES = module("lightforcing_core.families").FAMILIES
 patched = module("nodes.model.patch").patched
-ChunkSampler = module("nodes.sampling.chunk_sampler").ChunkSampler
+chunk_sampler = module("nodes.sampling.chunk_sampler")
 
 facts = {"foreign shapes": [], "foreign filled": []}
 
@@ -33,7 +33,7 @@ live = live_view.LiveView(model, noise.shape, decodes=True)
 ours = []
 add = live_view.Sheet.add
 live_view.Sheet.add = lambda self, stretch: ours.append(stretch)
-sample(model, ChunkSampler(on_step=live.step), noise, callback=live.callback)
+sample(model, chunk_sampler.ChunkSampler(chunk_sampler.Request(), [live]), noise, callback=live.callback)
 facts["ours beside a foreign previewer"] = len(ours)
 
 # A run that was cut short within its second chunk, on a page that plays and on a sheet.

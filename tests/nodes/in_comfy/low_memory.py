@@ -9,7 +9,7 @@ import torch
 from card_runs import CARD, card, comfyui, decode, management, new_vae, run, same, sized
 from comfyui import comfy
 
-encode = comfyui.module("nodes.encode")
+encode = comfyui.module("nodes.vae.encode")
 facts = {}
 
 
@@ -138,7 +138,7 @@ def noted(decoder, device, *, beside):
 def decode_beside():
     decode.OverlappedDecoder = noted
     decoder = decode.FrameDecoder(wide, latents.shape)
-    decoder.cut(1, beside=True)
+    decoder.cut(1, overlap=True)
     decoder.put(latents, normalised=False)
     decode.OverlappedDecoder = line
 

@@ -7,8 +7,8 @@ import torch
 from comfy_api.latest import io
 from comfyui import comfy
 
-sampler, loader, encode = (comfyui.module(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "encode"))
-decode, memory, state = (comfyui.module(f"nodes.{name}") for name in ("decode", "sampling.memory", "state"))
+sampler, loader, encode = comfyui.modules("nodes", "sampling.sampler", "model.loader", "vae.encode")
+decode, memory, state = comfyui.modules("nodes", "vae.decode", "sampling.memory", "state")
 run_state, wan_vae = comfyui.module("lightforcing_core.rollout.state"), comfyui.module("lightforcing_core.vae.wan_vae")
 node_comfy = comfyui.module("nodes.comfy")
 options = {"backend": "auto", "block": "16", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
@@ -55,7 +55,7 @@ def error_of(action, *arguments, **named):
 whole, _, plan = run()
 facts = {"plenty": described(plan), "size": run(vae=vae)[2].needed}
 facts["kv_cache"] = {}
-for name in memory.KV_CACHES:
+for name in chunk_sampler.KV_CACHES:
     latents, _, plan = run(kv_cache=name)
     facts["kv_cache"][name] = [float((latents - whole).abs().max()), float(whole.std()), *plan.given_up]
 tight = run(free=plans[0].estimate.total // 2)[2]

@@ -1,8 +1,6 @@
-"""The texts of every node's schema in the form of locales/en/nodeDefs.json; written to a fourth argument if given."""
+"""The texts of every node's schema in the form of locales/en/nodeDefs.json, printed as JSON."""
 
 import json
-import sys
-from pathlib import Path
 
 import comfyui
 
@@ -35,6 +33,4 @@ for node in comfyui.module("nodes").NODES:
         "inputs": {key: {"name": name, "tooltip": o["tooltip"]} for key, name, o in inputs_of(info["input"])},
         "outputs": dict(outputs_of(info)),
     }
-if len(sys.argv) > 4:
-    Path(sys.argv[4]).write_text(json.dumps(texts, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 print(json.dumps(texts))

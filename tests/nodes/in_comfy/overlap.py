@@ -8,9 +8,9 @@ import torch
 from comfy_api.latest import io
 from comfyui import comfy
 
-sampler, loader, decode = (comfyui.module(f"nodes.{name}") for name in ("sampling.sampler", "model.loader", "decode"))
-chunk_sampler, video_output, live_view = (
-    comfyui.module(f"nodes.{name}") for name in ("sampling.chunk_sampler", "video_output", "sampling.live_view")
+sampler, loader, decode = comfyui.modules("nodes", "sampling.sampler", "model.loader", "vae.decode")
+chunk_sampler, video_output, live_view = comfyui.modules(
+    "nodes", "sampling.chunk_sampler", "video_output", "sampling.live_view"
 )
 overlap, core = comfyui.module("lightforcing_core.vae.overlap"), comfyui.module("lightforcing_core.files.video")
 wan_vae = comfyui.module("lightforcing_core.vae.wan_vae")

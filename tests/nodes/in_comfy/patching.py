@@ -18,10 +18,10 @@ euler = comfy.samplers.sampler_object("euler")
 facts = {}
 
 
-def ours(**options):
-    return chunk_sampler.ChunkSampler(
-        chunk_sampler.Request(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6)), **options
-    )
+def ours(*observers, **options):
+    schedule = schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6)
+    request = chunk_sampler.Request(schedule, keep_finished=False)
+    return chunk_sampler.ChunkSampler(request, observers, **options)
 
 
 # The stock model before, between and after runs of the patched clone; the clone under a stock sampler.
@@ -60,7 +60,7 @@ for replay in ("all", "window"):
     calls.clear()
     plan = schedules.Schedule(15, 3, window=6, sink_frames=1)
     given = comfyui.noise_of((1, 16, 12, 8, 12))
-    sampler = chunk_sampler.ChunkSampler(chunk_sampler.Request(plan, initial_latents=given), replay=replay)
+    sampler = chunk_sampler.ChunkSampler(chunk_sampler.Request(plan, {"samples": given}, replay=replay))
     comfyui.sample(counted, sampler, comfyui.noise_of((1, 16, 15, 8, 12)))
     facts["forwards to continue"][replay] = len(calls)
 
@@ -127,8 +127,9 @@ comfyui.sample(model, ours(), noise)
 facts["left after success"] = comfyui.tensor_bytes() - start
 
 
-def fail(chunk, done, total):
-    raise RuntimeError("no more")
+class Fails(chunk_sampler.Observer):
+    def chunk(self, chunk, *, is_last):
+        raise RuntimeError("no more")
 
 
 def interrupt(step, x0, x, total):
@@ -137,9 +138,9 @@ def interrupt(step, x0, x, total):
         comfy.model_management.interrupt_current_processing(True)
 
 
-for name, options, callback in (("error", {"on_chunk": fail}, None), ("interrupt", {}, interrupt)):
+for name, observers, callback in (("error", [Fails()], None), ("interrupt", [], interrupt)):
     try:
-        comfyui.sample(model, ours(**options), noise, callback=callback)
+        comfyui.sample(model, ours(*observers), noise, callback=callback)
     except (RuntimeError, comfy.model_management.InterruptProcessingException) as error:
         held = error  # as a server holds the exception while it reports it
         facts[f"left after {name}, exception held"] = comfyui.tensor_bytes() - start
@@ -153,7 +154,7 @@ spied = []
 real = comfy.sampler_helpers.estimate_memory
 comfy.sampler_helpers.estimate_memory = lambda m, shape, conds: spied.append(shape) or real(m, shape, conds)
 vae = comfy.sd.VAE(sd=comfyui.module("lightforcing_core.vae.wan_vae").random_vae_state_dict(dim=8))
-decoder = comfyui.module("nodes.decode").FrameDecoder(vae, SHAPE)
+decoder = comfyui.module("nodes.vae.decode").FrameDecoder(vae, SHAPE)
 comfyui.sample(model, ours(decoder=decoder), noise)
 chunk = stock.model.memory_required([1, 16, 3, 8, 12])
 facts["asked"] = stock.model.memory_required(spied[-1])

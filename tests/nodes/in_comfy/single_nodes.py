@@ -7,9 +7,9 @@ import comfyui
 import torch
 from comfyui import comfy
 
-decode, loader, patch = (comfyui.module(f"nodes.{name}") for name in ("decode", "model.loader", "model.patch"))
+decode, loader, patch = comfyui.modules("nodes", "vae.decode", "model.loader", "model.patch")
 text_embeds, schedule = comfyui.module("nodes.text_embeds"), comfyui.module("nodes.schedule")
-encode = comfyui.module("nodes.encode")
+encode = comfyui.module("nodes.vae.encode")
 wan_vae = comfyui.module("lightforcing_core.vae.wan_vae")
 facts = {"asked": {}}
 requests = []

@@ -12,9 +12,7 @@ from comfyui import comfy
 sys.path.insert(0, str(Path(comfyui.PACK, "tests", "support")))
 import tape  # isort: skip
 
-chunk_sampler, patch, loader = (
-    comfyui.module(f"nodes.{name}") for name in ("sampling.chunk_sampler", "model.patch", "model.loader")
-)
+chunk_sampler, patch, loader = comfyui.modules("nodes", "sampling.chunk_sampler", "model.patch", "model.loader")
 schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
 attention, graphs = (
     comfyui.module("lightforcing_core.attention.dispatch"),

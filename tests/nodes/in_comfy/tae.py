@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 import folder_paths  # isort: skip
 import nodes as comfyui_nodes  # isort: skip
 
-decode, sampler, loader = (comfyui.module(f"nodes.{name}") for name in ("decode", "sampling.sampler", "model.loader"))
-streaming, taehv = (comfyui.module(f"lightforcing_core.{name}") for name in ("vae.streaming", "vae.taehv"))
+decode, sampler, loader = comfyui.modules("nodes", "vae.decode", "sampling.sampler", "model.loader")
+streaming, taehv = comfyui.modules("lightforcing_core", "vae.streaming", "vae.taehv")
 from_model = comfy.latent_formats.Wan21()
 
 # Random weights under ComfyUI's own names, small enough for colours inside 0…1.

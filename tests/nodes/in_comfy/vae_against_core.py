@@ -6,7 +6,7 @@ import comfyui
 import torch
 from comfyui import BASE, comfy
 
-streaming, wan_vae = (comfyui.module(f"lightforcing_core.vae.{name}") for name in ("streaming", "wan_vae"))
+streaming, wan_vae = comfyui.modules("lightforcing_core.vae", "streaming", "wan_vae")
 
 state_dict = comfy.utils.load_torch_file(f"{BASE}/models/vae/tiny_lightvae.safetensors")
 vae = comfy.sd.VAE(sd=dict(state_dict))

@@ -1,4 +1,4 @@
-"""Streaming decode: a Wan 2.1 VAE, LightVAE or TAE run chunk by chunk in memory that does not grow with the video."""
+"""Streaming decode with a Wan 2.1 VAE, LightVAE or TAE, in memory that does not grow with the video."""
 
 import logging
 from pathlib import Path
@@ -8,15 +8,15 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..lightforcing_core.memory.estimate import decode_bytes, gib
-from ..lightforcing_core.pinned import why_not_resident
-from ..lightforcing_core.refusal import check_finite
-from ..lightforcing_core.rollout.schedule import video_frames_of
-from ..lightforcing_core.vae.overlap import OverlappedDecoder
-from ..lightforcing_core.vae.streaming import StreamingDecoder
-from ..lightforcing_core.vae.taehv import TaeLatents, is_tae, tae_latents_of
-from ..lightforcing_core.vae.tiled import TiledDecoder, most_tiles, tile_spans
-from .comfy import (
+from ...lightforcing_core.memory.estimate import decode_bytes, gib
+from ...lightforcing_core.pinned import why_not_resident
+from ...lightforcing_core.refusal import check_finite
+from ...lightforcing_core.rollout.schedule import video_frames_of
+from ...lightforcing_core.vae.overlap import OverlappedDecoder
+from ...lightforcing_core.vae.streaming import StreamingDecoder
+from ...lightforcing_core.vae.taehv import TaeLatents, is_tae, tae_latents_of
+from ...lightforcing_core.vae.tiled import TiledDecoder, most_tiles, tile_spans
+from ..comfy import (
     ProgressBar,
     file_of,
     is_on_device,
@@ -26,6 +26,7 @@ from .comfy import (
     result_dtype,
     weights_may_move,
 )
+from ..texts import with_texts
 
 log = logging.getLogger(__name__)
 
@@ -40,32 +41,19 @@ class LightForcingDecode(io.ComfyNode):
     """Decode a latent video of any length with bounded memory."""
 
     @classmethod
+    @with_texts
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LightForcingDecode",
-            display_name="Light Forcing Decode",
             category="Light Forcing",
-            description="Decodes a video latent piece by piece with the full Wan 2.1 VAE, LightVAE or a TAE. Memory "
-            "does not grow with the length; the frames equal a decode in one pass.",
             inputs=[
-                io.Latent.Input("samples", tooltip="A video latent of Wan 2.1 (16 channels)."),
-                io.Vae.Input(
-                    "vae",
-                    tooltip="Wan 2.1 VAE (best), LightVAE lightvaew2_1 (about a quarter of the memory, a little "
-                    "softer), or a TAE, taew2_1 or lighttaew2_1 (fastest, roughest). For other VAEs use VAE Decode.",
-                ),
+                io.Latent.Input("samples"),
+                io.Vae.Input("vae"),
                 io.Combo.Input(
-                    "tae_latents",
-                    options=["auto", "normalised", "raw"],
-                    default="auto",
-                    optional=True,
-                    advanced=True,
-                    tooltip="The kind of latents that a TAE was made for; the wrong kind gives wrong colours. auto "
-                    "decides by the file's name, then by its dtype: taew2_1 or float16 is normalised, lighttaew2_1 or "
-                    "another dtype is raw. Only read for a TAE.",
+                    "tae_latents", options=["auto", "normalised", "raw"], default="auto", optional=True, advanced=True
                 ),
             ],
-            outputs=[io.Image.Output(display_name="IMAGE", tooltip="All frames, first to last.")],
+            outputs=[io.Image.Output(display_name="IMAGE")],
         )
 
     @classmethod
@@ -89,9 +77,10 @@ class LightForcingDecode(io.ComfyNode):
 class FrameDecoder:
     """Decodes a video's frames as its latents arrive, and collects them.
 
-    latent_shape: [B, 16, frames, h, w] of the whole video. keep: whether frames are collected for `images`.
-    tae_latents: which latents a TAE was made for, "auto" as `latents_of`. Raises ValueError for a VAE that cannot
-    stream.
+    latent_shape: [B, 16, frames, h, w] of the whole video.
+    keep: whether frames are collected for `images`.
+    tae_latents: the latents that a TAE was made for; "auto" asks `latents_of`.
+    Raises ValueError for a VAE that cannot stream.
     """
 
     def __init__(
@@ -117,12 +106,12 @@ class FrameDecoder:
                 f"this VAE cannot decode piece by piece: {error}. Connect one of those, or use VAE Decode on the latent"
             ) from None
 
-    def cut(self, tiles: int, *, beside: bool = False) -> None:
-        """Decode in `tiles` × `tiles` overlapping tiles, which needs less memory; before the first latents come.
+    def cut(self, tiles: int, *, overlap: bool = False) -> None:
+        """Decode in `tiles` × `tiles` overlapping tiles, which needs less memory. Call it before the first `put`.
 
-        beside: decode in one go beside the sampling instead, see `overlap`, where the VAE stays on the card.
+        overlap: decode untiled while sampling continues, if the VAE's weights stay on the GPU; see `OverlappedDecoder`.
         """
-        self._tiles, self._beside = tiles, beside
+        self._tiles, self._overlap = tiles, overlap
         self._decoder = TiledDecoder(self._stream, tiles) if tiles > 1 else self._stream()
         self._line: OverlappedDecoder | None = None
 
@@ -133,8 +122,8 @@ class FrameDecoder:
         )
 
     @property
-    def can_run_beside(self) -> bool:
-        """Whether the VAE's device has a second stream, and its weights stay there: under DynamicVRAM they may go."""
+    def can_overlap(self) -> bool:
+        """Whether the VAE can decode on a second CUDA stream; DynamicVRAM might move its weights meanwhile."""
         return self._vae.device.type == "cuda" and not weights_may_move(self._vae.patcher)
 
     @property
@@ -143,7 +132,7 @@ class FrameDecoder:
         return min(MOST_TILES, most_tiles(*self._shape[-2:]))
 
     def load(self) -> None:
-        """Bring the VAE to its device, with the fewest tiles for which there is memory."""
+        """Load the VAE, with the fewest tiles that fit into memory."""
         free = memory_for_a_run(self._vae.device)
         for tiles in range(1, self.most_tiles + 1):
             self.cut(tiles)
@@ -155,18 +144,18 @@ class FrameDecoder:
 
     @property
     def bytes_needed(self) -> int:
-        """Memory that decoding takes beside the VAE's weights; the same for every length."""
+        """Bytes that decoding takes in addition to the VAE's weights; the same for every length."""
         needed = self.bytes_of(self._tiles)
         return needed["history"] + needed["decode"]
 
     def bytes_of(self, tiles: int) -> dict[str, Any]:
-        """What `MemoryEstimate` calls vae, history and decode, with decode in `tiles` × `tiles` tiles."""
+        """The fields vae, history and decode of `MemoryEstimate`, for decoding in `tiles` × `tiles` tiles."""
         batch, channels, _, height, width = self._shape
         vae = self._vae.patcher.model_size()
         if not self._is_tae:
             shape = (batch, channels, FRAMES_AT_ONCE, height, width)
             dim, on_host = self._vae.first_stage_model.dim, self._vae.device.type == "cpu"
-            with torch.inference_mode(False):  # where a convolution hides what it copies
+            with torch.inference_mode(False):  # inference mode hides the copies that a convolution makes
                 _, history, decode = decode_bytes(shape, dim, self._vae.vae_dtype, tiles, on_host=on_host)
             return {"vae": vae, "history": history, "decode": decode}
         tile = [max(stop - start for start, stop in tile_spans(size, tiles)) for size in (height, width)]
@@ -179,21 +168,21 @@ class FrameDecoder:
         vae = self._vae
         if not is_on_device(vae.patcher):  # another model needed the memory
             load_on_device(vae.patcher, self.bytes_needed)
-        if self._line is None:  # the VAE is where it will be only now
-            resident = self._beside and why_not_resident(vae.first_stage_model, vae.device) is None
+        if self._line is None:  # only now is the VAE on its final device
+            resident = self._overlap and why_not_resident(vae.first_stage_model, vae.device) is None
             self._line = OverlappedDecoder(self._decoder, vae.device, concurrent=resident and self._tiles == 1)
         return [self._kept(pixels) for pixels in self._line.put(latents, normalised=normalised)]
 
     def arrived(self) -> list[Tensor]:
-        """Video frames that have become ready since."""
+        """Video frames that have become ready since the last call."""
         return [self._kept(pixels) for pixels in self._line.arrived()] if self._line else []
 
     def rest(self) -> list[Tensor]:
-        """All video frames that are still being made."""
+        """All video frames that are still being decoded; waits for them."""
         return [self._kept(pixels) for pixels in self._line.rest()] if self._line else []
 
     def drop(self) -> None:
-        """Make no more of the frames that are not ready."""
+        """Discard the frames that are not ready."""
         if self._line:
             self._line.drop()
 
@@ -218,10 +207,10 @@ class FrameDecoder:
 
 
 def latents_of(vae: Any) -> TaeLatents:
-    """Which latents a loaded TAE was made for, by its file's name and dtype, see `tae_latents_of`.
+    """The latents that a loaded TAE was made for, by its file's name and dtype, see `tae_latents_of`.
 
-    The host keeps the path where its own loader read the file, and takes a float16 TAE for HunyuanVideo's, whose
-    scaling it then applies; that alone tells the stored dtype afterwards. We drive the layers, so nothing is scaled.
+    ComfyUI takes a float16 TAE for HunyuanVideo's and gives it that model's latent format; nothing else shows the
+    stored dtype after loading. The format's scaling is not applied here, because this pack calls the layers itself.
     """
     name = Path(file_of(vae.patcher)).name
     stored = torch.float16 if getattr(vae.first_stage_model, "latent_format", None) is not None else None

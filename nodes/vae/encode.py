@@ -1,4 +1,4 @@
-"""Streaming encode: the frames that a video starts or ends with, read four at a time, however many there are."""
+"""Streaming encode: the frames that a video starts or ends with, four at a time."""
 
 from typing import Any, Literal
 
@@ -6,10 +6,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..lightforcing_core.memory.estimate import gib
-from ..lightforcing_core.refusal import check_size
-from ..lightforcing_core.vae.streaming import StreamingEncoder
-from .comfy import (
+from ...lightforcing_core.memory.estimate import gib
+from ...lightforcing_core.refusal import check_size
+from ...lightforcing_core.vae.streaming import StreamingEncoder
+from ..comfy import (
     ProgressBar,
     is_out_of_memory,
     load_on_device,
@@ -18,10 +18,11 @@ from .comfy import (
     raise_if_interrupted,
     result_device,
 )
+from ..texts import with_texts
 
-LESS = 0.8  # of the memory, where the host's estimate says that there is enough
-# Latent frames of a still that are encoded before an end and left out: with fewer, the first frame that a VAE encodes
-# by itself shows in those behind it; with more, nothing changes.
+LESS = 0.8  # of the memory, if ComfyUI's estimate says that there is enough
+# Latent frames of a still that are encoded before an end and then left out. A VAE encodes the first frame by itself,
+# which still shows in the frames after it if there are fewer; more change nothing.
 BEFORE_END = 2
 
 
@@ -29,36 +30,17 @@ class LightForcingEncode(io.ComfyNode):
     """Encode an image, or a video of any length with bounded memory."""
 
     @classmethod
+    @with_texts
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LightForcingEncode",
-            display_name="Light Forcing Encode",
             category="Light Forcing",
-            description="Encodes a start image or a video to continue, for start_latent, or the last image, for "
-            "end_latent. Frames go to the GPU a few at a time, so a long video needs no more memory than a short one.",
             inputs=[
-                io.Image.Input(
-                    "pixels",
-                    tooltip="One image, or the frames of a video. Width and height must be multiples of 16 and equal "
-                    "the new video's. A start has 1 + 4·k frames: of another number, the first few are left out, so "
-                    "the end stays.",
-                ),
-                io.Vae.Input("vae", tooltip="The Wan 2.1 VAE or LightVAE lightvaew2_1. A TAE cannot be used here."),
-                io.Combo.Input(
-                    "place",
-                    options=["start", "end"],
-                    default="start",
-                    optional=True,
-                    tooltip="start: for start_latent. end: for end_latent; every 4 frames, or one image held for 4, "
-                    "make one latent frame, as at the end of a video.",
-                ),
+                io.Image.Input("pixels"),
+                io.Vae.Input("vae"),
+                io.Combo.Input("place", options=["start", "end"], default="start", optional=True),
             ],
-            outputs=[
-                io.Latent.Output(
-                    display_name="LATENT",
-                    tooltip="For start_latent of the samplers; with place end, for end_latent.",
-                )
-            ],
+            outputs=[io.Latent.Output(display_name="LATENT")],
         )
 
     @classmethod
@@ -99,10 +81,7 @@ def as_a_start(pixels: Tensor) -> Tensor:
 
 
 def as_an_end(pixels: Tensor) -> Tensor:
-    """Frames [n, H, W, C] as 4·k, with so many before them that `BEFORE_END` latent frames belong to those.
-
-    What is missing is the first frame, standing still.
-    """
+    """Frames [n, H, W, C] after a still of the first, which fills them to 4·k and adds `BEFORE_END` latent frames."""
     still = 1 + 4 * (BEFORE_END - 1) + -len(pixels) % 4
     return torch.cat([pixels[:1].expand(still, -1, -1, -1), pixels])
 

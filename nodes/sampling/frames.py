@@ -1,0 +1,102 @@
+"""Frames of finished chunks while a run continues: decoded, then sent to the video file and the live view."""
+
+import logging
+from types import TracebackType
+
+from torch import Tensor
+
+from ...lightforcing_core.memory.plan import MemoryPlan
+from ...lightforcing_core.rollout.runtime import Chunk, StepEvent
+from ...lightforcing_core.rollout.state import RunState
+from ..comfy import raise_if_interrupted
+from ..vae.decode import FRAMES_AT_ONCE, FrameDecoder
+from ..video_output import VideoFiles
+from .live_view import LiveView
+from .observer import Observer
+
+log = logging.getLogger(__name__)
+
+
+class FrameOutput(Observer):
+    """Decodes chunks in order and passes their frames on.
+
+    Frames may be decoded while the next chunk is sampled: they are passed on after the first step that finds them
+    ready, and `finish` waits for the last. Used as a context manager, so that a run that fails keeps the frames that
+    were being decoded.
+
+    before: latents [B or 1, 16, frames, h, w] that the video already has and that are decoded first, `normalised` or
+        in the VAE's space.
+    live: shows the frames.
+    files: the video files to write, if any.
+    """
+
+    def __init__(
+        self,
+        decoder: FrameDecoder,
+        before: Tensor | None,
+        *,
+        normalised: bool,
+        live: LiveView,
+        files: VideoFiles | None = None,
+    ) -> None:
+        self._decoder, self._before, self._normalised, self._files = decoder, before, normalised, files
+        self._live, self._passed_on = live, 0
+
+    def __enter__(self) -> "FrameOutput":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        try:
+            self.finish()
+        except Exception as second:  # the user must see the first error
+            log.warning("[Light Forcing] the last frames of a run that failed are lost: %s", second)
+
+    def begin(self, run: RunState, plan: MemoryPlan) -> None:
+        self._decoder.cut(plan.decode_tiles, overlap=plan.overlap)
+
+    def step(self, event: StepEvent) -> None:
+        self._pass_on(self._decoder.arrived())
+
+    def chunk(self, chunk: Chunk, *, is_last: bool) -> None:
+        self.add_before(chunk.latents.shape[0])
+        self._add(chunk.latents, normalised=True)
+        if is_last:  # no step follows that could collect its frames
+            self.finish()
+
+    def decode_all_before(self, batch: int) -> None:
+        """Decode a video that is already complete."""
+        self._decoder.load()
+        self.add_before(batch)
+
+    def add_before(self, batch: int) -> None:
+        """Decode the latents that the video already has, once."""
+        if self._before is None:
+            return
+        before, self._before = self._before.expand(batch, -1, -1, -1, -1), None
+        for piece in before.split(FRAMES_AT_ONCE, dim=2):
+            raise_if_interrupted()
+            self._add(piece, normalised=self._normalised)
+
+    def finish(self) -> None:
+        """Wait for the frames that are still being decoded, and pass them on."""
+        self._pass_on(self._decoder.rest())
+
+    def _add(self, latents: Tensor, *, normalised: bool) -> None:
+        ready = self._decoder.put(latents, normalised=normalised)
+        try:
+            self._pass_on(ready)
+        except BaseException:
+            self._decoder.drop()  # this chunk is given up, so its frames must not follow later
+            raise
+
+    def _pass_on(self, ready: list[Tensor]) -> None:
+        for frames in ready:
+            if self._files is not None:
+                self._files.write(frames)
+            self._live.add_frames(frames, self._passed_on)
+            self._passed_on += frames.shape[1]
+            self._live.show()
