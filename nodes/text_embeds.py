@@ -86,7 +86,7 @@ def save_embeds(path: Path, conditioning: list) -> None:
                 entry[key] = value
             else:
                 raise ValueError(
-                    f"the prompt carries {key} ({type(value).__name__}), which cannot be stored; save the output of "
+                    f"the prompt has {key} ({type(value).__name__}), which cannot be stored; save the output of "
                     f"CLIP Text Encode itself"
                 )
         entries.append(entry)

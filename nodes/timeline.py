@@ -1,7 +1,9 @@
 """The prompt timeline node: prompts that take over during the video, and which prompts a rollout can follow."""
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from comfy_api.latest import io
@@ -44,7 +46,7 @@ class PromptChange:
 
 
 class LightForcingPromptTimeline(io.ComfyNode):
-    """CONDITIONING and a start time → one more change on the timeline."""
+    """Add a prompt that takes over at a given time."""
 
     @classmethod
     @with_texts
@@ -79,12 +81,12 @@ class LightForcingPromptTimeline(io.ComfyNode):
 
 
 def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: list[int]) -> list[Prompt]:
-    """The rollout's prompts: `text` from 0 s, then the timeline's, each from the chunk that contains its start.
+    """The prompts of a rollout: `text` from 0 s, then the timeline's, each from the chunk that contains its start.
 
-    Raises ValueError for a start behind the video's end and for two prompts on one chunk.
+    Raises ValueError for a start after the video's end and for two prompts in one chunk.
     """
     prompts, taken = [Prompt(text)], {0: "the sampler's own prompt"}
-    total = sum(chunk_lengths)
+    *starts, total = accumulate(chunk_lengths, initial=0)
     for change in sorted(timeline, key=lambda change: change.start):
         frame = latent_frame_at(int(change.start * FRAMES_PER_SECOND))
         if frame >= total:
@@ -93,13 +95,12 @@ def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: li
                 f"a prompt starts at {change.start:g} s, but the video ends at {seconds:.2f} s; start it earlier or "
                 f"make the video longer"
             )
-        chunk = next(i for i in range(len(chunk_lengths)) if sum(chunk_lengths[: i + 1]) > frame)
+        chunk = bisect_right(starts, frame) - 1
         if chunk in taken:
-            begin = _seconds(sum(chunk_lengths[:chunk]))
-            end = _seconds(sum(chunk_lengths[: chunk + 1]))
+            begin, end = (_seconds(start) for start in (starts[chunk], starts[chunk] + chunk_lengths[chunk]))
             raise ValueError(
-                f"the prompt at {change.start:g} s falls on chunk {chunk} ({begin:.2f} to {end:.2f} s), which follows "
-                f"{taken[chunk]} already; move it to another chunk"
+                f"the prompt at {change.start:g} s is in chunk {chunk} ({begin:.2f} to {end:.2f} s), which already has "
+                f"{taken[chunk]}; move it to another chunk"
             )
         taken[chunk] = f"the prompt at {change.start:g} s"
         prompts.append(Prompt(change.text, chunk, change.switch, change.blend_chunks))
@@ -107,20 +108,20 @@ def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: li
 
 
 def _seconds(latent_frame: int) -> float:
-    """When a latent frame begins."""
+    """The time at which a latent frame begins."""
     return max(0, video_frames_of(latent_frame)) / FRAMES_PER_SECOND
 
 
 def unsuitable_prompt(name: str, parts: Sequence[Mapping[str, Any]], *, may_be_empty: bool = False) -> str | None:
     """Why CONDITIONING, as a list of mappings, cannot be followed by a rollout, or None."""
     if len(parts) != 1:
-        return f"the {name} has {len(parts)} parts; a rollout follows exactly one: do not combine prompts"
+        return f"the {name} has {len(parts)} parts, and a rollout follows exactly one; do not combine prompts"
     text = parts[0].get("cross_attn")
     if text is None:
         return f"the {name} holds no text embedding; connect CLIP Text Encode with a Wan (umt5) text encoder"
     check_text(f"the {name}", text)
     if not may_be_empty and int((text.abs().amax(-1) > 0).sum(1).min()) < 2:
-        return f"the {name} is empty; write what the video should show"
+        return f"the {name} is empty; describe the video in it"
     unused = [field for field in UNUSED_BY_T2V if parts[0].get(field) is not None]
     if unused:
         return f"the {name} has {', '.join(unused)}, which a rollout cannot follow; remove that node"

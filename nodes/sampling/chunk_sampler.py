@@ -159,7 +159,9 @@ class ChunkSampler(CausalSampler):
         cfg, model_wrap.cfg = model_wrap.cfg, 1.0  # each call runs one prompt; the rollout mixes their results
         begun = time.perf_counter()
         try:
-            with contextlib.closing(rollout(inner.diffusion_model, run.recipe, runtime, run.finished)) as chunks:
+            with named_for_the_canvas():
+                chunks = rollout(inner.diffusion_model, run.recipe, runtime, run.finished)
+            with contextlib.closing(chunks):
                 for chunk in chunks:
                     video.add(chunk)
                     for observer in self.observers:

@@ -206,8 +206,6 @@ def images_of(decoder: FrameDecoder | None) -> Any:
     if decoder is None:
         return ExecutionBlocker("Light Forcing Sampler makes frames only with a vae connected")
     images = decoder.images()
-    return (
-        ExecutionBlocker("IMAGE is empty: turn on keep_images of Light Forcing Video Output")
-        if images is None
-        else images
-    )
+    if images is None:
+        return ExecutionBlocker("IMAGE is empty: turn on keep_images of Light Forcing Video Output")
+    return images

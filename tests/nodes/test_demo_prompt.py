@@ -44,7 +44,7 @@ def test_caption_outside_the_grammar_is_refused_before_anything_runs(server):
 def test_demo_prompt_of_another_model_is_refused(server):
     prompt = run_of()
     prompt["model"]["inputs"]["model_name"] = "tiny_wan.safetensors"
-    with pytest.raises(Failed, match="context is 32 wide and the model takes 4096"):
+    with pytest.raises(Failed, match="the positive prompt is 32 wide and the model takes 4096"):
         server.run(prompt)
 
 
@@ -62,7 +62,7 @@ def test_packs_own_files_are_in_the_loaders_lists_and_load(facts):
 
 def test_no_list_changes_where_the_pack_has_no_model(facts):
     assert facts["without files"] == facts["before"]
-    assert "install the pack anew" in facts["no table"]
+    assert "reinstall the pack" in facts["no table"]
 
 
 def test_node_is_offered_only_where_its_model_is(facts):

@@ -108,7 +108,7 @@ def test_plot_says_why_a_schedule_cannot_be_met(numbers):
         ({"length": 82}, "use 81 or 85"),
         ({"window": 3, "sink_frames": 1}, "use at least 4 latent frames"),
         ({"target": 0.8, "base": 0.7}, "raise base to at least 0.8"),
-        ({"sink_rope": "sideways"}, "use fixed or follow"),
+        ({"sink_rope": "sideways"}, "use one of fixed, follow"),
         ({"sparsity": "99: 0.5"}, "chunks 0 to 6"),
         ({"preset": "of_tomorrow"}, "this preset does not exist"),
     ],
