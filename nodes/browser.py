@@ -12,7 +12,7 @@ from .comfy import Server
 
 @dataclass(frozen=True, eq=False)
 class Page:
-    """A page that has registered itself; a reloaded one is a new object. plays: whether it plays the live view."""
+    """A registered page, a new object when reloaded; plays: plays the live view."""
 
     plays: bool
 
@@ -21,7 +21,7 @@ _PAGES: dict[str, Page] = {}  # by client id
 
 
 def watching_page(server: Server | None) -> Page | None:
-    """The page that queued the running prompt, None if it does not run the pack's JavaScript."""
+    """The page that queued the running prompt, None without our JavaScript."""
     return None if server is None else _PAGES.get(server.client_id or "")
 
 

@@ -37,7 +37,7 @@ __all__ = ["ExecutionBlocker", "Interrupted", "ModelPatcher", "ProgressBar", "Sa
 
 
 def memory_for_a_run(device: torch.device) -> int:
-    """Bytes that a run may take on `device` once ComfyUI has unloaded every other model."""
+    """Bytes that a run may take once ComfyUI has unloaded all other models."""
     management = comfy.model_management
     loaded = sum(
         model.model_loaded_memory()
@@ -126,7 +126,7 @@ def load_model(
 
 
 def file_of(patcher: ModelPatcher) -> str:
-    """Path of the file that a model was loaded from, "" if its loader does not record it."""
+    """Path of the file that a model was loaded from, "" if it is not recorded."""
     made_by = patcher.cached_patcher_init
     return next((part for part in made_by[1] if isinstance(part, str)), "") if made_by else ""
 
@@ -143,7 +143,7 @@ def flow_sampling(model: ModelPatcher, shift: float) -> Any:
 
 
 def forward_patches(model: ModelPatcher, model_options: Mapping[str, Any], own: str) -> Iterator[str]:
-    """Describe each patch on a MODEL or a run's options that takes effect inside the model's forward.
+    """Describe the patches on a MODEL, or a run's options, inside its forward.
 
     own: the key of this pack's wrappers, which are left out.
     """
@@ -184,7 +184,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def empty_latents(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
-    """The samples of a LATENT; empty ones get the number of channels that the model wants."""
+    """The samples of a LATENT; empty ones get the model's number of channels."""
     spatial, temporal = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], spatial, temporal)
 
@@ -192,7 +192,7 @@ def empty_latents(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
 def guider_for(
     model: ModelPatcher, vae: Any, positive: list[Any], negative: list[Any] | None, cfg: float, key: str
 ) -> Any:
-    """A guider for one run, which loads the VAE, if any, together with the model; `key` names it on the clone."""
+    """A guider that loads the VAE, if any, with the model; `key` names it there."""
     if vae is not None:
         model = model.clone()
         model.set_additional_models(key, [vae.patcher])
@@ -205,7 +205,7 @@ def guider_for(
 
 
 def is_plain_guider(guider: Any) -> bool:
-    """Whether a guider calls the model once per prompt, as BasicGuider and CFGGuider do."""
+    """Whether a guider calls the model once per prompt, as CFGGuider does."""
     return type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
 
 
@@ -243,7 +243,7 @@ class Preview:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether another pack has replaced ComfyUI's previews, by animated ones for example."""
+        """Whether another pack has replaced ComfyUI's previews."""
         return self._previewer is not None and type(self._previewer).__module__ != latent_preview.__name__
 
     def callback(self) -> Callable[[int, Tensor, Tensor, int], None]:
@@ -260,7 +260,7 @@ class Preview:
         return self._previewer.taesd.decode(latents)[0]
 
     def colours(self, latents: Tensor) -> Tensor:
-        """Approximate colours of latents [16, f, h, w]: [f, h, w, 3] uint8 on the same device."""
+        """Approximate colours of latents [16, f, h, w]: [f, h, w, 3] uint8."""
         factors = torch.tensor(self._format.latent_rgb_factors, device=latents.device, dtype=latents.dtype)
         bias = torch.tensor(self._format.latent_rgb_factors_bias, device=latents.device, dtype=latents.dtype)
         colours = torch.nn.functional.linear(latents.movedim(0, -1), factors.t(), bias)
@@ -335,12 +335,12 @@ def models_root() -> Path:
 
 
 def add_model_kind(kind: str, suffix: str) -> None:
-    """Add a kind of models, unless it exists, in a folder of that name in the models folder."""
+    """Add a kind of models, unless it exists, as a folder in the models folder."""
     folder_paths.folder_names_and_paths.setdefault(kind, ([str(models_root() / kind)], {suffix}))
 
 
 def add_model_folder(folder: Path) -> None:
-    """Search `folder` too, after the user's folders, for models of the kind that it is named after."""
+    """Search `folder` too, after the user's, for models of the kind it is named."""
     folder_paths.add_model_folder_path(folder.name, str(folder))
 
 
@@ -350,6 +350,6 @@ def output_folder() -> Path:
 
 
 def numbered_output(prefix: str, *, width: int, height: int) -> tuple[Path, str]:
-    """Folder and file name for a filename_prefix with its %fields% filled in; the folder is made."""
+    """Folder, which is made, and file name of a prefix with %fields% filled in."""
     folder, name, *_ = folder_paths.get_save_image_path(prefix, str(output_folder()), width, height)
     return Path(folder), name

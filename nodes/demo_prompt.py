@@ -28,7 +28,7 @@ class LightForcingDemoPrompt(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, caption: str | None) -> bool | str:
-        """Refuse a caption outside the grammar before anything runs; a linked one is None here."""
+        """Refuse a caption outside the grammar before anything runs; None if linked."""
         try:
             if caption is not None:
                 parse(caption)
@@ -53,7 +53,7 @@ def find_table() -> Path | None:
 
 
 def offer_demo_files() -> None:
-    """List the pack's own models, if they are installed, in ComfyUI's loaders after the user's."""
+    """List the pack's own models, if installed, after the user's in ComfyUI."""
     for file in (SHIPPED / DIT, SHIPPED / VAE):
         if file.is_file():
             add_model_folder(file.parent)

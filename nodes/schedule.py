@@ -61,9 +61,10 @@ class LightForcingSchedule(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, length: int | None, preset: dict[str, Any] | None = None, **_: Any) -> bool:
-        """Refuse a schedule that cannot be met before anything runs; an input that is linked is None here.
+        """Refuse a schedule that cannot be met before anything runs.
 
-        Raises ValueError, which ComfyUI shows once; it would repeat a returned reason for every input.
+        An input that is linked is None here. Raises ValueError, which ComfyUI shows once; it would repeat a returned
+        reason for every input.
         """
         if preset is None:
             raise ValueError(NO_PRESET)
@@ -100,7 +101,7 @@ def custom_inputs() -> list[io.Input]:
 
 
 def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None) -> Schedule:
-    """The schedule that the node's inputs describe; `family`: the connected model's, if any.
+    """The schedule of the node's inputs; `family`: the connected model's, if any.
 
     Raises ValueError for one that cannot be met.
     """
@@ -130,7 +131,7 @@ def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None)
 
 
 def numbers_per_chunk(text: str, name: str, number: Callable[[str], Number], *, lists: bool) -> dict[int, Number]:
-    """Read one number per chunk from a text widget: `3: 0.5, 7: 0.8` gives {3: 0.5, 7: 0.8}.
+    """Read one number per chunk from a text such as `3: 0.5, 7: 0.8`.
 
     lists: also accept plain numbers, of which the first is for chunk 0. Raises ValueError, which names the input
     `name` and the part that cannot be read.
@@ -151,7 +152,7 @@ def numbers_per_chunk(text: str, name: str, number: Callable[[str], Number], *, 
 
 
 def plot_numbers(asked: Any) -> dict[str, Any]:
-    """The numbers of the plot on the canvas, as JSON types; `follows` if only the running graph knows the model.
+    """The numbers of the canvas's plot; `follows` if only a run knows the model.
 
     asked: `length` and `preset` of the node, and `family` and `file` of the connected model as far as the canvas
     knows them. Raises TypeError for a request that no node makes, and ValueError for a schedule that cannot be met.
@@ -183,7 +184,7 @@ def plot_numbers(asked: Any) -> dict[str, Any]:
 
 
 def _wrong_input(asked: Any) -> str | None:
-    """The first value in a request for the plot that no widget of the node can hold, or None."""
+    """The first value of a request for the plot that no node sends, or None."""
     if not isinstance(asked, dict):
         return f"the request is {type(asked).__name__}, not an object"
     kinds: dict[str, Any] = {"length": int, "preset": dict, "family": str | None, "file": str | None}

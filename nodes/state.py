@@ -31,7 +31,7 @@ class StateFile:
 
     @contextmanager
     def reserved(self) -> Iterator[Path]:
-        """The file to write, reserved for this run while the block runs. Raises OutputError."""
+        """Reserve the file to write while the block runs. Raises OutputError."""
         if self.run is not None:
             yield self.path
             return
@@ -39,7 +39,7 @@ class StateFile:
             yield path
 
     def continued(self, latent_shape: Sequence[int]) -> RunState | None:
-        """The run to continue, as long as `latent_shape`. Raises ValueError for another size or a shorter video."""
+        """The run to continue to `latent_shape`; ValueError if it does not fit."""
         if self.run is None:
             return None
         made_for, name = self.run.recipe.latent_shape, f"state {self.path.name}"

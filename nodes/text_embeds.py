@@ -64,7 +64,7 @@ class LightForcingLoadTextEmbeds(io.ComfyNode):
 
 
 def embeds_path(name: str) -> Path:
-    """The path of embeddings called `name`. Raises ValueError for a name that leaves the folder."""
+    """The path of embeddings `name`; ValueError for one outside the folder."""
     folder = model_folder(FOLDER)
     stem = name.strip().removesuffix(".safetensors")
     path = (folder / f"{stem}.safetensors").resolve()
@@ -74,7 +74,7 @@ def embeds_path(name: str) -> Path:
 
 
 def save_embeds(path: Path, conditioning: list) -> None:
-    """Write CONDITIONING whole or not at all. Raises ValueError for parts that cannot be stored, OutputError."""
+    """Write CONDITIONING whole or not at all. Raises ValueError, OutputError."""
     tensors: dict[str, torch.Tensor] = {}
     entries: list[dict[str, Any]] = []
     for index, (cond, extras) in enumerate(conditioning):
@@ -96,7 +96,7 @@ def save_embeds(path: Path, conditioning: list) -> None:
 
 
 def load_embeds(path: Path) -> list:
-    """Read CONDITIONING back. Raises ValueError for a file of another kind or a damaged one."""
+    """Read CONDITIONING back; ValueError for a damaged or foreign file."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

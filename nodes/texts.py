@@ -14,7 +14,7 @@ TEXTS: dict[str, Any] = json.loads(
 
 
 def with_texts(define: Callable[[type], io.Schema]) -> Callable[[type], io.Schema]:
-    """Decorate a node's `define_schema` to add its display name, description and tooltips."""
+    """Decorate `define_schema` to add display name, description and tooltips."""
 
     @wraps(define)
     def described(cls: type) -> io.Schema:
@@ -31,7 +31,7 @@ def with_texts(define: Callable[[type], io.Schema]) -> Callable[[type], io.Schem
 
 
 def inputs_of(inputs: list[io.Input], prefix: str = "") -> Iterator[tuple[str, io.Input]]:
-    """(key, input) of all inputs, where an input of a preset has the key `preset_name`, as in the frontend."""
+    """(key, input) of all inputs; an input of a preset has the key `preset_name`."""
     for field in inputs:
         yield f"{prefix}{field.id}", field
         if isinstance(field, io.DynamicCombo.Input):

@@ -37,7 +37,7 @@ UNUSED_BY_T2V = (
 
 @dataclass(frozen=True, eq=False)
 class PromptChange:
-    """A prompt that takes over `start` seconds into the video; text: [B or 1, tokens, text_dim]."""
+    """A prompt from `start` seconds on; text: [B or 1, tokens, text_dim]."""
 
     text: Tensor
     start: float
@@ -81,7 +81,7 @@ class LightForcingPromptTimeline(io.ComfyNode):
 
 
 def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: list[int]) -> list[Prompt]:
-    """The prompts of a rollout: `text` from 0 s, then the timeline's, each from the chunk that contains its start.
+    """`text` from 0 s, then the timeline's prompts, each from its start's chunk.
 
     Raises ValueError for a start after the video's end and for two prompts in one chunk.
     """
@@ -113,7 +113,7 @@ def _seconds(latent_frame: int) -> float:
 
 
 def unsuitable_prompt(name: str, parts: Sequence[Mapping[str, Any]], *, may_be_empty: bool = False) -> str | None:
-    """Why CONDITIONING, as a list of mappings, cannot be followed by a rollout, or None."""
+    """Why a rollout cannot follow CONDITIONING, as a list of mappings, or None."""
     if len(parts) != 1:
         return f"the {name} has {len(parts)} parts, and a rollout follows exactly one; do not combine prompts"
     text = parts[0].get("cross_attn")

@@ -21,7 +21,7 @@ MOST_CRF = max(known.worst_crf for known in FORMATS.values())
 
 @dataclass(frozen=True)
 class VideoOutput:
-    """How a run's frames are written; fields as the node's inputs, crf None being the format's own quality."""
+    """The node's inputs; crf None is the format's usual quality."""
 
     filename_prefix: str
     format: str
@@ -53,9 +53,10 @@ class LightForcingVideoOutput(io.ComfyNode):
     def validate_inputs(
         cls, filename_prefix: str | None = None, format: str | None = None, crf: int | None = None
     ) -> bool:
-        """Refuse a file that cannot be written before anything runs; an input that is linked is None here.
+        """Refuse a file that cannot be written before anything runs.
 
-        Raises ValueError, which ComfyUI shows once; it would repeat a returned reason for every input.
+        An input that is linked is None here. Raises ValueError, which ComfyUI shows once; it would repeat a returned
+        reason for every input.
         """
         if filename_prefix is not None and Path(filename_prefix).name in ("", ".."):
             raise ValueError(f"filename_prefix {filename_prefix!r} names no file; write one such as video/clip")
@@ -72,7 +73,7 @@ class LightForcingVideoOutput(io.ComfyNode):
 
 
 class VideoFiles:
-    """A context manager: one file for each video of the batch, under its name when the block ends well.
+    """Context manager: a file per video of the batch, named if the block succeeds.
 
     Otherwise, and after `cut_short`, the frames so far are kept as `NAME.partial.EXT`.
 
@@ -131,7 +132,7 @@ class VideoFiles:
 
 
 def graph_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The graph, which dropping the file on the canvas restores; None with --disable-metadata."""
+    """The graph, to restore it from the file; None with --disable-metadata."""
     if not metadata_wanted():
         return None
     return {**(extra_pnginfo or {}), **({"prompt": prompt} if prompt is not None else {})}

@@ -78,12 +78,12 @@ class LightForcingApply(io.ComfyNode):
 
 
 def chosen_family(family: str, path: str) -> Family:
-    """The family named in the widget; on auto, the one that the checkpoint's path suggests."""
+    """The widget's family; on auto, the one that the checkpoint's path suggests."""
     return family_of(path)[0] if family == AUTO else FAMILIES[family]
 
 
 def assumed(family: Family, widget: str) -> ui.PreviewText | None:
-    """The defaults that apply because no name tells the family, as text on the node and in the log; else None."""
+    """The assumed defaults, shown and logged, if no name tells the family; or None."""
     if widget != AUTO or family.id != "unknown":
         return None
     steps = ", ".join(map(str, family.denoising_steps))
@@ -103,7 +103,7 @@ def load_checkpoint(
     family: Family | None = None,
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
-    """A MODEL from a checkpoint file; ComfyUI calls this again if it needs a second copy."""
+    """A MODEL from a checkpoint file; ComfyUI calls this for second copies too."""
     prefer_ema, group = weights != "plain", None
     if weights == "ema":
         info = inspect_checkpoint(path)

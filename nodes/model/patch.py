@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What the samplers read from the patch: the checkpoint's family and the attention options."""
+    """The patch's settings: the checkpoint's family and the attention options."""
 
     family: Family
     attention: AttentionOptions
@@ -54,7 +54,7 @@ def required_settings(model: ModelPatcher) -> Settings:
 
 
 def patched(model: ModelPatcher, settings: Settings) -> ModelPatcher:
-    """A clone of `model` with the patch and the family's shift. Raises ValueError for a MODEL that cannot carry it."""
+    """A clone with the patch and the family's shift; ValueError if unsuitable."""
     reason = conflicting_patch(model, model.model_options) or unsuitable_model(model)
     if reason:
         raise ValueError(reason)
@@ -87,7 +87,7 @@ def unsuitable_model(model: ModelPatcher) -> str | None:
 
 
 def conflicting_patch(model: ModelPatcher, model_options: dict[str, Any]) -> str | None:
-    """Why a patch on a MODEL, or on one run's options, would be dropped by the causal forward, or None."""
+    """Why the causal forward would drop a patch on a MODEL or a run, or None."""
     found = next(forward_patches(model, model_options, KEY), None)
     return found and f"this MODEL has {found}, which Light Forcing would silently drop; remove the node that adds it"
 
@@ -98,7 +98,7 @@ class CausalSampler(Sampler):
     def prepare(
         self, guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor, denoise_mask: Tensor | None, seed: int
     ) -> None:
-        """Check the inputs and request memory, before any weight is loaded. Raises ValueError."""
+        """Check the inputs and request memory before weights load. Raises ValueError."""
         raise NotImplementedError
 
 
@@ -114,7 +114,7 @@ def _outer_sample(
     seed: int | None = None,
     **named: Any,
 ) -> Tensor:
-    """The OUTER_SAMPLE wrapper, around all that ComfyUI does for one sampling: the first way in."""
+    """The OUTER_SAMPLE wrapper, around a whole sampling: the first way in."""
     if isinstance(sampler, CausalSampler):
         sampler.prepare(executor.class_obj, noise, latent_image, sigmas, denoise_mask, seed or 0)
     else:
@@ -126,7 +126,7 @@ def _outer_sample(
 
 
 def call_model(model_wrap: Any, x: Tensor, sigma: float, model_pass: Pass, extra_args: dict[str, Any]) -> Tensor:
-    """x0 of the open chunk [B, 16, f, h, w], by a call of the model through ComfyUI that runs `model_pass`."""
+    """x0 of the open chunk [B, 16, f, h, w]; ComfyUI's model runs `model_pass`."""
     options = extra_args["model_options"]["transformer_options"]
     options[RUN] = model_pass
     try:

@@ -32,7 +32,7 @@ _COMFYUI_FORMAT = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch
 
 
 class RowwiseFP8Layout(QuantizedLayout):
-    """float8_e4m3fn [N, K] with float32 scales [N, 1]: a weight's output channels or an activation's tokens."""
+    """float8_e4m3fn [N, K] with float32 scales [N, 1], per channel or token."""
 
     MIN_SM_VERSION = (8, 9)
 
@@ -44,7 +44,7 @@ class RowwiseFP8Layout(QuantizedLayout):
     def quantize(
         cls, tensor: Tensor, scale: Any = None, stochastic_rounding: int = 0, inplace_ops: bool = False, **_: Any
     ) -> tuple[Tensor, Params]:
-        """Quantise a weight (with ComfyUI's seed for stochastic rounding) or an activation; scales are measured."""
+        """Quantise a weight, stochastically if asked, or an activation."""
         if stochastic_rounding:
             scales = row_scales(tensor)
             stored = comfy.float.stochastic_rounding(tensor.float() / scales, FP8, seed=stochastic_rounding)
@@ -79,7 +79,7 @@ def _linear(_: Any, args: tuple, kwargs: dict) -> Tensor:
 
 
 def quantized(state_dict: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A plain Wan state dict with the matrices of its `layers` as FP8, in the keys of ComfyUI's FP8 format."""
+    """A Wan state dict whose layers' matrices are FP8, in ComfyUI's FP8 format."""
     quantised = dict(state_dict)
     for name in (f"blocks.{i}.{linear}" for i in range(layers) for linear in LAYER_LINEARS):
         weight = quantised[f"{name}.weight"]
@@ -90,12 +90,12 @@ def quantized(state_dict: Mapping[str, Tensor], layers: int) -> dict[str, Tensor
 
 
 def restored(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict that ComfyUI has saved of such a model, in the form that `quantized` returns."""
+    """A state dict that ComfyUI has saved, in the form that `quantized` returns."""
     return {name: _COMFYUI_FORMAT if name.endswith(".comfy_quant") else tensor for name, tensor in state_dict.items()}
 
 
 def use_rows(model: ModelPatcher) -> None:
-    """Give the FP8 weights that ComfyUI has loaded from `quantized` or `restored` the layout with a scale per row.
+    """Give FP8 weights from `quantized` or `restored` the layout by rows.
 
     ComfyUI saves their format under the name `BY_ROWS`, which only this pack's loader reads: ComfyUI's own would take
     the scales of rows for one of the whole matrix.

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class ChunkSampler(CausalSampler):
-    """The autoregressive rollout as a ComfyUI SAMPLER; it follows the guider's cfg and negative prompt.
+    """The rollout as a ComfyUI SAMPLER, with the guider's cfg and prompts.
 
     request: the inputs of the node.
     observers: receive the events of the run, in this order.
@@ -115,7 +115,7 @@ class ChunkSampler(CausalSampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        """The whole video [B, 16, frames, h, w] in the model's space; draw 0 comes from `noise`.
+        """The whole video [B, 16, frames, h, w], normalised; draw 0 is `noise`.
 
         A run that was cut short gives fewer frames.
         """
@@ -199,7 +199,7 @@ class ChunkSampler(CausalSampler):
         }
 
     def _accept_end(self, error: BaseException, video: "_Video", run: RunState, plan: MemoryPlan) -> None:
-        """Return if the finished chunks are the result of a run that `error` ended; else raise it for ComfyUI."""
+        """Accept the finished chunks of a run that `error` ended, or raise it."""
         interrupted = isinstance(error, Interrupted)
         if not interrupted and not is_out_of_memory(error):
             raise error

@@ -43,7 +43,7 @@ DEMO_FAMILY = "demo"
 
 @dataclass
 class Stretch:
-    """Pictures [n, h, w, 3] (uint8) of video frames `start` up to `stop`; `at`: the frame that each begins at."""
+    """uint8 pictures [n, h, w, 3] of frames `start` to `stop`, each from `at`."""
 
     start: int
     stop: int
@@ -53,7 +53,7 @@ class Stretch:
 
 @dataclass
 class Draft:
-    """A chunk's pictures while they are copied from the device; `ready`: the event that ends the copy, if any."""
+    """A chunk's pictures on their way to the CPU; `ready`: the event at its end."""
 
     start: int
     stop: int
@@ -68,7 +68,7 @@ class Draft:
 
 
 class ProgressLine(Observer):
-    """A line on the executing node after every step: chunk, step, seconds per chunk and density; below it the plan."""
+    """A line on the running node: chunk, step, pace and density; then the plan."""
 
     def __init__(self) -> None:
         self._plan = ""
@@ -105,7 +105,7 @@ class ProgressLine(Observer):
 
 
 class LiveView(Observer):
-    """Shows one run on its node; `callback` is for ComfyUI's guider, `add_frames` takes decoded frames.
+    """Shows one run on its node; `callback` is for ComfyUI's guider.
 
     latent_shape: [B, 16, frames, h, w] of the whole video; the first of the batch is shown.
     decodes: whether decoded frames will follow. If not, there are only drafts, and only if ComfyUI's previews are on.
@@ -133,7 +133,7 @@ class LiveView(Observer):
 
     @property
     def callback(self) -> Callable[[int, Tensor, Tensor, int], None]:
-        """Called by ComfyUI as (step, x0, x, total steps), where x0 is the whole video so far.
+        """Called by ComfyUI with step, x0 (the whole video so far), x and steps.
 
         If another pack has replaced ComfyUI's previews by animated ones, those are shown instead of ours.
         """
@@ -155,7 +155,7 @@ class LiveView(Observer):
             self._take_draft()
 
     def add_frames(self, frames: Tensor, start: int) -> None:
-        """Decoded frames [B, n, H, W, 3] in [0, 1], the first being the video's frame `start`."""
+        """Show decoded frames [B, n, H, W, 3] in [0, 1], from frame `start` on."""
         if self._preview.is_foreign:
             return
         self._draft, self._decoded = None, start + frames.shape[1]
@@ -193,7 +193,7 @@ class LiveView(Observer):
             self._pictures.add(stretch)
 
     def _drawn(self, event: StepEvent) -> Draft:
-        """The current chunk's pictures: by the tiny VAE if ComfyUI's user chose it, else by approximate colours."""
+        """The current chunk's pictures, by a tiny VAE or by approximate colours."""
         start = video_frames_of(event.start_frame) if event.start_frame else 0
         stop = video_frames_of(event.start_frame + event.x0.shape[2])
         if self._preview.has_tiny_vae and self._budget.allows():
@@ -229,7 +229,7 @@ class Budget:
 
 
 class Strips:
-    """For a page that plays pictures: each is sent once, in strips; a later stretch replaces an earlier one.
+    """Sends a page each picture once, in strips; later stretches replace earlier.
 
     A reloaded page gets all of them with the next one.
     """
@@ -313,7 +313,7 @@ def spread(start: int, stop: int, pictures: np.ndarray) -> Stretch:
 
 
 def small_pictures(frames: Tensor) -> np.ndarray:
-    """Frames [n, H, W, 3] in [0, 1] as uint8, no side longer than `SIDE`; skips pixels, which is fast."""
+    """Frames [n, H, W, 3] as uint8, no side over `SIDE`; skipping pixels is fast."""
     step = math.ceil(max(frames.shape[1:3]) / SIDE)
     few = frames[:, ::step, ::step].cpu()
     values = few.numpy() if few.dtype in (torch.float32, torch.float16) else few.float().numpy()

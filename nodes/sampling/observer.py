@@ -13,7 +13,7 @@ runs_cut_short: Counter[str | None] = Counter()
 
 
 class Observer:
-    """Receives the events of a run; each method does nothing unless a subclass overrides it."""
+    """Receives the events of a run; the methods do nothing unless overridden."""
 
     def begin(self, run: RunState, plan: MemoryPlan) -> None:
         """The run is checked and its memory planned; nothing has been loaded yet."""
@@ -43,7 +43,7 @@ class StateWriter(Observer):
 
 
 class CutShort(Observer):
-    """Remembers why a run of a node ended early, and makes the next queueing run it again."""
+    """Remembers why a node's run ended early, so that it runs again when queued."""
 
     def __init__(self, node_id: str | None) -> None:
         self._node_id = node_id

@@ -32,7 +32,7 @@ def unsuitable_guider(guider: Any) -> str | None:
 
 
 def unsuitable_latents(latents: Tensor) -> str | None:
-    """Why the latents cannot be filled by a rollout, or None. Refusal if they are not finite."""
+    """Why a rollout cannot fill the latents, or None; Refusal if not finite."""
     if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS:
         return (
             f"the latent has shape {list(latents.shape)}, not [batch, {LATENT_CHANNELS}, frames, height, width]; "
@@ -58,7 +58,7 @@ def unsuitable_sigmas(sigmas: Tensor) -> str | None:
 
 
 def memory_advice(recipe: Recipe, plan: MemoryPlan, *, decoding: bool) -> str:
-    """The settings to lower, and by how much, after a run of `recipe` ran out of the memory that was planned."""
+    """The settings to lower, and by how much, after a run ran out of memory."""
     ways = _ways_to_need_less(recipe, plan)
     advice = f"lower {', or '.join(ways)}" if ways else "every setting is at its lowest; close other programs"
     more = "; LightVAE (lightvaew2_1) decodes in about a quarter of the full VAE's memory" if decoding else ""
@@ -66,7 +66,7 @@ def memory_advice(recipe: Recipe, plan: MemoryPlan, *, decoding: bool) -> str:
 
 
 def _ways_to_need_less(recipe: Recipe, plan: MemoryPlan) -> list[str]:
-    """The settings that can still be lowered, each as `setting from old to new (GiB less)`."""
+    """Settings that can be lowered, as `setting from old to new (GiB less)`."""
     batch, _, frames, h, w = recipe.latent_shape
     cache = plan.estimate.cache
     ways = []
@@ -92,5 +92,5 @@ def _ways_to_need_less(recipe: Recipe, plan: MemoryPlan) -> list[str]:
 
 
 def _smaller_side(pixels: int) -> int:
-    """A side of a picture with three quarters of the area, in steps of 16 pixels; smaller unless it is 16."""
+    """A side for three quarters of the area, in steps of 16; smaller, down to 16."""
     return max(16, min(round(pixels * 0.866 / 16) * 16, pixels - 16))

@@ -53,7 +53,7 @@ def named_for_the_canvas() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Values of the inputs that both sampling nodes have, and of `chunk_seeds`, by their names on the canvas.
+    """The inputs that both sampling nodes have, and `chunk_seeds`, by name.
 
     schedule: None takes the defaults of the model's family.
     start_latent, end_latent: LATENTs of [B or 1, 16, frames, h, w] in the VAE's space.
@@ -102,7 +102,7 @@ class Request:
     def recipe(
         self, guider: Any, settings: Settings, sigmas: Sequence[float], shape: Sequence[int], seed: int
     ) -> Recipe:
-        """The recipe of a run on the guider's model and prompts; shape: of its latents. Raises ValueError."""
+        """The recipe for a guider's model and prompts; shape: of the latents."""
         family = settings.family
         schedule = self.schedule_of(family, shape[2])
         _check_schedule(schedule, family, shape[2])
@@ -148,7 +148,7 @@ def _check_schedule(schedule: Schedule, family: Family, latent_frames: int) -> N
 
 
 def _first_levels(family: Family, levels: Sequence[float]) -> tuple[float, ...] | None:
-    """Noise levels of the first chunk if the family has its own and `levels` are the family's, else None."""
+    """The first chunk's noise levels if `levels` are the family's, or None."""
     if family.first_denoising_steps is None:
         return None
     usual = few_step_sigmas(family.denoising_steps, family.shift)
@@ -159,7 +159,7 @@ def _first_levels(family: Family, levels: Sequence[float]) -> tuple[float, ...] 
 
 
 def model_text(model: ModelPatcher) -> str:
-    """The text that identifies a MODEL: its sizes, a checksum of some weights, and one of the LoRAs on it."""
+    """A text that identifies a MODEL: sizes, and checksums of weights and LoRAs."""
     dit = model.get_model_object("diffusion_model")
     some = (dit.head.modulation, dit.blocks[0].modulation, dit.blocks[-1].modulation)
     weights = b"".join(part.detach().to("cpu", torch.float32).numpy().tobytes() for part in some)

@@ -82,9 +82,10 @@ class LightForcingSampler(io.ComfyNode):
         video_output: Any = OPEN,
         state: Any = OPEN,
     ) -> bool:
-        """Refuse inputs that cannot work before anything runs; an input that is linked is None here.
+        """Refuse inputs that cannot work before anything runs.
 
-        Raises ValueError, which ComfyUI shows once; it would repeat a returned reason for every input.
+        An input that is linked is None here. Raises ValueError, which ComfyUI shows once; it would repeat a returned
+        reason for every input.
         """
         numbers_per_chunk(chunk_seeds or "", "chunk_seeds", int, lists=False)
         if cfg is not None and not 0.0 <= cfg <= MAX_CFG:
@@ -167,13 +168,13 @@ class LightForcingSampler(io.ComfyNode):
 
 
 def denoising_steps(family: Family, steps: int) -> Sequence[int]:
-    """The step list on the 1000-step scale, before the shift: the family's own, or `steps` evenly spaced ones."""
+    """The steps before the shift, out of 1000: the family's, or evenly spaced."""
     own = family.denoising_steps
     return own if steps in (0, len(own)) else [round(1000 * (steps - step) / steps) for step in range(steps)]
 
 
 def starting_noise(latents: Tensor, seed: int, wanted: Request | RunState, family: Family) -> Tensor:
-    """Draw 0 of every chunk, [B, 16, frames, h, w]; it depends only on the seed and the chunk."""
+    """Draw 0 of every chunk, [B, 16, frames, h, w]; a function of seed and chunk."""
     if latents.ndim != 5:
         return torch.zeros_like(latents)  # the sampler's checks refuse it
     batch, channels, frames, height, width = latents.shape
@@ -202,7 +203,7 @@ def shown(files: VideoFiles | None, reason: str | None) -> dict[str, Any] | None
 
 
 def images_of(decoder: FrameDecoder | None) -> Any:
-    """The frames as IMAGE, else a blocker that tells the nodes after it why there are none."""
+    """The frames as IMAGE, or a blocker that says why there are none."""
     if decoder is None:
         return ExecutionBlocker("Light Forcing Sampler makes frames only with a vae connected")
     images = decoder.images()

@@ -107,7 +107,7 @@ class FrameDecoder:
             ) from None
 
     def cut(self, tiles: int, *, overlap: bool = False) -> None:
-        """Decode in `tiles` × `tiles` overlapping tiles, which needs less memory. Call it before the first `put`.
+        """Decode in `tiles` × `tiles` overlapping tiles; call it before `put`.
 
         overlap: decode untiled while sampling continues, if the VAE's weights stay on the GPU; see `OverlappedDecoder`.
         """
@@ -123,7 +123,7 @@ class FrameDecoder:
 
     @property
     def can_overlap(self) -> bool:
-        """Whether the VAE can decode on a second CUDA stream; DynamicVRAM might move its weights meanwhile."""
+        """Whether the VAE can decode on a second CUDA stream, without DynamicVRAM."""
         return self._vae.device.type == "cuda" and not weights_may_move(self._vae.patcher)
 
     @property
@@ -144,12 +144,12 @@ class FrameDecoder:
 
     @property
     def bytes_needed(self) -> int:
-        """Bytes that decoding takes in addition to the VAE's weights; the same for every length."""
+        """Bytes that decoding takes besides weights; the same for every length."""
         needed = self.bytes_of(self._tiles)
         return needed["history"] + needed["decode"]
 
     def bytes_of(self, tiles: int) -> dict[str, Any]:
-        """The fields vae, history and decode of `MemoryEstimate`, for decoding in `tiles` × `tiles` tiles."""
+        """vae, history and decode of `MemoryEstimate`, for `tiles` × `tiles` tiles."""
         batch, channels, _, height, width = self._shape
         vae = self._vae.patcher.model_size()
         if not self._is_tae:
@@ -164,7 +164,7 @@ class FrameDecoder:
         return {"vae": vae, "history": 0, "decode": alive + frames}
 
     def put(self, latents: Tensor, *, normalised: bool) -> list[Tensor]:
-        """Decode the next latent frames [B, 16, f, h, w]; the video frames [B, n, H, W, 3] that are ready."""
+        """Decode latents [B, 16, f, h, w]; the frames [B, n, H, W, 3] that are ready."""
         vae = self._vae
         if not is_on_device(vae.patcher):  # another model needed the memory
             load_on_device(vae.patcher, self.bytes_needed)
@@ -202,12 +202,12 @@ class FrameDecoder:
         return new
 
     def images(self) -> Tensor | None:
-        """The frames so far as an IMAGE batch [B · frames, H, W, 3], one video after the other; None without any."""
+        """The frames so far, [B · frames, H, W, 3], video after video, or None."""
         return None if self._frames is None else self._frames[:, : self._done].flatten(0, 1)
 
 
 def latents_of(vae: Any) -> TaeLatents:
-    """The latents that a loaded TAE was made for, by its file's name and dtype, see `tae_latents_of`.
+    """The latents that a TAE was made for, by its file, see `tae_latents_of`.
 
     ComfyUI takes a float16 TAE for HunyuanVideo's and gives it that model's latent format; nothing else shows the
     stored dtype after loading. The format's scaling is not applied here, because this pack calls the layers itself.

@@ -81,12 +81,12 @@ def as_a_start(pixels: Tensor) -> Tensor:
 
 
 def as_an_end(pixels: Tensor) -> Tensor:
-    """Frames [n, H, W, C] after a still of the first, which fills them to 4·k and adds `BEFORE_END` latent frames."""
+    """Frames [n, H, W, C] after a still, filled to `BEFORE_END` latents and 4·k."""
     still = 1 + 4 * (BEFORE_END - 1) + -len(pixels) % 4
     return torch.cat([pixels[:1].expand(still, -1, -1, -1), pixels])
 
 
 def _smaller(size: tuple[int, int], share: float) -> list[int]:
-    """A size in steps of 16 pixels that needs at most `share` of the memory, and less in any case."""
+    """A smaller size, in steps of 16 pixels, for at most `share` of the memory."""
     scale = min(share, LESS) ** 0.5
     return [max(16, int(side * scale) // 16 * 16) for side in size]
