@@ -16,7 +16,8 @@ FAMILY = FAMILIES["light_forcing_short"]  # the published method's settings
 
 def published(backend: str, block: tuple[int, int], family: Family = FAMILY) -> AttentionOptions:
     """The published method in these blocks."""
-    return AttentionOptions(backend, block, family.keep_frames, family.keep_sink, family.keep_near)
+    sparse = family.sparse
+    return AttentionOptions(backend, block, sparse.keep_frames, sparse.keep_sink, sparse.keep_near)
 
 
 class LayerAttention:

@@ -265,7 +265,7 @@ def _attention_options(device: torch.device, settings: DemoSettings, heads: int)
     not worth it either.
     """
     tokens, block = settings.tokens_per_frame, (settings.block, settings.block)
-    options = AttentionOptions(block=block, estimator=Family.estimator, tail=Family.tail)
+    options = AttentionOptions(block=block, estimator=Family.sparse.estimator, tail=Family.sparse.tail)
     q, k = (torch.randn(1, frames * tokens, heads, HEAD_DIM, device=device) for frames in (1, 2))
     if device.type == "cpu" and settings.block >= FLEX_BLOCK:
         options = replace(options, backend="flex")

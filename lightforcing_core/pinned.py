@@ -1,7 +1,7 @@
-"""Where tensors are: copies to a GPU that do not wait, pinned CPU memory of an exact size, weights that stay in place.
+"""Copies to a GPU without waiting, pinned CPU memory of an exact size, and a check that weights stay in place.
 
-PyTorch's own pinned memory is rounded up to powers of two and kept after it is freed; a long video's cache is many
-gigabytes, which must be neither. So its memory is one piece of exactly the bytes asked for.
+PyTorch rounds pinned memory up to a power of two and keeps it after it is freed, which is too much for the many
+gigabytes of a long video's cache. Here it is one buffer of exactly the size requested.
 """
 
 import contextlib
@@ -13,26 +13,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-# Tensors start at multiples of so many bytes.
-ALIGNED = 256
+ALIGNED = 256  # tensors start at multiples of this many bytes
 
 _log = logging.getLogger(__name__)
 
 
 def to_device(x: Tensor, device: torch.device | str | None) -> Tensor:
-    """Copy x to `device` (None: leave it), from CPU memory to a GPU without waiting for the GPU.
-
-    A copy from memory that is not pinned would wait for all earlier work on the stream.
-    """
+    """Copy x to `device`, or return it as it is if None; a copy from the CPU to a GPU does not wait for the GPU."""
     if device is None:
         return x
     if x.device.type != "cpu" or torch.device(device).type != "cuda":
         return x.to(device)
+    # Pinned first, since a copy from pageable memory waits for all earlier work on the stream.
     return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def indexed(device: torch.device) -> torch.device:
-    """The device as tensors on it name it: "cuda" is "cuda:0"."""
+    """The device with its index, as tensors on it have it: "cuda" becomes "cuda:0"."""
     return torch.empty(0, device=device).device
 
 
@@ -44,7 +41,7 @@ def why_not_resident(tree: nn.Module, device: torch.device) -> str | None:
     device = indexed(device)
     for name, module in tree.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or 'the model'} carries a hook"
+            return f"{name or 'the model'} has a hook"
         moved = getattr(module, "comfy_cast_weights", False)
         if moved or getattr(module, "weight_function", ()) or getattr(module, "bias_function", ()):
             return f"ComfyUI moves, casts or patches the weights of {name} while they are used"
@@ -58,18 +55,18 @@ def why_not_resident(tree: nn.Module, device: torch.device) -> str | None:
 
 
 def bytes_of(tensors: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:
-    """Bytes that tensors of these shapes and dtypes take, including the gaps between them."""
+    """Bytes of tensors with these shapes and dtypes, including the gaps between them."""
     sizes = (math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
     return sum(-(-size // ALIGNED) * ALIGNED for size in sizes)
 
 
-class HostMemory:
-    """`nbytes` of CPU memory, handed out tensor by tensor and returned to the system by `free`.
+class CpuMemory:
+    """`nbytes` of CPU memory for several tensors, returned to the system by `free`.
 
-    gpu: the device that copies, for which the memory is pinned; None pins nothing. If the system refuses to pin so
-    much, one warning says so and copies take longer.
-    wait: called before the memory is unpinned; returns when no copy is under way.
-    device: another place for the bytes, such as "meta".
+    gpu: the device to pin the memory for; None does not pin it. If pinning fails, a warning is logged and copies take
+        longer.
+    wait: called before the memory is unpinned; returns when no copy is running.
+    device: another device for the buffer, such as "meta".
     """
 
     def __init__(
@@ -81,10 +78,10 @@ class HostMemory:
     ) -> None:
         self._buffer: Tensor | None = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._used = 0
-        self._unpin: weakref.finalize[..., HostMemory] | None = None
+        self._unpin: weakref.finalize[..., CpuMemory] | None = None
         if gpu is not None and nbytes > 0 and _pinned(self._buffer, gpu):
             self._unpin = weakref.finalize(self, _unpin, self._buffer.data_ptr(), gpu, wait)
-            self._unpin.atexit = False  # the driver may be gone by then, and the memory goes with the process
+            self._unpin.atexit = False  # the driver may be closed by then, and the process frees the memory
         self.pinned = self._unpin is not None
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -92,7 +89,7 @@ class HostMemory:
         assert self._buffer is not None
         nbytes = math.prod(shape) * dtype.itemsize
         if self._used + nbytes > len(self._buffer):
-            raise RuntimeError(f"{shape} {dtype} are {nbytes} bytes, and {len(self._buffer) - self._used} are left")
+            raise RuntimeError(f"{shape} {dtype} needs {nbytes} bytes and {len(self._buffer) - self._used} are left")
         piece = self._buffer[self._used : self._used + nbytes]
         self._used += -(-nbytes // ALIGNED) * ALIGNED
         return piece.view(dtype).view(shape)
@@ -105,7 +102,7 @@ class HostMemory:
 
 
 def _pinned(buffer: Tensor, gpu: torch.device) -> bool:
-    """Lock the buffer's pages in memory; False, with a warning, if the driver refuses."""
+    """Pin the buffer; returns False and logs a warning if the driver refuses."""
     with _current(gpu):
         status = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
     if status == 0:
@@ -127,5 +124,5 @@ def _unpin(address: int, gpu: torch.device, wait: Callable[[], object]) -> None:
 
 
 def _current(gpu: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make `gpu` current; a call made for another GPU would create a context there, of hundreds of megabytes."""
+    """Make `gpu` the current device: without it a context of hundreds of megabytes is created on another GPU."""
     return torch.cuda.device(gpu if gpu.type == "cuda" else -1)

@@ -58,7 +58,9 @@ def generate(
         context=context,
         growth=growth,
         seed=seed,
-        attention=AttentionOptions(block=(video.block, video.block), estimator=Family.estimator, tail=Family.tail),
+        attention=AttentionOptions(
+            block=(video.block, video.block), estimator=Family.sparse.estimator, tail=Family.sparse.tail
+        ),
     )
     decoder = StreamingDecoder(models.vae)
     return torch.cat([decoder.decode(chunk.latents)[0].float().cpu() for chunk in rollout(models.dit, video_recipe)])

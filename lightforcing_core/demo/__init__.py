@@ -1,1 +1,1 @@
-"""The small model that ships with the pack."""
+"""The demo model that ships with the pack."""

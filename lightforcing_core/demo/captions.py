@@ -1,9 +1,9 @@
-"""The demo model's language, readable both ways: a scene ⇄ its caption → word ids → context tokens.
+"""The captions of the demo model: a scene ⇄ its caption → word ids → context tokens.
 
     on a <background> background a <colour> <shape> moves <direction> <speed> [and a <colour> <shape> moves …]
 
-Cross-attention has no order of its own, so a context token is the embedding of a word plus that of its slot. The
-embeddings are random rows that never change: the model learnt to read them, and they are shipped beside it.
+Cross-attention ignores order, so a context token is the sum of a word's embedding and its slot's. The embeddings are
+fixed random rows; the model was trained with them, and they are shipped with it.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ DIRECTIONS = {  # unit steps in the picture, y pointing down
     "up-right": (1, -1),
 }
 SPEEDS = ("slowly", "quickly")
-# Moves that bring a thing behind a pillar in the middle of a picture and out again, once within five seconds.
+# Moves that take a shape behind a pillar in the middle of the picture and out again once within five seconds.
 PASSING = (
     ("right", "slowly"),
     ("left", "slowly"),
@@ -68,7 +68,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption promises: a background and one or two things of different colours, the first one behind."""
+    """The content of a video: a background and one or two things of different colours, the first one behind."""
 
     background: str
     things: tuple[Thing, ...]
@@ -78,11 +78,11 @@ class Scene:
             raise ValueError(f"a scene has {len(self.things)} things; use 1 to {MOST_THINGS}")
         colours = [thing.colour for thing in self.things]
         if len(set(colours)) < len(colours):
-            raise ValueError(f"two things are {colours[0]}; give each its own colour, it tells them apart")
+            raise ValueError(f"two things are {colours[0]}; give each another colour, which distinguishes them")
 
 
 def caption_of(scene: Scene) -> str:
-    """The scene's caption; `parse` is its inverse."""
+    """The caption of a scene; the inverse of `parse`."""
     things = " and ".join(f"{_article(t)} {t.colour} {t.shape} moves {t.direction} {t.speed}" for t in scene.things)
     return f"on a {scene.background} background {things}"
 
@@ -92,9 +92,9 @@ def _article(thing: Thing) -> str:
 
 
 def parse(caption: str) -> Scene:
-    """The scene that a caption describes. Raises ValueError naming the word that does not fit and what would.
+    """The scene that a caption describes; capitals, commas and full stops do not matter.
 
-    Capitals, commas and full stops do not matter.
+    Raises ValueError, which names the first wrong word and the words that are allowed there.
     """
     words = caption.lower().replace(",", " ").replace(".", " ").split()
     place = 0
@@ -120,7 +120,7 @@ def parse(caption: str) -> Scene:
         take(("moves",))
         things.append(Thing(colour, shape, take(tuple(DIRECTIONS)), take(SPEEDS)))
     if place < len(words):
-        raise ValueError(f"the caption goes on with {words[place]!r} after {MOST_THINGS} things; end it there")
+        raise ValueError(f"the caption continues with {words[place]!r} after {MOST_THINGS} things; end it there")
     return Scene(background, tuple(things))
 
 
@@ -131,7 +131,7 @@ def word_ids(caption: str) -> list[int]:
 
 
 def new_table(text_dim: int, seed: int) -> dict[str, Tensor]:
-    """words [vocabulary, text_dim] and slots [SLOTS, text_dim]: random, hence nearly orthogonal, rows, in bfloat16."""
+    """Random, hence nearly orthogonal, rows in bfloat16: words [vocabulary, text_dim] and slots [SLOTS, text_dim]."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {"words": len(VOCABULARY), "slots": SLOTS}
     return {name: torch.randn(rows, text_dim, generator=generator).bfloat16() for name, rows in sizes.items()}
@@ -143,5 +143,5 @@ def context_of(table: dict[str, Tensor], ids: Tensor) -> Tensor:
 
 
 def context_of_caption(table: dict[str, Tensor], caption: str) -> Tensor:
-    """[1, SLOTS, text_dim]. Raises ValueError for a caption outside the grammar."""
+    """A caption → context [1, SLOTS, text_dim], float32. Raises ValueError like `parse`."""
     return context_of(table, torch.tensor([word_ids(caption)], device=table["words"].device))

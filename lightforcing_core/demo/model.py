@@ -1,10 +1,10 @@
-"""The demo model: three small files that the repository ships, and how they become modules and context.
+"""Load the demo model: three small files that `laboratory/training` makes and the repository ships.
 
-    diffusion_models/light_forcing_demo.safetensors    Wan layout; its metadata hold what ComfyUI and `DemoVideo` read
+    diffusion_models/light_forcing_demo.safetensors    Wan layout; ComfyUI and `DemoVideo` read its metadata
     vae/light_forcing_demo_vae.safetensors             Wan VAE layout
-    light_forcing_demo_text.safetensors                the embeddings of captions, their vocabulary in the metadata
+    light_forcing_demo_text.safetensors                embeddings of captions, with their vocabulary in the metadata
 
-The folders have the names of ComfyUI's own. `laboratory/training` makes all three.
+The folders are named like ComfyUI's.
 """
 
 import json
@@ -29,19 +29,21 @@ VAE = "vae/light_forcing_demo_vae.safetensors"
 TEXT = "light_forcing_demo_text.safetensors"
 ABOUT = "light_forcing_demo"  # the metadata entry that holds a DemoVideo
 FPS = 16
-DEFAULT_CAPTION = "on a plain background a red circle moves right slowly"  # within what every demo model has learnt
+DEFAULT_CAPTION = "on a plain background a red circle moves right slowly"  # every demo model was trained on it
 
-# What the model has seen; simple: one thing, plain background, starting near the middle; pillar: the same, passing
+# The training data. simple: one thing that starts near the middle of a plain background; pillar: the same, passing
 # behind a pillar that no caption mentions; full: one or two things on any background.
 Level = Literal["simple", "pillar", "full"]
 
 
 @dataclass(frozen=True)
 class DemoVideo:
-    """The videos that a demo model was trained on, and what suits them.
+    """The videos that a demo model was trained on, and their block size.
 
-    height, width: pixels. frames: of the videos, 1 + 4k; frames_per_chunk: latent ones. block: tokens per attention
-    block, small enough for frames this small.
+    height, width: pixels.
+    frames: video frames, 1 + 4k.
+    frames_per_chunk: latent frames.
+    block: tokens per attention block, small enough for frames of this size.
     """
 
     height: int
@@ -55,18 +57,14 @@ class DemoVideo:
     def latent_frames(self) -> int:
         return latent_frames_of(self.frames)
 
-    @property
-    def tokens_per_frame(self) -> int:
-        return (self.height // 16) * (self.width // 16)
-
     def metadata(self) -> dict[str, str]:
-        """What the model's file says of it."""
+        """The entry in the metadata of the model's file."""
         return {ABOUT: json.dumps(asdict(self))}
 
 
 @dataclass(frozen=True)
 class DemoModel:
-    """A demo model, ready to run. table: as `demo_captions.context_of` reads it."""
+    """A loaded demo model. table: embeddings, as `captions.context_of` takes them."""
 
     dit: Wan
     vae: WanVAE
@@ -76,27 +74,32 @@ class DemoModel:
 
 def is_complete(folder: Path) -> bool:
     """Whether all three files are in `folder`."""
-    return all((folder / name).is_file() for name in (DIT, VAE, TEXT))
+    return not _missing(folder)
 
 
 def demo_video(folder: Path) -> DemoVideo:
-    """What the demo model in `folder` makes, without loading it. Raises ValueError as `load_demo_model` does."""
-    missing = [name for name in (DIT, VAE, TEXT) if not (folder / name).is_file()]
-    if missing:
+    """The videos of the demo model in `folder`, without loading it. Raises ValueError like `load_demo_model`."""
+    if missing := _missing(folder):
         raise ValueError(
-            f"{folder} holds no demo model: {', '.join(missing)} is missing; name the folder `models` that "
-            f"the training wrote, or train one (laboratory/training/README.md)"
+            f"{folder} has no demo model: {', '.join(missing)} is missing; pass the folder `models` that the training "
+            "wrote, or train a model (laboratory/training/README.md)"
         )
     about = inspect_checkpoint(folder / DIT).metadata.get(ABOUT)
     if about is None:
-        raise ValueError(f"{folder / DIT} does not say what videos it makes; export it again with laboratory/training")
+        raise ValueError(
+            f"{folder / DIT} does not describe its videos in the metadata; export it again with laboratory/training"
+        )
     return DemoVideo(**json.loads(about))
 
 
-def load_demo_model(folder: Path, device: torch.device | str = "cpu") -> DemoModel:
-    """The demo model in `folder`: the DiT in bfloat16 on GPUs and in float32 on CPUs, the VAE in `vae_dtype`.
+def _missing(folder: Path) -> list[str]:
+    return [name for name in (DIT, VAE, TEXT) if not (folder / name).is_file()]
 
-    Raises ValueError where files are missing or are not what they should be.
+
+def load_demo_model(folder: Path, device: torch.device | str = "cpu") -> DemoModel:
+    """Load the demo model in `folder`: the DiT in bfloat16 on GPUs and float32 on CPUs, the VAE in `vae_dtype`.
+
+    Raises ValueError if files are missing or unusable.
     """
     device, video = torch.device(device), demo_video(folder)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -111,30 +114,30 @@ def load_demo_model(folder: Path, device: torch.device | str = "cpu") -> DemoMod
 
 
 def load_table(path: Path) -> dict[str, Tensor]:
-    """A demo model's text table. Raises ValueError for a file of another kind or for another grammar."""
+    """Load the embeddings of captions. Raises ValueError for a file of another kind or another vocabulary."""
     try:
         with safe_open(path, framework="pt") as file:
             words = json.loads((file.metadata() or {}).get("vocabulary", "null"))
-            # Copies, since tensors lie in the file at any address, and how a matrix product rounds can depend on it.
+            # Copied to an aligned address, since the rounding of a matrix product can depend on the alignment.
             table = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; get the file again") from error
+        raise ValueError(f"{path} cannot be read: {error}; download it again") from error
     if words != list(VOCABULARY) or set(table) != {"words", "slots"}:
-        raise ValueError(f"{path} is no text table for this grammar of captions; get the one that came with the pack")
+        raise ValueError(f"{path} has no embeddings for these captions; use the file that is shipped with the pack")
     return table
 
 
 def vae_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where convolutions are fast in it: on GPUs, and on CPUs with AVX-512.
+    """The dtype with fast convolutions: bfloat16 on GPUs and on CPUs with AVX-512, else float32.
 
-    On a CPU, torch runs small float32 3-D convolutions unvectorised; those in bfloat16 take a tenth of the time.
+    On a CPU, torch does not vectorise small float32 3-D convolutions; bfloat16 ones take a tenth of the time.
     """
     fast = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
     return torch.bfloat16 if fast else torch.float32
 
 
 def fast_convolutions(vae: WanVAE) -> WanVAE:
-    """The VAE with the memory layout that its 3-D convolutions are fastest in."""
+    """Change the weights of 3-D convolutions in place to their fastest memory layout; returns `vae`."""
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)

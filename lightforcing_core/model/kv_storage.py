@@ -16,7 +16,7 @@ from ..attention.blocks import FrameBlocks
 from ..attention.quantised import STORED, KVDtype, quantise_blocks
 from ..attention.selection import sub_block_layout
 from ..families import SinkRope
-from ..pinned import HostMemory, bytes_of
+from ..pinned import CpuMemory, bytes_of
 
 # (first slot, first frame of the source, how many): frames that lie side by side in both.
 Runs = Sequence[tuple[int, int, int]]
@@ -125,7 +125,7 @@ class KVStorage:
         def on_device() -> LayerMemory:
             return LayerMemory(*(torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes))
 
-        self._host: HostMemory | None = None
+        self._host: CpuMemory | None = None
         self._stage: list[LayerMemory] = []
         if not options.host:
             layers = [on_device() for _ in range(shape.layers)]
@@ -135,9 +135,9 @@ class KVStorage:
             self._copier = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
             nbytes = shape.layers * bytes_of(sizes)
             if self._copier is not None:
-                self._host = HostMemory(nbytes, gpu=self._device, wait=self._copier.synchronize)
+                self._host = CpuMemory(nbytes, gpu=self._device, wait=self._copier.synchronize)
             else:
-                self._host = HostMemory(nbytes, device=self._device)
+                self._host = CpuMemory(nbytes, device=self._device)
             layers = [LayerMemory(*(self._host.take(*size) for size in sizes)) for _ in range(shape.layers)]
             self._held: list[int | None] = [None] * len(self._stage)  # the layer that each staging buffer holds
             self._ready: list[torch.cuda.Event | None] = [None] * len(self._stage)

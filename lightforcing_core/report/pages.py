@@ -1,6 +1,6 @@
-"""A run's record as an artist reads it: a text, and pictures 512 × 512 that say what was kept where and how long.
+"""A run's record as text and as three pictures of 512 × 512.
 
-Three pages: density per chunk and layer; seconds per stage and what ran dense; the block map over the frames.
+The pictures: density per chunk and layer; seconds per stage and reasons for dense attention; the map of read blocks.
 """
 
 import textwrap
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SIDE = 512
-MOST_FRAMES = 48  # on the block map; of more, the evenly spaced ones
+MOST_FRAMES = 48  # on the block map; of more frames, evenly spaced ones are shown
 STAGES = {"denoise": FILL, "clean pass": "#7fb069", "output": "#f2a541", "replay": "#8d6a9f", "recompute": BUDGET}
 
 
 def describe(record: RunRecord) -> str:
-    """The whole record as text: the run, a line per chunk, layers where they differ, stages, and what ran dense."""
+    """The record as text: facts, a line per chunk, layers if they differ, stages, and reasons for dense attention."""
     lines = [f"{name}: {value}" for name, value in record.facts.items()]
     lines += [_title(record), "attention: " + ("; ".join(record.attention) or "dense in every call"), ""]
-    lines.append("chunk  latent frames  sees  asked to skip  read  steps  seconds")
+    lines.append("chunk  latent frames  sees  to skip   read  steps  seconds")
     for chunk in record.chunks:
         span = f"{chunk.start_frame}-{chunk.start_frame + chunk.frames - 1}"
         stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in chunk.seconds.items())
         lines.append(
-            f"{chunk.index:>5}  {span:>13}  {len(chunk.visible):>4}  {chunk.sparsity:>12.1%}  {chunk.density:>5.1%}"
+            f"{chunk.index:>5}  {span:>13}  {len(chunk.visible):>4}  {chunk.sparsity:>7.1%}  {chunk.density:>5.1%}"
             f"  {chunk.steps:>5}  {stages}"
         )
     lines += ["", *_layer_lines(record), "seconds: " + _stages(record), *_dense_lines(record)]
@@ -55,9 +55,11 @@ def pages(
 ) -> list[Image.Image]:
     """The three pages, RGB 512 × 512.
 
-    frames: the first video of the run, [frames, H, W, 3] in 0…1, as far as it is there. chunk, layer, head: whose
-    block map is shown; −1 is the last chunk, None the mean over all layers or heads. Raises ValueError for ones that
-    are not in the record.
+    frames: the first video of the run, [frames, H, W, 3] in 0…1, complete or not.
+    chunk: the chunk of the block map; −1 is the last one.
+    layer, head: of the block map; None is the mean over all.
+
+    Raises ValueError for a chunk, layer or head that is not in the record.
     """
     return [_density_page(record), _time_page(record), _map_page(record, frames, record.chunk(chunk), layer, head)]
 
@@ -65,8 +67,8 @@ def pages(
 def block_share(chunk: ChunkRecord, layer: int | None, head: int | None) -> Tensor | None:
     """The share of query blocks that read each key block, float32 [visible frames, blocks per frame].
 
-    Ones where the chunk was dense, None where the run kept no map of it. Raises ValueError for a layer or a head that
-    the model does not have.
+    Ones if the chunk was dense, None if the record has no map of it. Raises ValueError for a layer or head that the
+    model does not have.
     """
     if chunk.block_map is None:
         return torch.ones(len(chunk.visible), 1) if chunk.why_dense else None
@@ -74,14 +76,14 @@ def block_share(chunk: ChunkRecord, layer: int | None, head: int | None) -> Tens
     for axis, (name, wanted) in enumerate((("layer", layer), ("head", head))):
         count = shares.shape[axis]
         if wanted is not None and not 0 <= wanted < count:
-            raise ValueError(f"{name} {wanted} is not there; the model has {count}, 0 to {count - 1}")
+            raise ValueError(f"there is no {name} {wanted}; the model has {count}, so use 0 to {count - 1}")
         shares = shares.mean(axis, keepdim=True) if wanted is None else shares.narrow(axis, wanted, 1)
     return shares[0, 0]
 
 
 def _title(record: RunRecord) -> str:
     if not record.chunks:
-        return "no chunk was finished"
+        return "no finished chunk"
     ratio = flops_ratio(chunk.cost for chunk in record.chunks)
     return f"{len(record.chunks)} chunks, {ratio:.0%} of dense attention FLOPs"
 
@@ -91,27 +93,27 @@ def _stages(record: RunRecord) -> str:
 
 
 def _layer_lines(record: RunRecord) -> list[str]:
-    """Density per layer where layers differ."""
+    """Density per layer if layers differ."""
     if all(max(chunk.layer_density) - min(chunk.layer_density) < 1e-6 for chunk in record.chunks):
         return [f"all {record.layers} layers read the same share"]
-    rows = ["read by layer, chunk after chunk"]
+    rows = ["read by each layer, per chunk"]
     for layer in range(record.layers):
         rows.append(f"{layer:>5}  " + " ".join(f"{chunk.layer_density[layer]:.1%}" for chunk in record.chunks))
     return rows
 
 
 def _dense_lines(record: RunRecord) -> list[str]:
-    """Every reason for dense attention once, with the chunks it holds for."""
+    """Every reason for dense attention once, with its chunks."""
     chunks_of: dict[str, list[int]] = {}
     for chunk in record.chunks:
         if chunk.why_dense:
             chunks_of.setdefault(chunk.why_dense, []).append(chunk.index)
-    return [f"dense: chunk {_listed(chunks)}: {why}" for why, chunks in chunks_of.items()] + [
+    return [f"dense: chunk {_spans(chunks)}: {why}" for why, chunks in chunks_of.items()] + [
         f"dense: {note}" for note in record.notes
     ]
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def _spans(numbers: Sequence[int]) -> str:
     """1, 2, 3, 7 → "1-3, 7"."""
     spans: list[list[int]] = []
     for number in numbers:
@@ -145,7 +147,7 @@ def _plain(axes: "Axes", **labels: str) -> None:
 
 
 def _density_page(record: RunRecord) -> Image.Image:
-    """Bars of what was read per chunk against what was asked, over a picture of every layer."""
+    """Bars of the share read per chunk and the share scheduled, above a picture with every layer."""
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
@@ -155,8 +157,8 @@ def _density_page(record: RunRecord) -> Image.Image:
     bars, layers = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.3))
     index = [chunk.index for chunk in record.chunks]
     bars.bar(index, [chunk.density for chunk in record.chunks], width=0.8, color=FILL, label="read")
-    asked = [1 - chunk.sparsity for chunk in record.chunks]
-    bars.step(index, asked, where="mid", color=BUDGET, linewidth=1.5, linestyle="--", label="asked by the schedule")
+    scheduled = [1 - chunk.sparsity for chunk in record.chunks]
+    bars.step(index, scheduled, where="mid", color=BUDGET, linewidth=1.5, linestyle="--", label="scheduled")
     bars.set_ylim(0, 1.12)
     bars.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     bars.grid(axis="y", color=GRID, linewidth=0.8)
@@ -174,23 +176,23 @@ def _density_page(record: RunRecord) -> Image.Image:
     )
     _plain(layers, xlabel="chunk", ylabel="layer")
     layers.yaxis.set_major_locator(MaxNLocator(integer=True))
-    # What is dense lies beyond the scale, in grey, so that sparse ones can be told apart.
+    # Dense chunks are grey, outside the scale, so that the colours separate the sparse ones.
     bar = figure.colorbar(shown, ax=layers, format=lambda value, _: f"{value:.0%}", fraction=0.05, extend="max")
     bar.ax.tick_params(labelsize=9)
     return image_of(figure)
 
 
 def _time_page(record: RunRecord) -> Image.Image:
-    """Seconds per chunk, stacked by stage, over the reasons for dense calls."""
+    """Seconds per chunk, stacked by stage, above the reasons for dense attention."""
     from matplotlib.transforms import blended_transform_factory
 
     figure = _figure(f"{sum(record.seconds.values()):.1f} seconds" if record.chunks else _title(record))
     if not record.chunks:
         return image_of(figure)
-    told = ["attention: " + ("; ".join(record.attention) or "dense in every call"), *_dense_lines(record)]
-    lines = [line for one in told for line in textwrap.wrap(one, 72, subsequent_indent="   ")]
+    reasons = ["attention: " + ("; ".join(record.attention) or "dense in every call"), *_dense_lines(record)]
+    lines = [line for reason in reasons for line in textwrap.wrap(reason, 72, subsequent_indent="   ")]
     if len(lines) > 14:
-        lines[13:] = ["… all of it is in the text"]
+        lines[13:] = ["… the rest is in the text"]
     bars, words = figure.subplots(2, 1, height_ratios=(1, (len(lines) + 1) / 20))
     index = [chunk.index for chunk in record.chunks]
     below = np.zeros(len(index))
@@ -213,21 +215,22 @@ def _time_page(record: RunRecord) -> Image.Image:
 def _map_page(
     record: RunRecord, frames: Tensor | None, chunk: ChunkRecord, layer: int | None, head: int | None
 ) -> Image.Image:
-    """Every visible frame with its key blocks coloured by how many query blocks read them."""
+    """Every visible frame, its key blocks coloured by the share of query blocks that read them."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    who = "all layers" if layer is None else f"layer {layer}"
-    who += ", all heads" if head is None else f", head {head}"
-    figure = _figure(f"What chunk {chunk.index} read ({who})")
+    scope = "all layers" if layer is None else f"layer {layer}"
+    scope += ", all heads" if head is None else f", head {head}"
+    figure = _figure(f"Blocks read by chunk {chunk.index} ({scope})")
     shares = block_share(chunk, layer, head)
     axes = figure.add_subplot()
     axes.axis("off")
     axes.set_anchor("N")
     if shares is None:
-        kept = _listed([one.index for one in record.chunks if one.block_map is not None])
-        axes.text(0.5, 0.5, f"no map of this chunk was kept;\nthere are maps of chunk {kept}", ha="center", fontsize=11)
+        kept = _spans([one.index for one in record.chunks if one.block_map is not None])
+        text = f"the record has no map of this chunk;\nit has maps of chunk {kept}"
+        axes.text(0.5, 0.5, text, ha="center", fontsize=11)
         return image_of(figure)
     places = np.arange(len(chunk.visible))
     if len(places) > MOST_FRAMES:
@@ -241,14 +244,14 @@ def _map_page(
         heat = scale(_token_picture(shares[place], record.grid, chunk, (width, height)))
         frame = chunk.visible[place]
         picture = _frame_of(frames, frame, (width, height))
-        page[top : top + height, left : left + width] = _laid_over(picture, np.asarray(heat), colours)
-        now = frame >= chunk.start_frame
+        page[top : top + height, left : left + width] = _blend(picture, np.asarray(heat), colours)
+        current = frame >= chunk.start_frame
         axes.text(
             left,
             top + height + label - 4,
-            f"{frame}{' now' if now else ''}: {float(shares[place].mean()):.0%}",
+            f"{frame}{' now' if current else ''}: {float(shares[place].mean()):.0%}",
             fontsize=8,
-            color=BUDGET if now else INK,
+            color=BUDGET if current else INK,
         )
     axes.imshow(page, interpolation="nearest")
     bar = figure.colorbar(
@@ -259,13 +262,13 @@ def _map_page(
         panchor=False,
         format=lambda value, _: f"{value:.0%}",
     )
-    bar.set_label("query blocks that read a block (under a frame: its number, its mean)", fontsize=9)
+    bar.set_label("query blocks that read a key block (below a frame: number, mean)", fontsize=9)
     bar.ax.tick_params(labelsize=9)
     return image_of(figure)
 
 
 def _cells(count: int, grid: tuple[int, int]) -> tuple[int, int, int]:
-    """Columns, and the width and height of a frame, so that `count` frames fit on the page."""
+    """(columns, frame width, frame height) with which `count` frames fit on the page."""
     for columns in range(1, 9):
         width = (SIDE - 24) // columns - 4
         height = round(width * grid[0] / grid[1])
@@ -275,7 +278,7 @@ def _cells(count: int, grid: tuple[int, int]) -> tuple[int, int, int]:
 
 
 def _token_picture(shares: Tensor, grid: tuple[int, int], chunk: ChunkRecord, size: tuple[int, int]) -> np.ndarray:
-    """One frame's block values [blocks] at the tokens they cover: float [height, width]."""
+    """One frame's block values [blocks], drawn at the positions of their tokens: float [height, width]."""
     of_token = shares[(torch.arange(grid[0] * grid[1]) // chunk.key_block).clamp(max=len(shares) - 1)]
     if chunk.tiles:
         of_token = torch.empty_like(of_token).index_copy_(0, tile_order(*grid, chunk.key_block), of_token)
@@ -284,7 +287,7 @@ def _token_picture(shares: Tensor, grid: tuple[int, int], chunk: ChunkRecord, si
 
 
 def _frame_of(frames: Tensor | None, latent_frame: int, size: tuple[int, int]) -> np.ndarray | None:
-    """The last video frame of a latent frame, [height, width, 3]; None where it is not there."""
+    """The last video frame of a latent frame, [height, width, 3]; None if `frames` does not contain it."""
     number = video_frames_of(latent_frame + 1) - 1
     if frames is None or number >= len(frames):
         return None
@@ -293,8 +296,8 @@ def _frame_of(frames: Tensor | None, latent_frame: int, size: tuple[int, int]) -
     return picture
 
 
-def _laid_over(picture: np.ndarray | None, heat: np.ndarray, colours: "Colormap") -> np.ndarray:
-    """Heat [height, width] in 0…1 as colours over a frame's greys: the less it was read, the more the frame shows."""
+def _blend(picture: np.ndarray | None, heat: np.ndarray, colours: "Colormap") -> np.ndarray:
+    """Heat [height, width] in 0…1 as colours over the grey frame; low values let more of the frame through."""
     colour: np.ndarray = colours(heat)[..., :3]
     if picture is None:
         return colour

@@ -54,11 +54,11 @@ def settings_from(
 
     kept = replace(
         family,
-        keep_frames=or_family(keep_frames, family.keep_frames),
-        keep_sink=or_family(keep_sink, family.keep_sink),
-        keep_near=or_family(keep_near, family.keep_near),
+        keep_frames=or_family(keep_frames, family.sparse.keep_frames),
+        keep_sink=or_family(keep_sink, family.sparse.keep_sink),
+        keep_near=or_family(keep_near, family.sparse.keep_near),
     )
     budget = kept.keep_frames, kept.keep_sink, kept.keep_near
-    beyond["estimator"] = family.estimator if estimator == AUTO else estimator
-    beyond["tail"] = family.tail if tail == AUTO else tail == "on"
+    beyond["estimator"] = family.sparse.estimator if estimator == AUTO else estimator
+    beyond["tail"] = family.sparse.tail if tail == AUTO else tail == "on"
     return Settings(family, AttentionOptions(backend, (int(block), int(block)), *budget, **beyond))

@@ -76,7 +76,7 @@ def test_demo_with_a_shipped_model_makes_its_caption(tmp_path, shipped):
     ("arguments", "message"),
     [
         (["--caption", "on a plain background a red circle moves right slowly"], "a caption needs the demo model"),
-        (["--models", "nowhere"], "nowhere holds no demo model"),
+        (["--models", "nowhere"], "nowhere has no demo model"),
     ],
 )
 def test_demo_without_the_model_it_needs_says_so(tmp_path, arguments, message):

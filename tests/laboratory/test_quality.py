@@ -346,7 +346,7 @@ def test_command_writes_rows_table_and_plots(models, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "nowhere"], "nowhere holds no demo model"),
+        (["--models", "nowhere"], "nowhere has no demo model"),
         (["--seeds", "3-x"], "--seeds '3-x' is not a list of numbers"),
         (["--seeds", "1,1"], "each once"),
         (["--keep", "6,1"], "--keep '6,1' is not 3 numbers"),

@@ -79,7 +79,7 @@ def test_another_map_is_drawn_without_sampling_again(server, first):
 
 def test_a_layer_that_is_not_there_is_refused_with_what_is(server, first):
     prompt = {**first["prompt"][2], "report": report(layer=2)}
-    assert "layer 2 is not there; the model has 2, 0 to 1" in server.error_of(prompt)
+    assert "there is no layer 2; the model has 2, so use 0 to 1" in server.error_of(prompt)
     prompt["report"] = report(chunk=9)
     assert "chunk 9 is not in the record; it holds chunks 0 to 3" in server.error_of(prompt)
 

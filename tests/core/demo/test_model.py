@@ -1,4 +1,4 @@
-"""The demo model's captions and files: what is read, and what is refused."""
+"""The demo model: captions and files, and their errors."""
 
 import pytest
 import torch
@@ -34,14 +34,14 @@ def test_captions_outside_the_grammar_are_refused(caption, complaint):
         parse(caption)
 
 
-def test_words_and_their_places_both_reach_the_context():
+def test_the_context_depends_on_words_and_their_order():
     table = new_table(16, 0)
     one = "on a plain background a red circle moves up slowly and a blue square moves down slowly"
     two = "on a plain background a blue square moves down slowly and a red circle moves up slowly"
     first, second = (context_of_caption(table, caption) for caption in (one, two))
     assert first.shape == (1, SLOTS, 16)
     assert not torch.allclose(first, second)
-    # The same words in all: only the slots tell which belongs to which.
+    # The same words: only their slots differ.
     torch.testing.assert_close(first.sum(1), second.sum(1))
 
 
@@ -50,13 +50,13 @@ def test_capitals_and_punctuation_do_not_matter():
     assert parse("On a plain background, an Orange circle moves down-left slowly.") == scene
 
 
-def test_files_come_back_as_a_model_in_float32(tmp_path):
+def test_files_load_as_a_model_in_float32(tmp_path):
     assert not is_complete(tmp_path)
     write_tiny_demo(tmp_path)
     assert is_complete(tmp_path)
     model = load_demo_model(tmp_path)
     assert model.video == TINY_VIDEO
-    assert (model.video.latent_frames, model.video.tokens_per_frame) == (9, 6)
+    assert model.video.latent_frames == 9
     assert {p.dtype for p in model.dit.parameters()} == {torch.float32}
     assert model.dit.text_embedding[0].in_features == model.table["words"].shape[1]
 
@@ -65,11 +65,11 @@ def test_missing_files_are_named(tmp_path):
     write_tiny_demo(tmp_path)
     (tmp_path / TEXT).unlink()
     assert not is_complete(tmp_path)
-    with pytest.raises(ValueError, match=f"holds no demo model: {TEXT} is missing"):
+    with pytest.raises(ValueError, match=f"has no demo model: {TEXT} is missing"):
         load_demo_model(tmp_path)
 
 
-def test_model_that_does_not_know_its_videos_is_refused(tmp_path):
+def test_a_model_without_a_description_of_its_videos_is_refused(tmp_path):
     write_tiny_demo(tmp_path)
     save_file(load_file(tmp_path / DIT), tmp_path / DIT)
     with pytest.raises(ValueError, match="export it again"):
@@ -77,7 +77,7 @@ def test_model_that_does_not_know_its_videos_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", ["words", "rows", "bytes"])
-def test_text_tables_of_another_kind_are_refused(tmp_path, spoil):
+def test_embeddings_of_another_kind_are_refused(tmp_path, spoil):
     path = tmp_path / TEXT
     table = new_table(8, 0)
     if spoil == "rows":
@@ -86,5 +86,7 @@ def test_text_tables_of_another_kind_are_refused(tmp_path, spoil):
     save_file(table, path, metadata={"vocabulary": str(list(words)).replace("'", '"')})
     if spoil == "bytes":
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot be read" if spoil == "bytes" else "no text table for this grammar"):
+    with pytest.raises(
+        ValueError, match="cannot be read" if spoil == "bytes" else "has no embeddings for these captions"
+    ):
         load_table(path)

@@ -412,7 +412,7 @@ def elsewhere(module):
     [
         (moving, "ComfyUI moves, casts or patches the weights of blocks.1.ffn.0"),
         (patched, "ComfyUI moves, casts or patches the weights of blocks.1.ffn.0"),
-        (hooked, "blocks.1.ffn.0 carries a hook"),
+        (hooked, "blocks.1.ffn.0 has a hook"),
         (packed, "blocks.1.ffn.0.weight is a Packed, which is unpacked"),
         (elsewhere, "blocks.1.ffn.0.weight is on meta, not on cpu"),
     ],

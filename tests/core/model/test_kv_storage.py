@@ -12,7 +12,7 @@ from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.quantised import STORED, dequantise_blocks, quantise_blocks
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
-from lightforcing.lightforcing_core.pinned import HostMemory, bytes_of
+from lightforcing.lightforcing_core.pinned import CpuMemory, bytes_of
 
 LAYOUT = FrameBlocks(tokens_per_frame=10, block=4)
 LAYERS, BATCH, HEADS, DIM = 3, 2, 2, 12
@@ -185,38 +185,38 @@ class Driver:
         return 0
 
 
-def test_host_memory_is_one_pinned_piece_that_free_gives_back(monkeypatch):
+def test_cpu_memory_is_one_pinned_buffer_that_free_returns(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     shapes = [((2, 3, 5), torch.float16), ((2, 7), torch.int8), ((4,), torch.float32)]
-    memory = HostMemory(bytes_of(shapes), torch.device("cpu"), wait=lambda: driver.calls.append("wait"))
+    memory = CpuMemory(bytes_of(shapes), torch.device("cpu"), wait=lambda: driver.calls.append("wait"))
     assert list(driver.pinned.values()) == [bytes_of(shapes)]
     tensors = [memory.take(*shape) for shape in shapes]
     for number, (tensor, (shape, dtype)) in enumerate(zip(tensors, shapes, strict=True)):
         assert (tensor.shape, tensor.dtype, tensor.data_ptr() % 16) == (shape, dtype, 0)
         tensor.fill_(number + 1)
     assert [tensor.unique().tolist() for tensor in tensors] == [[1], [2], [3]]  # none lies over another
-    with pytest.raises(RuntimeError, match="are 257 bytes"):
+    with pytest.raises(RuntimeError, match="needs 257 bytes"):
         memory.take((257,), torch.int8)
     memory.free()
     memory.free()
     assert driver.calls == ["register", "wait", "unregister"]
 
 
-def test_host_memory_that_is_dropped_is_unpinned_too(monkeypatch):
+def test_cpu_memory_that_is_dropped_is_unpinned_too(monkeypatch):
     driver = Driver()
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    memory = HostMemory(1024, torch.device("cpu"))
+    memory = CpuMemory(1024, torch.device("cpu"))
     assert memory.pinned
     del memory
     gc.collect()
     assert driver.pinned == {}
 
 
-def test_host_memory_that_cannot_be_pinned_costs_a_warning(monkeypatch, caplog):
+def test_cpu_memory_that_cannot_be_pinned_warns(monkeypatch, caplog):
     driver = Driver(status=2)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
-    memory = HostMemory(1024, torch.device("cpu"))
+    memory = CpuMemory(1024, torch.device("cpu"))
     assert not memory.pinned
     assert "cannot be pinned (CUDA error 2)" in caplog.text
     memory.take((1024,), torch.int8).zero_()

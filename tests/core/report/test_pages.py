@@ -1,4 +1,4 @@
-"""The pages of a record: numbers that the text gives, blocks where the map paints them, and refusals."""
+"""The pages of a record: numbers in the text, positions of painted blocks, and errors."""
 
 from dataclasses import replace
 
@@ -51,7 +51,7 @@ def record():
     return record_of(chunk_of(0, dense="it sees nothing but itself"), chunk_of(1, block_map=block_map))
 
 
-def test_text_tells_the_run_every_chunk_and_why_calls_ran_dense(record):
+def test_the_text_has_the_run_every_chunk_and_the_reasons_for_dense_attention(record):
     lines = describe(record).splitlines()
     assert lines[0] == "model: Light Forcing short"
     # Pairs: 2·2 dense and 2·4 at 37.5 %; dense 4 + 8.
@@ -68,7 +68,7 @@ def test_text_tells_the_run_every_chunk_and_why_calls_ran_dense(record):
     ]
 
 
-def test_layers_that_read_alike_take_one_line_and_reasons_are_told_once():
+def test_equal_layers_take_one_line_and_equal_reasons_are_listed_once():
     chunks = [chunk_of(index, layer_density=(0.25, 0.25)) for index in range(2)]
     chunks += [chunk_of(index, dense="the schedule asks for no sparsity here") for index in (2, 3, 5)]
     text = describe(record_of(*chunks, attention=()))
@@ -94,11 +94,11 @@ def test_shares_are_of_one_layer_and_head_or_the_mean_of_all(record):
     ("options", "message"),
     [
         ({"chunk": 2}, "chunk 2 is not in the record; it holds chunks 0 to 1, and -1 is the last one"),
-        ({"layer": 2}, "layer 2 is not there; the model has 2, 0 to 1"),
-        ({"head": 3}, "head 3 is not there; the model has 3, 0 to 2"),
+        ({"layer": 2}, "there is no layer 2; the model has 2, so use 0 to 1"),
+        ({"head": 3}, "there is no head 3; the model has 3, so use 0 to 2"),
     ],
 )
-def test_what_is_not_there_is_refused_with_what_is(record, options, message):
+def test_missing_chunks_layers_and_heads_are_refused_with_the_existing_ones(record, options, message):
     with pytest.raises(ValueError, match=message):
         pages(record, **options)
 
@@ -119,8 +119,8 @@ def test_only_dense_layers_are_grey_on_the_density_page():
     assert grey(chunk_of(0, dense="it sees nothing but itself"), chunk_of(1)) == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_map_paints_the_block_that_was_read_in_the_frame_that_holds_it(record):
-    """Four frames lie in two rows of two; only the lower half of the last one is bright."""
+def test_the_map_paints_a_read_block_at_its_frame_and_position(record):
+    """Four frames in two rows of two; only the lower half of the last one is bright."""
     page = np.asarray(pages(record, layer=1, head=2)[2]).astype(int)
     heat = page[: 512 - 110]  # above the colour bar
     bright = (heat[..., 0] > 230) & (heat[..., 1] > 230) & (heat[..., 2] < 190)
@@ -135,7 +135,7 @@ def test_the_map_paints_the_block_that_was_read_in_the_frame_that_holds_it(recor
     assert rows.min() > frame_rows[frame_columns > 266].max() - 3, "below the dark upper half, nothing dark below"
 
 
-def test_the_map_paints_tiles_where_they_lie(record):
+def test_the_map_paints_tiles_at_their_positions(record):
     """With blocks of 4 by 4 tokens the second one is the right half of a frame."""
     tiled = replace(record, chunks=(record.chunks[0], replace(record.chunks[1], tiles=True)))
     page = np.asarray(pages(tiled, layer=1, head=2)[2]).astype(int)[: 512 - 110]
@@ -145,7 +145,7 @@ def test_the_map_paints_tiles_where_they_lie(record):
     assert rows.max() - rows.min() > 100
 
 
-def test_frames_shine_through_where_they_are_given(record):
+def test_given_frames_are_visible_in_the_map(record):
     frames = torch.zeros(13, 16, 32, 3)
     frames[12, :, :16] = 1.0  # latent frame 3 ends with video frame 12
     plain, with_frames = (np.asarray(pages(record, given, layer=1, head=2)[2]).astype(int) for given in (None, frames))
@@ -167,9 +167,9 @@ def test_long_windows_show_frames_evenly_and_missing_maps_are_named():
     assert named.std() < np.asarray(pages(record)[2]).std(), "a sentence and no map"
 
 
-def test_a_run_that_finished_nothing_has_words_for_it():
+def test_a_run_without_a_finished_chunk_has_a_text():
     record = record_of(seconds={}, notes=())
-    assert "no chunk was finished" in describe(record)
+    assert "no finished chunk" in describe(record)
     with pytest.raises(ValueError, match="it holds chunks none"):
         pages(record)
 
