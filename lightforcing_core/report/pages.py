@@ -17,13 +17,13 @@ from ..attention.blocks import tile_order
 from ..rollout.cost import flops_ratio
 from ..rollout.record import ChunkRecord, RunRecord
 from ..rollout.schedule import video_frames_of
-from .plots import BUDGET, FILL, GRID, INK, image_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
+INK, GRID, FILL, BUDGET = "#1d2733", "#d5dbe3", "#3b7dd8", "#d1495b"
 SIDE = 512
 MOST_FRAMES = 48  # on the block map; of more frames, evenly spaced ones are shown
 STAGES = {"denoise": FILL, "clean pass": "#7fb069", "output": "#f2a541", "replay": "#8d6a9f", "recompute": BUDGET}
@@ -127,12 +127,22 @@ def _spans(numbers: Sequence[int]) -> str:
 # ----------------------------------------------------------------------------------------------------- the pages
 
 
+# matplotlib is imported in functions, because the import takes a second.
 def _figure(title: str) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(SIDE / 100, SIDE / 100), dpi=100, layout="constrained", facecolor="white")
     figure.suptitle(title, fontsize=12, color=INK)
     return figure
+
+
+def _image_of(figure: "Figure") -> Image.Image:
+    """A matplotlib figure as an RGB image, without a window or a file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1).convert("RGB")
 
 
 def _plain(axes: "Axes", **labels: str) -> None:
@@ -153,7 +163,7 @@ def _density_page(record: RunRecord) -> Image.Image:
 
     figure = _figure(_title(record))
     if not record.chunks:
-        return image_of(figure)
+        return _image_of(figure)
     bars, layers = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.3))
     index = [chunk.index for chunk in record.chunks]
     bars.bar(index, [chunk.density for chunk in record.chunks], width=0.8, color=FILL, label="read")
@@ -179,7 +189,7 @@ def _density_page(record: RunRecord) -> Image.Image:
     # Dense chunks are grey, outside the scale, so that the colours separate the sparse ones.
     bar = figure.colorbar(shown, ax=layers, format=lambda value, _: f"{value:.0%}", fraction=0.05, extend="max")
     bar.ax.tick_params(labelsize=9)
-    return image_of(figure)
+    return _image_of(figure)
 
 
 def _time_page(record: RunRecord) -> Image.Image:
@@ -188,7 +198,7 @@ def _time_page(record: RunRecord) -> Image.Image:
 
     figure = _figure(f"{sum(record.seconds.values()):.1f} seconds" if record.chunks else _title(record))
     if not record.chunks:
-        return image_of(figure)
+        return _image_of(figure)
     reasons = ["attention: " + ("; ".join(record.attention) or "dense in every call"), *_dense_lines(record)]
     lines = [line for reason in reasons for line in textwrap.wrap(reason, 72, subsequent_indent="   ")]
     if len(lines) > 14:
@@ -209,7 +219,7 @@ def _time_page(record: RunRecord) -> Image.Image:
     place = blended_transform_factory(figure.transFigure, words.transAxes)
     text = words.text(0.02, 1, "\n".join(lines), va="top", fontsize=9, color=INK, transform=place)
     text.set_in_layout(False)
-    return image_of(figure)
+    return _image_of(figure)
 
 
 def _map_page(
@@ -231,7 +241,7 @@ def _map_page(
         kept = _spans([one.index for one in record.chunks if one.block_map is not None])
         text = f"the record has no map of this chunk;\nit has maps of chunk {kept}"
         axes.text(0.5, 0.5, text, ha="center", fontsize=11)
-        return image_of(figure)
+        return _image_of(figure)
     places = np.arange(len(chunk.visible))
     if len(places) > MOST_FRAMES:
         places = np.unique(np.linspace(0, len(places) - 1, MOST_FRAMES).round().astype(int))
@@ -264,7 +274,7 @@ def _map_page(
     )
     bar.set_label("query blocks that read a key block (below a frame: number, mean)", fontsize=9)
     bar.ax.tick_params(labelsize=9)
-    return image_of(figure)
+    return _image_of(figure)
 
 
 def _cells(count: int, grid: tuple[int, int]) -> tuple[int, int, int]:

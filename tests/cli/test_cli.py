@@ -1,4 +1,4 @@
-"""The command line: what it writes, prints and exits with."""
+"""The command line: files, output and exit codes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def run(*arguments):
 
 @pytest.fixture(autouse=True)
 def shipped(monkeypatch, tmp_path):
-    """Where the command looks for a demo model: an empty place, whatever the repository ships."""
+    """The folder in which the command looks for a demo model: empty, whatever the repository ships."""
     monkeypatch.setattr(demo_model, "SHIPPED", tmp_path / "shipped")
     return tmp_path / "shipped"
 
@@ -40,36 +40,34 @@ def test_demo_writes_video_contact_sheet_and_report(tmp_path):
         assert sheet.width > 2 * 256
     report = json.loads((folder / "report.json").read_text())
     assert [chunk["density"] for chunk in report["chunks"]] == [1.0, pytest.approx(0.4, abs=0.08)]
-    assert set(report["seconds"]) >= {"denoise", "clean pass", "decode", "encode video"}
-    timing = report["facts"]["attention_seconds"]
-    assert timing["dense_over_sparse"] == pytest.approx(timing["dense"] / (timing["sparse"] + timing["selection"]))
-    for words in ("the picture is abstract", "attention of the last chunk", "clean pass", "wrote "):
+    assert [chunk["steps"] for chunk in report["chunks"]] == [4, 4]
+    assert set(report["seconds"]) == {"denoise", "output", "clean pass"}
+    for words in ("the picture is abstract", "of dense attention FLOPs", "clean pass", "chunk 2 of 2 done", "wrote "):
         assert words in result.output
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_demo_with_a_shipped_model_makes_its_caption(tmp_path, shipped):
+def test_demo_with_a_shipped_model_shows_its_caption(tmp_path, shipped):
     write_tiny_demo(shipped)
 
     def made(name, *arguments):
         result = run("demo", "--out", tmp_path / name, *arguments)
         assert result.exit_code == 0, result.output
-        return result.output, iio.imread(tmp_path / name / "demo.mp4", plugin="pyav")
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        densities = [chunk["density"] for chunk in report["chunks"]]
+        return report["facts"], densities, iio.imread(tmp_path / name / "demo.mp4", plugin="pyav")
 
-    output, first = made("first")
+    facts, densities, first = made("first")
     assert first.shape == (33, 32, 48, 3)  # the model's own sizes
-    assert "'on a plain background a red circle moves right slowly', from the demo model" in output
-    report = json.loads((tmp_path / "first" / "report.json").read_text())
-    assert report["facts"]["settings"]["block"] == 16
-    assert report["facts"]["weights"] == f"the demo model in {shipped}"
-    assert report["facts"]["attention_seconds"] is None
-    assert "which is not timed" in output
-    assert report["chunks"][0]["density"] == 1.0 > report["chunks"][1]["density"]
-    _, other = made("other", "--caption", "on a plain background a blue square moves left quickly", "--chunks", 2)
+    assert facts["caption"] == "on a plain background a red circle moves right slowly"
+    assert facts["weights"] == f"the demo model in {shipped}"
+    assert "blocks of 16 tokens" in facts["schedule"]
+    assert densities[0] == 1.0 > densities[1]
+    _, _, other = made("other", "--caption", "on a plain background a blue square moves left quickly", "--chunks", 2)
     assert (first[:21] != other).any()
-    _, dense = made("dense", "--target", 0, "--chunks", 2)
+    _, densities, dense = made("dense", "--target", 0, "--chunks", 2)
     assert (first[9:21] != dense[9:]).any()
-    assert all(c["density"] == 1 for c in json.loads((tmp_path / "dense" / "report.json").read_text())["chunks"])
+    assert densities == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -77,12 +75,16 @@ def test_demo_with_a_shipped_model_makes_its_caption(tmp_path, shipped):
     [
         (["--caption", "on a plain background a red circle moves right slowly"], "a caption needs the demo model"),
         (["--models", "nowhere"], "nowhere has no demo model"),
+        (["--height", 500], "height 500 is not a multiple of 16; use 496 or 512"),
+        (["--target", 1.0], "target 1.0 is outside [0, 1)"),
+        (["--target", 0.9, "--base", 0.5], "base 0.5 is not between target 0.9 and 1"),
     ],
 )
-def test_demo_without_the_model_it_needs_says_so(tmp_path, arguments, message):
+def test_an_impossible_demo_is_refused_before_any_work(tmp_path, arguments, message):
     result = run("demo", "--out", tmp_path / "out", *arguments)
     assert result.exit_code == 1
     assert message in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_demo_refuses_words_that_the_model_does_not_know(tmp_path, shipped):
@@ -93,31 +95,7 @@ def test_demo_refuses_words_that_the_model_does_not_know(tmp_path, shipped):
     assert not (tmp_path / "out").exists()
 
 
-def test_dense_demo_has_nothing_to_compare(tmp_path):
-    result = run("demo", "--out", tmp_path, "--height", 32, "--width", 32, "--chunks", 1)
-    assert result.exit_code == 0, result.output
-    timing = json.loads((tmp_path / "report.json").read_text())["facts"]["attention_seconds"]
-    assert timing["dense"] > 0
-    assert "sparse" not in timing
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--height", 500], "height 500 is not a multiple of 16; use 496 or 512"),
-        (["--chunks", 0], "chunks 0 is not positive; use 1 or more"),
-        (["--target", 1.0], "target 1.0 is outside [0, 1)"),
-        (["--target", 0.9, "--base", 0.5], "base 0.5 is not between target 0.9 and 1"),
-    ],
-)
-def test_impossible_demo_says_what_is_possible(tmp_path, arguments, message):
-    result = run("demo", "--out", tmp_path / "out", *arguments)
-    assert result.exit_code == 1
-    assert message in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_demo_into_a_place_that_takes_no_files_fails_before_the_work(tmp_path):
+def test_demo_refuses_a_folder_that_cannot_be_written_before_any_work(tmp_path):
     (tmp_path / "file").touch()
     result = run("demo", "--out", tmp_path / "file")
     assert result.exit_code == 1
@@ -125,7 +103,7 @@ def test_demo_into_a_place_that_takes_no_files_fails_before_the_work(tmp_path):
     assert "choose another folder" in result.stderr
 
 
-def test_demo_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+def test_a_demo_that_fails_leaves_no_file(tmp_path, monkeypatch):
     from lightforcing.cli import demo
 
     class FullDisk(demo.StreamingDecoder):

@@ -211,7 +211,7 @@ def test_the_command_reports_the_file(source, tmp_path):
     result = run(source, out)
     assert result.exit_code == 0, result.output
     assert f"wrote {out} " in result.output
-    assert "20 layers in FP8; rounding moved their weights by 2.6" in result.output
+    assert "20 layers in FP8; rounding changed their weights by 2.6" in result.output
     assert "rename the file to contain 'selfforcing'" in result.output
     out.write_bytes(b"old")
     assert run(source, out, "--force").exit_code == 0

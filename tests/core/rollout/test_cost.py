@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightforcing.lightforcing_core.rollout.cost import clip_cost, schedule_costs
+from lightforcing.lightforcing_core.rollout.cost import clip_cost, flops_ratio, schedule_costs
 
 
 def test_dense_clip_costs_what_is_published():
@@ -35,3 +35,20 @@ def test_forwards_and_model_size_scale_everything():
     assert large.linears / small.linears == pytest.approx(
         40 * (6 * 5120**2 + 2 * 5120 * 13824) / (30 * (6 * 1536**2 + 2 * 1536 * 8960))
     )
+
+
+def test_chunk_costs_follow_the_window():
+    costs = schedule_costs([0.0, 0.5, 0.75], [1, 3, 3], window=4)
+    assert [(cost.start_frame, cost.frames, cost.kv_frames) for cost in costs] == [(0, 1, 1), (1, 3, 4), (4, 3, 4)]
+    assert [cost.density for cost in costs] == [1.0, 0.5, 0.25]
+
+
+def test_flops_ratio_weights_chunks_by_their_queries_and_keys():
+    costs = schedule_costs([0.0, 0.5], [1, 2], window=None)
+    # Dense: 1·1 + 2·3 = 7 frame pairs; sparse: 1·1 + 2·3·0.5 = 4.
+    assert flops_ratio(costs) == pytest.approx(4 / 7)
+
+
+def test_a_schedule_without_one_sparsity_per_chunk_is_refused():
+    with pytest.raises(ValueError, match="2 sparsities for 3 chunks"):
+        schedule_costs([0.0, 0.5], [3, 3, 3], window=None)
