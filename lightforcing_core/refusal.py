@@ -33,10 +33,15 @@ def check_size(height: int, width: int) -> None:
             raise Refusal(side, f"{pixels} is not a multiple of 16", f"use {below} or {below + 16}")
 
 
-def check_finite(field: str, x: Tensor, remedy: str) -> None:
-    """Refusal if x holds NaN or infinity. A tensor on the meta device has no values and passes."""
+def is_finite(x: Tensor) -> bool:
+    """Whether x holds neither NaN nor infinity; a tensor on the meta device has no values and so holds neither."""
     # The extremes pass NaN on, and cost no copy of x.
-    if not x.is_meta and not bool(torch.isfinite(torch.stack(x.aminmax())).all()):
+    return x.is_meta or bool(torch.isfinite(torch.stack(x.aminmax())).all())
+
+
+def check_finite(field: str, x: Tensor, remedy: str) -> None:
+    """Refusal unless x is finite."""
+    if not is_finite(x):
         raise Refusal(field, "holds NaN or infinity", remedy)
 
 

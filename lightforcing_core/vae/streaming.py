@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..refusal import is_finite
 from .taehv import TaeLatents, check_tae, is_mem_block, is_tae
 from .wan_vae import LATENT_CHANNELS, denormalise_latents, normalise_latents
 
@@ -121,8 +122,7 @@ class StreamingDecoder:
             raise ValueError(f"latents of shape {shape} are not [B, {LATENT_CHANNELS}, frames, h, w]")
         if 0 in shape:
             raise ValueError(f"latents of shape {shape} are empty; pass at least one latent frame")
-        # A dry run on the meta device has shapes and no values.
-        if not trusted and not latents.is_meta and not torch.isfinite(latents).all():
+        if not trusted and not is_finite(latents):
             raise ValueError(NOT_FINITE)
         batch, _, _, height, width = shape
         if self._shape not in (None, (batch, height, width)):
