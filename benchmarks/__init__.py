@@ -1,1 +1,1 @@
-"""Side-by-side measurements: attention, one forward, a rollout, memory. Each prints a table and writes raw JSON."""
+"""Measurements of attention, one forward, a rollout and memory, each as a table and raw JSON."""

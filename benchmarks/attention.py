@@ -1,4 +1,4 @@
-"""`bench attention`: every dense arm of this machine against each sparse backend, chunk by chunk.
+"""`bench attention`: every dense attention of this machine against each sparse backend, chunk by chunk.
 
 The shapes are one layer's self-attention of the 81-frame short setting (chunks of 3 latent frames, target 0.88,
 base 0.98): q [1, 3 · tokens, H, 128] against k, v [1, 6 … 21 frames · tokens, H, 128].
@@ -32,10 +32,12 @@ Arm = Callable[[], Tensor]
 def run_attention(
     bench: AttentionBench, on_chunk: Callable[[dict[str, Any]], object] = lambda row: None
 ) -> dict[str, Any]:
-    """Measure every chunk; returns the record that `bench attention` writes. on_chunk: called with each chunk's row.
+    """Measure every chunk; returns the record of `bench attention`.
+
+    on_chunk: called with each chunk's row.
 
     Raises ValueError for unknown chunks and backends, BackendUnavailable if a named backend cannot run, RuntimeError
-    if one gives a wrong result.
+    if a result is wrong.
     """
     for chunk in bench.chunks:
         check_chunk(chunk)
@@ -72,13 +74,13 @@ def run_attention(
 
 
 def check_chunk(chunk: int) -> None:
-    """Raises ValueError for a chunk without a sparse arm."""
+    """Raise ValueError for a chunk without a sparse arm."""
     if not 2 <= chunk <= CHUNKS:
-        raise ValueError(f"chunk {chunk} is not one of 2 … {CHUNKS}; the first chunk is dense in every arm")
+        raise ValueError(f"chunk {chunk} has no sparse arm; use 2 to {CHUNKS}")
 
 
 def _chunk_row(bench: AttentionBench, chunk: int, layer: LayerAttention, absent: dict[str, str]) -> dict[str, Any]:
-    """Time one chunk's arms in turns."""
+    """Time the arms of one chunk, interleaved."""
     q, k, v = layer.tensors
     selection = layer.select()
     dense = dense_arms(q, k, v, absent)
@@ -114,7 +116,7 @@ def _chunk_row(bench: AttentionBench, chunk: int, layer: LayerAttention, absent:
 
 
 def dense_arms(q: Tensor, k: Tensor, v: Tensor, absent: dict[str, str]) -> dict[str, Arm]:
-    """Every dense attention that runs here, by name; `absent` receives the others with the reason."""
+    """Every dense attention that runs here, by name; the others are added to `absent` with the reason."""
     if q.device.type != "cuda":
         return {"sdpa": lambda: sdpa(q, k, v)}
     arms: dict[str, Arm] = {}
@@ -146,7 +148,7 @@ def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _sparse_backends(bench: AttentionBench, q: Tensor, k: Tensor, v: Tensor, absent: dict[str, str]) -> list[str]:
-    """The backends to time; a named one that cannot run is an error, any other goes to `absent`."""
+    """The backends to time; a named one that cannot run is an error, any other is added to `absent`."""
     if bench.backend:
         return [
             choose_backend(q, k, tokens_per_frame=bench.tokens_per_frame, block=bench.block, backend=name).name
@@ -167,7 +169,7 @@ def _sparse_backends(bench: AttentionBench, q: Tensor, k: Tensor, v: Tensor, abs
 
 
 def _check(out: Tensor, layer: LayerAttention, selection: BlockSelection) -> float:
-    """Largest relative difference from float32 softmax in the first query blocks and head; RuntimeError over 5 %."""
+    """Largest relative difference to float32 softmax in the first query blocks and head; RuntimeError above 5 %."""
     q, k, v = layer.tensors
     tokens = layer.tokens_per_frame
     q_layout, k_layout = (FrameBlocks(tokens, size) for size in layer.options.block)
@@ -179,5 +181,5 @@ def _check(out: Tensor, layer: LayerAttention, selection: BlockSelection) -> flo
         expected = sdpa(*(x[:1, at, :1].float() for x, at in ((q, rows), (k, visible), (v, visible))))
         worst = max(worst, float((out[:1, rows, :1].float() - expected).abs().max() / expected.abs().max()))
     if not worst < 0.05:
-        raise RuntimeError(f"a sparse arm differs from the reference by {worst:.1%} of the largest value; not timed")
+        raise RuntimeError(f"a sparse arm differs from the reference by {worst:.1%} of the largest value; report a bug")
     return worst

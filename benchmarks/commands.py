@@ -1,6 +1,6 @@
 """`lightforcing bench`: dense against sparse on this machine, both in one process. The settings are in `settings.py`.
 
-The measurements themselves are imported when a command runs, for they need torch.
+The measurements are imported when a command runs, because they need torch.
 """
 
 from collections.abc import Callable
@@ -83,7 +83,7 @@ def rollout(bench: RolloutBench, say: Say) -> Measured:
 
 @measurement(app, MemoryBench)
 def memory(bench: MemoryBench, say: Say) -> Measured:
-    """Memory as estimated before a run against its measured peak, for one configuration per part of it."""
+    """Estimated memory against the measured peak, for several configurations."""
     from .memory import run_memory
 
     result = run_memory(bench)
@@ -96,7 +96,7 @@ def memory(bench: MemoryBench, say: Say) -> Measured:
 
 @measurement(app, OptionsBench)
 def options(bench: OptionsBench, say: Say) -> Measured:
-    """Each option beyond the published method: its error and its time on one attention over synthetic fields."""
+    """Error and time of one attention over synthetic fields with each option beyond the published method."""
     from .options import run_options
 
     result = run_options(bench, lambda name: say(f"{name} done"))

@@ -20,7 +20,7 @@ Out = Annotated[Path | None, typer.Option(help="File for the raw JSON; by defaul
 
 
 def measurement(app: typer.Typer, kind: type[Settings]) -> Callable[[Measure[Settings]], Measure[Settings]]:
-    """Register `measure(settings, say)` as a command of its name; `say` shows the progress."""
+    """Register `measure(settings, say)` as a command with its name; `say` shows progress."""
 
     def register(measure: Measure[Settings]) -> Measure[Settings]:
         def command(settings: Settings, out: Path | None) -> None:
@@ -101,7 +101,7 @@ def _parsed(name: str, kind: Any, given: dict[str, Any]) -> Any:
 
 
 def numbers(text: str, option: str, kind: type = int, count: int | None = None) -> tuple[Any, ...]:
-    """ "2-4,7" as (2, 3, 4, 7), or "0.5,0.88" as floats. Raises ValueError for anything else, and another count."""
+    """ "2-4,7" as (2, 3, 4, 7), or "0.5,0.88" as floats. Raises ValueError for other text or another count."""
     values: list[Any] = []
     try:
         for part in text.split(","):
@@ -111,7 +111,7 @@ def numbers(text: str, option: str, kind: type = int, count: int | None = None) 
         example = "2-4,7" if kind is int else "0.5,0.88"
         raise ValueError(f"{option} {text!r} is not a list of numbers like {example}") from None
     if count is not None and len(values) != count:
-        raise ValueError(f"{option} {text!r} is not {count} numbers")
+        raise ValueError(f"{option} {text!r} is not a list of {count} numbers; write {count}, separated by commas")
     return tuple(values)
 
 
@@ -132,7 +132,7 @@ def milliseconds(arm: dict[str, Any]) -> str:
 
 
 def new_console() -> Console:
-    """The terminal; for a file or a pipe, lines long enough for the tables."""
+    """A console; for a file or a pipe, with lines long enough for the tables."""
     console = Console()
     return console if console.is_terminal else Console(width=LINE)
 

@@ -15,15 +15,16 @@ FAMILY = FAMILIES["light_forcing_short"]  # the published method's settings
 
 
 def published(backend: str, block: tuple[int, int], family: Family = FAMILY) -> AttentionOptions:
-    """The published method in these blocks."""
+    """The published method with these blocks."""
     sparse = family.sparse
     return AttentionOptions(backend, block, sparse.keep_frames, sparse.keep_sink, sparse.keep_near)
 
 
 class LayerAttention:
-    """Attention of one chunk. q: [B, Lq, H, D], the chunk; k, v: [B, Lk, H, D], all visible frames, the chunk's last.
+    """Attention of one chunk, with k and v pooled and quantised in advance, as they are in the cache.
 
-    The pooled and the 8-bit forms of k and v are made here, as the cache has them when a chunk begins.
+    q: [B, Lq, H, D], the chunk.
+    k, v: [B, Lk, H, D], all visible frames, those of the chunk last.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class LayerAttention:
 
     @property
     def backend(self) -> str:
-        """The backend that runs. Raises BackendUnavailable if the one that is named cannot."""
+        """The backend that runs. Raises BackendUnavailable if a named one cannot run."""
         q, k, options = self.tensors[0], self._stored[0], self.options
         return choose_backend(
             q,
@@ -73,7 +74,7 @@ class LayerAttention:
         ).name
 
     def select(self) -> BlockSelection:
-        """The work of a chunk in every forward: pool its own q and k, then choose; older keys are pooled already."""
+        """Pool the chunk's q and k and select; older keys are pooled already."""
         q, k, v = self.tensors
         own = slice(k.shape[1] - q.shape[1], None)
         means = (self._sub_layout or self._layout).block_means(k[:, own])

@@ -1,7 +1,7 @@
 """`bench memory`: the estimate made before a run against the measured peak.
 
-The peak is that of torch's allocator: its statistics on a GPU, its profiler's allocation events on a CPU,
-which are exact, as resident memory is not.
+The peak is that of torch's allocator: its statistics on a GPU, its profiler's allocation events on a CPU. Both are
+exact; resident memory is not.
 """
 
 import gc
@@ -72,12 +72,12 @@ def _long(latent_frames: int) -> Schedule:
     return Schedule(latent_frames, target=0.85, base=0.95, window=12, sink_frames=1, sink_rope="follow")
 
 
-# Small enough for two cores, each with another part in the lead.
+# Small enough for two cores; in each case another part needs the most memory.
 CPU_CASES = (
-    MemoryCase("dense, KV in the lead", Schedule(21), Picture(192, 320), Model(256, 1536, 8)),
+    MemoryCase("dense, mostly KV cache", Schedule(21), Picture(192, 320), Model(256, 1536, 8)),
     MemoryCase("sparse, attention's own copies", _short(12), Picture(240, 416), backend="flex"),
     MemoryCase("long video, sinks follow", _long(18), Picture(192, 320), Model(256, 1536, 6), backend="flex"),
-    MemoryCase("decode in the lead", _short(6), Picture(256, 384), Model(128, 512, 2), vae_dim=24),
+    MemoryCase("mostly decode", _short(6), Picture(256, 384), Model(128, 512, 2), vae_dim=24),
     MemoryCase("guided batch of two", _short(9), Picture(128, 192), batch=2, cfg=3.0),
     MemoryCase("8-bit KV cache", Schedule(21), Picture(192, 320), Model(256, 1536, 8), kv=KVOptions("int8")),
 )
@@ -96,7 +96,7 @@ CUDA_CASES = (
 
 
 def run_memory(bench: MemoryBench, cases: tuple[MemoryCase, ...] = ()) -> dict[str, Any]:
-    """Estimate and measure every case (default: those of this kind of device); the record of `bench memory`."""
+    """Estimate and measure every case, by default those for this device; returns the record of `bench memory`."""
     device, dtype = bench.place.prepare()
     cases = cases or (CUDA_CASES if device.type == "cuda" else CPU_CASES)
     rows = [_row(case, device, dtype) for case in cases]
@@ -124,7 +124,7 @@ def _row(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> dict[str
 
 
 def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tuple[MemoryEstimate, str]:
-    """The estimate, and the backend that it counts on."""
+    """The estimate, and the backend that it assumes."""
     (rows, columns), heads = case.picture.grid, case.model.dim // HEAD_DIM
     chunk, visible = max(case.schedule.chunk_lengths()), case.schedule.visible_frames()
     q, k = (
@@ -147,13 +147,13 @@ def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tup
 
 def measured_peak(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> int:
     """Peak bytes of torch's allocator while this case runs, above those held before."""
-    # Random state dicts, on the CPU, in float32: the run casts them and so owns its copies.
+    # In float32 on the CPU, so that the run casts them and owns the copies.
     weights = random_state_dict(**case.sizes), random_vae_state_dict(dim=case.vae_dim) if case.vae_dim else {}
 
     def run(schedule: Schedule) -> None:
         _run(case, *weights, device, dtype, schedule)
 
-    run(_short(6))  # compile outside the measurement
+    run(_short(6))  # compiles before the measurement
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

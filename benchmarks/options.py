@@ -1,8 +1,7 @@
 """`bench options`: the error and the time of one attention with each option beyond the published method.
 
 Queries and keys are synthetic: smooth fields over time, rows and columns, with noise and a few loud tokens, rotated as
-Wan rotates them. They show how an option behaves on data with structure; its effect on videos only trained weights
-can show.
+Wan rotates them. They show the effect of an option on data with structure; the effect on videos needs trained weights.
 """
 
 from collections.abc import Callable
@@ -33,7 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def run_options(bench: OptionsBench, on_arm: Callable[[str], object] = lambda name: None) -> dict[str, Any]:
-    """Measure every arm of `ARMS` against dense attention; the record that `bench options` writes."""
+    """Measure every arm of `ARMS` against dense attention; returns the record of `bench options`."""
     device, dtype = bench.place.prepare()
     rows, columns = bench.picture.grid
     with torch.inference_mode():
@@ -80,7 +79,8 @@ def made(bench: OptionsBench, tiles: bool) -> tuple[Tensor, Tensor, Tensor]:
     def field(channels: int) -> Tensor:
         coarse = torch.randn(1, channels, 6, 5, 7, generator=generator)
         size = (frames, rows, columns)
-        return torch.nn.functional.interpolate(coarse, size=size, mode="trilinear", align_corners=True)[0]
+        fine: Tensor = torch.nn.functional.interpolate(coarse, size=size, mode="trilinear", align_corners=True)
+        return fine[0]
 
     def tokens(x: Tensor) -> Tensor:
         return x.flatten(1).t().unflatten(1, (bench.heads, HEAD_DIM))[None]
@@ -98,7 +98,7 @@ def made(bench: OptionsBench, tiles: bool) -> tuple[Tensor, Tensor, Tensor]:
     q, k = table.rotate(q), table.rotate(k)
     q = q[:, -FRAMES * rows * columns :]
     scores = (q[:, ::97] * HEAD_DIM**-0.5).transpose(1, 2) @ k[:, ::31].permute(0, 2, 3, 1)
-    # Laid out as the model's: dense attention over anything else is slower than it need be.
+    # Contiguous as in the model, since dense attention is slower on other layouts.
     return (q * (bench.sharpness / scores.std())).contiguous(), k.contiguous(), v.contiguous()
 
 

@@ -20,7 +20,7 @@ _FEATURES = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-5
 
 
 def facts(device: torch.device, settings: Any) -> dict[str, Any]:
-    """Machine, versions, commit and arguments of a run, in JSON types. settings: a dataclass, nested ones flattened."""
+    """Machine, versions, commit and arguments of a run, in JSON types. settings: a dataclass, which is flattened."""
     gpu = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -71,7 +71,7 @@ def commit() -> str:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result as indented JSON; the file is whole or absent. OutputError if the folder takes no files."""
+    """Write a result as indented JSON; the file is complete or absent. OutputError if it cannot be written."""
     prepare_folder(path.parent)
     with whole_file(path) as partial:
         partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""`bench rollout`: whole videos, chunk by chunk: seconds, peak memory, and whether both stay flat in a long one.
+"""`bench rollout`: seconds and peak memory of whole videos, chunk by chunk, and whether both stay constant.
 
-The arms take turns chunk by chunk in one process. "even" is sparse without growth, so that every chunk has the same
-work once the window is full.
+The arms are interleaved chunk by chunk in one process. "even" is sparse without growth, so that every chunk takes the
+same work once the window is full.
 """
 
 import gc
@@ -43,7 +43,7 @@ WARM_UP = "each arm runs its first three chunks once, a sparse one among them, b
 def run_rollout(
     bench: RolloutBench, on_chunk: Callable[[int, int], object] = lambda done, total: None
 ) -> dict[str, Any]:
-    """Run every arm; returns the record that `bench rollout` writes. on_chunk: called as on_chunk(done, total)."""
+    """Run every arm; returns the record of `bench rollout`. on_chunk: called as on_chunk(done, total)."""
     latent_frames_of(bench.frames)
     if not bench.arm or any(arm not in ARMS for arm in bench.arm):
         raise ValueError(f"arms {bench.arm} must be one or more of {', '.join(ARMS)}")
@@ -102,13 +102,13 @@ def schedule_of(bench: RolloutBench, arm: str, frames: int) -> Schedule:
 
 
 def over_rounds(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
-    """One chunk's rows of all rounds as one: the median of the seconds, the most memory."""
+    """Merge one chunk's rows of all rounds: the median of the seconds, the maximum of the memory."""
     peak = max(row["peak_bytes"] for row in rows)
     return rows[0] | {arm: medians([row[arm] for row in rows]) for arm in arms} | {"peak_bytes": peak}
 
 
 class _Arm:
-    """One rollout, advanced a chunk at a time."""
+    """One rollout, run chunk by chunk."""
 
     def __init__(
         self, bench: RolloutBench, arm: str, dit: Wan, vae: nn.Module | None, device: torch.device, *, frames: int
@@ -149,7 +149,7 @@ class _Arm:
         return f"none: {graph.why_off}" if graph.why_off else f"{graph.launches} steps launched as graphs"
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Seconds of each chunk: `sample` and, with a VAE, `decode`, or `both` if they overlap.
+        """Yield the seconds of each chunk: `sample` and, with a VAE, `decode`, or `both` if they overlap.
 
         Both together run from the arrival of one chunk's frames to the next, since waiting for the device would end the
         overlap. The first chunk's share ends with its sampling, the last one's includes the frames of two chunks.
@@ -176,7 +176,7 @@ class _Arm:
 
 
 class PeakMemory:
-    """The most memory held since `reset`: torch's allocator on a GPU, else the process's resident memory."""
+    """Peak memory since `reset`: of torch's allocator on a GPU, else the resident memory of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
@@ -186,7 +186,7 @@ class PeakMemory:
         self.before = self.peak()
 
     def reset(self) -> bool:
-        """Begin a new peak; whether the system allows it. If not, the peak only grows, which hides no leak."""
+        """Reset the peak; False if the system does not allow it. The peak then only grows, which hides no leak."""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._cuda)
             return True

@@ -1,6 +1,6 @@
-"""The settings of each measurement. Every field is also an option of its command, its annotation the option's help.
+"""The settings of each measurement; every field is an option of its command, and its annotation the help text.
 
-Nothing here imports torch, so that the command line can be built without it.
+No module is imported here that needs torch, so that the command line starts without it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Machine:
     threads: Annotated[int | None, "CPU threads; torch's own choice by default."] = None
 
     def prepare(self) -> torch.device:
-        """Set the number of threads; the device. Raises ValueError for one that cannot be measured here."""
+        """Set the number of threads and return the device. Raises ValueError if it cannot be measured here."""
         import torch
 
         if self.threads is not None:
@@ -34,9 +34,9 @@ class Machine:
         seen = torch.cuda.is_available()
         device = torch.device(self.device or ("cuda" if seen else "cpu"))
         if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device {self.device!r} is not measured here; use cpu or cuda")
+            raise ValueError(f"device {self.device!r} cannot be measured; use cpu or cuda")
         if device.type == "cuda" and not seen:
-            raise ValueError("torch sees no CUDA GPU here; use --device cpu")
+            raise ValueError("device 'cuda' is not available to torch; use --device cpu")
         return device
 
 
@@ -48,11 +48,11 @@ class Place:
     dtype: Annotated[str, f"One of {', '.join(DTYPES)}."] = "bfloat16"
 
     def prepare(self) -> tuple[torch.device, torch.dtype]:
-        """The device, made ready, and the dtype. Raises ValueError for those that cannot be measured here."""
+        """Set the number of threads; returns device and dtype. Raises ValueError if they cannot be measured here."""
         import torch
 
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is not measured; use {', '.join(DTYPES)}")
+            raise ValueError(f"dtype {self.dtype!r} cannot be measured; use {', '.join(DTYPES)}")
         return self.machine.prepare(), getattr(torch, self.dtype)
 
 
@@ -116,7 +116,7 @@ class RolloutBench:
     """Whole videos with random weights, see `rollout.py`."""
 
     frames: Annotated[int, "Video frames, 1 + 4k: 81, 249, 961."] = 81
-    arm: Annotated[tuple[str, ...], "Any of dense, sparse and even (sparse without growth, to judge flatness)."] = (
+    arm: Annotated[tuple[str, ...], "Any of dense, sparse and even (sparse without growth, to see constant cost)."] = (
         "dense",
         "sparse",
     )
@@ -128,20 +128,20 @@ class RolloutBench:
     model: Model = Model(256, 512, 2)
     picture: Picture = Picture(64, 96)
     backend: Annotated[str, "Sparse backend."] = "auto"
-    rounds: Annotated[int, "Times that each video is made; a chunk's seconds are their median."] = 1
+    rounds: Annotated[int, "Runs of each video; the seconds of a chunk are the median."] = 1
     place: Place = Place()
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
-            raise ValueError(f"rounds {self.rounds} is not positive; one round makes every video once")
+            raise ValueError(f"rounds {self.rounds} is not positive; use 1 or more")
         if self.setting not in ("short", "long"):
             raise ValueError(f"setting {self.setting!r} is not known; use short or long")
         if self.cuda_graph not in get_args(CudaGraphs):
             raise ValueError(f"cuda_graph {self.cuda_graph!r} is not known; use {', '.join(get_args(CudaGraphs))}")
         if self.overlap and not self.decode:
-            raise ValueError("overlap is about decoding during the sampling; ask for decode too")
+            raise ValueError("overlap needs decode; use --decode too")
         if self.overlap and len(self.arm) > 1:
-            raise ValueError(f"arms {', '.join(self.arm)} take turns and would overlap each other; ask for one arm")
+            raise ValueError(f"overlap cannot measure the interleaved arms {', '.join(self.arm)}; use one arm")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class OptionsBench:
     picture: Picture = Picture()
     heads: Annotated[int, "The 1.3B model has 12; 1 keeps a CPU run short."] = 1
     sparsity: Annotated[float, "The share of key blocks that is skipped."] = 0.88
-    sharpness: Annotated[float, "Standard deviation of the scaled scores; more leaves fewer keys to share them."] = 2.0
+    sharpness: Annotated[float, "Standard deviation of the scaled scores; higher values favour fewer keys."] = 2.0
     backend: Annotated[str, "Sparse backend."] = "auto"
     repeats: Annotated[int, "Rounds in which each arm runs once."] = 3
     place: Place = Place()

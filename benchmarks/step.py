@@ -28,11 +28,11 @@ STAGE_ROUNDS = 3
 
 
 def run_step(bench: StepBench) -> dict[str, Any]:
-    """Measure both arms on one model and one full cache; returns the record that `bench step` writes."""
+    """Measure both arms on one model and one full cache; returns the record of `bench step`."""
     check_chunk(bench.chunk)
     device, dtype = bench.place.prepare()
     if bench.cuda_graph and (reason := cuda_graph.CudaRecorder.why_not(device)):
-        raise ValueError(f"the forward cannot be recorded: {reason}; leave the graph out")
+        raise ValueError(f"the forward cannot be recorded as a CUDA graph: {reason}; leave out --cuda-graph")
     dim, layers = bench.model.dim, bench.model.layers or (REAL_LAYERS if device.type == "cuda" else 2)
     weights = random_state_dict(dim=dim, ffn_dim=bench.model.ffn_dim, layers=layers, text_dim=TEXT_DIM, dtype=dtype)
     dit = wan_from_state_dict(weights, device=device)
@@ -89,7 +89,7 @@ def run_step(bench: StepBench) -> dict[str, Any]:
 
 
 def _recorded(device: torch.device) -> Predict:
-    """Records the forward in the second of the two warm-up runs."""
+    """A CUDA graph that records the forward in the second of the two warm-up runs."""
 
     def stopped(reason: str) -> None:
         raise RuntimeError(reason)
@@ -100,7 +100,7 @@ def _recorded(device: torch.device) -> Predict:
 def _state_with_history(
     bench: StepBench, cache: KVCache, random: Callable[..., torch.Tensor], device: torch.device
 ) -> ModelState:
-    """A state whose chunk is open behind random history, as full as it is in a real run."""
+    """A state with an open chunk after random history, with as many frames as in a real run."""
     state = ModelState(cache, published(bench.backend, bench.picture.block))
     rows, columns = bench.picture.grid
     for _ in range(bench.chunk - 1):
@@ -117,7 +117,7 @@ def _state_with_history(
 def _stages(
     arms: dict[str, Any], states: dict[str, ModelState], dit: Any, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Median seconds of each stage per arm; stages need hooks, so the ratio is timed without them."""
+    """Median seconds of each stage per arm, measured with hooks; the ratio is timed without them."""
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for _ in range(STAGE_ROUNDS):
         for name, run in arms.items():
@@ -131,7 +131,7 @@ def _stages(
 
 @contextmanager
 def _hooked(clock: StageClock, dit: Any, state: ModelState) -> Iterator[None]:
-    """Count the parts of the forward pass while the block runs."""
+    """Time the parts of the forward pass while the block runs."""
     with ExitStack() as stack:
 
         def hook(owner: Any, name: str, stage: str) -> None:

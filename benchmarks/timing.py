@@ -1,4 +1,4 @@
-"""Timing of several arms in one process: they take turns, so that a busy machine slows all of them alike."""
+"""Time several arms interleaved in one process, so that a busy machine slows all of them equally."""
 
 import statistics
 import time
@@ -39,7 +39,7 @@ class Samples:
 
 def quartiles(values: Sequence[float]) -> list[float]:
     """The first and third quartile."""
-    return np.quantile(values, (0.25, 0.75)).tolist()
+    return [float(value) for value in np.quantile(values, (0.25, 0.75))]
 
 
 def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -48,7 +48,7 @@ def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def ratio(slow: Samples, fast: Samples) -> dict[str, Any]:
-    """How many times as fast the second arm is: the median of the rounds' ratios, and its quartiles."""
+    """The speed of the second arm relative to the first: median and quartiles of the rounds' ratios."""
     ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
     return {"median": statistics.median(ratios), "quartiles": quartiles(ratios)}
 
@@ -56,7 +56,7 @@ def ratio(slow: Samples, fast: Samples) -> dict[str, Any]:
 def take_turns(arms: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device) -> dict[str, Samples]:
     """Time every arm `repeats` times by `warm_up_rule`. ValueError without repeats."""
     if repeats < 1:
-        raise ValueError(f"repeats {repeats} is not positive; use 5 or more for a spread that means something")
+        raise ValueError(f"repeats {repeats} is not positive; use 5 or more for meaningful quartiles")
     for arm in arms.values():
         for _ in range(WARM_UP):
             arm()
@@ -73,9 +73,9 @@ def take_turns(arms: Mapping[str, Callable[[], object]], *, repeats: int, device
 
 
 class StageClock:
-    """Adds up the time of named stages: events on a GPU, so that nothing waits; the wall clock elsewhere.
+    """Sum the time of named stages, by events on a GPU, which do not wait, and by the wall clock elsewhere.
 
-    A stage inside a stage belongs to the outer one.
+    The time of a stage within another one counts for the outer one.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -88,7 +88,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count this block as `name`."""
+        """Add the time of this block to `name`."""
         if self._open:
             yield
             return
@@ -101,7 +101,7 @@ class StageClock:
             self._open = False
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` as a stage of its own."""
+        """Wrap `function` as a stage."""
 
         def run(*arguments: Any, **options: Any) -> Any:
             with self.stage(name):
