@@ -10,7 +10,7 @@ from .policies import POLICIES, FrameBudget
 from .selection import ESTIMATORS
 
 # Options of earlier versions that saved runs and graphs may still hold, and that have no effect any more.
-RETIRED: frozenset[str] = frozenset()
+RETIRED = frozenset({"reuse_steps"})
 
 
 class Pools(NamedTuple):
@@ -45,7 +45,6 @@ class AttentionOptions:
     estimator: str = "mean"
     tail: bool = False
     tiles: bool = False
-    reuse_steps: int = 1
     policy: str = "light_forcing"
 
     def __post_init__(self) -> None:
@@ -54,8 +53,6 @@ class AttentionOptions:
         self.budget.check()
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator {self.estimator!r} is not known; use one of {', '.join(ESTIMATORS)}")
-        if self.reuse_steps < 1:
-            raise ValueError(f"reuse_steps {self.reuse_steps} is less than 1; 1 selects anew in every step")
         if self.policy not in POLICIES:
             raise ValueError(f"attention policy {self.policy!r} is not known; use one of {', '.join(POLICIES)}")
 

@@ -46,7 +46,6 @@ class OpenChunk:
     given: how many of the last frames are given, and so have `GIVEN_NOISE` of a step's noise.
     passes: how many passes there have been.
     rope: made by the first pass.
-    selections: by layer, those of the last step that made any, if later steps reuse them.
     """
 
     frames: int
@@ -56,7 +55,6 @@ class OpenChunk:
     given: int = 0
     passes: int = 0
     rope: RopeTable | None = None
-    selections: dict[int, BlockSelection] = field(default_factory=dict)
 
     @property
     def plan(self) -> Plan | None:
@@ -175,8 +173,6 @@ def predict(dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Wat
     grid = _grid(x, state)
     if chunk.given:
         timestep = _with_given(timestep, chunk.frames, chunk.given)
-    if chunk.passes % state.attention.reuse_steps == 0:
-        chunk.selections = {}
     hidden, e = _run_layers(dit, x, timestep, grid, state, watch)
     shift, scale = _modulation(dit.head.modulation, e.unsqueeze(2))
     out = dit.head.head(fused.norm_scale_shift(dit.head.norm, hidden, scale, shift))
@@ -190,7 +186,6 @@ def commit(dit: Any, x: Tensor, timestep: Tensor, state: ModelState) -> None:
 
     Arguments and errors as those of `predict`. The pass ends once the last layer's keys and values are stored.
     """
-    state.chunk.selections = {}
     _run_layers(dit, x, timestep, _grid(x, state), state, only_store=True)
     state.cache.commit()
 
@@ -306,12 +301,19 @@ def _self_attention(
     memory = state.cache.visible(layer)
     if chunk.plan is None or chunk.attention.choice is None:
         return _output(attention, state.attend_history(q, memory))
-    selection = _select(chunk.plan, layer, q, q_means, memory, state)
+    q_layout = FrameBlocks(layout.tokens_per_frame, options.block[0])
+    selection = chunk.plan.fixed
+    if selection is None:
+        sub_means = memory.sub_means if options.estimator == "lse" else None
+        assert memory.key_means is not None  # which a cache without a plan to follow does not keep
+        assert memory.frame_means is not None
+        q_means = q_layout.block_means(q) if q_means is None else q_means
+        selection = chunk.plan.select(q_means, memory.key_means, memory.frame_means, sub_means)
     call = Call(
         q,
         memory.keys,
         memory.values,
-        FrameBlocks(layout.tokens_per_frame, options.block[0]),
+        q_layout,
         layout,
         selection,
         scales=memory.scales,
@@ -324,26 +326,6 @@ def _self_attention(
     if watch is not None:
         watch(layer, selection, choice)
     return _output(attention, result.out)
-
-
-def _select(
-    plan: Plan, layer: int, q: Tensor, q_means: Tensor | None, memory: LayerMemory, state: ModelState
-) -> BlockSelection:
-    """The key blocks that the chunk's roped queries [B, L, H, D] read in `layer`; q_means: their block means."""
-    chunk, options = state.chunk, state.attention
-    if plan.fixed is not None:
-        return plan.fixed
-    selection = chunk.selections.get(layer)
-    if selection is None:
-        if q_means is None:
-            q_means = FrameBlocks(state.cache.layout.tokens_per_frame, options.block[0]).block_means(q)
-        assert memory.key_means is not None  # which a cache without a plan to follow does not keep
-        assert memory.frame_means is not None
-        sub_means = memory.sub_means if options.estimator == "lse" else None
-        selection = plan.select(q_means, memory.key_means, memory.frame_means, sub_means)
-        if options.reuse_steps > 1:
-            chunk.selections[layer] = selection
-    return selection
 
 
 def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.fast_path import FastPath, one_line, recording
-from ..attention.selection import BlockSelection
 from ..pinned import why_not_resident
 from .causal import ModelState, Predict, Watch, predict
 from .cuda_capture import CudaRecorder, CudaRecording
@@ -89,23 +88,22 @@ class StepGraph:
         self.launches = 0
         self._inputs: tuple[Tensor, Tensor] | None = None  # x and timestep, where recorded passes read them
         self._spent: list[_Recorded] = []  # of the chunk before: the next recording takes over their memory
-        self._recorded: dict[bool, _Recorded] = {}  # by whether the pass selects blocks
+        self._recorded: _Recorded | None = None
         self._ran: tuple[object, ...] | None = None  # epoch of the pass that ran as it is and so prepared a recording
-        self._selections: dict[int, BlockSelection] = {}  # where passes that reuse a selection read it
 
     def __call__(self, dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Watch | None = None) -> Tensor:
         """`predict` with the same arguments, as it is or recorded; the result is the caller's to keep."""
         call = _Call(dit, x, timestep, state, watch)
-        recorded = self._recorded.get(call.selects)
+        recorded = self._recorded
         if self._ran != call.epoch or (recorded is not None and recorded.weights != _addresses(dit)):
             self._forget()
             self._ran = call.epoch
-            return self._run(call)
+            return call.run()
         if recorded is not None:
             state.chunk.passes += 1
             return self._launch(recorded, call)
-        if self.why_off or call.passes_alike() < LEAST_LAUNCHES:
-            return self._run(call)
+        if self.why_off or state.chunk.steps - state.chunk.passes < LEAST_LAUNCHES:
+            return call.run()
         return self._first_launch(call)
 
     def free(self) -> None:
@@ -116,17 +114,10 @@ class StepGraph:
 
     def _forget(self) -> None:
         """Drop what was recorded, because something that it reads has been replaced."""
-        self._spent += self._recorded.values()
-        for recorded in self._recorded.values():
-            recorded.drop_tensors()
-        self._recorded, self._ran, self._selections = {}, None, {}
-
-    def _run(self, call: "_Call") -> Tensor:
-        selects = call.selects
-        out = call.run()
-        if selects:
-            self._settle(call.state, call.state.chunk.selections)
-        return out
+        if self._recorded is not None:
+            self._spent.append(self._recorded)
+            self._recorded.drop_tensors()
+        self._recorded = self._ran = None
 
     def _launch(self, recorded: "_Recorded", call: "_Call") -> Tensor:
         """Launch a recorded pass on the inputs of `call`, and leave all that running it would have left."""
@@ -138,14 +129,11 @@ class StepGraph:
         if call.watch is not None:
             for seen in recorded.seen:
                 call.watch(*seen)
-        if recorded.selects:
-            self._settle(call.state, recorded.selections)
         return recorded.out.clone()
 
     def _first_launch(self, call: "_Call") -> Tensor:
         """Record this pass and launch it, or stop using graphs if that fails."""
-        chunk = call.state.chunk
-        passes, selections = chunk.passes, dict(chunk.selections)
+        passes = call.state.chunk.passes
         path = FastPath("CUDA graph", call.x.device, call.x.dtype, detail=call.kind())
         reason = why_not_resident(call.dit, call.x.device)
         try:
@@ -156,19 +144,18 @@ class StepGraph:
             return out
         if reason is not None:
             _log.warning("[Light Forcing] CUDA graphs are no longer used in this run: %s", reason)
-        chunk.passes, chunk.selections = passes, selections
+        call.state.chunk.passes = passes
         self._stop(reason or path.failure or "a recording failed")
-        return self._run(call)
+        return call.run()
 
     def _record_and_check(self, call: "_Call") -> Tensor:
         """Record and launch; compare the first launch of its kind in this process with running the pass."""
         chunk, passes, kind = call.state.chunk, call.state.chunk.passes, call.kind()
-        recorded = self._record(call)
-        self._recorded[recorded.selects] = recorded
-        out = self._launch(recorded, call)
+        self._recorded = self._record(call)
+        out = self._launch(self._recorded, call)
         if kind not in _checked:
             chunk.passes = passes
-            plain = self._run(call)
+            plain = call.run()
             far = float((out - plain).float().norm() / plain.float().norm().clamp_min(1e-12))
             if not far <= TOLERANCE:  # which NaN is not either
                 raise RuntimeError(f"a recorded step gave another result than running it ({far:.2g} away)")
@@ -177,7 +164,6 @@ class StepGraph:
 
     def _record(self, call: "_Call") -> "_Recorded":
         """One pass as a graph; the chunk is left as the pass would leave it."""
-        chunk, selects = call.state.chunk, call.selects
         given = call.x, call.timestep
         if self._inputs is None or not all(map(_same_kind, self._inputs, given)):
             self._inputs = given[0].clone(), given[1].clone()
@@ -186,21 +172,7 @@ class StepGraph:
         with recording():
             graph, out = self._recorder.record(held.run)
         self._free_spent()
-        return _Recorded(graph, selects, out, seen, dict(chunk.selections), _addresses(call.dit))
-
-    def _settle(self, state: ModelState, made: dict[int, BlockSelection]) -> None:
-        """Copy a pass's selections to where passes that reuse them look: where the chunk's first pass put them."""
-        if state.attention.reuse_steps == 1:
-            return
-        for layer, selection in made.items():
-            kept = self._selections.get(layer)
-            if kept is None:
-                parts = (part.clone(memory_format=torch.contiguous_format) for part in selection)
-                self._selections[layer] = BlockSelection(*parts)
-            elif kept is not selection:
-                for target, part in zip(kept, selection, strict=True):
-                    target.copy_(part)
-        state.chunk.selections = dict(self._selections)
+        return _Recorded(graph, out, seen, _addresses(call.dit))
 
     def _stop(self, reason: str) -> None:
         """No graphs any more in this run."""
@@ -236,42 +208,26 @@ class _Call:
     def run(self) -> Tensor:
         return predict(self.dit, self.x, self.timestep, self.state, self.watch)
 
-    @property
-    def selects(self) -> bool:
-        """Whether this pass chooses blocks; one that reuses an earlier choice is another graph."""
-        chunk = self.state.chunk
-        return chunk.plan is not None and chunk.passes % self.state.attention.reuse_steps == 0
-
-    def passes_alike(self) -> int:
-        """How many passes of the open chunk, from this one on, are the same work."""
-        chunk, each = self.state.chunk, self.state.attention.reuse_steps
-        if chunk.plan is None:
-            return chunk.steps - chunk.passes
-        selecting = -(-chunk.steps // each) + -chunk.passes // each
-        return selecting if self.selects else chunk.steps - chunk.passes - selecting
-
     def kind(self) -> tuple[object, ...]:
         """Graphs of one kind are so alike that checking one of them is checking all."""
         state, dit, x, plan = self.state, self.dit, self.x, self.state.chunk.plan
         sizes = (type(dit), dit.dim, len(dit.blocks), x.shape, x.dtype, x.device, self.timestep.shape)
-        sparse = plan is not None and (self.selects, plan.kind)
+        sparse = plan is not None and (plan.kind,)
         return (*sizes, state.cache.layer(0).keys.dtype, state.attention, state.dense_attention, sparse)
 
 
 @dataclass(eq=False)
 class _Recorded:
-    """A recorded pass, the addresses of its weights, and what a launch fills: out, calls of a watcher, selections."""
+    """A recorded pass, the addresses of its weights, and what a launch fills: out, calls of a watcher."""
 
     recording: CudaRecording
-    selects: bool
     out: Tensor
     seen: list[tuple[Any, ...]]
-    selections: dict[int, BlockSelection]
     weights: tuple[int, ...]
 
     def drop_tensors(self) -> None:
         """Give its tensors back to the pool, for the next recording to use."""
-        self.seen, self.selections = [], {}
+        self.seen = []
         del self.out
 
 

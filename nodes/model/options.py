@@ -41,12 +41,13 @@ def settings_from(
     keep_near: int,
     estimator: str = AUTO,
     tail: str = AUTO,
+    reuse_steps: int = 1,
     **beyond: Any,
 ) -> Settings:
     """The patch settings that `option_inputs` describe.
 
-    beyond: the other options of `AttentionOptions` that go beyond the published method. Raises ValueError for values
-    that do not fit together.
+    reuse_steps has no effect; saved graphs hold it. beyond: the other options of `AttentionOptions` that go beyond the
+    published method. Raises ValueError for values that do not fit together.
     """
 
     def or_family(value: int, default: int) -> int:

@@ -420,7 +420,7 @@ def test_attention_options_refuse_what_cannot_work(options, message):
 
 
 def test_options_of_saved_runs_load_without_a_policy_and_with_options_that_are_gone():
-    saved = {"backend": "reference", "block": [32, 16], "tail": True, "reuse_steps": 1}
+    saved = {"backend": "reference", "block": [32, 16], "tail": True, "reuse_steps": 2}
     options = AttentionOptions.from_saved(saved)
     assert options == AttentionOptions("reference", (32, 16), tail=True)
     assert "policy" not in options.to_saved()

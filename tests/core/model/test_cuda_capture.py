@@ -172,7 +172,6 @@ class Watchdog(TorchDispatchMode):
         (0.5, {"tail": True}, "same"),
         (0.5, {"estimator": "lse"}, "same"),
         (0.5, {"tiles": True}, "same"),
-        (0.5, {"reuse_steps": 2}, "same"),
         (0.5, {"tail": True, "estimator": "lse", "tiles": True}, "fp8"),
     ],
 )

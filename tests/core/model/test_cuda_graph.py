@@ -86,8 +86,7 @@ def left_by(state):
     held = [part.clone() for layer in memory for part in layer if part is not None]
     numbers = (chunk.passes, chunk.steps, chunk.given, chunk.frames, chunk.start_frame)
     numbers += (list(cache.slot_frames), cache.current_frames, cache.storage.visible)
-    chosen = {layer: [part.clone() for part in parts] for layer, parts in chunk.selections.items()}
-    return numbers, held + [part.clone() for pair in state.text.keys_values for part in pair], chosen
+    return numbers, held + [part.clone() for pair in state.text.keys_values for part in pair]
 
 
 CASES = {
@@ -95,10 +94,8 @@ CASES = {
     "sparse": {},
     "int8": {"kv": KVOptions("int8")},
     "tail, parts, tiles, int8": {"options": {"tail": True, "estimator": "lse", "tiles": True}, "kv": KVOptions("int8")},
-    "selections kept for two steps": {"options": {"reuse_steps": 2}, "sigmas": SIX},
-    "selections kept for a chunk": {"options": {"reuse_steps": 9}},
     "ring wrapped, sinks follow": {"window": 4, "sink_frames": 1, "sink_rope": "follow"},
-    "guided, selections kept": {"cfg": 2.0, "negative": prompt(9), "options": {"reuse_steps": 2}, "sigmas": SIX},
+    "guided": {"cfg": 2.0, "negative": prompt(9), "sigmas": SIX},
     "prompt changes": {"context": [Prompt(prompt(1)), Prompt(prompt(2), 1, "soft"), Prompt(prompt(3), 2, "hard")]},
     "a longer first chunk": {"first_sigmas": SIX},
     "a given end": {"last_latents": torch.ones(1, 16, 1, 10, 14), "cfg": 2.0, "negative": prompt(9)},
@@ -113,13 +110,10 @@ def test_launched_steps_leave_exactly_what_running_them_leaves(dit, events, case
     assert not events
     assert torch.equal(video(run(dit, "on", seen=launched, **case)), expected)
     assert sum(kind == "launch" for kind, _ in events) >= 4
-    for (numbers, held, chosen), (same_numbers, same_held, same_chosen) in zip(plainly, launched, strict=True):
+    for (numbers, held), (same_numbers, same_held) in zip(plainly, launched, strict=True):
         assert numbers == same_numbers
         assert len(held) == len(same_held)
         assert all(map(torch.equal, held, same_held))
-        assert chosen.keys() == same_chosen.keys()
-        for layer in chosen:
-            assert all(map(torch.equal, chosen[layer], same_chosen[layer]))
 
 
 def test_a_chunk_runs_its_first_step_and_launches_the_others(dit, events):
@@ -162,13 +156,6 @@ def test_too_few_steps_are_not_worth_recording(dit, events, steps):
     expected = video(run(dit, "off", sigmas=few_step_sigmas(steps)))
     assert torch.equal(video(run(dit, "on", sigmas=few_step_sigmas(steps))), expected)
     assert not events
-
-
-def test_steps_that_select_and_steps_that_reuse_are_recorded_apart(dit, events):
-    list(run(dit, "on", options={"reuse_steps": 2}, sigmas=SIX, latent_shape=(1, 16, 4, 10, 14)))
-    numbers = [number for kind, number in events if kind == "launch"]
-    # A dense chunk; then passes 1, 3, 5 reuse (launched thrice), 2, 4 select (twice).
-    assert numbers == [1, 1, 1, 1, 1, 2, 3, 2, 3, 2]
 
 
 def test_a_recorder_of_the_run_sees_launched_steps_as_it_sees_others(dit, events):

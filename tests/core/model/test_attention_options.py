@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from lightforcing.lightforcing_core.attention import chunk
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks, tile_order
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions, sparse_attention
-from lightforcing.lightforcing_core.attention.selection import SelectionPlan
-from lightforcing.lightforcing_core.model import causal as causal_wan
+from lightforcing.lightforcing_core.attention.dispatch import BackendChoice
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
+from lightforcing.lightforcing_core.model import causal
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
@@ -69,39 +70,6 @@ def test_tiles_change_which_tokens_share_a_block(dit):
     assert (tiled - raster).abs().max() > 1e-3
 
 
-def test_reused_selections_are_made_in_every_nth_step_and_for_the_clean_pass(dit, monkeypatch):
-    made, plain = [], SelectionPlan.select
-
-    def counted(self, *arguments, **options):
-        made.append(self)
-        return plain(self, *arguments, **options)
-
-    monkeypatch.setattr(SelectionPlan, "select", counted)
-    calls = {}
-    for steps in (1, 2, 3, 4, 9):
-        made.clear()
-        video(dit, reuse_steps=steps)
-        calls[steps] = len(made)
-    # Three sparse chunks of 4 steps in 2 layers; the two clean passes need no selection in their last layer.
-    assert calls == {n: LAYERS * 3 * -(-4 // n) + (LAYERS - 1) * 2 for n in calls}
-
-
-def test_reused_selection_is_the_one_of_the_step_before(dit, monkeypatch):
-    used, plain = [], sparse_attention
-
-    def seen(*arguments, selection, **options):
-        used.append(selection)
-        return plain(*arguments, selection=selection, **options)
-
-    monkeypatch.setattr(causal_wan, "sparse_attention", seen)
-    video(dit, reuse_steps=2)
-    first, second, third, fourth = (used[LAYERS * step : LAYERS * (step + 1)] for step in range(4))
-    for layer in range(LAYERS):
-        assert second[layer] is first[layer]
-        assert third[layer] is not first[layer]
-        assert fourth[layer] is third[layer]
-
-
 def test_estimators_are_read_from_the_cache(dit):
     mean, lse = (video(dit, estimator=estimator) for estimator in ("mean", "lse"))
     assert (mean - lse).abs().max() > 1e-4
@@ -113,17 +81,16 @@ def test_a_tail_brings_a_sparse_video_nearer_to_the_dense_one(dit):
 
 
 def test_a_tail_is_made_of_the_keys_and_values_in_the_cache(dit, monkeypatch):
-    plain = sparse_attention
-    checked = []
+    plain, checked = causal.attend, []
 
-    def check(q, k, v, *, selection, tail=None, **options):
+    def check(call, *choice):
         layout = FrameBlocks(70, 16)
-        torch.testing.assert_close(tail[0], layout.block_means(k), rtol=0, atol=0)
-        torch.testing.assert_close(tail[1], layout.block_means(v), rtol=0, atol=0)
+        for means, x in zip(call.tail, (call.k, call.v), strict=True):
+            torch.testing.assert_close(means, layout.block_means(x), rtol=0, atol=0)
         checked.append(1)
-        return plain(q, k, v, selection=selection, tail=tail, **options)
+        return plain(call, *choice)
 
-    monkeypatch.setattr(causal_wan, "sparse_attention", check)
+    monkeypatch.setattr(causal, "attend", check)
     video(dit, tail=True)
     assert checked
 
@@ -150,34 +117,41 @@ def test_eight_bit_cache_is_never_widened_as_a_whole(dit, monkeypatch):
             return out
 
     sizes, heads, tokens = [], 2, 70
-    attends = causal_wan.sparse_attention, causal_wan.dense_attention_8bit
+    attend, late = causal.dense_attention_8bit, []
 
-    def watched(attend):
-        def run(q, k, v, *arguments, **options):
-            with Largest():
-                sizes.clear()
-                out = attend(q, k, v, *arguments, **options)
-            if k.shape[1] == 2 * CHUNKS * tokens and q.shape[1] == 2 * tokens:
-                # One head at a time or the selected blocks; scores [queries, keys] of one head are allowed too.
-                assert max(size for size in sizes if size != q.numel()) <= max(
-                    k.numel() // heads, 2 * tokens * k.shape[1]
-                )
-                late.append(1)
-            return out
+    def watched(q, k, v, *arguments, **options):
+        with Largest():
+            sizes.clear()
+            out = attend(q, k, v, *arguments, **options)
+        if k.shape[1] == 2 * CHUNKS * tokens and q.shape[1] == 2 * tokens:
+            # One head at a time or the selected blocks; scores [queries, keys] of one head are allowed too.
+            assert max(size for size in sizes if size != q.numel()) <= max(k.numel() // heads, 2 * tokens * k.shape[1])
+            late.append(1)
+        return out
 
-        return run
-
-    late = []
-    for name, attend in zip(("sparse_attention", "dense_attention_8bit"), attends, strict=True):
-        monkeypatch.setattr(causal_wan, name, watched(attend))
+    monkeypatch.setattr(causal, "dense_attention_8bit", watched)
     video(dit, None, kv=KVOptions("int8"))
     assert late
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"estimator": "max"}, "'max' is not known; use one of mean, lse"), ({"reuse_steps": 0}, "reuse_steps 0 is less")],
-)
-def test_unknown_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        AttentionOptions(**options)
+# --------------------------------------------------------------------------------------- policies and last resort
+
+
+def test_policies_give_videos_of_their_own_and_dense_is_dense(dit):
+    videos = {policy: video(dit, policy=policy) for policy in ("light_forcing", "dense", "window", "topk")}
+    assert torch.equal(videos["dense"], video(dit, None))
+    for policy, one in videos.items():
+        assert one.isfinite().all()
+        others = [other for name, other in videos.items() if name != policy]
+        assert not any(torch.equal(one, other) for other in others)
+
+
+@pytest.mark.parametrize("kv", [KVOptions(), KVOptions("int8")])
+@pytest.mark.parametrize("options", [{"policy": "window", "tail": True}, {"policy": "topk", "estimator": "lse"}])
+def test_policies_run_with_every_other_option(dit, kv, options):
+    assert video(dit, kv=kv, **options).isfinite().all()
+
+
+def test_a_device_without_a_sparse_backend_runs_every_chunk_dense(dit, monkeypatch):
+    monkeypatch.setattr(chunk, "choose", lambda call, backend: BackendChoice("dense", "triton is not installed"))
+    assert torch.equal(video(dit), video(dit, None))
