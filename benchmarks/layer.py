@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from ..lightforcing_core.attention.blocks import FrameBlocks
-from ..lightforcing_core.attention.dispatch import AttentionOptions, choose_backend, sparse_attention
+from ..lightforcing_core.attention.dispatch import choose_backend, sparse_attention
+from ..lightforcing_core.attention.options import AttentionOptions
 from ..lightforcing_core.attention.quantised import STORED, KVDtype, quantise_blocks
 from ..lightforcing_core.attention.selection import BlockSelection, SelectionPlan, sub_block_layout
 from ..lightforcing_core.families import FAMILIES, Family

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ..lightforcing_core.attention.dispatch import AttentionOptions, choose_backend
+from ..lightforcing_core.attention.dispatch import choose_backend
+from ..lightforcing_core.attention.options import AttentionOptions
 from ..lightforcing_core.memory.estimate import MemoryEstimate, ModelSize, estimate
 from ..lightforcing_core.model.kv_storage import KVOptions
 from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict

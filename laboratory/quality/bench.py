@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightforcing.benchmarks.settings import Machine
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.demo.captions import caption_of, context_of_caption
 from lightforcing.lightforcing_core.demo.model import DIT, SHIPPED, DemoModel, DemoVideo, demo_video, load_demo_model
 from lightforcing.lightforcing_core.rollout.loop import rollout

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from laboratory.quality.detector import Verdict, judge
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.demo.captions import Scene, caption_of, context_of_caption
 from lightforcing.lightforcing_core.demo.model import DemoModel, Level, load_demo_model
 from lightforcing.lightforcing_core.families import Family

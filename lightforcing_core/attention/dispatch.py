@@ -13,17 +13,8 @@ from .backends.base import EIGHT_BIT
 from .backends.dense import dense_by_head
 from .blocks import FrameBlocks
 from .fast_path import raise_if_fatal
-from .options import AttentionOptions, check_backend, check_block
+from .options import check_backend, check_block
 from .selection import BlockSelection
-
-__all__ = [
-    "AttentionOptions",
-    "BackendChoice",
-    "BackendUnavailable",
-    "choose_backend",
-    "dense_attention_8bit",
-    "sparse_attention",
-]
 
 _BY_NAME: dict[str, Backend] = {backend.name: backend for backend in (*BACKENDS, DENSE)}
 

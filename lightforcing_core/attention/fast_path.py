@@ -7,12 +7,10 @@ same: memory that ran out, which says nothing about the path, and a CUDA error a
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from types import ModuleType
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -37,7 +35,7 @@ _CONTEXT_LOST = (
 )
 
 _log = logging.getLogger(__name__)
-recording_thread = threading.local()
+_thread = threading.local()
 _failures: dict["FastPath", str] = {}
 _said: set[str] = set()
 
@@ -128,16 +126,16 @@ def one_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def recording() -> Iterator[None]:
     """Mark this thread as recording a CUDA graph."""
-    recording_thread.recording = True
+    _thread.recording = True
     try:
         yield
     finally:
-        recording_thread.recording = False
+        _thread.recording = False
 
 
 def is_recording() -> bool:
     """Whether this thread is recording a CUDA graph."""
-    return getattr(recording_thread, "recording", False)
+    return getattr(_thread, "recording", False)
 
 
 @functools.cache
@@ -150,9 +148,3 @@ def why_no_kernels() -> str | None:
     except (ImportError, OSError, AttributeError, RuntimeError) as error:  # a triton that is broken or too old
         return f"triton is installed but does not import ({one_line(error)}); reinstall it"
     return None
-
-
-@functools.cache
-def kernel_module(name: str) -> ModuleType | str:
-    """`kernels/<name>.py`, or one sentence of why it cannot be imported."""
-    return why_no_kernels() or importlib.import_module(f"....kernels.{name}", __name__)

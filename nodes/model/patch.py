@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...lightforcing_core.attention.dispatch import AttentionOptions
+from ...lightforcing_core.attention.options import AttentionOptions
 from ...lightforcing_core.families import Family
 from ...lightforcing_core.model.causal import Pass
 from ..comfy import WAN_T2V, ModelPatcher, Sampler, WrappersMP, flow_sampling, forward_patches

@@ -23,7 +23,7 @@ from laboratory.quality.rows import read_rows
 from laboratory.quality.scenes import prompt_scenes
 from lightforcing.benchmarks.settings import Machine
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.attention.selection import SelectionPlan
 from lightforcing.lightforcing_core.demo import captions
 from lightforcing.lightforcing_core.demo import model as demo_model

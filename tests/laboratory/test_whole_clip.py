@@ -9,7 +9,7 @@ from laboratory.training.recipe import PRESETS
 from laboratory.training.train_ar import new_model
 from laboratory.training.train_vae import fold_statistics, latent_statistics, new_vae
 from laboratory.training.whole_clip import decode_clip, encode_clip, teacher_forced
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model.causal import ModelState, commit, predict
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.kv_storage import CacheShape

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model.causal import ModelState, predict
 from lightforcing.lightforcing_core.model.cuda_capture import CudaRecorder, capture_stream
 from lightforcing.lightforcing_core.model.kv_cache import KVCache

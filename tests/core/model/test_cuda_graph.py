@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightforcing.laboratory.quality.fp8 import quantize_linears
-from lightforcing.lightforcing_core.attention.dispatch import AttentionOptions
 from lightforcing.lightforcing_core.attention.fast_path import FastPath, is_recording
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model import cuda_graph, fused
 from lightforcing.lightforcing_core.model.causal import ModelState, predict
 from lightforcing.lightforcing_core.model.cuda_graph import StepGraph, why_no_graph
