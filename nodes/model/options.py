@@ -54,7 +54,7 @@ def settings_from(
         return default if value == AS_FAMILY else value
 
     kept = replace(
-        family,
+        family.sparse,
         keep_frames=or_family(keep_frames, family.sparse.keep_frames),
         keep_sink=or_family(keep_sink, family.sparse.keep_sink),
         keep_near=or_family(keep_near, family.sparse.keep_near),
