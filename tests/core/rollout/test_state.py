@@ -343,7 +343,7 @@ class TestFullDisk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         monkeypatch.setattr(tensor_files, "save_file", half)
-        with pytest.raises(OutputError, match=r"state\.safetensors.*No space left.*unharmed"):
+        with pytest.raises(OutputError, match=r"state\.safetensors.*No space left.*unchanged"):
             save_run_state(filled(start()), path)
         assert load_run_state(path).finished == ()
         assert os.listdir(tmp_path) == [path.name]
@@ -354,7 +354,7 @@ class TestFullDisk:
         state = filled(start(9 * 64))
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, former[1]))
         try:
-            with pytest.raises(OutputError, match=r"state\.safetensors.*File too large.*nothing was left"):
+            with pytest.raises(OutputError, match=r"state\.safetensors.*File too large.*no file was left"):
                 save_run_state(state, tmp_path / "state.safetensors")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, former)
