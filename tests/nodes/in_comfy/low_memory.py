@@ -130,8 +130,8 @@ latents, video = (
 )
 
 
-def noted(decoder, device, *, beside):
-    facts["beside"]["partly" if wide.patcher.model.model_lowvram else "fully"] = beside
+def noted(decoder, device, *, concurrent):
+    facts["beside"]["partly" if wide.patcher.model.model_lowvram else "fully"] = concurrent
     return line(decoder, device, concurrent=False)
 
 
