@@ -7,7 +7,7 @@ import torch
 
 patch, chunk_sampler = comfyui.module("nodes.model.patch"), comfyui.module("nodes.sampling.chunk_sampler")
 schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
-attention = comfyui.module("lightforcing_core.attention.dispatch")
+attention = comfyui.module("lightforcing_core.attention.options")
 SEED, SHAPE = 7, (1, 16, 6, 8, 12)
 
 

@@ -16,7 +16,7 @@ from comfyui import comfy
 loader, patch, chunk_sampler = comfyui.modules("nodes", "model.loader", "model.patch", "sampling.chunk_sampler")
 schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
 attention, quantize = (
-    comfyui.module("lightforcing_core.attention.dispatch"),
+    comfyui.module("lightforcing_core.attention.options"),
     comfyui.module("lightforcing_core.fp8.linear"),
 )
 PLAIN, FP8, OUTLIER, CUT, CALIBRATED = sys.argv[4:9]

@@ -13,7 +13,7 @@ import comfy_extras.nodes_model_merging as merging  # isort: skip (comfyui adds 
 loader, patch, chunk_sampler = comfyui.modules("nodes", "model.loader", "model.patch", "sampling.chunk_sampler")
 schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
 attention, checkpoint = (
-    comfyui.module("lightforcing_core.attention.dispatch"),
+    comfyui.module("lightforcing_core.attention.options"),
     comfyui.module("lightforcing_core.checkpoint.load"),
 )
 PLAIN = sys.argv[4]

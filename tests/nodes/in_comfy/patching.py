@@ -8,7 +8,7 @@ from comfyui import comfy
 
 patch, chunk_sampler = comfyui.module("nodes.model.patch"), comfyui.module("nodes.sampling.chunk_sampler")
 schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
-attention = comfyui.module("lightforcing_core.attention.dispatch")
+attention = comfyui.module("lightforcing_core.attention.options")
 WrappersMP = comfy.patcher_extension.WrappersMP
 SHAPE = (1, 16, 6, 8, 12)
 settings = patch.Settings(families.FAMILIES["unknown"], attention.AttentionOptions())

@@ -15,7 +15,7 @@ import tape  # isort: skip
 chunk_sampler, patch, loader = comfyui.modules("nodes", "sampling.chunk_sampler", "model.patch", "model.loader")
 schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
 attention, graphs = (
-    comfyui.module("lightforcing_core.attention.dispatch"),
+    comfyui.module("lightforcing_core.attention.options"),
     comfyui.module("lightforcing_core.model.cuda_graph"),
 )
 SHAPE = (1, 16, 9, 8, 12)
