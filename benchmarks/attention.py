@@ -4,6 +4,7 @@ The shapes are one layer's self-attention of the 81-frame short setting (chunks 
 base 0.98): q [1, 3 · tokens, H, 128] against k, v [1, 6 … 21 frames · tokens, H, 128].
 """
 
+import statistics
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
@@ -22,8 +23,13 @@ from ..lightforcing_core.rollout.schedule import chunk_sparsities
 from .layer import CHUNKS, FAMILY, FRAMES, HEAD_DIM, LayerAttention, published
 from .record import facts
 from .settings import AttentionBench
-from .timing import ratio, take_turns, warm_up_rule
+from .timing import ratio, samples_of, take_turns, warm_up_rule
 
+SDPA_KERNELS = {
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
 CHECKED_BLOCKS = 2  # query blocks compared with the reference before anything is timed
 
 Arm = Callable[[], Tensor]
@@ -36,14 +42,10 @@ def run_attention(
 
     on_chunk: called with each chunk's row.
 
-    Raises ValueError for unknown chunks and backends, BackendUnavailable if a named backend cannot run, RuntimeError
-    if a result is wrong.
+    Raises ValueError for unknown chunks and backends or if a named one cannot run, RuntimeError if a result is wrong.
     """
     for chunk in bench.chunks:
         check_chunk(chunk)
-    for name in bench.backend:
-        if name not in BACKEND_NAMES:
-            raise ValueError(f"unknown attention backend {name!r}; use one of {', '.join(BACKEND_NAMES)}")
     device, dtype = bench.place.prepare()
     generator = torch.Generator().manual_seed(0)
     shape = (1, CHUNKS * FRAMES * bench.tokens_per_frame, bench.heads, HEAD_DIM)
@@ -84,7 +86,7 @@ def _chunk_row(bench: AttentionBench, chunk: int, layer: LayerAttention, absent:
     q, k, v = layer.tensors
     selection = layer.select()
     dense = dense_arms(q, k, v, absent)
-    sparse = _sparse_backends(bench, q, k, v, absent)
+    sparse = _sparse_backends(bench, q, k, absent)
     errors = {name: _check(layer.attend(selection, name), layer, selection) for name in sparse}
     arms: dict[str, Callable[[], object]] = {f"dense {name}": arm for name, arm in dense.items()}
     arms["selection"] = layer.select
@@ -93,7 +95,7 @@ def _chunk_row(bench: AttentionBench, chunk: int, layer: LayerAttention, absent:
         arms[f"whole {name}"] = partial(layer, name)
     samples = take_turns(arms, repeats=bench.repeats, device=q.device)
     kept, all_blocks = layer.plan.kept, layer.k_means.shape[1]
-    best = min((f"dense {name}" for name in dense), key=lambda name: samples[name].median)
+    best = min((f"dense {name}" for name in dense), key=lambda name: statistics.median(samples[name]))
     return {
         "chunk": chunk,
         "queries": q.shape[1],
@@ -111,27 +113,22 @@ def _chunk_row(bench: AttentionBench, chunk: int, layer: LayerAttention, absent:
             for name in sparse
         },
         "largest_error": errors,
-        "arms": {name: arm.to_dict() for name, arm in samples.items()},
+        "arms": samples_of(samples),
     }
 
 
 def dense_arms(q: Tensor, k: Tensor, v: Tensor, absent: dict[str, str]) -> dict[str, Arm]:
     """Every dense attention that runs here, by name; the others are added to `absent` with the reason."""
     if q.device.type != "cuda":
-        return {"sdpa": lambda: sdpa(q, k, v)}
+        return {"sdpa": partial(sdpa, q, k, v)}
     arms: dict[str, Arm] = {}
-    kernels = {
-        "sdpa flash": SDPBackend.FLASH_ATTENTION,
-        "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-        "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }
-    for name, kernel in kernels.items():
-        arms[name] = partial(_sdpa_by, kernel, q, k, v)
+    for name, kernel in SDPA_KERNELS.items():
+        arms[name] = sdpa_kernel(kernel)(partial(sdpa, q, k, v))
     for name, module in {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface"}.items():
         if find_spec(module) is None:
             absent[name] = f"{module} is not installed"
-            continue
-        arms[name] = partial(import_module(module).flash_attn_func, q, k, v)
+        else:
+            arms[name] = partial(import_module(module).flash_attn_func, q, k, v)
     for name in list(arms):
         try:
             arms[name]()
@@ -142,22 +139,15 @@ def dense_arms(q: Tensor, k: Tensor, v: Tensor, absent: dict[str, str]) -> dict[
     return arms
 
 
-def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(kernel):
-        return sdpa(q, k, v)
-
-
-def _sparse_backends(bench: AttentionBench, q: Tensor, k: Tensor, v: Tensor, absent: dict[str, str]) -> list[str]:
+def _sparse_backends(bench: AttentionBench, q: Tensor, k: Tensor, absent: dict[str, str]) -> list[str]:
     """The backends to time; a named one that cannot run is an error, any other is added to `absent`."""
+    choose = partial(choose_backend, q, k, tokens_per_frame=bench.tokens_per_frame, block=bench.block)
     if bench.backend:
-        return [
-            choose_backend(q, k, tokens_per_frame=bench.tokens_per_frame, block=bench.block, backend=name).name
-            for name in bench.backend
-        ]
+        return [choose(backend=name).name for name in bench.backend]
     able = []
     for name in BACKEND_NAMES[:-1]:
         try:
-            choose_backend(q, k, tokens_per_frame=bench.tokens_per_frame, block=bench.block, backend=name)
+            choose(backend=name)
         except BackendUnavailable as error:
             absent[name] = str(error)
             continue

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import typer
 
 from .console import Measured, measurement, milliseconds, new_table, ratio_text
-from .settings import REAL_LAYERS, AttentionBench, MemoryBench, OptionsBench, RolloutBench, StepBench
+from .settings import REAL_LAYERS, AttentionBench, OptionsBench, Place, RolloutBench, StepBench
 
 Say = Callable[[str], object]
 
@@ -81,8 +81,8 @@ def rollout(bench: RolloutBench, say: Say) -> Measured:
     return result, table, lines
 
 
-@measurement(app, MemoryBench)
-def memory(bench: MemoryBench, say: Say) -> Measured:
+@measurement(app, Place)
+def memory(bench: Place, say: Say) -> Measured:
     """Estimated memory against the measured peak, for several configurations."""
     from .memory import run_memory
 

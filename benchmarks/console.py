@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from rich import box
@@ -45,38 +45,34 @@ def with_options(
 ) -> Callable[..., None]:
     """A function for typer that calls `run(settings, out)`, with an option for every setting and for `out`.
 
-    kind: a dataclass with a default for every field. Its fields, those of nested dataclasses included, become options;
-    a tuple is written with commas, one of strings also by repeating the option.
+    kind: a dataclass with a default for every field, annotated with its help and, for a number, its minimum. Fields of
+    nested dataclasses become options too; a tuple is written with commas, or the option is repeated.
     """
 
     def command(out: Any, **given: Any) -> None:
         run(_replaced(kind(), given), out)
 
     place = inspect.Parameter("out", inspect.Parameter.KEYWORD_ONLY, default=default, annotation=out)
-    options = [_parameter(*option) for option in _options(kind())]
-    command.__signature__ = inspect.Signature([place, *options])  # type: ignore[attr-defined]
+    signature = inspect.Signature([place, *_parameters(kind())])
+    command.__signature__ = signature  # type: ignore[attr-defined]
     return command
 
 
-def _options(settings: Any) -> Iterator[tuple[str, Any, str, Any]]:
-    """Name, type, help and default of every option."""
+def _parameters(settings: Any) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(type(settings), include_extras=True)
     for field in fields(settings):
         value = getattr(settings, field.name)
         if is_dataclass(value):
-            yield from _options(value)
-        else:
-            kind, text = get_args(hints[field.name])
-            yield field.name, kind, text, value
-
-
-def _parameter(name: str, kind: Any, text: str, default: Any) -> inspect.Parameter:
-    if get_origin(kind) is tuple:
-        strings = get_args(kind)[0] is str
-        default = list(default) if strings else ",".join(map(str, default))
-        kind = list[str] if strings else str
-    annotation = Annotated[kind, typer.Option(help=text)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            yield from _parameters(value)
+            continue
+        kind: Any
+        kind, text, *least = get_args(hints[field.name])
+        if get_origin(kind) is tuple:
+            kind, value = list[str], [",".join(map(str, value))] if value else []
+        elif get_origin(kind) is Literal:
+            kind = str
+        annotation = Annotated[kind, typer.Option(help=text, min=least[0] if least else None)]
+        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=annotation)
 
 
 def _replaced(settings: Any, given: dict[str, Any]) -> Any:
@@ -84,34 +80,29 @@ def _replaced(settings: Any, given: dict[str, Any]) -> Any:
     hints = get_type_hints(type(settings))
     changes = {}
     for field in fields(settings):
-        value = getattr(settings, field.name)
-        nested = is_dataclass(value)
-        changes[field.name] = _replaced(value, given) if nested else _parsed(field.name, hints[field.name], given)
+        kind: Any = hints[field.name]
+        value: Any = given.get(field.name)
+        if is_dataclass(kind):
+            value = _replaced(getattr(settings, field.name), given)
+        elif get_origin(kind) is tuple:
+            value = _values(",".join(value), field.name, *get_args(kind))
+        elif get_origin(kind) is Literal and value not in get_args(kind):
+            raise ValueError(f"{field.name} {value!r} is not known; use {', '.join(get_args(kind))}")
+        changes[field.name] = value
     return replace(settings, **changes)
 
 
-def _parsed(name: str, kind: Any, given: dict[str, Any]) -> Any:
-    value = given[name]
-    if get_origin(kind) is not tuple:
-        return value
-    element, *others = get_args(kind)
-    if element is str:
-        return tuple(part.strip() for text in value for part in text.split(",") if part.strip())
-    return numbers(value, f"--{name.replace('_', '-')}", element, None if ... in others else 1 + len(others))
-
-
-def numbers(text: str, option: str, kind: type = int, count: int | None = None) -> tuple[Any, ...]:
-    """ "2-4,7" as (2, 3, 4, 7), or "0.5,0.88" as floats. Raises ValueError for other text or another count."""
+def _values(text: str, name: str, kind: type, *others: Any) -> tuple[Any, ...]:
+    """ "2-4,7" as (2, 3, 4, 7) in a tuple of kind, others. Raises ValueError for other text or another count."""
     values: list[Any] = []
     try:
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
+        for part in filter(None, map(str.strip, text.split(","))):
+            first, dash, last = part.partition("-")
             values += range(int(first), int(last) + 1) if kind is int and dash else [kind(part)]
     except ValueError:
-        example = "2-4,7" if kind is int else "0.5,0.88"
-        raise ValueError(f"{option} {text!r} is not a list of numbers like {example}") from None
-    if count is not None and len(values) != count:
-        raise ValueError(f"{option} {text!r} is not a list of {count} numbers; write {count}, separated by commas")
+        raise ValueError(f"{name} {text!r} is not a list of numbers like 2-4,7") from None
+    if ... not in others and len(values) != 1 + len(others):
+        raise ValueError(f"{name} {text!r} is not a list of {1 + len(others)} numbers")
     return tuple(values)
 
 
@@ -133,8 +124,7 @@ def milliseconds(arm: dict[str, Any]) -> str:
 
 def new_console() -> Console:
     """A console; for a file or a pipe, with lines long enough for the tables."""
-    console = Console()
-    return console if console.is_terminal else Console(width=LINE)
+    return Console(width=None if Console().is_terminal else LINE)
 
 
 def show(console: Console, result: dict[str, Any], table: Table, lines: list[str]) -> None:

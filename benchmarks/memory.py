@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..lightforcing_core.attention.dispatch import choose_backend
@@ -25,7 +25,7 @@ from ..lightforcing_core.vae.streaming import StreamingDecoder
 from ..lightforcing_core.vae.tiled import TiledDecoder
 from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
 from .record import facts
-from .settings import REAL_LAYERS, MemoryBench, Model, Picture
+from .settings import REAL_LAYERS, Model, Picture, Place
 
 SMALL = Model(256, 1536, 4)
 
@@ -96,31 +96,31 @@ CUDA_CASES = (
 )
 
 
-def run_memory(bench: MemoryBench, cases: tuple[MemoryCase, ...] = ()) -> dict[str, Any]:
+def run_memory(bench: Place, cases: tuple[MemoryCase, ...] = ()) -> dict[str, Any]:
     """Estimate and measure every case, by default those for this device; returns the record of `bench memory`."""
-    device, dtype = bench.place.prepare()
+    device, dtype = bench.prepare()
     cases = cases or (CUDA_CASES if device.type == "cuda" else CPU_CASES)
-    rows = [_row(case, device, dtype) for case in cases]
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        expected, backend = estimated(case, device, dtype)
+        measured = measured_peak(case, device, dtype)
+        rows.append(
+            {
+                "case": asdict(case),
+                "backend": backend,
+                "estimated_bytes": expected.total,
+                "measured_bytes": measured,
+                "error": expected.total / measured - 1.0,
+                "parts": asdict(expected),
+                "summary": str(expected),
+            }
+        )
     return {
         "bench": "memory",
         **facts(device, bench),
         "measured": "peak of torch's allocator from before the weights are made to the last decoded chunk",
         "largest_error": max(abs(row["error"]) for row in rows),
         "cases": rows,
-    }
-
-
-def _row(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    expected, backend = estimated(case, device, dtype)
-    measured = measured_peak(case, device, dtype)
-    return {
-        "case": asdict(case),
-        "backend": backend,
-        "estimated_bytes": expected.total,
-        "measured_bytes": measured,
-        "error": expected.total / measured - 1.0,
-        "parts": asdict(expected),
-        "summary": str(expected),
     }
 
 
@@ -148,11 +148,23 @@ def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tup
 
 def measured_peak(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> int:
     """Peak bytes of torch's allocator while this case runs, above those held before."""
-    # In float32 on the CPU, so that the run casts them and owns the copies.
-    weights = random_state_dict(**case.sizes), random_vae_state_dict(dim=case.vae_dim) if case.vae_dim else {}
+    weights = random_state_dict(**case.sizes)
+    vae_weights = random_vae_state_dict(dim=case.vae_dim) if case.vae_dim else None
 
     def run(schedule: Schedule) -> None:
-        _run(case, *weights, device, dtype, schedule)
+        # Copies, so that the run owns them, in the dtypes of a real model.
+        dtypes = {name: torch.float32 if name.startswith("patch_embedding.") else dtype for name in weights}
+        own = {name: tensor.to(device, dtypes[name], copy=True) for name, tensor in weights.items()}
+        dit = wan_from_state_dict(own)
+        del own
+        decoder = None
+        if vae_weights:
+            vae: nn.Module = vae_from_state_dict(vae_weights, dtype=dtype, device=device)
+            decoder = TiledDecoder(lambda: StreamingDecoder(vae), case.decode_tiles)
+        for chunk in rollout(dit, case.recipe(schedule, dtype, device), Runtime(kv=case.kv)):
+            if decoder is not None:
+                decoder.decode(chunk.latents)
+            del chunk
 
     run(_short(6))  # compiles before the measurement
     gc.collect()
@@ -165,29 +177,6 @@ def measured_peak(case: MemoryCase, device: torch.device, dtype: torch.dtype) ->
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         run(case.schedule)
     return _peak_of_events(record)
-
-
-def _run(
-    case: MemoryCase,
-    weights: dict[str, Tensor],
-    vae_weights: dict[str, Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    schedule: Schedule,
-) -> None:
-    dit = wan_from_state_dict({name: _own(tensor, name, dtype, device) for name, tensor in weights.items()})
-    decoder = None
-    if vae_weights:
-        vae: nn.Module = vae_from_state_dict(vae_weights, dtype=dtype, device=device)
-        decoder = TiledDecoder(lambda: StreamingDecoder(vae), case.decode_tiles)
-    for chunk in rollout(dit, case.recipe(schedule, dtype, device), Runtime(kv=case.kv)):
-        if decoder is not None:
-            decoder.decode(chunk.latents)
-        del chunk
-
-
-def _own(tensor: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return tensor.to(device, torch.float32 if name.startswith("patch_embedding.") else dtype, copy=True)
 
 
 def _peak_of_events(record: profile) -> int:

@@ -17,7 +17,7 @@ from ..lightforcing_core.model.rope import RopeTable
 from .layer import CHUNKS, FRAMES, HEAD_DIM, LayerAttention, published
 from .record import facts
 from .settings import OptionsBench
-from .timing import ratio, take_turns, warm_up_rule
+from .timing import ratio, samples_of, take_turns, warm_up_rule
 
 PUBLISHED: dict[str, Any] = {"estimator": "mean", "tail": False, "tiles": False, "kv": "same"}
 ARMS: dict[str, dict[str, Any]] = {
@@ -54,11 +54,12 @@ def run_options(bench: OptionsBench, on_arm: Callable[[str], object] = lambda na
             arms[name], found[name] = arm, {**choice, "backend": arm.backend, "error": error}
             on_arm(name)
         samples = take_turns({**arms, "dense": lambda: sdpa(*tensors[False])}, repeats=bench.repeats, device=device)
+    timed = samples_of(samples)
     for name, row in found.items():
         row |= {
             "over_published": ratio(samples[name], samples["published"]),
             "dense_over_this": ratio(samples["dense"], samples[name]),
-            "samples": samples[name].to_dict(),
+            "samples": timed[name],
         }
     return {
         "bench": "options",

@@ -1,5 +1,6 @@
 """`bench step`: one forward of one chunk at real shapes with random weights, dense and sparse, stage by stage."""
 
+import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,7 +21,7 @@ from .attention import check_chunk
 from .layer import CHUNKS, FAMILY, FRAMES, published
 from .record import facts
 from .settings import REAL_LAYERS, StepBench
-from .timing import Samples, StageClock, medians, ratio, take_turns, warm_up_rule
+from .timing import StageClock, medians, ratio, samples_of, take_turns, warm_up_rule
 
 TEXT_TOKENS, TEXT_DIM = 512, 4096
 REST = "linears, norms, RoPE"
@@ -82,7 +83,7 @@ def run_step(bench: StepBench) -> dict[str, Any]:
         "density": sparse.chunk.density,
         "ratio": ratio(samples["dense"], samples["sparse"]),
         "graph_ratio": {name: ratio(samples[name], samples[f"{name}, graph"]) for name in arms if recorded},
-        "arms": {name: arm.to_dict() for name, arm in samples.items()},
+        "arms": samples_of(samples),
         "stages": stages,
         "scaled_to_30_layers": {name: _scaled(layers, samples[name], stages[name]) for name in arms},
     }
@@ -135,7 +136,7 @@ def _hooked(clock: StageClock, dit: Any, state: ModelState) -> Iterator[None]:
     with ExitStack() as stack:
 
         def hook(owner: Any, name: str, stage: str) -> None:
-            stack.enter_context(mock.patch.object(owner, name, clock.timed(stage, getattr(owner, name))))
+            stack.enter_context(mock.patch.object(owner, name, clock.stage(stage)(getattr(owner, name))))
 
         hook(state.cache, "store", "store and pool")
         hook(FrameBlocks, "block_means", "selection")
@@ -151,7 +152,7 @@ def _hooked(clock: StageClock, dit: Any, state: ModelState) -> Iterator[None]:
         yield
 
 
-def _scaled(layers: int, samples: Samples, stages: dict[str, float]) -> float:
+def _scaled(layers: int, seconds: list[float], stages: dict[str, float]) -> float:
     """Seconds of all 30 layers: the measured layers times 30 / `layers`, and everything outside layers once."""
     outside = stages.get("embedding and head", 0.0)
-    return (samples.median - outside) * REAL_LAYERS / layers + outside
+    return (statistics.median(seconds) - outside) * REAL_LAYERS / layers + outside

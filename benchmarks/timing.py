@@ -4,7 +4,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,24 +21,14 @@ def warm_up_rule(repeats: int) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The seconds of one arm, one value per round."""
-
-    seconds: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Median, quartiles and every sample, in JSON types."""
-        return {"median": self.median, "quartiles": quartiles(self.seconds), "seconds": list(self.seconds)}
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """The median, and the first and third quartile."""
+    return {"median": statistics.median(values), "quartiles": list(map(float, np.quantile(values, (0.25, 0.75))))}
 
 
-def quartiles(values: Sequence[float]) -> list[float]:
-    """The first and third quartile."""
-    return [float(value) for value in np.quantile(values, (0.25, 0.75))]
+def samples_of(arms: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The spread and every sample of each arm, for the record."""
+    return {name: spread(seconds) | {"seconds": seconds} for name, seconds in arms.items()}
 
 
 def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -47,16 +36,15 @@ def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
 
 
-def ratio(slow: Samples, fast: Samples) -> dict[str, Any]:
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, Any]:
     """The speed of the second arm relative to the first: median and quartiles of the rounds' ratios."""
-    ratios = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=True)]
-    return {"median": statistics.median(ratios), "quartiles": quartiles(ratios)}
+    return spread([a / b for a, b in zip(slow, fast, strict=True)])
 
 
-def take_turns(arms: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device) -> dict[str, Samples]:
-    """Time every arm `repeats` times by `warm_up_rule`. ValueError without repeats."""
-    if repeats < 1:
-        raise ValueError(f"repeats {repeats} is not positive; use 5 or more for meaningful quartiles")
+def take_turns(
+    arms: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device
+) -> dict[str, list[float]]:
+    """The seconds of every arm in each of `repeats` rounds, by `warm_up_rule`."""
     for arm in arms.values():
         for _ in range(WARM_UP):
             arm()
@@ -69,7 +57,7 @@ def take_turns(arms: Mapping[str, Callable[[], object]], *, repeats: int, device
             with clock.stage(name):
                 arms[name]()
             seconds[name].append(clock.seconds()[name])
-    return {name: Samples(tuple(values)) for name, values in seconds.items()}
+    return seconds
 
 
 class StageClock:
@@ -79,16 +67,14 @@ class StageClock:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._device = device
+        self._gpu = device if device.type == "cuda" else None
         self._spans: list[tuple[str, Any, Any]] = []
         self._open = False
-        if self._on_gpu:
-            torch.cuda.synchronize(device)
+        self.seconds()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of this block to `name`."""
+        """Add the time of this block, or of each call of a function that this decorates, to `name`."""
         if self._open:
             yield
             return
@@ -100,28 +86,19 @@ class StageClock:
             self._spans.append((name, start, self._now()))
             self._open = False
 
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap `function` as a stage."""
-
-        def run(*arguments: Any, **options: Any) -> Any:
-            with self.stage(name):
-                return function(*arguments, **options)
-
-        return run
-
     def seconds(self) -> dict[str, float]:
         """Seconds per stage so far; waits for the device."""
-        if self._on_gpu:
-            torch.cuda.synchronize(self._device)
+        if self._gpu:
+            torch.cuda.synchronize(self._gpu)
         totals: dict[str, float] = {}
         for name, start, end in self._spans:
-            spent = start.elapsed_time(end) / 1e3 if self._on_gpu else end - start
+            spent = start.elapsed_time(end) / 1e3 if self._gpu else end - start
             totals[name] = totals.get(name, 0.0) + spent
         return totals
 
     def _now(self) -> Any:
-        if not self._on_gpu:
+        if not self._gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
+        event.record(torch.cuda.current_stream(self._gpu))
         return event
