@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from ...lightforcing_core.files.output import prepare_folder
 from .display import Display
@@ -21,7 +21,7 @@ from .jobs import Job, Line, make_jobs, read_prompts, read_seeds
 from .ledger import Ledger, partial_folder
 from .prompt import UsageError, read_override, read_workflow
 from .run import EventStream, Run, RunVanished
-from .server import ComfyServer, QueueError, RemoteFile, ServerUnreachable
+from .server import ComfyServer, QueueError, ServerUnreachable
 
 MOST_LOSSES = 3  # a prompt that went down with the server this often may be the reason
 RETRY_SECONDS = 1.0
@@ -62,14 +62,7 @@ def run_queue(request: Request, complain: Callable[[str], None]) -> int:
         jobs = _jobs(request, server)
         prepare_folder(request.out)
         with closing(Ledger(request.out if request.is_batch else None, jobs)) as ledger, display.progress:
-            try:
-                counts = run_batch(request, jobs, server, ledger, display)
-            except KeyboardInterrupt:
-                if request.is_batch:
-                    complain("start the same command again to continue the batch")
-                raise
-    if counts["left"] and request.is_batch:
-        complain("the server is lost; start the same command again to continue the batch")
+            counts = run_batch(request, jobs, server, ledger, display)
     return 1 if counts["failed"] or counts["left"] or display.anything_left_out else 0
 
 
@@ -81,8 +74,7 @@ def run_batch(
     emit: called as emit(kind, **fields) for every event. On KeyboardInterrupt, or any other error that ends the batch,
     the running prompt is cancelled on the server first.
     """
-    start = time.monotonic()
-    states = ledger.states()
+    start, states = time.monotonic(), ledger.states()
     journal = None if ledger.path is None else str(ledger.path)
     emit("batch", prompts=len(jobs), done=_count(jobs, ledger)["done"], servers=[server.url], journal=journal)
     # Jobs that an earlier command sent come first: the server may be running them.
@@ -113,16 +105,17 @@ class _Worker:
     def run(self, jobs: Sequence[Job]) -> None:
         """Do all jobs. Raises ServerUnreachable when patience is over."""
         for job in jobs:
-            losses = 0
-            while not self._run(job, losses):
-                losses += 1
+            for loss in range(1, MOST_LOSSES + 1):
+                if self._run(job, loss):
+                    break
         self._fetch_ended()
 
-    def _run(self, job: Job, losses: int) -> bool:
+    def _run(self, job: Job, loss: int) -> bool:
         """Run a job up to its end on the server; False if the server has lost it and it is to be sent again."""
         prompt_id = self.ledger.prompt_id(job.name) or str(uuid.uuid4())
-        run = Run(job, prompt_id, partial(self._emit, job.name, prompt_id), self.request.previews)
-        self.ledger.sent(job.name, prompt_id)
+        emit = partial(self.emit, prompt=job.name, server=self.server.url, prompt_id=prompt_id)
+        run = Run(job, prompt_id, emit, self.request.previews)
+        self.ledger.set(job.name, state="sent", prompt_id=prompt_id, client_id=self.ledger.client_id, error=None)
         try:
             self._patiently(lambda: self._send(run))
             self._fetch_ended()
@@ -132,19 +125,18 @@ class _Worker:
         except ServerUnreachable:
             raise
         except RunVanished as error:
-            if losses + 1 == MOST_LOSSES:
-                self._fail(run, f"given up after it was lost {MOST_LOSSES} times; the last time: {error}")
-                return True
-            self.ledger.waiting(job.name)
-            run.emit("returned", reason=str(error))
-            return False
+            if loss < MOST_LOSSES:
+                self.ledger.set(job.name, state="waiting")
+                emit("returned", reason=str(error))
+                return False
+            self._fail(run, f"given up after it was lost {MOST_LOSSES} times; the last time: {error}")
         except QueueError as error:
             self._fail(run, str(error))
         except BaseException:  # Ctrl-C, a full disk, a closed pipe: leave nothing running unseen
             with suppress(OSError):
                 self.server.cancel(prompt_id)
-                self.ledger.waiting(job.name)
-                run.emit("cancelled")
+                self.ledger.set(job.name, state="waiting")
+                emit("cancelled")
             raise
         return True
 
@@ -169,23 +161,20 @@ class _Worker:
             return
         self.ledger.done(run.job.name, [path.relative_to(self.request.out).as_posix() for path in paths])
         seconds = round(time.monotonic() - run.since, 3)
-        files = [str(path) for path in paths]
-        run.emit("finished", files=files, cached=run.cached, left_out=run.left_out, seconds=seconds)
+        run.emit("finished", files=list(map(str, paths)), cached=run.cached, left_out=run.left_out, seconds=seconds)
 
     def _store(self, run: Run) -> list[Path]:
         """The files on this disk: below the job's folder in a batch, else among the output folder's."""
         out = self.request.out
-        if not self.request.is_batch:
-            return [self._download(file, out) for file in run.files]
-        target, hidden = out / run.job.name, partial_folder(out, run.job.name)
-        shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir()
-        paths = [self._download(file, hidden) for file in run.files]
-        os.replace(hidden, target)
-        return [target / path.relative_to(hidden) for path in paths]
-
-    def _download(self, file: RemoteFile, folder: Path) -> Path:
-        return self._patiently(lambda: self.server.download(file, folder))
+        target, folder = out / run.job.name, partial_folder(out, run.job.name) if self.request.is_batch else out
+        if folder != out:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        paths = [self._patiently(partial(self.server.download, file, folder)) for file in run.files]
+        if folder == out:
+            return paths
+        os.replace(folder, target)
+        return [target / path.relative_to(folder) for path in paths]
 
     def _patiently(self, call: Callable[[], Result]) -> Result:
         """`call`, again and again while the server does not answer and patience lasts."""
@@ -200,11 +189,8 @@ class _Worker:
                 time.sleep(min(RETRY_SECONDS, self.request.patience))
 
     def _fail(self, run: Run, message: str) -> None:
-        self.ledger.failed(run.job.name, message)
+        self.ledger.set(run.job.name, state="failed", error=message)
         run.emit("failed", message=message)
-
-    def _emit(self, name: str, prompt_id: str, kind: str, **fields: Any) -> None:
-        self.emit(kind, prompt=name, server=self.server.url, prompt_id=prompt_id, **fields)
 
 
 def _jobs(request: Request, server: ComfyServer) -> list[Job]:
@@ -215,7 +201,7 @@ def _jobs(request: Request, server: ComfyServer) -> list[Job]:
     lines = [Line(name="prompt")] if request.prompts is None else read_prompts(request.prompts)
     seeds = None if request.seeds is None else read_seeds(request.seeds)
     info = server.object_info() if request.overrides or request.is_batch else {}
-    overrides = [read_override(prompt, info, text) for text in request.overrides]
+    overrides = [read_override(prompt, text) for text in request.overrides]
     jobs = make_jobs(prompt, info, overrides=overrides, lines=lines, seeds=seeds, prompt_node=request.prompt_node)
     if request.previews is not None and request.is_batch:
         previews, out = request.previews.resolve(), request.out.resolve()

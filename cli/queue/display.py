@@ -109,6 +109,8 @@ class Display:
                 f"{event['done']} of {event['prompts']} prompts done, {event['failed']} failed, "
                 f"{event['left']} left, in {event['seconds']:.0f} s"
             )
+            if event["left"]:
+                self._complain("start the same command again to continue the batch")
 
     def _whose(self, event: Event, mark: str = ": ") -> str:
         return "" if self._single else f"{event['prompt']}{mark}"

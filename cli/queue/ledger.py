@@ -11,13 +11,11 @@ import sqlite3
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from .jobs import Job
 from .prompt import UsageError
 
 FILE_NAME = "queue.sqlite3"
-OLD_FILE_NAME = "queue.jsonl"  # of version 0.2
 VERSION = 1
 TABLE = """CREATE TABLE IF NOT EXISTS jobs (
     name TEXT PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, prompt_id TEXT, client_id TEXT,
@@ -40,8 +38,8 @@ class Ledger:
 
     def __init__(self, folder: Path | None, jobs: Sequence[Job]) -> None:
         self.path = None if folder is None else folder / FILE_NAME
-        if folder is not None and self.path is not None and not self.path.exists():
-            _check_new(folder, jobs)
+        if folder is not None and not (folder / FILE_NAME).exists():
+            _check_free(folder / job.name for job in jobs)
         self._db = sqlite3.connect(self.path or ":memory:", timeout=0, isolation_level=None)
         try:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -55,10 +53,8 @@ class Ledger:
             if not isinstance(error, sqlite3.Error):
                 raise
             if "locked" in str(error):
-                said = f"another command is working on {self.path}; wait for it, or choose another --out"
-            else:
-                said = f"cannot use {self.path} ({error}); choose another --out, or empty the folder"
-            raise UsageError(said) from error
+                raise UsageError(f"another command is working on {self.path}; wait, or choose another --out") from error
+            raise UsageError(f"cannot use {self.path} ({error}); choose another --out, or empty the folder") from error
 
     def close(self) -> None:
         self._db.close()
@@ -72,24 +68,14 @@ class Ledger:
         row = self._db.execute("SELECT prompt_id FROM jobs WHERE name = ? AND state = 'sent'", (name,)).fetchone()
         return None if row is None else row[0]
 
-    def sent(self, name: str, prompt_id: str) -> None:
-        self._set(name, state="sent", prompt_id=prompt_id, client_id=self.client_id, error=None)
-
-    def waiting(self, name: str) -> None:
-        self._set(name, state="waiting")
-
     def done(self, name: str, files: Sequence[str]) -> None:
         """files: relative to the output folder."""
-        self._set(name, state="done", files=json.dumps(files))
-
-    def failed(self, name: str, message: str) -> None:
-        self._set(name, state="failed", error=message)
+        self.set(name, state="done", files=json.dumps(files))
 
     def _add(self, jobs: Sequence[Job]) -> None:
         """Make the table, check the jobs that it has, add those that it has not."""
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        if tables and version != VERSION:
+        if version not in (0, VERSION):  # 0: a new file
             raise UsageError(f"{self.path} is no ledger of this version; choose another --out, or empty the folder")
         self._db.execute(TABLE)
         self._db.execute(f"PRAGMA user_version = {VERSION}")
@@ -115,22 +101,13 @@ class Ledger:
                 files = sorted(path for path in (folder / job.name).rglob("*") if path.is_file())
                 self.done(job.name, [path.relative_to(folder).as_posix() for path in files])
 
-    def _set(self, name: str, **values: Any) -> None:
+    def set(self, name: str, **values: str | None) -> None:
+        """Write columns of a job; OSError if the disk is full."""
         columns = ", ".join(f"{column} = ?" for column in values)
         try:
             self._db.execute(f"UPDATE jobs SET {columns} WHERE name = ?", (*values.values(), name))
         except sqlite3.Error as error:
             raise OSError(f"cannot write {self.path}: {error}") from error
-
-
-def _check_new(folder: Path, jobs: Sequence[Job]) -> None:
-    """Raise UsageError if a batch cannot begin in `folder`."""
-    if (folder / OLD_FILE_NAME).exists():
-        raise UsageError(
-            f"{folder / OLD_FILE_NAME} is the journal of a batch that version 0.2 began and only 0.2 can continue; "
-            f"finish it with 0.2, or choose another --out to run all of its prompts again"
-        )
-    _check_free(folder / job.name for job in jobs)
 
 
 def _check_free(folders: Iterable[Path]) -> None:

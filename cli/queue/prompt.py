@@ -14,7 +14,7 @@ Prompt = Mapping[str, Mapping[str, Any]]
 
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 FIRST_VALUES = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}  # of widgets that declare no default
-WIDGET_TYPES = (*FIRST_VALUES, "COMBO", "COLOR", "CURVE", "BOUNDING_BOX", "RANGE")
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}  # as typed; a server takes any text for true
 
 
 class UsageError(ValueError):
@@ -22,11 +22,12 @@ class UsageError(ValueError):
 
 
 class Override(NamedTuple):
-    """One input of one node, by the node's id, and its new value."""
+    """One input of one node, by the node's id, and its new value; typed: a text to read as the input's type."""
 
     node: str
     input: str
     value: Any
+    typed: bool = False
 
 
 class Spec(NamedTuple):
@@ -48,10 +49,28 @@ class Spec(NamedTuple):
     @property
     def default(self) -> Any:
         """A widget's first value; None if the input is no widget or has none."""
-        kind = "COMBO" if isinstance(self.kind, list) else self.options.get("widgetType", self.kind)
-        if self.options.get("forceInput") or kind not in WIDGET_TYPES:
+        if self.options.get("forceInput"):
             return None
-        return self.options.get("default", self.choices[0] if self.choices else FIRST_VALUES.get(kind))
+        return self.options.get("default", self.choices[0] if self.choices else FIRST_VALUES.get(str(self.kind)))
+
+    def read(self, typed: str) -> Any:
+        """A value as typed: a text or a choice stays (a text may be in JSON's quotes), else JSON if it parses as such.
+
+        Raises UsageError for what is no boolean and should be one.
+        """
+        try:
+            value = json.loads(typed, parse_constant=str)
+        except (ValueError, RecursionError):
+            value = typed
+        if self.kind == "STRING":
+            return value if isinstance(value, str) else typed
+        if typed in (*self.choices, *self.branches):
+            return typed
+        if self.kind == "BOOLEAN":
+            if typed.strip().lower() not in BOOLEANS:
+                raise UsageError(f"{typed!r} is neither true nor false")
+            return BOOLEANS[typed.strip().lower()]
+        return value
 
 
 def read_workflow(path: Path) -> Prompt:
@@ -105,40 +124,20 @@ def find_input(prompt: Prompt, target: str) -> tuple[str, str | None]:
     raise UsageError(f"no node is called {target.partition('.')[0]!r}; the workflow has {list_nodes(prompt)}")
 
 
-def override(prompt: Prompt, target: str, value: Any) -> Override:
+def override(prompt: Prompt, target: str, value: Any, *, typed: bool = False) -> Override:
     """The Override for `node.input`."""
     node, name = find_input(prompt, target)
     if name is None:
         raise UsageError(f"{target!r} names a node but no input; write {target}.INPUT")
-    return Override(node, name, value)
+    return Override(node, name, value, typed)
 
 
-def read_override(prompt: Prompt, object_info: Mapping[str, Any], text: str) -> Override:
-    """`node.input=value` as an Override, the value read as the type that the input declares.
-
-    Texts and choices stay as typed (a text may be in JSON's quotes); anything else is JSON if it parses as such.
-    """
-    target, equals, typed = text.partition("=")
+def read_override(prompt: Prompt, text: str) -> Override:
+    """`node.input=value` as an Override."""
+    target, equals, value = text.partition("=")
     if not equals:
         raise UsageError(f"--set {text}: no '=' in it; write NODE.INPUT=VALUE, for example 4.seed=7")
-    try:
-        value = json.loads(typed, parse_constant=str)
-    except (ValueError, RecursionError):
-        value = typed
-    found = override(prompt, target.strip(), value)
-    spec = _declared(object_info, prompt[found.node]).get(found.input)
-    if spec is None:
-        return found
-    if spec.kind == "STRING":
-        value = value if isinstance(value, str) else typed
-    elif typed in (*spec.choices, *spec.branches):
-        value = typed
-    elif spec.kind == "BOOLEAN" and not isinstance(value, bool):  # a server takes any text for true
-        words = {"true": True, "1": True, "false": False, "0": False}
-        if typed.strip().lower() not in words:
-            raise UsageError(f"--set {text}: {typed!r} is neither true nor false")
-        value = words[typed.strip().lower()]
-    return found._replace(value=value)
+    return override(prompt, target.strip(), value, typed=True)
 
 
 def apply_overrides(
@@ -151,22 +150,25 @@ def apply_overrides(
     """
     changed = {key: {**node, "inputs": dict(mapping(node.get("inputs")))} for key, node in prompt.items()}
     # A dynamic combo's own key first: it decides which names exist below it.
-    for node, name, value in sorted(overrides, key=lambda one: one.input.count(".")):
+    for node, name, value, typed in sorted(overrides, key=lambda one: one.input.count(".")):
         inputs, title = changed[node]["inputs"], title_of(prompt, node)
-        declared = _declared(object_info, changed[node], chosen=inputs)
+        declared = _declared(object_info, changed[node])
         known = sorted({*declared, *inputs})
         if name not in known:
             raise UsageError(f"{title} (node {node}) has no input {name!r}; it has {', '.join(known) or 'none'}")
-        spec = declared.get(name)
-        if spec is None or spec.kind != DYNAMIC_COMBO:
+        spec = declared.get(name, Spec(None, {}))
+        try:
+            value = spec.read(value) if typed else value
+        except UsageError as error:
+            raise UsageError(f"{title}: {name}: {error}") from None
+        if spec.kind != DYNAMIC_COMBO:
             inputs[name] = _literal(value)
-            continue
-        if value not in list(spec.branches):
+        elif value not in list(spec.branches):
             raise UsageError(f"{title}: {name}: {value!r} is not a choice; use one of {', '.join(spec.branches)}")
-        if value != inputs.get(name):
+        elif value != inputs.get(name):
             for old in [key for key in inputs if key.startswith(f"{name}.")]:
                 del inputs[old]
-            inputs.update(_chosen(name, spec, value))
+            _choose(inputs, name, spec, value)
     return changed
 
 
@@ -203,34 +205,22 @@ def _fields(inputs: Any, prefix: str = "") -> dict[str, Spec]:
     }
 
 
-def _declared(
-    object_info: Mapping[str, Any], node: Mapping[str, Any], chosen: Mapping[str, Any] | None = None
-) -> dict[str, Spec]:
-    """A node's inputs by dotted name: those below the keys `chosen` for its dynamic combos, or below all keys."""
+def _declared(object_info: Mapping[str, Any], node: Mapping[str, Any]) -> dict[str, Spec]:
+    """A node's inputs by dotted name, with those below the chosen keys of its dynamic combos."""
     found: dict[str, Spec] = {}
     new = _fields(mapping(object_info.get(node["class_type"])).get("input"))
     while new:
-        found = {**new, **found}
-        new = {
-            name: spec
-            for combo, parent in new.items()
-            for key, inputs in parent.branches.items()
-            if chosen is None or key == chosen.get(combo)
-            for name, spec in _fields(inputs, f"{combo}.").items()
-        }
+        found |= new
+        chosen = {name: spec.branches.get(str(node["inputs"].get(name))) for name, spec in new.items()}
+        new = {name: spec for combo, inputs in chosen.items() for name, spec in _fields(inputs, f"{combo}.").items()}
     return found
 
 
-def _chosen(name: str, spec: Spec, key: str) -> dict[str, Any]:
-    """A dynamic combo `name` with `key` chosen, and the defaults of the widgets below it."""
-    found: dict[str, Any] = {}
-    combos = [(name, spec, key)]
-    while combos:
-        name, spec, key = combos.pop()
-        found[name] = key
-        for inner, below in _fields(spec.branches[key], f"{name}.").items():
-            if below.branches:
-                combos.append((inner, below, next(iter(below.branches))))
-            elif below.default is not None:
-                found[inner] = _literal(below.default)
-    return found
+def _choose(inputs: dict[str, Any], name: str, spec: Spec, key: str) -> None:
+    """Set a dynamic combo to `key`, and the widgets below it to their defaults."""
+    inputs[name] = key
+    for inner, below in _fields(spec.branches[key], f"{name}.").items():
+        if below.branches:
+            _choose(inputs, inner, below, next(iter(below.branches)))
+        elif below.default is not None:
+            inputs[inner] = _literal(below.default)

@@ -1,7 +1,7 @@
 """One prompt on the server: its events, its end, and the files that it wrote."""
 
 import math
-import re
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,7 +13,7 @@ from typing import Any
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection
 
-from ...lightforcing_core.files.output import whole_file
+from ...lightforcing_core.files.output import free_name, whole_file
 from .jobs import Job
 from .prompt import listing, mapping, read_object, title_of
 from .server import ComfyServer, QueueError, RemoteFile, ServerUnreachable
@@ -207,8 +207,7 @@ def read_preview(frame: bytes) -> Mapping[str, Any]:
 def save_preview(folder: Path, image: bytes, suffix: str) -> Path:
     """Write a preview below `folder` under the next number, `00001.jpg`, `00002.jpg`, …"""
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = [int(path.stem) for path in folder.iterdir() if re.fullmatch(r"\d+", path.stem)]
-    path = folder / f"{max(numbers, default=0) + 1:05d}{suffix}"
+    path = free_name(folder / f"{len(os.listdir(folder)) + 1:05d}{suffix}")
     with whole_file(path) as unfinished:
         unfinished.write_bytes(image)
     return path

@@ -1,8 +1,7 @@
 """ComfyUI's HTTP API on one server, one request at a time.
 
 POST /prompt takes a prompt, the WebSocket /ws sends its progress, /history/{id} holds its outcome (the last event alone
-does not tell success from failure), /view serves files, /queue and /interrupt cancel. Every answer is bounded in size
-and time.
+does not tell success from failure), /view serves files, /queue and /interrupt cancel.
 """
 
 import base64
@@ -10,7 +9,6 @@ import json
 import os
 import re
 import ssl
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -25,11 +23,8 @@ from websockets.sync.client import ClientConnection, connect
 from ...lightforcing_core.files.output import free_name, whole_file
 from .prompt import Prompt, UsageError, listing, mapping, read_object, title_of
 
-MOST_JSON = 256 << 20  # bytes; /object_info of a server with many node packs and models has tens of millions
-MOST_FILE = 1 << 40
-MOST_EVENT = 64 << 20
+MOST_EVENT = 64 << 20  # bytes
 MOST_FOLDERS, LONGEST_NAME = 32, 200  # of a file on the server; the name in bytes
-SLOWEST = 4096  # bytes per second; a slower answer counts as none
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _AWAY = (502, 503, 504)  # a proxy's answers while the server behind it restarts
 # In no file name: control characters, Windows' mark of a drive, halves of characters.
@@ -73,15 +68,15 @@ class ComfyServer:
             shown = url.rpartition("@")[2]
             raise UsageError(f"{shown} is not a server address; use one like http://127.0.0.1:8188")
         self.url = f"{address.scheme}://{address.netloc.decode()}{address.path.rstrip('/')}"
-        self.timeout = timeout
+        self._timeout = timeout
         secret = base64.b64encode(f"{address.username}:{address.password}".encode()).decode()
-        self.headers = {"Authorization": f"Basic {secret}"} if address.userinfo else {}
+        self._headers = {"Authorization": f"Basic {secret}"} if address.userinfo else {}
         # The environment's proxy never serves this machine, nor the hosts that the system excludes from it.
         self._direct = address.host in _LOCAL or bool(urllib.request.proxy_bypass(address.host))
         system = ssl.create_default_context()  # httpx alone would not know the certificates of the system's store
         try:
             self._client = httpx.Client(
-                base_url=self.url, headers=self.headers, timeout=timeout, verify=system, trust_env=not self._direct
+                base_url=self.url, headers=self._headers, timeout=timeout, verify=system, trust_env=not self._direct
             )
         except (ImportError, ValueError) as error:  # ALL_PROXY may name a kind of proxy that httpx cannot use
             raise UsageError(f"cannot use the proxy that this environment names: {error}") from error
@@ -130,10 +125,10 @@ class ComfyServer:
         try:
             socket = connect(
                 address,
-                additional_headers=self.headers,
+                additional_headers=self._headers,
                 compression=None,
                 proxy=None if self._direct else True,
-                open_timeout=self.timeout,
+                open_timeout=self._timeout,
                 close_timeout=1,
                 max_size=MOST_EVENT,
             ).__enter__()  # the caller closes it
@@ -152,61 +147,49 @@ class ComfyServer:
         target.parent.mkdir(parents=True, exist_ok=True)
         target = free_name(target)
         query = urllib.parse.urlencode(remote._asdict(), errors="replace")
-        answer = self._answer("GET", f"/view?{query}", None, MOST_FILE)
-        with whole_file(target) as partial, answer as parts, partial.open("wb") as file:
-            file.writelines(parts)
+        answer = self._answer("GET", f"/view?{query}")
+        with whole_file(target) as partial, answer as response, partial.open("wb") as file:
+            file.writelines(response.iter_bytes())
             file.flush()
             os.fsync(file.fileno())
         return target
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
         """The JSON object of an answer, an empty one if the answer is empty. Raises ServerUnreachable or QueueError."""
-        with self._answer(method, path, body, MOST_JSON) as parts:
-            text = b"".join(parts)
+        with self._answer(method, path, body) as response:
+            text = response.read()
         answer = read_object(text)
         if text and not answer and text.strip() != b"{}":
             raise ServerUnreachable(f"{self.url}{path} does not answer as ComfyUI does; is it a ComfyUI server?")
         return answer
 
     @contextmanager
-    def _answer(self, method: str, path: str, body: Mapping[str, Any] | None, most: int) -> Iterator[Iterator[bytes]]:
-        """The body of a good answer, part by part; any other answer raises the server's own words."""
+    def _answer(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Iterator[httpx.Response]:
+        """A good answer, its body still to be read; any other raises the server's own words."""
         content = None if body is None else json.dumps(body).encode()
         headers = {} if body is None else {"Content-Type": "application/json"}
         try:
             with self._client.stream(method, path, content=content, headers=headers) as response:
-                parts = self._bounded(response, most)
                 if not response.is_success:
-                    raise self._refusal(path, response, b"".join(parts), mapping(body).get("prompt") or {})
-                yield parts
+                    response.read()
+                    raise self._refusal(path, response, mapping(body).get("prompt") or {})
+                yield response
         except httpx.HTTPError as error:
             raise ServerUnreachable(f"no ComfyUI server answers at {self.url}: {str(error) or repr(error)}") from error
 
-    def _bounded(self, response: httpx.Response, most: int) -> Iterator[bytes]:
-        start, received = time.monotonic(), 0
-        for part in response.iter_bytes():
-            received += len(part)
-            if received > most:
-                raise QueueError(f"an answer of {self.url} is larger than {most} bytes")
-            if time.monotonic() - start > self.timeout + received / SLOWEST:
-                raise ServerUnreachable(f"{self.url} sends less than {SLOWEST} bytes a second")
-            yield part
-
-    def _refusal(self, path: str, response: httpx.Response, content: bytes, prompt: Prompt) -> QueueError:
+    def _refusal(self, path: str, response: httpx.Response, prompt: Prompt) -> QueueError:
         """The server's own words for an HTTP error."""
         status = f"HTTP {response.status_code} {response.reason_phrase}"
         if response.status_code in _AWAY:
             return ServerUnreachable(f"no ComfyUI server answers at {self.url}: {status}")
-        answer = read_object(content)
+        answer = read_object(response.content)
         error = mapping(answer.get("error"))
         if not error:
-            text = response.headers.get("Location") or content[:300].decode(errors="replace").strip()
+            text = response.headers.get("Location") or response.text[:300].strip()
             return QueueError(f"{self.url}{path} answers {status}: {text}")
-        message, details = str(error.get("message", error.get("type"))), str(error.get("details") or "")
         lines = node_error_lines(prompt, answer.get("node_errors"))
-        if not lines and details and details not in message:
-            message += f" ({details})"
-        return QueueError("\n".join([message, *lines]))
+        message = str(error.get("message", error.get("type")))
+        return QueueError("\n".join([message if lines else _with_details(message, error.get("details")), *lines]))
 
 
 def node_error_lines(prompt: Prompt, node_errors: Any) -> list[str]:
@@ -215,13 +198,17 @@ def node_error_lines(prompt: Prompt, node_errors: Any) -> list[str]:
     for node, entry in mapping(node_errors).items():
         for error in map(mapping, listing(mapping(entry).get("errors"))):
             name = str(mapping(error.get("extra_info")).get("input_name") or "")
-            message, details = str(error.get("message", "error")), str(error.get("details") or "")
+            details = str(error.get("details") or "")
             if name:
                 # "name: why", "name - why" if a node refuses by itself, or the name alone
                 details = re.sub(rf"^{re.escape(name)}(:\s*|\s+-\s+|$)", "", details).strip()
-            message += f" ({details})" if details and details not in message else ""
+            message = _with_details(str(error.get("message", "error")), details)
             lines.append(": ".join(part for part in (title_of(prompt, node), name, message) if part))
     return lines
+
+
+def _with_details(message: str, details: Any) -> str:
+    return f"{message} ({details})" if details and str(details) not in message else message
 
 
 def _parts(path: str) -> tuple[str, ...]:

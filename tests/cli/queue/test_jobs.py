@@ -14,7 +14,7 @@ QUICKSTART = Path(__file__).resolve().parents[3] / "workflows" / "api" / "quicks
 
 
 def set_inputs(*texts, graph=GRAPH):
-    return apply_overrides(graph, OBJECT_INFO, [read_override(graph, OBJECT_INFO, text) for text in texts])
+    return apply_overrides(graph, OBJECT_INFO, [read_override(graph, text) for text in texts])
 
 
 def encoder(text="x"):
@@ -82,7 +82,7 @@ def test_dynamic_combo_inside_another_starts_with_its_first_key():
     combo = ["COMFY_DYNAMICCOMBO_V3", {"options": [{"key": "off"}, outer]}]
     info = {"A": {"input": {"required": {"mode": combo, "odd": 7}, "optional": None}}}
     graph = {"1": {"class_type": "A", "inputs": {"mode": "off"}}}
-    changed = apply_overrides(graph, info, [read_override(graph, info, "1.mode=on")])
+    changed = apply_overrides(graph, info, [read_override(graph, "1.mode=on")])
     assert changed["1"]["inputs"] == {"mode": "on", "mode.how": "a", "mode.how.x": 3}
 
 
@@ -96,7 +96,7 @@ def test_dynamic_combo_inside_another_starts_with_its_first_key():
         ("3.mode.target=1", "My sampler (node 3) has no input 'mode.target'"),
         ("3.mode=other", "My sampler: mode: 'other' is not a choice; use one of plain, growth"),
         ("3.mode=[1]", "My sampler: mode: [1] is not a choice"),
-        ("3.tail=no", "--set 3.tail=no: 'no' is neither true nor false"),
+        ("3.tail=no", "My sampler: tail: 'no' is neither true nor false"),
     ],
 )
 def test_override_that_fits_nothing_says_what_there_is(text, message):
@@ -107,7 +107,7 @@ def test_override_that_fits_nothing_says_what_there_is(text, message):
 
 def test_title_of_two_nodes_asks_for_an_id():
     with pytest.raises(UsageError, match="2 nodes are called 'CLIPTextEncode'; use an id: 1, 2"):
-        read_override({"1": encoder(), "2": encoder()}, OBJECT_INFO, "CLIPTextEncode.text=x")
+        read_override({"1": encoder(), "2": encoder()}, "CLIPTextEncode.text=x")
 
 
 @pytest.mark.parametrize(

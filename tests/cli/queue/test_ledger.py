@@ -19,9 +19,9 @@ def filled(tmp_path):
     """A folder whose ledger has one job done, one failed, and one sent."""
     ledger = Ledger(tmp_path, [DOG, CAT, COW])
     for job in (DOG, CAT, COW):
-        ledger.sent(job.name, f"id of {job.name}")
+        ledger.set(job.name, state="sent", prompt_id=f"id of {job.name}", client_id=ledger.client_id)
     ledger.done("dog", ["dog/clip.mp4"])
-    ledger.failed("cat", "out of memory")
+    ledger.set("cat", state="failed", error="out of memory")
     ledger.close()
     return tmp_path
 
@@ -34,7 +34,7 @@ def test_next_start_knows_what_is_done_and_what_is_sent(filled):
     ledger.close()
     again = Ledger(filled, [DOG, CAT, COW])
     assert again.client_id == client_id  # the server sends cow's events to whoever has it
-    again.waiting("cow")
+    again.set("cow", state="waiting")
     assert again.states()["cow"] == "waiting"
 
 
@@ -62,7 +62,7 @@ Ledger(Path({str(tmp_path)!r}), [])
 """
     second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another command is working on" in second.stderr
-    ledger.sent("dog", "id")  # the first one is not disturbed
+    ledger.set("dog", state="sent")  # the first one is not disturbed
     ledger.close()
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
@@ -82,20 +82,11 @@ def test_ledger_of_another_version_is_refused(filled):
         Ledger(filled, [DOG])
 
 
-def test_batch_of_version_0_2_is_neither_gone_on_with_nor_done_again(tmp_path):
-    (tmp_path / "queue.jsonl").write_text('{"journal": 1, "client": "c", "digests": {}}\n')
-    with pytest.raises(UsageError) as caught:
-        Ledger(tmp_path, [DOG])
-    assert "is the journal of a batch that version 0.2 began" in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["queue.jsonl"]
-
-
 @pytest.mark.parametrize("state", ["new", "failed"])
 def test_foreign_folder_in_the_way_is_refused(tmp_path, state):
     if state == "failed":
         ledger = Ledger(tmp_path, [DOG])
-        ledger.failed("dog", "out of memory")
+        ledger.set("dog", state="failed")
         ledger.close()
     (tmp_path / "dog").mkdir()
     with pytest.raises(UsageError, match="is there already and not from this batch; choose another --out"):
