@@ -13,7 +13,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from ...lightforcing_core.files.output import prepare_folder
 from .display import Display
@@ -21,12 +20,9 @@ from .jobs import Job, Line, make_jobs, read_prompts, read_seeds
 from .ledger import Ledger, partial_folder
 from .prompt import UsageError, read_override, read_workflow
 from .run import EventStream, Run, RunVanished
-from .server import ComfyServer, QueueError, ServerUnreachable
+from .server import ComfyServer, QueueError, ServerUnreachable, patiently
 
 MOST_LOSSES = 3  # a prompt that went down with the server this often may be the reason
-RETRY_SECONDS = 1.0
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -117,10 +113,11 @@ class _Worker:
         run = Run(job, prompt_id, emit, self.request.previews)
         self.ledger.set(job.name, state="sent", prompt_id=prompt_id, client_id=self.ledger.client_id, error=None)
         try:
-            self._patiently(lambda: self._send(run))
+            patience = self.request.patience
+            patiently(lambda: self._send(run), patience)
             self._fetch_ended()
-            timeout, patience, temp = self.request.timeout, self.request.patience, self.request.temp
-            run.follow(self.server, self.events, timeout=timeout, patience=patience, temp=temp)
+            record = run.follow(self.server, self.events, timeout=self.request.timeout, patience=patience)
+            run.end(record, temp=self.request.temp)
             self.ended = run
         except ServerUnreachable:
             raise
@@ -170,23 +167,11 @@ class _Worker:
         if folder != out:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-        paths = [self._patiently(partial(self.server.download, file, folder)) for file in run.files]
+        paths = [patiently(partial(self.server.download, file, folder), self.request.patience) for file in run.files]
         if folder == out:
             return paths
         os.replace(folder, target)
         return [target / path.relative_to(folder) for path in paths]
-
-    def _patiently(self, call: Callable[[], Result]) -> Result:
-        """`call`, again and again while the server does not answer and patience lasts."""
-        deadline = None
-        while True:
-            try:
-                return call()
-            except ServerUnreachable:
-                deadline = deadline or time.monotonic() + self.request.patience
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(min(RETRY_SECONDS, self.request.patience))
 
     def _fail(self, run: Run, message: str) -> None:
         self.ledger.set(run.job.name, state="failed", error=message)
@@ -201,7 +186,7 @@ def _jobs(request: Request, server: ComfyServer) -> list[Job]:
     lines = [Line(name="prompt")] if request.prompts is None else read_prompts(request.prompts)
     seeds = None if request.seeds is None else read_seeds(request.seeds)
     info = server.object_info() if request.overrides or request.is_batch else {}
-    overrides = [read_override(prompt, text) for text in request.overrides]
+    overrides = list(map(read_override, request.overrides))
     jobs = make_jobs(prompt, info, overrides=overrides, lines=lines, seeds=seeds, prompt_node=request.prompt_node)
     if request.previews is not None and request.is_batch:
         previews, out = request.previews.resolve(), request.out.resolve()

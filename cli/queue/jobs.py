@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .prompt import Override, Prompt, UsageError, apply_overrides, find_input, list_nodes, mapping, override, title_of
+from .prompt import Override, Prompt, UsageError, apply_overrides, find_input, list_nodes, mapping, title_of
 
 # The nodes that a prompt is written into, and their input for it.
 PROMPT_INPUTS = {"CLIPTextEncode": "text", "LightForcingDemoPrompt": "caption"}
@@ -80,18 +80,18 @@ def read_seeds(text: str) -> list[int]:
     return seeds
 
 
-def text_input(prompt: Prompt, wanted: str | None = None) -> tuple[str, str]:
-    """The node id and input that a line's text goes to.
+def text_input(prompt: Prompt, wanted: str | None = None) -> str:
+    """The `node.input` that a line's text goes to.
 
     wanted: `NODE.INPUT`, or `NODE` for its prompt (`text` if the node is not known); without it, the one prompt node
     that feeds a `positive` input.
     """
     if wanted is not None:
         node, name = find_input(prompt, wanted)
-        return node, name or PROMPT_INPUTS.get(prompt[node]["class_type"], "text")
+        return f"{node}.{name or PROMPT_INPUTS.get(prompt[node]['class_type'], 'text')}"
     candidates = _prompts_of_positive(prompt)
     if len(candidates) == 1:
-        return candidates[0], PROMPT_INPUTS[prompt[candidates[0]]["class_type"]]
+        return f"{candidates[0]}.{PROMPT_INPUTS[prompt[candidates[0]]['class_type']]}"
     way_out = f"say with --prompt-node NODE or NODE.INPUT where the text goes; the workflow has {list_nodes(prompt)}"
     if not candidates:
         raise UsageError(f"no {' or '.join(PROMPT_INPUTS)} feeds a positive input; {way_out}")
@@ -121,11 +121,11 @@ def make_jobs(
         if seeds is not None and line.seed is not None:
             raise UsageError(f"{name} has a seed of its own; leave out --seeds")
         for seed in (line.seed,) if seeds is None else seeds:
-            own = [override(base, key, value) for key, value in line.set.items()]
+            own = [Override(key, value) for key, value in line.set.items()]
             if target is not None and line.text is not None:
-                own.append(Override(*target, line.text))
+                own.append(Override(target, line.text))
             if seed is not None:
-                own += [Override(node, key, seed) for node, key in _seed_inputs(base)]
+                own += [Override(key, seed) for key in _seed_inputs(base)]
             full_name = name if seeds is None else f"{name}-seed{seed}"
             jobs.append(Job(full_name, apply_overrides(base, object_info, own) if own else base))
     _check_names([job.name for job in jobs])
@@ -159,10 +159,10 @@ def _links(node: Mapping[str, Any], only: str | None = None) -> Iterator[tuple[s
             yield str(value[0]), value[1]
 
 
-def _seed_inputs(prompt: Prompt) -> list[tuple[str, str]]:
+def _seed_inputs(prompt: Prompt) -> list[str]:
     """Every seed that is a number in the node itself."""
     found = [
-        (node, name)
+        f"{node}.{name}"
         for node, entry in prompt.items()
         for name, value in mapping(entry.get("inputs")).items()
         if name.split(".")[-1] in SEED_NAMES and isinstance(value, int)

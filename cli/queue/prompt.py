@@ -22,10 +22,9 @@ class UsageError(ValueError):
 
 
 class Override(NamedTuple):
-    """One input of one node, by the node's id, and its new value; typed: a text to read as the input's type."""
+    """`node.input` and its new value; typed: a text to read as the input's type."""
 
-    node: str
-    input: str
+    target: str
     value: Any
     typed: bool = False
 
@@ -124,20 +123,12 @@ def find_input(prompt: Prompt, target: str) -> tuple[str, str | None]:
     raise UsageError(f"no node is called {target.partition('.')[0]!r}; the workflow has {list_nodes(prompt)}")
 
 
-def override(prompt: Prompt, target: str, value: Any, *, typed: bool = False) -> Override:
-    """The Override for `node.input`."""
-    node, name = find_input(prompt, target)
-    if name is None:
-        raise UsageError(f"{target!r} names a node but no input; write {target}.INPUT")
-    return Override(node, name, value, typed)
-
-
-def read_override(prompt: Prompt, text: str) -> Override:
+def read_override(text: str) -> Override:
     """`node.input=value` as an Override."""
     target, equals, value = text.partition("=")
     if not equals:
         raise UsageError(f"--set {text}: no '=' in it; write NODE.INPUT=VALUE, for example 4.seed=7")
-    return override(prompt, target.strip(), value, typed=True)
+    return Override(target.strip(), value, typed=True)
 
 
 def apply_overrides(
@@ -150,7 +141,10 @@ def apply_overrides(
     """
     changed = {key: {**node, "inputs": dict(mapping(node.get("inputs")))} for key, node in prompt.items()}
     # A dynamic combo's own key first: it decides which names exist below it.
-    for node, name, value, typed in sorted(overrides, key=lambda one: one.input.count(".")):
+    found = [(*find_input(prompt, target), target, value, typed) for target, value, typed in overrides]
+    for node, name, target, value, typed in sorted(found, key=lambda one: str(one[1]).count(".")):
+        if name is None:
+            raise UsageError(f"{target!r} names a node but no input; write {target}.INPUT")
         inputs, title = changed[node]["inputs"], title_of(prompt, node)
         declared = _declared(object_info, changed[node])
         known = sorted({*declared, *inputs})

@@ -16,7 +16,7 @@ from websockets.sync.client import ClientConnection
 from ...lightforcing_core.files.output import free_name, whole_file
 from .jobs import Job
 from .prompt import listing, mapping, read_object, title_of
-from .server import ComfyServer, QueueError, RemoteFile, ServerUnreachable
+from .server import ComfyServer, QueueError, RemoteFile, ServerUnreachable, patiently
 
 TICK_SECONDS = 0.5  # longest wait for one event
 IDLE_SECONDS = 2.0  # after this long without an event, ask /history
@@ -64,7 +64,7 @@ class Run:
 
     emit: called as emit(kind, **fields) for `progress` and `preview`.
     previews: folder for the pictures that the server sends while it samples, None to drop them.
-    files, cached: after `follow`, the files to fetch, and whether the server answered from its cache.
+    files, cached: after `end`, the files to fetch, and whether the server answered from its cache.
     """
 
     job: Job
@@ -76,48 +76,47 @@ class Run:
     cached: bool = False
     since: float = field(default_factory=time.monotonic)
     _started: bool = False
+    _last_event: float = -math.inf  # so /history is asked first: an earlier command may have sent this run
     _node: str | None = None
     _done: set[str] = field(default_factory=set)
     _error: Mapping[str, Any] = field(default_factory=dict)
 
     def follow(
-        self, server: ComfyServer, events: EventStream, *, timeout: float | None, patience: float, temp: bool
-    ) -> None:
-        """Listen until /history has the run, through dropped connections.
+        self, server: ComfyServer, events: EventStream, *, timeout: float | None, patience: float
+    ) -> Mapping[str, Any]:
+        """Listen until /history has the run, through dropped connections; its record there.
 
         timeout: seconds from now until the run is cancelled and given up, None for ever.
         patience: seconds without any answer until ServerUnreachable is raised.
-        temp: list the files of preview nodes too.
 
-        Raises RunVanished if the server restarted and no longer knows the run, QueueError if the run failed.
+        Raises RunVanished if the server restarted and no longer knows the run, QueueError if somebody deleted it.
         """
-        start = last_contact = time.monotonic()
-        last_event = -math.inf  # so /history is asked first: an earlier command may have sent this run
-        openings = events.openings
+        start, openings = time.monotonic(), events.openings
         while timeout is None or time.monotonic() - start < timeout:
-            try:
-                event = events.next()
-                if event is not None:
-                    last_event = last_contact = time.monotonic()
-                idle = time.monotonic() - last_event >= IDLE_SECONDS
-                if idle or (event is not None and self._take(event)):
-                    record = server.history(self.prompt_id)
-                    if record is None and idle and not server.has_queued(self.prompt_id):
-                        record = server.history(self.prompt_id)  # it may have ended between the two answers
-                        if record is None:
-                            gone = "the run is neither in the server's queue nor in its history"
-                            if events.openings > openings:
-                                raise RunVanished(f"{gone}: the server restarted")
-                            raise QueueError(f"{gone}: somebody deleted it there")
-                    if record is not None:
-                        return self._end(record, temp=temp)
-                    last_event = last_contact = time.monotonic()
-            except ServerUnreachable as error:
-                if time.monotonic() - last_contact > patience:
-                    raise ServerUnreachable(f"lost the server during run {self.prompt_id}: {error}") from error
-                time.sleep(min(1.0, patience))
+            record = patiently(lambda: self._listen(server, events, openings), patience)
+            if record is not None:
+                return record
         server.cancel(self.prompt_id)
         raise QueueError(f"not finished after {timeout:g} s, cancelled; allow more with --timeout")
+
+    def _listen(self, server: ComfyServer, events: EventStream, openings: int) -> Mapping[str, Any] | None:
+        """Take one event; after the last one, and if there is none for a while, the record in /history."""
+        event = events.next()
+        if event is not None:
+            self._last_event = time.monotonic()
+        idle = time.monotonic() - self._last_event >= IDLE_SECONDS
+        if not idle and (event is None or not self._take(event)):
+            return None
+        record = server.history(self.prompt_id)
+        if record is None and idle and not server.has_queued(self.prompt_id):
+            record = server.history(self.prompt_id)  # it may have ended between the two answers
+            if record is None:
+                gone = "the run is neither in the server's queue nor in its history"
+                if events.openings > openings:
+                    raise RunVanished(f"{gone}: the server restarted")
+                raise QueueError(f"{gone}: somebody deleted it there")
+        self._last_event = time.monotonic()
+        return record
 
     def _take(self, event: Mapping[str, Any]) -> bool:
         """Note one event; whether it may be the last."""
@@ -156,7 +155,7 @@ class Run:
         done = len(self._done & set(nodes))
         self.emit("progress", node=title, value=value, total=total, nodes_done=done, nodes=len(nodes))
 
-    def _end(self, record: Mapping[str, Any], *, temp: bool) -> None:
+    def end(self, record: Mapping[str, Any], *, temp: bool) -> None:
         """Note the outcome in a history record. Raises QueueError if it, or an error event, tells of a failure."""
         status = mapping(record.get("status"))
         rows = map(listing, listing(status.get("messages")))

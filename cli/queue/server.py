@@ -9,12 +9,13 @@ import json
 import os
 import re
 import ssl
+import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 from websockets.exceptions import WebSocketException
@@ -25,10 +26,14 @@ from .prompt import Prompt, UsageError, listing, mapping, read_object, title_of
 
 MOST_EVENT = 64 << 20  # bytes
 MOST_FOLDERS, LONGEST_NAME = 32, 200  # of a file on the server; the name in bytes
+RETRY_SECONDS = 1.0
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _AWAY = (502, 503, 504)  # a proxy's answers while the server behind it restarts
 # In no file name: control characters, Windows' mark of a drive, halves of characters.
 _UNFIT = re.compile(r"[\x00-\x1f\x7f:\ud800-\udfff]")
+
+
+Result = TypeVar("Result")
 
 
 class QueueError(OSError):
@@ -37,6 +42,19 @@ class QueueError(OSError):
 
 class ServerUnreachable(QueueError):
     """Nothing, or nothing that speaks ComfyUI's protocol, answers at the address."""
+
+
+def patiently(call: Callable[[], Result], patience: float) -> Result:
+    """`call`, again and again while the server does not answer, for so many seconds."""
+    deadline = None
+    while True:
+        try:
+            return call()
+        except ServerUnreachable:
+            deadline = deadline or time.monotonic() + patience
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(min(RETRY_SECONDS, patience))
 
 
 class RemoteFile(NamedTuple):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightforcing.cli.queue import batch, run
+from lightforcing.cli.queue import run, server
 
 from ...support.fake_comfy import FakeComfy
 from ...support.queue_samples import render_text
@@ -13,7 +13,7 @@ def comfy(monkeypatch):
     """A server that renders the sample graph, and a client that asks often."""
     monkeypatch.setattr(run, "TICK_SECONDS", 0.05)
     monkeypatch.setattr(run, "IDLE_SECONDS", 0.2)
-    monkeypatch.setattr(batch, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(server, "RETRY_SECONDS", 0.1)
     fake = FakeComfy()
     render_text(fake)
     with fake.running():

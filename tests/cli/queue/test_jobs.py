@@ -14,7 +14,7 @@ QUICKSTART = Path(__file__).resolve().parents[3] / "workflows" / "api" / "quicks
 
 
 def set_inputs(*texts, graph=GRAPH):
-    return apply_overrides(graph, OBJECT_INFO, [read_override(graph, text) for text in texts])
+    return apply_overrides(graph, OBJECT_INFO, [read_override(text) for text in texts])
 
 
 def encoder(text="x"):
@@ -82,7 +82,7 @@ def test_dynamic_combo_inside_another_starts_with_its_first_key():
     combo = ["COMFY_DYNAMICCOMBO_V3", {"options": [{"key": "off"}, outer]}]
     info = {"A": {"input": {"required": {"mode": combo, "odd": 7}, "optional": None}}}
     graph = {"1": {"class_type": "A", "inputs": {"mode": "off"}}}
-    changed = apply_overrides(graph, info, [read_override(graph, "1.mode=on")])
+    changed = apply_overrides(graph, info, [read_override("1.mode=on")])
     assert changed["1"]["inputs"] == {"mode": "on", "mode.how": "a", "mode.how.x": 3}
 
 
@@ -107,7 +107,7 @@ def test_override_that_fits_nothing_says_what_there_is(text, message):
 
 def test_title_of_two_nodes_asks_for_an_id():
     with pytest.raises(UsageError, match="2 nodes are called 'CLIPTextEncode'; use an id: 1, 2"):
-        read_override({"1": encoder(), "2": encoder()}, "CLIPTextEncode.text=x")
+        set_inputs("CLIPTextEncode.text=x", graph={"1": encoder(), "2": encoder()})
 
 
 @pytest.mark.parametrize(
@@ -163,15 +163,15 @@ def test_text_goes_to_the_encoder_that_feeds_positive():
         "5": {"class_type": "Sampler", "inputs": {"positive": ["4", 0], "negative": ["4", 1]}},
         "6": encoder(),
     }
-    assert text_input(graph) == ("1", "text")
-    assert text_input(graph, "6") == ("6", "text")
-    assert text_input(graph, "Combine.conditioning") == ("3", "conditioning")
+    assert text_input(graph) == "1.text"
+    assert text_input(graph, "6") == "6.text"
+    assert text_input(graph, "Combine.conditioning") == "3.conditioning"
 
 
 def test_text_goes_to_the_caption_of_the_quickstart():
     graph = json.loads(QUICKSTART.read_text(encoding="utf-8"))
     (node,) = [one for one in graph if graph[one]["class_type"] == "LightForcingDemoPrompt"]
-    assert text_input(graph) == text_input(graph, node) == (node, "caption")
+    assert text_input(graph) == text_input(graph, node) == f"{node}.caption"
     (job,) = make_jobs(graph, {}, lines=[Line("on a striped background a blue square moves up quickly")])
     assert job.prompt[node]["inputs"] == {"caption": "on a striped background a blue square moves up quickly"}
 
@@ -198,7 +198,7 @@ def test_no_or_several_prompt_nodes_ask_for_the_node(first, message):
 
 def test_each_line_and_seed_is_a_job():
     lines = [Line("a dog"), Line("a cat", name="cat", set={"3.cfg": 2.0})]
-    jobs = make_jobs(GRAPH, OBJECT_INFO, lines=lines, seeds=[1, 2], overrides=[Override("3", "cfg", 1.0)])
+    jobs = make_jobs(GRAPH, OBJECT_INFO, lines=lines, seeds=[1, 2], overrides=[Override("3.cfg", 1.0)])
     inputs = [(job.prompt["2"]["inputs"], job.prompt["3"]["inputs"]) for job in jobs]
     found = [
         (job.name, two["text"], three["seed"], three["cfg"]) for job, (two, three) in zip(jobs, inputs, strict=True)
