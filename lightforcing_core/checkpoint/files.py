@@ -27,7 +27,6 @@ class WeightFile:
         allows it, so that nothing is read before it is used.
     """
 
-    path: Path
     files: tuple[Path, ...]
     contents: dict[str, Any]
     metadata: dict[str, str] = field(default_factory=dict)
@@ -56,7 +55,7 @@ def open_weights(path: str | Path) -> WeightFile:
             )
         contents.update(stored)
         metadata.update(notes)
-    return WeightFile(path, files, contents, metadata)
+    return WeightFile(files, contents, metadata)
 
 
 def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:

@@ -46,17 +46,6 @@ def test_every_naming_gives_wans_own_names(tmp_path, wrapping, suffix):
     assert not any("skipped" in note for note in info.notes)
 
 
-def test_diffusers_norm2_is_wans_norm3(tmp_path):
-    weights = tiny_wan(layers=1)
-    stored = in_diffusers_names(weights)
-    assert "blocks.0.norm2.weight" in stored
-    assert not any("norm3" in name for name in stored)
-    save_file(stored, tmp_path / "d.safetensors")
-    loaded, info = load_dit_state_dict(tmp_path / "d.safetensors")
-    assert torch.equal(loaded["blocks.0.norm3.weight"], stored["blocks.0.norm2.weight"])
-    assert info.layout == "diffusers names"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_stored_dtypes_are_kept(tmp_path, dtype):
     weights = tiny_wan(dtype=dtype, layers=1)
