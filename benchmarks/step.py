@@ -13,6 +13,7 @@ from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.chunk import ChunkAttention
 from ..lightforcing_core.model import causal, cuda_graph
 from ..lightforcing_core.model.causal import ModelState, Predict, predict
+from ..lightforcing_core.model.cuda_capture import CudaRecorder
 from ..lightforcing_core.model.kv_cache import KVCache
 from ..lightforcing_core.model.kv_storage import CacheShape
 from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
@@ -32,7 +33,7 @@ def run_step(bench: StepBench) -> dict[str, Any]:
     """Measure both arms on one model and one full cache; returns the record of `bench step`."""
     check_chunk(bench.chunk)
     device, dtype = bench.place.prepare()
-    if bench.cuda_graph and (reason := cuda_graph.CudaRecorder.why_not(device)):
+    if bench.cuda_graph and (reason := CudaRecorder.why_not(device)):
         raise ValueError(f"the forward cannot be recorded as a CUDA graph: {reason}; leave out --cuda-graph")
     dim, layers = bench.model.dim, bench.model.layers or (REAL_LAYERS if device.type == "cuda" else 2)
     weights = random_state_dict(dim=dim, ffn_dim=bench.model.ffn_dim, layers=layers, text_dim=TEXT_DIM, dtype=dtype)
@@ -95,7 +96,7 @@ def _recorded(device: torch.device) -> Predict:
     def stopped(reason: str) -> None:
         raise RuntimeError(reason)
 
-    return cuda_graph.StepGraph(cuda_graph.CudaRecorder(device), stopped)
+    return cuda_graph.StepGraph(CudaRecorder(device), stopped)
 
 
 def _state_with_history(

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ...lightforcing_core.checkpoint.load import CheckpointError, inspect_checkpoint, load_dit_state_dict
+from ...lightforcing_core.checkpoint.files import CheckpointError
+from ...lightforcing_core.checkpoint.load import inspect_checkpoint, load_dit_state_dict
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS
 from ...lightforcing_core.families import FAMILIES, Family, family_of
 from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path
