@@ -1,5 +1,6 @@
 """The options of sparse attention, and the checks that everything which takes them shares."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from .selection import ESTIMATORS
 
 # Options of earlier versions that saved runs and graphs may still hold, and that have no effect any more.
 RETIRED = frozenset({"reuse_steps"})
+_log = logging.getLogger(__name__)
 
 
 class Pools(NamedTuple):
@@ -66,6 +68,8 @@ class AttentionOptions:
     @classmethod
     def from_saved(cls, facts: Mapping[str, Any]) -> "AttentionOptions":
         """The options that a saved run holds, of this version or an earlier one."""
+        if facts.get("reuse_steps", 1) != 1:
+            _log.warning("[Light Forcing] reuse_steps of the saved run is ignored: every step selects its blocks anew")
         kept = {name: value for name, value in facts.items() if name not in RETIRED}
         return cls(**{**kept, "block": tuple(kept["block"])})
 
