@@ -14,7 +14,7 @@ from .policies import POLICIES, Plan, View
 class ChunkAttention:
     """One chunk's attention. A chunk without a plan is dense, and then `why_dense` says why.
 
-    choice: the backend of a sparse chunk. A backend may still fail and be replaced while the chunk runs.
+    choice: the backend of a chunk that skips blocks. It may still fail and be replaced while the chunk runs.
     """
 
     plan: Plan | None = None
@@ -25,6 +25,11 @@ class ChunkAttention:
     def density(self) -> float:
         """The share of visible key blocks that the chunk reads."""
         return 1.0 if self.plan is None else self.plan.density
+
+    @property
+    def no_backend(self) -> str | None:
+        """Why the chunk is dense although it was to skip blocks: no sparse backend works; or None."""
+        return self.choice.reason if self.choice and self.choice.name == DENSE.name else None
 
 
 def plan_chunk(
@@ -52,7 +57,7 @@ def plan_chunk(
     choice = choose(call, options.backend)
     if choice.name == DENSE.name:
         announce(choice, call.q.device)
-        return ChunkAttention(why_dense=f"no sparse attention backend works here: {choice.reason}")
+        return ChunkAttention(choice=choice, why_dense=f"no sparse attention backend works here: {choice.reason}")
     plan = rule.plan(view, sparsity, options.budget)
     why_dense = None
     if plan.kept == view.k_blocks:

@@ -199,6 +199,7 @@ class ChunkLoop:
                     steps=len(levels) - 1,
                     done=done,
                     total=self.total,
+                    no_backend=states[0].chunk.attention.no_backend,
                     x=x,
                     x0=x0,
                     density=states[0].chunk.density,

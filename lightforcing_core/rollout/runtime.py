@@ -37,6 +37,7 @@ class StepEvent:
     done, total: steps of the whole run.
     x, x0: [B, C, frames, h, w], the step's input and its prediction.
     density: the share of visible key blocks that the chunk attends to.
+    no_backend: why no sparse backend works, if the chunk is dense for that reason.
     """
 
     chunk: int
@@ -50,6 +51,7 @@ class StepEvent:
     x: Tensor
     x0: Tensor
     density: float
+    no_backend: str | None = None
 
 
 @dataclass(frozen=True, eq=False)

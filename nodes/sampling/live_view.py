@@ -68,10 +68,14 @@ class Draft:
 
 
 class ProgressLine(Observer):
-    """A line on the running node: chunk, step, pace and density; then the plan."""
+    """Lines on the running node: chunk, step, pace and density; then the plan.
+
+    why_dense: why attention runs dense although sparsity was asked for, once that is known.
+    """
 
     def __init__(self) -> None:
         self._plan = ""
+        self.why_dense: str | None = None
         self._shown = self._begun = 0.0
         self._pace = ""
         self._last: StepEvent | None = None
@@ -82,6 +86,8 @@ class ProgressLine(Observer):
 
     def step(self, event: StepEvent) -> None:
         now, self._last = time.perf_counter(), event
+        if event.no_backend and self.why_dense is None:
+            self.why_dense = f"dense attention: {event.no_backend}"
         if event.done == 1:
             self._shown, self._begun, self._pace = -math.inf, now, ""
         elif event.step == 0:
@@ -100,8 +106,8 @@ class ProgressLine(Observer):
 
     @property
     def _below(self) -> str:
-        """The plan on a line of its own; nodes drawn by Vue append it to the other line."""
-        return f"\n· {self._plan}"
+        """The reason and the plan on lines of their own; nodes drawn by Vue append them to the first line."""
+        return "".join(f"\n· {line}" for line in (self.why_dense, self._plan) if line)
 
 
 class LiveView(Observer):
@@ -112,7 +118,7 @@ class LiveView(Observer):
     """
 
     def __init__(self, model: ModelPatcher, latent_shape: Sequence[int], *, decodes: bool) -> None:
-        self._line, self._budget = ProgressLine(), Budget()
+        self.line, self._budget = ProgressLine(), Budget()
         self._bar, self._done, self._total = ProgressBar(1), 0, 1
         self._decodes, self._preview = decodes, Preview(model)
         self._draft: Draft | None = None
@@ -140,10 +146,10 @@ class LiveView(Observer):
         return self._preview.callback() if self._preview.is_foreign else self._progress
 
     def begin(self, run: RunState, plan: MemoryPlan) -> None:
-        self._line.begin(run, plan)
+        self.line.begin(run, plan)
 
     def step(self, event: StepEvent) -> None:
-        self._line.step(event)
+        self.line.step(event)
         if self._preview.is_foreign:
             return
         self._take_draft()
@@ -174,7 +180,7 @@ class LiveView(Observer):
 
     def end(self) -> None:
         """The run is over."""
-        self._line.end()
+        self.line.end()
         if self._decodes and not self._preview.is_foreign:
             self._draft = None
             self._pictures.cut(self._decoded)

@@ -159,12 +159,13 @@ class LightForcingSampler(io.ComfyNode):
             live.end()
             if end.reason and files is not None:
                 files.cut_short(end.reason)
+        notes = [note for note in (end.reason, live.line.why_dense) if note]
         if end.reason:
-            show_text(end.reason)
+            show_text("\n· ".join(notes))
         made: dict[str, Any] = {"samples": video.to(result_device())}
         if sampler.record is not None:
             made[RECORD] = sampler.record
-        return io.NodeOutput(made, images_of(decoder), ui=shown(files, end.reason))
+        return io.NodeOutput(made, images_of(decoder), ui=shown(files, notes))
 
 
 def denoising_steps(family: Family, steps: int) -> Sequence[int]:
@@ -194,11 +195,11 @@ def video_files(output: VideoOutput, latents: Tensor, node: type[io.ComfyNode]) 
     return VideoFiles(output, batch=batch, height=8 * height, width=8 * width, metadata=metadata)
 
 
-def shown(files: VideoFiles | None, reason: str | None) -> dict[str, Any] | None:
-    """The node's display after the run: the video files, and why the run ended early."""
+def shown(files: VideoFiles | None, notes: Sequence[str]) -> dict[str, Any] | None:
+    """The node's display after the run: the video files, why the run ended early, and why it was dense."""
     found: dict[str, Any] = {} if files is None else {"images": files.shown(), "animated": (True,)}
-    if reason:
-        found["text"] = (reason,)
+    if notes:
+        found["text"] = tuple(notes)
     return found or None
 
 

@@ -133,8 +133,9 @@ def test_a_sparse_chunk_has_a_plan_and_a_backend():
 )
 def test_a_dense_chunk_has_no_plan_and_says_why(change, reason):
     chunk = planned(**change)
-    assert (chunk.plan, chunk.choice, chunk.density) == (None, None, 1.0)
+    assert (chunk.plan, chunk.density) == (None, 1.0)
     assert chunk.why_dense.startswith(reason)
+    assert bool(chunk.no_backend) == ("backend" in reason)
 
 
 def test_a_plan_that_keeps_every_block_says_so():
