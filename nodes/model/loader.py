@@ -11,7 +11,7 @@ from ...lightforcing_core.checkpoint.files import CheckpointError
 from ...lightforcing_core.checkpoint.load import inspect_checkpoint, load_dit_state_dict
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS
 from ...lightforcing_core.families import FAMILIES, Family, family_of
-from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path
+from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path, show_text
 from ..texts import with_texts
 from .options import AUTO, option_inputs, settings_from
 from .patch import patched
@@ -93,6 +93,7 @@ def assumed(family: Family, widget: str) -> ui.PreviewText | None:
         f"no window, steps {steps}, {family.target:.0%} sparsity. If that is wrong, set `family`."
     )
     log.warning("[Light Forcing] %s", text)
+    show_text(text)  # pages draw the text of a result only on some of ComfyUI's own nodes
     return ui.PreviewText(text)
 
 

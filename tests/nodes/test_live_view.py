@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from websockets.sync.client import connect
 
-from ..support.graphs import HEIGHT, WIDTH, empty, graph, link, loader, save_images
+from ..support.graphs import HEIGHT, WIDTH, apply, core_loader, empty, graph, link, loader, save_images
 
 LENGTH = 45  # video frames: four chunks
 CHUNK_ENDS = (9, 21, 33, 45)
@@ -26,8 +26,13 @@ class Client:
         self.socket = connect(address, max_size=None).__enter__()  # the fixture closes it
         self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
         server.post("/light_forcing/page", {"client_id": self.id, "plays": plays})
-        self.lines, self.sheets, self.messages, self.node_ids = [], [], [], set()
+        self.texts, self.executed = {}, {}  # by node
+        self.sheets, self.messages, self.node_ids = [], [], set()
         self.after_message = lambda: None
+
+    @property
+    def lines(self):
+        return self.texts.get("sampler", [])
 
     def run(self, prompt, **extra):
         prompt_id = str(uuid.uuid4())
@@ -42,6 +47,8 @@ class Client:
             if message["type"] == "light_forcing.preview":
                 self.messages.append(message["data"])
                 self.after_message()
+            if message["type"] == "executed":
+                self.executed[message["data"]["node"]] = message["data"]["output"]
             if message["type"] == "execution_error":
                 raise AssertionError(message["data"]["exception_message"])
             if message["type"] == "execution_success" and message["data"]["prompt_id"] == prompt_id:
@@ -50,8 +57,7 @@ class Client:
     def _binary(self, data):
         kind, size = struct.unpack(">II", data[:8])
         if kind == 3:
-            self.node_ids.add(data[8 : 8 + size].decode())
-            self.lines.append(data[8 + size :].decode())
+            self.texts.setdefault(data[8 : 8 + size].decode(), []).append(data[8 + size :].decode())
         elif kind == 4:
             self.node_ids.add(json.loads(data[8 : 8 + size])["node_id"])
             self.sheets.append(Image.open(io.BytesIO(data[8 + size :])).convert("RGB"))
@@ -179,7 +185,26 @@ def test_line_tells_chunk_step_pace_and_density(client):
     assert steps[0] == "chunk 1/4 · step 1/4 · density 100 %"
     assert any(line.startswith("chunk 4/4") and "s per chunk · density " in line for line in steps)
     assert one.lines[-1].startswith("4 of 4 chunks · ")
-    assert one.node_ids == {"sampler"}
+
+
+@pytest.mark.parametrize("node", ["LightForcingModelLoader", "LightForcingApply"])
+def test_assumed_family_is_shown_on_the_node_and_sent_with_its_result(client, node):
+    one = client()
+    own = {"keep_near": 2}  # no other test has these, so the node is not cached
+    models = {"model": loader(**own)}
+    if node == "LightForcingApply":
+        models = {"file": core_loader("tiny_wan.safetensors"), "model": apply(link("file"), **own)}
+    one.run(graph(models, latent=empty(length=9)))
+    (text,) = one.texts["model"]
+    assert text.startswith("No file name tells which checkpoint this is. Assumed: chunks of 3 latent frames")
+    assert text.endswith("set `family`.")
+    assert one.executed["model"] == {"text": [text]}
+
+
+def test_known_family_has_no_text(client):
+    one = client()
+    one.run(graph({"model": loader(family="self_forcing", keep_near=2)}, latent=empty(length=9)))
+    assert "model" not in one.texts | one.executed
 
 
 def test_without_a_vae_the_preview_method_decides(client):
