@@ -386,7 +386,9 @@ def fused_store(
             )
     for name, projected, weight in (("q", q, q_weight), ("k", k, k_weight)):
         if projected is not None and (weight is None or weight.shape != (width,) or not weight.is_contiguous()):
-            raise ValueError(f"the norm of {name} needs a contiguous weight of {width} values, not {_shape(weight)}")
+            raise ValueError(
+                f"the norm of {name} needs a contiguous weight of {width} values, not {_described(weight)}"
+            )
     for table in (cos, sin):
         if table.dtype != torch.float32 or table.numel() != tokens * head_dim // 2 or not table.is_contiguous():
             raise ValueError(
@@ -445,8 +447,10 @@ def fused_store(
     return None if out is None or means is None else (out, means)
 
 
-def _shape(x: Tensor | None) -> str:
-    return "None" if x is None else f"{x.dtype} {tuple(x.shape)}"
+def _described(x: Tensor | None) -> str:
+    if x is None:
+        return "None"
+    return f"{'contiguous' if x.is_contiguous() else 'strided'} {x.dtype} {tuple(x.shape)} on {x.device}"
 
 
 def _require_ring(
@@ -461,36 +465,28 @@ def _require_ring(
 ) -> int:
     """The number of slots of `ring`; ValueError if its tensors do not fit k, each other, or `slots`."""
     if slots is None or slots.shape != (frames,) or slots.dtype != torch.int32:
-        raise ValueError(f"k and v need int32 slots ({frames},), one for each frame, not {_shape(slots)}")
-    count, batch = ring.keys.shape[1] // tokens_per_frame, k.shape[0]
-    quantised = ring.keys.dtype in LARGEST
+        raise ValueError(f"k and v need int32 slots ({frames},), one for each frame, not {_described(slots)}")
+    count, stored = ring.keys.shape[1] // tokens_per_frame, ring.keys.dtype
     per_frame, parts = (triton.cdiv(tokens_per_frame, size) for size in (block_k, block_k // SUB_BLOCKS))
-    tokens = (batch, count * tokens_per_frame, heads, head_dim)
-    blocks = (batch, count * per_frame, heads, head_dim)
     expected = {
-        "keys": (tokens, ring.keys.dtype),
-        "values": (tokens, ring.keys.dtype),
-        "key_scales": (blocks[:3], torch.float32) if quantised else None,
-        "value_scales": (blocks[:3], torch.float32) if quantised else None,
-        "key_means": (blocks, k.dtype),
-        "frame_means": ((batch, count, heads, head_dim), k.dtype),
-        "arrivals": ((batch, count, heads), torch.int32),
-        "value_means": (blocks, k.dtype),
-        "sub_means": ((batch, count * parts, heads, head_dim), k.dtype),
+        "keys": (tokens_per_frame, head_dim, stored),
+        "values": (tokens_per_frame, head_dim, stored),
+        "key_scales": (per_frame, None, torch.float32),
+        "value_scales": (per_frame, None, torch.float32),
+        "key_means": (per_frame, head_dim, k.dtype),
+        "frame_means": (1, head_dim, k.dtype),
+        "arrivals": (1, None, torch.int32),
+        "value_means": (per_frame, head_dim, k.dtype),
+        "sub_means": (parts, head_dim, k.dtype),
     }
-    if ring.key_means is None:
-        expected |= {"key_means": None, "frame_means": None, "arrivals": None}
-    expected |= {name: None for name in ("value_means", "sub_means") if getattr(ring, name) is None}
-    for name, wanted in expected.items():
-        tensor = getattr(ring, name)
-        if wanted is None or tensor is None:
-            if wanted is not tensor:
-                raise ValueError(f"the ring's {name} must be {wanted}, not {_shape(tensor)}")
-        elif (tensor.shape, tensor.dtype) != wanted or not tensor.is_contiguous() or tensor.device != k.device:
-            raise ValueError(
-                f"the ring's {name} must be contiguous {wanted[1]} {wanted[0]} on {k.device}, not {_shape(tensor)} "
-                f"with strides {tensor.stride()} on {tensor.device}"
-            )
+    absent = {name for name in ("key_means", "value_means", "sub_means") if getattr(ring, name) is None}
+    absent |= {"frame_means", "arrivals"} if ring.key_means is None else set()
+    absent |= set() if stored in LARGEST else {"key_scales", "value_scales"}
+    for name, (rows, dim, dtype) in expected.items():
+        shape = (k.shape[0], count * rows, heads, *(() if dim is None else (dim,)))
+        wanted = "None" if name in absent else f"contiguous {dtype} {shape} on {k.device}"
+        if (found := _described(getattr(ring, name))) != wanted:
+            raise ValueError(f"the ring's {name} must be {wanted}, not {found}")
     if count < frames:
         raise ValueError(f"{frames} frames do not fit into a ring of {count} slots")
     return count

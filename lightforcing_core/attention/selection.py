@@ -186,13 +186,12 @@ class SelectionPlan:
     def _select_fused(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None
     ) -> BlockSelection:
-        from ...kernels import score
         from ...kernels import selection as kernel
 
         parts = None
         if sub_means is not None:
             size = sub_block_layout(self.layout).block
-            parts = score.Parts(sub_means, self.layout.tokens_per_frame, size, SUB_BLOCKS)
+            parts = kernel.Parts(sub_means, self.layout.tokens_per_frame, size, SUB_BLOCKS)
         chosen = kernel.select_blocks(
             q_means, k_means, frame_means, self.frame_ranks, choose=self.choose, kept=self.kept, parts=parts
         )

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime import KernelInterface
 
-from lightforcing.kernels import attend, modulation, rounding, score, selection, store
+from lightforcing.kernels import attend, modulation, rounding, selection, store
 
 from . import attention_variants, fused_variants
 from .ahead_of_time import fused_kernel, fused_row, prepare, row_of
@@ -37,8 +37,8 @@ FAMILIES = ((80, 86, 89), (90,), (100, 103), (120,))
 CODE = {
     "attention": (attend,),
     "store": (store, rounding),
-    "score": (score,),
-    "parts": (score,),
+    "score": (selection,),
+    "parts": (selection,),
     "select": (selection,),
     "norm_scale_shift": (modulation, rounding),
     "gated_add": (modulation, rounding),

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 import triton
 
-from lightforcing.kernels import block_sparse, device, modulation, score, selection, store
+from lightforcing.kernels import block_sparse, device, modulation, selection, store
 from lightforcing.lightforcing_core.model.wan import HEAD_DIM
 
 from .attention_variants import BLOCKS, DTYPES
@@ -29,8 +29,8 @@ FLOATS = ("bf16", "fp16", "fp32")
 POOLED = ("", "+means", "+means+values", "+means+subs", "+means+values+subs")
 LAUNCHED = (
     (store, "_store"),
-    (score, "_score"),
-    (score, "_score_parts"),
+    (selection, "_score"),
+    (selection, "_score_parts"),
     (selection, "_select"),
     (modulation, "_norm_scale_shift"),
     (modulation, "_gated_add"),
@@ -86,13 +86,13 @@ def launch_of(name: str) -> str:
 def constants_of(kernel: str, dtype: str, block: str = "0") -> dict[str, int]:
     itemsize = DTYPES[dtype].itemsize
     if kernel == "score":
-        return score.score_constants(HEAD_DIM, itemsize)
-    return score.part_constants(HEAD_DIM, itemsize, parts_of(dtype, int(block), 1))
+        return selection.score_constants(HEAD_DIM, itemsize)
+    return selection.part_constants(HEAD_DIM, itemsize, parts_of(dtype, int(block), 1))
 
 
-def parts_of(dtype: str, block: int, frames: int) -> score.Parts:
+def parts_of(dtype: str, block: int, frames: int) -> selection.Parts:
     size = block // store.SUB_BLOCKS
-    return score.Parts(heads(frames * triton.cdiv(TOKENS, size), DTYPES[dtype]), TOKENS, size, store.SUB_BLOCKS)
+    return selection.Parts(heads(frames * triton.cdiv(TOKENS, size), DTYPES[dtype]), TOKENS, size, store.SUB_BLOCKS)
 
 
 def compiled(name: str):
@@ -184,13 +184,13 @@ def call_store(dtype, stored, block, parts, launch):
 def call_score(dtype, launch):
     means = heads(75, DTYPES[dtype])
     scores = empty(1, HEADS, 75, 150, dtype=torch.float32)
-    score.score_means(means, means, means, scores, with_frames=True)
+    selection.score_means(means, means, means, scores, with_frames=True)
 
 
 def call_parts(dtype, block, launch):
     per_frame = triton.cdiv(TOKENS, int(block))
     scores = empty(1, HEADS, 75, SLOTS * (per_frame + 1), dtype=torch.float32)
-    score.score_parts(heads(75, DTYPES[dtype]), parts_of(dtype, int(block), SLOTS), scores, per_frame)
+    selection.score_parts(heads(75, DTYPES[dtype]), parts_of(dtype, int(block), SLOTS), scores, per_frame)
 
 
 def call_select(columns, frames, launch):

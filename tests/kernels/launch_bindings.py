@@ -11,7 +11,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-from lightforcing.kernels import modulation, score, selection, store
+from lightforcing.kernels import modulation, selection, store
 
 from .ahead_of_time import Absent
 from .fused_variants import stopped_short
@@ -24,8 +24,8 @@ KERNELS = (
     store._store,
     modulation._norm_scale_shift,
     modulation._gated_add,
-    score._score,
-    score._score_parts,
+    selection._score,
+    selection._score_parts,
     selection._select,
 )
 
@@ -66,7 +66,7 @@ def select_for_a_chunk(batch: int, frames: int, slots: int, tokens_per_frame: in
     q_means, k_means, frame_means = (
         empty(batch, rows, HEADS, HEAD_DIM) for rows in (frames * per_frame, slots * per_frame, slots)
     )
-    parts = score.Parts(empty(batch, slots * parts_per_frame, HEADS, HEAD_DIM), tokens_per_frame, 4, 4)
+    parts = selection.Parts(empty(batch, slots * parts_per_frame, HEADS, HEAD_DIM), tokens_per_frame, 4, 4)
     ranks = empty(slots, dtype=torch.int32)
     for how in (None, parts):
         selection.select_blocks(q_means, k_means, frame_means, ranks, choose=frames % 3, kept=slots, parts=how)

@@ -10,8 +10,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from lightforcing.kernels.score import Parts
-from lightforcing.kernels.selection import _order, select_blocks, select_constants, why_not
+from lightforcing.kernels.selection import Parts, _order, select_blocks, select_constants, why_not
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.selection import SUB_BLOCKS, SelectionPlan, sub_block_layout
 
