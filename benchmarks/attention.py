@@ -19,8 +19,7 @@ from ..lightforcing_core.attention.backends import BACKEND_NAMES, sdpa
 from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.dispatch import BackendUnavailable, choose_backend
 from ..lightforcing_core.attention.selection import BlockSelection
-from ..lightforcing_core.rollout.schedule import chunk_sparsities
-from .layer import CHUNKS, FAMILY, FRAMES, HEAD_DIM, LayerAttention, published
+from .layer import CHUNKS, FRAMES, HEAD_DIM, SPARSITIES, LayerAttention, check_chunk, published
 from .record import facts
 from .settings import AttentionBench
 from .timing import ratio, samples_of, take_turns, warm_up_rule
@@ -50,7 +49,6 @@ def run_attention(
     generator = torch.Generator().manual_seed(0)
     shape = (1, CHUNKS * FRAMES * bench.tokens_per_frame, bench.heads, HEAD_DIM)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(3))
-    growth = chunk_sparsities(CHUNKS * FRAMES, FRAMES, target=FAMILY.target, base=FAMILY.base)
     absent: dict[str, str] = {}
     rows = []
     with torch.inference_mode():
@@ -61,7 +59,7 @@ def run_attention(
                 k[:, :tokens],
                 v[:, :tokens],
                 tokens_per_frame=bench.tokens_per_frame,
-                sparsity=growth[chunk - 1] if bench.sparsity is None else bench.sparsity,
+                sparsity=SPARSITIES[chunk - 1] if bench.sparsity is None else bench.sparsity,
                 options=published("auto", bench.block),
             )
             rows.append(_chunk_row(bench, chunk, layer, absent))
@@ -73,12 +71,6 @@ def run_attention(
         "not_here": absent,
         "chunks": rows,
     }
-
-
-def check_chunk(chunk: int) -> None:
-    """Raise ValueError for a chunk without a sparse arm."""
-    if not 2 <= chunk <= CHUNKS:
-        raise ValueError(f"chunk {chunk} has no sparse arm; use 2 to {CHUNKS}")
 
 
 def _chunk_row(bench: AttentionBench, chunk: int, layer: LayerAttention, absent: dict[str, str]) -> dict[str, Any]:

@@ -8,11 +8,20 @@ from ..lightforcing_core.attention.options import AttentionOptions
 from ..lightforcing_core.attention.quantised import STORED, KVDtype, quantise_blocks
 from ..lightforcing_core.attention.selection import BlockSelection, SelectionPlan, sub_block_layout
 from ..lightforcing_core.families import FAMILIES, Family
+from ..lightforcing_core.rollout.schedule import chunk_sparsities
 
 HEAD_DIM = 128
 FRAMES = 3  # latent frames per chunk
 CHUNKS = 7  # of an 81-frame video
 FAMILY = FAMILIES["light_forcing_short"]  # the published method's settings
+
+SPARSITIES = chunk_sparsities(CHUNKS * FRAMES, FRAMES, target=FAMILY.target, base=FAMILY.base)
+
+
+def check_chunk(chunk: int) -> None:
+    """Raise ValueError for a chunk without a sparse arm."""
+    if not 2 <= chunk <= CHUNKS:
+        raise ValueError(f"chunk {chunk} has no sparse arm; use 2 to {CHUNKS}")
 
 
 def published(backend: str, block: tuple[int, int], family: Family = FAMILY) -> AttentionOptions:

@@ -46,7 +46,7 @@ def facts(device: torch.device, settings: Any) -> dict[str, Any]:
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= _flat(value) if isinstance(value, dict) else {name: str(value) if isinstance(value, Path) else value}
+        flat |= _flat(value) if isinstance(value, dict) else {name: value}
     return flat
 
 
@@ -74,4 +74,4 @@ def write(path: Path, result: dict[str, Any]) -> None:
     """Write a result as indented JSON; the file is complete or absent. OutputError if it cannot be written."""
     prepare_folder(path.parent)
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")

@@ -17,9 +17,7 @@ from ..lightforcing_core.model.cuda_capture import CudaRecorder
 from ..lightforcing_core.model.kv_cache import KVCache
 from ..lightforcing_core.model.kv_storage import CacheShape
 from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
-from ..lightforcing_core.rollout.schedule import chunk_sparsities
-from .attention import check_chunk
-from .layer import CHUNKS, FAMILY, FRAMES, published
+from .layer import FRAMES, SPARSITIES, check_chunk, published
 from .record import facts
 from .settings import REAL_LAYERS, StepBench
 from .timing import StageClock, medians, ratio, samples_of, take_turns, warm_up_rule
@@ -111,8 +109,7 @@ def _state_with_history(
         for layer in range(cache.shape.layers):
             cache.store(layer, k, v)
         cache.commit()
-    growth = chunk_sparsities(CHUNKS * FRAMES, FRAMES, target=FAMILY.target, base=FAMILY.base)
-    state.open_chunk(FRAMES, growth[bench.chunk - 1], device, steps=1 << 30)  # so many that recording always pays
+    state.open_chunk(FRAMES, SPARSITIES[bench.chunk - 1], device, steps=1 << 30)  # so many that recording always pays
     return state
 
 

@@ -83,8 +83,8 @@ def block_sparse_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    blocks: Tensor,
-    counts: Tensor,
+    blocks: Tensor | None,
+    counts: Tensor | None,
     *,
     tokens_per_frame: int,
     block_q: int,
@@ -95,12 +95,12 @@ def block_sparse_attention(
     uneven: bool = False,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention of every query block over its listed key blocks only.
+    """Attention of every query block over its listed key blocks only, or over all.
 
     q: [B, Lq, H, D].
     k, v: [B, Lk, H, D]; all in whole frames, any strides as long as D is contiguous.
     blocks: int32 [B, H, q_blocks, width], of which the first `counts` entries of each row are read.
-    counts: int32 [B, H, q_blocks].
+    counts: int32 [B, H, q_blocks]; with both None every query attends to all keys.
     scale: multiplies the scores, 1/√D if None.
     scales: for int8 or float8_e4m3fn k and v their scales, positive, float32 [B, k_blocks, H] each.
     tail: the block means of k and v, [B, k_blocks, H, D] in q's dtype: each block that is not listed takes part once,
@@ -116,52 +116,21 @@ def block_sparse_attention(
     """
     if reason := why_not(q, (block_q, block_k), k.dtype):
         raise ValueError(reason)
-    batch, q_tokens, heads, _ = q.shape
-    q_blocks = q_tokens // tokens_per_frame * triton.cdiv(tokens_per_frame, block_q)
-    if counts.shape != (batch, heads, q_blocks) or blocks.shape[:3] != counts.shape:
-        raise ValueError(
-            f"blocks {tuple(blocks.shape)} and counts {tuple(counts.shape)} do not describe "
-            f"{(batch, heads, q_blocks)} = (batch, heads, query blocks)"
-        )
-    if blocks.dtype != torch.int32 or counts.dtype != torch.int32:
-        raise ValueError(f"blocks and counts must be int32, not {blocks.dtype} and {counts.dtype}")
-    order = counts.flatten().argsort(descending=True, stable=True).to(torch.int32) if uneven else None
-    lists = blocks.contiguous(), counts.contiguous()
-    return _run(q, k, v, lists, order, (tokens_per_frame, block_q, block_k), scale, scales, tail, lse)
-
-
-def dense_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    tokens_per_frame: int,
-    block_q: int = 128,
-    block_k: int = 64,
-    scale: float | None = None,
-    scales: tuple[Tensor, Tensor] | None = None,
-    lse: Tensor | None = None,
-) -> Tensor:
-    """Attention of every query over all keys with the same kernel; as `block_sparse_attention` in all else."""
-    if reason := why_not(q, (block_q, block_k), k.dtype):
-        raise ValueError(reason)
-    return _run(q, k, v, None, None, (tokens_per_frame, block_q, block_k), scale, scales, None, lse)
-
-
-def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lists: tuple[Tensor, Tensor] | None,
-    order: Tensor | None,
-    sizes: tuple[int, int, int],
-    scale: float | None,
-    scales: tuple[Tensor, Tensor] | None,
-    tail: tuple[Tensor, Tensor] | None,
-    lse: Tensor | None,
-) -> Tensor:
-    """Launch on q's device; `sizes` is (tokens per frame, block_q, block_k)."""
-    tokens_per_frame, block_q, block_k = sizes
+    lists = order = None
+    if blocks is not None and counts is not None:
+        batch, q_tokens, heads, _ = q.shape
+        q_blocks = q_tokens // tokens_per_frame * triton.cdiv(tokens_per_frame, block_q)
+        if counts.shape != (batch, heads, q_blocks) or blocks.shape[:3] != counts.shape:
+            raise ValueError(
+                f"blocks {tuple(blocks.shape)} and counts {tuple(counts.shape)} do not describe "
+                f"{(batch, heads, q_blocks)} = (batch, heads, query blocks)"
+            )
+        if blocks.dtype != torch.int32 or counts.dtype != torch.int32:
+            raise ValueError(f"blocks and counts must be int32, not {blocks.dtype} and {counts.dtype}")
+        order = counts.flatten().argsort(descending=True, stable=True).to(torch.int32) if uneven else None
+        lists = blocks.contiguous(), counts.contiguous()
+    else:
+        tail = None  # no block is skipped
     k_blocks = k.shape[1] // tokens_per_frame * triton.cdiv(tokens_per_frame, block_k)
     _check_pairs(q, k, v, k_blocks, scales, tail)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -174,7 +143,7 @@ def _run(
     with device.current(q.device):
         scales = scales and (scales[0].contiguous(), scales[1].contiguous())
         tail_and_bias = None
-        if tail is not None and lists is not None:
+        if tail and lists:
             bias = torch.empty(*lists[1].shape, k_blocks, dtype=torch.float32, device=q.device)
             lengths = k_blocks, lists[0].shape[-1], tokens_per_frame
             tail_bias[(lists[1].numel(),)](bias, *lists, *lengths, BLOCK_K=block_k, TILE=128)

@@ -398,14 +398,13 @@ def select_blocks(
     scores = torch.empty(batch, heads, q_blocks, k_blocks + frames, dtype=torch.float32, device=q_means.device)
     blocks = torch.empty(batch, heads, q_blocks, kept, dtype=torch.int32, device=q_means.device)
     counts = torch.empty(batch, heads, q_blocks, dtype=torch.int32, device=q_means.device)
-    row = select_constants(k_blocks, frames)
+    row, q_means = select_constants(k_blocks, frames), _dim_last(q_means)
 
     with device.current(q_means.device):
         if parts is None:
-            score_means(*map(_dim_last, (q_means, k_means, frame_means)), scores, with_frames=choose > 0)
+            score_means(q_means, _dim_last(k_means), _dim_last(frame_means), scores, with_frames=choose > 0)
         else:
-            parts = parts._replace(means=_dim_last(parts.means))
-            score_parts(_dim_last(q_means), parts, scores, k_blocks // frames)
+            score_parts(q_means, parts._replace(means=_dim_last(parts.means)), scores, k_blocks // frames)
         _select[(batch * heads * q_blocks,)](
             scores,
             frame_ranks.contiguous(),

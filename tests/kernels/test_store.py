@@ -287,7 +287,10 @@ def test_slots_beyond_two_billion_values_are_reached():
         ({"v": None}, "q, or k and v, or all three"),
         ({"k": torch.zeros(1, 40, 64)}, r"\(1, 40, 64\) torch.float32 .* is not like \(1, 80, 64\)"),
         ({"v": torch.zeros(1, 80, 128)[:, :, ::2]}, r"contiguous channels; \(1, 80, 64\) .* \(10240, 128, 2\)"),
-        ({"k_weight": torch.zeros(63)}, r"norm of k needs a contiguous weight of 64 values, not contiguous torch.float32 \(63,\)"),
+        (
+            {"k_weight": torch.zeros(63)},
+            r"norm of k needs a contiguous weight of 64 values, not contiguous torch.float32 \(63,\)",
+        ),
         ({"q_weight": None}, "norm of q needs a contiguous weight of 64 values, not None"),
         ({"cos": torch.zeros(80, 16, dtype=torch.float64)}, r"float32 of 80 · 16 values, not torch.float64 \(80, 16\)"),
         ({"sin": torch.zeros(40, 16)}, r"float32 of 80 · 16 values, not torch.float32 \(40, 16\)"),
@@ -306,7 +309,10 @@ def test_launcher_refuses_with_the_value(change, message):
     ("change", "message"),
     [
         ({"keys": lambda x: x[:, :40]}, r"ring's values must be contiguous .* \(1, 40, 2, 32\)"),
-        ({"values": lambda x: x.half()}, "ring's values must be contiguous torch.float32 .* not contiguous torch.float16"),
+        (
+            {"values": lambda x: x.half()},
+            "ring's values must be contiguous torch.float32 .* not contiguous torch.float16",
+        ),
         ({"values": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)}, "ring's values must be contiguous"),
         ({"key_scales": lambda x: torch.ones(1, 15, 2)}, "ring's key_scales must be None"),
         ({"frame_means": lambda x: None}, "ring's frame_means must be .* not None"),

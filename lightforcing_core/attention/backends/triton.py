@@ -55,6 +55,14 @@ class Triton(Backend):
         """Attention over all key blocks of an 8-bit cache, by the same kernel."""
         from ....kernels import block_sparse
 
-        return block_sparse.dense_attention(
-            q, k, v, tokens_per_frame=layout.tokens_per_frame, block_q=128, block_k=layout.block, scales=scales
+        return block_sparse.block_sparse_attention(
+            q,
+            k,
+            v,
+            None,
+            None,
+            tokens_per_frame=layout.tokens_per_frame,
+            block_q=128,
+            block_k=layout.block,
+            scales=scales,
         )

@@ -122,15 +122,6 @@ def test_single_prompt_has_files_and_events_and_no_ledger(comfy, tmp_path):
     assert (tmp_path / "out" / "video" / "clip_00002_.txt").exists()
 
 
-def test_overrides_reach_the_server(comfy, tmp_path):
-    result = run(single(tmp_path, comfy, "--set", "My sampler.mode=growth", "--set", "2.text=a cat"))
-    assert result.exit_code == 0, result.stderr
-    sent = comfy.prompts[0]["prompt"]
-    below = {"mode.target": 0.6, "mode.curve": "linear", "mode.note": ""}
-    assert sent["3"]["inputs"] == {**GRAPH["3"]["inputs"], "mode": "growth", **below}
-    assert sent["2"]["inputs"]["text"] == "a cat"
-
-
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [("1234", "nothing new: the server answered from its cache"), ("", "wrote no file; add a save node")],
@@ -159,9 +150,10 @@ def test_parts_that_the_server_left_out_are_named_and_exit_1(comfy, tmp_path):
 
 
 def test_seeds_alone_make_a_batch(comfy, tmp_path):
-    result = run(single(tmp_path, comfy, "--seeds", "7,9-10"))
+    result = run(single(tmp_path, comfy, "--seeds", "7,9-10", "--set", "2.text=a cat"))
     assert result.exit_code == 0, result.stderr
     assert [body["prompt"]["3"]["inputs"]["seed"] for body in comfy.prompts] == [7, 9, 10]
+    assert set(map(text_of, comfy.prompts)) == {"a cat"}
     assert sorted(texts_below(tmp_path / "out")) == ["prompt-seed10", "prompt-seed7", "prompt-seed9"]
 
 
@@ -188,28 +180,12 @@ def test_options_that_do_not_fit_exit_2_and_send_nothing(comfy, tmp_path, more, 
     assert not (tmp_path / "out").exists()
 
 
-def test_refused_start_leaves_no_ledger(command, tmp_path):
-    (tmp_path / "out" / "0002").mkdir(parents=True)
-    assert "is there already and not from this batch" in run(command()).stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0002"]
-
-
 @pytest.mark.parametrize("folder", ["out", "out/0002", "out/0002/seen"])
 def test_previews_may_not_lie_in_a_folder_of_results(comfy, command, tmp_path, folder):
     result = run(command("--save-previews", tmp_path / folder))
     assert result.exit_code == 2
     assert "is a folder of results; choose another folder" in result.stderr
     assert comfy.prompts == []
-
-
-def test_changed_batch_is_refused_and_a_longer_one_goes_on(comfy, command, tmp_path):
-    assert run(command()).exit_code == 0
-    result = run(command("--set", "3.cfg=2"))
-    assert result.exit_code == 2
-    assert "has another prompt named 0001" in result.stderr
-    assert run(command(count=5)).exit_code == 0
-    assert texts_below(tmp_path / "out") == complete(5)
-    assert len(comfy.prompts) == 5
 
 
 @pytest.mark.parametrize("more", [[], ["--seeds", "1-2"]])
