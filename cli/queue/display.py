@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 Event = Mapping[str, Any]
 
@@ -44,10 +44,11 @@ class Display:
         self._complain, self._single, self._json = complain, single, json
         self.anything_left_out = False
         self._last_node: str | None = None
-        self._lines: dict[str, TaskID] = {}
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
         terminal = self._console.is_terminal
         self.progress = Progress(*columns, TimeElapsedColumn(), console=self._console, disable=not terminal)
+        self._all = self.progress.add_task("prompts", visible=not single)
+        self._run = self.progress.add_task("connecting")
 
     def __call__(self, name: str, **fields: Any) -> None:
         """Show one event; kinds that have nothing to show pass."""
@@ -59,9 +60,7 @@ class Display:
             show(event)
 
     def _show_batch(self, event: Event) -> None:
-        if self._single:
-            return
-        self._lines["all"] = self.progress.add_task("prompts", total=event["prompts"], completed=event["done"])
+        self.progress.update(self._all, total=event["prompts"], completed=event["done"])
         if event["done"]:
             self._print(f"{event['done']} of {event['prompts']} prompts are done already, see {event['journal']}")
 
@@ -70,12 +69,12 @@ class Display:
         if self._single and not self._console.is_terminal and node != self._last_node:
             self._print(f"[{event['nodes_done'] + 1}/{event['nodes']}] {node}")
         self._last_node = node
-        if "run" not in self._lines:
-            self._lines["run"] = self.progress.add_task("connecting", total=event["nodes"])
         counted = f" {event['value']:g}/{event['total']:g}" if event["total"] > 1 else ""
         within = event["value"] / event["total"] if event["total"] else 0.0
-        description = f"{self._whose(event, ' · ')}{node}{counted}"
-        self.progress.update(self._lines["run"], description=description, completed=event["nodes_done"] + within)
+        done = event["nodes_done"] + within
+        self.progress.update(
+            self._run, description=f"{self._whose(event)}{node}{counted}", completed=done, total=event["nodes"]
+        )
 
     def _show_finished(self, event: Event) -> None:
         for name in event["files"]:
@@ -91,11 +90,11 @@ class Display:
         if event["left_out"]:
             self.anything_left_out = True
             self._complain(f"{whose}the server left these parts of the workflow out")
-        self._advance()
+        self.progress.advance(self._all)
 
     def _show_failed(self, event: Event) -> None:
         self._complain(self._whose(event) + event["message"])
-        self._advance()
+        self.progress.advance(self._all)
 
     def _show_returned(self, event: Event) -> None:
         self._complain(f"{self._whose(event)}{event['reason']}; sending it again")
@@ -112,12 +111,8 @@ class Display:
             if event["left"]:
                 self._complain("start the same command again to continue the batch")
 
-    def _whose(self, event: Event, mark: str = ": ") -> str:
-        return "" if self._single else f"{event['prompt']}{mark}"
-
-    def _advance(self) -> None:
-        if "all" in self._lines:
-            self.progress.advance(self._lines["all"])
+    def _whose(self, event: Event) -> str:
+        return "" if self._single else f"{event['prompt']}: "
 
     def _print(self, line: str) -> None:
         if not self._json:
