@@ -1,7 +1,6 @@
 """The whole method on a small model: growth, selection, rollout and streaming decode, to a video file.
 
-Nothing is downloaded and no GPU is needed. With the demo model of the repository the video shows its caption; without
-it the weights are random and the picture is abstract, at the same cost.
+Nothing is downloaded and no GPU is needed.
 """
 
 import json
@@ -19,17 +18,9 @@ from PIL import Image, ImageDraw
 from ..lightforcing_core.attention.options import AttentionOptions
 from ..lightforcing_core.demo import model as demo_model
 from ..lightforcing_core.demo.captions import context_of_caption
-from ..lightforcing_core.demo.model import (
-    DEFAULT_CAPTION,
-    FPS,
-    DemoVideo,
-    fast_convolutions,
-    load_demo_model,
-    vae_dtype,
-)
+from ..lightforcing_core.demo.model import DEFAULT_CAPTION, FPS, DemoModel, load_demo_model
 from ..lightforcing_core.families import Family
 from ..lightforcing_core.files.output import prepare_folder, whole_file
-from ..lightforcing_core.model.wan import HEAD_DIM, Wan, random_state_dict, wan_from_state_dict
 from ..lightforcing_core.refusal import check_size
 from ..lightforcing_core.rollout.loop import rollout
 from ..lightforcing_core.rollout.recipe import Recipe, few_step_sigmas
@@ -37,11 +28,7 @@ from ..lightforcing_core.rollout.record import RunRecord, RunRecorder
 from ..lightforcing_core.rollout.runtime import Runtime, StepEvent
 from ..lightforcing_core.rollout.schedule import Schedule, video_frames_of
 from ..lightforcing_core.vae.streaming import StreamingDecoder
-from ..lightforcing_core.vae.wan_vae import WanVAE, random_vae_state_dict, vae_from_state_dict
 
-RANDOM_VIDEO = DemoVideo(height=256, width=448, frames=81, frames_per_chunk=3, block=64, level="simple")
-RANDOM_DIM, RANDOM_LAYERS, RANDOM_TEXT_DIM = 2 * HEAD_DIM, 2, 64
-RANDOM_VAE_DIM = 24  # LightVAE's
 THUMBNAIL = (256, 4)  # width in pixels, and thumbnails per row of the contact sheet
 
 Progress = Callable[[str, int, int], None]
@@ -51,8 +38,7 @@ Progress = Callable[[str, int, int], None]
 class Demo:
     """A model and the recipe of its video. facts: for the record."""
 
-    dit: Wan
-    vae: WanVAE
+    model: DemoModel
     recipe: Recipe
     facts: dict[str, str]
 
@@ -70,30 +56,18 @@ def load_demo(
 ) -> Demo:
     """Load the model, on a GPU if there is one, and make the recipe. Arguments that are None take the model's own.
 
-    models: the folder of a demo model; None takes the one of the repository, or random weights if it is missing.
-    caption: the content of the video; random weights have none.
+    models: the folder of a demo model; None takes the one of the repository.
+    caption: the content of the video.
     height, width: pixels.
     target, base: of Chunk-Aware Growth; target 0 is dense.
-    seed: of the noise and of random weights.
+    seed: of the noise.
 
     Raises ValueError if a file is missing, and for sizes, schedules and captions that cannot be met.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if models is None and demo_model.is_complete(demo_model.SHIPPED):
-        models = demo_model.SHIPPED
-    if models is not None:
-        model, caption = load_demo_model(models, device), caption or DEFAULT_CAPTION
-        dit, vae, video = model.dit, model.vae, model.video
-        context, weights = context_of_caption(model.table, caption).to(dit.dtype), f"the demo model in {models}"
-    elif caption is not None:
-        raise ValueError("a caption needs the demo model, which is not installed; leave it out or pass --models")
-    else:
-        random = random_state_dict(dim=RANDOM_DIM, layers=RANDOM_LAYERS, text_dim=RANDOM_TEXT_DIM, seed=seed)
-        dit = wan_from_state_dict(random, device=device)
-        random = random_vae_state_dict(dim=RANDOM_VAE_DIM, seed=seed)
-        vae = fast_convolutions(vae_from_state_dict(random, dtype=vae_dtype(device), device=device))
-        context = torch.randn(1, 16, RANDOM_TEXT_DIM, generator=torch.Generator().manual_seed(seed)).to(device)
-        video, weights = RANDOM_VIDEO, "random weights, so the picture is abstract"
+    models, caption = models or demo_model.SHIPPED, caption or DEFAULT_CAPTION
+    model = load_demo_model(models, device)
+    video = model.video
     height, width = height or video.height, width or video.width
     check_size(height, width)
     frames = video.frames_per_chunk * (chunks or -(-video.latent_frames // video.frames_per_chunk))
@@ -102,20 +76,20 @@ def load_demo(
     recipe = Recipe(
         latent_shape=(1, 16, frames, height // 8, width // 8),
         sigmas=few_step_sigmas(),
-        context=context,
+        context=context_of_caption(model.table, caption).to(model.dit.dtype),
         seed=seed,
         attention=AttentionOptions(block=(video.block, video.block), estimator=sparse.estimator, tail=sparse.tail),
         **schedule.arguments(),
     )
     facts = {
         "video": f"{video_frames_of(frames)} frames of {width}x{height} at {FPS} per second",
-        "caption": caption or "none",
-        "weights": weights,
-        "model": f"{len(dit.blocks)} layers, dim {dit.dim}; VAE dim {vae.dim}",
+        "caption": caption,
+        "weights": f"the demo model in {models}",
+        "model": f"{len(model.dit.blocks)} layers, dim {model.dit.dim}; VAE dim {model.vae.dim}",
         "schedule": f"target {target:g}, base {base:g}, blocks of {video.block} tokens, seed {seed}",
         "machine": _machine(device),
     }
-    return Demo(dit, vae, recipe, facts)
+    return Demo(model, recipe, facts)
 
 
 def run_demo(demo: Demo, folder: str | Path, on_progress: Progress) -> tuple[RunRecord, list[Path]]:
@@ -129,7 +103,7 @@ def run_demo(demo: Demo, folder: str | Path, on_progress: Progress) -> tuple[Run
     # Noise compresses badly: at worst about a byte per pixel.
     folder = prepare_folder(folder, bytes_needed=video_frames_of(frames) * 64 * rows * columns + 2**20)
     paths = [folder / name for name in ("demo.mp4", "contact_sheet.png", "report.json")]
-    recorder, decoder = RunRecorder(demo.facts), StreamingDecoder(demo.vae)
+    recorder, decoder = RunRecorder(demo.facts), StreamingDecoder(demo.model.vae)
     density: dict[int, float] = {}
     thumbnails: list[tuple[str, Image.Image]] = []
 
@@ -137,7 +111,7 @@ def run_demo(demo: Demo, folder: str | Path, on_progress: Progress) -> tuple[Run
         density[event.index] = event.density
         on_progress("denoising", event.done, event.total)
 
-    chunks = rollout(demo.dit, demo.recipe, Runtime(on_step=on_step, recorder=recorder))
+    chunks = rollout(demo.model.dit, demo.recipe, Runtime(on_step=on_step, recorder=recorder))
     with closing(chunks), whole_file(paths[0]) as partial, iio.imopen(partial, "w", plugin="pyav") as video:
         video.init_video_stream("libx264", fps=FPS)
         for chunk in chunks:

@@ -1,7 +1,5 @@
 """The command `lightforcing`: demo, inspect, quantize, bench, queue. Commands import torch only when they run."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,25 +17,18 @@ from .queue.command import complain, queue
 INTERRUPTED = 130  # the exit code of shells for Ctrl-C
 
 
-@contextmanager
-def _clean_errors() -> Iterator[None]:
-    """Turn errors that a user can fix into lines on stderr and exit code 1, and Ctrl-C into exit code 130."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        complain(str(error))
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        complain("interrupted")
-        raise typer.Exit(INTERRUPTED) from None
-
-
 class _CleanGroup(TyperGroup):
-    """A command group whose commands all report errors by `_clean_errors`."""
+    """A command group that reports errors which a user can fix, and Ctrl-C, as a line on stderr."""
 
     def invoke(self, ctx: Any) -> Any:
-        with _clean_errors():
+        try:
             return super().invoke(ctx)
+        except (ValueError, OSError) as error:
+            complain(str(error))
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            complain("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -82,10 +73,8 @@ def demo(
         float, typer.Option(help="Mean sparsity of the sparse chunks; 0.6 skips 60 % of the blocks, 0 none.")
     ] = Family.target,
     base: Annotated[float, typer.Option(help="Sparsity that late chunks approach, at least the target.")] = Family.base,
-    seed: Annotated[int, typer.Option(help="Seed of the noise, and of random weights.")] = 0,
-    models: Annotated[
-        Path | None, typer.Option(help="Folder of a demo model; by default the one of the pack, if it is installed.")
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    models: Annotated[Path | None, typer.Option(help="Folder of a demo model; by default the one of the pack.")] = None,
 ) -> None:
     """Run the whole method on a small model and write a video. By default the sizes are the model's own."""
     console = Console()
@@ -108,7 +97,7 @@ def demo(
 
         record, files = run_demo(loaded, out, show)
     for line in (describe(record), *(f"wrote {path}" for path in files)):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+        typer.echo(line)
 
 
 @app.command()
@@ -168,16 +157,13 @@ def quantize(
         written = write_fp8_checkpoint(
             file, out, weights=weights, lora=lora, prompts=prompts, overwrite=force, on_progress=show
         )
-    console.print(
-        f"wrote {written.path} ({written.bytes_before / 1e9:.2f} → {written.bytes_after / 1e9:.2f} GB)\n"
+    typer.echo(f"wrote {out} ({written.bytes_before / 1e9:.2f} → {out.stat().st_size / 1e9:.2f} GB)")
+    typer.echo(
         f"{written.layers} layers in FP8; rounding changed their weights by {written.error:.2%}, at most by "
-        f"{written.worst[1]:.2%} ({written.worst[0]})",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        f"{written.worst[1]:.2%} ({written.worst[0]})"
     )
     for note in written.notes:
-        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
+        typer.echo(f"note: {note}")
 
 
 def _progress(console: Console) -> Progress:

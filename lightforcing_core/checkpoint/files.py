@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,12 @@ class WeightFile:
 
     contents: names → tensors; in PyTorch files also nested dicts of them. Tensors are memory-mapped if the format
         allows it, so that nothing is read before it is used.
+    bytes: the size of all files.
     """
 
-    files: tuple[Path, ...]
     contents: dict[str, Any]
-    metadata: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def bytes(self) -> int:
-        """The size of all files."""
-        return sum(file.stat().st_size for file in self.files)
+    metadata: dict[str, str]
+    bytes: int
 
 
 def open_weights(path: str | Path) -> WeightFile:
@@ -55,7 +51,7 @@ def open_weights(path: str | Path) -> WeightFile:
             )
         contents.update(stored)
         metadata.update(notes)
-    return WeightFile(files, contents, metadata)
+    return WeightFile(contents, metadata, sum(file.stat().st_size for file in files))
 
 
 def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -183,26 +179,23 @@ def _read_safetensors(file: Path, size: int) -> tuple[dict[str, Any], dict[str, 
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        needed = _safetensors_size(file, size)
-        if needed is not None and needed > size:
+        if (needed := _safetensors_size(file, size)) > size:
             raise CheckpointError(
                 f"{file}: truncated; it should have {needed:,} bytes and has {size:,}; download it again"
             ) from error
-        raise CheckpointError(f"{file}: damaged safetensors file ({error}); download it again") from error
+        raise CheckpointError(f"{file}: truncated or damaged safetensors file ({error}); download it again") from error
 
 
-def _safetensors_size(file: Path, size: int) -> int | None:
-    """The size in bytes that follows from the header, or None if the header is unreadable."""
+def _safetensors_size(file: Path, size: int) -> int:
+    """The size in bytes that follows from the header, or 0 if the header is unreadable."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if length > min(size, 100_000_000):
-            return 8 + length if length <= 100_000_000 else None
         try:
-            entries = json.loads(stream.read(length))
+            entries = json.loads(stream.read(min(length, size)))
             ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-            return 8 + length + max(ends, default=0)
+            return int(8 + length + max(ends, default=0))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return None
+            return 0
 
 
 def _read_torch(file: Path, *, zipped: bool) -> dict[str, Any]:

@@ -61,40 +61,31 @@ _DIFFUSERS_LAYER = {
 
 _USE_CORE = "use ComfyUI's own nodes for it, and an autoregressive text-to-video checkpoint here"
 _USE_T2V = "for image to video use a text-to-video checkpoint and start it from the encoded image"
-# (prefix of a weight that only this model has, its name, the remedy); specific models before general ones.
-_OTHER_WANS = (
-    ("vace_patch_embedding.", "Wan VACE", _USE_CORE),
-    ("vace_blocks.", "Wan VACE", _USE_CORE),
-    ("control_adapter.", "Wan Fun Camera", _USE_CORE),
-    ("casual_audio_encoder.", "Wan 2.2 S2V (speech to video)", _USE_CORE),
-    ("audio_injector.", "Wan 2.2 S2V (speech to video)", _USE_CORE),
-    ("audio_proj.audio_proj_glob_1.", "HuMo", _USE_CORE),
-    ("face_adapter.", "Wan 2.2 Animate", _USE_CORE),
-    ("motion_encoder.", "Wan 2.2 Animate", _USE_CORE),
-    ("audio_proj.", "a talking-head Wan (audio_proj weights)", _USE_CORE),
-    ("patch_embedding_mask.", "SCAIL 2", _USE_CORE),
-    ("patch_embedding_pose.", "SCAIL", _USE_CORE),
-    ("patch_embedding_global.", "WanDancer", _USE_CORE),
-    ("ref_conv.", "Wan Fun Control", _USE_CORE),
-    ("img_emb.emb_pos", "Wan 2.1 FLF2V (first and last frame to video)", _USE_T2V),
-)
-# (fragment of a key, kind of file), for files without a Wan transformer.
-_OTHER_FILES = (
-    ("token_embedding.weight", "a text encoder (umT5); load it with Load CLIP"),
-    ("encoder.block.0.", "a text encoder (T5); load it with Load CLIP"),
-    ("decoder.middle.0.residual", "a Wan VAE; load it with Load VAE"),
-    ("decoder.mid_block.", "a VAE; load it with Load VAE"),
-    ("decoder.conv_in.", "a VAE; load it with Load VAE"),
-    ("decoder.1.weight", "a tiny autoencoder (TAE); load it with Load VAE"),
-    ("double_blocks.0.", "a Flux or HunyuanVideo model"),
-    ("single_transformer_blocks.0.", "a Flux model in diffusers names"),
-    ("joint_blocks.0.", "a Stable Diffusion 3 model"),
-    ("input_blocks.0.", "a Stable Diffusion UNet"),
-    ("down_blocks.0.", "a Stable Diffusion UNet in diffusers names"),
-    ("transformer_blocks.0.", "another video transformer, such as LTX or CogVideoX"),
-    ("vision_model.", "a CLIP vision model"),
-    ("text_model.", "a CLIP text encoder; load it with Load CLIP"),
-)
+# Pattern of a weight that only this model has → its name; specific models before general ones.
+_OTHER_WANS = {
+    r"vace_(patch_embedding|blocks)\.": "Wan VACE",
+    r"control_adapter\.": "Wan Fun Camera",
+    r"casual_audio_encoder\.|audio_injector\.": "Wan 2.2 S2V (speech to video)",
+    r"audio_proj\.audio_proj_glob_1\.": "HuMo",
+    r"face_adapter\.|motion_encoder\.": "Wan 2.2 Animate",
+    r"audio_proj\.": "a talking-head Wan (audio_proj weights)",
+    r"patch_embedding_mask\.": "SCAIL 2",
+    r"patch_embedding_pose\.": "SCAIL",
+    r"patch_embedding_global\.": "WanDancer",
+    r"ref_conv\.": "Wan Fun Control",
+}
+# Pattern of a key → kind of file, for files without a Wan transformer.
+_OTHER_FILES = {
+    r"token_embedding\.weight|encoder\.block\.0\.": "a text encoder (T5 or umT5); load it with Load CLIP",
+    r"decoder\.(middle\.0\.residual|mid_block\.|conv_in\.)": "a VAE; load it with Load VAE",
+    r"decoder\.1\.weight": "a tiny autoencoder (TAE); load it with Load VAE",
+    r"double_blocks\.0\.|single_transformer_blocks\.0\.": "a Flux or HunyuanVideo model",
+    r"joint_blocks\.0\.": "a Stable Diffusion 3 model",
+    r"(input|down)_blocks\.0\.": "a Stable Diffusion UNet",
+    r"transformer_blocks\.0\.": "another video transformer, such as LTX or CogVideoX",
+    r"vision_model\.": "a CLIP vision model",
+    r"text_model\.": "a CLIP text encoder; load it with Load CLIP",
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +115,10 @@ def read_layout(keys: Iterable[str]) -> Layout | None:
     if not prefixes:
         return None
     if len(prefixes) > 1:
-        raise ValueError(f"contains {len(prefixes)} models, with the prefixes {', '.join(sorted(prefixes))}")
+        found = ", ".join(sorted(prefixes))
+        raise ValueError(
+            f"contains {len(prefixes)} models, with the prefixes {found}; save one of them as its own file"
+        )
     prefix = prefixes.pop()
     diffusers = any(name.startswith(f"{prefix}condition_embedder.") or ".attn1." in name for name in bare.values())
     stored: dict[str, str] = {}
@@ -152,56 +146,14 @@ def original_name(name: str, prefix: str = "", diffusers: bool = False) -> str |
     name = name.removeprefix(prefix)
     if _COMPUTED.search(name):
         return None
-    return _from_diffusers(name) if diffusers else name
-
-
-def _from_diffusers(name: str) -> str:
-    layer = re.match(r"(blocks\.\d+\.)(.+)", name)
-    start, rest = (layer[1], layer[2]) if layer else ("", name)
-    table = _DIFFUSERS_LAYER if layer else _DIFFUSERS_TOP
-    for theirs, ours in table.items():
-        if rest == theirs or rest.startswith(f"{theirs}."):
-            return start + ours + rest[len(theirs) :]
+    if diffusers:
+        layer = re.match(r"blocks\.\d+\.", name)
+        start = layer[0] if layer else ""
+        rest = name.removeprefix(start)
+        for theirs, ours in (_DIFFUSERS_LAYER if start else _DIFFUSERS_TOP).items():
+            if rest == theirs or rest.startswith(f"{theirs}."):
+                return start + ours + rest[len(theirs) :]
     return name
-
-
-def wan_shapes(
-    dim: int,
-    ffn_dim: int,
-    layers: int,
-    *,
-    text_dim: int = 4096,
-    freq_dim: int = 256,
-    in_dim: int = 16,
-    out_dim: int = 16,
-) -> dict[str, Shape]:
-    """Names and shapes of the 27 · layers + 15 weights of a Wan 2.1 T2V transformer, in the order of its modules."""
-    shapes: dict[str, Shape] = {
-        "patch_embedding.weight": (dim, in_dim, 1, 2, 2),
-        "patch_embedding.bias": (dim,),
-        **_linear("text_embedding.0", dim, text_dim),
-        **_linear("text_embedding.2", dim, dim),
-        **_linear("time_embedding.0", dim, freq_dim),
-        **_linear("time_embedding.2", dim, dim),
-        **_linear("time_projection.1", 6 * dim, dim),
-    }
-    for i in range(layers):
-        block = f"blocks.{i}"
-        shapes[f"{block}.modulation"] = (1, 6, dim)
-        for attention in ("self_attn", "cross_attn"):
-            for linear in "qkvo":
-                shapes |= _linear(f"{block}.{attention}.{linear}", dim, dim)
-            shapes[f"{block}.{attention}.norm_q.weight"] = (dim,)
-            shapes[f"{block}.{attention}.norm_k.weight"] = (dim,)
-        shapes[f"{block}.norm3.weight"] = (dim,)
-        shapes[f"{block}.norm3.bias"] = (dim,)
-        shapes |= _linear(f"{block}.ffn.0", ffn_dim, dim)
-        shapes |= _linear(f"{block}.ffn.2", dim, ffn_dim)
-    return shapes | {**_linear("head.head", 4 * out_dim, dim), "head.modulation": (1, 2, dim)}
-
-
-def _linear(name: str, out_features: int, in_features: int) -> dict[str, Shape]:
-    return {f"{name}.weight": (out_features, in_features), f"{name}.bias": (out_features,)}
 
 
 def other_wan(shapes: Mapping[str, Shape]) -> str | None:
@@ -209,9 +161,9 @@ def other_wan(shapes: Mapping[str, Shape]) -> str | None:
 
     shapes: original name → shape.
     """
-    for marker, title, advice in _OTHER_WANS:
-        if any(name.startswith(marker) for name in shapes):
-            return f"this is {title}; {advice}"
+    for pattern, title in _OTHER_WANS.items():
+        if any(re.match(pattern, name) for name in shapes):
+            return f"this is {title}; {_USE_CORE}"
     patch = shapes.get("patch_embedding.weight", ())
     in_dim = patch[1] if len(patch) == 5 else 16
     head = shapes.get("head.head.weight", ())
@@ -225,7 +177,8 @@ def other_wan(shapes: Mapping[str, Shape]) -> str | None:
     if has_image and in_dim == 48:
         return f"this is Wan 2.1 Fun Control ({in_dim} input channels); {_USE_CORE}"
     if has_image:
-        return f"this is Wan 2.1 I2V, image to video (img_emb weights, {in_dim} input channels); {_USE_T2V}"
+        kind = "FLF2V (first and last frame to video)" if "img_emb.emb_pos" in shapes else "I2V, image to video"
+        return f"this is Wan 2.1 {kind}, with img_emb weights and {in_dim} input channels; {_USE_T2V}"
     if in_dim == 36:
         return f"this is Wan 2.2 I2V A14B, image to video ({in_dim} input channels); {_USE_T2V}"
     if in_dim != 16 or out_dim != 16:
@@ -236,7 +189,7 @@ def other_wan(shapes: Mapping[str, Shape]) -> str | None:
 def other_file(keys: Iterable[str]) -> str:
     """The likely kind of a file without a Wan transformer, judged by its keys."""
     keys = list(keys)
-    for fragment, title in _OTHER_FILES:
-        if any(fragment in key for key in keys):
+    for pattern, title in _OTHER_FILES.items():
+        if any(re.search(pattern, key) for key in keys):
             return f"contains no Wan transformer; this is {title}"
     return f"contains no Wan transformer ({len(keys)} weights, such as {', '.join(sorted(keys)[:3])})"

@@ -3,23 +3,24 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..families import FAMILIES, Family, family_of
+from ..model.wan import HEAD_DIM, Wan
 from ..refusal import check_size
 from .files import CheckpointError, name_list, open_weights, tensor_groups
-from .layouts import Layout, original_name, other_file, other_wan, read_layout, wan_shapes
+from .layouts import Layout, original_name, other_file, other_wan, read_layout
 from .lora import looks_like_lora, merge_lora
-from .scaled import Quantisation, dequantise, is_scale, read_quantisation
+from .scaled import LAYER_FORMATS, Quantisation, dequantise, is_scale, read_quantisation
 
-HEAD_DIM = 128
-_SIZE_NAMES = {1536: "1.3B", 5120: "14B"}
-_SIZE_LAYERS = {1536: 30, 5120: 40}
+_PUBLISHED = {1536: ("1.3B", 30), 5120: ("14B", 40)}  # dim → name and layers
 # Names of the generator's weights, with EMA and without.
 _EMA = ("generator_ema", "model_ema", "ema")
 _PLAIN = ("generator", "model", "state_dict", "module")
@@ -38,11 +39,6 @@ class WanSize:
     layers: int
     text_dim: int
     parameters: int
-
-    @property
-    def heads(self) -> int:
-        """Attention heads of a layer."""
-        return self.dim // HEAD_DIM
 
 
 @dataclass(frozen=True)
@@ -74,15 +70,10 @@ class CheckpointInfo:
     @property
     def causal_metadata(self) -> bool:
         """Whether the metadata `config` is {"transformer": {"causal_ar": true}}, ComfyUI's mark of AR models."""
-        return _is_causal(self.metadata)
-
-    def kv_bytes_per_frame(self, height: int, width: int) -> int:
-        """Bytes of one latent frame's bfloat16 keys and values in all layers; `height`, `width` in pixels.
-
-        Raises Refusal if a side is not a multiple of 16.
-        """
-        check_size(height, width)
-        return 2 * self.size.layers * (height // 16) * (width // 16) * self.size.dim * torch.bfloat16.itemsize
+        try:
+            return bool(json.loads(self.metadata.get("config", "{}")).get("transformer", {}).get("causal_ar", False))
+        except (ValueError, AttributeError):
+            return False
 
 
 def load_dit_state_dict(
@@ -111,10 +102,8 @@ def load_dit_state_dict(
     """
     state_dict, info, quantisation = _read(Path(path), prefer_ema, weights, family)
     if quantisation is not None:
-        try:
+        with _naming(path):
             state_dict = dequantise(state_dict, quantisation, comfyui_formats=dequantise_all)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
         if lora is not None and quantisation.comfyui_layers and not dequantise_all:
             raise CheckpointError(
                 f"{path}: is quantised ({info.quantised}), so a LoRA cannot be merged into it; "
@@ -134,27 +123,30 @@ def inspect_checkpoint(
 
 
 def describe(info: CheckpointInfo, *, height: int = 480, width: int = 832) -> list[tuple[str, str]]:
-    """Rows (label, value) of a table about a checkpoint, with one "note" row per note."""
+    """Rows (label, value) of a table about a checkpoint, with one "note" row per note.
+
+    height, width: pixels, multiples of 16; Refusal for others.
+    """
+    check_size(height, width)
     family = info.family
-    chunk = (
-        "1 latent frame (frame by frame)"
-        if family.frames_per_chunk == 1
-        else f"{family.frames_per_chunk} latent frames"
-    )
+    chunk = f"{family.frames_per_chunk} latent frame{'s' if family.frames_per_chunk > 1 else ''}"
     if family.id == "unknown":
         chunk = f"not stored in the file; {chunk} by default"
     window = (
         "all frames" if family.window is None else f"{family.window} latent frames, {family.sink_frames} of them sinks"
     )
-    per_frame = info.kv_bytes_per_frame(height, width)
     others = f" (other sets: {', '.join(info.other_weights)})" if info.other_weights else ""
     size = info.size
+    name, _ = _PUBLISHED.get(size.dim, ("of another size", 0))
+    heads = f"{size.dim // HEAD_DIM} heads of {HEAD_DIM}"
+    # Keys and values of every layer in bfloat16; a token covers 16×16 pixels.
+    per_frame = 2 * size.layers * (height // 16) * (width // 16) * size.dim * torch.bfloat16.itemsize
     return [
         ("file", str(info.path)),
         ("size", f"{info.file_bytes / 1e9:.2f} GB"),
         ("family", f"{family.title} (read from the name)" if family.id != "unknown" else family.title),
-        ("model", f"Wan 2.1 T2V {_SIZE_NAMES.get(size.dim, 'of another size')}, {size.parameters:,} parameters"),
-        ("dimensions", f"dim {size.dim}, ffn {size.ffn_dim}, {size.layers} layers, {size.heads} heads of {HEAD_DIM}"),
+        ("model", f"Wan 2.1 T2V {name}, {size.parameters:,} parameters"),
+        ("dimensions", f"dim {size.dim}, ffn {size.ffn_dim}, {size.layers} layers, {heads}"),
         ("stored as", f"{', '.join(info.dtypes)}; {info.quantised or 'not quantised'}"),
         ("keys", info.layout),
         ("loads", (info.weights or "the only set of weights") + others),
@@ -165,6 +157,15 @@ def describe(info: CheckpointInfo, *, height: int = 480, width: int = 832) -> li
     ]
 
 
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Put the path in front of a ValueError's text, as a CheckpointError."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def _read(
     path: Path, prefer_ema: bool, weights: str | None, family: Family | None
 ) -> tuple[dict[str, Tensor], CheckpointInfo, Quantisation | None]:
@@ -173,28 +174,23 @@ def _read(
     if family is None:
         family, source = family_of(path)
     group, stored, others = _choose_weights(path, tensor_groups(file.contents), family, prefer_ema, weights)
-    layout, shapes = _wan_layout(path, stored)
-    metadata = _rename_layers(file.metadata, layout)
-    found = {name: stored[key] for name, key in layout.stored.items()}
-    try:
+    with _naming(path):
+        layout = read_layout(stored)
+        if layout is None or not any(name.endswith("modulation") for name in layout.stored):
+            raise ValueError(f"{other_file(stored)}; choose an autoregressive Wan 2.1 text-to-video checkpoint")
+        found = {name: stored[key] for name, key in layout.stored.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        if reason := other_wan(shapes):
+            raise ValueError(reason)
+        metadata = _rename_layers(file.metadata, layout)
         quantisation = read_quantisation(found, metadata)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    expected = _expected_shapes(path, shapes)
-    packed = set(quantisation.comfyui_layers) if quantisation else set()
-    alternatives = f"; other sets of weights in this file: {', '.join(others)}" if others else ""
-    _check_complete(path, shapes, expected, packed, alternatives)
-    unknown = [name for name in found if name not in expected and not is_scale(name)]
-    _refuse_unknown_layers(path, unknown)
+        expected = _expected_shapes(shapes)
+        packed = quantisation.comfyui_layers if quantisation else {}
+        _check_complete(shapes, expected, packed, others)
 
-    dim, layers = expected["head.modulation"][-1], sum(name.endswith("self_attn.q.weight") for name in expected)
+    unknown = [name for name in found if name not in expected and not is_scale(name)]
     state_dict = {name: found[name] for name in expected} | {name: found[name] for name in found if is_scale(name)}
     dtypes = Counter(str(found[name].dtype).removeprefix("torch.") for name in expected)
-    notes = _notes(path, family, metadata, layers, dim)
-    if source not in ("", path.name):
-        notes.insert(0, f"family read from the folder name {source}")
-    if skipped := [*unknown, *(key for key in layout.extra if original_name(key) is not None)]:
-        notes.append(f"{len(skipped)} weights that do not belong to Wan are skipped: {name_list(skipped)}")
     info = CheckpointInfo(
         path=path,
         weights=group,
@@ -202,35 +198,23 @@ def _read(
         layout=layout.title,
         family=family,
         size=WanSize(
-            dim=dim,
+            dim=expected["head.modulation"][-1],
             ffn_dim=expected["blocks.0.ffn.0.weight"][0],
-            layers=layers,
+            layers=sum(name.endswith("self_attn.q.weight") for name in expected),
             text_dim=expected["text_embedding.0.weight"][1],
-            parameters=sum(torch.Size(shape).numel() for shape in expected.values()),
+            parameters=sum(map(prod, expected.values())),
         ),
         dtypes=tuple(name for name, _ in dtypes.most_common()),
         file_bytes=file.bytes,
         quantised=quantisation.title if quantisation else None,
         metadata=metadata,
-        notes=tuple(notes),
     )
-    return state_dict, info, quantisation
-
-
-def _wan_layout(path: Path, stored: Mapping[str, Tensor]) -> tuple[Layout, dict[str, tuple[int, ...]]]:
-    """The layout and the shapes by Wan's names; CheckpointError unless the model is a Wan 2.1 T2V."""
-    try:
-        layout = read_layout(stored)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; save one of them as its own file") from error
-    if layout is None or not any(name.endswith("modulation") for name in layout.stored):
-        raise CheckpointError(
-            f"{path}: {other_file(stored)}; choose an autoregressive Wan 2.1 text-to-video checkpoint"
-        )
-    shapes = {name: tuple(stored[key].shape) for name, key in layout.stored.items()}
-    if reason := other_wan(shapes):
-        raise CheckpointError(f"{path}: {reason}")
-    return layout, shapes
+    notes = _notes(info)
+    if source not in ("", path.name):
+        notes.insert(0, f"family read from the folder name {source}")
+    if skipped := [*unknown, *(key for key in layout.extra if original_name(key) is not None)]:
+        notes.append(f"{len(skipped)} weights that do not belong to Wan are skipped: {name_list(skipped)}")
+    return state_dict, replace(info, notes=tuple(notes)), quantisation
 
 
 def _choose_weights(
@@ -266,97 +250,90 @@ def _choose_weights(
 
 
 def _rename_layers(metadata: Mapping[str, str], layout: Layout) -> dict[str, str]:
-    """The file's metadata, with the layers of `_quantization_metadata` in Wan's naming."""
-    renamed = dict(metadata)
-    if "_quantization_metadata" in renamed:
-        try:
-            quantisation = json.loads(renamed["_quantization_metadata"])
-            quantisation["layers"] = {
-                original_name(layer, layout.prefix, layout.diffusers): entry
-                for layer, entry in quantisation["layers"].items()
-            }
-            renamed["_quantization_metadata"] = json.dumps(quantisation)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return renamed  # read_quantisation reports the error
-    return renamed
+    """The file's metadata, with the layers of its `LAYER_FORMATS` in Wan's naming."""
+    if LAYER_FORMATS not in metadata:
+        return dict(metadata)
+    try:
+        formats = json.loads(metadata[LAYER_FORMATS])
+        formats["layers"] = {
+            original_name(layer, layout.prefix, layout.diffusers): dict(entry)
+            for layer, entry in formats.get("layers", {}).items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"its {LAYER_FORMATS} is not readable; download the file again") from error
+    return {**metadata, LAYER_FORMATS: json.dumps(formats)}
 
 
-def _expected_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all weights of a Wan of this size; the sizes are read from `shapes`."""
     sized_by = ("head.modulation", "blocks.0.ffn.0.bias", "text_embedding.0.weight", "time_embedding.0.weight")
     numbers = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
     layers = 1 + max(numbers, default=0)
-    missing = [name for name in sized_by if not shapes.get(name)]
+    missing = [name for name in sized_by if not prod(shapes.get(name) or (0,))]
     if layers > len(shapes):
         missing.append(f"most of {layers} layers")
     if missing:
-        raise CheckpointError(
-            f"{path}: incomplete, it has {len(shapes)} weights but not {name_list(missing)}; "
-            "download it again, with all its shards"
+        raise ValueError(
+            f"incomplete, it has {len(shapes)} weights but not {name_list(missing)}; download it again, with all its "
+            "shards"
         )
-    dim, ffn_dim = shapes["head.modulation"][-1], shapes["blocks.0.ffn.0.bias"][0]
+    dim, ffn_dim, text_dim, freq_dim = (shapes[name][-1] for name in sized_by)
     if dim % HEAD_DIM:
-        raise CheckpointError(
-            f"{path}: dim {dim} is not a multiple of Wan's head dim {HEAD_DIM}, so this is another model; "
+        raise ValueError(
+            f"dim {dim} is not a multiple of Wan's head dim {HEAD_DIM}, so this is another model; "
             "choose an autoregressive Wan 2.1 text-to-video checkpoint"
         )
-    text_dim, freq_dim = shapes["text_embedding.0.weight"][-1], shapes["time_embedding.0.weight"][-1]
-    return wan_shapes(dim, ffn_dim, layers, text_dim=text_dim, freq_dim=freq_dim)
+    with torch.device("meta"):
+        wan = Wan(dim=dim, ffn_dim=ffn_dim, num_layers=layers, text_dim=text_dim, freq_dim=freq_dim)
+    return {name: tuple(tensor.shape) for name, tensor in wan.state_dict().items()}
 
 
 def _check_complete(
-    path: Path,
     shapes: Mapping[str, tuple[int, ...]],
     expected: Mapping[str, tuple[int, ...]],
-    packed: set[str],
-    alternatives: str,
+    packed: Mapping[str, str],
+    others: tuple[str, ...],
 ) -> None:
-    missing = [name for name in expected if name not in shapes]
-    if missing:
-        raise CheckpointError(
-            f"{path}: incomplete, {len(missing)} of {len(expected)} weights are missing ({name_list(missing)}); "
+    """Raise ValueError unless all weights of the layers are there in their shapes, and no others.
+
+    packed: layers whose shape is another one. others: sets of weights to name in the message.
+    """
+    alternatives = f"; other sets of weights in this file: {', '.join(others)}" if others else ""
+    if missing := [name for name in expected if name not in shapes]:
+        raise ValueError(
+            f"incomplete, {len(missing)} of {len(expected)} weights are missing ({name_list(missing)}); "
             f"download it again, with all its shards{alternatives}"
         )
     for name, shape in expected.items():
         if shapes[name] != shape and name.removesuffix(".weight") not in packed:
-            raise CheckpointError(
-                f"{path}: {name} has shape {shapes[name]} and not Wan 2.1's {shape}, so the file is packed or of "
+            raise ValueError(
+                f"{name} has shape {shapes[name]} and not Wan 2.1's {shape}, so the file is packed or of "
                 f"another model; use the bf16 or ComfyUI version{alternatives}"
             )
-
-
-def _refuse_unknown_layers(path: Path, unknown: list[str]) -> None:
-    if inside := [name for name in unknown if name.startswith("blocks.")]:
-        raise CheckpointError(
-            f"{path}: its layers have {len(inside)} weights that Wan 2.1 T2V does not have ({name_list(inside)}), "
+    if more := [name for name in shapes.keys() - expected if name.startswith("blocks.") and not is_scale(name)]:
+        raise ValueError(
+            f"its layers have {len(more)} weights that Wan 2.1 T2V does not have ({name_list(more)}), "
             "so it is another kind of Wan; choose an autoregressive text-to-video checkpoint"
         )
 
 
-def _is_causal(metadata: Mapping[str, str]) -> bool:
-    try:
-        return bool(json.loads(metadata.get("config", "{}")).get("transformer", {}).get("causal_ar", False))
-    except (ValueError, AttributeError):
-        return False
-
-
-def _notes(path: Path, family: Family, metadata: Mapping[str, str], layers: int, dim: int) -> list[str]:
+def _notes(info: CheckpointInfo) -> list[str]:
     notes = []
-    name = path.name.lower()
+    name, size = info.path.name.lower(), info.size
     if _WAN_22.search(name):
         notes.append(
             "the name suggests Wan 2.2, whose text-to-video experts have the shapes of Wan 2.1 but are not "
             "autoregressive"
         )
-    elif family is FAMILIES["unknown"] and not _is_causal(metadata):
+    elif info.family is FAMILIES["unknown"] and not info.causal_metadata:
         plain = "this is the name of plain Wan 2.1; " if _PLAIN_WAN.search(name) else ""
         notes.append(
             f"{plain}an autoregressive fine-tune has the same keys and shapes as plain Wan 2.1 T2V, whose chunks do "
             "not continue each other: make sure that this is a checkpoint like Self Forcing, LongLive or Causal Forcing"
         )
-    usual = _SIZE_LAYERS.get(dim, layers)
-    if layers != usual:
+    title, usual = _PUBLISHED.get(size.dim, ("", size.layers))
+    if size.layers != usual:
         notes.append(
-            f"{layers} layers; Wan 2.1 {_SIZE_NAMES[dim]} has {usual}, so it is pruned or its last layers are missing"
+            f"{size.layers} layers; Wan 2.1 {title} has {usual}, so it is pruned or its last layers are missing"
         )
     return notes

@@ -16,13 +16,11 @@ _KEY = re.compile(
     r"(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?$"
 )
 _PARTS = {"lora_A": "down", "lora_down": "down", "lora.down": "down", "lora_B": "up", "lora_up": "up", "lora.up": "up"}
-_PAIR = re.compile(r"\.(lora_[AB]|lora_down|lora_up|lora\.down|lora\.up)(\.|$)")
-_KOHYA = "lora_unet_"
 
 
 def looks_like_lora(names: Mapping[str, object]) -> bool:
     """Whether any of these weights belongs to a low-rank pair."""
-    return any(_PAIR.search(name) for name in names)
+    return any((match := _KEY.match(name)) and match["part"] in _PARTS for name in names)
 
 
 def merge_lora(
@@ -55,8 +53,8 @@ def merge_lora(
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    opened = open_weights(path)
-    groups = {name: group for name, group in tensor_groups(opened.contents).items() if looks_like_lora(group)}
+    stored = tensor_groups(open_weights(path).contents)
+    groups = {name: group for name, group in stored.items() if looks_like_lora(group)}
     if not groups:
         raise CheckpointError(
             f"{path}: not a LoRA (no lora_A/lora_B or lora_down/lora_up weights); a model is loaded as the model itself"
@@ -75,7 +73,7 @@ def _by_layer(
 ) -> dict[str, dict[str, Tensor]]:
     """The LoRA's tensors by layer of the model: layer → part ("down", "up", "alpha", …) → tensor."""
     known = {name.rpartition(".")[0] for name in state_dict} | set(state_dict)
-    underscored = {f"{_KOHYA}{layer.replace('.', '_')}": layer for layer in known}
+    underscored = {f"lora_unet_{layer.replace('.', '_')}": layer for layer in known}  # Kohya's names
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     adapters = set()
     unknown = []
@@ -99,12 +97,11 @@ def _by_layer(
 
 def _layer_of(name: str, known: set[str]) -> str | None:
     """The layer in `known` that `name` ends with, in Wan's or diffusers' naming; None if there is none."""
-    parts = name.split(".")
-    for start in range(len(parts)):
-        tail = ".".join(parts[start:])
-        for candidate in (tail, original_name(tail, diffusers=True)):
+    while name:
+        for candidate in (name, original_name(name, diffusers=True)):
             if candidate in known:
                 return candidate
+        name = name.partition(".")[2]
     return None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .layouts import FILE_SCALE, SCALE_NAMES
 
+LAYER_FORMATS = "_quantization_metadata"  # the metadata entry {"layers": {layer: {"format": name}}} of ComfyUI
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Format name in files saved from a model in the loader's weight dtype fp8_rowwise: float8_e4m3fn with [N, 1] scales.
 # ComfyUI's own loaders do not know the format, and name it when they refuse it.
@@ -32,9 +33,9 @@ class Quantisation:
 
 
 def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Quantisation | None:
-    """The quantisation of `state_dict` (original names); None if its weights are plain."""
+    """The quantisation of `state_dict` (original names, in the metadata too); None if its weights are plain."""
     comfyui: dict[str, str] = {}
-    in_metadata = _formats_of(metadata)
+    in_metadata = json.loads(metadata.get(LAYER_FORMATS, "{}")).get("layers", {})
     other = []
     for name, value in state_dict.items():
         layer, _, leaf = name.rpartition(".")
@@ -42,7 +43,7 @@ def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, s
             comfyui[layer] = str(json.loads(bytes(value.tolist())).get("format", "unnamed"))
         elif leaf in ("weight_scale", "scale_weight") and f"{layer}.comfy_quant" not in state_dict:
             if layer in in_metadata:
-                comfyui[layer] = in_metadata[layer]
+                comfyui[layer] = str(in_metadata[layer].get("format", "unnamed"))
             elif FILE_SCALE in state_dict:
                 comfyui[layer] = "float8_e4m3fn"
             else:
@@ -94,15 +95,6 @@ def dequantise(
 def is_scale(name: str) -> bool:
     """Whether `name` is that of a scale or marker of quantised weights."""
     return name == FILE_SCALE or name.rpartition(".")[2] in SCALE_NAMES
-
-
-def _formats_of(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Layer → format name, as the file's metadata say."""
-    try:
-        layers = json.loads(metadata.get("_quantization_metadata", "{}")).get("layers", {})
-        return {layer: str(entry.get("format", "unnamed")) for layer, entry in layers.items()}
-    except (ValueError, AttributeError) as error:
-        raise ValueError("its _quantization_metadata is not readable; download the file again") from error
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> str:

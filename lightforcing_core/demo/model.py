@@ -72,17 +72,12 @@ class DemoModel:
     video: DemoVideo
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether all three files are in `folder`."""
-    return not _missing(folder)
-
-
 def demo_video(folder: Path) -> DemoVideo:
     """The videos of the demo model in `folder`, without loading it. Raises ValueError like `load_demo_model`."""
-    if missing := _missing(folder):
+    if missing := [name for name in (DIT, VAE, TEXT) if not (folder / name).is_file()]:
         raise ValueError(
-            f"{folder} has no demo model: {', '.join(missing)} is missing; pass the folder `models` that the training "
-            "wrote, or train a model (laboratory/training/README.md)"
+            f"{folder} has no demo model: {', '.join(missing)} is missing; reinstall the pack, which contains one, or "
+            "pass the folder `models` that the training wrote (laboratory/training/README.md)"
         )
     about = inspect_checkpoint(folder / DIT).metadata.get(ABOUT)
     if about is None:
@@ -92,22 +87,24 @@ def demo_video(folder: Path) -> DemoVideo:
     return DemoVideo(**json.loads(about))
 
 
-def _missing(folder: Path) -> list[str]:
-    return [name for name in (DIT, VAE, TEXT) if not (folder / name).is_file()]
-
-
 def load_demo_model(folder: Path, device: torch.device | str = "cpu") -> DemoModel:
-    """Load the demo model in `folder`: the DiT in bfloat16 on GPUs and float32 on CPUs, the VAE in `vae_dtype`.
+    """Load the demo model in `folder`: bfloat16 on GPUs; on CPUs the DiT in float32, the VAE in its fastest dtype.
 
     Raises ValueError if files are missing or unusable.
     """
     device, video = torch.device(device), demo_video(folder)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = vae_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    # On a CPU, torch does not vectorise small float32 3-D convolutions; bfloat16 ones take a tenth of the time.
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        vae_dtype = torch.bfloat16
     state_dict, _ = load_dit_state_dict(folder / DIT)
-    vae = vae_from_state_dict(load_file(folder / VAE), dtype=vae_dtype(device), device=device)
+    vae = vae_from_state_dict(load_file(folder / VAE), dtype=vae_dtype, device=device)
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):  # their fastest memory layout
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
     return DemoModel(
         wan_from_state_dict(state_dict, dtype=dtype, device=device),
-        fast_convolutions(vae),
+        vae,
         {name: tensor.to(device) for name, tensor in load_table(folder / TEXT).items()},
         video,
     )
@@ -125,20 +122,3 @@ def load_table(path: Path) -> dict[str, Tensor]:
     if words != list(VOCABULARY) or set(table) != {"words", "slots"}:
         raise ValueError(f"{path} has no embeddings for these captions; use the file that is shipped with the pack")
     return table
-
-
-def vae_dtype(device: torch.device) -> torch.dtype:
-    """The dtype with fast convolutions: bfloat16 on GPUs and on CPUs with AVX-512, else float32.
-
-    On a CPU, torch does not vectorise small float32 3-D convolutions; bfloat16 ones take a tenth of the time.
-    """
-    fast = device.type == "cuda" or torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return torch.bfloat16 if fast else torch.float32
-
-
-def fast_convolutions(vae: WanVAE) -> WanVAE:
-    """Change the weights of 3-D convolutions in place to their fastest memory layout; returns `vae`."""
-    for module in vae.modules():
-        if isinstance(module, nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-    return vae

@@ -5,6 +5,7 @@ prompts shows the layers whose inputs exceed 448 or are so small that e4m3 loses
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,12 @@ from .linear import LARGEST, LAYER_LINEARS, SMALLEST
 
 CHUNKS = 2  # so that a clean pass runs, and a chunk reads the cache
 HEADROOM = 2.0  # other prompts may give larger inputs; e4m3 is a floating-point format, so it loses no digits by this
-_LATENT_HEIGHT, _LATENT_WIDTH = 32, 56  # 256×448 pixels
 
 
-def read_prompts(path: str | Path) -> list[Tensor]:
+def read_prompts(path: str | Path, text_dim: int) -> list[Tensor]:
     """Read the text embeddings [1, tokens, text_dim] from a file of Light Forcing Save Text Embeds.
 
-    Raises CheckpointError, which names the file, if it has none.
+    Raises CheckpointError, which names the file, if it has none or they have another width.
     """
     contents = open_weights(path).contents
     prompts = [value for name, value in sorted(contents.items()) if name.endswith(".cond")]
@@ -34,6 +34,11 @@ def read_prompts(path: str | Path) -> list[Tensor]:
         raise CheckpointError(
             f"{path}: contains no text embeddings; encode a prompt in ComfyUI and save it with Light Forcing Save "
             "Text Embeds"
+        )
+    if odd := {prompt.shape[-1] for prompt in prompts} - {text_dim}:
+        raise CheckpointError(
+            f"{path}: its embeddings have a width of {min(odd)} and the model needs {text_dim}; encode the prompt with "
+            "the model's own text encoder, umT5 for Wan"
         )
     return prompts
 
@@ -43,7 +48,7 @@ def largest_inputs(
     prompts: Sequence[Tensor],
     family: Family,
     *,
-    latent_size: tuple[int, int] = (_LATENT_HEIGHT, _LATENT_WIDTH),
+    latent_size: tuple[int, int] = (32, 56),
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Layer → the largest magnitude of its inputs, over a dense video of two chunks for each prompt.
@@ -51,7 +56,7 @@ def largest_inputs(
     dit: a Wan tree (see `wan.py`), which runs on its own device.
     prompts: [1, tokens, text_dim] each.
     family: gives the chunk length and the denoising steps.
-    latent_size: (h, w) of the latents.
+    latent_size: (h, w) of the latents; by default those of 256×448 pixels.
     on_step: called with the number of finished denoising steps and their total.
 
     Raises ValueError if an input is not finite.
@@ -88,7 +93,7 @@ def largest_inputs(
         for hook in hooks:
             hook.remove()
     found = {name: value.item() for name, value in largest.items()}
-    if broken := [name for name, value in found.items() if not value < float("inf")]:
+    if broken := [name for name, value in found.items() if not isfinite(value)]:
         raise ValueError(
             f"the inputs of {broken[0]} are not finite, so the weights or the prompt are damaged; get them again"
         )

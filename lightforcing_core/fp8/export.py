@@ -40,7 +40,6 @@ class FP8File:
     path: Path
     layers: int
     bytes_before: int
-    bytes_after: int
     error: float
     worst: tuple[str, float]
     notes: tuple[str, ...]
@@ -81,7 +80,7 @@ def write_fp8_checkpoint(
             f"{source}: is quantised already ({info.quantised}), and rounding twice adds to the error; use the bf16 or "
             "fp32 file"
         )
-    texts = [] if prompts is None else _texts(prompts, info)
+    texts = [] if prompts is None else read_prompts(prompts, info.size.text_dim)
     state_dict, _ = load_dit_state_dict(source, weights=weights)
     names = [f"blocks.{i}.{linear}" for i in range(info.size.layers) for linear in LAYER_LINEARS]
     reasons = {name: why_no_fp8(*state_dict[f"{name}.weight"].shape) for name in names}
@@ -121,21 +120,10 @@ def write_fp8_checkpoint(
         path=out,
         layers=len(layers),
         bytes_before=info.file_bytes,
-        bytes_after=out.stat().st_size,
         error=_relative_error(*(sum(column) for column in zip(*squares.values(), strict=True))),
         worst=(worst, errors[worst]),
         notes=_notes(info, out, {reason for reason in reasons.values() if reason}, len(names) - len(layers)),
     )
-
-
-def _texts(prompts: str | Path, info: CheckpointInfo) -> list[Tensor]:
-    texts = read_prompts(prompts)
-    if odd := [text.shape[-1] for text in texts if text.shape[-1] != info.size.text_dim]:
-        raise CheckpointError(
-            f"{prompts}: its embeddings have a width of {odd[0]} and the model needs {info.size.text_dim}; encode the "
-            "prompt with the model's own text encoder, umT5 for Wan"
-        )
-    return texts
 
 
 def _input_scales(
@@ -168,9 +156,9 @@ def _layout(state_dict: Mapping[str, Tensor], layers: list[str], *, scaled_input
     layout = {}
     for name, tensor in state_dict.items():
         wide = tensor.element_size() > 2 and not name.startswith("patch_embedding.")
-        layout[name] = torch.empty(tensor.shape, dtype=torch.bfloat16 if wide else tensor.dtype, device="meta")
+        layout[name] = tensor.to("meta", torch.bfloat16 if wide else tensor.dtype)
     for name in layers:
-        layout[f"{name}.weight"] = torch.empty(state_dict[f"{name}.weight"].shape, dtype=FP8, device="meta")
+        layout[f"{name}.weight"] = layout[f"{name}.weight"].to(FP8)
         layout[f"{name}.weight_scale"] = torch.empty((), dtype=torch.float32, device="meta")
         layout[f"{name}.comfy_quant"] = _FORMAT.to("meta")
         if scaled_inputs:

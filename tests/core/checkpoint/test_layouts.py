@@ -1,14 +1,13 @@
 """Every published layout gives the same tensors under Wan's own names."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightforcing.lightforcing_core.checkpoint.layouts import wan_shapes
-from lightforcing.lightforcing_core.checkpoint.load import WanSize, describe, inspect_checkpoint, load_dit_state_dict
+from lightforcing.lightforcing_core.checkpoint.load import describe, inspect_checkpoint, load_dit_state_dict
+from lightforcing.lightforcing_core.model.wan import Wan
 
 from ...support.checkpoint_samples import assert_same, fsdp_wrapped, in_diffusers_names, prefixed, tiny_wan
 
@@ -41,7 +40,7 @@ def test_every_naming_gives_wans_own_names(tmp_path, wrapping, suffix):
     loaded, info = load_dit_state_dict(path)
     assert_same(loaded, weights)
     size = info.size
-    assert (size.dim, size.ffn_dim, size.layers, size.heads, size.text_dim) == (128, 192, 2, 1, 32)
+    assert (size.dim, size.ffn_dim, size.layers, size.text_dim) == (128, 192, 2, 32)
     assert info.weights == ""
     assert not any("skipped" in note for note in info.notes)
 
@@ -184,19 +183,19 @@ def test_other_weights_in_the_file_are_skipped_and_named(tmp_path):
     [(1536, 8960, 30, 825, 1_418_996_800), (5120, 13824, 40, 1095, 14_288_491_584)],
 )
 def test_published_sizes_have_the_published_counts(dim, ffn_dim, layers, tensors, parameters):
-    shapes = wan_shapes(dim, ffn_dim, layers)
-    assert len(shapes) == tensors
-    assert sum(torch.empty(shape, device="meta").numel() for shape in shapes.values()) == parameters
+    with torch.device("meta"):
+        weights = Wan(dim=dim, ffn_dim=ffn_dim, num_layers=layers).state_dict()
+    assert len(weights) == tensors
+    assert sum(weight.numel() for weight in weights.values()) == parameters
 
 
 def test_kv_bytes_follow_the_layers_and_the_size_of_the_video(tmp_path):
     torch.save(tiny_wan(dim=256, layers=2), tmp_path / "x.pt")
     info = inspect_checkpoint(tmp_path / "x.pt")
-    assert info.kv_bytes_per_frame(512, 768) == 2 * 2 * 1536 * 256 * 2  # K and V, layers, tokens, dim, bytes
+    # K and V, layers, tokens, dim, bytes
+    assert f"{2 * 2 * 1536 * 256 * 2 / 2**20} MiB" in dict(describe(info, height=512, width=768))["KV cache"]
     with pytest.raises(ValueError, match="height 500 is not a multiple of 16; use 496 or 512"):
-        info.kv_bytes_per_frame(500, 768)
-    published = replace(info, size=WanSize(dim=1536, ffn_dim=8960, layers=30, text_dim=4096, parameters=0))
-    assert published.kv_bytes_per_frame(480, 832) == 1560 * 180 * 1024
+        describe(info, height=500, width=768)
 
 
 def test_description_answers_the_questions_of_a_user(tmp_path):

@@ -193,7 +193,7 @@ def test_diffusers_image_to_video_names_are_understood(tmp_path):
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["decoder.middle.0.residual.0.gamma", "encoder.conv1.weight"], "a Wan VAE"),
+        (["decoder.middle.0.residual.0.gamma", "encoder.conv1.weight"], "a VAE; load it with Load VAE"),
         (["token_embedding.weight", "blocks.0.attn.q.weight"], "a text encoder"),
         (["double_blocks.0.img_attn.qkv.weight"], "a Flux or HunyuanVideo model"),
         (["model.diffusion_model.input_blocks.0.0.weight"], "a Stable Diffusion UNet"),

@@ -14,7 +14,7 @@ from lightforcing.lightforcing_core.demo.captions import (
     new_table,
     parse,
 )
-from lightforcing.lightforcing_core.demo.model import DIT, TEXT, is_complete, load_demo_model, load_table
+from lightforcing.lightforcing_core.demo.model import DIT, TEXT, load_demo_model, load_table
 
 from ...support.tiny_demo import TINY_VIDEO, write_tiny_demo
 
@@ -51,9 +51,7 @@ def test_capitals_and_punctuation_do_not_matter():
 
 
 def test_files_load_as_a_model_in_float32(tmp_path):
-    assert not is_complete(tmp_path)
     write_tiny_demo(tmp_path)
-    assert is_complete(tmp_path)
     model = load_demo_model(tmp_path)
     assert model.video == TINY_VIDEO
     assert model.video.latent_frames == 9
@@ -64,7 +62,6 @@ def test_files_load_as_a_model_in_float32(tmp_path):
 def test_missing_files_are_named(tmp_path):
     write_tiny_demo(tmp_path)
     (tmp_path / TEXT).unlink()
-    assert not is_complete(tmp_path)
     with pytest.raises(ValueError, match=f"has no demo model: {TEXT} is missing"):
         load_demo_model(tmp_path)
 

@@ -65,12 +65,12 @@ def test_inputs_that_are_not_finite_are_an_error_and_leave_no_hook():
 
 def test_prompts_are_those_of_save_text_embeds(tmp_path):
     save_file({"1.cond": text(2), "0.cond": text(1), "0.pooled_output": text(3)[0]}, tmp_path / "prompts.safetensors")
-    first, second = read_prompts(tmp_path / "prompts.safetensors")
+    first, second = read_prompts(tmp_path / "prompts.safetensors", TEXT)
     assert torch.equal(first, text(1))
     assert torch.equal(second, text(2))
     save_file({"a.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=r"other\.safetensors: contains no text embeddings"):
-        read_prompts(tmp_path / "other.safetensors")
+        read_prompts(tmp_path / "other.safetensors", TEXT)
 
 
 def test_a_calibrated_file_holds_a_scale_for_the_inputs_of_every_layer(tmp_path):
