@@ -5,6 +5,7 @@ The pictures: density per chunk and layer; seconds per stage and reasons for den
 
 import textwrap
 from collections.abc import Sequence
+from itertools import groupby
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,6 @@ from ..rollout.schedule import video_frames_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 INK, GRID, FILL, BUDGET = "#1d2733", "#d5dbe3", "#3b7dd8", "#d1495b"
@@ -32,7 +32,7 @@ STAGES = {"denoise": FILL, "clean pass": "#7fb069", "output": "#f2a541", "replay
 def describe(record: RunRecord) -> str:
     """The record as text: facts, a line per chunk, layers if they differ, stages, and reasons for dense attention."""
     lines = [f"{name}: {value}" for name, value in record.facts.items()]
-    lines += [_title(record), "attention: " + ("; ".join(record.attention) or "dense in every call"), ""]
+    lines += [_title(record), ""]
     lines.append("chunk  latent frames  sees  to skip   read  steps  seconds")
     for chunk in record.chunks:
         span = f"{chunk.start_frame}-{chunk.start_frame + chunk.frames - 1}"
@@ -41,7 +41,8 @@ def describe(record: RunRecord) -> str:
             f"{chunk.index:>5}  {span:>13}  {len(chunk.visible):>4}  {chunk.sparsity:>7.1%}  {chunk.density:>5.1%}"
             f"  {chunk.steps:>5}  {stages}"
         )
-    lines += ["", *_layer_lines(record), "seconds: " + _stages(record), *_dense_lines(record)]
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in record.seconds.items())
+    lines += ["", *_layer_lines(record), f"seconds: {stages or 'none'}", *_reasons(record)]
     return "\n".join(lines)
 
 
@@ -61,7 +62,8 @@ def pages(
 
     Raises ValueError for a chunk, layer or head that is not in the record.
     """
-    return [_density_page(record), _time_page(record), _map_page(record, frames, record.chunk(chunk), layer, head)]
+    shown = record.chunk(chunk)
+    return [_density_page(record), _time_page(record), _map_page(record, frames, shown, layer, head)]
 
 
 def block_share(chunk: ChunkRecord, layer: int | None, head: int | None) -> Tensor | None:
@@ -88,10 +90,6 @@ def _title(record: RunRecord) -> str:
     return f"{len(record.chunks)} chunks, {ratio:.0%} of dense attention FLOPs"
 
 
-def _stages(record: RunRecord) -> str:
-    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in record.seconds.items()) or "none"
-
-
 def _layer_lines(record: RunRecord) -> list[str]:
     """Density per layer if layers differ."""
     if all(max(chunk.layer_density) - min(chunk.layer_density) < 1e-6 for chunk in record.chunks):
@@ -102,26 +100,24 @@ def _layer_lines(record: RunRecord) -> list[str]:
     return rows
 
 
-def _dense_lines(record: RunRecord) -> list[str]:
-    """Every reason for dense attention once, with its chunks."""
+def _reasons(record: RunRecord) -> list[str]:
+    """The backends of sparse attention, and every reason for dense attention once, with its chunks."""
     chunks_of: dict[str, list[int]] = {}
     for chunk in record.chunks:
         if chunk.why_dense:
             chunks_of.setdefault(chunk.why_dense, []).append(chunk.index)
-    return [f"dense: chunk {_spans(chunks)}: {why}" for why, chunks in chunks_of.items()] + [
-        f"dense: {note}" for note in record.notes
+    return [
+        "attention: " + ("; ".join(record.attention) or "dense in every call"),
+        *(f"dense: chunk {_spans(chunks)}: {why}" for why, chunks in chunks_of.items()),
+        *(f"dense: {note}" for note in record.notes),
     ]
 
 
 def _spans(numbers: Sequence[int]) -> str:
     """1, 2, 3, 7 → "1-3, 7"."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    spans = [[number for _, number in run] for _, run in runs]
+    return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
 
 
 # ----------------------------------------------------------------------------------------------------- the pages
@@ -162,8 +158,6 @@ def _density_page(record: RunRecord) -> Image.Image:
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(_title(record))
-    if not record.chunks:
-        return _image_of(figure)
     bars, layers = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.3))
     index = [chunk.index for chunk in record.chunks]
     bars.bar(index, [chunk.density for chunk in record.chunks], width=0.8, color=FILL, label="read")
@@ -196,11 +190,8 @@ def _time_page(record: RunRecord) -> Image.Image:
     """Seconds per chunk, stacked by stage, above the reasons for dense attention."""
     from matplotlib.transforms import blended_transform_factory
 
-    figure = _figure(f"{sum(record.seconds.values()):.1f} seconds" if record.chunks else _title(record))
-    if not record.chunks:
-        return _image_of(figure)
-    reasons = ["attention: " + ("; ".join(record.attention) or "dense in every call"), *_dense_lines(record)]
-    lines = [line for reason in reasons for line in textwrap.wrap(reason, 72, subsequent_indent="   ")]
+    figure = _figure(f"{sum(record.seconds.values()):.1f} seconds")
+    lines = [line for reason in _reasons(record) for line in textwrap.wrap(reason, 72, subsequent_indent="   ")]
     if len(lines) > 14:
         lines[13:] = ["… the rest is in the text"]
     bars, words = figure.subplots(2, 1, height_ratios=(1, (len(lines) + 1) / 20))
@@ -242,19 +233,18 @@ def _map_page(
         text = f"the record has no map of this chunk;\nit has maps of chunk {kept}"
         axes.text(0.5, 0.5, text, ha="center", fontsize=11)
         return _image_of(figure)
-    places = np.arange(len(chunk.visible))
-    if len(places) > MOST_FRAMES:
-        places = np.unique(np.linspace(0, len(places) - 1, MOST_FRAMES).round().astype(int))
+    count = len(chunk.visible)
+    places = np.linspace(0, count - 1, min(count, MOST_FRAMES)).round().astype(int)
     columns, width, height = _cells(len(places), record.grid)
     colours, scale = colormaps["inferno"], Normalize(0, max(float(shares.max()), 1e-6))
     label = 16
     page = np.ones((ceil(len(places) / columns) * (height + label), columns * (width + 4), 3))
     for number, place in enumerate(places):
         top, left = number // columns * (height + label), number % columns * (width + 4)
-        heat = scale(_token_picture(shares[place], record.grid, chunk, (width, height)))
+        heat = np.asarray(scale(_token_picture(shares[place], record.grid, chunk, (width, height))))
         frame = chunk.visible[place]
-        picture = _frame_of(frames, frame, (width, height))
-        page[top : top + height, left : left + width] = _blend(picture, np.asarray(heat), colours)
+        colour = colours(heat)[..., :3]
+        page[top : top + height, left : left + width] = _over_frame(colour, heat, frames, frame)
         current = frame >= chunk.start_frame
         axes.text(
             left,
@@ -296,21 +286,16 @@ def _token_picture(shares: Tensor, grid: tuple[int, int], chunk: ChunkRecord, si
     return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
 
 
-def _frame_of(frames: Tensor | None, latent_frame: int, size: tuple[int, int]) -> np.ndarray | None:
-    """The last video frame of a latent frame, [height, width, 3]; None if `frames` does not contain it."""
+def _over_frame(colour: np.ndarray, heat: np.ndarray, frames: Tensor | None, latent_frame: int) -> np.ndarray:
+    """Colours [height, width, 3] over the last video frame of a latent frame in grey, if `frames` contains it.
+
+    heat: [height, width] in 0…1; low values let more of the frame through.
+    """
     number = video_frames_of(latent_frame + 1) - 1
     if frames is None or number >= len(frames):
-        return None
-    pixels = (frames[number].float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-    picture: np.ndarray = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)) / 255.0
-    return picture
-
-
-def _blend(picture: np.ndarray | None, heat: np.ndarray, colours: "Colormap") -> np.ndarray:
-    """Heat [height, width] in 0…1 as colours over the grey frame; low values let more of the frame through."""
-    colour: np.ndarray = colours(heat)[..., :3]
-    if picture is None:
         return colour
+    pixels = (frames[number].float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    picture = np.asarray(Image.fromarray(pixels).resize(heat.shape[::-1], Image.Resampling.BILINEAR)) / 255.0
     cover = 0.3 + 0.55 * heat[..., None]
-    colour = (1 - cover) * picture.mean(-1, keepdims=True) + cover * colour
-    return colour
+    mixed: np.ndarray = (1 - cover) * picture.mean(-1, keepdims=True) + cover * colour
+    return mixed

@@ -56,13 +56,13 @@ def test_the_text_has_the_run_every_chunk_and_the_reasons_for_dense_attention(re
     assert lines[0] == "model: Light Forcing short"
     # Pairs: 2·2 dense and 2·4 at 37.5 %; dense 4 + 8.
     assert lines[1] == "2 chunks, 58% of dense attention FLOPs"
-    assert lines[2] == "attention: triton (triton is the fastest here and can run)"
-    assert lines[5].split() == ["0", "0-1", "2", "0.0%", "100.0%", "4", "denoise", "2.00,", "clean", "pass", "0.50"]
-    assert lines[6].split()[:6] == ["1", "2-3", "4", "60.0%", "37.5%", "4"]
+    assert lines[4].split() == ["0", "0-1", "2", "0.0%", "100.0%", "4", "denoise", "2.00,", "clean", "pass", "0.50"]
+    assert lines[5].split()[:6] == ["1", "2-3", "4", "60.0%", "37.5%", "4"]
     assert "    0  100.0% 25.0%" in lines
     assert "    1  100.0% 50.0%" in lines
     assert "seconds: denoise 4.0, clean pass 1.0" in lines
-    assert lines[-2:] == [
+    assert lines[-3:] == [
+        "attention: triton (triton is the fastest here and can run)",
         "dense: chunk 0: it sees nothing but itself",
         "dense: the hard prompt switch at chunk 1 read 2 frames again",
     ]
