@@ -1,7 +1,8 @@
 """ComfyUI's HTTP API on one server, one request at a time.
 
 POST /prompt takes a prompt, the WebSocket /ws sends its progress, /history/{id} holds its outcome (the last event alone
-does not tell success from failure), /view serves files, /queue and /interrupt cancel.
+does not tell success from failure), /view serves files, /queue and /interrupt cancel. Every answer is bounded in size
+and time.
 """
 
 import base64
@@ -25,6 +26,9 @@ from ...lightforcing_core.files.output import free_name, whole_file
 from .prompt import Prompt, UsageError, listing, mapping, read_object, title_of
 
 MOST_EVENT = 64 << 20  # bytes
+MOST_JSON = 256 << 20  # /object_info of a server with many node packs and models has tens of millions
+MOST_FILE = 1 << 40
+SLOWEST = 4096  # bytes per second
 MOST_FOLDERS, LONGEST_NAME = 32, 200  # of a file on the server; the name in bytes
 RETRY_SECONDS = 1.0
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -167,7 +171,7 @@ class ComfyServer:
         query = urllib.parse.urlencode(remote._asdict(), errors="replace")
         answer = self._answer("GET", f"/view?{query}")
         with whole_file(target) as partial, answer as response, partial.open("wb") as file:
-            file.writelines(response.iter_bytes())
+            file.writelines(self._bounded(response, MOST_FILE))
             file.flush()
             os.fsync(file.fileno())
         return target
@@ -175,7 +179,7 @@ class ComfyServer:
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
         """The JSON object of an answer, an empty one if the answer is empty. Raises ServerUnreachable or QueueError."""
         with self._answer(method, path, body) as response:
-            text = response.read()
+            text = b"".join(self._bounded(response, MOST_JSON))
         answer = read_object(text)
         if text and not answer and text.strip() != b"{}":
             raise ServerUnreachable(f"{self.url}{path} does not answer as ComfyUI does; is it a ComfyUI server?")
@@ -189,21 +193,32 @@ class ComfyServer:
         try:
             with self._client.stream(method, path, content=content, headers=headers) as response:
                 if not response.is_success:
-                    response.read()
-                    raise self._refusal(path, response, mapping(body).get("prompt") or {})
+                    content = b"".join(self._bounded(response, MOST_JSON))
+                    raise self._refusal(path, response, content, mapping(body).get("prompt") or {})
                 yield response
         except httpx.HTTPError as error:
             raise ServerUnreachable(f"no ComfyUI server answers at {self.url}: {str(error) or repr(error)}") from error
 
-    def _refusal(self, path: str, response: httpx.Response, prompt: Prompt) -> QueueError:
+    def _bounded(self, response: httpx.Response, most: int) -> Iterator[bytes]:
+        """The parts of a body. Raises QueueError if it is too large, ServerUnreachable if it only drips."""
+        start, received = time.monotonic(), 0
+        for part in response.iter_bytes():
+            received += len(part)
+            if received > most:
+                raise QueueError(f"an answer of {self.url} is larger than {most} bytes")
+            if time.monotonic() - start > self._timeout + received / SLOWEST:
+                raise ServerUnreachable(f"{self.url} sends less than {SLOWEST} bytes a second")
+            yield part
+
+    def _refusal(self, path: str, response: httpx.Response, content: bytes, prompt: Prompt) -> QueueError:
         """The server's own words for an HTTP error."""
         status = f"HTTP {response.status_code} {response.reason_phrase}"
         if response.status_code in _AWAY:
             return ServerUnreachable(f"no ComfyUI server answers at {self.url}: {status}")
-        answer = read_object(response.content)
+        answer = read_object(content)
         error = mapping(answer.get("error"))
         if not error:
-            text = response.headers.get("Location") or response.text[:300].strip()
+            text = response.headers.get("Location") or content[:300].decode(errors="replace").strip()
             return QueueError(f"{self.url}{path} answers {status}: {text}")
         lines = node_error_lines(prompt, answer.get("node_errors"))
         message = str(error.get("message", error.get("type")))

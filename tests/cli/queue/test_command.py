@@ -259,3 +259,19 @@ def test_reader_that_goes_away_stops_the_batch(comfy, command):
     render_text(comfy)
     comfy.hold = False
     assert run(command()).exit_code == 0
+
+
+def test_refused_start_leaves_no_ledger(command, tmp_path):
+    (tmp_path / "out" / "0002").mkdir(parents=True)
+    assert "is there already and not from this batch" in run(command()).stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0002"]
+
+
+def test_changed_batch_is_refused_and_a_longer_one_goes_on(comfy, command, tmp_path):
+    assert run(command()).exit_code == 0
+    result = run(command("--set", "3.cfg=2"))
+    assert result.exit_code == 2
+    assert "has another prompt named 0001" in result.stderr
+    assert run(command(count=5)).exit_code == 0
+    assert texts_below(tmp_path / "out") == complete(5)
+    assert len(comfy.prompts) == 5

@@ -1,9 +1,11 @@
 """The client against a real HTTP server that plays ComfyUI's part, well and badly."""
 
 import os
+import socket
 
 import pytest
 
+from lightforcing.cli.queue import server as queue_server
 from lightforcing.cli.queue.prompt import UsageError
 from lightforcing.cli.queue.run import output_files
 from lightforcing.cli.queue.server import ComfyServer, QueueError, RemoteFile, ServerUnreachable
@@ -74,6 +76,15 @@ def test_login_in_the_address_goes_to_the_server_and_nowhere_else(comfy, tmp_pat
     assert "secret" not in str(caught.value)
 
 
+def test_nobody_at_the_address():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for call in (lambda server: server.has_queued("7f2c"), lambda server: server.listen("client", previews=False)):
+        with pytest.raises(ServerUnreachable, match=f"no ComfyUI server answers at http://127.0.0.1:{port}: ."):
+            call(ComfyServer(f"127.0.0.1:{port}"))
+
+
 @pytest.mark.parametrize("address", ["ftp://host", "http://", "http://host:port", "http://[::1"])
 def test_address_of_another_kind_is_refused(address):
     with pytest.raises(UsageError, match="is not a server address"):
@@ -103,9 +114,13 @@ def test_proxy_is_not_asked_for_this_machine(comfy, monkeypatch):
         (200, b"<html>", ServerUnreachable, "does not answer as ComfyUI does; is it a ComfyUI server"),
         (200, b"7", ServerUnreachable, "does not answer as ComfyUI does"),
         (200, b"[" * 200_000, ServerUnreachable, "does not answer as ComfyUI does"),
+        (200, b'{"a": "' + b"x" * 2000 + b'"}', QueueError, "an answer of .* is larger than 1000 bytes"),
+        (400, b"x" * 2000, QueueError, "an answer of .* is larger than 1000 bytes"),
     ],
 )
-def test_answers_of_no_use_are_refused(comfy, server, status, body, kind, message):
+def test_answers_of_no_use_are_refused(comfy, server, monkeypatch, status, body, kind, message):
+    if b"x" in body:
+        monkeypatch.setattr(queue_server, "MOST_JSON", 1000)
     comfy.answers = {"queue": (status, body)}
     with pytest.raises(kind, match=message):
         server.has_queued("7f2c")
@@ -115,6 +130,12 @@ def test_answers_of_no_use_are_refused(comfy, server, status, body, kind, messag
 def test_odd_rows_of_a_queue_are_other_prompts(comfy, server, body):
     comfy.answers = {"queue": (200, body)}
     assert not server.has_queued("7f2c")
+
+
+def test_answer_that_only_drips_counts_as_none(comfy, server, monkeypatch):
+    server._timeout = -1.0  # the time is over when the first byte comes
+    with pytest.raises(ServerUnreachable, match="sends less than 4096 bytes a second"):
+        server.has_queued("7f2c")
 
 
 def test_outputs_are_found_under_any_key_and_once():
@@ -137,7 +158,9 @@ def test_download_is_whole_and_overwrites_nothing(comfy, server, tmp_path):
     assert (tmp_path / paths[1]).read_bytes() == b"frames" * 1000
 
 
-def test_broken_download_leaves_nothing(comfy, server, tmp_path):
+@pytest.mark.parametrize("limit", [1 << 20, 3])
+def test_broken_or_huge_download_leaves_nothing(comfy, server, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(queue_server, "MOST_FILE", limit)
     comfy.files["clip.mp4", "", "output"] = b"frames"
     comfy.truncate_downloads = True
     with pytest.raises(QueueError):
