@@ -1,5 +1,8 @@
 """Decode beside the sampling: the same frames in the same order, one chunk later, and nothing that waits on the way."""
 
+from unittest.mock import MagicMock
+from unittest.mock import call as call_of
+
 import pytest
 import torch
 
@@ -141,88 +144,48 @@ def test_what_is_dropped_never_comes(vae, chunks, late):
     assert decoder.rest() == decoder.arrived() == []
 
 
-# ------------------------------------------------------------------------------------------------ the CUDA side
-
-
-class FakeStream:
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def __enter__(self):
-        self.log.append(("enter", self.name))
-
-    def __exit__(self, *_):
-        self.log.append(("leave", self.name))
-
-    def wait_stream(self, other):
-        self.log.append((self.name, "waits for", other.name))
-
-
-class FakeEvent:
-    def __init__(self, log):
-        self.log, self.query = log, lambda: True
-
-    def record(self, stream):
-        self.log.append(("done", stream.name))
-
-    def synchronize(self):
-        self.log.append(("host waits",))
-
-
 class OnCard(torch.Tensor):
-    """A tensor that says it lies on a GPU, and to whom it is lent."""
+    """A tensor that says it is on a GPU."""
 
-    log: list[tuple[str, ...]] = []  # noqa: RUF012
     is_cuda = True
-
-    def record_stream(self, stream):
-        self.log.append(("lent to", stream.name))
 
 
 @pytest.fixture
-def log(monkeypatch):
-    """What is asked of `torch.cuda`, in order."""
-    log = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream("side", log))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream("main", log))
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(log))
-    monkeypatch.setattr(OnCard, "log", log)
-    monkeypatch.setattr(overlap, "to_cpu", lambda x: log.append(("copy", tuple(x.shape))) or x)
+def card(monkeypatch):
+    """A mock of `torch.cuda` that keeps the order of all calls."""
+    card = MagicMock()
+    card.copy.side_effect = lambda x: x
+    monkeypatch.setattr(torch, "cuda", card)
+    monkeypatch.setattr(overlap, "to_cpu", card.copy)
+    monkeypatch.setattr(OnCard, "record_stream", card.lend)
     overlap._second_stream.cache_clear()
-    yield log
+    yield card
     overlap._second_stream.cache_clear()
 
 
-def test_the_side_stream_waits_for_the_latents_keeps_them_and_never_makes_the_host_wait(log):
-    latents = torch.zeros(1, 2).as_subclass(OnCard)
-
-    def decode():
-        log.append(("decode",))
-        return torch.ones(5)
-
-    arrival = SideStream(CUDA).start(decode, latents)
-    assert log == [
-        ("side", "waits for", "main"),
-        ("lent to", "side"),
-        ("enter", "side"),
-        ("copy", ()),
-        ("decode",),
-        ("copy", (5,)),
-        ("done", "side"),
-        ("leave", "side"),
+def test_the_side_stream_waits_for_the_latents_keeps_them_and_never_waits_on_the_cpu(card):
+    card.decode.return_value = torch.ones(5)
+    arrival = SideStream(CUDA).start(card.decode, torch.zeros(1, 2).as_subclass(OnCard))
+    in_stream = ["copy", "decode", "copy", "Event", "Event().record"]
+    assert [name for name, _, _ in card.mock_calls] == [
+        *("Stream", "current_stream", "Stream().wait_stream", "lend"),
+        *("stream", "stream().__enter__", *in_stream, "stream().__exit__"),
     ]
+    side = card.Stream.return_value
+    side.wait_stream.assert_called_with(card.current_stream.return_value)
+    for call in (card.lend, card.stream, card.Event.return_value.record):
+        call.assert_called_with(side)
     assert arrival.is_there()
     assert torch.equal(arrival.frames(), torch.ones(5))
-    assert log[-1] == ("host waits",)
+    assert card.mock_calls[-1] == call_of.Event().synchronize()
 
 
-def test_the_device_goes_on_only_when_the_side_stream_is_done(log):
+def test_the_device_continues_only_when_the_side_stream_is_done(card):
     SideStream(CUDA).join()
-    assert log == [("main", "waits for", "side")]
+    card.current_stream.return_value.wait_stream.assert_called_with(card.Stream.return_value)
 
 
-def test_infinite_latents_are_found_with_the_frames(log):
+def test_infinite_latents_are_found_with_the_frames(card):
     arrival = SideStream(CUDA).start(lambda: torch.ones(5), torch.tensor([1.0, torch.inf]))
     with pytest.raises(ValueError, match="NaN or infinity"):
         arrival.frames()

@@ -150,6 +150,7 @@ def test_any_cut_of_a_clip_decodes_bit_for_bit_as_the_whole(cut, dtype, device):
     whole = decoder.decode(latents)
     decoder.reset()
     pieces = [decoder.decode(piece) for piece in latents.split(list(cut), dim=2)]
+    assert [piece.shape[1] for piece in pieces] == [4 * cut[0] - 3, *(4 * frames for frames in cut[1:])]
     assert torch.equal(torch.cat(pieces, dim=1), whole)
     assert whole.dtype == torch.float32
     assert whole.isfinite().all()
@@ -165,29 +166,16 @@ def test_the_memory_layout_of_the_latents_does_not_change_a_bit(permutation):
     assert torch.equal(decoder.decode(latents.permute(permutation).contiguous().permute(inverse)), whole)
 
 
-def test_first_latent_frame_gives_one_video_frame_and_each_later_one_four():
-    decoder = StreamingDecoder(vae_from_state_dict(weights(torch.float32)))
-    latents = clip(7, dtype=torch.float32)
-    counts = [tuple(decoder.decode(piece).shape) for piece in latents.split([3, 3, 1], dim=2)]
-    assert counts == [(1, 9, 32, 48, 3), (1, 12, 32, 48, 3), (1, 4, 32, 48, 3)]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_frames_are_float32_between_zero_and_one_whatever_the_modules_dtype(dtype):
-    vae = vae_from_state_dict(weights(dtype))
+def test_frames_are_float32_and_clamped_to_0_1_whatever_the_modules_dtype(dtype):
+    state_dict = weights(dtype)
+    state_dict["decoder.head.2.bias"] = torch.tensor([5.0, -5.0, 0.0], dtype=dtype)
+    vae = vae_from_state_dict(state_dict)
     seen = []
     vae.decoder.head[2].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    frames = StreamingDecoder(vae).decode(20 * clip(2, dtype=torch.float32))
+    frames = StreamingDecoder(vae).decode(clip(2, dtype=torch.float32))
     assert set(seen) == {dtype}
     assert frames.dtype == torch.float32
-    assert frames.min() >= 0
-    assert frames.max() <= 1
-
-
-def test_values_beyond_the_range_are_clamped_not_wrapped():
-    state_dict = weights(torch.float32)
-    state_dict["decoder.head.2.bias"] = torch.tensor([5.0, -5.0, 0.0])
-    frames = StreamingDecoder(vae_from_state_dict(state_dict)).decode(clip(1, dtype=torch.float32))
     assert (frames[..., 0] == 1).all()
     assert (frames[..., 1] == 0).all()
     assert 0.2 < frames[..., 2].mean() < 0.8
@@ -203,14 +191,6 @@ def test_raw_latents_are_taken_as_they_are():
     stats = torch.tensor([LATENT_MEAN, LATENT_STD], dtype=torch.float64)[:, None, :, None, None, None]
     expected = (StreamingEncoder(vae).encode(frames, normalised=False) - stats[0]) / stats[1]
     torch.testing.assert_close(StreamingEncoder(vae).encode(frames), expected, rtol=0, atol=1e-12)
-
-
-def test_latents_and_global_generator_are_left_as_they_were():
-    latents = clip(2, dtype=torch.float32)
-    kept, state = latents.clone(), torch.random.get_rng_state()
-    StreamingDecoder(vae_from_state_dict(weights(torch.float32))).decode(latents)
-    assert torch.equal(latents, kept)
-    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_cache_does_not_grow_with_length_and_pins_no_larger_tensor():
@@ -230,16 +210,6 @@ def test_cache_does_not_grow_with_length_and_pins_no_larger_tensor():
     assert sizes[-1] == 2 * 4 * values
     decoder.reset()
     assert decoder.cache_bytes == 0
-
-
-def test_reset_forgets_the_clip():
-    decoder = StreamingDecoder(vae_from_state_dict(weights(torch.float32)))
-    first = clip(2, dtype=torch.float32)
-    expected = decoder.decode(first)
-    decoder.decode(clip(3, seed=9, dtype=torch.float32))
-    decoder.reset()
-    assert torch.equal(decoder.decode(first), expected)
-    decoder.reset()
     assert decoder.decode(clip(1, height=2, width=2, dtype=torch.float32)).shape == (1, 1, 16, 16, 3)
 
 

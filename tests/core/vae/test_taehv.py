@@ -93,14 +93,6 @@ def test_each_tae_gets_the_latents_that_it_was_made_for(weights):
         torch.testing.assert_close(given_raw, frames, rtol=0, atol=1e-10)
 
 
-def test_frames_beyond_the_range_are_clamped(weights):
-    wild = {**weights, "decoder.22.bias": torch.tensor([5.0, -5.0, 0.5])}
-    frames = decoder_of(wild).decode(clip(1))
-    assert (frames[..., 0] == 1).all()
-    assert (frames[..., 1] == 0).all()
-    assert 0.3 < frames[..., 2].mean() < 0.7
-
-
 def test_what_is_kept_between_calls_is_one_frame_per_memory_block(weights):
     decoder = decoder_of(weights)
     sizes = []
@@ -122,23 +114,6 @@ def test_a_decode_holds_its_largest_tensors_one_frame_at_a_time(weights):
         frames = decoder.decode(latents)
     # 700 elements per pixel are what the decode node asks the host for; the frames themselves lie elsewhere.
     assert peak.peak - frames.nbytes < 700 * 2 * 240 * 416
-
-
-def test_a_call_that_broke_off_ends_the_clip_until_reset(weights):
-    tae = tae_from_state_dict(weights)
-    decoder = StreamingDecoder(tae, tae_latents="raw")
-    expected = decoder.decode(clip(2))
-    decoder.reset()
-
-    def fail(module, args):
-        raise MemoryError("no room")
-
-    with tae.decoder[22].register_forward_pre_hook(fail), pytest.raises(MemoryError):
-        decoder.decode(clip(2))
-    with pytest.raises(RuntimeError, match="failed"):
-        decoder.decode(clip(2))
-    decoder.reset()
-    assert torch.equal(decoder.decode(clip(2)), expected)
 
 
 @pytest.mark.parametrize(

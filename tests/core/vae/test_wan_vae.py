@@ -33,32 +33,6 @@ def test_tensor_and_parameter_counts_are_the_published_ones(dim, encoder, decode
     assert (count("encoder."), count("decoder."), count("")) == (encoder, decoder, total)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("conv1.weight", (32, 32, 1, 1, 1)),
-        ("conv2.bias", (16,)),
-        ("encoder.conv1.weight", (24, 3, 3, 3, 3)),
-        ("encoder.downsamples.3.shortcut.weight", (48, 24, 1, 1, 1)),
-        ("encoder.downsamples.2.resample.1.weight", (24, 24, 3, 3)),
-        ("encoder.downsamples.8.time_conv.weight", (96, 96, 3, 1, 1)),
-        ("encoder.middle.1.norm.gamma", (96, 1, 1)),
-        ("encoder.middle.1.to_qkv.weight", (288, 96, 1, 1)),
-        ("encoder.head.2.weight", (32, 96, 3, 3, 3)),
-        ("decoder.conv1.weight", (96, 16, 3, 3, 3)),
-        ("decoder.upsamples.4.residual.2.weight", (96, 48, 3, 3, 3)),
-        ("decoder.upsamples.4.shortcut.weight", (96, 48, 1, 1, 1)),
-        ("decoder.upsamples.7.time_conv.weight", (192, 96, 3, 1, 1)),
-        ("decoder.upsamples.11.resample.1.weight", (24, 48, 3, 3)),
-        ("decoder.upsamples.14.residual.6.bias", (24,)),
-        ("decoder.head.0.gamma", (24, 1, 1, 1)),
-        ("decoder.head.2.weight", (3, 24, 3, 3, 3)),
-    ],
-)
-def test_lightvae_tensors_carry_the_published_names_and_shapes(name, shape):
-    assert tuple(meta_state_dict(24)[name].shape) == shape
-
-
 @pytest.mark.parametrize("dim", [2, 5, 24])
 def test_width_is_read_from_the_tensors_and_weights_are_kept(dim):
     state_dict = random_vae_state_dict(dim=dim)
@@ -75,14 +49,6 @@ def test_dtype_and_device_are_taken_from_the_file_or_from_the_caller():
     assert {p.dtype for p in vae_from_state_dict(state_dict).parameters()} == {torch.bfloat16}
     vae = vae_from_state_dict(state_dict, dtype=torch.float16, device="cpu")
     assert {(p.dtype, p.device.type) for p in vae.parameters()} == {(torch.float16, "cpu")}
-
-
-def test_random_weights_depend_on_the_seed_alone_and_leave_the_global_generator_untouched():
-    before = torch.random.get_rng_state()
-    first, again, other = (random_vae_state_dict(dim=2, seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first["conv1.weight"], other["conv1.weight"])
 
 
 def test_latent_statistics_are_wan_2_1s():
@@ -116,7 +82,7 @@ REFUSED = {
     "surplus": (lambda sd: sd | {"decoder.extra": torch.zeros(1)}, "1 tensors too many.*decoder.extra"),
     "other shape": (
         lambda sd: sd | {"decoder.head.2.weight": torch.zeros(12, 2, 3, 3, 3)},
-        r"decoder.head.2.weight has shape \(12, 2, 3, 3, 3\) where a Wan VAE of dim 2 has \(3, 2, 3, 3, 3\)",
+        r"decoder.head.2.weight has shape \(12, 2, 3, 3, 3\); a Wan VAE of dim 2 has \(3, 2, 3, 3, 3\)",
     ),
     "fp8": (
         lambda sd: {name: t.to(torch.float8_e4m3fn) for name, t in sd.items()},
@@ -130,8 +96,3 @@ def test_what_is_not_a_whole_wan_vae_is_refused_by_name(case):
     make, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         vae_from_state_dict(make(random_vae_state_dict(dim=2)))
-
-
-def test_random_state_dict_refuses_an_impossible_width():
-    with pytest.raises(ValueError, match="dim 0 is not positive"):
-        random_vae_state_dict(dim=0)
