@@ -1,6 +1,6 @@
 """Launch parameters of the attention kernel: safe defaults, a few candidates, and the fastest on this very GPU.
 
-The defaults are what the ahead-of-time tests hold to "no register spills" on every chip. On a GPU the candidates are
+The tests compile the defaults for every chip and allow no register spills in 16 bits. On a GPU the candidates are
 timed once per kind of work; the winner is kept on disk and read back by later runs.
 """
 
