@@ -1,11 +1,8 @@
 """The whole training at its tiniest: its files load, and an interrupted run equals an uninterrupted one."""
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,15 +15,14 @@ from laboratory.training.export import export
 from laboratory.training.recipe import PRESETS, FewRecipe
 from laboratory.training.shapes import draw_clip
 from laboratory.training.stage import Paused, Session, Stage
-from laboratory.training.train_ar import CACHES, TRAIN_SEED_OFFSET, Batches, new_model, thing_weights
-from laboratory.training.train_vae import crops, new_vae
+from laboratory.training.train_ar import CACHES, TRAIN_SEED_OFFSET, new_model
+from laboratory.training.train_vae import new_vae
 from lightforcing.lightforcing_core.checkpoint.load import load_dit_state_dict
-from lightforcing.lightforcing_core.demo.captions import PASSING, SLOTS, VOCABULARY, new_table
+from lightforcing.lightforcing_core.demo.captions import PASSING, VOCABULARY, new_table
 from lightforcing.lightforcing_core.demo.model import DIT, TEXT, VAE, load_demo_model
 from lightforcing.lightforcing_core.model.wan import wan_from_state_dict
 from lightforcing.lightforcing_core.vae.wan_vae import vae_from_state_dict
 
-ROOT = Path(__file__).parents[2]
 TINY = PRESETS["tiny"]
 CPU = torch.device("cpu")
 WEIGHT = "blocks.0.ffn.0.weight"
@@ -114,37 +110,6 @@ def test_interrupted_run_equals_the_uninterrupted_one(uninterrupted, tmp_path):
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
-def test_crops_hold_the_middle_of_a_thing():
-    recipe = replace(TINY, first=replace(TINY.first, level="full"), vae=replace(TINY.vae, batch=4))
-    pictures, videos = crops(recipe, 5, CPU, 1), crops(recipe, 5, CPU, 5)
-    assert pictures.shape == (10, 3, 1, 32, 32)
-    assert videos.shape == (4, 3, 5, 32, 32)
-    for cut in (pictures, videos[:, :, 2:3]):
-        saturation = cut.amax(1) - cut.amin(1)
-        assert (saturation.flatten(1).amax(1) > 0.4).all()  # a background is nearly grey
-
-
-def test_batches_of_one_chunk_come_from_the_openings(uninterrupted):
-    cache = load_file(uninterrupted[0] / CACHES["ar"])
-    assert cache["openings"].shape == (3, 16, 3, 4, 6)
-    batches = Batches(TINY, cache, new_table(TINY.model.text_dim, 0), CPU, "ar")
-    whole, context, _ = batches.draw(0, 3, 2)
-    assert (whole.shape, context.shape) == ((3, 16, 6, 4, 6), (3, SLOTS, TINY.model.text_dim))
-    openings, _, _ = batches.draw(0, 6, 1)
-    assert openings.shape == (6, 16, 3, 4, 6)
-    assert all((clip == cache["openings"].float()).flatten(1).all(1).any() for clip in openings)
-
-
-def test_things_count_more_than_backgrounds():
-    x0 = torch.zeros(2, 16, 3, 6, 9) + torch.arange(3).view(3, 1, 1)  # a level of its own for every frame
-    x0[:, :, :, 2:4, 3:5] += 5
-    weights = thing_weights(x0, 1.0)
-    torch.testing.assert_close(weights.mean(), torch.tensor(1.0))
-    torch.testing.assert_close(weights[:, :, :, 2:4, 3:5], torch.full((2, 1, 3, 2, 2), (1 + 54 / 4) / 2))
-    torch.testing.assert_close(weights[:, :, :, 0], torch.full((2, 1, 3, 9), 0.5))
-    assert (thing_weights(x0, 0.0) == 1).all()
-
-
 def stage_of(folder, value=1.0, **options):
     """A stage of a tiny module, and its loss."""
     torch.manual_seed(0)
@@ -190,12 +155,3 @@ def test_evaluation_scenes_are_not_those_of_training():
     assert {name: len(set(found)) for name, found in scenes.items()} == {"first": 20, "second": 20}
     assert scenes["second"] != [draw_clip(TINY.seed + TRAIN_SEED_OFFSET, i, level="pillar").scene for i in range(20)]
     assert {(thing.direction, thing.speed) for scene in scenes["second"] for thing in scene.things} <= set(PASSING)
-
-
-def test_command_pauses_with_its_own_exit_status(tmp_path):
-    command = [sys.executable, "-m", "laboratory.training", "vae", "--preset", "tiny", "--device", "cpu"]
-    command += ["--out", tmp_path / "run", "--pause-after", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 75, done.stderr
-    assert "vae_images paused after step 1" in done.stdout
-    assert (tmp_path / "run" / "vae_images.pt").exists()
