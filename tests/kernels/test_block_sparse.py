@@ -174,45 +174,6 @@ def test_blocks_larger_than_a_tile_equal_brute_force(tokens_per_frame, stored, w
     case.check(got, want)
 
 
-@pytest.mark.usefixtures("poisoned_outputs")
-@pytest.mark.parametrize("stored", [None, *EIGHT_BIT])
-def test_blocks_outside_the_list_are_never_read(stored):
-    case = Case(50, (32, 16), 1, 2, 1, 2, 32, torch.float32, stored, seed=3)
-    case.mask[..., 1] = case.mask[..., 7] = False  # a full block and a frame's ragged last one
-    keep = case.mask.any((0, 1, 2))
-    want = case.want()
-    counts = case.mask.sum(-1, dtype=torch.int32).to(DEVICE)
-    ids = torch.where(case.mask, torch.arange(case.mask.shape[-1]), 10**6).sort(-1).values.int().to(DEVICE)
-    for i, (start, end) in enumerate(spans(3, 50, 16)):
-        if not keep[i]:
-            for side in range(2):
-                if stored in EIGHT_BIT:
-                    case.scales[side][:, i] = torch.nan
-                if stored != torch.int8:
-                    case.stored[side][:, start:end] = torch.nan
-    assert not keep.all()
-    case.check(case.attend(ids, counts), want)
-
-
-def test_tail_changes_nothing_where_every_block_is_listed():
-    case = Case(50, (32, 16), 1, 1, 2, 2, 32, torch.float32, None, seed=0)
-    blocks, counts = every_query_block_reads(list(range(8)), 2, 2, 2)
-    without, _ = case.attend(blocks, counts)
-    assert torch.equal(case.attend(blocks, counts, tail=case.means)[0], without)
-
-
-def test_tail_of_equal_keys_is_exact():
-    """Where all keys and values of a block are equal, its mean stands for every one of them: nothing is lost."""
-    case = Case(50, (32, 16), 1, 2, 1, 1, 32, torch.float32, None, seed=1)
-    keys, values = (
-        torch.cat([x[:, i : i + 1].expand(-1, e - s, -1, -1) for i, (s, e) in enumerate(spans(3, 50, 16))], 1)
-        for x in case.means
-    )
-    want = brute_force(case.q, keys, values, torch.ones_like(case.mask), 50, case.block)
-    case.stored = [keys, values]
-    case.check(case.attend(tail=case.means), want)
-
-
 @pytest.mark.parametrize(
     "layout", ["cache slice", "fused projections", "heads first", "every second head", "last dim strided"]
 )
@@ -250,26 +211,6 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(lse.double(), want, atol=0, rtol=1e-6)
 
 
-@pytest.mark.parametrize("stored", [None, *EIGHT_BIT])
-@pytest.mark.parametrize("with_tail", [False, True])
-def test_parts_of_the_keys_add_up_to_all_of_them(stored, with_tail):
-    """Two calls that each have some frames of one cache; some query blocks read keys of one of them, or of none."""
-    case = Case(50, (32, 16), 1, 3, 2, 2, 32, torch.float32, stored, seed=5)
-    want, whole = case.want(means=case.means if with_tail else None), case.stored
-    parts = []
-    for tokens, blocks in ((slice(0, 50), slice(0, 4)), (slice(50, 200), slice(4, 16))):
-        mask = case.mask[..., blocks]
-        ids = torch.where(mask, torch.arange(mask.shape[-1]), 10**6).sort(-1).values.int().to(DEVICE)
-        scales = case.scales and tuple(x[:, blocks] for x in case.scales)
-        tail = tuple(x[:, blocks] for x in case.means) if with_tail else None
-        case.stored = [x[:, tokens] for x in whole]
-        parts.append(case.attend(ids, mask.sum(-1, dtype=torch.int32).to(DEVICE), scales=scales, tail=tail))
-    outs, lses = (torch.stack(x) for x in zip(*parts, strict=True))
-    lse = lses.logsumexp(0)
-    shares = (lses - lse).exp().nan_to_num(0)  # of nothing, nothing
-    case.check(((shares[..., None] * outs).sum(0), lse), want)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -300,10 +241,6 @@ def test_launcher_refuses_with_the_value(change, message):
     }
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(**(arguments | change))
-
-
-def test_kernel_gives_no_reason_against_the_published_shape():
-    assert why_not(torch.empty(1, 4608, 12, 128, dtype=torch.bfloat16, device=DEVICE), (64, 64)) is None
 
 
 @pytest.mark.parametrize(("capability", "declines"), [((8, 0), True), ((8, 6), True), ((8, 9), False), ((9, 0), False)])

@@ -1,14 +1,11 @@
 """The modulation kernels against the steps they replace in the causal forward, and against float64."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from lightforcing.kernels import device
-from lightforcing.kernels.modulation import gated_add, norm_scale_shift, why_not
+from lightforcing.kernels.modulation import gated_add, norm_scale_shift
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -122,13 +119,3 @@ def test_gated_add_refuses_parts_that_differ():
     x, gate = torch.zeros(1, 6, 64, device=DEVICE), torch.zeros(1, 3, 64, device=DEVICE)
     with pytest.raises(ValueError, match=r"y torch.float32 \(1, 3, 64\) is not like x torch.float32 \(1, 6, 64\)"):
         gated_add(x, gate, gate)
-
-
-def test_why_not_knows_what_chips_can(monkeypatch):
-    monkeypatch.setattr(device, "INTERPRETED", False)
-    x = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"), shape=(1, 6, 1536))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "sm_80 GPU or newer, this one is sm_75" in why_not(x)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert why_not(x) is None
-    assert "the tensors are on cpu" in why_not(torch.zeros(1, 6, 64))

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from lightforcing.kernels.selection import Parts, _order, select_blocks, select_constants, why_not
+from lightforcing.kernels.selection import Parts, _order, select_blocks, why_not
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.selection import SUB_BLOCKS, SelectionPlan, sub_block_layout
 
@@ -126,12 +126,6 @@ def test_picks_equal_brute_force_for_any_frame_budget(slot_frames, current, keep
     assert plan.choose == chosen
 
 
-def test_one_middle_frame_competes_alone():
-    """Four past frames of which three are kept, one sink and one near: one of two; with two near, of one frame only."""
-    plan = check(means(2, 2, 5), [3, 4, 0, 1, 2], current=1, sparsity=0.6, keep=3, sinks=1, near=2)
-    assert (plan.choose, len(plan.middle_slots)) == (0, 1)
-
-
 @pytest.mark.parametrize("sparsity", [0.999, 0.5, 0.1])
 def test_equal_scores_go_to_the_lowest_ids_and_the_oldest_frames(sparsity):
     q, k, f = means(4, 2, len(RING))
@@ -211,17 +205,6 @@ def test_parts_that_are_not_finite_score_as_in_torch(bad):
         select_by_parts(plan, q, parts)
 
 
-def test_a_loud_part_raises_its_block_as_the_mean_does_not():
-    plan = lse_plan(FrameBlocks(64, 16), list(range(4)), sparsity=0.9)
-    assert plan.kept == 1
-    parts = parts_of(plan, 4)
-    parts.means.zero_()
-    parts.means[:, 4 * 6 + 1] = 4.0
-    parts.means[:, 4 * 6 + 2] = -4.0  # together they are nothing
-    parts.means[:, 4 * 3 : 4 * 4] = 0.5
-    assert select_by_parts(plan, torch.ones(1, 1, 1, 16, device=DEVICE), parts).tolist() == [[[[6]]]]
-
-
 @triton.jit
 def store_order(scores_ptr, order_ptr, COUNT: tl.constexpr):
     at = tl.arange(0, COUNT)
@@ -250,11 +233,6 @@ def test_scores_that_are_not_finite_have_their_place(bad):
     q[:, 1] = bad
     k[..., 1] = 0.0  # inf · 0 is NaN
     check([q, k, f], RING)
-
-
-def test_nothing_but_nan_still_gives_eligible_blocks():
-    q, k, f = means(3, 1, len(RING))
-    check([x.fill_(math.nan) for x in (q, k, f)], RING)
 
 
 @pytest.mark.parametrize(
@@ -322,13 +300,6 @@ def test_nothing_is_left_unwritten_or_written_outside(monkeypatch, choose_frames
     for buffer in buffers:
         edges = torch.cat([buffer[:64], buffer[-64:]])
         assert edges.isnan().all() if edges.is_floating_point() else (edges == 10**9).all()
-
-
-def test_all_chunks_of_a_run_share_one_compilation():
-    for per_frame in (12, 13, 24, 25):
-        constants = [select_constants(frames * per_frame, frames) for frames in range(3, 20)]
-        assert constants == [{"COLUMNS": 512, "FRAMES": 32, "FRAME_BITS": 5}] * len(constants)
-    assert select_constants(21 * 25, 21)["COLUMNS"] == 1024
 
 
 @pytest.mark.parametrize(

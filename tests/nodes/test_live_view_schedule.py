@@ -11,18 +11,8 @@ from lightforcing.lightforcing_core.rollout.schedule import Schedule
 from ..support.comfy_server import Refused
 from ..support.graphs import graph, link, loader, schedule, video_output
 
-CUSTOM = {
-    "preset": "custom",
-    "frames_per_chunk": 3,
-    "window": 0,
-    "sink_frames": 0,
-    "sink_rope": "fixed",
-    "target": 0.6,
-    "base": 0.7,
-    "curve": "inverse_sqrt",
-    "dense_chunks": 1,
-    "sparsity": "",
-}
+CUSTOM = {name.removeprefix("preset."): value for name, value in schedule()["inputs"].items() if name != "length"}
+CUSTOM["sparsity"] = ""
 # As the authors' own configuration gives them.
 PUBLISHED_H100 = {
     ("light_forcing_short_h100", 81): [0, 0.746990, 0.775068, 0.791806, 0.803228, 0.811660, 0.818213],

@@ -134,13 +134,6 @@ def test_single_prompt_without_a_file_says_why(comfy, tmp_path, nodes, said):
     assert said in result.stdout
 
 
-def test_refused_prompts_fail_in_the_servers_words(comfy, command):
-    comfy.refusal = {"error": {"message": "Value not in list"}, "node_errors": {}}
-    result = run(command(count=2))
-    assert result.exit_code == 1
-    assert result.stderr.splitlines() == [f"lightforcing: 000{number}: Value not in list" for number in (1, 2)]
-
-
 def test_parts_that_the_server_left_out_are_named_and_exit_1(comfy, tmp_path):
     comfy.node_errors = {"3": {"errors": [{"message": "Bad", "details": "", "extra_info": {"input_name": "seed"}}]}}
     result = run(single(tmp_path, comfy))

@@ -83,13 +83,6 @@ def test_a_kernel_that_fails_is_replaced_for_the_run(monkeypatch, caplog):
     assert record.getMessage().endswith("(RuntimeError: no such luck); selecting through torch until the next run")
 
 
-def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(monkeypatch):
-    plan, inputs = problem()
-    monkeypatch.setattr(kernel, "select_blocks", that_raises(torch.OutOfMemoryError("full"))[0])
-    with pytest.raises(torch.OutOfMemoryError, match="full"):
-        plan.select(inputs[0].as_subclass(OnCuda), *inputs[1:])
-
-
 def test_the_reason_against_the_fused_kernel_names_it(monkeypatch):
     _, inputs = problem()
     on_gpu = [inputs[0].as_subclass(OnCuda), *inputs[1:]]

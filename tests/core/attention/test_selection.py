@@ -194,19 +194,6 @@ def test_ties_go_to_the_lowest_block_and_the_oldest_frame(dtype, seed, frames, c
     assert torch.equal(mask, brute_force_mask(q, k, 64, (8, 4), sparsity, 6, 1, 2))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_equal_scores_everywhere_keep_the_first_slots_of_the_oldest_frames(dtype):
-    layout = FrameBlocks(20, 8)
-    plan = SelectionPlan.build(RING, 3, layout, sparsity=0.2, **PUBLISHED)
-    q, k, f = (torch.zeros(2, rows, 2, 4, dtype=dtype) for rows in (9, 30, 10))
-    # All but the youngest of the middle frames 4, 5, 6 and 7, which lies in slot 7.
-    eligible = [slot * 3 + j for slot in (0, 1, 2, 3, 4, 5, 6, 8, 9) for j in range(3)]
-    blocks, counts = plan.select(q, k, f)
-    assert (blocks == torch.tensor(eligible[: plan.kept], dtype=torch.int32)).all()
-    assert (counts == plan.kept).all()
-    assert plan.kept == 24
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_negative_zero_ties_with_zero(dtype):
     scores = torch.tensor([-0.0, 0.0, -0.0, 0.0, -1.0], dtype=dtype)
@@ -279,21 +266,6 @@ def test_lse_selection_equals_brute_force(tokens, block):
                 eligible = [slot * layout.per_frame + j for slot in slots for j in range(layout.per_frame)]
                 want = sorted(sorted(eligible, key=mass.__getitem__)[-plan.kept :])
                 assert got.blocks[b, h, i].tolist() == want
-
-
-def test_lse_finds_a_strong_key_that_the_mean_hides():
-    """Half of a sub-block answers the query, the other keys of its block speak against it."""
-    layout = FrameBlocks(64, 16)
-    k = torch.zeros(1, 4 * 64, 1, 4)
-    k[:, 16:32, :, 0], k[:, 20:22, :, 0] = -4.0, 24.0
-    q = torch.tensor([1.0, 0, 0, 0]).view(1, 1, 1, 4)
-    means = layout.block_means(k)
-    plan = SelectionPlan.build(range(4), 1, layout, sparsity=0.93, **PUBLISHED)
-    assert plan.kept == 1
-    sub_means = sub_block_layout(layout).block_means(k)
-    frame_means = layout.frame_means(means)
-    assert plan.select(q, means, frame_means).blocks.item() == 0
-    assert plan.select(q, means, frame_means, sub_means=sub_means).blocks.item() == 1
 
 
 def test_sub_means_that_do_not_fit_are_refused():

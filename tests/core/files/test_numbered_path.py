@@ -32,35 +32,21 @@ def test_five_digits_are_no_limit(tmp_path):
         assert path.name == "clip_100001.mp4"
 
 
-def test_a_faster_process_gets_the_number(tmp_path, monkeypatch):
-    """Another process reserves between our look and our claim."""
+@pytest.mark.parametrize("left", [".clip_00001.reserved", "clip_00001.mp4"])
+def test_a_number_that_another_process_took_meanwhile_is_not_taken(tmp_path, monkeypatch, left):
+    """It reserves, or even writes and releases, between our look and our claim."""
     look = os.listdir
 
     def slow(folder):
         found = look(folder)
         monkeypatch.setattr(os, "listdir", look)
-        (tmp_path / ".clip_00001.reserved").touch()
+        (tmp_path / left).touch()
         return found
 
     monkeypatch.setattr(os, "listdir", slow)
     with numbered_path(tmp_path, "clip", ".mp4") as path:
         assert path.name == "clip_00002.mp4"
-
-
-def test_a_file_that_appeared_meanwhile_is_not_replaced(tmp_path, monkeypatch):
-    """Another process reserves, writes and releases between our look and our claim."""
-    look = os.listdir
-
-    def slow(folder):
-        found = look(folder)
-        monkeypatch.setattr(os, "listdir", look)
-        (tmp_path / "clip_00001.mp4").touch()
-        return found
-
-    monkeypatch.setattr(os, "listdir", slow)
-    with numbered_path(tmp_path, "clip", ".mp4") as path:
-        assert path.name == "clip_00002.mp4"
-    assert os.listdir(tmp_path) == ["clip_00001.mp4"]
+    assert os.listdir(tmp_path) == [left]
 
 
 def test_the_name_may_be_taken_before_the_reservation_goes(tmp_path):

@@ -121,15 +121,6 @@ def test_a_kernel_that_fails_is_replaced_for_the_run_with_one_warning(dit, ran, 
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
-def test_running_out_of_memory_is_not_taken_for_a_broken_kernel(dit, ran, monkeypatch):
-    def full(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(store, "fused_store", full)
-    with pytest.raises(torch.OutOfMemoryError):
-        video(dit)
-
-
 def test_the_modules_run_where_there_is_no_gpu(dit, ran, monkeypatch):
     monkeypatch.setattr(fused, "DEVICES", ("cuda",))
     video(dit)

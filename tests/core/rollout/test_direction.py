@@ -115,16 +115,6 @@ def test_soft_switches_cost_no_pass(dit):
     assert passes(dit, [Prompt(text(1)), Prompt(text(2), 2, "soft")]) == passes(dit, text(1))
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 7, "sink_frames": 1, "sink_rope": "follow"}])
-@pytest.mark.parametrize("cut", [3, 6, 9])
-def test_resuming_with_a_timeline_equals_the_uninterrupted_run(dit, options, cut):
-    prompts = [Prompt(text(1)), Prompt(text(2), 1, "hard"), Prompt(text(3), 2, "blend", 2)]
-    arguments = {"growth": [0.0, 0.5, 0.6, 0.7], "seed": 3, **options}
-    whole = video(run(dit, prompts, **arguments))
-    rest = video(run(dit, prompts, initial_latents=whole[:, :, :cut], **arguments))
-    assert torch.equal(whole[:, :, cut:], rest)
-
-
 def test_replaying_the_window_runs_only_sinks_and_visible_frames(dit):
     options = {"frames": 24, "window": 7, "sink_frames": 1, "initial_latents": torch.randn(1, 16, 21, *SIZE)}
     everything = passes(dit, text(1), **options)

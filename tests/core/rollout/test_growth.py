@@ -74,17 +74,6 @@ def test_every_curve_meets_the_same_budget(curve, target, base):
     assert budget(result, [3] * 15, 12, 1) == pytest.approx(1 - target, abs=1e-9)
 
 
-@pytest.mark.parametrize("curve", ["inverse_sqrt", "exponential"])
-@pytest.mark.parametrize(
-    ("frames", "per_chunk", "window"), [(240, 1, 21), (1050, 3, 12), (4001, 3, 12), (4000, 1, None)]
-)
-def test_curves_hold_for_videos_of_any_length(curve, frames, per_chunk, window):
-    result = chunk_sparsities(frames, per_chunk, target=0.6, base=0.7, curve=curve, window=window)
-    assert all(0.0 <= s < 1.0 for s in result)
-    lengths = chunk_lengths(frames, per_chunk)
-    assert budget(result, lengths, window, 1) == pytest.approx(0.4, abs=1e-9)
-
-
 def test_a_given_list_keeps_its_shape_and_meets_the_budget():
     given_list = [0.0, 0.5, 0.6, 0.7, 0.6, 0.5, 0.4]
     result = chunk_sparsities(21, 3, target=0.7, curve=given_list)

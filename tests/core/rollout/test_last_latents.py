@@ -9,7 +9,6 @@ from lightforcing.lightforcing_core.model import causal as causal_wan
 from lightforcing.lightforcing_core.model.causal import GIVEN_NOISE
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
-from lightforcing.lightforcing_core.rollout.record import RunRecorder
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
 from ...support.rollouts import FINE, roll
@@ -110,23 +109,6 @@ def test_every_step_that_is_told_ends_with_what_was_given(dit):
     list(run(dit, on_step=events.append, last_latents=given))
     assert [event.index for event in events] == [0] * 3 + [1] * 3 + [2] * 3
     assert [torch.equal(event.x0[:, :, -1:], given) for event in events] == [False] * 6 + [True] * 3
-
-
-def test_a_recorder_notes_what_it_notes_without(dit):
-    records = []
-    for options in ({}, {"last_latents": latents(1)}):
-        recorder = RunRecorder()
-        list(run(dit, growth=[0.0, 0.5, 0.6], recorder=recorder, **options))
-        records.append([(chunk.layer_density, chunk.steps) for chunk in recorder.finish().chunks])
-    assert records[0] == records[1]
-
-
-@pytest.mark.parametrize("cut", [3, 6])
-@pytest.mark.parametrize("options", [{}, {"growth": [0.0, 0.5, 0.6], "window": 5, "sink_frames": 1}])
-def test_continued_run_equals_the_uninterrupted_one(dit, options, cut):
-    whole = video(run(dit, last_latents=latents(1), **options))
-    rest = video(run(dit, last_latents=latents(1), initial_latents=whole[:, :, :cut], **options))
-    assert torch.equal(rest, whole[:, :, cut:])
 
 
 @pytest.mark.parametrize(

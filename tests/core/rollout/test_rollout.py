@@ -7,7 +7,6 @@ import torch
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
-from lightforcing.lightforcing_core.rollout.schedule import chunk_sparsities
 
 from ...support.rollouts import roll
 
@@ -91,24 +90,6 @@ def test_ring_as_long_as_the_video_equals_the_full_cache(dit, context, growth):
     full = video(run(dit, context, frames=12, growth=growth))
     for window in (12, 15):
         assert torch.equal(full, video(run(dit, context, frames=12, growth=growth, window=window)))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"growth": chunk_sparsities(12, 3, target=0.6, base=0.7)},
-        {"window": 7, "sink_frames": 1, "sink_rope": "follow", "growth": [0.0, 0.5, 0.6, 0.7]},
-        {"window": 6, "sink_frames": 2},
-    ],
-    ids=["dense", "sparse", "sparse window with following sinks", "window with fixed sinks"],
-)
-def test_continued_run_equals_the_uninterrupted_one(dit, context, options):
-    whole = video(run(dit, context, frames=12, seed=5, **options))
-    rest = list(run(dit, context, frames=12, seed=5, initial_latents=whole[:, :, :6], **options))
-    assert [chunk.index for chunk in rest] == [2, 3]
-    assert [chunk.start_frame for chunk in rest] == [6, 9]
-    assert torch.equal(video(rest), whole[:, :, 6:])
 
 
 def test_one_start_image_makes_a_first_chunk_of_its_own(dit, context):
