@@ -92,18 +92,6 @@ def test_a_thing_passes_behind_the_pillar_and_is_whole_again_in_the_last_quarter
     assert hidden > 3
 
 
-@pytest.mark.parametrize("shape", captions.SHAPES)
-def test_shapes_cover_the_area_of_their_outlines_smoothly(shape):
-    radius, size = 0.3, 96
-    area = {"circle": np.pi, "square": 1.772**2, "triangle": 0.75 * 3**0.5 * 1.4**2}[shape] * radius**2
-    changes = {"radii": np.array([radius]), "starts": np.array([[0.5, 0.5]]), "velocities": np.zeros((1, 2))}
-    scene = captions.Scene("plain", (captions.Thing("red", shape, "right", "slowly"),))
-    clip = replace(draw_clip(0, 0, level="simple"), scene=scene, aspect=1.0, ground=np.full(3, 0.5), **changes)
-    covered = (render([clip], 1, size, size)[0, 0, ..., 0] - 0.5) / (0.86 - 0.5)
-    assert covered.sum().item() / size**2 == pytest.approx(area, rel=0.01)
-    assert ((covered > 0.1) & (covered < 0.9)).sum() > size / 2  # a soft rim
-
-
 def test_detector_confirms_the_captions_of_clips(judged):
     verdicts = [compare(seen, scene, aspect=1.5) for scene, seen in zip(*judged, strict=True)]
     things = [thing for verdict in verdicts for thing in verdict.things]

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightforcing.lightforcing_core.attention import fast_path
 from lightforcing.lightforcing_core.attention.backends import BACKENDS, DENSE, Call, flex, reference
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.dispatch import (
@@ -26,24 +25,6 @@ from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.attention.selection import BlockSelection
 
 from ...support.attention_problems import DEVICE, EIGHT_BIT, Problem, let_flex_fail
-
-
-@pytest.fixture(autouse=True)
-def new_run():
-    """No backend has failed yet and nothing has been logged yet."""
-    fast_path.begin_run()
-    yield
-    fast_path.begin_run()
-
-
-@pytest.fixture(scope="module")
-def flex_runs():
-    try:
-        choose_backend(
-            torch.zeros(1, 64, 1, 64, device=DEVICE), torch.zeros(1, 64, 1, 64), tokens_per_frame=64, backend="flex"
-        )
-    except BackendUnavailable as reason:
-        pytest.skip(str(reason))
 
 
 def check(backend, *sizes, **rest):

@@ -19,13 +19,6 @@ OTHERS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_failures():
-    begin_run()
-    yield
-    begin_run()
-
-
 def fails(error):
     def run():
         raise error

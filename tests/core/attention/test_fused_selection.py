@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lightforcing.lightforcing_core.attention import fast_path
 from lightforcing.lightforcing_core.attention import selection as selection_module
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.selection import SelectionPlan, why_not_fused
@@ -19,13 +18,6 @@ class OnCuda(torch.Tensor):
     """A tensor that says that it is on a GPU."""
 
     is_cuda = True
-
-
-@pytest.fixture(autouse=True)
-def new_run():
-    fast_path.begin_run()
-    yield
-    fast_path.begin_run()
 
 
 def problem(seed=0):

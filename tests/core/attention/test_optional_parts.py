@@ -7,37 +7,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightforcing.lightforcing_core.attention import fast_path
 from lightforcing.lightforcing_core.attention.backends import flex as flex_backend
 from lightforcing.lightforcing_core.attention.backends import reference
 from lightforcing.lightforcing_core.attention.backends.flex import Flex
 from lightforcing.lightforcing_core.attention.dispatch import (
     BackendUnavailable,
     choose,
-    choose_backend,
     dense_attention_8bit,
 )
 
-from ...support.attention_problems import DEVICE, EIGHT_BIT, SHAPES, Problem
+from ...support.attention_problems import EIGHT_BIT, SHAPES, Problem
 
 # The interpreter computes with numpy, which remarks that the logarithm of nothing is −inf.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-
-
-@pytest.fixture(autouse=True)
-def new_run():
-    fast_path.begin_run()
-    yield
-    fast_path.begin_run()
-
-
-@pytest.fixture(scope="module")
-def flex_runs():
-    q = torch.zeros(1, 64, 1, 64, device=DEVICE)
-    try:
-        choose_backend(q, q, tokens_per_frame=64, backend="flex")
-    except BackendUnavailable as reason:
-        pytest.skip(str(reason))
 
 
 def check(got, want, atol=1e-4):

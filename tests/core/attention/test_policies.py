@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightforcing.lightforcing_core.attention import fast_path
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.chunk import ChunkAttention, plan_chunk
 from lightforcing.lightforcing_core.attention.dispatch import BackendUnavailable
@@ -14,13 +13,6 @@ from lightforcing.lightforcing_core.attention.policies import POLICIES, FrameBud
 from lightforcing.lightforcing_core.attention.selection import SelectionPlan
 
 BUDGET = FrameBudget(keep=3, sinks=1, near=1)
-
-
-@pytest.fixture(autouse=True)
-def new_run():
-    fast_path.begin_run()
-    yield
-    fast_path.begin_run()
 
 
 def views(most_frames=9):

@@ -103,37 +103,6 @@ def test_eight_bit_cache_stays_close(dit, dtype, growth):
     assert 1e-5 < error < {"int8": 0.02, "fp8": 0.06}[dtype]
 
 
-def test_eight_bit_cache_is_never_widened_as_a_whole(dit, monkeypatch):
-    """No tensor as wide as a layer's keys in the computing dtype is made while a late chunk attends."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_iter
-
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for x in tree_iter(out):
-                if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype.itemsize > 1:
-                    sizes.append(x.numel())
-            return out
-
-    sizes, heads, tokens = [], 2, 70
-    attend, late = causal.dense_attention_8bit, []
-
-    def watched(q, k, v, *arguments, **options):
-        with Largest():
-            sizes.clear()
-            out = attend(q, k, v, *arguments, **options)
-        if k.shape[1] == 2 * CHUNKS * tokens and q.shape[1] == 2 * tokens:
-            # One head at a time or the selected blocks; scores [queries, keys] of one head are allowed too.
-            assert max(size for size in sizes if size != q.numel()) <= max(k.numel() // heads, 2 * tokens * k.shape[1])
-            late.append(1)
-        return out
-
-    monkeypatch.setattr(causal, "dense_attention_8bit", watched)
-    video(dit, None, kv=KVOptions("int8"))
-    assert late
-
-
 # --------------------------------------------------------------------------------------- policies and last resort
 
 

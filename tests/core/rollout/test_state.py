@@ -255,83 +255,69 @@ def test_another_model_is_refused_with_both_names():
         state.check_model("wan 14B")
 
 
-class TestUnreadableFiles:
-    @pytest.fixture
-    def saved(self, tmp_path):
-        return save_run_state(filled(start()), tmp_path / "state.safetensors")
+def rewritten(path, without=(), **metadata):
+    """The file with another header, or without some tensors."""
+    with run_state.safe_open(path, framework="pt") as file:
+        old = file.metadata()
+    tensors = {name: tensor for name, tensor in load_file(path).items() if name not in without}
+    save_file(tensors, path, metadata={**old, **metadata})
 
-    def rewritten(self, path, **metadata):
-        """The same tensors under another header."""
+
+def with_fact(path, name, value):
+    with run_state.safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()["state"])
+    rewritten(path, state=json.dumps({**facts, name: value}))
+
+
+def with_a_flipped_bit(path):
+    damaged = bytearray(path.read_bytes())
+    damaged[-1000] ^= 1
+    path.write_bytes(damaged)
+
+
+UNREADABLE = [
+    *(
+        (lambda path, left=left: path.write_bytes(path.read_bytes()[:left]), "damaged or cut short")
+        for left in (20, 3000, -1)
+    ),
+    *(
+        (lambda path, contents=contents: path.write_bytes(contents), "no safetensors file")
+        for contents in (b"abc", b"\x80\x02}q\x00.", b"a text file, longer than a header\n" * 9)
+    ),
+    *(
+        (lambda path, state=state: rewritten(path, state=state), "header is damaged")
+        for state in ("{", "[]", "{}", '{"checksums": {}}')
+    ),
+    *(
+        (lambda path, fact=fact: with_fact(path, *fact), "header is damaged")
+        for fact in (("frames_per_chunk", "three"), ("latent_shape", [1, 16]), ("prompts", 7), ("extra", 1))
+    ),
+    (os.remove, "no such file"),
+    (lambda path: path.write_bytes(b""), "is empty"),
+    (lambda path: save_file({"x": torch.zeros(2)}, path), "holds no run state.*some other safetensors"),
+    (lambda path: save_file({"x": torch.zeros(2)}, path, metadata={"format": "pt"}), "holds no run state.*'pt'"),
+    (lambda path: rewritten(path, version="3"), "version 3, this one reads up to 2; update"),
+    (lambda path: rewritten(path, ("chunk.00001", "prompt.0")), r"chunk\.00001, prompt\.0 is missing"),
+    (with_a_flipped_bit, "wrong checksum"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), UNREADABLE)
+def test_a_file_that_cannot_be_used_says_why(tmp_path, damage, message):
+    path = save_run_state(filled(start()), tmp_path / "state.safetensors")
+    damage(path)
+    with pytest.raises(StateError, match=message) as caught:
+        load_run_state(path)
+    assert str(path) in str(caught.value)
+
+
+def test_only_a_given_end_needs_the_newer_version(tmp_path):
+    """An older pack would go on without the end; without one it reads the file as ever."""
+    for end, version in ((None, "1"), (torch.zeros(1, 16, 1, *SIZE), "2")):
+        path = save_run_state(start(last_latents=end), tmp_path / "state.safetensors")
         with run_state.safe_open(path, framework="pt") as file:
-            old = file.metadata()
-        save_file(load_file(path), path, metadata={**old, **metadata})
-
-    def refused(self, path, message):
-        with pytest.raises(StateError, match=message) as caught:
-            load_run_state(path)
-        assert str(path) in str(caught.value)
-
-    def test_missing(self, tmp_path):
-        self.refused(tmp_path / "nothing.safetensors", "no such file")
-        self.refused(tmp_path, "no such file")
-
-    @pytest.mark.parametrize("left", [20, 3000, -1])
-    def test_cut_short(self, saved, left):
-        saved.write_bytes(saved.read_bytes()[:left])
-        self.refused(saved, "damaged or cut short")
-
-    def test_empty(self, saved):
-        saved.write_bytes(b"")
-        self.refused(saved, "is empty")
-
-    @pytest.mark.parametrize("contents", [b"abc", b"\x80\x02}q\x00.", b"a text file, longer than a header\n" * 9])
-    def test_not_safetensors(self, saved, contents):
-        saved.write_bytes(contents)
-        self.refused(saved, "no safetensors file")
-
-    def test_other_kinds_of_safetensors(self, saved):
-        save_file({"weight": torch.zeros(2)}, saved)
-        self.refused(saved, "holds no run state.*some other safetensors")
-        save_file({"weight": torch.zeros(2)}, saved, metadata={"format": "pt"})
-        self.refused(saved, "holds no run state.*'pt'")
-
-    def test_newer_version(self, saved):
-        self.rewritten(saved, version="3")
-        self.refused(saved, "version 3, this one reads up to 2; update")
-
-    def test_only_a_given_end_needs_the_newer_version(self, saved, tmp_path):
-        """An older pack would go on without the end; without one it reads the file as ever."""
-        ended = save_run_state(start(last_latents=torch.zeros(1, 16, 1, *SIZE)), tmp_path / "ended.safetensors")
-        for path, version in ((saved, "1"), (ended, "2")):
-            with run_state.safe_open(path, framework="pt") as file:
-                assert file.metadata()["version"] == version
-                assert ("last_latents" in file.keys()) == (version == "2")  # noqa: SIM118 (no mapping)
-
-    @pytest.mark.parametrize("state", ["{", "[]", "{}", '{"checksums": {}}'])
-    def test_damaged_header(self, saved, state):
-        self.rewritten(saved, state=state)
-        self.refused(saved, "header is damaged")
-
-    def test_header_with_values_of_the_wrong_kind(self, saved):
-        with run_state.safe_open(saved, framework="pt") as file:
-            facts = json.loads(file.metadata()["state"])
-        for name, value in (("frames_per_chunk", "three"), ("latent_shape", [1, 16]), ("prompts", 7), ("extra", 1)):
-            self.rewritten(saved, state=json.dumps({**facts, name: value}))
-            self.refused(saved, "header is damaged")
-
-    def test_missing_tensors_are_named(self, saved):
-        with run_state.safe_open(saved, framework="pt") as file:
-            metadata = file.metadata()
-        tensors = load_file(saved)
-        del tensors["chunk.00001"], tensors["prompt.0"]
-        save_file(tensors, saved, metadata=metadata)
-        self.refused(saved, r"chunk\.00001, prompt\.0 is missing")
-
-    def test_one_flipped_bit(self, saved):
-        damaged = bytearray(saved.read_bytes())
-        damaged[-1000] ^= 1
-        saved.write_bytes(damaged)
-        self.refused(saved, "wrong checksum")
+            assert file.metadata()["version"] == version
+            assert ("last_latents" in file.keys()) == (version == "2")  # noqa: SIM118 (no mapping)
 
 
 class TestFullDisk:
