@@ -2,6 +2,8 @@
 
 from dataclasses import fields
 
+import torch
+
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.rollout.loop import rollout
 from lightforcing.lightforcing_core.rollout.recipe import Guidance, NoiseOptions, Recipe
@@ -27,3 +29,8 @@ def roll(dit, context, finished=(), **options):
     """`rollout` with the fields of Recipe and Runtime given flat."""
     runtime = Runtime(**_taken(Runtime, options))
     return rollout(dit, recipe_of(context=context, **options), runtime, finished)
+
+
+def video(chunks):
+    """The latents of all chunks."""
+    return torch.cat([chunk.latents for chunk in chunks], dim=2)

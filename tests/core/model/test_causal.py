@@ -1,8 +1,5 @@
 """The cached causal forward against one masked pass of an independent model over the whole sequence."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,9 +9,7 @@ from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.kv_storage import CacheShape
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 
-_spec = importlib.util.spec_from_file_location("naive_wan", Path(__file__).parents[2] / "support" / "naive_wan.py")
-naive_wan = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(naive_wan)
+from ...support import naive_wan
 
 LAYERS, HEIGHT, WIDTH, TEXT = 2, 4, 6, 32
 

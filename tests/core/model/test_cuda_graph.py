@@ -24,7 +24,7 @@ from lightforcing.lightforcing_core.rollout.record import RunRecorder
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
 from ...support import tape
-from ...support.rollouts import roll
+from ...support.rollouts import roll, video
 from ...support.tape import TapeRecorder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,10 +73,6 @@ def run(dit, graphs, *, seen=None, options=None, context=None, **changes):
         **changes,
     }
     return roll(dit, prompt(1) if context is None else context, **settings)
-
-
-def video(chunks):
-    return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
 
 def left_by(state):

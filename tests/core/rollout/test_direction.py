@@ -4,19 +4,13 @@ import pytest
 import torch
 
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
-from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 from lightforcing.lightforcing_core.rollout.timeline import Prompt, Timeline
 
-from ...support.rollouts import FINE, roll
+from ...support.rollouts import FINE, roll, video
 
 TEXT, SIZE = 32, (4, 6)
 SIGMAS = few_step_sigmas((1000, 500))
-
-
-@pytest.fixture(scope="module")
-def dit():
-    return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=2, text_dim=TEXT))
 
 
 def text(seed, tokens=7):
@@ -26,10 +20,6 @@ def text(seed, tokens=7):
 def run(dit, context, frames=12, **options):
     arguments = {"frames_per_chunk": 3, "sigmas": SIGMAS, "attention": FINE, **options}
     return roll(dit, context, latent_shape=(1, 16, frames, *SIZE), **arguments)
-
-
-def video(chunks):
-    return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
 
 def passes(dit, context, **options):

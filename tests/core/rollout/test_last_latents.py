@@ -7,21 +7,15 @@ from lightforcing.lightforcing_core.demo.captions import context_of_caption
 from lightforcing.lightforcing_core.demo.model import SHIPPED, load_demo_model
 from lightforcing.lightforcing_core.model import causal as causal_wan
 from lightforcing.lightforcing_core.model.causal import GIVEN_NOISE
-from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
-from ...support.rollouts import FINE, roll
+from ...support.rollouts import FINE, roll, video
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT, SIZE = 32, (4, 6)
 SIGMAS = few_step_sigmas((1000, 750, 500))
-
-
-@pytest.fixture(scope="module")
-def dit():
-    return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=2, text_dim=TEXT))
 
 
 def text(seed):
@@ -35,10 +29,6 @@ def latents(frames, batch=1, seed=4):
 def run(dit, frames=9, batch=1, context=None, **options):
     arguments = {"frames_per_chunk": 3, "sigmas": SIGMAS, "attention": FINE, **options}
     return roll(dit, text(1) if context is None else context, latent_shape=(batch, 16, frames, *SIZE), **arguments)
-
-
-def video(chunks):
-    return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
 
 CASES = {

@@ -1,8 +1,6 @@
 """Our ring of roped keys against the published long mode: un-roped keys, re-roped from 0 in every pass."""
 
-import importlib.util
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +9,8 @@ import torch.nn.functional as F
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 
+from ...support import naive_wan as naive
 from ...support.rollouts import roll
-
-_spec = importlib.util.spec_from_file_location("naive_wan", Path(__file__).parents[2] / "support" / "naive_wan.py")
-naive = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(naive)
 
 LAYERS, TEXT, HEIGHT, WIDTH = 2, 32, 4, 6
 ROWS, COLUMNS = HEIGHT // 2, WIDTH // 2

@@ -5,27 +5,17 @@ import pytest
 import torch
 
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
-from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 
-from ...support.rollouts import roll
+from ...support.rollouts import roll, video
 
 TEXT, SIZE = 32, (8, 8)
 SIGMAS = few_step_sigmas()
 
 
 @pytest.fixture(scope="module")
-def dit():
-    return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=2, text_dim=TEXT))
-
-
-@pytest.fixture(scope="module")
 def context():
     return torch.randn(1, 7, TEXT, generator=torch.Generator().manual_seed(1))
-
-
-def video(chunks):
-    return torch.cat([chunk.latents for chunk in chunks], dim=2)
 
 
 def run(dit, context, frames=9, batch=1, **options):

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from lightforcing.lightforcing_core.files import tensors as tensor_files
 from lightforcing.lightforcing_core.files.output import OutputError
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
-from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.refusal import Refusal
 from lightforcing.lightforcing_core.rollout import state as run_state
 from lightforcing.lightforcing_core.rollout.loop import rollout
@@ -32,11 +31,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT, SIZE = 32, (4, 4)
 SIGMAS = (1.0, 0.6, 0.0)
 MODEL = "wan, 2 layers of 2 heads, width 256"
-
-
-@pytest.fixture(scope="module")
-def dit():
-    return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=2, text_dim=TEXT))
 
 
 def text(seed, tokens=5):

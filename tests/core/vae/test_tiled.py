@@ -62,7 +62,7 @@ def test_frames_equal_each_tile_decoded_alone_where_tiles_do_not_meet(vae):
 
 
 def test_a_clip_cut_into_calls_equals_one_call(vae):
-    x = latents(3, width=25)
+    x = latents(3, height=16, width=25)
     whole = TiledDecoder(lambda: StreamingDecoder(vae), 2).decode(x)
     decoder = TiledDecoder(lambda: StreamingDecoder(vae), 2)
     pieces = [decoder.decode(piece) for piece in x.split((1, 2), dim=2)]

@@ -1,0 +1,10 @@
+"""A tiny Wan model of random weights."""
+
+import pytest
+
+from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+
+
+@pytest.fixture(scope="module")
+def dit():
+    return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=2, text_dim=32))
