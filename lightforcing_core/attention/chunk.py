@@ -15,16 +15,13 @@ class ChunkAttention:
     """One chunk's attention. A chunk without a plan is dense, and then `why_dense` says why.
 
     choice: the backend of a chunk that skips blocks. It may still fail and be replaced while the chunk runs.
+    density: the share of visible key blocks that the chunk reads.
     """
 
     plan: Plan | None = None
     choice: BackendChoice | None = None
     why_dense: str | None = None
-
-    @property
-    def density(self) -> float:
-        """The share of visible key blocks that the chunk reads."""
-        return 1.0 if self.plan is None else self.plan.density
+    density: float = 1.0
 
     @property
     def no_backend(self) -> str | None:
@@ -62,7 +59,7 @@ def plan_chunk(
     why_dense = None
     if plan.kept == view.k_blocks:
         why_dense = f"a sparsity of {sparsity:g} leaves no whole block to skip among {view.k_blocks}"
-    return ChunkAttention(plan, choice, why_dense)
+    return ChunkAttention(plan, choice, why_dense, plan.kept / view.k_blocks)
 
 
 def _shapes(options: AttentionOptions, view: View, head_dim: int, dtype: torch.dtype, stored: torch.dtype) -> Call:

@@ -1,6 +1,7 @@
 """Sparse attention: check the input, choose a backend, run it, and with "auto" run the next one if it fails."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -63,19 +64,18 @@ def sparse_attention(
     the device.
     """
     check_backend(backend)
-    call = checked_call(
-        q,
-        k,
-        v,
-        mask=mask,
-        selection=selection,
-        tokens_per_frame=tokens_per_frame,
-        block=block,
-        scale=scale,
-        scales=scales,
-        tail=tail,
-    )
-    return attend(call, choose(call, backend), backend)[0].out
+    check_block(block)
+    _check_tensors(q, k, v, scales)
+    q_layout, k_layout = (FrameBlocks(tokens_per_frame, size) for size in block)
+    call = Call(q, k, v, q_layout, k_layout, None, scale, scales, tail, uneven=mask is not None)
+    selection = _checked_selection(mask, selection, call)
+    for name, pair, wanted in (
+        ("scales", scales, ((q.shape[0], call.k_blocks, q.shape[2]), torch.float32)),
+        ("tail", tail, ((q.shape[0], call.k_blocks, *q.shape[2:]), q.dtype)),
+    ):
+        for side, x in zip(("k", "v"), pair or (), strict=bool(pair)):
+            _check(f"{name} of {side} are", x, *wanted, q.device)
+    return attend(replace(call, selection=selection), choose(call, backend), backend)[0].out
 
 
 def choose_backend(
@@ -127,24 +127,18 @@ def attend(call: Call, choice: BackendChoice, backend: str = "auto") -> tuple[Re
     """
     while True:
         one = _BY_NAME[choice.name]
-        if backend != "auto":
-            return _run(one, call), choice
-        announce(choice, call.q.device)
-        if one in (REFERENCE, DENSE):
-            return _run(one, call), choice
+        if backend == "auto":
+            announce(choice, call.q.device)
+        if backend != "auto" or one in (REFERENCE, DENSE):  # nothing replaces it
+            try:
+                return one.run(call), choice
+            except Exception as error:
+                raise_if_fatal(error)
+                raise
         result = call.path(one.name).attempt(partial(one.run, call), "running the next backend")
         if result is not None:
             return result, choice
         choice = choose(call)
-
-
-def _run(backend: Backend, call: Call) -> Result:
-    """Run a backend that nothing replaces."""
-    try:
-        return backend.run(call)
-    except Exception as error:
-        raise_if_fatal(error)
-        raise
 
 
 def announce(choice: BackendChoice, device: torch.device) -> None:
@@ -161,28 +155,19 @@ def dense_attention_8bit(
     k: Tensor,
     v: Tensor,
     scales: tuple[Tensor, Tensor],
-    *,
-    tokens_per_frame: int,
-    block_k: int,
+    layout: FrameBlocks,
     backend: str = "auto",
 ) -> Tensor:
     """Attention of every query over all keys of an 8-bit cache, without a wider copy of that cache.
 
     q: [B, Lq, H, D].
-    k, v: int8 or float8_e4m3fn [B, Lk, H, D].
-    scales: as in `sparse_attention`, for key blocks of `block_k` tokens.
+    k, v: int8 or float8_e4m3fn [B, Lk, H, D] in the key blocks of `layout`.
+    scales: as in `sparse_attention`.
 
     Returns [B, Lq, H, D] in q's dtype. The Triton kernel reads 8-bit tiles; if "auto" would not take it, or another
-    backend is named, one head at a time is dequantised for PyTorch's own attention. Raises as `sparse_attention` does.
+    backend is named, one head at a time is dequantised for PyTorch's own attention. Raises `BackendUnavailable`.
     """
-    check_backend(backend)
-    check_block((64, block_k))
-    layout = FrameBlocks(tokens_per_frame, block_k)
-    if scales is None:
-        raise ValueError(f"scales are missing: {k.dtype} keys and values of full width need ordinary dense attention")
-    _check_tensors(q, k, v, scales)
-    call = Call(q, k, v, FrameBlocks(tokens_per_frame, 64), layout, scales=scales)
-    _check_pair("scales", scales, (q.shape[0], call.k_blocks, q.shape[2]), torch.float32, q.device)
+    call = Call(q, k, v, FrameBlocks(layout.tokens_per_frame, 64), layout, scales=scales)
     if backend == TRITON.name:
         choose(call, backend)
         return TRITON.run_dense(q, k, v, scales, layout)
@@ -192,36 +177,6 @@ def dense_attention_8bit(
         if out is not None:
             return out
     return dense_by_head(q, k, v, scales, layout)
-
-
-# ---------------------------------------------------------------------------------------------------- validation
-
-
-def checked_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    selection: BlockSelection | None = None,
-    tokens_per_frame: int,
-    block: tuple[int, int],
-    scale: float | None = None,
-    scales: tuple[Tensor, Tensor] | None = None,
-    tail: tuple[Tensor, Tensor] | None = None,
-    wants_lse: bool = False,
-) -> Call:
-    """The call of these arguments, as in `sparse_attention`; ValueError if they do not fit together."""
-    check_block(block)
-    _check_tensors(q, k, v, scales)
-    q_layout, k_layout = (FrameBlocks(tokens_per_frame, size) for size in block)
-    shape = Call(q, k, v, q_layout, k_layout)
-    rows = (q.shape[0], q.shape[2], shape.q_blocks)
-    selection = _checked_selection(mask, selection, rows, shape.k_blocks, q.device)
-    _check_pair("scales", scales, (q.shape[0], shape.k_blocks, q.shape[2]), torch.float32, q.device)
-    _check_pair("tail", tail, (q.shape[0], shape.k_blocks, *q.shape[2:]), q.dtype, q.device)
-    uneven = mask is not None
-    return Call(q, k, v, q_layout, k_layout, selection, scale, scales, tail, uneven=uneven, wants_lse=wants_lse)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor] | None) -> None:
@@ -243,44 +198,27 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor
             raise ValueError(f"{name} is {x.dtype} on {x.device} but {other} on {q.device}; move or cast one of them")
 
 
-def _check_pair(
-    name: str, pair: tuple[Tensor, Tensor] | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    """ValueError unless both tensors of a pair that is given have this shape, dtype and device."""
-    for side, x in zip(("k", "v"), pair or (), strict=bool(pair)):
-        if x.shape != shape or x.dtype != dtype or x.device != device:
-            raise ValueError(
-                f"{name} of {side} are {x.dtype} {tuple(x.shape)} on {x.device}; these tensors and blocks need "
-                f"{dtype} {shape} on {device}"
-            )
+def _check(what: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """ValueError that begins with `what` unless x has this shape, dtype and device."""
+    if x.shape != shape or x.dtype != dtype or x.device != device:
+        raise ValueError(
+            f"{what} {x.dtype} {tuple(x.shape)} on {x.device}; "
+            f"these tensors and blocks need {dtype} {shape} on {device}"
+        )
 
 
-def _checked_selection(
-    mask: Tensor | None,
-    selection: BlockSelection | None,
-    rows: tuple[int, int, int],
-    k_blocks: int,
-    device: torch.device,
-) -> BlockSelection:
-    """The selection, from whichever form was given; `rows` is (B, H, q_blocks)."""
+def _checked_selection(mask: Tensor | None, selection: BlockSelection | None, call: Call) -> BlockSelection:
+    """The selection, from whichever form was given."""
     if (mask is None) == (selection is None):
         given = "neither" if mask is None else "both"
         raise ValueError(f"pass exactly one of mask and selection, not {given}")
+    rows, device = (call.q.shape[0], call.q.shape[2], call.q_blocks), call.q.device
     if mask is not None:
-        if mask.dtype != torch.bool or mask.shape != (*rows, k_blocks) or mask.device != device:
-            raise ValueError(
-                f"mask is {mask.dtype} {tuple(mask.shape)} on {mask.device}; these tensors and blocks need "
-                f"torch.bool {(*rows, k_blocks)} on {device}"
-            )
+        _check("mask is", mask, (*rows, call.k_blocks), torch.bool, device)
         return BlockSelection.from_mask(mask)
     assert selection is not None
     blocks, counts = selection
-    if counts.shape != rows or blocks.shape[:-1] != rows or not 1 <= blocks.shape[-1] <= k_blocks:
-        raise ValueError(
-            f"selection has blocks {tuple(blocks.shape)} and counts {tuple(counts.shape)}; these tensors and blocks "
-            f"need {rows} (B, H, q_blocks) and at most {k_blocks} key blocks per row"
-        )
-    for name, x in (("blocks", blocks), ("counts", counts)):
-        if x.dtype != torch.int32 or x.device != device:
-            raise ValueError(f"selection.{name} is {x.dtype} on {x.device}; it must be torch.int32 on {device}")
+    width = min(max(1, blocks.shape[-1]), call.k_blocks)
+    _check("selection.blocks is", blocks, (*rows, width), torch.int32, device)
+    _check("selection.counts is", counts, rows, torch.int32, device)
     return selection

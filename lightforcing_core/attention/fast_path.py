@@ -1,8 +1,7 @@
 """Optional fast paths: try one, remember for this run that it failed, and say so once.
 
-Kernels, compiled backends, recorded graphs and low-precision products can all fail on a machine that should run them.
-Each has a slower replacement, so a failure costs one warning and not the video. Two kinds of failure are errors all the
-same: memory that ran out, which says nothing about the path, and a CUDA error after which nothing runs any more.
+Two kinds of failure are errors all the same: memory that ran out, which says nothing about the path, and a CUDA error
+after which nothing runs any more.
 """
 
 import contextlib
@@ -76,19 +75,15 @@ class FastPath(NamedTuple):
         try:
             return run()
         except Exception as error:
-            self.failed(error, instead)
+            raise_if_fatal(error)
+            if is_recording():
+                raise
+            size = f", blocks {self.block}" if self.block else ""
+            size += f", head dim {self.head_dim}" if self.head_dim else ""
+            reason = f"{self.kind} failed on {self.device} in {self.dtype}{size} ({one_line(error)})"
+            _failures[self] = reason
+            _log.warning("[Light Forcing] %s; %s until the next run", reason, instead)
             return None
-
-    def failed(self, error: Exception, instead: str) -> None:
-        """Remember and log an error that `run` raised, or raise it as `attempt` does."""
-        raise_if_fatal(error)
-        if is_recording():
-            raise error
-        size = f", blocks {self.block}" if self.block else ""
-        size += f", head dim {self.head_dim}" if self.head_dim else ""
-        reason = f"{self.kind} failed on {self.device} in {self.dtype}{size} ({one_line(error)})"
-        _failures[self] = reason
-        _log.warning("[Light Forcing] %s; %s until the next run", reason, instead)
 
 
 def begin_run() -> None:

@@ -20,7 +20,7 @@ from ..attention.blocks import FrameBlocks, tile_order
 from ..attention.chunk import ChunkAttention, plan_chunk
 from ..attention.dispatch import BackendChoice, attend, dense_attention_8bit
 from ..attention.options import AttentionOptions
-from ..attention.policies import Plan, View
+from ..attention.policies import View
 from ..attention.selection import BlockSelection
 from ..pinned import to_device
 from . import fused
@@ -55,16 +55,6 @@ class OpenChunk:
     given: int = 0
     passes: int = 0
     rope: RopeTable | None = None
-
-    @property
-    def plan(self) -> Plan | None:
-        """Which blocks are read, None for a dense chunk."""
-        return self.attention.plan
-
-    @property
-    def density(self) -> float:
-        """The share of visible key blocks that the chunk attends to."""
-        return self.attention.density
 
 
 @dataclass(eq=False)
@@ -146,9 +136,8 @@ class ModelState:
             memory.keys,
             memory.values,
             memory.scales,
-            tokens_per_frame=self.cache.layout.tokens_per_frame,
-            block_k=self.cache.layout.block,
-            backend=self.attention.backend,
+            self.cache.layout,
+            self.attention.backend,
         )
 
     def close(self) -> None:
@@ -249,18 +238,11 @@ def _run_layers(
     # Layers are no function of their own: the name `hidden` out here would keep each one's input alive to its end.
     for layer, block in enumerate(dit.blocks):
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = _modulation(block.modulation, e0)
+        y = fused.norm_scale_shift(block.norm1, hidden, scale_sa, shift_sa)
         if only_store and layer == len(dit.blocks) - 1:
-            y = fused.norm_scale_shift(block.norm1, hidden, scale_sa, shift_sa)
             fused.store_only(block.self_attn, y, layer, state.cache, rope, state.attention.block[0])
             break
-        y = _self_attention(
-            block.self_attn,
-            fused.norm_scale_shift(block.norm1, hidden, scale_sa, shift_sa),
-            layer,
-            rope,
-            state,
-            watch,
-        )
+        y = _self_attention(block.self_attn, y, layer, rope, state, watch)
         hidden = fused.gated_add(hidden, y, gate_sa)
         hidden = hidden + _cross_attention(block.cross_attn, block.norm3(hidden), *text[layer], state)
         y = block.ffn(fused.norm_scale_shift(block.norm2, hidden, scale_ffn, shift_ffn))
@@ -297,18 +279,19 @@ def _self_attention(
 ) -> Tensor:
     """Self-attention of the chunk over everything it may see."""
     options, chunk, layout = state.attention, state.chunk, state.cache.layout
+    plan, chosen = chunk.attention.plan, chunk.attention.choice
     q, q_means = fused.store(attention, x, layer, state.cache, rope, options.block[0])
     memory = state.cache.visible(layer)
-    if chunk.plan is None or chunk.attention.choice is None:
+    if plan is None or chosen is None:
         return _output(attention, state.attend_history(q, memory))
     q_layout = FrameBlocks(layout.tokens_per_frame, options.block[0])
-    selection = chunk.plan.fixed
+    selection = plan.fixed
     if selection is None:
         sub_means = memory.sub_means if options.estimator == "lse" else None
         assert memory.key_means is not None  # which a cache without a plan to follow does not keep
         assert memory.frame_means is not None
         q_means = q_layout.block_means(q) if q_means is None else q_means
-        selection = chunk.plan.select(q_means, memory.key_means, memory.frame_means, sub_means)
+        selection = plan.select(q_means, memory.key_means, memory.frame_means, sub_means)
     call = Call(
         q,
         memory.keys,
@@ -320,8 +303,8 @@ def _self_attention(
         tail=memory.tail if options.tail else None,
         dense=state.dense_attention,
     )
-    result, choice = attend(call, chunk.attention.choice, options.backend)
-    if choice is not chunk.attention.choice:  # another backend failed
+    result, choice = attend(call, chosen, options.backend)
+    if choice is not chosen:  # another backend failed
         chunk.attention = replace(chunk.attention, choice=choice)
     if watch is not None:
         watch(layer, selection, choice)

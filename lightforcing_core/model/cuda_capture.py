@@ -50,10 +50,6 @@ class CudaRecorder:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 result = work()
-            except BaseException:
-                self._abandon(graph)
-                raise
-            try:
                 graph.capture_end()
             except BaseException:
                 self._abandon(graph)

@@ -59,12 +59,8 @@ def step_graphs(
             note(f"not used: {why_not}")
         yield [predict] * states
         return
-
-    def stopped(reason: str) -> None:
-        note(f"no longer used: {reason}")
-
     recorder = CudaRecorder(device)
-    graphs = [StepGraph(recorder, stopped, must=wanted == "on") for _ in range(states)]
+    graphs = [StepGraph(recorder, note, must=wanted == "on") for _ in range(states)]
     try:
         yield list(graphs)
         if not any(graph.why_off for graph in graphs):
@@ -86,8 +82,7 @@ class StepGraph:
         self._recorder, self._on_stop, self._must = recorder, on_stop, must
         self.why_off: str | None = None
         self.launches = 0
-        self._inputs: tuple[Tensor, Tensor] | None = None  # x and timestep, where recorded passes read them
-        self._spent: list[_Recorded] = []  # of the chunk before: the next recording takes over their memory
+        self._spent: list[CudaRecording] = []  # of the chunk before: the next recording takes over their memory
         self._recorded: _Recorded | None = None
         self._ran: tuple[object, ...] | None = None  # epoch of the pass that ran as it is and so prepared a recording
 
@@ -110,19 +105,17 @@ class StepGraph:
         """Free all memory."""
         self._forget()
         self._free_spent()
-        self._inputs = None
 
     def _forget(self) -> None:
         """Drop what was recorded, because something that it reads has been replaced."""
         if self._recorded is not None:
-            self._spent.append(self._recorded)
-            self._recorded.drop_tensors()
+            self._spent.append(self._recorded.recording)
+            # Its tensors go back to the pool, for the next recording to use.
         self._recorded = self._ran = None
 
     def _launch(self, recorded: "_Recorded", call: "_Call") -> Tensor:
         """Launch a recorded pass on the inputs of `call`, and leave all that running it would have left."""
-        assert self._inputs is not None
-        for held, given in zip(self._inputs, (call.x, call.timestep), strict=True):
+        for held, given in zip(recorded.inputs, (call.x, call.timestep), strict=True):
             held.copy_(given)
         recorded.recording.launch()
         self.launches += 1
@@ -164,15 +157,13 @@ class StepGraph:
 
     def _record(self, call: "_Call") -> "_Recorded":
         """One pass as a graph; the chunk is left as the pass would leave it."""
-        given = call.x, call.timestep
-        if self._inputs is None or not all(map(_same_kind, self._inputs, given)):
-            self._inputs = given[0].clone(), given[1].clone()
+        inputs = call.x.clone(), call.timestep.clone()
         seen: list[tuple[Any, ...]] = []
-        held = _Call(call.dit, *self._inputs, call.state, lambda *one: seen.append(one))
+        held = _Call(call.dit, *inputs, call.state, lambda *one: seen.append(one))
         with recording():
             graph, out = self._recorder.record(held.run)
         self._free_spent()
-        return _Recorded(graph, out, seen, _addresses(call.dit))
+        return _Recorded(graph, inputs, out, seen, _addresses(call.dit))
 
     def _stop(self, reason: str) -> None:
         """No graphs any more in this run."""
@@ -180,11 +171,11 @@ class StepGraph:
         self.why_off = reason
         if self._must:
             raise RuntimeError(f"cuda_graph 'on' cannot go on: {reason}; use 'auto' or 'off'")
-        self._on_stop(reason)
+        self._on_stop(f"no longer used: {reason}")
 
     def _free_spent(self) -> None:
-        for recorded in self._spent:
-            recorded.recording.free()
+        for spent in self._spent:
+            spent.free()
         self._spent.clear()
 
 
@@ -210,7 +201,7 @@ class _Call:
 
     def kind(self) -> tuple[object, ...]:
         """Graphs of one kind are so alike that checking one of them is checking all."""
-        state, dit, x, plan = self.state, self.dit, self.x, self.state.chunk.plan
+        state, dit, x, plan = self.state, self.dit, self.x, self.state.chunk.attention.plan
         sizes = (type(dit), dit.dim, len(dit.blocks), x.shape, x.dtype, x.device, self.timestep.shape)
         sparse = plan is not None and (plan.kind,)
         return (*sizes, state.cache.layer(0).keys.dtype, state.attention, state.dense_attention, sparse)
@@ -218,23 +209,15 @@ class _Call:
 
 @dataclass(eq=False)
 class _Recorded:
-    """A recorded pass, the addresses of its weights, and what a launch fills: out, calls of a watcher."""
+    """A recorded pass: the x and timestep that it reads, what a launch fills, and the addresses of its weights."""
 
     recording: CudaRecording
+    inputs: tuple[Tensor, Tensor]
     out: Tensor
     seen: list[tuple[Any, ...]]
     weights: tuple[int, ...]
-
-    def drop_tensors(self) -> None:
-        """Give its tensors back to the pool, for the next recording to use."""
-        self.seen = []
-        del self.out
 
 
 def _addresses(tree: nn.Module) -> tuple[int, ...]:
     """The addresses of all weights and buffers."""
     return tuple(tensor.data_ptr() for tensor in itertools.chain(tree.parameters(), tree.buffers()))
-
-
-def _same_kind(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)

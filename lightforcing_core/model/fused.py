@@ -4,7 +4,7 @@ That is on a GPU, if a norm is a plain module: without LoRA, offloading or hooks
 and so they do after a kernel has failed.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,6 @@ from .wan import EPS, RMSNorm
 
 DEVICES = ("cuda",)  # devices on which kernels run; tests add the CPU, for Triton's interpreter
 INSTEAD = "running the modules"
-
-
-class Stored(NamedTuple):
-    """Queries, normed and roped [B, L, H, D], and their block means if the fused kernel made them."""
-
-    q: Tensor
-    q_means: Tensor | None
 
 
 def norm_scale_shift(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -50,15 +43,19 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.addcmul(x.unflatten(1, framed), y.unflatten(1, framed), gate.unsqueeze(2)).flatten(1, 2)
 
 
-def store(attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int) -> Stored:
+def store(
+    attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int
+) -> tuple[Tensor, Tensor | None]:
     """Project x [B, L, D], norm and rotate q and k, write k and v into the open chunk's slots and pool.
 
     attention: a layer's self-attention module. block_q: query tokens per attention block.
+
+    Returns q [B, L, H, D], normed and roped, and its block means if the fused kernel made them.
     """
     if stored := _fused_store(attention, x, layer, cache, rope, block_q, with_q=True):
-        return Stored(*stored)
+        return stored
     _store_by_modules(attention, x, layer, cache, rope)
-    return Stored(rope.rotate(attention.norm_q(attention.q(x)).unflatten(-1, (-1, cache.shape.head_dim))), None)
+    return rope.rotate(attention.norm_q(attention.q(x)).unflatten(-1, (-1, cache.shape.head_dim))), None
 
 
 def store_only(attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int) -> None:
@@ -106,8 +103,7 @@ def _fused_store(
         )
         return stored or ()
 
-    path = FastPath("fused store", x.device, x.dtype, block, head_dim, memory.keys.dtype)
-    stored = path.attempt(run, INSTEAD)
+    stored = FastPath("fused store", x.device, x.dtype, block, head_dim, memory.keys.dtype).attempt(run, INSTEAD)
     if stored is not None:
         cache.written(layer)
     return stored

@@ -49,18 +49,13 @@ class KVCache:
         return [self.slot_frames[slot] for slot in self._current]
 
     def open(self, frames: int) -> None:
-        """Make room for the next `frames` latent frames, evicting the oldest that are not sinks.
+        """Prepare slots for the next `frames` latent frames, evicting the oldest that are not sinks.
 
-        ValueError when sinks and chunk do not fit together; RuntimeError when the last chunk is not committed.
+        Sinks and chunk must fit into the window, which a `Recipe` checks. RuntimeError when the last chunk is not
+        committed.
         """
         self._require_committed()
-        slots, sinks = self.shape.slots, min(self.shape.sink_frames, self._next_frame)
-        if sinks + frames > slots:
-            raise ValueError(
-                f"{sinks} sink frames and a chunk of {frames} do not fit into a window of {slots} latent frames; "
-                f"use a window of at least {sinks + frames}"
-            )
-        free = list(range(len(self.slot_frames), min(len(self.slot_frames) + frames, slots)))
+        free = list(range(len(self.slot_frames), min(len(self.slot_frames) + frames, self.shape.slots)))
         self._current = sorted(self._movable_slots()[: frames - len(free)] + free)
         self.slot_frames += [-1] * len(free)
         for slot in self._current:
@@ -136,11 +131,6 @@ class KVCache:
         self.storage.free()
         self._sink_keys.clear()
 
-    def sink_shift(self) -> int:
-        """Latent frames between the place where sinks that follow were made and where they are now."""
-        movable = self._movable_slots()
-        return self.slot_frames[movable[0]] - self.shape.sink_frames if self._sink_keys and movable else 0
-
     def _runs(self) -> Runs:
         """The open chunk's slots in time order, neighbours together. RuntimeError when no chunk is open."""
         if self._committed:
@@ -182,12 +172,14 @@ class KVCache:
 
     def _move_sinks(self) -> None:
         """Put sinks that follow directly before the window, from their original keys."""
-        shift = self.sink_shift()
-        if not shift:
+        movable = self._movable_slots()
+        shift = self.slot_frames[movable[0]] - self.shape.sink_frames if movable else 0
+        if not self._sink_keys or not shift:
             return
         wide = torch.promote_types(self.shape.dtype, torch.float32)
         device = self._sink_keys[0].device
-        table = RopeTable.of_time_shift(shift, self.shape.head_dim, dtype=wide, device=device)
+        # Row and column 0 rotate by nothing.
+        table = RopeTable(shift, 1, 1, 1, self.shape.head_dim, dtype=wide, device=device)
         runs = [(slot, frame, 1) for slot, frame in enumerate(self.slot_frames) if frame < self.shape.sink_frames]
         for layer, original in enumerate(self._sink_keys):
             moved, memory = table.rotate(original), self.storage.at(layer)

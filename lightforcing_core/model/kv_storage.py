@@ -45,7 +45,7 @@ class KVOptions:
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The sizes of a run's KV cache. Raises ValueError for sinks that leave no slot to move.
+    """The sizes of a run's KV cache.
 
     slots: latent frames that a chunk can see, sinks and itself included.
     sink_rope: "fixed" leaves sink keys at their first positions, "follow" keeps them directly before the window.
@@ -68,12 +68,6 @@ class CacheShape:
     value_means: bool = False
     sub_blocks: bool = False
     dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.sink_frames < self.slots:
-            raise ValueError(
-                f"sink_frames {self.sink_frames} must be 0 or more and fewer than the window of {self.slots} frames"
-            )
 
     @property
     def layout(self) -> FrameBlocks:

@@ -61,12 +61,6 @@ class RopeTable:
         self.cos = angles.cos().to(dtype)
         self.sin = angles.sin().to(dtype)
 
-    @classmethod
-    def of_time_shift(cls, frames: int, head_dim: int, *, dtype: torch.dtype, device: torch.device) -> "RopeTable":
-        """The rotation that moves any key by `frames` latent frames in time and nowhere in space."""
-        # Row and column 0 rotate by nothing.
-        return cls(frames, 1, 1, 1, head_dim, dtype=dtype, device=device)
-
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate x [B, L, H, D] by its tokens' angles, computed in the table's dtype, returned in x's."""
         pairs = x.to(self.cos.dtype).unflatten(-1, (-1, 2))

@@ -202,7 +202,7 @@ class ChunkLoop:
                     no_backend=states[0].chunk.attention.no_backend,
                     x=x,
                     x0=x0,
-                    density=states[0].chunk.density,
+                    density=states[0].chunk.attention.density,
                 )
                 self.runtime.on_step(event)
             if following > 0.0:

@@ -4,8 +4,10 @@ import torch
 from hypothesis import strategies as st
 
 from lightforcing.lightforcing_core.attention import fast_path
-from lightforcing.lightforcing_core.attention.backends import BACKENDS, flex
-from lightforcing.lightforcing_core.attention.dispatch import attend, checked_call, choose
+from lightforcing.lightforcing_core.attention.backends import BACKENDS, Call, flex
+from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
+from lightforcing.lightforcing_core.attention.dispatch import attend, choose
+from lightforcing.lightforcing_core.attention.selection import BlockSelection
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EIGHT_BIT = [torch.int8, torch.float8_e4m3fn]
@@ -120,7 +122,10 @@ class Problem:
 
     def call(self, **rest):
         options = {"mask": self.mask, "scales": self.scales} | rest
-        return checked_call(self.q, *self.kv, tokens_per_frame=self.tokens_per_frame, block=self.block, **options)
+        if (mask := options.pop("mask")) is not None:
+            options |= {"selection": BlockSelection.from_mask(mask), "uneven": True}
+        layouts = (FrameBlocks(self.tokens_per_frame, size) for size in self.block)
+        return Call(self.q, *self.kv, *layouts, **options)
 
     def attend(self, backend, **rest):
         """The result of one backend, or of "auto"."""

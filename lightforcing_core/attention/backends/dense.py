@@ -23,7 +23,13 @@ class Dense(Backend):
         return "dense attention gives no log-sum-exp" if call.wants_lse else None
 
     def workspace(self, call: Call) -> int:
-        return widened_bytes(call.k, call.q.dtype) if call.k.dtype in EIGHT_BIT else 0
+        """Keys and values of one head of an 8-bit cache while they are dequantised."""
+        if call.k.dtype not in EIGHT_BIT:
+            return 0
+        batch, tokens, _, dim = call.k.shape
+        narrow = 0 if call.q.dtype == torch.float32 else batch * tokens * dim * call.q.dtype.itemsize
+        # Values are widened in float32, multiplied by a scale for every token, and then get their dtype.
+        return batch * tokens * (dim * call.q.dtype.itemsize + 4 * (dim + 1)) + narrow
 
     def run(self, call: Call) -> Result:
         q = call.q
@@ -38,15 +44,10 @@ def dense_by_head(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor]
     """Dense attention over an 8-bit cache, of which one head at a time is dequantised."""
     out = torch.empty_like(q)
     for head in range(q.shape[2]):
-        out[:, :, head : head + 1] = _attended(q, k, v, scales, k_layout, slice(head, head + 1))
+        one = slice(head, head + 1)
+        # The wider keys and values have no name here, so that they are freed before the next head's are made.
+        out[:, :, one] = sdpa(q[:, :, one], *dequantised(k, v, scales, k_layout, one, q.dtype))
     return out
-
-
-def _attended(
-    q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], layout: FrameBlocks, heads: slice
-) -> Tensor:
-    """Dense attention of some heads, whose dequantised keys and values are gone when it returns."""
-    return sdpa(q[:, :, heads], *dequantised(k, v, scales, layout, heads, q.dtype))
 
 
 def dequantised(
@@ -56,11 +57,3 @@ def dequantised(
     k_scales, v_scales = (x[:, :, heads] for x in scales)
     keys = dequantise_blocks(k[:, :, heads], k_scales, layout, dtype)
     return keys, dequantise_blocks(v[:, :, heads], v_scales, layout, dtype)
-
-
-def widened_bytes(k: Tensor, dtype: torch.dtype) -> int:
-    """The most bytes of keys and values while one head of an 8-bit cache k [B, L, H, D] is dequantised to `dtype`."""
-    numbers = k.shape[0] * k.shape[1] * k.shape[3]
-    # Values are widened in float32, multiplied by a scale for every token, and then get their dtype.
-    float32 = 4 * (numbers + k.shape[0] * k.shape[1])
-    return numbers * dtype.itemsize + float32 + (0 if dtype == torch.float32 else numbers * dtype.itemsize)

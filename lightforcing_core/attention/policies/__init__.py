@@ -1,13 +1,14 @@
-"""Attention policies by name.
-
-A policy is a set of rules. Today it has one, which key blocks a query block reads. A rule for what the cache holds, or
-for which frames are denoised together, is another field of `Policy` with today's behaviour as its default.
-"""
+"""Attention policies by name."""
 
 from .base import FrameBudget, Plan, Policy, SelectionRule, View
-from .baselines import DENSE, TOPK, WINDOW
-from .light_forcing import LIGHT_FORCING
+from .baselines import UniformTopK, Window
+from .light_forcing import Hierarchical
 
-POLICIES: dict[str, Policy] = {policy.name: policy for policy in (LIGHT_FORCING, DENSE, WINDOW, TOPK)}
+POLICIES = {
+    "light_forcing": Policy(Hierarchical()),
+    "dense": Policy(None),
+    "window": Policy(Window()),
+    "topk": Policy(UniformTopK()),
+}
 
 __all__ = ["POLICIES", "FrameBudget", "Plan", "Policy", "SelectionRule", "View"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import FrameBlocks
-from ..selection import BlockSelection, check_frame_budget
+from ..selection import BlockSelection
 
 
 class FrameBudget(NamedTuple):
@@ -17,10 +17,6 @@ class FrameBudget(NamedTuple):
     keep: int
     sinks: int
     near: int
-
-    def check(self) -> None:
-        """ValueError unless 0 ≤ sinks + near ≤ keep."""
-        check_frame_budget(*self)
 
 
 class View(NamedTuple):
@@ -64,10 +60,6 @@ class Plan(Protocol):
         """Key blocks that each query block reads."""
 
     @property
-    def density(self) -> float:
-        """The share of visible key blocks that are read."""
-
-    @property
     def kind(self) -> Hashable:
         """Equal for plans of one policy whose `select` does the same work."""
 
@@ -97,13 +89,9 @@ class SelectionRule(Protocol):
 
 @dataclass(frozen=True)
 class Policy:
-    """How a video's chunks attend to their past, by name.
+    """How a video's chunks attend to their past.
 
     selection: which key blocks a query block reads; None reads all of them.
-    title, source: one line for a reader, and where the policy comes from.
     """
 
-    name: str
-    title: str
-    source: str
     selection: SelectionRule | None

@@ -1,4 +1,4 @@
-"""Policies to compare with: everything, the newest frames, and the best blocks wherever they are."""
+"""Policies to compare with: the newest frames, and the best blocks wherever they are."""
 
 from dataclasses import dataclass
 
@@ -7,28 +7,18 @@ from torch import Tensor
 
 from ...pinned import to_device
 from ..selection import BlockSelection, SelectionPlan
-from .base import FrameBudget, Policy, View
+from .base import FrameBudget, View
+from .light_forcing import Hierarchical
 
 
-class UniformTopK:
-    """For each query block the best key blocks of all visible frames; no frame is favoured.
+class UniformTopK(Hierarchical):
+    """For each query block the best key blocks of all visible frames; no frame is favoured. As in LightX2V.
 
     Keeps max(1, ⌊(1 − sparsity) · blocks⌋) blocks. Scores and ties are those of `SelectionPlan`.
     """
 
-    needs_means = True
-
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> SelectionPlan:
-        return SelectionPlan.build(
-            view.slot_frames,
-            view.current,
-            view.k_layout,
-            sparsity=sparsity,
-            keep_frames=len(view.slot_frames),
-            sink_frames=0,
-            near_frames=0,
-            device=view.device,
-        )
+        return super().plan(view, sparsity, FrameBudget(keep=len(view.slot_frames), sinks=0, near=0))
 
 
 @dataclass(frozen=True)
@@ -37,7 +27,6 @@ class WindowPlan:
 
     fixed: BlockSelection
     kept: int
-    density: float
     kind: str = "window"
 
     def select(
@@ -50,6 +39,7 @@ class Window:
     """The chunk's own frames, then the first `budget.sinks` frames, then the newest ones, as far as blocks allow.
 
     Reads whole frames within ⌊(1 − sparsity) · blocks⌋ key blocks, but never less than the chunk itself.
+    Source: StreamingLLM, arXiv 2309.17453.
     """
 
     needs_means = False
@@ -65,19 +55,4 @@ class Window:
         kept = len(blocks)
         counts = torch.full(rows, kept, dtype=torch.int32, device=view.device)
         listed = to_device(blocks.to(torch.int32), view.device).expand(*rows, kept)
-        return WindowPlan(BlockSelection(listed, counts), kept, kept / view.k_blocks)
-
-
-DENSE = Policy("dense", "every visible key block, whatever the schedule's sparsity", "Self Forcing", None)
-WINDOW = Policy(
-    "window",
-    "the first and the newest frames, as many as the sparsity leaves",
-    "StreamingLLM, arXiv 2309.17453",
-    Window(),
-)
-TOPK = Policy(
-    "topk",
-    "the best key blocks for each query block, wherever they are",
-    "uniform block top-k, as in LightX2V",
-    UniformTopK(),
-)
+        return WindowPlan(BlockSelection(listed, counts), kept)

@@ -1,7 +1,7 @@
-"""Hierarchical Sparse Attention of Light Forcing: first past frames, then key blocks inside them."""
+"""Hierarchical Sparse Attention of Light Forcing, arXiv 2602.04789."""
 
 from ..selection import SelectionPlan
-from .base import FrameBudget, Policy, View
+from .base import FrameBudget, View
 
 
 class Hierarchical:
@@ -20,11 +20,3 @@ class Hierarchical:
             near_frames=budget.near,
             device=view.device,
         )
-
-
-LIGHT_FORCING = Policy(
-    "light_forcing",
-    "the best past frames for each query block, then the best key blocks inside them",
-    "Light Forcing, arXiv 2602.04789",
-    Hierarchical(),
-)

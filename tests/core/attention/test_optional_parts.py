@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from lightforcing.lightforcing_core.attention.backends import flex as flex_backend
 from lightforcing.lightforcing_core.attention.backends import reference
 from lightforcing.lightforcing_core.attention.backends.flex import Flex
+from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.dispatch import (
     BackendUnavailable,
     choose,
@@ -93,9 +94,7 @@ def test_reference_gathers_8bit_blocks_a_few_at_a_time(monkeypatch):
 @pytest.mark.parametrize("tokens_per_frame", [40, 64])
 def test_dense_attention_over_an_8bit_cache_equals_brute_force(backend, stored, tokens_per_frame):
     problem = Problem(tokens_per_frame, (64, 32), 1, 3, stored, batch=2)
-    got = dense_attention_8bit(
-        problem.q, *problem.kv, problem.scales, tokens_per_frame=tokens_per_frame, block_k=32, backend=backend
-    )
+    got = dense_attention_8bit(problem.q, *problem.kv, problem.scales, FrameBlocks(tokens_per_frame, 32), backend)
     want, _ = problem.brute_force(torch.ones_like(problem.mask))
     assert got.shape == problem.q.shape
     assert (got.double() - want).abs().max() <= 1e-4
@@ -126,9 +125,7 @@ def test_no_wider_copy_of_an_8bit_cache_is_made(stored, monkeypatch):
     runs = {
         "flex": lambda: Flex().run(call),
         "reference": lambda: reference.Reference().run(call),
-        "dense": lambda: dense_attention_8bit(
-            problem.q, *problem.kv, problem.scales, tokens_per_frame=32, block_k=32, backend="reference"
-        ),
+        "dense": lambda: dense_attention_8bit(problem.q, *problem.kv, problem.scales, FrameBlocks(32, 32), "reference"),
     }
     for name, run in runs.items():
         with LargestTensor() as largest:

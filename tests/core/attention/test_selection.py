@@ -268,13 +268,6 @@ def test_lse_selection_equals_brute_force(tokens, block):
                 assert got.blocks[b, h, i].tolist() == want
 
 
-def test_sub_means_that_do_not_fit_are_refused():
-    plan = SelectionPlan.build(range(8), 1, FrameBlocks(20, 8), sparsity=0.5, **PUBLISHED)
-    means = (torch.zeros(1, blocks, 1, 4) for blocks in (1, 24, 8, 90))
-    with pytest.raises(ValueError, match=r"sub_means are \(1, 90, 1, 4\), not \(1, 80, 1, 4\)"):
-        plan.select(*means)
-
-
 def test_blocks_that_do_not_split_are_refused():
     with pytest.raises(ValueError, match="blocks of 10 tokens do not split into 4 sub-blocks"):
         sub_block_layout(FrameBlocks(20, 10))

@@ -138,7 +138,7 @@ def test_sparse_chunks_report_their_density(weights):
         state.open_chunk(3, 0.5, "cpu")
         state.cache.commit()
     # 6 tokens make one block per frame: half of 6 blocks.
-    assert state.chunk.density == 0.5
+    assert state.chunk.attention.density == 0.5
 
 
 def test_wrong_frames_and_sizes_are_named(weights):

@@ -202,7 +202,7 @@ def test_a_chunks_second_pass_neither_waits_nor_brings_anything_from_the_host(sp
             state.open_chunk(3, sparsity, "meta")
             cache.commit()
         state.open_chunk(3, sparsity, "meta")
-        assert (state.chunk.plan is not None) == (sparsity > 0)
+        assert (state.chunk.attention.plan is not None) == (sparsity > 0)
         passes = [predict(dit, x, torch.empty(1, device="meta"), state)]
         for _ in range(2):
             with Watchdog() as seen:

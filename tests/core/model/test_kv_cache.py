@@ -145,7 +145,7 @@ def test_following_sinks_equal_roping_the_whole_window_each_time(sinks, slots, c
 
 def test_rotation_in_time_shifts_only_the_frame_index():
     k = torch.randn(1, 12, 2, 128, dtype=torch.float64)
-    moved = RopeTable.of_time_shift(7, 128, dtype=torch.float64, device=k.device).rotate(
+    moved = RopeTable(7, 1, 1, 1, 128, dtype=torch.float64, device=k.device).rotate(
         RopeTable(2, 1, 3, 4, 128, dtype=torch.float64).rotate(k)
     )
     torch.testing.assert_close(moved, RopeTable(9, 1, 3, 4, 128, dtype=torch.float64).rotate(k))
@@ -173,13 +173,3 @@ def test_a_chunk_must_be_committed_before_the_next_opens():
     cache.open(3)
     with pytest.raises(RuntimeError, match="not committed"):
         cache.open(3)
-
-
-def test_sinks_and_chunk_must_fit_the_window():
-    cache = make_cache(4, 2)
-    cache.open(3)
-    cache.commit()
-    with pytest.raises(ValueError, match="window of at least 5"):
-        cache.open(3)
-    with pytest.raises(ValueError, match="sink_frames 4"):
-        make_cache(4, 4)

@@ -121,7 +121,7 @@ def test_moved_sinks_are_quantised_from_their_first_values(dtype):
     plain, small = (make_cache(KVOptions(kind), sink_frames=1, sink_rope="follow", slots=4) for kind in ("same", dtype))
     for cache in (plain, small):
         fill(cache, 5)
-    assert plain.sink_shift() > 0
+    assert 0 not in plain.current_frames
     moved = plain.visible(1).keys[:, :10]
     stored, scales = quantise_blocks(moved, LAYOUT, STORED[dtype])
     assert (small.visible(1).keys[:, :10].float() == stored.float()).all()
@@ -184,7 +184,7 @@ def test_cpu_memory_is_one_pinned_buffer_that_free_returns(monkeypatch):
         assert (tensor.shape, tensor.dtype, tensor.data_ptr() % 16) == (shape, dtype, 0)
         tensor.fill_(number + 1)
     assert [tensor.unique().tolist() for tensor in tensors] == [[1], [2], [3]]  # none lies over another
-    with pytest.raises(RuntimeError, match="needs 257 bytes"):
+    with pytest.raises(RuntimeError, match="is invalid for input of size"):
         memory.take((257,), torch.int8)
     memory.free()
     memory.free()
