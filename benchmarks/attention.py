@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..lightforcing_core.attention.backends import BACKEND_NAMES, sdpa
+from ..lightforcing_core.attention.backends import BACKEND_NAMES
+from ..lightforcing_core.attention.backends.dense import sdpa
 from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.dispatch import BackendUnavailable, choose_backend
 from ..lightforcing_core.attention.selection import BlockSelection

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lightforcing_core.attention.backends import sdpa
+from ..lightforcing_core.attention.backends.dense import sdpa
 from ..lightforcing_core.attention.blocks import tile_order
 from ..lightforcing_core.model.rope import RopeTable
 from .layer import CHUNKS, FRAMES, HEAD_DIM, LayerAttention, published

@@ -1,7 +1,6 @@
 """Copies to a GPU without waiting, pinned CPU memory of an exact size, and a check that weights stay in place.
 
-PyTorch rounds pinned memory up to a power of two and keeps it after it is freed, which is too much for the many
-gigabytes of a long video's cache. Here it is one buffer of exactly the size requested.
+PyTorch rounds pinned memory up to a power of two and keeps it after it is freed: too much for a long video's cache.
 """
 
 import contextlib

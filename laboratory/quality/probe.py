@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightforcing.benchmarks.layer import LayerAttention
-from lightforcing.lightforcing_core.attention.backends import sdpa
+from lightforcing.lightforcing_core.attention.backends.dense import sdpa
 from lightforcing.lightforcing_core.attention.blocks import tile_order
 from lightforcing.lightforcing_core.model.causal import Pass
 from lightforcing.lightforcing_core.model.wan import Wan

@@ -1,7 +1,7 @@
 """How a video's tokens fall into frames and a frame's tokens into attention blocks.
 
-Blocks never straddle frames: every frame is cut into `ceil(tokens_per_frame / block)` blocks of which the last
-one may be ragged. At 512×768 (1536 tokens) and blocks of 64 or 128 this is exactly the published layout.
+Blocks never straddle frames; a frame's last block may be ragged. At 512×768 (1536 tokens) and blocks of 64 or 128 this
+is exactly the published layout.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .backends import DENSE, Call
+from .backends import DENSE
+from .backends.base import Call
 from .dispatch import BackendChoice, announce, choose
 from .options import AttentionOptions
 from .policies import POLICIES, Plan, View
@@ -33,14 +34,13 @@ def plan_chunk(
     options: AttentionOptions,
     view: View,
     sparsity: float,
-    *,
     head_dim: int,
     dtype: torch.dtype,
-    stored: torch.dtype | None = None,
+    stored: torch.dtype,
 ) -> ChunkAttention:
     """Plan the attention of a chunk that skips the share `sparsity` of the key blocks in `view`, in [0, 1).
 
-    dtype: of queries. stored: of keys and values in the cache, if it is another one. Raises `BackendUnavailable` if a
+    dtype: of queries. stored: of keys and values in the cache. Raises `BackendUnavailable` if a
     backend was named that cannot run.
     """
     rule = POLICIES[options.policy].selection
@@ -50,7 +50,7 @@ def plan_chunk(
         return ChunkAttention(why_dense="the schedule asks for no sparsity here")
     if rule is None:
         return ChunkAttention(why_dense=f"the attention policy {options.policy!r} reads everything")
-    call = _shapes(options, view, head_dim, dtype, stored or dtype)
+    call = _shapes(options, view, head_dim, dtype, stored)
     choice = choose(call, options.backend)
     if choice.name == DENSE.name:
         announce(choice, call.q.device)

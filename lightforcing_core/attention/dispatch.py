@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import fast_path
-from .backends import BACKENDS, DENSE, REFERENCE, TRITON, Backend, Call, Result
-from .backends.base import EIGHT_BIT
+from .backends import BACKENDS, DENSE, REFERENCE, TRITON
+from .backends.base import EIGHT_BIT, Backend, Call, Result
 from .backends.dense import dense_by_head
 from .blocks import FrameBlocks
 from .fast_path import raise_if_fatal

@@ -72,6 +72,7 @@ class SelectionPlan:
     frame_ranks: Tensor
     choose: int
     kept: int
+    fixed = None  # nothing is selected before queries and keys are known
 
     @classmethod
     def build(
@@ -115,10 +116,6 @@ class SelectionPlan:
     def kind(self) -> bool:
         """Whether frames are chosen before blocks."""
         return self.choose > 0
-
-    @property
-    def fixed(self) -> None:
-        """Nothing is selected before queries and keys are known."""
 
     def select(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ...kernels.layer_memory import LayerMemory
-from ..attention.backends import BACKENDS, DENSE, Backend, Call
+from ..attention.backends import BACKENDS, DENSE
+from ..attention.backends.base import Backend, Call
 from ..attention.backends.dense import dequantised
 from ..attention.blocks import FrameBlocks
 from ..attention.options import AttentionOptions

@@ -2,9 +2,6 @@
 
 It drives the tree's own submodules by Wan's attribute names and never touches their raw weights, so quantised,
 offloaded and LoRA-patched layers keep working, in ComfyUI as without it.
-
-Three lifetimes: a `ModelState` lives as long as a rollout, an `OpenChunk` as long as the chunk, and what belongs to one
-pass is an argument of `predict` or `commit`.
 """
 
 from collections.abc import Callable
@@ -15,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.layer_memory import LayerMemory
-from ..attention.backends import Call, DenseAttention, sdpa
+from ..attention.backends.base import Call, DenseAttention
+from ..attention.backends.dense import sdpa
 from ..attention.blocks import FrameBlocks, tile_order
 from ..attention.chunk import ChunkAttention, plan_chunk
 from ..attention.dispatch import BackendChoice, attend, dense_attention_8bit
@@ -41,15 +39,13 @@ Watch = Callable[[int, BlockSelection, BackendChoice], object]
 class OpenChunk:
     """What lives as long as one chunk is open. A new object also means that recorded passes are out of date.
 
-    attention: its plan and its backend.
     steps: denoising steps that are to come, which tells a `StepGraph` whether recording pays.
     given: how many of the last frames are given, and so have `GIVEN_NOISE` of a step's noise.
-    passes: how many passes there have been.
-    rope: made by the first pass.
+    passes: how many passes there have been. The first one makes `rope`.
     """
 
-    frames: int
-    start_frame: int
+    frames: int = 0
+    start_frame: int = 0
     attention: ChunkAttention = field(default_factory=ChunkAttention)
     steps: int = 0
     given: int = 0
@@ -87,7 +83,7 @@ class ModelState:
     dense_attention: DenseAttention = sdpa
     text: TextMemory | None = None
     order: TokenOrder | None = None
-    chunk: OpenChunk = field(default_factory=lambda: OpenChunk(frames=0, start_frame=0))
+    chunk: OpenChunk = field(default_factory=OpenChunk)
 
     def open_chunk(
         self, frames: int, sparsity: float, device: torch.device | str | None, *, steps: int = 0, given: int = 0
@@ -98,23 +94,9 @@ class ModelState:
         """
         self.cache.open(frames)
         shape, options = self.cache.shape, self.attention
-        view = View(
-            self.cache.slot_frames,
-            frames,
-            FrameBlocks(shape.tokens_per_frame, options.block[0]),
-            shape.layout,
-            batch=shape.batch,
-            heads=shape.heads,
-            device=device,
-        )
-        attention = plan_chunk(
-            options,
-            view,
-            sparsity,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype,
-            stored=self.cache.storage.dtype,
-        )
+        q_layout, slot_frames = FrameBlocks(shape.tokens_per_frame, options.block[0]), self.cache.slot_frames
+        view = View(slot_frames, frames, q_layout, shape.layout, shape.batch, shape.heads, device)
+        attention = plan_chunk(options, view, sparsity, shape.head_dim, shape.dtype, self.cache.storage.dtype)
         self.chunk = OpenChunk(frames, self.cache.current_frames[0], attention, steps, given)
 
     def reopen_visible(self) -> None:
@@ -143,7 +125,7 @@ class ModelState:
     def close(self) -> None:
         """Free all memory; the state is of no use afterwards."""
         self.cache.free()
-        self.chunk = OpenChunk(frames=0, start_frame=0)
+        self.chunk = OpenChunk()
         self.text = self.order = None
 
 
@@ -260,17 +242,12 @@ def _prepare(
     if not text.keys_values:
         text.keys_values = _cross_keys_values(dit, dit.text_embedding(text.embeds))
     if state.attention.tiles and state.order is None:
-        order = to_device(tile_order(*grid[1:], state.attention.block[1]), x.device)
-        state.order = TokenOrder(order, order.argsort())
+        tiled = to_device(tile_order(*grid[1:], state.attention.block[1]), x.device)
+        state.order = TokenOrder(tiled, tiled.argsort())
     if chunk.rope is None:
-        chunk.rope = RopeTable(
-            chunk.start_frame,
-            *grid,
-            state.cache.shape.head_dim,
-            order=None if state.order is None else state.order.order,
-            dtype=torch.promote_types(x.dtype, torch.float32),
-            device=x.device,
-        )
+        head_dim, wide = state.cache.shape.head_dim, torch.promote_types(x.dtype, torch.float32)
+        order = None if state.order is None else state.order.order
+        chunk.rope = RopeTable(chunk.start_frame, *grid, head_dim, order=order, dtype=wide, device=x.device)
     return chunk.rope, text.keys_values
 
 

@@ -1,12 +1,9 @@
 """A chunk's denoising steps as one CUDA graph: recorded once per chunk, then launched as a whole.
 
-Within a chunk every step has the same shapes, cache slots, plan and text; only x and the timestep differ. So the
-chunk's first pass runs as it is (there kernels are compiled and tuned, and the rotary table and the prompt's keys are
-made), the second one is recorded, and from then on each pass is one launch. Commits are never recorded.
-
-What a graph reads must stay in place. It lives in the open chunk and the prompt's memory, so another object in place of
-either means that the next pass runs as it is; and a graph is dropped when ComfyUI moves the weights. All graphs of a
-run share one memory pool; therefore everything that a graph leaves is copied out before another one runs.
+Within a chunk every step has the same shapes, cache slots, plan and text; only x and the timestep differ. What a graph
+reads must stay in place: it lives in the open chunk and the prompt's memory, so another object in place of either means
+that the next pass runs as it is. All graphs of a run share one memory pool; therefore everything that a graph leaves is
+copied out before another one runs.
 """
 
 import contextlib
@@ -138,13 +135,23 @@ class StepGraph:
         if reason is not None:
             _log.warning("[Light Forcing] CUDA graphs are no longer used in this run: %s", reason)
         call.state.chunk.passes = passes
-        self._stop(reason or path.failure or "a recording failed")
+        self.free()
+        self.why_off = reason = reason or path.failure or "a recording failed"
+        if self._must:
+            raise RuntimeError(f"cuda_graph 'on' cannot go on: {reason}; use 'auto' or 'off'")
+        self._on_stop(f"no longer used: {reason}")
         return call.run()
 
     def _record_and_check(self, call: "_Call") -> Tensor:
         """Record and launch; compare the first launch of its kind in this process with running the pass."""
         chunk, passes, kind = call.state.chunk, call.state.chunk.passes, call.kind()
-        self._recorded = self._record(call)
+        inputs = call.x.clone(), call.timestep.clone()
+        seen: list[tuple[Any, ...]] = []
+        held = _Call(call.dit, *inputs, call.state, lambda *one: seen.append(one))
+        with recording():
+            graph, result = self._recorder.record(held.run)
+        self._free_spent()
+        self._recorded = _Recorded(graph, inputs, result, seen, _addresses(call.dit))
         out = self._launch(self._recorded, call)
         if kind not in _checked:
             chunk.passes = passes
@@ -154,24 +161,6 @@ class StepGraph:
                 raise RuntimeError(f"a recorded step gave another result than running it ({far:.2g} away)")
             _checked.add(kind)
         return out
-
-    def _record(self, call: "_Call") -> "_Recorded":
-        """One pass as a graph; the chunk is left as the pass would leave it."""
-        inputs = call.x.clone(), call.timestep.clone()
-        seen: list[tuple[Any, ...]] = []
-        held = _Call(call.dit, *inputs, call.state, lambda *one: seen.append(one))
-        with recording():
-            graph, out = self._recorder.record(held.run)
-        self._free_spent()
-        return _Recorded(graph, inputs, out, seen, _addresses(call.dit))
-
-    def _stop(self, reason: str) -> None:
-        """No graphs any more in this run."""
-        self.free()
-        self.why_off = reason
-        if self._must:
-            raise RuntimeError(f"cuda_graph 'on' cannot go on: {reason}; use 'auto' or 'off'")
-        self._on_stop(f"no longer used: {reason}")
 
     def _free_spent(self) -> None:
         for spent in self._spent:
@@ -204,7 +193,7 @@ class _Call:
         state, dit, x, plan = self.state, self.dit, self.x, self.state.chunk.attention.plan
         sizes = (type(dit), dit.dim, len(dit.blocks), x.shape, x.dtype, x.device, self.timestep.shape)
         sparse = plan is not None and (plan.kind,)
-        return (*sizes, state.cache.layer(0).keys.dtype, state.attention, state.dense_attention, sparse)
+        return (*sizes, state.cache.storage.dtype, state.attention, state.dense_attention, sparse)
 
 
 @dataclass(eq=False)

@@ -1,9 +1,9 @@
 """Fused kernels that replace a layer's small operations when it is safe to.
 
-That is on a GPU, if a norm is a plain module: without LoRA, offloading or hooks. Otherwise the modules run as they are,
-and so they do after a kernel has failed.
+That is on a GPU, if a norm is a plain module: without LoRA, offloading or hooks. Otherwise the modules run as they are.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,24 +21,16 @@ INSTEAD = "running the modules"
 def norm_scale_shift(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) · (1 + scale) + shift; x [B, F · tokens, D], per-frame scale and shift [B, F or 1, D]."""
     is_plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None and not _hooked(norm)
-    if is_plain and (path := _modulation_path(x)):
-        from ...kernels import modulation
-
-        fused: Tensor | None = path.attempt(lambda: modulation.norm_scale_shift(x, scale, shift, norm.eps), INSTEAD)
-        if fused is not None:
-            return fused
+    if is_plain and (fused := _modulated("norm_scale_shift", x, scale, shift, norm.eps)) is not None:
+        return fused
     framed = norm(x).unflatten(1, (scale.shape[1], -1))
     return torch.addcmul(shift.unsqueeze(2), framed, 1 + scale.unsqueeze(2)).flatten(1, 2)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """x + y · gate; x, y [B, F · tokens, D], per-frame gate [B, F or 1, D]."""
-    if path := _modulation_path(x):
-        from ...kernels import modulation
-
-        fused: Tensor | None = path.attempt(lambda: modulation.gated_add(x, y, gate), INSTEAD)
-        if fused is not None:
-            return fused
+    if (fused := _modulated("gated_add", x, y, gate)) is not None:
+        return fused
     framed = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, framed), y.unflatten(1, framed), gate.unsqueeze(2)).flatten(1, 2)
 
@@ -81,7 +73,7 @@ def _fused_store(
         return None
     from ...kernels import store as kernel
 
-    memory, head_dim, block = cache.layer(layer), cache.shape.head_dim, (block_q, cache.layout.block)
+    memory, head_dim, block = cache.storage.at(layer), cache.shape.head_dim, (block_q, cache.layout.block)
     if kernel.why_not(x, head_dim, block, memory.keys.dtype):
         return None
 
@@ -109,13 +101,16 @@ def _fused_store(
     return stored
 
 
-def _modulation_path(x: Tensor) -> FastPath | None:
-    """The fast path of the modulation kernels for x, or None if they cannot run."""
+def _modulated(kernel: str, x: Tensor, *arguments: Any) -> Tensor | None:
+    """The result of one of the modulation kernels for x, or None if it cannot run."""
     if not _kernels_run(x):
         return None
     from ...kernels import modulation
 
-    return None if modulation.why_not(x) else FastPath("fused modulation", x.device, x.dtype)
+    if modulation.why_not(x):
+        return None
+    run = partial(getattr(modulation, kernel), x, *arguments)
+    return FastPath("fused modulation", x.device, x.dtype).attempt(run, INSTEAD)
 
 
 def _kernels_run(x: Tensor) -> bool:

@@ -1,15 +1,15 @@
 """The rollout's key/value memory: a ring of latent-frame slots with sinks, and the pooled keys that belong to them.
 
 Evicting a frame is renaming its slot: nothing is shifted, cloned or concatenated, and all bookkeeping is Python
-ints, so nothing waits on the device. Keys are stored roped at their global frame index; attention depends only on
-differences, so the moving window is never roped again. Only sinks that follow the window are rotated, once per
-chunk and always from their first value, so no rounding piles up.
+ints, so nothing waits on the device. Keys are stored roped at their global frame index. Only sinks that follow the
+window are rotated, once per chunk and always from their first value, so no rounding piles up.
 """
 
 import torch
 from torch import Tensor
 
 from ...kernels.layer_memory import LayerMemory
+from ..attention.selection import sub_block_layout
 from .kv_storage import CacheShape, KVOptions, KVStorage, Runs, copy_frames, write_tokens
 from .rope import RopeTable
 
@@ -96,20 +96,16 @@ class KVCache:
             sinks = [(frame, i, 1) for i, frame in enumerate(self.current_frames) if frame < self.shape.sink_frames]
             copy_frames(self._sink_keys[layer], k, sinks, self.layout.tokens_per_frame)
 
-    def layer(self, layer: int) -> LayerMemory:
-        """One layer's whole memory, all slots of it, for a kernel that stores by itself.
-
-        It writes to `current_slots` and not if `keeps_originals`; call `written` after it.
-        """
-        return self.storage.at(layer)
-
     def visible(self, layer: int) -> LayerMemory:
         """The visible part of one layer's memory, in slot order: views."""
         return self.storage.at(layer).first(len(self.slot_frames), of=self.shape.slots)
 
     @property
     def keeps_originals(self) -> bool:
-        """Whether the open chunk holds sinks whose keys are kept as first stored, which only `store` does."""
+        """Whether the open chunk holds sinks whose keys are kept as first stored.
+
+        If not, a kernel may write to `current_slots` of `storage.at(layer)` itself; then call `written`.
+        """
         return bool(self._sink_keys) and any(frame < self.shape.sink_frames for frame in self.current_frames)
 
     def current_slots(self) -> Tensor:
@@ -167,7 +163,7 @@ class KVCache:
             copy_frames(memory.key_means, block_means, runs, self.layout.per_frame)
             copy_frames(memory.frame_means, self.layout.frame_means(block_means), runs, 1)
         if memory.sub_means is not None:
-            sub_layout = self.shape.sub_layout
+            sub_layout = sub_block_layout(self.layout)
             copy_frames(memory.sub_means, sub_layout.block_means(k), runs, sub_layout.per_frame)
 
     def _move_sinks(self) -> None:

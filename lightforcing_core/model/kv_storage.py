@@ -1,7 +1,6 @@
 """Memory of the KV cache: keys and values in the model's dtype or 8-bit, on the device or in CPU memory, and means.
 
-With keys and values in CPU memory the device holds two layers of them: the one in use, and the next one, which a
-stream of its own copies meanwhile. CPU memory is pinned, so copies run at the bus's full speed.
+With keys and values in CPU memory the device holds the layer in use and the next one, which is copied meanwhile.
 """
 
 import contextlib
@@ -73,11 +72,6 @@ class CacheShape:
     def layout(self) -> FrameBlocks:
         """How a frame's keys fall into blocks."""
         return FrameBlocks(self.tokens_per_frame, self.block_k)
-
-    @property
-    def sub_layout(self) -> FrameBlocks:
-        """How a frame's keys fall into parts of blocks."""
-        return sub_block_layout(self.layout)
 
     def rows(self, per_slot: int) -> tuple[int, int, int, int]:
         """The shape of a tensor with so many rows of head vectors per slot."""
@@ -233,7 +227,7 @@ def _with_means(layers: list[LayerMemory], shape: CacheShape, device: torch.devi
             frame_means=means(1),
             arrivals=arrivals,
             value_means=means(shape.layout.per_frame) if shape.value_means else None,
-            sub_means=means(shape.sub_layout.per_frame) if shape.sub_blocks else None,
+            sub_means=means(sub_block_layout(shape.layout).per_frame) if shape.sub_blocks else None,
         )
         for layer in layers
     ]

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..attention.backends import DenseAttention, sdpa
+from ..attention.backends.base import DenseAttention
+from ..attention.backends.dense import sdpa
 from ..model.causal import Pass
 from ..model.cuda_graph import CudaGraph
 from ..model.kv_storage import KVOptions

@@ -4,7 +4,8 @@ import torch
 from hypothesis import strategies as st
 
 from lightforcing.lightforcing_core.attention import fast_path
-from lightforcing.lightforcing_core.attention.backends import BACKENDS, Call, flex
+from lightforcing.lightforcing_core.attention.backends import BACKENDS, flex
+from lightforcing.lightforcing_core.attention.backends.base import Call
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.dispatch import attend, choose
 from lightforcing.lightforcing_core.attention.selection import BlockSelection

@@ -1,9 +1,7 @@
 """Block-sparse attention by `torch.nn.attention.flex_attention`, compiled.
 
-flex takes lists of full blocks and of masked blocks, and a rule that decides token by token whether a query reads a key
-of a masked block. Frames are padded to whole blocks, so only a frame's ragged last key block is masked. A pooled tail
-becomes more keys behind the others, one per block: their scores get log(the block's real tokens), and a query block
-reads those of the blocks that it does not read itself.
+flex takes lists of full and of masked blocks, and a rule for keys of masked ones. Frames are padded to whole blocks, so
+only a frame's ragged last key block is masked. A pooled tail becomes more keys behind the others, one per block.
 """
 
 import functools
@@ -128,8 +126,8 @@ def _attend(call: Call) -> Result:
         means = [x.to(q.dtype) for x in call.tail]
         k, v = (followed_by(x, more, k_layout.block) for x, more in zip((k, v), means, strict=True))
         whole, masked = with_tail(whole, masked, k_blocks, k.shape[1] // k_layout.block)
-        visible, column, bias_of_key = tail_rules(selection, k_layout, k_blocks, k.shape[1])
-        mask_mod, bias = one_of_rule(visible, column, q_layout.block), (bias_of_key,)
+        mask_mod, bias_of_key = tail_rules(selection, k_layout, k_blocks, k.shape[1], q_layout.block)
+        bias = (bias_of_key,)
     block_mask = BlockMask.from_kv_blocks(
         masked.counts,
         masked.blocks,
@@ -236,28 +234,24 @@ def with_tail(
 
 
 def tail_rules(
-    selection: BlockSelection, layout: FrameBlocks, k_blocks: int, keys: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Which keys of masked blocks a query block sees, and the bias of their scores.
+    selection: BlockSelection, layout: FrameBlocks, k_blocks: int, keys: int, block_q: int
+) -> tuple[MaskMod, Tensor]:
+    """Which keys of masked blocks a query block sees, as a flex mask_mod, and the bias of each key's scores.
 
-    visible: bool [B, H, q_blocks, k_blocks + 2], whether a query block sees keys of each kind; column: int64 [keys],
-    the kind: 0 real tokens, 1 + b the mean of block b, the last one padding; bias: float32 [keys], log(count) of means.
+    A key is of kind 0, a real token, of kind 1 + b, the mean of block b, or of the last kind, padding. The bias is
+    float32 [keys], log(count) of means.
     """
     device, real = selection.blocks.device, k_blocks * layout.block
-    column = torch.full((keys,), k_blocks + 1, dtype=torch.int64, device=device)
-    column[:real].unflatten(0, (-1, layout.padded_tokens_per_frame))[:, : layout.tokens_per_frame] = 0
-    column[real : real + k_blocks] = torch.arange(1, k_blocks + 1, device=device)
+    kind = torch.full((keys,), k_blocks + 1, dtype=torch.int64, device=device)
+    kind[:real].unflatten(0, (-1, layout.padded_tokens_per_frame))[:, : layout.tokens_per_frame] = 0
+    kind[real : real + k_blocks] = torch.arange(1, k_blocks + 1, device=device)
     bias = torch.zeros(keys, dtype=torch.float32, device=device)
     bias[real : real + k_blocks] = layout.block_lengths(k_blocks // layout.per_frame, device).log()
     skipped = ~selection.to_mask(k_blocks)
     visible = torch.cat([torch.ones_like(skipped[..., :1]), skipped, torch.zeros_like(skipped[..., :1])], dim=-1)
-    return visible, column, bias
 
+    # torch.compile takes the tensors that this reads as inputs, so no call recompiles.
+    def sees(batch: Tensor, head: Tensor, q_token: Tensor, k_token: Tensor) -> Tensor:
+        return visible[batch, head, q_token // block_q, kind[k_token]]
 
-def one_of_rule(visible: Tensor, column: Tensor, block_q: int) -> MaskMod:
-    """A flex mask_mod that looks a key's kind up; torch.compile takes the tensors as inputs, so no call recompiles."""
-
-    def one_of(batch: Tensor, head: Tensor, q_token: Tensor, k_token: Tensor) -> Tensor:
-        return visible[batch, head, q_token // block_q, column[k_token]]
-
-    return one_of
+    return sees, bias

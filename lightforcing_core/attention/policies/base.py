@@ -46,11 +46,6 @@ class View(NamedTuple):
         """Key blocks per head."""
         return len(self.slot_frames) * self.k_layout.per_frame
 
-    @property
-    def slots_by_time(self) -> list[int]:
-        """The cache's slots, that of the oldest frame first."""
-        return sorted(range(len(self.slot_frames)), key=self.slot_frames.__getitem__)
-
 
 class Plan(Protocol):
     """One chunk's selection, as far as it is known before the first step. Nothing in it waits on the device."""

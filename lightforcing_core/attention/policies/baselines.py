@@ -45,7 +45,8 @@ class Window:
     needs_means = False
 
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> WindowPlan:
-        slots, per_frame = view.slots_by_time, view.k_layout.per_frame
+        slots = sorted(range(len(view.slot_frames)), key=view.slot_frames.__getitem__)
+        per_frame = view.k_layout.per_frame
         past, own = slots[: -view.current], slots[-view.current :]
         affordable = int((1.0 - sparsity) * view.k_blocks) // per_frame - view.current
         by_rank = past[: budget.sinks] + past[budget.sinks :][::-1]

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightforcing.lightforcing_core.attention.backends import BACKENDS, DENSE, Call, flex, reference
+from lightforcing.lightforcing_core.attention.backends import BACKENDS, DENSE, flex, reference
+from lightforcing.lightforcing_core.attention.backends.base import Call
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.dispatch import (
     BackendUnavailable,

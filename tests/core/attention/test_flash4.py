@@ -10,7 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lightforcing.lightforcing_core.attention.backends import BACKENDS, Call
+from lightforcing.lightforcing_core.attention.backends import BACKENDS
+from lightforcing.lightforcing_core.attention.backends.base import Call
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.dispatch import choose
 from lightforcing.lightforcing_core.attention.selection import BlockSelection

@@ -102,7 +102,7 @@ VIEW = View(range(6), 2, FrameBlocks(40, 16), FrameBlocks(40, 32), 1, 2)
 
 def planned(sparsity=0.5, view=VIEW, **options):
     options = AttentionOptions(block=(16, 32), **options)
-    return plan_chunk(options, view, sparsity, head_dim=32, dtype=torch.float32)
+    return plan_chunk(options, view, sparsity, head_dim=32, dtype=torch.float32, stored=torch.float32)
 
 
 def test_a_sparse_chunk_has_a_plan_and_a_backend():
