@@ -31,12 +31,7 @@ class ChunkAttention:
 
 
 def plan_chunk(
-    options: AttentionOptions,
-    view: View,
-    sparsity: float,
-    head_dim: int,
-    dtype: torch.dtype,
-    stored: torch.dtype,
+    options: AttentionOptions, view: View, sparsity: float, head_dim: int, dtype: torch.dtype, stored: torch.dtype
 ) -> ChunkAttention:
     """Plan the attention of a chunk that skips the share `sparsity` of the key blocks in `view`, in [0, 1).
 

@@ -151,12 +151,7 @@ def announce(choice: BackendChoice, device: torch.device) -> None:
 
 
 def dense_attention_8bit(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scales: tuple[Tensor, Tensor],
-    layout: FrameBlocks,
-    backend: str = "auto",
+    q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], layout: FrameBlocks, backend: str = "auto"
 ) -> Tensor:
     """Attention of every query over all keys of an 8-bit cache, without a wider copy of that cache.
 

@@ -114,12 +114,7 @@ class ModelState:
         if memory.scales is None:
             return self.dense_attention(q, memory.keys, memory.values)
         return dense_attention_8bit(
-            q,
-            memory.keys,
-            memory.values,
-            memory.scales,
-            self.cache.layout,
-            self.attention.backend,
+            q, memory.keys, memory.values, memory.scales, self.cache.layout, self.attention.backend
         )
 
     def close(self) -> None:
@@ -222,7 +217,7 @@ def _run_layers(
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = _modulation(block.modulation, e0)
         y = fused.norm_scale_shift(block.norm1, hidden, scale_sa, shift_sa)
         if only_store and layer == len(dit.blocks) - 1:
-            fused.store_only(block.self_attn, y, layer, state.cache, rope, state.attention.block[0])
+            fused.store(block.self_attn, y, layer, state.cache, rope, state.attention.block[0], with_q=False)
             break
         y = _self_attention(block.self_attn, y, layer, rope, state, watch)
         hidden = fused.gated_add(hidden, y, gate_sa)
@@ -258,6 +253,7 @@ def _self_attention(
     options, chunk, layout = state.attention, state.chunk, state.cache.layout
     plan, chosen = chunk.attention.plan, chunk.attention.choice
     q, q_means = fused.store(attention, x, layer, state.cache, rope, options.block[0])
+    assert q is not None
     memory = state.cache.visible(layer)
     if plan is None or chosen is None:
         return _output(attention, state.attend_history(q, memory))

@@ -36,36 +36,33 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def store(
-    attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int
-) -> tuple[Tensor, Tensor | None]:
+    attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int, *, with_q: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
     """Project x [B, L, D], norm and rotate q and k, write k and v into the open chunk's slots and pool.
 
-    attention: a layer's self-attention module. block_q: query tokens per attention block.
+    attention: a layer's self-attention module.
+    block_q: query tokens per attention block.
+    with_q: whether queries are made too.
 
     Returns q [B, L, H, D], normed and roped, and its block means if the fused kernel made them.
     """
-    if stored := _fused_store(attention, x, layer, cache, rope, block_q, with_q=True):
+    stored = _fused_store(attention, x, layer, cache, rope, block_q, with_q)
+    if stored is not None:
         return stored
-    _store_by_modules(attention, x, layer, cache, rope)
-    return rope.rotate(attention.norm_q(attention.q(x)).unflatten(-1, (-1, cache.shape.head_dim))), None
-
-
-def store_only(attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int) -> None:
-    """Do the same for k and v alone."""
-    if _fused_store(attention, x, layer, cache, rope, block_q, with_q=False) is None:
-        _store_by_modules(attention, x, layer, cache, rope)
-
-
-def _store_by_modules(attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable) -> None:
     heads = (-1, cache.shape.head_dim)
-    k = rope.rotate(attention.norm_k(attention.k(x)).unflatten(-1, heads))
-    cache.store(layer, k, attention.v(x).unflatten(-1, heads))
+    # k and v have no names here, so that they are freed before q is made.
+    cache.store(
+        layer,
+        rope.rotate(attention.norm_k(attention.k(x)).unflatten(-1, heads)),
+        attention.v(x).unflatten(-1, heads),
+    )
+    return rope.rotate(attention.norm_q(attention.q(x)).unflatten(-1, heads)) if with_q else None, None
 
 
 def _fused_store(
-    attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int, *, with_q: bool
-) -> tuple[Tensor, Tensor] | tuple[()] | None:
-    """Store in one launch after the projections: q and its block means, () without q, None if the kernel cannot run."""
+    attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int, with_q: bool
+) -> tuple[Tensor | None, Tensor | None] | None:
+    """Do the same in one launch after the projections; None if the kernel cannot run."""
     q_norm, k_norm = (_plain_weight(norm, x) for norm in (attention.norm_q, attention.norm_k))
     if not _kernels_run(x) or q_norm is None or k_norm is None or q_norm[1] != k_norm[1]:
         return None
@@ -77,7 +74,7 @@ def _fused_store(
     if kernel.why_not(x, head_dim, block, memory.keys.dtype):
         return None
 
-    def run() -> tuple[Tensor, Tensor] | tuple[()]:
+    def run() -> tuple[Tensor | None, Tensor | None]:
         stored = kernel.fused_store(
             attention.q(x) if with_q else None,
             attention.k(x),
@@ -93,7 +90,7 @@ def _fused_store(
             head_dim=head_dim,
             block=block,
         )
-        return stored or ()
+        return stored or (None, None)
 
     stored = FastPath("fused store", x.device, x.dtype, block, head_dim, memory.keys.dtype).attempt(run, INSTEAD)
     if stored is not None:
