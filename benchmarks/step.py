@@ -79,7 +79,7 @@ def run_step(bench: StepBench) -> dict[str, Any]:
         "backend": choice._asdict() if choice else sparse.chunk.attention.why_dense,
         "queries": queries,
         "keys": keys,
-        "density": sparse.chunk.density,
+        "density": sparse.chunk.attention.density,
         "ratio": ratio(samples["dense"], samples["sparse"]),
         "graph_ratio": {name: ratio(samples[name], samples[f"{name}, graph"]) for name in arms if recorded},
         "arms": samples_of(samples),
@@ -138,8 +138,8 @@ def _hooked(clock: StageClock, dit: Any, state: ModelState) -> Iterator[None]:
 
         hook(state.cache, "store", "store and pool")
         hook(FrameBlocks, "block_means", "selection")
-        if state.chunk.plan is not None:
-            hook(type(state.chunk.plan), "select", "selection")
+        if state.chunk.attention.plan is not None:
+            hook(type(state.chunk.attention.plan), "select", "selection")
         hook(causal, "attend", "attention")
         hook(state, "dense_attention", "attention")
         hook(causal, "_cross_attention", "cross-attention")
