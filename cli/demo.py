@@ -7,11 +7,9 @@ import json
 import platform
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import imageio.v3 as iio
-import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
@@ -29,18 +27,7 @@ from ..lightforcing_core.rollout.runtime import Runtime, StepEvent
 from ..lightforcing_core.rollout.schedule import Schedule, video_frames_of
 from ..lightforcing_core.vae.streaming import StreamingDecoder
 
-THUMBNAIL = (256, 4)  # width in pixels, and thumbnails per row of the contact sheet
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Demo:
-    """A model and the recipe of its video. facts: for the record."""
-
-    model: DemoModel
-    recipe: Recipe
-    facts: dict[str, str]
+WIDTH, PER_ROW = 256, 4  # of the contact sheet's thumbnails: pixels, and how many in a row
 
 
 def load_demo(
@@ -53,8 +40,10 @@ def load_demo(
     target: float = Family.target,
     base: float = Family.base,
     seed: int = 0,
-) -> Demo:
-    """Load the model, on a GPU if there is one, and make the recipe. Arguments that are None take the model's own.
+) -> tuple[DemoModel, Recipe, dict[str, str]]:
+    """Load the model, on a GPU if there is one, and make the recipe of a video and the facts of its record.
+
+    Arguments that are None take the model's own.
 
     models: the folder of a demo model; None takes the one of the repository.
     caption: the content of the video.
@@ -81,81 +70,71 @@ def load_demo(
         attention=AttentionOptions(block=(video.block, video.block), estimator=sparse.estimator, tail=sparse.tail),
         **schedule.arguments(),
     )
+    cuda = device.type == "cuda"
+    machine = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
     facts = {
         "video": f"{video_frames_of(frames)} frames of {width}x{height} at {FPS} per second",
         "caption": caption,
         "weights": f"the demo model in {models}",
         "model": f"{len(model.dit.blocks)} layers, dim {model.dit.dim}; VAE dim {model.vae.dim}",
         "schedule": f"target {target:g}, base {base:g}, blocks of {video.block} tokens, seed {seed}",
-        "machine": _machine(device),
+        "machine": f"{machine}, torch {torch.__version__}, {platform.platform(terse=True)}",
     }
-    return Demo(model, recipe, facts)
+    return model, recipe, facts
 
 
-def run_demo(demo: Demo, folder: str | Path, on_progress: Progress) -> tuple[RunRecord, list[Path]]:
+def run_demo(
+    model: DemoModel,
+    recipe: Recipe,
+    facts: dict[str, str],
+    folder: str | Path,
+    on_progress: Callable[[str, int, int], None],
+) -> tuple[RunRecord, list[Path]]:
     """Write demo.mp4, contact_sheet.png and report.json into `folder`; each is complete or absent.
 
     on_progress: called as on_progress(stage, done, total).
 
     Returns the record of the run and the files. Raises OutputError before any work if the folder cannot be written.
     """
-    _, _, frames, rows, columns = demo.recipe.latent_shape
+    _, _, frames, rows, columns = recipe.latent_shape
     # Noise compresses badly: at worst about a byte per pixel.
     folder = prepare_folder(folder, bytes_needed=video_frames_of(frames) * 64 * rows * columns + 2**20)
     paths = [folder / name for name in ("demo.mp4", "contact_sheet.png", "report.json")]
-    recorder, decoder = RunRecorder(demo.facts), StreamingDecoder(demo.model.vae)
-    density: dict[int, float] = {}
-    thumbnails: list[tuple[str, Image.Image]] = []
+    recorder, decoder = RunRecorder(facts), StreamingDecoder(model.vae)
+    thumbnails: list[Image.Image] = []
 
     def on_step(event: StepEvent) -> None:
-        density[event.index] = event.density
         on_progress("denoising", event.done, event.total)
 
-    chunks = rollout(demo.model.dit, demo.recipe, Runtime(on_step=on_step, recorder=recorder))
+    chunks = rollout(model.dit, recipe, Runtime(on_step=on_step, recorder=recorder))
     with closing(chunks), whole_file(paths[0]) as partial, iio.imopen(partial, "w", plugin="pyav") as video:
         video.init_video_stream("libx264", fps=FPS)
         for chunk in chunks:
             pixels = decoder.decode(chunk.latents)[0].mul(255).round().to(torch.uint8).cpu().numpy()
             for frame in pixels:
                 video.write_frame(frame)
-            caption = f"chunk {chunk.index + 1}: {density[chunk.index]:.0%} of blocks"
-            thumbnails.append((caption, _thumbnail(pixels[-1])))
-            on_progress("decoding", len(thumbnails), len(demo.recipe.chunk_lengths()))
+            last = Image.fromarray(pixels[-1])
+            thumbnails.append(last.resize((WIDTH, max(1, round(WIDTH * last.height / last.width)))))
+            on_progress("decoding", len(thumbnails), len(recipe.chunk_lengths()))
     record = recorder.finish()
     with whole_file(paths[1]) as partial:
-        _contact_sheet(thumbnails).save(partial)
+        _contact_sheet(record, thumbnails).save(partial)
     with whole_file(paths[2]) as partial:
-        partial.write_text(_to_json(record) + "\n", encoding="utf-8")
+        # The block maps are too large.
+        listed = [{**vars(chunk), "density": chunk.density, "block_map": None} for chunk in record.chunks]
+        partial.write_text(json.dumps({**vars(record), "chunks": listed}, indent=2) + "\n", encoding="utf-8")
     return record, paths
 
 
-def _to_json(record: RunRecord) -> str:
-    """The record without its block maps."""
-    chunks = [{**vars(chunk), "density": chunk.density, "block_map": None} for chunk in record.chunks]
-    return json.dumps({**vars(record), "chunks": chunks}, indent=2)
-
-
-def _machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    return f"{name}, torch {torch.__version__}, {platform.platform(terse=True)}"
-
-
-def _thumbnail(frame: np.ndarray) -> Image.Image:
-    """A frame [H, W, 3] uint8 at the size of the contact sheet."""
-    width = THUMBNAIL[0]
-    return Image.fromarray(frame).resize((width, max(1, round(width * frame.shape[0] / frame.shape[1]))))
-
-
-def _contact_sheet(thumbnails: list[tuple[str, Image.Image]]) -> Image.Image:
+def _contact_sheet(record: RunRecord, thumbnails: list[Image.Image]) -> Image.Image:
     """The last frame of every chunk with a caption above it."""
-    width, per_row = THUMBNAIL
     caption, margin = 18, 6
-    cell_width, cell_height = width + margin, thumbnails[0][1].height + caption + margin
-    columns, rows = min(per_row, len(thumbnails)), -(-len(thumbnails) // per_row)
+    cell_width, cell_height = WIDTH + margin, thumbnails[0].height + caption + margin
+    columns, rows = min(PER_ROW, len(thumbnails)), -(-len(thumbnails) // PER_ROW)
     sheet = Image.new("RGB", (columns * cell_width + margin, rows * cell_height + margin), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, (text, picture) in enumerate(thumbnails):
-        x, y = margin + place % per_row * cell_width, margin + place // per_row * cell_height
-        draw.text((x, y + 2), text, fill="#1d2733")
+    for place, (chunk, picture) in enumerate(zip(record.chunks, thumbnails, strict=True)):
+        x, y = margin + place % PER_ROW * cell_width, margin + place // PER_ROW * cell_height
+        draw.text((x, y + 2), f"chunk {chunk.index + 1}: {chunk.density:.0%} of blocks", fill="#1d2733")
         sheet.paste(picture, (x, y + caption))
     return sheet

@@ -95,7 +95,7 @@ def demo(
             if not console.is_terminal and stage == "decoding":
                 console.print(f"chunk {done} of {total} done", highlight=False)
 
-        record, files = run_demo(loaded, out, show)
+        record, files = run_demo(*loaded, out, show)
     for line in (describe(record), *(f"wrote {path}" for path in files)):
         typer.echo(line)
 
@@ -115,7 +115,7 @@ def inspect(
     info = inspect_checkpoint(file)
     wan = info.size
     size = ModelSize(wan.dim, wan.ffn_dim, wan.layers, wan.text_dim, 2 * wan.parameters)
-    rows = describe(info, height=height, width=width)
+    rows = describe(info)
     rows += describe_memory(size, info.family, height=height, width=width, length=length)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)

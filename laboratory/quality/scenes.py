@@ -8,13 +8,14 @@ from lightforcing.lightforcing_core.demo.captions import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
-    PASSING,
     SHAPES,
     SPEEDS,
     Scene,
     Thing,
 )
 from lightforcing.lightforcing_core.demo.model import Level
+
+from ..training.shapes import PASSING
 
 PROMPTS = 64  # seed i uses prompt i, modulo this
 

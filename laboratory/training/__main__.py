@@ -15,12 +15,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
 
-from lightforcing.lightforcing_core.demo.captions import new_table
 from lightforcing.lightforcing_core.demo.model import load_demo_model
 from lightforcing.lightforcing_core.files.output import whole_file
 
 from .evaluate import evaluate
-from .export import export
+from .export import export, new_table
 from .recipe import PRESETS, Lesson, TrainingRecipe
 from .shapes import draw_clip, render
 from .stage import Paused, Session, autocast

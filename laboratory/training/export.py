@@ -9,13 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightforcing.lightforcing_core.demo.captions import VOCABULARY
+from lightforcing.lightforcing_core.demo.captions import SLOTS, VOCABULARY
 from lightforcing.lightforcing_core.demo.model import DIT, TEXT, VAE, DemoVideo
 from lightforcing.lightforcing_core.files.tensors import write_tensors
 from lightforcing.lightforcing_core.model.wan import Wan
 from lightforcing.lightforcing_core.vae.wan_vae import WanVAE
 
 MOST_BYTES = 24_000_000
+
+
+def new_table(text_dim: int, seed: int) -> dict[str, Tensor]:
+    """Random, hence nearly orthogonal, rows in bfloat16: words [vocabulary, text_dim] and slots [SLOTS, text_dim]."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {"words": len(VOCABULARY), "slots": SLOTS}
+    return {name: torch.randn(rows, text_dim, generator=generator).bfloat16() for name, rows in sizes.items()}
 
 
 def export(folder: Path, dit: Wan, vae: WanVAE, table: dict[str, Tensor], video: DemoVideo) -> list[Path]:

@@ -16,7 +16,6 @@ from lightforcing.lightforcing_core.demo.captions import (
     BACKGROUNDS,
     COLOURS,
     DIRECTIONS,
-    PASSING,
     SHAPES,
     SPEEDS,
     Scene,
@@ -24,6 +23,15 @@ from lightforcing.lightforcing_core.demo.captions import (
 )
 from lightforcing.lightforcing_core.demo.model import FPS, Level
 
+# Moves that take a shape behind a pillar in the middle of the picture and out again once within five seconds.
+PASSING = (
+    ("right", "slowly"),
+    ("left", "slowly"),
+    ("down-right", "quickly"),
+    ("down-left", "quickly"),
+    ("up-left", "quickly"),
+    ("up-right", "quickly"),
+)
 FREE_RUN = 1.0  # seconds before the first bounce and before any occlusion
 HEIGHTS_PER_SECOND = {"slowly": 0.2, "quickly": 0.4}
 RADII = (0.11, 0.15)  # of the circle; the other shapes have nearly its area

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,11 @@ class CheckpointError(ValueError):
     """A file cannot be used; the message names the file, its problem and the remedy."""
 
 
-@dataclass(frozen=True)
-class WeightFile:
-    """An opened file or set of shards.
-
-    contents: names → tensors; in PyTorch files also nested dicts of them. Tensors are memory-mapped if the format
-        allows it, so that nothing is read before it is used.
-    bytes: the size of all files.
-    """
-
-    contents: dict[str, Any]
-    metadata: dict[str, str]
-    bytes: int
-
-
-def open_weights(path: str | Path) -> WeightFile:
+def open_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, str], int]:
     """Open a .safetensors or PyTorch file, one of several shards, an index.json, or a folder that holds one model.
+
+    Returns the contents (names → tensors, in PyTorch files also nested dicts of them), the metadata and the size of all
+    files in bytes. Tensors are memory-mapped if the format allows it, so that nothing is read before it is used.
 
     The first bytes tell the format, not the name. PyTorch files are read with `weights_only=True` only. Raises
     CheckpointError for files that are missing, empty, truncated, unsafe or of another kind.
@@ -51,7 +39,7 @@ def open_weights(path: str | Path) -> WeightFile:
             )
         contents.update(stored)
         metadata.update(notes)
-    return WeightFile(contents, metadata, sum(file.stat().st_size for file in files))
+    return contents, metadata, sum(file.stat().st_size for file in files)
 
 
 def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -107,9 +95,8 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
         return _files_of_index(indexes[0])
     for pattern in ("*.safetensors", "*.pt", "*.pth", "*.bin"):
         found = sorted(folder.glob(pattern))
-        shards = [_SHARD.match(file.name) for file in found]
-        one_set = all(shards) and len({shard["stem"] for shard in shards if shard}) == 1
-        if len(found) == 1 or (found and one_set):
+        stems = {shard["stem"] if (shard := _SHARD.match(file.name)) else file.name for file in found}
+        if len(stems) == 1:
             return _files_of(found[0])
         if found:
             names = ", ".join(file.name for file in found[:5])
@@ -238,8 +225,7 @@ def _why_torch_refused(file: Path, message: str) -> str:
     return f"not a readable PyTorch checkpoint ({first_line}); download it again or use a .safetensors version"
 
 
-def name_list(names: Iterable[str], count: int = 3) -> str:
+def name_list(names: Iterable[str]) -> str:
     """The first names in alphabetical order, for a message: "a, b, c and 7 more"."""
     ordered = sorted(names)
-    rest = len(ordered) - count
-    return ", ".join(ordered[:count]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

@@ -30,11 +30,9 @@ _DIFFUSERS_TOP = {
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
     "condition_embedder.time_proj": "time_projection.1",
-    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
-    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
-    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
-    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    # Only to recognise models for image to video, which are refused.
     "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+    "condition_embedder.image_embedder": "img_emb",
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
 }
@@ -46,8 +44,6 @@ _DIFFUSERS_ATTENTION = {
     "norm_q": "norm_q",
     "norm_k": "norm_k",
     "add_k_proj": "k_img",
-    "add_v_proj": "v_img",
-    "norm_added_k": "norm_k_img",
 }
 # Diffusers numbers norms by position: its norm2 precedes cross-attention and is Wan's norm3.
 _DIFFUSERS_LAYER = {
@@ -174,8 +170,6 @@ def other_wan(shapes: Mapping[str, Shape]) -> str | None:
             f"this is Wan 2.2 TI2V 5B or a fine-tune of it ({in_dim} latent channels, another VAE); "
             f"{_USE_CORE} that is based on Wan 2.1"
         )
-    if has_image and in_dim == 48:
-        return f"this is Wan 2.1 Fun Control ({in_dim} input channels); {_USE_CORE}"
     if has_image:
         kind = "FLF2V (first and last frame to video)" if "img_emb.emb_pos" in shapes else "I2V, image to video"
         return f"this is Wan 2.1 {kind}, with img_emb weights and {in_dim} input channels; {_USE_T2V}"

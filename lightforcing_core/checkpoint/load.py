@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ..families import FAMILIES, Family, family_of
 from ..model.wan import HEAD_DIM, Wan
-from ..refusal import check_size
 from .files import CheckpointError, name_list, open_weights, tensor_groups
 from .layouts import Layout, original_name, other_file, other_wan, read_layout
 from .lora import looks_like_lora, merge_lora
@@ -115,32 +114,22 @@ def load_dit_state_dict(
     return state_dict, info
 
 
-def inspect_checkpoint(
-    path: str | Path, *, prefer_ema: bool = True, weights: str | None = None, family: Family | None = None
-) -> CheckpointInfo:
+def inspect_checkpoint(path: str | Path, *, weights: str | None = None) -> CheckpointInfo:
     """Describe what `load_dit_state_dict` would load, without reading weights; raises the same errors."""
-    return _read(Path(path), prefer_ema, weights, family)[1]
+    return _read(Path(path), True, weights, None)[1]
 
 
-def describe(info: CheckpointInfo, *, height: int = 480, width: int = 832) -> list[tuple[str, str]]:
-    """Rows (label, value) of a table about a checkpoint, with one "note" row per note.
-
-    height, width: pixels, multiples of 16; Refusal for others.
-    """
-    check_size(height, width)
+def describe(info: CheckpointInfo) -> list[tuple[str, str]]:
+    """Rows (label, value) of a table about a checkpoint, with one "note" row per note."""
     family = info.family
     chunk = f"{family.frames_per_chunk} latent frame{'s' if family.frames_per_chunk > 1 else ''}"
     if family.id == "unknown":
         chunk = f"not stored in the file; {chunk} by default"
-    window = (
-        "all frames" if family.window is None else f"{family.window} latent frames, {family.sink_frames} of them sinks"
-    )
+    window = f"{family.window} latent frames, {family.sink_frames} of them sinks" if family.window else "all frames"
     others = f" (other sets: {', '.join(info.other_weights)})" if info.other_weights else ""
     size = info.size
     name, _ = _PUBLISHED.get(size.dim, ("of another size", 0))
     heads = f"{size.dim // HEAD_DIM} heads of {HEAD_DIM}"
-    # Keys and values of every layer in bfloat16; a token covers 16×16 pixels.
-    per_frame = 2 * size.layers * (height // 16) * (width // 16) * size.dim * torch.bfloat16.itemsize
     return [
         ("file", str(info.path)),
         ("size", f"{info.file_bytes / 1e9:.2f} GB"),
@@ -152,7 +141,6 @@ def describe(info: CheckpointInfo, *, height: int = 480, width: int = 832) -> li
         ("loads", (info.weights or "the only set of weights") + others),
         ("chunk", chunk),
         ("window", window),
-        ("KV cache", f"{per_frame / 2**20:.1f} MiB per latent frame at {height}x{width} in bfloat16"),
         *(("note", note) for note in info.notes),
     ]
 
@@ -169,11 +157,11 @@ def _naming(path: str | Path) -> Iterator[None]:
 def _read(
     path: Path, prefer_ema: bool, weights: str | None, family: Family | None
 ) -> tuple[dict[str, Tensor], CheckpointInfo, Quantisation | None]:
-    file = open_weights(path)
+    contents, stored_metadata, file_bytes = open_weights(path)
     source = ""
     if family is None:
         family, source = family_of(path)
-    group, stored, others = _choose_weights(path, tensor_groups(file.contents), family, prefer_ema, weights)
+    group, stored, others = _choose_weights(path, tensor_groups(contents), family, prefer_ema, weights)
     with _naming(path):
         layout = read_layout(stored)
         if layout is None or not any(name.endswith("modulation") for name in layout.stored):
@@ -182,7 +170,7 @@ def _read(
         shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         if reason := other_wan(shapes):
             raise ValueError(reason)
-        metadata = _rename_layers(file.metadata, layout)
+        metadata = _rename_layers(stored_metadata, layout)
         quantisation = read_quantisation(found, metadata)
         expected = _expected_shapes(shapes)
         packed = quantisation.comfyui_layers if quantisation else {}
@@ -205,7 +193,7 @@ def _read(
             parameters=sum(map(prod, expected.values())),
         ),
         dtypes=tuple(name for name, _ in dtypes.most_common()),
-        file_bytes=file.bytes,
+        file_bytes=file_bytes,
         quantised=quantisation.title if quantisation else None,
         metadata=metadata,
     )
@@ -226,14 +214,14 @@ def _choose_weights(
     models = {
         name: group for name, group in groups.items() if not _NOT_THE_MODEL.search(name) and not looks_like_lora(group)
     }
-    if not models:
-        if any(looks_like_lora(group) for group in groups.values()):
-            raise CheckpointError(
-                f"{path}: this is a LoRA, not a model; load the model that it is for and pass this file as lora= "
-                "(in ComfyUI: with the LoRA loader)"
-            )
+    if not models and any(looks_like_lora(group) for group in groups.values()):
         raise CheckpointError(
-            f"{path}: contains only {', '.join(groups)}, not the generator's weights; choose another file"
+            f"{path}: this is a LoRA, not a model; load the model that it is for and pass this file as lora= "
+            "(in ComfyUI: with the LoRA loader)"
+        )
+    if not models:
+        raise CheckpointError(
+            f"{path}: contains only {', '.join(groups)}, not the model's weights; choose another file"
         )
     if weights is not None:
         if weights not in models:

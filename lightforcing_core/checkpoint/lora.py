@@ -53,19 +53,16 @@ def merge_lora(
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    stored = tensor_groups(open_weights(path).contents)
+    stored = tensor_groups(open_weights(path)[0])
     groups = {name: group for name, group in stored.items() if looks_like_lora(group)}
     if not groups:
         raise CheckpointError(
             f"{path}: not a LoRA (no lora_A/lora_B or lora_down/lora_up weights); a model is loaded as the model itself"
         )
-    for wanted in ("generator_lora", "generator_ema_lora"):
-        if wanted in groups:
-            return groups[wanted]
     groups = {name: group for name, group in groups.items() if "critic" not in name} or groups
-    if len(groups) > 1:
+    if len(groups) > 1 and "generator_lora" not in groups:
         raise CheckpointError(f"{path}: contains several LoRAs ({name_list(groups)}); save one of them as its own file")
-    return next(iter(groups.values()))
+    return groups.get("generator_lora") or next(iter(groups.values()))
 
 
 def _by_layer(

@@ -25,15 +25,6 @@ DIRECTIONS = {  # unit steps in the picture, y pointing down
     "up-right": (1, -1),
 }
 SPEEDS = ("slowly", "quickly")
-# Moves that take a shape behind a pillar in the middle of the picture and out again once within five seconds.
-PASSING = (
-    ("right", "slowly"),
-    ("left", "slowly"),
-    ("down-right", "quickly"),
-    ("down-left", "quickly"),
-    ("up-left", "quickly"),
-    ("up-right", "quickly"),
-)
 BACKGROUNDS = ("plain", "striped", "checkered", "cloudy")
 MOST_THINGS = 2
 
@@ -83,12 +74,8 @@ class Scene:
 
 def caption_of(scene: Scene) -> str:
     """The caption of a scene; the inverse of `parse`."""
-    things = " and ".join(f"{_article(t)} {t.colour} {t.shape} moves {t.direction} {t.speed}" for t in scene.things)
-    return f"on a {scene.background} background {things}"
-
-
-def _article(thing: Thing) -> str:
-    return "an" if thing.colour[0] in "aeiou" else "a"
+    things = " and ".join(f"a {t.colour} {t.shape} moves {t.direction} {t.speed}" for t in scene.things)
+    return f"on a {scene.background} background {things}".replace("a orange", "an orange")
 
 
 def parse(caption: str) -> Scene:
@@ -128,13 +115,6 @@ def word_ids(caption: str) -> list[int]:
     """`SLOTS` ids into `VOCABULARY`, padded at the end. Raises ValueError like `parse`."""
     words = caption_of(parse(caption)).split()
     return [_IDS[word] for word in words] + [_IDS[PADDING]] * (SLOTS - len(words))
-
-
-def new_table(text_dim: int, seed: int) -> dict[str, Tensor]:
-    """Random, hence nearly orthogonal, rows in bfloat16: words [vocabulary, text_dim] and slots [SLOTS, text_dim]."""
-    generator = torch.Generator().manual_seed(seed)
-    sizes = {"words": len(VOCABULARY), "slots": SLOTS}
-    return {name: torch.randn(rows, text_dim, generator=generator).bfloat16() for name, rows in sizes.items()}
 
 
 def context_of(table: dict[str, Tensor], ids: Tensor) -> Tensor:

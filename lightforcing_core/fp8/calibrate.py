@@ -5,6 +5,7 @@ prompts shows the layers whose inputs exceed 448 or are so small that e4m3 loses
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def read_prompts(path: str | Path, text_dim: int) -> list[Tensor]:
 
     Raises CheckpointError, which names the file, if it has none or they have another width.
     """
-    contents = open_weights(path).contents
+    contents, *_ = open_weights(path)
     prompts = [value for name, value in sorted(contents.items()) if name.endswith(".cond")]
     if not prompts or any(not isinstance(prompt, Tensor) or prompt.ndim != 3 for prompt in prompts):
         raise CheckpointError(
@@ -66,20 +67,16 @@ def largest_inputs(
     names = [f"blocks.{i}.{name}" for i in range(len(blocks)) for name in LAYER_LINEARS]
     largest = {name: torch.zeros((), device=device) for name in names}
 
-    def recorder(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        def record(_: nn.Module, inputs: tuple[Tensor]) -> None:
-            torch.maximum(largest[name], inputs[0].abs().amax().float(), out=largest[name])
+    def record(name: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
+        torch.maximum(largest[name], inputs[0].abs().amax().float(), out=largest[name])
 
-        return record
+    def stepped(before: int, event: StepEvent) -> None:
+        if on_step:
+            on_step(before * event.total + event.done, len(prompts) * event.total)
 
-    hooks = [dit.get_submodule(name).register_forward_pre_hook(recorder(name)) for name in names]
+    hooks = [dit.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in names]
     try:
         for index, prompt in enumerate(prompts):
-
-            def stepped(event: StepEvent, before: int = index) -> None:
-                if on_step:
-                    on_step(before * event.total + event.done, len(prompts) * event.total)
-
             recipe = Recipe(
                 latent_shape=(1, 16, CHUNKS * family.frames_per_chunk, *latent_size),
                 frames_per_chunk=family.frames_per_chunk,
@@ -87,7 +84,7 @@ def largest_inputs(
                 context=prompt,
                 seed=index,
             )
-            for _ in rollout(dit, recipe, Runtime(on_step=stepped)):
+            for _ in rollout(dit, recipe, Runtime(on_step=partial(stepped, index))):
                 pass
     finally:
         for hook in hooks:

@@ -80,21 +80,15 @@ def scaled_product(
     return y.to(dtype)
 
 
-def plain_product(
-    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """Compute `scaled_product` without FP8 units, from the same numbers.
-
-    e4m3 values and their products are exact in bfloat16 and float32; float16 would overflow and is computed in float32.
-    """
-    compute = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
-    y = (x.to(compute) @ weight.to(compute).t()).float() * x_scales * weight_scales.t()
-    return (y if bias is None else y + bias.float()).to(dtype)
-
-
 def product(
     x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Compute `scaled_product` if the device supports it, else `plain_product`."""
-    multiply = plain_product if why_not_scaled_mm(x.device) else scaled_product
-    return multiply(x, x_scales, weight, weight_scales, bias, dtype)
+    """Compute `scaled_product`, without FP8 units from the same numbers if the device has none.
+
+    e4m3 values and their products are exact in bfloat16 and float32; float16 would overflow and is computed in float32.
+    """
+    if why_not_scaled_mm(x.device) is None:
+        return scaled_product(x, x_scales, weight, weight_scales, bias, dtype)
+    compute = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
+    y = (x.to(compute) @ weight.to(compute).t()).float() * x_scales * weight_scales.t()
+    return (y if bias is None else y + bias.float()).to(dtype)

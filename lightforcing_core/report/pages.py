@@ -94,10 +94,9 @@ def _layer_lines(record: RunRecord) -> list[str]:
     """Density per layer if layers differ."""
     if all(max(chunk.layer_density) - min(chunk.layer_density) < 1e-6 for chunk in record.chunks):
         return [f"all {record.layers} layers read the same share"]
-    rows = ["read by each layer, per chunk"]
-    for layer in range(record.layers):
-        rows.append(f"{layer:>5}  " + " ".join(f"{chunk.layer_density[layer]:.1%}" for chunk in record.chunks))
-    return rows
+    layers = enumerate(zip(*(chunk.layer_density for chunk in record.chunks), strict=True))
+    rows = [f"{layer:>5}  " + " ".join(f"{share:.1%}" for share in shares) for layer, shares in layers]
+    return ["read by each layer, per chunk", *rows]
 
 
 def _reasons(record: RunRecord) -> list[str]:
@@ -118,9 +117,6 @@ def _spans(numbers: Sequence[int]) -> str:
     runs = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     spans = [[number for _, number in run] for _, run in runs]
     return ", ".join(str(span[0]) if len(span) == 1 else f"{span[0]}-{span[-1]}" for span in spans)
-
-
-# ----------------------------------------------------------------------------------------------------- the pages
 
 
 # matplotlib is imported in functions, because the import takes a second.
@@ -188,28 +184,25 @@ def _density_page(record: RunRecord) -> Image.Image:
 
 def _time_page(record: RunRecord) -> Image.Image:
     """Seconds per chunk, stacked by stage, above the reasons for dense attention."""
-    from matplotlib.transforms import blended_transform_factory
-
     figure = _figure(f"{sum(record.seconds.values()):.1f} seconds")
     lines = [line for reason in _reasons(record) for line in textwrap.wrap(reason, 72, subsequent_indent="   ")]
     if len(lines) > 14:
         lines[13:] = ["… the rest is in the text"]
-    bars, words = figure.subplots(2, 1, height_ratios=(1, (len(lines) + 1) / 20))
+    below = (len(lines) + 1) / 31  # a line takes a 31st of the page
+    figure.set_layout_engine("constrained", rect=(0, below, 1, 1 - below))
+    figure.text(0.02, below, "\n".join(lines), va="top", fontsize=9, color=INK)
+    bars = figure.add_subplot()
     index = [chunk.index for chunk in record.chunks]
-    below = np.zeros(len(index))
+    bottom = np.zeros(len(index))
     for stage, colour in STAGES.items():
         seconds = np.array([chunk.seconds.get(stage, 0.0) for chunk in record.chunks])
         if seconds.any():
-            bars.bar(index, seconds, 0.8, below, color=colour, label=f"{stage} {seconds.sum():.1f} s")
-            below += seconds
-    bars.set_ylim(0, 1.3 * max(below.max(), 1e-6))
+            bars.bar(index, seconds, 0.8, bottom, color=colour, label=f"{stage} {seconds.sum():.1f} s")
+            bottom += seconds
+    bars.set_ylim(0, 1.3 * max(bottom.max(), 1e-6))
     bars.grid(axis="y", color=GRID, linewidth=0.8)
     bars.legend(fontsize=9, frameon=False, ncols=3, loc="upper center", handlelength=1, columnspacing=1)
     _plain(bars, xlabel="chunk", ylabel="seconds")
-    words.axis("off")
-    place = blended_transform_factory(figure.transFigure, words.transAxes)
-    text = words.text(0.02, 1, "\n".join(lines), va="top", fontsize=9, color=INK, transform=place)
-    text.set_in_layout(False)
     return _image_of(figure)
 
 

@@ -21,6 +21,7 @@ from laboratory.quality.measures import against_caption, over_time, psnr, struct
 from laboratory.quality.pages import markdown
 from laboratory.quality.rows import read_rows
 from laboratory.quality.scenes import prompt_scenes
+from laboratory.training.shapes import PASSING
 from lightforcing.benchmarks.settings import Machine
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
@@ -84,9 +85,7 @@ def test_prompts_are_fixed_balanced_and_fit_the_level():
     assert all(parse(caption_of(scene)) == scene for scene in (*simple, *full))
     assert {(scene.background, len(scene.things)) for scene in simple} == {("plain", 1)}
     assert [len(scene.things) for scene in full[:4]] == [1, 2, 1, 2]
-    assert Counter((t.direction, t.speed) for scene in passing for t in scene.things) == dict.fromkeys(
-        captions.PASSING, 10
-    )
+    assert Counter((t.direction, t.speed) for scene in passing for t in scene.things) == dict.fromkeys(PASSING, 10)
     for words, name in ((captions.COLOURS, "colour"), (tuple(captions.DIRECTIONS), "direction")):
         counts = Counter(getattr(scene.things[0], name) for scene in simple)
         assert counts == dict.fromkeys(words, 64 // len(words))

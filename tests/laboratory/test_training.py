@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from laboratory.training.__main__ import run
 from laboratory.training.evaluate import evaluation_scenes
-from laboratory.training.export import export
+from laboratory.training.export import export, new_table
 from laboratory.training.recipe import PRESETS, FewRecipe
-from laboratory.training.shapes import draw_clip
+from laboratory.training.shapes import PASSING, draw_clip
 from laboratory.training.stage import Paused, Session, Stage
 from laboratory.training.train_ar import CACHES, TRAIN_SEED_OFFSET, new_model
 from laboratory.training.train_vae import new_vae
 from lightforcing.lightforcing_core.checkpoint.load import load_dit_state_dict
-from lightforcing.lightforcing_core.demo.captions import PASSING, VOCABULARY, new_table
+from lightforcing.lightforcing_core.demo.captions import VOCABULARY
 from lightforcing.lightforcing_core.demo.model import DIT, TEXT, VAE, load_demo_model
 from lightforcing.lightforcing_core.model.wan import wan_from_state_dict
 from lightforcing.lightforcing_core.vae.wan_vae import vae_from_state_dict

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from lightforcing.lightforcing_core.demo.captions import VOCABULARY, new_table
+from laboratory.training.export import new_table
+from lightforcing.lightforcing_core.demo.captions import VOCABULARY
 from lightforcing.lightforcing_core.demo.model import DIT, TEXT, VAE, DemoVideo
 from lightforcing.lightforcing_core.files.tensors import write_tensors
 from lightforcing.lightforcing_core.model.wan import random_state_dict

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from laboratory.training.export import new_table
 from lightforcing.lightforcing_core.demo.captions import (
     COLOURS,
     SLOTS,
@@ -11,7 +12,6 @@ from lightforcing.lightforcing_core.demo.captions import (
     Scene,
     Thing,
     context_of_caption,
-    new_table,
     parse,
 )
 from lightforcing.lightforcing_core.demo.model import DIT, TEXT, load_demo_model, load_table

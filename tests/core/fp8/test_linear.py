@@ -11,7 +11,6 @@ from lightforcing.lightforcing_core.fp8 import linear as quantize
 from lightforcing.lightforcing_core.fp8.linear import (
     FP8,
     dequantize_rows,
-    plain_product,
     product,
     quantize_rows,
     scaled_product,
@@ -70,7 +69,7 @@ def test_both_products_are_the_exact_one_up_to_the_outputs_rounding(dtype, bias)
     exact = dequantize_rows(*q, torch.float64) @ dequantize_rows(*w, torch.float64).T
     size = exact.abs().amax(dim=1, keepdim=True)
     exact = exact if bias is None else exact + bias.double()
-    for multiply, rounding in ((plain_product, torch.finfo(dtype).eps), (scaled_product, 2.0**-7)):
+    for multiply, rounding in ((product, torch.finfo(dtype).eps), (scaled_product, 2.0**-7)):
         y = multiply(*q, *w, bias, dtype)
         assert y.dtype == dtype
         assert ((y.double() - exact).abs() <= (size + exact.abs()) * max(rounding, 1e-6)).all(), multiply.__name__
