@@ -70,7 +70,7 @@ def model(tmp_path):
     return tmp_path / "longlive_base.pt", weights
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5, -1.0, 0.0])
+@pytest.mark.parametrize("strength", [1.0, -0.5])
 @pytest.mark.parametrize("naming", NAMINGS)
 def test_every_naming_adds_the_same_product(tmp_path, model, naming, strength):
     path, weights = model
@@ -148,34 +148,22 @@ def test_a_lora_is_merged_into_row_scaled_fp8_and_refused_for_comfyuis_formats(t
     assert torch.equal(plain[f"{layer}.weight"], loaded[f"{layer}.weight"])
 
 
-def two_adapters(made):
-    return peft(made, ".default") | peft(made, ".other")
+EXTRA = {"base_model.model.blocks.0.cross_attn.k_img.lora_A.weight": torch.zeros(4, 128)}
 
 
-def half(made):
-    return {key: value for key, value in peft(made).items() if "lora_A" in key}
-
-
-def wider(made):
-    return peft({layer: (down.repeat(1, 2), up.repeat(2, 1)) for layer, (down, up) in made.items()})
-
-
-def other_rank(made):
-    return peft({layer: (down, up[:, :2]) for layer, (down, up) in made.items()})
-
-
-def with_unknown(made):
-    return peft(made) | {"base_model.model.blocks.0.cross_attn.k_img.lora_A.weight": torch.zeros(4, 128)}
+def changed(change):
+    """A PEFT file with every pair (down, up) changed."""
+    return lambda made: peft({layer: change(*pair) for layer, pair in made.items()})
 
 
 @pytest.mark.parametrize(
     ("broken", "expected"),
     [
-        (two_adapters, "several adapters (default, other)"),
-        (half, "only one matrix of its pair"),
-        (wider, "for a model of another size"),
-        (other_rank, "the ranks of blocks.0.self_attn.q differ"),
-        (with_unknown, "1 of its 41 weights match no layer of this model (base_model.model.blocks.0.cross_attn.k_img"),
+        (lambda made: peft(made, ".default") | peft(made, ".other"), "several adapters (default, other)"),
+        (lambda made: {key: x for key, x in peft(made).items() if "lora_A" in key}, "only one matrix of its pair"),
+        (changed(lambda down, up: (down.repeat(1, 2), up.repeat(2, 1))), "for a model of another size"),
+        (changed(lambda down, up: (down, up[:, :2])), "the ranks of blocks.0.self_attn.q differ"),
+        (lambda made: peft(made) | EXTRA, f"1 of its 41 weights match no layer of this model ({next(iter(EXTRA))}"),
         (
             lambda made: peft({layer.replace("blocks.", "blocks.9"): pair for layer, pair in made.items()}),
             "40 of its 40 weights match no",

@@ -107,25 +107,21 @@ def test_packed_comfyui_formats_are_unchanged_and_cannot_become_plain(tmp_path):
         load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)
 
 
-def test_packed_weights_without_a_format_name_are_refused(tmp_path):
-    stored = tiny_wan()
-    stored["blocks.0.ffn.0.weight"] = torch.zeros(192, 64, dtype=torch.uint8)
-    stored["blocks.0.ffn.0.weight_scale"] = torch.zeros(192, 8).to(torch.float8_e4m3fn)
-    save_file(stored, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.ffn\.0\.weight has shape \(192, 64\)"):
-        load_dit_state_dict(tmp_path / "x.safetensors")
-
-
-def test_block_scales_are_refused_with_their_shape(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "metadata", "expected"),
+    [
+        (
+            {"weight": torch.zeros(192, 64, dtype=torch.uint8), "weight_scale": torch.zeros(192, 8)},
+            {},
+            r"blocks\.0\.ffn\.0\.weight has shape \(192, 64\)",
+        ),
+        ({"weight_scale": torch.ones(2, 1)}, {}, r"scales of shape \(2, 1\); use a file with one scale per row"),
+        ({}, {"_quantization_metadata": "broken"}, "_quantization_metadata is not readable"),
+    ],
+)
+def test_packed_weights_block_scales_and_broken_metadata_are_refused(tmp_path, changes, metadata, expected):
     stored, _ = quantised(tiny_wan(), "weight_scale", "row")
-    stored["blocks.0.ffn.0.weight_scale"] = torch.ones(2, 1)
-    save_file(stored, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=r"scales of shape \(2, 1\); use a file with one scale per row"):
-        load_dit_state_dict(tmp_path / "x.safetensors")
-
-
-def test_unreadable_quantisation_metadata_is_an_error(tmp_path):
-    stored, _ = quantised(tiny_wan(), "weight_scale", "tensor")
-    save_file(stored, tmp_path / "x.safetensors", metadata={"_quantization_metadata": "broken"})
-    with pytest.raises(CheckpointError, match="_quantization_metadata is not readable"):
+    stored |= {f"blocks.0.ffn.0.{leaf}": tensor for leaf, tensor in changes.items()}
+    save_file(stored, tmp_path / "x.safetensors", metadata=metadata)
+    with pytest.raises(CheckpointError, match=expected):
         load_dit_state_dict(tmp_path / "x.safetensors")

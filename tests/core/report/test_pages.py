@@ -103,12 +103,6 @@ def test_missing_chunks_layers_and_heads_are_refused_with_the_existing_ones(reco
         pages(record, **options)
 
 
-def test_three_pages_of_512(record):
-    made = pages(record)
-    assert [(page.mode, page.size) for page in made] == [("RGB", (512, 512))] * 3
-    assert all(np.asarray(page).std() > 10 for page in made)
-
-
 def test_only_dense_layers_are_grey_on_the_density_page():
     def grey(*chunks):
         page = np.asarray(pages(record_of(*chunks))[0]).astype(int)
@@ -174,7 +168,8 @@ def test_a_run_without_a_finished_chunk_has_a_text():
         pages(record)
 
 
-def test_many_chunks_and_reasons_still_fit():
-    dense = [chunk_of(index, dense=f"reason {index}") for index in range(40)]
-    made = pages(record_of(*dense))
-    assert [page.size for page in made] == [(512, 512)] * 3
+@pytest.mark.parametrize("count", [1, 40])
+def test_three_pages_of_512_with_any_number_of_reasons(count):
+    made = pages(record_of(*(chunk_of(index, dense=f"reason {index}") for index in range(count))))
+    assert [(page.mode, page.size) for page in made] == [("RGB", (512, 512))] * 3
+    assert all(np.asarray(page).std() > 10 for page in made)
