@@ -4,6 +4,7 @@ The rest of nodes/ imports ComfyUI through this file, so a change in ComfyUI is 
 `model/rowwise.py`, which extends ComfyUI's quantised tensors.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,14 @@ from torch import Tensor
 Interrupted: type[BaseException] = comfy.model_management.InterruptProcessingException
 ProgressBar = comfy.utils.ProgressBar
 Sampler = comfy.samplers.Sampler
+raise_if_interrupted: Callable[[], None] = comfy.model_management.throw_exception_if_processing_interrupted
+# The device and dtype with which results are passed on.
+result_device: Callable[[], torch.device] = comfy.model_management.intermediate_device
+result_dtype: Callable[[], torch.dtype] = comfy.model_management.intermediate_dtype
+# By kind of model, such as "loras": the names of its files, and a file's path, which may be missing.
+model_files: Callable[[str], list[str]] = folder_paths.get_filename_list
+model_path: Callable[[str, str], str] = folder_paths.get_full_path_or_raise
+find_model: Callable[[str, str], str | None] = folder_paths.get_full_path
 __all__ = ["ExecutionBlocker", "Interrupted", "ModelPatcher", "ProgressBar", "Sampler", "WrappersMP"]
 
 # --- memory and devices
@@ -52,16 +61,6 @@ def load_on_device(patcher: ModelPatcher, memory_required: int = 0) -> None:
     comfy.model_management.load_models_gpu([patcher], memory_required=memory_required)
 
 
-def is_on_device(patcher: ModelPatcher) -> bool:
-    """Whether a model is loaded; ComfyUI unloads one when another needs the memory."""
-    return patcher.current_loaded_device() == patcher.load_device
-
-
-def weights_may_move(patcher: ModelPatcher) -> bool:
-    """Whether DynamicVRAM manages the model, so that its weights may move at any time."""
-    return patcher.is_dynamic()
-
-
 def weight_bytes_on_device(patcher: ModelPatcher) -> int:
     """Bytes of a model's weights that stay on the device; with --novram none do."""
     return 0 if comfy.model_management.vram_state == VRAMState.NO_VRAM else patcher.model_size()
@@ -70,16 +69,6 @@ def weight_bytes_on_device(patcher: ModelPatcher) -> int:
 def untested_speedups_wanted() -> bool:
     """Whether ComfyUI was started with --fast (or --fast autotune)."""
     return PerformanceFeature.AutoTune in args.fast
-
-
-def result_device() -> torch.device:
-    """The device that results are passed on with."""
-    return comfy.model_management.intermediate_device()
-
-
-def result_dtype() -> torch.dtype:
-    """The dtype that images are passed on with."""
-    return comfy.model_management.intermediate_dtype()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -91,11 +80,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def out_of_memory(reason: str) -> Exception:
     """The error after which ComfyUI frees its memory; `reason` is its message."""
     return comfy.model_management.OOM_EXCEPTION(reason)
-
-
-def raise_if_interrupted() -> None:
-    """Raise `Interrupted` if the user has cancelled the prompt."""
-    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 # --- models
@@ -309,21 +293,6 @@ def metadata_wanted() -> bool:
 # --- folders
 
 
-def model_files(kind: str) -> list[str]:
-    """Files in a model folder such as "loras", as names relative to it."""
-    return folder_paths.get_filename_list(kind)
-
-
-def model_path(kind: str, name: str) -> str:
-    """Path of a file in a model folder. Raises FileNotFoundError."""
-    return folder_paths.get_full_path_or_raise(kind, name)
-
-
-def find_model(kind: str, name: str) -> str | None:
-    """Path of a file in a model folder, None if it is not there."""
-    return folder_paths.get_full_path(kind, name)
-
-
 def model_folder(kind: str) -> Path:
     """The first folder for models of a kind, where new files are written."""
     return Path(folder_paths.get_folder_paths(kind)[0]).resolve()
@@ -342,6 +311,20 @@ def add_model_kind(kind: str, suffix: str) -> None:
 def add_model_folder(folder: Path) -> None:
     """Search `folder` too, after the user's, for models of the kind it is named."""
     folder_paths.add_model_folder_path(folder.name, str(folder))
+
+
+def named_file(folder: Path, name: str) -> Path:
+    """The path of a safetensors file in `folder`; ValueError for one outside it."""
+    path = (folder / f"{name.strip().removesuffix('.safetensors')}.safetensors").resolve()
+    if path.name.startswith(".") or not path.is_relative_to(folder):
+        raise ValueError(f"name {name!r} is not a file name inside {folder}; use letters, digits and /")
+    return path
+
+
+def version_of(path: str | Path) -> str:
+    """A text that changes when the file does, for `fingerprint_inputs`."""
+    status = os.stat(path)
+    return f"{status.st_mtime_ns}/{status.st_size}"
 
 
 def output_folder() -> Path:

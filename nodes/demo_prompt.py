@@ -4,24 +4,19 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..lightforcing_core.demo.captions import (
-    context_of_caption,
-    parse,
-)
+from ..lightforcing_core.demo.captions import context_of_caption, parse
 from ..lightforcing_core.demo.model import DEFAULT_CAPTION, DIT, SHIPPED, TEXT, VAE, load_table
 from .comfy import add_model_folder, models_root
-from .texts import with_texts
+from .texts import node_schema
 
 
 class LightForcingDemoPrompt(io.ComfyNode):
     """Encode a caption for the demo model."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingDemoPrompt",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingDemoPrompt",
             inputs=[io.String.Input("caption", default=DEFAULT_CAPTION, multiline=True)],
             outputs=[io.Conditioning.Output(display_name="CONDITIONING")],
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..lightforcing_core.report.pages import describe, pages
 from ..lightforcing_core.rollout.record import RunRecord
-from .texts import with_texts
+from .texts import node_schema
 
 # The key of a LATENT under which it holds the record of its run; nodes that pass a LATENT on keep it.
 RECORD = "light_forcing_record"
@@ -19,11 +19,9 @@ class LightForcingReport(io.ComfyNode):
     """Show a run's density, time and reasons for dense attention."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingReport",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingReport",
             search_aliases=["sparsity report", "attention map", "block map", "why is it dense"],
             inputs=[
                 io.Latent.Input("samples"),

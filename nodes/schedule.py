@@ -12,7 +12,7 @@ from ..lightforcing_core.rollout.schedule import CURVES, Schedule, latent_frames
 from .browser import watching_page
 from .comfy import ModelPatcher, find_model, running_server
 from .model.patch import settings_of
-from .texts import with_texts
+from .texts import node_schema
 
 ScheduleType = io.Custom("LIGHTFORCING_SCHEDULE")
 AUTO, DENSE, CUSTOM, GENTLE = "auto", "dense", "custom", "gentle"
@@ -35,11 +35,9 @@ class LightForcingSchedule(io.ComfyNode):
     """Chunk-Aware Growth: chunk lengths, window and sparsity per chunk."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingSchedule",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingSchedule",
             inputs=[
                 io.Int.Input("length", default=81, min=1, max=MOST_FRAMES, step=4),
                 io.DynamicCombo.Input(
@@ -61,11 +59,7 @@ class LightForcingSchedule(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, length: int | None, preset: dict[str, Any] | None = None, **_: Any) -> bool:
-        """Refuse a schedule that cannot be met before anything runs.
-
-        An input that is linked is None here. Raises ValueError, which ComfyUI shows once; it would repeat a returned
-        reason for every input.
-        """
+        """Refuse a schedule that cannot be met before anything runs; a linked input is None."""
         if preset is None:
             raise ValueError(NO_PRESET)
         if length is not None:

@@ -1,6 +1,5 @@
 """A run's state on disk: written by the sampler after every chunk, and loaded to continue the run."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from comfy_api.latest import io
 from ..lightforcing_core.files.output import numbered_path
 from ..lightforcing_core.rollout.schedule import video_frames_of
 from ..lightforcing_core.rollout.state import RunState, load_run_state
-from .comfy import output_folder
-from .texts import with_texts
+from .comfy import named_file, output_folder, version_of
+from .texts import node_schema
 
 StateType = io.Custom("LIGHTFORCING_STATE")
 FOLDER = "light_forcing"  # inside the output folder
@@ -57,42 +56,32 @@ class LightForcingSaveState(io.ComfyNode):
     """Name the file in which the sampler saves its run."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingSaveState",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingSaveState",
             inputs=[io.String.Input("name", default="run")],
             outputs=[StateType.Output(display_name="state")],
         )
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        folder = state_folder()
-        stem = name.strip().removesuffix(SUFFIX)
-        path = (folder / stem).resolve()
-        if not stem or path == folder or path.name.startswith(".") or not path.is_relative_to(folder):
-            raise ValueError(f"name {name!r} is not a file name inside {folder}; use letters, digits and /")
-        return io.NodeOutput(StateFile(path))
+        return io.NodeOutput(StateFile(named_file(state_folder(), name).with_suffix("")))
 
 
 class LightForcingLoadState(io.ComfyNode):
     """Load a saved run for the sampler to continue."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingLoadState",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingLoadState",
             inputs=[io.Combo.Input("file", options=state_files())],
             outputs=[StateType.Output(display_name="state")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        status = os.stat(state_folder() / file)
-        return f"{status.st_mtime_ns}/{status.st_size}"
+        return version_of(state_folder() / file)
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -1,7 +1,6 @@
 """Text embeddings on disk, so that an encoded prompt needs no 10 GB text encoder again."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..lightforcing_core.files.tensors import write_tensors
 from ..lightforcing_core.rollout.timeline import check_text
-from .comfy import add_model_kind, model_files, model_folder, model_path
-from .texts import with_texts
+from .comfy import add_model_kind, model_files, model_folder, model_path, named_file, version_of
+from .texts import node_schema
 
 FOLDER = "text_embeds"
 FORMAT = "light_forcing_text_embeds"
@@ -23,11 +22,9 @@ class LightForcingSaveTextEmbeds(io.ComfyNode):
     """Save CONDITIONING to models/text_embeds/NAME.safetensors."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingSaveTextEmbeds",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingSaveTextEmbeds",
             inputs=[io.Conditioning.Input("conditioning"), io.String.Input("name", default="prompt")],
             outputs=[io.Conditioning.Output(display_name="CONDITIONING")],
             is_output_node=True,
@@ -35,7 +32,7 @@ class LightForcingSaveTextEmbeds(io.ComfyNode):
 
     @classmethod
     def execute(cls, conditioning: list, name: str) -> io.NodeOutput:
-        path = embeds_path(name)
+        path = named_file(model_folder(FOLDER), name)
         save_embeds(path, conditioning)
         return io.NodeOutput(conditioning, ui=ui.PreviewText(f"saved {path.name} in {path.parent}"))
 
@@ -44,33 +41,20 @@ class LightForcingLoadTextEmbeds(io.ComfyNode):
     """Load CONDITIONING from models/text_embeds/NAME.safetensors."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingLoadTextEmbeds",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingLoadTextEmbeds",
             inputs=[io.Combo.Input("name", options=model_files(FOLDER))],
             outputs=[io.Conditioning.Output(display_name="CONDITIONING")],
         )
 
     @classmethod
     def fingerprint_inputs(cls, name: str) -> str:
-        status = os.stat(model_path(FOLDER, name))
-        return f"{status.st_mtime_ns}/{status.st_size}"
+        return version_of(model_path(FOLDER, name))
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
         return io.NodeOutput(load_embeds(Path(model_path(FOLDER, name))))
-
-
-def embeds_path(name: str) -> Path:
-    """The path of embeddings `name`; ValueError for one outside the folder."""
-    folder = model_folder(FOLDER)
-    stem = name.strip().removesuffix(".safetensors")
-    path = (folder / f"{stem}.safetensors").resolve()
-    if not stem or Path(stem).name.startswith(".") or not path.is_relative_to(folder):
-        raise ValueError(f"name {name!r} is not a file name inside {folder}; use letters, digits and /")
-    return path
 
 
 def save_embeds(path: Path, conditioning: list) -> None:

@@ -1,8 +1,10 @@
-"""The texts of the nodes: names, descriptions and tooltips, all of them from `locales/en/nodeDefs.json`."""
+"""The schemas of the nodes, with names, descriptions and tooltips from `locales/en/nodeDefs.json`.
+
+Their `validate_inputs` raise ValueError, which ComfyUI shows once: it would repeat a returned reason for every input.
+"""
 
 import json
-from collections.abc import Callable, Iterator
-from functools import wraps
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,15 @@ TEXTS: dict[str, Any] = json.loads(
 )
 
 
-def with_texts(define: Callable[[type], io.Schema]) -> Callable[[type], io.Schema]:
-    """Decorate `define_schema` to add display name, description and tooltips."""
-
-    @wraps(define)
-    def described(cls: type) -> io.Schema:
-        schema = define(cls)
-        texts = TEXTS[schema.node_id]
-        schema.display_name, schema.description = texts["display_name"], texts["description"]
-        for key, field in inputs_of(schema.inputs):
-            field.tooltip = texts["inputs"][key]["tooltip"]
-        for index, output in enumerate(schema.outputs):
-            output.tooltip = texts["outputs"][str(index)]["tooltip"]
-        return schema
-
-    return described
+def node_schema(node_id: str, **fields: Any) -> io.Schema:
+    """The schema of a node of this pack: `fields`, its texts and its category."""
+    texts = TEXTS[node_id]
+    schema = io.Schema(node_id, texts["display_name"], "Light Forcing", description=texts["description"], **fields)
+    for key, field in inputs_of(schema.inputs):
+        field.tooltip = texts["inputs"][key]["tooltip"]
+    for index, output in enumerate(schema.outputs):
+        output.tooltip = texts["outputs"][str(index)]["tooltip"]
+    return schema
 
 
 def inputs_of(inputs: list[io.Input], prefix: str = "") -> Iterator[tuple[str, io.Input]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
 from ..lightforcing_core.rollout.timeline import Prompt, Switch, check_text
-from .texts import with_texts
+from .texts import node_schema
 
 TimelineType = io.Custom("LIGHTFORCING_TIMELINE")
 FRAMES_PER_SECOND = 16
@@ -49,11 +49,9 @@ class LightForcingPromptTimeline(io.ComfyNode):
     """Add a prompt that takes over at a given time."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingPromptTimeline",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingPromptTimeline",
             inputs=[
                 io.Conditioning.Input("positive"),
                 io.Float.Input("start", default=3.0, min=0.0, max=3600.0, step=0.25),

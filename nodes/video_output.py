@@ -1,10 +1,9 @@
 """Video files that grow with a run: the node that asks for them, and the files of one run."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from comfy_api.latest import io, ui
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..lightforcing_core.files.output import numbered_path, remove_empty
 from ..lightforcing_core.files.video import FORMATS, VideoWriter
 from .comfy import metadata_wanted, numbered_output, output_folder
-from .texts import with_texts
+from .texts import node_schema
 
 VideoOutputType = io.Custom("LIGHTFORCING_VIDEO_OUTPUT")
 MOST_CRF = max(known.worst_crf for known in FORMATS.values())
@@ -34,11 +33,9 @@ class LightForcingVideoOutput(io.ComfyNode):
     """Choose name, format and quality of a video file that grows with the run."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingVideoOutput",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingVideoOutput",
             inputs=[
                 io.String.Input("filename_prefix", default="video/light_forcing"),
                 io.Combo.Input("format", options=["mp4", "webm"], default="mp4"),
@@ -53,11 +50,7 @@ class LightForcingVideoOutput(io.ComfyNode):
     def validate_inputs(
         cls, filename_prefix: str | None = None, format: str | None = None, crf: int | None = None
     ) -> bool:
-        """Refuse a file that cannot be written before anything runs.
-
-        An input that is linked is None here. Raises ValueError, which ComfyUI shows once; it would repeat a returned
-        reason for every input.
-        """
+        """Refuse a file that cannot be written before anything runs; a linked input is None."""
         if filename_prefix is not None and Path(filename_prefix).name in ("", ".."):
             raise ValueError(f"filename_prefix {filename_prefix!r} names no file; write one such as video/clip")
         if format is not None and f".{format}" not in FORMATS:
@@ -73,62 +66,56 @@ class LightForcingVideoOutput(io.ComfyNode):
 
 
 class VideoFiles:
-    """Context manager: a file per video of the batch, named if the block succeeds.
+    """The open files of one run, a writer per video of the batch."""
 
-    Otherwise, and after `cut_short`, the frames so far are kept as `NAME.partial.EXT`.
-
-    height, width: pixels.
-    metadata: the graph, as ComfyUI stores it in files.
-    Raises ValueError and OutputError as `VideoWriter` does.
-    """
-
-    def __init__(
-        self, output: VideoOutput, *, batch: int, height: int, width: int, metadata: Mapping[str, Any] | None
-    ) -> None:
-        self._output, self._batch, self._size, self._metadata = output, batch, (height, width), metadata
-        self._stack = contextlib.ExitStack()
-        self._writers: list[VideoWriter] = []
-
-    def __enter__(self) -> "VideoFiles":
-        height, width = self._size
-        output, root = self._output, output_folder()
-        folder, name = numbered_output(output.filename_prefix, width=width, height=height)
-        with contextlib.ExitStack() as stack:
-            # ComfyUI has made the folders; remove them if no file was written.
-            stack.callback(remove_empty, [one for one in (folder, *folder.parents) if root in one.parents])
-            for _ in range(self._batch):
-                path = stack.enter_context(numbered_path(folder, name, f".{output.format}"))
-                writer = VideoWriter(
-                    path, height=height, width=width, fps=output.fps, crf=output.crf, metadata=self._metadata
-                )
-                self._writers.append(stack.enter_context(writer))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self._stack = stack
+        self.writers: list[VideoWriter] = []
 
     def write(self, frames: Tensor) -> None:
         """Append frames [B, n, H, W, 3] in 0…1."""
-        for writer, own in zip(self._writers, frames, strict=True):
+        for writer, own in zip(self.writers, frames, strict=True):
             writer.write(own)
 
     def cut_short(self, reason: str) -> None:
         """End here, and leave no file under a final name."""
-        cut = InterruptedError(reason)
-        self._stack.__exit__(InterruptedError, cut, None)
+        self._stack.__exit__(InterruptedError, InterruptedError(reason), None)
 
     def shown(self) -> list[ui.SavedResult]:
         """The files that exist, in the form of ComfyUI's previews."""
         root = output_folder()
         results = []
-        for path in (writer.partial or writer.path for writer in self._writers):
+        for path in (writer.partial or writer.path for writer in self.writers):
             if path.exists():
                 subfolder = path.resolve().parent.relative_to(root).as_posix().removeprefix(".")
                 results.append(ui.SavedResult(path.name, subfolder, io.FolderType.output))
         return results
+
+
+@contextlib.contextmanager
+def open_videos(
+    output: VideoOutput, latent_shape: Sequence[int], metadata: Mapping[str, Any] | None
+) -> Iterator[VideoFiles]:
+    """A file per video of the batch, named if the block succeeds.
+
+    Otherwise, and after `cut_short`, the frames so far are kept as `NAME.partial.EXT`.
+
+    latent_shape: [B, 16, frames, h, w] of the videos.
+    metadata: the graph, as ComfyUI stores it in files.
+    Raises ValueError and OutputError as `VideoWriter` does.
+    """
+    batch, (height, width) = latent_shape[0], (8 * side for side in latent_shape[-2:])
+    folder, name = numbered_output(output.filename_prefix, width=width, height=height)
+    root = output_folder()
+    with contextlib.ExitStack() as stack:
+        # ComfyUI has made the folders; remove them if no file was written.
+        stack.callback(remove_empty, [one for one in (folder, *folder.parents) if root in one.parents])
+        files = VideoFiles(stack)
+        for _ in range(batch):
+            path = stack.enter_context(numbered_path(folder, name, f".{output.format}"))
+            writer = VideoWriter(path, height=height, width=width, fps=output.fps, crf=output.crf, metadata=metadata)
+            files.writers.append(stack.enter_context(writer))
+        yield files
 
 
 def graph_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, Any] | None:

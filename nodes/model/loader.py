@@ -12,7 +12,7 @@ from ...lightforcing_core.checkpoint.load import inspect_checkpoint, load_dit_st
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS
 from ...lightforcing_core.families import FAMILIES, Family, family_of
 from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path, show_text
-from ..texts import with_texts
+from ..texts import node_schema
 from .options import AUTO, option_inputs, settings_from
 from .patch import patched
 
@@ -32,11 +32,9 @@ class LightForcingModelLoader(io.ComfyNode):
     """Load any published autoregressive Wan 2.1 checkpoint, already patched."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingModelLoader",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingModelLoader",
             search_aliases=["self forcing", "causal forcing", "longlive", "krea realtime"],
             inputs=[
                 io.Combo.Input("model_name", options=model_files("diffusion_models")),
@@ -63,11 +61,9 @@ class LightForcingApply(io.ComfyNode):
     """Patch a MODEL that another loader made."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingApply",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingApply",
             inputs=[io.Model.Input("model"), *option_inputs()],
             outputs=[io.Model.Output(display_name="MODEL")],
         )

@@ -49,16 +49,8 @@ def settings_from(
     reuse_steps has no effect; saved graphs hold it. beyond: the other options of `AttentionOptions` that go beyond the
     published method. Raises ValueError for values that do not fit together.
     """
-
-    def or_family(value: int, default: int) -> int:
-        return default if value == AS_FAMILY else value
-
-    kept = replace(
-        family.sparse,
-        keep_frames=or_family(keep_frames, family.sparse.keep_frames),
-        keep_sink=or_family(keep_sink, family.sparse.keep_sink),
-        keep_near=or_family(keep_near, family.sparse.keep_near),
-    )
+    asked: dict[str, Any] = {"keep_frames": keep_frames, "keep_sink": keep_sink, "keep_near": keep_near}
+    kept = replace(family.sparse, **{name: frames for name, frames in asked.items() if frames != AS_FAMILY})
     budget = kept.keep_frames, kept.keep_sink, kept.keep_near
     beyond["estimator"] = family.sparse.estimator if estimator == AUTO else estimator
     beyond["tail"] = family.sparse.tail if tail == AUTO else tail == "on"

@@ -1,7 +1,6 @@
 """Frames of finished chunks while a run continues: decoded, then sent to the video file and the live view."""
 
 import logging
-from types import TracebackType
 
 from torch import Tensor
 
@@ -21,8 +20,7 @@ class FrameOutput(Observer):
     """Decodes chunks in order and passes their frames on.
 
     Frames may be decoded while the next chunk is sampled: they are passed on after the first step that finds them
-    ready, and `finish` waits for the last. Used as a context manager, so that a run that fails keeps the frames that
-    were being decoded.
+    ready, and `finish` waits for the last.
 
     before: latents [B or 1, 16, frames, h, w] that the video already has and that are decoded first, `normalised` or
         in the VAE's space.
@@ -42,12 +40,8 @@ class FrameOutput(Observer):
         self._decoder, self._before, self._normalised, self._files = decoder, before, normalised, files
         self._live, self._passed_on = live, 0
 
-    def __enter__(self) -> "FrameOutput":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def finish_failed(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Keep the frames that were being decoded if the run failed; the exit callback of a stack."""
         if error is None:
             return
         try:

@@ -9,10 +9,7 @@ from .request import KV_CACHES
 
 def schedule_input() -> io.Input:
     """The schedule socket of both nodes."""
-    return ScheduleType.Input(
-        "schedule",
-        optional=True,
-    )
+    return ScheduleType.Input("schedule", optional=True)
 
 
 def timeline_input() -> io.Input:

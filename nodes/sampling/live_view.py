@@ -118,7 +118,7 @@ class LiveView(Observer):
     """
 
     def __init__(self, model: ModelPatcher, latent_shape: Sequence[int], *, decodes: bool) -> None:
-        self.line, self._budget = ProgressLine(), Budget()
+        self._budget = Budget()
         self._bar, self._done, self._total = ProgressBar(1), 0, 1
         self._decodes, self._preview = decodes, Preview(model)
         self._draft: Draft | None = None
@@ -145,11 +145,7 @@ class LiveView(Observer):
         """
         return self._preview.callback() if self._preview.is_foreign else self._progress
 
-    def begin(self, run: RunState, plan: MemoryPlan) -> None:
-        self.line.begin(run, plan)
-
     def step(self, event: StepEvent) -> None:
-        self.line.step(event)
         if self._preview.is_foreign:
             return
         self._take_draft()
@@ -180,7 +176,6 @@ class LiveView(Observer):
 
     def end(self) -> None:
         """The run is over."""
-        self.line.end()
         if self._decodes and not self._preview.is_foreign:
             self._draft = None
             self._pictures.cut(self._decoded)

@@ -17,7 +17,6 @@ from ..comfy import (
     memory_for_a_run,
     untested_speedups_wanted,
     weight_bytes_on_device,
-    weights_may_move,
 )
 from ..vae.decode import FrameDecoder
 
@@ -68,5 +67,5 @@ def plan_of(
         latents=LATENT_COPIES * 4 * math.prod(recipe.latent_shape) if on_device else 0,
         overlap=is_cuda and decoder is not None and decoder.can_overlap,
         # Graphs are not measured yet, so they need --fast. They hold the addresses of weights, which must not move.
-        cuda_graph=is_cuda and untested_speedups_wanted() and not weights_may_move(model),
+        cuda_graph=is_cuda and untested_speedups_wanted() and not model.is_dynamic(),
     )

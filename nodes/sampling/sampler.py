@@ -24,19 +24,18 @@ from ..model.patch import KEY, required_settings
 from ..report import RECORD
 from ..schedule import numbers_per_chunk
 from ..state import StateFile, StateType
-from ..texts import with_texts
+from ..texts import node_schema
 from ..vae.decode import FrameDecoder
-from ..video_output import VideoFiles, VideoOutput, VideoOutputType, graph_metadata
+from ..video_output import VideoFiles, VideoOutput, VideoOutputType, graph_metadata, open_videos
 from .chunk_sampler import ChunkSampler
 from .frames import FrameOutput
 from .inputs import run_inputs, schedule_input, timeline_input
-from .live_view import LiveView
+from .live_view import LiveView, ProgressLine
 from .observer import CutShort, Observer, StateWriter, runs_cut_short
 from .request import Request, model_text
 
 MAX_SEED, MAX_CFG = 0xFFFFFFFFFFFFFFFF, 30.0
 OPEN = object()  # the value of an input that is not connected
-VIDEO_WITHOUT_VAE = "video_output is connected, but no vae is there to make frames; connect Load VAE to vae"
 HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 
 
@@ -44,11 +43,9 @@ class LightForcingSampler(io.ComfyNode):
     """Sample a video chunk by chunk; with a VAE, decode each chunk as it is finished."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingSampler",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingSampler",
             search_aliases=["self forcing sampler", "causal video sampler", "longlive sampler"],
             inputs=[
                 io.Model.Input("model"),
@@ -82,18 +79,14 @@ class LightForcingSampler(io.ComfyNode):
         video_output: Any = OPEN,
         state: Any = OPEN,
     ) -> bool:
-        """Refuse inputs that cannot work before anything runs.
-
-        An input that is linked is None here. Raises ValueError, which ComfyUI shows once; it would repeat a returned
-        reason for every input.
-        """
+        """Refuse inputs that cannot work before anything runs; a linked input is None."""
         numbers_per_chunk(chunk_seeds or "", "chunk_seeds", int, lists=False)
         if cfg is not None and not 0.0 <= cfg <= MAX_CFG:
             raise ValueError(f"cfg {cfg:g} is outside 0 to {MAX_CFG:g}; use 1 for distilled checkpoints")
         if cfg is not None:
             check_guidance(cfg, None if negative is OPEN and state is OPEN else "connected")
         if video_output is not OPEN and vae is OPEN:
-            raise ValueError(VIDEO_WITHOUT_VAE)
+            raise ValueError("video_output is connected, but no vae is there to make frames; connect Load VAE to vae")
         return True
 
     @classmethod
@@ -116,14 +109,13 @@ class LightForcingSampler(io.ComfyNode):
         **inputs: Any,
     ) -> io.NodeOutput:
         family = required_settings(model).family
-        if video_output is not None and vae is None:
-            raise ValueError(VIDEO_WITHOUT_VAE)
         request, latents = Request(**inputs), empty_latents(model, latent)
         saved = state.continued(latents.shape) if state else None
         if saved is not None:
             saved.check_model(model_text(model))
-        live, end = LiveView(model, latents.shape, decodes=vae is not None), CutShort(cls.hidden.unique_id)
-        observers: list[Observer] = [live, end]
+        line, end = ProgressLine(), CutShort(cls.hidden.unique_id)
+        live = LiveView(model, latents.shape, decodes=vae is not None)
+        observers: list[Observer] = [line, live, end]
         decoder = frames = files = None
         with contextlib.ExitStack() as stack:
             if state is not None:
@@ -132,10 +124,12 @@ class LightForcingSampler(io.ComfyNode):
                 keep = video_output is None or video_output.keep_images
                 decoder = FrameDecoder(vae, latents.shape, keep=keep)
                 if video_output is not None:
-                    files = stack.enter_context(video_files(video_output, latents, cls))
+                    metadata = graph_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+                    files = stack.enter_context(open_videos(video_output, latents.shape, metadata))
                 before = saved.latents if saved else request.initial_latents
                 frames = FrameOutput(decoder, before, normalised=saved is not None, live=live, files=files)
-                observers.append(stack.enter_context(frames))
+                stack.push(frames.finish_failed)
+                observers.append(frames)
             sampler = ChunkSampler(request, observers, saved=saved, decoder=decoder)
             if saved is not None and saved.is_complete:
                 video = model.model.process_latent_out(saved.latents)
@@ -156,10 +150,11 @@ class LightForcingSampler(io.ComfyNode):
                 )
             if frames is not None:
                 frames.finish()
+            line.end()
             live.end()
             if end.reason and files is not None:
                 files.cut_short(end.reason)
-        notes = [note for note in (end.reason, live.line.why_dense) if note]
+        notes = [note for note in (end.reason, line.why_dense) if note]
         if end.reason:
             show_text("\n· ".join(notes))
         made: dict[str, Any] = {"samples": video.to(result_device())}
@@ -186,13 +181,6 @@ def starting_noise(latents: Tensor, seed: int, wanted: Request | RunState, famil
         draw = seeded_noise(seed, wanted.seeds)
     pieces = [draw(index, 0, (batch, channels, length, height, width)) for index, length in enumerate(lengths)]
     return torch.cat(pieces, dim=2)[:, :, :frames]
-
-
-def video_files(output: VideoOutput, latents: Tensor, node: type[io.ComfyNode]) -> VideoFiles:
-    """The video files of a run, with the graph in them."""
-    batch, _, _, height, width = latents.shape
-    metadata = graph_metadata(node.hidden.prompt, node.hidden.extra_pnginfo)
-    return VideoFiles(output, batch=batch, height=8 * height, width=8 * width, metadata=metadata)
 
 
 def shown(files: VideoFiles | None, notes: Sequence[str]) -> dict[str, Any] | None:

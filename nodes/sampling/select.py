@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..texts import with_texts
+from ..texts import node_schema
 from .chunk_sampler import ChunkSampler
 from .inputs import run_inputs, schedule_input, timeline_input
 from .live_view import ProgressLine
@@ -16,11 +16,9 @@ class LightForcingSamplerSelect(io.ComfyNode):
     """The chunk sampler for SamplerCustomAdvanced."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingSamplerSelect",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingSamplerSelect",
             inputs=[schedule_input(), io.Latent.Input("start_latent", optional=True), timeline_input(), *run_inputs()],
             outputs=[io.Sampler.Output(display_name="SAMPLER")],
             hidden=[io.Hidden.unique_id],

@@ -19,14 +19,12 @@ from ...lightforcing_core.vae.tiled import TiledDecoder, most_tiles, tile_spans
 from ..comfy import (
     ProgressBar,
     file_of,
-    is_on_device,
     load_on_device,
     memory_for_a_run,
     raise_if_interrupted,
     result_dtype,
-    weights_may_move,
 )
-from ..texts import with_texts
+from ..texts import node_schema
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +39,9 @@ class LightForcingDecode(io.ComfyNode):
     """Decode a latent video of any length with bounded memory."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingDecode",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingDecode",
             inputs=[
                 io.Latent.Input("samples"),
                 io.Vae.Input("vae"),
@@ -124,7 +120,7 @@ class FrameDecoder:
     @property
     def can_overlap(self) -> bool:
         """Whether the VAE can decode on a second CUDA stream, without DynamicVRAM."""
-        return self._vae.device.type == "cuda" and not weights_may_move(self._vae.patcher)
+        return self._vae.device.type == "cuda" and not self._vae.patcher.is_dynamic()
 
     @property
     def most_tiles(self) -> int:
@@ -166,7 +162,7 @@ class FrameDecoder:
     def put(self, latents: Tensor, *, normalised: bool) -> list[Tensor]:
         """Decode latents [B, 16, f, h, w]; the frames [B, n, H, W, 3] that are ready."""
         vae = self._vae
-        if not is_on_device(vae.patcher):  # another model needed the memory
+        if vae.patcher.current_loaded_device() != vae.patcher.load_device:  # another model needed the memory
             load_on_device(vae.patcher, self.bytes_needed)
         if self._line is None:  # only now is the VAE on its final device
             resident = self._overlap and why_not_resident(vae.first_stage_model, vae.device) is None

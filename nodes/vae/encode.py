@@ -18,7 +18,7 @@ from ..comfy import (
     raise_if_interrupted,
     result_device,
 )
-from ..texts import with_texts
+from ..texts import node_schema
 
 LESS = 0.8  # of the memory, if ComfyUI's estimate says that there is enough
 # Latent frames of a still that are encoded before an end and then left out. A VAE encodes the first frame by itself,
@@ -30,11 +30,9 @@ class LightForcingEncode(io.ComfyNode):
     """Encode an image, or a video of any length with bounded memory."""
 
     @classmethod
-    @with_texts
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="LightForcingEncode",
-            category="Light Forcing",
+        return node_schema(
+            "LightForcingEncode",
             inputs=[
                 io.Image.Input("pixels"),
                 io.Vae.Input("vae"),

@@ -74,9 +74,10 @@ facts["auto without a model"] = error_of(schedule.schedule_from, 81, {"preset": 
 facts["family without a model"] = schedule.schedule_from(81, {"preset": "longlive"}, None).window
 
 # Text embeddings: back as they were, whole or not at all.
-folder = comfyui.module("nodes.comfy").model_folder("text_embeds")
+node_comfy = comfyui.module("nodes.comfy")
+folder = node_comfy.model_folder("text_embeds")
 stored = [[torch.randn(1, 12, 4096), {"pooled_output": None, "attention_mask": torch.ones(1, 12), "strength": 1.0}]]
-path = text_embeds.embeds_path("new folder/prompt")
+path = node_comfy.named_file(folder, "new folder/prompt")
 text_embeds.save_embeds(path, stored)
 ((cond, extras),) = text_embeds.load_embeds(path)
 facts["embeddings return"] = (
