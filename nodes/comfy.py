@@ -30,6 +30,7 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 Interrupted: type[BaseException] = comfy.model_management.InterruptProcessingException
+out_of_memory: type[Exception] = comfy.model_management.OOM_EXCEPTION  # after it ComfyUI frees its memory
 ProgressBar = comfy.utils.ProgressBar
 Sampler = comfy.samplers.Sampler
 raise_if_interrupted: Callable[[], None] = comfy.model_management.throw_exception_if_processing_interrupted
@@ -75,11 +76,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether GPU or CPU memory ran out."""
     cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
     return cpu or isinstance(error, MemoryError) or comfy.model_management.is_oom(error)
-
-
-def out_of_memory(reason: str) -> Exception:
-    """The error after which ComfyUI frees its memory; `reason` is its message."""
-    return comfy.model_management.OOM_EXCEPTION(reason)
 
 
 # --- models
@@ -231,12 +227,10 @@ class Preview:
         return self._previewer is not None and type(self._previewer).__module__ != latent_preview.__name__
 
     def callback(self) -> Callable[[int, Tensor, Tensor, int], None]:
-        """The callback that ComfyUI's own samplers use."""
         return latent_preview.prepare_callback(self._model, 1)
 
     @property
     def has_tiny_vae(self) -> bool:
-        """Whether previews are decoded by a tiny VAE."""
         return isinstance(self._previewer, latent_preview.TAESDPreviewerImpl)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -299,7 +293,6 @@ def model_folder(kind: str) -> Path:
 
 
 def models_root() -> Path:
-    """ComfyUI's models folder."""
     return Path(folder_paths.models_dir)
 
 
@@ -328,7 +321,6 @@ def version_of(path: str | Path) -> str:
 
 
 def output_folder() -> Path:
-    """ComfyUI's output folder."""
     return Path(folder_paths.get_output_directory()).resolve()
 
 

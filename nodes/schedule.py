@@ -24,7 +24,6 @@ H100: dict[str, Family] = {
 }
 PUBLISHED = FAMILIES | H100
 SINK_ROPES = get_args(SinkRope)
-GENTLE_TARGET, GENTLE_BASE = Family.target, Family.base  # safe for checkpoints that were never trained sparse
 MOST_FRAMES = 16001
 NO_PRESET = f"this preset does not exist; use {AUTO}, {DENSE}, {GENTLE}, {CUSTOM} or a family"
 ANY_LONG_VIDEO = 961  # checks a schedule whose length is not known before the graph runs
@@ -59,7 +58,7 @@ class LightForcingSchedule(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, length: int | None, preset: dict[str, Any] | None = None, **_: Any) -> bool:
-        """Refuse a schedule that cannot be met before anything runs; a linked input is None."""
+        """Refuse an impossible schedule before anything runs; a linked input is None."""
         if preset is None:
             raise ValueError(NO_PRESET)
         if length is not None:
@@ -80,7 +79,6 @@ class LightForcingSchedule(io.ComfyNode):
 
 
 def custom_inputs() -> list[io.Input]:
-    """The inputs of the custom preset."""
     return [
         io.Int.Input("frames_per_chunk", default=3, min=1, max=32, step=1),
         io.Int.Input("window", default=0, min=0, max=4001, step=1),
@@ -119,7 +117,8 @@ def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None)
             f"Forcing Model Loader or Light Forcing Apply, or choose the checkpoint's family"
         )
     if name == GENTLE:
-        family = replace(family, title=f"{family.title}, gentle", target=GENTLE_TARGET, base=GENTLE_BASE)
+        # The defaults are safe for checkpoints that were never trained sparse.
+        family = replace(family, title=f"{family.title}, gentle", target=Family.target, base=Family.base)
     schedule = Schedule.of_family(family, frames)
     return schedule.dense() if name == DENSE else schedule
 

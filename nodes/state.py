@@ -1,7 +1,7 @@
 """A run's state on disk: written by the sampler after every chunk, and loaded to continue the run."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +28,9 @@ class StateFile:
     path: Path
     run: RunState | None = None
 
-    @contextmanager
-    def reserved(self) -> Iterator[Path]:
-        """Reserve the file to write while the block runs. Raises OutputError."""
-        if self.run is not None:
-            yield self.path
-            return
-        with numbered_path(self.path.parent, self.path.name, SUFFIX) as path:
-            yield path
+    def reserved(self) -> AbstractContextManager[Path]:
+        """Reserve the file to write while a block runs. Raises OutputError."""
+        return nullcontext(self.path) if self.run else numbered_path(self.path.parent, self.path.name, SUFFIX)
 
     def continued(self, latent_shape: Sequence[int]) -> RunState | None:
         """The run to continue to `latent_shape`; ValueError if it does not fit."""
@@ -93,7 +88,6 @@ class LightForcingLoadState(io.ComfyNode):
 
 
 def state_folder() -> Path:
-    """The folder of saved runs."""
     return (output_folder() / FOLDER).resolve()
 
 

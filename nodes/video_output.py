@@ -50,7 +50,7 @@ class LightForcingVideoOutput(io.ComfyNode):
     def validate_inputs(
         cls, filename_prefix: str | None = None, format: str | None = None, crf: int | None = None
     ) -> bool:
-        """Refuse a file that cannot be written before anything runs; a linked input is None."""
+        """Refuse an impossible file before anything runs; a linked input is None."""
         if filename_prefix is not None and Path(filename_prefix).name in ("", ".."):
             raise ValueError(f"filename_prefix {filename_prefix!r} names no file; write one such as video/clip")
         if format is not None and f".{format}" not in FORMATS:

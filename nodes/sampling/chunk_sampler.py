@@ -247,7 +247,6 @@ class _Video:
         return f"{self.finished} of {self.wanted} chunks: {' of '.join(map(str, frames))} frames"
 
     def update(self, event: StepEvent) -> None:
-        """Show a step of the current chunk."""
         frames = slice(event.start_frame, event.start_frame + event.x0.shape[2])
         self.clean[:, :, frames], self.noisy[:, :, frames] = event.x0, event.x
 
@@ -262,5 +261,4 @@ class _Video:
             self.finished, self.end = self.finished - 1, self.in_output.start_frame
 
     def result(self) -> Tensor:
-        """The finished frames."""
         return self.clean if self.end == self.clean.shape[2] else self.clean[:, :, : self.end].clone()

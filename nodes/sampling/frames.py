@@ -41,7 +41,7 @@ class FrameOutput(Observer):
         self._live, self._passed_on = live, 0
 
     def finish_failed(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Keep the frames that were being decoded if the run failed; the exit callback of a stack."""
+        """Exit callback of a stack: keep the frames that a failed run was decoding."""
         if error is None:
             return
         try:
@@ -60,11 +60,6 @@ class FrameOutput(Observer):
         self._add(chunk.latents, normalised=True)
         if is_last:  # no step follows that could collect its frames
             self.finish()
-
-    def decode_all_before(self, batch: int) -> None:
-        """Decode a video that is already complete."""
-        self._decoder.load()
-        self.add_before(batch)
 
     def add_before(self, batch: int) -> None:
         """Decode the latents that the video already has, once."""

@@ -2,19 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..schedule import ScheduleType
-from ..timeline import TimelineType
 from .request import KV_CACHES
-
-
-def schedule_input() -> io.Input:
-    """The schedule socket of both nodes."""
-    return ScheduleType.Input("schedule", optional=True)
-
-
-def timeline_input() -> io.Input:
-    """The timeline socket of both nodes."""
-    return TimelineType.Input("timeline", optional=True)
 
 
 def run_inputs() -> list[io.Input]:

@@ -100,13 +100,12 @@ class ProgressLine(Observer):
             )
 
     def end(self) -> None:
-        """The run is over."""
         if self._last is not None:
             show_text(f"{self._last.chunk + 1} of {self._last.chunks} chunks · {self._pace}done{self._below}")
 
     @property
     def _below(self) -> str:
-        """The reason and the plan on lines of their own; nodes drawn by Vue append them to the first line."""
+        """Further lines, which nodes drawn by Vue append to the first one."""
         return "".join(f"\n· {line}" for line in (self.why_dense, self._plan) if line)
 
 
@@ -175,7 +174,6 @@ class LiveView(Observer):
         self._bar.update_absolute(self._done, self._total, preview)
 
     def end(self) -> None:
-        """The run is over."""
         if self._decodes and not self._preview.is_foreign:
             self._draft = None
             self._pictures.cut(self._decoded)

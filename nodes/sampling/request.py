@@ -76,13 +76,7 @@ class Request:
         return self.start_latent["samples"] if self.start_latent else None
 
     @property
-    def last_latents(self) -> Tensor | None:
-        """The latents that the video ends with."""
-        return self.end_latent["samples"] if self.end_latent else None
-
-    @property
     def initial_frames(self) -> int:
-        """Latent frames that the video starts with."""
         return 0 if self.initial_latents is None else self.initial_latents.shape[2]
 
     @property
@@ -106,13 +100,12 @@ class Request:
         family = settings.family
         schedule = self.schedule_of(family, shape[2])
         _check_schedule(schedule, family, shape[2])
-        for name in ("initial_latents", "last_latents"):
-            if (latents := getattr(self, name)) is not None:
-                check_given(name, latents, shape)
-        given, end = (
-            None if latents is None else guider.model_patcher.model.process_latent_in(latents.to("cpu", torch.float32))
-            for latents in (self.initial_latents, self.last_latents)
-        )
+        given: dict[str, Tensor] = {}
+        for name, latent in (("initial_latents", self.start_latent), ("last_latents", self.end_latent)):
+            if latent:
+                check_given(name, latent["samples"], shape)
+                latents = latent["samples"].to("cpu", torch.float32)
+                given[name] = guider.model_patcher.model.process_latent_in(latents)
         lengths = schedule.chunk_lengths(self.initial_frames)
         if beyond := [chunk for chunk in self.seeds if chunk >= len(lengths)]:
             raise ValueError(f"chunk_seeds names chunk {beyond[0]}; this video has chunks 0 to {len(lengths) - 1}")
@@ -122,11 +115,10 @@ class Request:
             sigmas=sigmas,
             context=prompts_of(guider.conds["positive"][0]["cross_attn"], self.timeline, lengths),
             seed=seed,
-            initial_latents=given,
-            last_latents=end,
             attention=settings.attention,
             guidance=Guidance(guider.cfg, negative),
             noise_options=NoiseOptions(_first_levels(family, sigmas), self.seeds, self.context_noise),
+            **given,
             **schedule.arguments(self.initial_frames),
         )
 

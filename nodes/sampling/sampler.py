@@ -22,14 +22,15 @@ from ..comfy import (
 )
 from ..model.patch import KEY, required_settings
 from ..report import RECORD
-from ..schedule import numbers_per_chunk
+from ..schedule import ScheduleType, numbers_per_chunk
 from ..state import StateFile, StateType
 from ..texts import node_schema
+from ..timeline import TimelineType
 from ..vae.decode import FrameDecoder
 from ..video_output import VideoFiles, VideoOutput, VideoOutputType, graph_metadata, open_videos
 from .chunk_sampler import ChunkSampler
 from .frames import FrameOutput
-from .inputs import run_inputs, schedule_input, timeline_input
+from .inputs import run_inputs
 from .live_view import LiveView, ProgressLine
 from .observer import CutShort, Observer, StateWriter, runs_cut_short
 from .request import Request, model_text
@@ -53,10 +54,10 @@ class LightForcingSampler(io.ComfyNode):
                 io.Latent.Input("latent"),
                 io.Int.Input("seed", default=0, min=0, max=MAX_SEED, step=1, control_after_generate=True),
                 io.Int.Input("steps", default=0, min=0, max=16, step=1),
-                schedule_input(),
+                ScheduleType.Input("schedule", optional=True),
                 io.Vae.Input("vae", optional=True),
                 io.Latent.Input("start_latent", optional=True),
-                timeline_input(),
+                TimelineType.Input("timeline", optional=True),
                 io.Conditioning.Input("negative", optional=True),
                 StateType.Input("state", optional=True),
                 VideoOutputType.Input("video_output", optional=True),
@@ -133,8 +134,9 @@ class LightForcingSampler(io.ComfyNode):
             sampler = ChunkSampler(request, observers, saved=saved, decoder=decoder)
             if saved is not None and saved.is_complete:
                 video = model.model.process_latent_out(saved.latents)
-                if frames is not None:
-                    frames.decode_all_before(latents.shape[0])
+                if decoder is not None and frames is not None:
+                    decoder.load()
+                    frames.add_before(latents.shape[0])
             else:
                 levels = saved.recipe.sigmas if saved else few_step_sigmas(denoising_steps(family, steps), family.shift)
                 guider = guider_for(model, vae, positive, negative, cfg if saved is None else 1.0, KEY)
@@ -184,7 +186,7 @@ def starting_noise(latents: Tensor, seed: int, wanted: Request | RunState, famil
 
 
 def shown(files: VideoFiles | None, notes: Sequence[str]) -> dict[str, Any] | None:
-    """The node's display after the run: the video files, why the run ended early, and why it was dense."""
+    """The node's display after the run: video files and `notes`."""
     found: dict[str, Any] = {} if files is None else {"images": files.shown(), "animated": (True,)}
     if notes:
         found["text"] = tuple(notes)

@@ -4,9 +4,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..schedule import ScheduleType
 from ..texts import node_schema
+from ..timeline import TimelineType
 from .chunk_sampler import ChunkSampler
-from .inputs import run_inputs, schedule_input, timeline_input
+from .inputs import run_inputs
 from .live_view import ProgressLine
 from .observer import CutShort, runs_cut_short
 from .request import Request
@@ -19,7 +21,12 @@ class LightForcingSamplerSelect(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "LightForcingSamplerSelect",
-            inputs=[schedule_input(), io.Latent.Input("start_latent", optional=True), timeline_input(), *run_inputs()],
+            inputs=[
+                ScheduleType.Input("schedule", optional=True),
+                io.Latent.Input("start_latent", optional=True),
+                TimelineType.Input("timeline", optional=True),
+                *run_inputs(),
+            ],
             outputs=[io.Sampler.Output(display_name="SAMPLER")],
             hidden=[io.Hidden.unique_id],
         )

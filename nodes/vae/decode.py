@@ -178,7 +178,6 @@ class FrameDecoder:
         return [self._kept(pixels) for pixels in self._line.rest()] if self._line else []
 
     def drop(self) -> None:
-        """Discard the frames that are not ready."""
         if self._line:
             self._line.drop()
 
