@@ -100,17 +100,17 @@ def server(comfyui: tuple[Path, str], models: Path) -> Iterator[ComfyServer]:
 @pytest.fixture(scope="session")
 def run_inside(comfyui: tuple[Path, str], models: Path) -> Callable[..., Any]:
     """Run in_comfy/SCRIPT.py under ComfyUI's Python; it prints one JSON value as its last line."""
+    scripts = HERE / "in_comfy"  # with `comfyui`, which all of them import
     checkout, python = comfyui
 
     def run(script: str, *arguments: str) -> Any:
-        path = HERE / "in_comfy" / f"{script}.py"
         done = subprocess.run(
-            [python, str(path), str(checkout), str(ROOT), str(models), *arguments],
+            [python, str(scripts / f"{script}.py"), str(checkout), str(ROOT), str(models), *arguments],
             cwd=checkout,
             capture_output=True,
             text=True,
             timeout=300,
-            env=environment(),
+            env={**environment(), "PYTHONPATH": str(scripts)},
         )
         assert done.returncode == 0, f"{script} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
         return json.loads(done.stdout.strip().splitlines()[-1])

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def differences(run_inside):
-    return run_inside("against_core")
+    return run_inside("sampling/against_core")
 
 
 @pytest.mark.parametrize("frames_per_chunk", [3, 1, 4])

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def facts(run_inside):
-    return run_inside("faults")
+    return run_inside("sampling/faults")
 
 
 def test_out_of_memory_in_a_step_returns_the_finished_chunks(facts):

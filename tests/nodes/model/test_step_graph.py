@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def facts(run_inside):
-    return run_inside("step_graph")
+    return run_inside("model/step_graph")
 
 
 @pytest.mark.parametrize("model", ["plain", "core's causal model", "LoRA"])

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def differences(run_inside):
-    return run_inside("vae_against_core")
+    return run_inside("vae/vae_against_core")
 
 
 @pytest.mark.parametrize(

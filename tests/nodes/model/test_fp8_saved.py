@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def facts(run_inside):
-    return run_inside("fp8_saved", "tiny_wan.safetensors")
+    return run_inside("model/fp8_saved", "tiny_wan.safetensors")
 
 
 def test_our_loader_gives_back_the_very_rows_that_were_saved(facts):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-HELP = Path(__file__).resolve().parents[2] / "nodes" / "web" / "docs" / "LightForcingSampler.md"
+HELP = Path(__file__).resolve().parents[3] / "nodes" / "web" / "docs" / "LightForcingSampler.md"
 KINDS = ["float32", "bfloat16", "fp8_e4m3fn", "fp8_rowwise"]
 WITH_LORA = [f"{kind}, LoRA" for kind in KINDS]
 ROOMS = ["all", "half", "none"]
@@ -16,7 +16,7 @@ ROOMS = ["all", "half", "none"]
 
 @pytest.fixture(scope="module")
 def facts(run_inside):
-    return run_inside("dynamic_vram")
+    return run_inside("memory/dynamic_vram")
 
 
 @pytest.mark.parametrize("kind", KINDS + WITH_LORA)

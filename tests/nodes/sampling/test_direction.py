@@ -2,7 +2,7 @@
 
 import pytest
 
-from ..support.graphs import OTHER_EMBEDS, change, custom_graph, empty, graph, latents_of, link, loader, schedule, text
+from ...support.graphs import OTHER_EMBEDS, change, custom_graph, empty, graph, latents_of, link, loader, schedule, text
 
 FIRST = slice(0, 3)  # latent frames of the first chunk
 REST = slice(3, None)

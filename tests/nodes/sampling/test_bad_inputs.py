@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..support.graphs import (
+from ...support.graphs import (
     EMBEDS,
     OTHER_EMBEDS,
     apply,

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ..support.graphs import (
+from ...support.graphs import (
     EMBEDS,
     HEIGHT,
     LENGTH,

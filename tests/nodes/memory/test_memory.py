@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def facts(run_inside):
-    return run_inside("memory")
+    return run_inside("memory/memory")
 
 
 def test_with_plenty_of_memory_nothing_is_given_up(facts):

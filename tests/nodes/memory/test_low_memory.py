@@ -11,7 +11,7 @@ WITH_LORA = [f"{kind}, LoRA" for kind in KINDS]
 
 @pytest.fixture(scope="module")
 def facts(run_inside):
-    return run_inside("low_memory")
+    return run_inside("memory/low_memory")
 
 
 @pytest.mark.parametrize("kind", KINDS + WITH_LORA)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from lightforcing.cli.main import app
 from lightforcing.lightforcing_core.model.wan import random_state_dict
 
-from ..support.graphs import EMBEDS, apply, core_loader, graph, latents_of, link, loader
+from ...support.graphs import EMBEDS, apply, core_loader, graph, latents_of, link, loader
 
 FP8 = "self_forcing_fp8.safetensors"
 PLAIN = "tiny_wan.safetensors"
@@ -46,7 +46,7 @@ def outliers(models):
 
 @pytest.fixture(scope="module")
 def facts(run_inside, checkpoint, outliers):
-    return run_inside("fp8", PLAIN, checkpoint, *outliers)
+    return run_inside("model/fp8", PLAIN, checkpoint, *outliers)
 
 
 def error(latents, reference):

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def facts(run_inside):
-    return run_inside("patching")
+    return run_inside("model/patching")
 
 
 def test_stock_model_is_bit_identical_beside_the_patch(facts):

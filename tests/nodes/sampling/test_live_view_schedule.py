@@ -8,8 +8,8 @@ import pytest
 from lightforcing.lightforcing_core.families import FAMILIES
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
-from ..support.comfy_server import Refused
-from ..support.graphs import graph, link, loader, schedule, video_output
+from ...support.comfy_server import Refused
+from ...support.graphs import graph, link, loader, schedule, video_output
 
 CUSTOM = {name.removeprefix("preset."): value for name, value in schedule()["inputs"].items() if name != "length"}
 CUSTOM["sparsity"] = ""

@@ -10,7 +10,7 @@ BESIDE = ["beside", "beside, slow"]
 
 @pytest.fixture(scope="module")
 def facts(run_inside):
-    return run_inside("overlap")
+    return run_inside("vae/overlap")
 
 
 @pytest.mark.parametrize("way", BESIDE)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..support.graphs import (
+from ...support.graphs import (
     HEIGHT,
     WIDTH,
     custom_graph,

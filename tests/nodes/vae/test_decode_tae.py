@@ -7,7 +7,7 @@ ROUNDING = 1e-5  # the same float32 layers over one frame or several at once
 
 @pytest.fixture(scope="module")
 def facts(run_inside):
-    return run_inside("tae")
+    return run_inside("vae/tae")
 
 
 def test_the_two_spaces_give_different_pictures(facts):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from websockets.sync.client import connect
 
-from ..support.graphs import HEIGHT, WIDTH, apply, core_loader, empty, graph, link, loader, save_images
+from ...support.graphs import HEIGHT, WIDTH, apply, core_loader, empty, graph, link, loader, save_images
 
 LENGTH = 45  # video frames: four chunks
 CHUNK_ENDS = (9, 21, 33, 45)
@@ -239,7 +239,7 @@ def test_page_that_stops_playing_gets_the_sheet(client, server):
 
 @pytest.fixture(scope="module")
 def facts(run_inside):
-    return run_inside("live_view")
+    return run_inside("sampling/live_view")
 
 
 def test_draft_of_a_chunk_that_was_given_up_goes(facts):
