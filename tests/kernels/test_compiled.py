@@ -13,7 +13,7 @@ TENSOR_MEMORY = 512  # columns of sm_100
 WIDE = {"block_q": 128, "block_k": 128, "tokens": 1536}
 DENSE = {"block_q": 128, "stored": "int8", "dense": True}
 CUT_BY_TMA = {"tma": True, "cut": True}
-# The attention: options, and by chip the most barriers and shuffles of the main loop per 64 keys.
+# The attention: by chip the most barriers and shuffles of the main loop per 64 keys, and the options of the call.
 ATTENTION = [
     ({80: (9, 40), 86: (9, 40), 89: (9, 40), 90: (2, 8), 100: (5, 2), 120: (9, 40)}, {}),
     ({80: (9, 40), 86: (9, 40), 90: (2, 8), 100: (5, 2), 120: (9, 40)}, {"tail": True}),
@@ -80,7 +80,7 @@ def cache(tmp_path_factory):
 
 def test_the_attention_fits_every_chip_and_waits_no_more_than_it_did(cache):
     most = {}
-    for options, loops in ATTENTION:
+    for loops, options in ATTENTION:
         for chip, loop in loops.items():
             case = {"chip": chip, "call": "attention", **options}
             most[str(case)] = case, loop
@@ -125,7 +125,7 @@ def test_what_the_tuner_may_prefer_fits_and_hardly_spills(cache):
             if launch != default and (block == 64 or launch.tile_k == 128):
                 options = {"block_q": block, "block_k": block, "launch": launch[:4], "tma": launch.descriptors}
                 asked.append({"chip": chip, "call": "attention", **options})
-    assert len(asked) > 10
+    assert len(asked) >= 10
     for row in compile_all(asked, cache):
         fits(row)
         wide = row["case"]["launch"][1] == 128

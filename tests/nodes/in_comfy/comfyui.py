@@ -21,6 +21,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
+from comfy_api.latest import io  # noqa: E402
 
 NAME = "odd_pack_name"
 spec = importlib.util.spec_from_file_location(NAME, Path(PACK, "__init__.py"), submodule_search_locations=[PACK])
@@ -60,6 +61,78 @@ def sample(model, sampler, noise, *, seed=0, positive=None, callback=None, steps
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     latent = torch.zeros_like(noise) if latent is None else latent
     return guider.sample(noise, latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=seed)
+
+
+def infer():
+    """Compute as ComfyUI runs every node, to the end of the script; on one thread, as layers are tiny."""
+    torch.inference_mode().__enter__()
+    torch.set_num_threads(1)
+
+
+def applied(model, family="unknown", block="64", backend="auto"):
+    """The MODEL that Light Forcing Apply makes."""
+    budget = {"keep_frames": -1, "keep_sink": -1, "keep_near": -1}
+    apply = module("nodes.model.loader").LightForcingApply
+    return apply.execute(model, family, block=block, backend=backend, **budget)[0]
+
+
+def settings_of(family, **attention):
+    """What the patch keeps for a family."""
+    options = module("lightforcing_core.attention.options").AttentionOptions(**attention)
+    return module("nodes.model.patch").Settings(module("lightforcing_core.families").FAMILIES[family], options)
+
+
+def chunk_sampler(frames, *observers, decoder=None, **request):
+    """Our sampler for so many latent frames in growing sparsity."""
+    nodes, schedule = module("nodes.sampling.chunk_sampler"), module("lightforcing_core.rollout.schedule").Schedule
+    plan = schedule(frames, 3, target=0.5, base=0.6)
+    return nodes.ChunkSampler(nodes.Request(plan, **request), observers, decoder=decoder)
+
+
+def sampling_node():
+    """The sampling node as node 5 of a graph."""
+    node = module("nodes.sampling.sampler").LightForcingSampler
+    return node.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
+
+
+def small_vae(dim=8):
+    """A VAE of random weights."""
+    return comfy.sd.VAE(sd=module("lightforcing_core.vae.wan_vae").random_vae_state_dict(dim=dim))
+
+
+def with_lora(model):
+    """The tiny LoRA as Load LoRA adds it."""
+    lora = comfy.utils.load_torch_file(f"{BASE}/models/loras/tiny_lora.safetensors")
+    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
+def failing(action, call, error):
+    """`action`, whose call number `call` (from 1) raises."""
+    count = iter(range(1, 10000))
+
+    def maybe(*arguments, **named):
+        if next(count) == call:
+            raise error
+        return action(*arguments, **named)
+
+    return maybe
+
+
+def model_failing(model, call, error):
+    """The MODEL, whose forward number `call` raises."""
+    clone = model.clone()
+    forward = failing(lambda run, *arguments, **named: run(*arguments, **named), call, error)
+    clone.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, forward)
+    return clone
+
+
+def error_of(action, *arguments, **named):
+    """What an action says when it raises, or None."""
+    try:
+        action(*arguments, **named)
+    except Exception as error:
+        return str(error)
+    return None
 
 
 def tensor_bytes():

@@ -10,7 +10,6 @@ from comfyui import comfy
 decode, loader, patch = comfyui.modules("nodes", "vae.decode", "model.loader", "model.patch")
 text_embeds, schedule = comfyui.module("nodes.text_embeds"), comfyui.module("nodes.schedule")
 encode = comfyui.module("nodes.vae.encode")
-wan_vae = comfyui.module("lightforcing_core.vae.wan_vae")
 facts = {"asked": {}}
 requests = []
 load = comfy.model_management.load_models_gpu
@@ -19,20 +18,12 @@ comfy.model_management.load_models_gpu = lambda models, memory_required=0, **opt
 )
 
 
-def error_of(action, *arguments, **named):
-    try:
-        action(*arguments, **named)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
-
-
 def refusal(vae, latents):
-    return error_of(decode.LightForcingDecode.execute, {"samples": latents}, vae)
+    return comfyui.error_of(decode.LightForcingDecode.execute, {"samples": latents}, vae)
 
 
 for dim in (8, 16):
-    vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=dim))
+    vae = comfyui.small_vae(dim)
     for frames in (1, 5, 9):
         result = decode.LightForcingDecode.execute({"samples": torch.randn(2, 16, frames, 4, 6)}, vae)
         facts["asked"][f"{dim}/{frames}"] = requests[-1]
@@ -43,7 +34,7 @@ tae = comfy.taesd.taesd.TAESD(latent_channels=16)
 facts["another VAE"] = refusal(comfy.sd.VAE(sd=tae.state_dict()), torch.zeros(1, 16, 2, 4, 6))
 
 # What a video starts or ends with, as latents.
-vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=8))
+vae = comfyui.small_vae()
 pixels = torch.rand(8, 32, 48, 3, generator=torch.Generator().manual_seed(2))
 
 
@@ -70,7 +61,7 @@ patched = loader.LightForcingApply.execute(framewise, "auto", **options)[0]
 family = patch.settings_of(patched).family
 made = {name: schedule.schedule_from(81, {"preset": name}, family) for name in ("auto", "dense", "light_forcing_short")}
 facts["presets"] = {name: [s.frames_per_chunk, s.target] for name, s in made.items()}
-facts["auto without a model"] = error_of(schedule.schedule_from, 81, {"preset": "auto"}, None)
+facts["auto without a model"] = comfyui.error_of(schedule.schedule_from, 81, {"preset": "auto"}, None)
 facts["family without a model"] = schedule.schedule_from(81, {"preset": "longlive"}, None).window
 
 # Text embeddings: back as they were, whole or not at all.
@@ -86,10 +77,10 @@ facts["embeddings return"] = (
     and extras["pooled_output"] is None
     and extras["strength"] == 1.0
 )
-facts["embeddings with hooks"] = error_of(text_embeds.save_embeds, path, [[cond, {"hooks": object()}]])
+facts["embeddings with hooks"] = comfyui.error_of(text_embeds.save_embeds, path, [[cond, {"hooks": object()}]])
 usage = shutil.disk_usage(folder)._replace(free=1000)
 shutil.disk_usage = lambda *_: usage
 full = folder / "full" / "prompt.safetensors"
-facts["disk full"] = error_of(text_embeds.save_embeds, full, stored)
+facts["disk full"] = comfyui.error_of(text_embeds.save_embeds, full, stored)
 facts["left on the full disk"] = [file.name for file in full.parent.glob("*")]
 print(json.dumps(facts))

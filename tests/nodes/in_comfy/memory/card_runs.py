@@ -10,26 +10,23 @@ import comfyui
 import torch
 from card import CARD, OnCard, card, management, plug_in, sized
 from comfy.quant_ops import QuantizedTensor
-from comfy_api.latest import io
 from comfyui import comfy
 from safetensors.torch import load_file, save_file
 
 plug_in()
-torch.set_num_threads(1)  # tiny layers: threads cost more than they bring
-inference = torch.inference_mode()  # as ComfyUI runs every node; it ends with this object
-inference.__enter__()
+comfyui.infer()
 
-sampler, loader, decode = comfyui.modules("nodes", "sampling.sampler", "model.loader", "vae.decode")
+loader, decode = comfyui.modules("nodes", "model.loader", "vae.decode")
 chunk_sampler, report = comfyui.module("nodes.sampling.chunk_sampler"), comfyui.module("nodes.report")
 fused, graphs = comfyui.module("lightforcing_core.model.fused"), comfyui.module("lightforcing_core.model.cuda_graph")
 pinned = comfyui.module("lightforcing_core.pinned")
-wan, wan_vae = comfyui.module("lightforcing_core.model.wan"), comfyui.module("lightforcing_core.vae.wan_vae")
+wan = comfyui.module("lightforcing_core.model.wan")
 LAYERS, WIDTH, TEXT, FRAMES = 3, 256, 256, 6
 FOLDER = Path(comfyui.BASE, "low_memory")
 DIT = FOLDER / "light_forcing_short.safetensors"
 METADATA = {"config": json.dumps({"transformer": {"text_dim": TEXT}})}
 OPTIONS = {"backend": "reference", "block": "16", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
-node = sampler.LightForcingSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
+node = comfyui.sampling_node()
 plans = []
 
 
@@ -62,7 +59,7 @@ def stored(dtype):
     """A MODEL for which ComfyUI keeps the weights in `dtype` and computes in float32."""
     weights = {name: weight.to(dtype) for name, weight in load_file(DIT).items()}
     model = comfy.sd.load_diffusion_model_state_dict(weights, model_options={"dtype": dtype}, metadata=METADATA)
-    return loader.LightForcingApply.execute(model, "light_forcing_short", **OPTIONS)[0]
+    return comfyui.applied(model, "light_forcing_short", "16", "reference")
 
 
 def with_lora(model):
@@ -91,8 +88,7 @@ KINDS = {
 }
 
 
-def new_vae(dim=8):
-    return comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=dim))
+new_vae = comfyui.small_vae
 
 
 def run(model, *, size=None, graph=False, **inputs):

@@ -60,7 +60,7 @@ for name, make in runs.KINDS.items():
 # What a run leaves behind, LoRA and patch included; what it decided on the way.
 model, vae = runs.with_lora(runs.file()), new_vae()
 stock = comfy.sd.load_diffusion_model(str(runs.DIT))
-mine = runs.loader.LightForcingApply.execute(stock, "light_forcing_short", **runs.OPTIONS)[0]
+mine = comfyui.applied(stock, "light_forcing_short", "16", "reference")
 euler = comfy.samplers.sampler_object("euler")
 
 

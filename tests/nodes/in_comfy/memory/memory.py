@@ -4,17 +4,13 @@ import json
 
 import comfyui
 import torch
-from comfy_api.latest import io
 from comfyui import comfy
 
-sampler, loader, encode = comfyui.modules("nodes", "sampling.sampler", "model.loader", "vae.encode")
-decode, memory, state = comfyui.modules("nodes", "vae.decode", "sampling.memory", "state")
-run_state, wan_vae = comfyui.module("lightforcing_core.rollout.state"), comfyui.module("lightforcing_core.vae.wan_vae")
+encode, decode, memory, state = comfyui.modules("nodes", "vae.encode", "vae.decode", "sampling.memory", "state")
+run_state = comfyui.module("lightforcing_core.rollout.state")
 node_comfy = comfyui.module("nodes.comfy")
-options = {"backend": "auto", "block": "16", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
-model = loader.LightForcingApply.execute(comfyui.load("tiny_wan.safetensors"), "light_forcing_short", **options)[0]
-vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=8))
-node = sampler.LightForcingSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
+model = comfyui.applied(comfyui.load("tiny_wan.safetensors"), "light_forcing_short", "16")
+vae, node = comfyui.small_vae(), comfyui.sampling_node()
 plans, plan_of = [], memory.plan_of
 chunk_sampler = comfyui.module("nodes.sampling.chunk_sampler")
 
@@ -60,7 +56,7 @@ for name in chunk_sampler.KV_CACHES:
     facts["kv_cache"][name] = [float((latents - whole).abs().max()), float(whole.std()), *plan.given_up]
 tight = run(free=plans[0].estimate.total // 2)[2]
 facts["tight"] = described(tight)
-wider = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=16))
+wider = comfyui.small_vae(16)
 _, images, plan = run(vae=wider, size=(32, 32), frames=2)
 _, tiled, small = run(vae=wider, size=(32, 32), frames=2, free=plan.needed)
 facts["tiles"] = [plan.decode_tiles, small.decode_tiles, list(tiled.shape), float((tiled - images).abs().mean())]

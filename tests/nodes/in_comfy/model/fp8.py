@@ -13,21 +13,15 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from comfyui import comfy
 
-loader, patch, chunk_sampler = comfyui.modules("nodes", "model.loader", "model.patch", "sampling.chunk_sampler")
-schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
-attention, quantize = (
-    comfyui.module("lightforcing_core.attention.options"),
-    comfyui.module("lightforcing_core.fp8.linear"),
-)
+loader, patch = comfyui.modules("nodes", "model.loader", "model.patch")
+quantize = comfyui.module("lightforcing_core.fp8.linear")
 PLAIN, FP8, OUTLIER, CUT, CALIBRATED = sys.argv[4:9]
 FOLDER = f"{comfyui.BASE}/models/diffusion_models"
 SHAPE = (1, 16, 6, 8, 12)
-settings = patch.Settings(families.FAMILIES["self_forcing"], attention.AttentionOptions())
+settings = comfyui.settings_of("self_forcing")
 noise = comfyui.noise_of(SHAPE)
 facts = {}
-inference = torch.inference_mode()  # as ComfyUI runs every node
-inference.__enter__()
-torch.set_num_threads(1)  # tiny layers: threads cost more than they bring
+comfyui.infer()
 
 
 def scaled_mm(x, weight, **options):
@@ -51,8 +45,7 @@ def with_units(load, *arguments):
 
 
 def sample(model):
-    sampler = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6)))
-    return comfyui.sample(patch.patched(model, settings), sampler, noise)
+    return comfyui.sample(patch.patched(model, settings), comfyui.chunk_sampler(SHAPE[2]), noise)
 
 
 def error(latents, reference):
@@ -86,14 +79,8 @@ def describe(model):
     }
 
 
-def with_lora(model):
-    """The LoRA as Load LoRA adds it."""
-    lora = comfy.utils.load_torch_file(f"{comfyui.BASE}/models/loras/tiny_lora.safetensors")
-    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
-
-
 reference = sample(comfyui.load(PLAIN))
-reference_lora = sample(with_lora(comfyui.load(PLAIN)))
+reference_lora = sample(comfyui.with_lora(comfyui.load(PLAIN)))
 facts["LoRA changes"] = error(reference_lora, reference)
 
 models = {
@@ -111,7 +98,7 @@ for name, (load, *arguments) in models.items():
 for name in ("stock loader", "fp8_rowwise"):
     load, *arguments = models[name]
     facts[name]["error on FP8 units"] = error(sample(with_units(load, *arguments)), reference)
-    facts[name]["error with LoRA"] = error(sample(with_lora(load(*arguments))), reference_lora)
+    facts[name]["error with LoRA"] = error(sample(comfyui.with_lora(load(*arguments))), reference_lora)
 facts["both loaders alike"] = torch.equal(latents["stock loader"], latents["our loader"])
 
 # fp8_rowwise holds exactly the rows that quantize.py computes, and ComfyUI requantises a patched one by rows again.
@@ -137,12 +124,12 @@ for name, (load, *arguments) in models.items():
         for case, inputs in (("layer error", x), ("layer error with an outlier", outlier)):
             facts[name][case] = error(layer(inputs[None])[0], torch.nn.functional.linear(inputs, plain, layer.bias))
 
-whole = with_lora(comfyui.load(PLAIN))
+whole = comfyui.with_lora(comfyui.load(PLAIN))
 whole.load(torch.device("cpu"), full_load=True)
 expected = whole.model.diffusion_model.blocks[0].self_attn.q(x[:, :256])
 for name in ("our loader", "fp8_rowwise"):
     load, *arguments = models[name]
-    partly = with_lora(with_units(load, *arguments))
+    partly = comfyui.with_lora(with_units(load, *arguments))
     partly.load(torch.device("cpu"), lowvram_model_memory=1)
     layer = partly.model.diffusion_model.blocks[0].self_attn.q
     facts[name]["functions"] = len(layer.weight_function)
@@ -159,8 +146,5 @@ facts["input_scale"] = [
     for file in (CUT, CALIBRATED)
 ]
 
-try:
-    ours(FP8, "fp8_rowwise")
-except ValueError as refusal:
-    facts["FP8 file as rowwise"] = str(refusal)
+facts["FP8 file as rowwise"] = comfyui.error_of(ours, FP8, "fp8_rowwise")
 print(json.dumps(facts))

@@ -6,23 +6,17 @@ from pathlib import Path
 
 import comfyui
 import torch
-from comfyui import comfy
 
 import comfy_extras.nodes_model_merging as merging  # isort: skip (comfyui adds its path)
 
-loader, patch, chunk_sampler = comfyui.modules("nodes", "model.loader", "model.patch", "sampling.chunk_sampler")
-schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
-attention, checkpoint = (
-    comfyui.module("lightforcing_core.attention.options"),
-    comfyui.module("lightforcing_core.checkpoint.load"),
-)
+loader, patch = comfyui.modules("nodes", "model.loader", "model.patch")
+checkpoint = comfyui.module("lightforcing_core.checkpoint.load")
 PLAIN = sys.argv[4]
 FOLDER = Path(comfyui.BASE, "models", "diffusion_models")
 SHAPE = (1, 16, 6, 8, 12)
-settings = patch.Settings(families.FAMILIES["self_forcing"], attention.AttentionOptions())
+settings = comfyui.settings_of("self_forcing")
 noise = comfyui.noise_of(SHAPE)
-torch.inference_mode().__enter__()  # as ComfyUI runs every node
-torch.set_num_threads(1)
+comfyui.infer()
 
 
 def ours(file, weight_dtype="default"):
@@ -30,8 +24,7 @@ def ours(file, weight_dtype="default"):
 
 
 def sample(model):
-    sampler = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6)))
-    return comfyui.sample(patch.patched(model, settings), sampler, noise)
+    return comfyui.sample(patch.patched(model, settings), comfyui.chunk_sampler(SHAPE[2]), noise)
 
 
 def saved(model, prefix):
@@ -39,13 +32,6 @@ def saved(model, prefix):
     merging.save_checkpoint(model, filename_prefix=prefix, output_dir=str(FOLDER))
     (file,) = FOLDER.glob(f"{prefix}_*.safetensors")
     return file.name
-
-
-def error_of(action, *arguments):
-    try:
-        action(*arguments)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 model = ours(PLAIN, "fp8_rowwise")
@@ -57,11 +43,10 @@ facts = {
     "held": [weight._layout_cls, list(weight._params.scale.shape)],
     "same latents": torch.equal(sample(again), latents),
     "saved once more": torch.equal(sample(ours(saved(again, "saved_twice"))), latents),
-    "stock loader": error_of(comfyui.load, file),
-    "asked for rows": error_of(ours, file, "fp8_rowwise"),
+    "stock loader": comfyui.error_of(comfyui.load, file),
+    "asked for rows": comfyui.error_of(ours, file, "fp8_rowwise"),
 }
-lora = comfy.utils.load_torch_file(f"{comfyui.BASE}/models/loras/tiny_lora.safetensors")
-patched = comfy.sd.load_lora_for_models(ours(PLAIN, "fp8_rowwise"), None, lora, 1.0, 0.0)[0]
+patched = comfyui.with_lora(ours(PLAIN, "fp8_rowwise"))
 expected = sample(patched)
 got = sample(ours(saved(patched, "saved_lora")))
 facts["LoRA changes"] = float((expected - latents).norm() / latents.norm())

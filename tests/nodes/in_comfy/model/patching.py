@@ -7,11 +7,10 @@ import torch
 from comfyui import comfy
 
 patch, chunk_sampler = comfyui.module("nodes.model.patch"), comfyui.module("nodes.sampling.chunk_sampler")
-schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
-attention = comfyui.module("lightforcing_core.attention.options")
+schedules = comfyui.module("lightforcing_core.rollout.schedule")
 WrappersMP = comfy.patcher_extension.WrappersMP
 SHAPE = (1, 16, 6, 8, 12)
-settings = patch.Settings(families.FAMILIES["unknown"], attention.AttentionOptions())
+settings = comfyui.settings_of("unknown")
 stock = comfyui.load("tiny_wan.safetensors")
 noise = comfyui.noise_of(SHAPE)
 euler = comfy.samplers.sampler_object("euler")
@@ -19,9 +18,7 @@ facts = {}
 
 
 def ours(*observers, **options):
-    schedule = schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6)
-    request = chunk_sampler.Request(schedule, keep_finished=False)
-    return chunk_sampler.ChunkSampler(request, observers, **options)
+    return comfyui.chunk_sampler(SHAPE[2], *observers, keep_finished=False, **options)
 
 
 # The stock model before, between and after runs of the patched clone; the clone under a stock sampler.
@@ -98,23 +95,15 @@ conflicts = {
 }
 
 
-def error_of(action):
-    try:
-        action()
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 facts["conflicts before"], facts["conflicts after"] = {}, {}
 for name, add in conflicts.items():
     m = stock.clone()
     add(m)
-    facts["conflicts before"][name] = error_of(lambda m=m: patch.patched(m, settings))
+    facts["conflicts before"][name] = comfyui.error_of(lambda m=m: patch.patched(m, settings))
     m = model.clone()
     add(m)
-    facts["conflicts after"][name] = error_of(lambda m=m: comfyui.sample(m, ours(), noise))
-facts["linear layers may be replaced"] = error_of(
+    facts["conflicts after"][name] = comfyui.error_of(lambda m=m: comfyui.sample(m, ours(), noise))
+facts["linear layers may be replaced"] = comfyui.error_of(
     lambda: patch.conflicting_patch(stock, {"transformer_options": {"patches": {"input_block_patch": [count]}}})
 )
 

@@ -7,23 +7,16 @@ from pathlib import Path
 
 import comfyui
 import torch
-from comfyui import comfy
 
 sys.path.insert(0, str(Path(comfyui.PACK, "tests", "support")))
 import tape  # isort: skip
 
 chunk_sampler, patch, loader = comfyui.modules("nodes", "sampling.chunk_sampler", "model.patch", "model.loader")
-schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
-attention, graphs = (
-    comfyui.module("lightforcing_core.attention.options"),
-    comfyui.module("lightforcing_core.model.cuda_graph"),
-)
+graphs = comfyui.module("lightforcing_core.model.cuda_graph")
 SHAPE = (1, 16, 9, 8, 12)
-settings = patch.Settings(families.FAMILIES["self_forcing"], attention.AttentionOptions(backend="reference"))
+settings = comfyui.settings_of("self_forcing", backend="reference")
 noise = comfyui.noise_of(SHAPE)
-inference = torch.inference_mode()  # as ComfyUI runs every node; it ends with this object
-inference.__enter__()
-torch.set_num_threads(1)
+comfyui.infer()
 graphs.CudaRecorder = tape.TapeRecorder
 plan_of = chunk_sampler.plan_of
 
@@ -31,15 +24,10 @@ plan_of = chunk_sampler.plan_of
 def sample(model, on):
     chunk_sampler.plan_of = lambda *a, **n: replace(plan_of(*a, **n), cuda_graph=on)
     tape.TapeRecorder.events.clear()
-    sampler = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedules.Schedule(SHAPE[2], 3, target=0.5, base=0.6)))
+    sampler = comfyui.chunk_sampler(SHAPE[2])
     latents = comfyui.sample(patch.patched(model, settings), sampler, noise)
     launches = [kind for kind, _ in tape.TapeRecorder.events].count("launch")
     return latents, launches, sampler.record.facts.get("CUDA graphs")
-
-
-def with_lora(model):
-    lora = comfy.utils.load_torch_file(f"{comfyui.BASE}/models/loras/tiny_lora.safetensors")
-    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
 
 
 def rowwise():
@@ -60,7 +48,7 @@ facts = {}
 for name, make in {
     "plain": lambda: comfyui.load("tiny_wan.safetensors"),
     "core's causal model": lambda: comfyui.load("tiny_causal.safetensors"),
-    "LoRA": lambda: with_lora(comfyui.load("tiny_wan.safetensors")),
+    "LoRA": lambda: comfyui.with_lora(comfyui.load("tiny_wan.safetensors")),
     "fp8_rowwise": rowwise,
     "weights that move": partly,
 }.items():

@@ -6,8 +6,7 @@ import comfyui
 import torch
 
 patch, chunk_sampler = comfyui.module("nodes.model.patch"), comfyui.module("nodes.sampling.chunk_sampler")
-schedules, families = comfyui.module("lightforcing_core.rollout.schedule"), comfyui.module("lightforcing_core.families")
-attention = comfyui.module("lightforcing_core.attention.options")
+schedules = comfyui.module("lightforcing_core.rollout.schedule")
 SEED, SHAPE = 7, (1, 16, 6, 8, 12)
 
 
@@ -17,7 +16,7 @@ def core_noise(chunk_index, draw, shape):
     return torch.randn(shape, generator=generator)
 
 
-settings = patch.Settings(families.FAMILIES["unknown"], attention.AttentionOptions())
+settings = comfyui.settings_of("unknown")
 noise = comfyui.noise_of(SHAPE, seed=1)
 causal, plain = comfyui.load("tiny_causal.safetensors"), comfyui.load("tiny_wan.safetensors")
 worst = {}

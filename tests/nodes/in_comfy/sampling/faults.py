@@ -4,22 +4,18 @@ import json
 
 import comfyui
 import torch
-from comfy_api.latest import io
-from comfyui import comfy
+from comfyui import comfy, failing, model_failing
 
-sampler, loader, state = comfyui.modules("nodes", "sampling.sampler", "model.loader", "state")
+state = comfyui.module("nodes.state")
 decode, video_output, schedules = comfyui.modules("nodes", "vae.decode", "video_output", "schedule")
-core, wan_vae = comfyui.module("lightforcing_core.files.video"), comfyui.module("lightforcing_core.vae.wan_vae")
+core = comfyui.module("lightforcing_core.files.video")
 run_state, tensor_files = comfyui.modules("lightforcing_core", "rollout.state", "files.tensors")
 memory, refusals = comfyui.module("lightforcing_core.memory.estimate"), comfyui.module("nodes.sampling.refusals")
 memory_plan, kv_storage = comfyui.modules("lightforcing_core", "memory.plan", "model.kv_storage")
 recipe = comfyui.module("lightforcing_core.rollout.recipe")
-Out = torch.OutOfMemoryError
-options = {"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
-model = loader.LightForcingApply.execute(comfyui.load("tiny_wan.safetensors"), "unknown", **options)[0]
-vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=8))
+model, vae = comfyui.applied(comfyui.load("tiny_wan.safetensors")), comfyui.small_vae()
 latent = {"samples": torch.zeros(1, 16, 9, 4, 6)}
-node = sampler.LightForcingSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
+node = comfyui.sampling_node()
 OUTPUT = comfyui.module("nodes.comfy").output_folder()
 
 
@@ -34,33 +30,17 @@ def run(**inputs):
     return {"latent": output[0]["samples"].shape[2], "frames": frames, "ui": output.ui}
 
 
-def failing(action, calls, error):
-    """`action`, whose call number `calls` (from 1) raises."""
-    count = iter(range(1, 1000))
-
-    def maybe(*arguments, **named):
-        if next(count) == calls:
-            raise error
-        return action(*arguments, **named)
-
-    return maybe
-
-
-def model_failing(calls, error):
-    clone = model.clone()
-    clone.add_wrapper(
-        comfy.patcher_extension.WrappersMP.APPLY_MODEL, failing(lambda run, *a, **n: run(*a, **n), calls, error)
-    )
-    return clone
-
-
 facts = {"whole": run(vae=vae)}
-oom = Out("CUDA out of memory. Tried to allocate 2.00 GiB")
-facts["step"] = run(model=model_failing(5, oom), vae=vae)  # two steps, the clean pass, then the second chunk's second
-facts["step, not kept"] = run(model=model_failing(5, oom), keep_finished=False)
-facts["first step"] = run(model=model_failing(1, oom))
-facts["CPU memory"] = run(model=model_failing(5, RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")))
-facts["another error"] = run(model=model_failing(5, RuntimeError("boom")))
+oom = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+facts["step"] = run(
+    model=model_failing(model, 5, oom), vae=vae
+)  # two steps, the clean pass, then the second chunk's second
+facts["step, not kept"] = run(model=model_failing(model, 5, oom), keep_finished=False)
+facts["first step"] = run(model=model_failing(model, 1, oom))
+facts["CPU memory"] = run(
+    model=model_failing(model, 5, RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"))
+)
+facts["another error"] = run(model=model_failing(model, 5, RuntimeError("boom")))
 stream = decode.StreamingDecoder.decode
 for name, calls in (("decode", 2), ("first decode", 1)):
     decode.StreamingDecoder.decode = failing(stream, calls, oom)

@@ -5,19 +5,15 @@ from dataclasses import replace
 
 import comfyui
 import torch
-from comfy_api.latest import io
-from comfyui import comfy
+from comfyui import comfy, failing, model_failing
 
-sampler, loader, decode = comfyui.modules("nodes", "sampling.sampler", "model.loader", "vae.decode")
+decode = comfyui.module("nodes.vae.decode")
 chunk_sampler, video_output, live_view = comfyui.modules(
     "nodes", "sampling.chunk_sampler", "video_output", "sampling.live_view"
 )
 overlap, core = comfyui.module("lightforcing_core.vae.overlap"), comfyui.module("lightforcing_core.files.video")
-wan_vae = comfyui.module("lightforcing_core.vae.wan_vae")
-options = {"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
-model = loader.LightForcingApply.execute(comfyui.load("tiny_wan.safetensors"), "unknown", **options)[0]
-vae = comfy.sd.VAE(sd=wan_vae.random_vae_state_dict(dim=8))
-node = sampler.LightForcingSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
+model, vae = comfyui.applied(comfyui.load("tiny_wan.safetensors")), comfyui.small_vae()
+node = comfyui.sampling_node()
 OUTPUT = comfyui.module("nodes.comfy").output_folder()
 log = []  # what happened, in order
 slow = False  # whether the device is so slow that frames never arrive by themselves
@@ -74,17 +70,6 @@ def run(frames=9, **inputs):
     return output[0]["samples"], output[1], output.ui
 
 
-def failing(action, call, error):
-    count = iter(range(1, 10000))
-
-    def maybe(*arguments, **named):
-        if next(count) == call:
-            raise error
-        return action(*arguments, **named)
-
-    return maybe
-
-
 def sizes(result):
     latent, frames, ui = result
     return [
@@ -92,14 +77,6 @@ def sizes(result):
         frames.shape[0] if isinstance(frames, torch.Tensor) else None,
         (ui or {}).get("text") if not isinstance(ui, str) else ui,
     ]
-
-
-def model_failing(call, error):
-    clone = model.clone()
-    clone.add_wrapper(
-        comfy.patcher_extension.WrappersMP.APPLY_MODEL, failing(lambda go, *a, **n: go(*a, **n), call, error)
-    )
-    return clone
 
 
 def video(name, **inputs):
@@ -138,9 +115,9 @@ for way in ("at once", "beside", "beside, slow"):
     found = facts[way] = {"whole": sizes(result), "log": list(log), "shown": list(shown)}
     result = run(start_latent=start_latent, frames=9)
     whole[f"{way}, continued"] = result[:2]
-    found["step fails"] = sizes(run(model=model_failing(5, oom)))
-    found["cancelled in a step"] = sizes(run(model=model_failing(5, stop)))
-    found["not kept"] = sizes(run(model=model_failing(5, stop), keep_finished=False))
+    found["step fails"] = sizes(run(model=model_failing(model, 5, oom)))
+    found["cancelled in a step"] = sizes(run(model=model_failing(model, 5, stop)))
+    found["not kept"] = sizes(run(model=model_failing(model, 5, stop), keep_finished=False))
     stream = decode.StreamingDecoder.decode
     if way == "at once":
         decode.StreamingDecoder.decode = failing(stream, 2, oom)
@@ -150,7 +127,7 @@ for way in ("at once", "beside", "beside, slow"):
     Late.start = start = Late.__dict__["start"]
     Late.start = lambda self, work, latents: (log.append("put"), LateFrames(work))[1]
     found["video"] = video(f"whole{len(facts)}")
-    found["broken video"] = video(f"broken{len(facts)}", model=model_failing(8, RuntimeError("boom")))
+    found["broken video"] = video(f"broken{len(facts)}", model=model_failing(model, 8, RuntimeError("boom")))
     live_view.LiveView.add_frames = failing(seen, 2, stop)
     found["cancelled while shown"] = sizes(run())
     live_view.LiveView.add_frames = seen

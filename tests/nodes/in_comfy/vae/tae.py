@@ -6,15 +6,13 @@ from pathlib import Path
 
 import comfyui
 import torch
-from comfy_api.latest import io
 from comfyui import comfy
 from safetensors.torch import save_file
 
 import folder_paths  # isort: skip
 import nodes as comfyui_nodes  # isort: skip
 
-decode, sampler, loader = comfyui.modules("nodes", "vae.decode", "sampling.sampler", "model.loader")
-streaming, taehv = comfyui.modules("lightforcing_core", "vae.streaming", "vae.taehv")
+decode, streaming = comfyui.module("nodes.vae.decode"), comfyui.module("lightforcing_core.vae.streaming")
 from_model = comfy.latent_formats.Wan21()
 
 # Random weights under ComfyUI's own names, small enough for colours inside 0…1.
@@ -46,14 +44,6 @@ def worst(a, b):
 
 def decoded(vae, samples, *more):
     return decode.LightForcingDecode.execute({"samples": samples}, vae, *more)[0]
-
-
-def error_of(action, *arguments):
-    try:
-        action(*arguments)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 normal = torch.randn(1, 16, 6, 4, 6)
@@ -93,22 +83,18 @@ facts["cut on ComfyUI's tree"] = worst(torch.cat(pieces, dim=1), whole)
 
 # What is refused, and what is asked for.
 taehv_file = loaded("vae_approx", "taehv.safetensors", half)
-facts["taehv.safetensors"] = error_of(decoded, taehv_file, raw)
+facts["taehv.safetensors"] = comfyui.error_of(decoded, taehv_file, raw)
 facts["taehv.safetensors, set to normalised"] = worst(decoded(taehv_file, raw, "normalised"), for_normalised)
 wan22 = comfy.taesd.taehv.TAEHV(latent_channels=48).state_dict()
-facts["Wan 2.2"] = error_of(decoded, comfy.sd.VAE(sd=wan22), raw)
+facts["Wan 2.2"] = comfyui.error_of(decoded, comfy.sd.VAE(sd=wan22), raw)
 asked = [decode.FrameDecoder(unnamed, (batch, 16, frames, 4, 6)).bytes_needed
          for batch, frames in itertools.product((1, 2), (1, 9))]  # fmt: skip
 facts["asked"] = [asked, unnamed.vae_dtype.itemsize * 64 * 4 * 6]
 
 # The sampler's own frames are those of its latents.
-model = loader.LightForcingApply.execute(
-    comfyui.load("tiny_wan.safetensors"), "self_forcing", backend="auto", block="64",
-    keep_frames=-1, keep_sink=-1, keep_near=-1,
-)[0]  # fmt: skip
+model = comfyui.applied(comfyui.load("tiny_wan.safetensors"), "self_forcing")
 latent = {"samples": torch.zeros(1, 16, 6, 8, 12)}
-node = sampler.LightForcingSampler.PREPARE_CLASS_CLONE({"hidden_inputs": {io.Hidden.unique_id: "5"}})
-made = node.execute(model, comfyui.prompt(), latent, 3, 2, vae=files["taew2_1 float16"])
+made = comfyui.sampling_node().execute(model, comfyui.prompt(), latent, 3, 2, vae=files["taew2_1 float16"])
 facts["sampler's frames"] = list(made[1].shape)
 facts["sampler against decode"] = worst(made[1], decoded(files["taew2_1 float16"], made[0]["samples"]))
 video = from_model.process_in(made[0]["samples"].float())

@@ -7,7 +7,7 @@ REASON = "dense attention: the attention kernel needs an NVIDIA GPU"
 
 @pytest.fixture(scope="module")
 def facts(run_inside):
-    return run_inside("sampling/no_backend")
+    return run_inside("memory/no_backend")
 
 
 @pytest.mark.parametrize("run", ["auto", "select"])

@@ -6,9 +6,9 @@ import card_runs as runs
 import torch
 from card_runs import comfyui, management
 
-live_view, select = comfyui.modules("nodes", "sampling.live_view", "sampling.select")
+live_view, select, sampler_node = comfyui.modules("nodes", "sampling.live_view", "sampling.select", "sampling.sampler")
 lines = []
-for module in (live_view, runs.sampler):
+for module in (live_view, sampler_node):
     module.show_text = lines.append
 live_view.LINE_PAUSE = 0.0
 
@@ -35,7 +35,7 @@ facts = {"auto": texts_of("auto"), "named": texts_of("reference"), "cut": texts_
 lines.clear()
 runs.OPTIONS["backend"] = "auto"
 sampler = select.LightForcingSamplerSelect.PREPARE_CLASS_CLONE(
-    {"hidden_inputs": {runs.io.Hidden.unique_id: "6"}}
+    {"hidden_inputs": {comfyui.io.Hidden.unique_id: "6"}}
 ).execute()[0]
 noise = torch.randn(1, 16, runs.FRAMES, 4, 6, generator=torch.Generator().manual_seed(1))
 comfyui.sample(runs.file(), sampler, noise, positive=runs.prompt())
