@@ -54,13 +54,6 @@ def test_custom_sampler_ends_with_it_too(server, end):
     assert (video[:, :, 3:5] - plain[:, :, 3:5]).abs().max() > 0.01
 
 
-def test_each_video_of_a_guided_sparse_batch_ends_with_it(server, end):
-    options = {"latent": empty(33, batch_size=2), "schedule": link("plan"), "negative": link("text"), "cfg": 2.0}
-    video = latents_of(server, ended(**options) | {"plan": schedule(33, window=6, sink_frames=1)})
-    assert (video[:, :, -1:] - end).abs().max() <= CLOSE
-    assert (video[0, :, -2] - video[1, :, -2]).abs().max() > 0.01
-
-
 @pytest.mark.parametrize("encode", ["LightForcingEncode", "VAEEncode"])
 def test_last_image_is_encoded_and_decoded_at_the_end(server, encode):
     prompt = graph({"model": loader()}, vae=True, end_latent=link("end"))
