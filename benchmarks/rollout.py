@@ -21,7 +21,7 @@ from ..lightforcing_core.families import FAMILIES, Family
 from ..lightforcing_core.model.wan import Wan, random_state_dict, wan_from_state_dict
 from ..lightforcing_core.rollout.loop import rollout
 from ..lightforcing_core.rollout.recipe import Recipe, few_step_sigmas
-from ..lightforcing_core.rollout.record import Recorder
+from ..lightforcing_core.rollout.record import RunRecorder
 from ..lightforcing_core.rollout.runtime import Runtime
 from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
 from ..lightforcing_core.vae.overlap import OverlappedDecoder
@@ -54,10 +54,10 @@ def run_rollout(
     if bench.decode:
         vae = vae_from_state_dict(random_vae_state_dict(dim=bench.vae_dim), dtype=dtype, device=device)
     warm_frames = 4 * (3 * family_of(bench).frames_per_chunk) - 3
-    facts_of_arms = {arm: _Facts() for arm in bench.arm}
+    recorders = {arm: RunRecorder(reads_blocks=False) for arm in bench.arm}
 
     def run(arm: str, frames: int) -> Iterator[dict[str, float]]:
-        return _seconds(bench, dit, vae, device, schedule_of(bench, arm, frames), facts_of_arms[arm])
+        return _seconds(bench, dit, vae, device, schedule_of(bench, arm, frames), recorders[arm])
 
     for arm in bench.arm:
         for _ in run(arm, min(warm_frames, bench.frames)):
@@ -82,7 +82,7 @@ def run_rollout(
         "warm_up": WARM_UP,
         "timed": "a chunk's seconds run from the chunk before it to its own arrival: the clean pass that commits the "
         "former, then 4 denoising steps",
-        "cuda_graphs": {arm: found.cuda_graphs for arm, found in facts_of_arms.items()},
+        "cuda_graphs": {arm: one.facts.get("CUDA graphs", "switched off") for arm, one in recorders.items()},
         "memory": memory.rule,
         "bytes_before": memory.before,
         **summarise(rows, bench.arm),
@@ -108,17 +108,13 @@ def over_rounds(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> dict[str
     return rows[0] | {arm: medians([row[arm] for row in rows]) for arm in arms} | {"peak_bytes": peak}
 
 
-class _Facts(Recorder):
-    """How the CUDA graphs of a run went, in words."""
-
-    cuda_graphs = "switched off"
-
-    def fact(self, name: str, text: str) -> None:
-        self.cuda_graphs = text
-
-
 def _seconds(
-    bench: RolloutBench, dit: Wan, vae: nn.Module | None, device: torch.device, schedule: Schedule, recorder: Recorder
+    bench: RolloutBench,
+    dit: Wan,
+    vae: nn.Module | None,
+    device: torch.device,
+    schedule: Schedule,
+    recorder: RunRecorder,
 ) -> Iterator[dict[str, float]]:
     """Make a video; yield the seconds of each chunk: `sample` and, with a VAE, `decode`, or `both` if they overlap.
 

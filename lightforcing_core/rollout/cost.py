@@ -13,16 +13,10 @@ FEW_STEP_FORWARDS = 5  # per chunk: four denoising steps and the clean pass
 
 @dataclass(frozen=True)
 class ChunkCost:
-    """One chunk: `frames` latent frames from `start_frame` on, attending to `kv_frames` (its own included).
+    """One chunk: `frames` latent frames that read the share `density` of `kv_frames`, its own included."""
 
-    sparsity: the share of visible key blocks that the schedule asks to skip. density: the share that is read.
-    """
-
-    index: int
-    start_frame: int
     frames: int
     kv_frames: int
-    sparsity: float
     density: float
 
     def attention_pairs(self, *, dense: bool = False) -> float:
@@ -36,12 +30,9 @@ def schedule_costs(sparsities: Sequence[float], chunk_lengths: Sequence[int], wi
     chunk_lengths and window: latent frames (window None: every frame is visible). Raises ValueError when the two
     lists differ in length.
     """
-    if len(sparsities) != len(chunk_lengths) or not chunk_lengths:
-        raise ValueError(f"{len(sparsities)} sparsities for {len(chunk_lengths)} chunks; give one sparsity per chunk")
-    ends = list(accumulate(chunk_lengths))
     return [
-        ChunkCost(index, end - frames, frames, min(end, window or end), sparsity, 1.0 - sparsity)
-        for index, (sparsity, frames, end) in enumerate(zip(sparsities, chunk_lengths, ends, strict=True))
+        ChunkCost(frames, min(end, window or end), 1.0 - sparsity)
+        for sparsity, frames, end in zip(sparsities, chunk_lengths, accumulate(chunk_lengths), strict=True)
     ]
 
 

@@ -5,10 +5,8 @@ cancels, and an error leaves every chunk already yielded in the caller's hands.
 """
 
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from ..model.kv_cache import KVCache
 from ..pinned import to_device
 from ..refusal import Refusal
 from .recipe import Recipe
-from .record import Recorder
+from .record import RunRecorder
 from .runtime import Chunk, Runtime, StepEvent
 
 
@@ -45,15 +43,16 @@ def rollout(
 
 
 class ChunkLoop:
-    """The chunk × step loop of one run. Arguments as in `rollout`."""
+    """The loop of one run. Arguments as in `rollout`."""
 
     def __init__(self, dit: Any, recipe: Recipe, runtime: Runtime, finished: Sequence[Tensor | Chunk]) -> None:
         _check_model(dit, recipe)
         made = [one.latents if isinstance(one, Chunk) else one for one in finished]
         recipe.check_finished(made)
         self.dit, self.recipe, self.runtime = dit, recipe, runtime
-        self.recorder = runtime.recorder or Recorder()
+        self.recorder = runtime.recorder or RunRecorder(reads_blocks=False)
         self.guides, self.shape, self.lengths = recipe.guides, recipe.latent_shape, recipe.chunk_lengths()
+        self.starts = [0, *accumulate(self.lengths)]
         self.first_index = recipe.first_index + len(made)  # the first chunk that is generated
         if self.first_index == len(self.lengths):
             problem = f"already holds all {recipe.frames} latent frames of the video"
@@ -74,31 +73,32 @@ class ChunkLoop:
                 raise Refusal("cuda_graph", f"'on' cannot run: {self.why_no_graphs}", "use 'auto' or 'off'")
 
     def chunks(self) -> Generator[Chunk, None, None]:
-        """The loop; memory lives from the first `next` to the end."""
         fast_path.begin_run()
         states: list[ModelState] = []
         past: list[Tensor] = []  # clean chunks as far back as any of them is visible
         done = 0
         self.recorder.start(self.dit, self.shape, self.device)
         try:
-            states += (self._new_state() for _ in self.guides)
-            with self._step_graphs(len(states)) as runs:
+            for _ in self.guides:
+                cache = KVCache(self.cache, self.runtime.kv, self.device)
+                states.append(ModelState(cache, self.recipe.attention, self.runtime.dense_attention))
+            note = partial(self.recorder.fact, "CUDA graphs")
+            with step_graphs(self.runtime.cuda_graph, self.why_no_graphs, self.device, len(states), note) as runs:
                 for index, length in enumerate(self.lengths):
-                    start = sum(self.lengths[:index])
+                    is_given = index < self.first_index
                     self._follow_prompts(states, index, past)
-                    if index < self.first_index and not self._is_replayed(index):
+                    if is_given and not self._is_replayed(index):
                         for state in states:
                             state.cache.skip(length)
-                        past.append(self._given(start, length))
+                        past.append(self._given(index))
                         continue
-                    is_given = index < self.first_index
                     self._open_chunk(states, index)
                     if is_given:
-                        latents = self._given(start, length)
+                        latents = self._given(index)
                     else:
-                        latents, done = self._denoise_chunk(states, runs, index, start, done)
+                        latents, done = self._denoise_chunk(states, runs, index, done)
                         self.recorder.lap(index, "denoise")
-                        yield Chunk(index, start, latents)
+                        yield Chunk(index, self.starts[index], latents)
                         self.recorder.lap(index, "output")
                     if index < len(self.lengths) - 1:
                         for state in states:
@@ -110,14 +110,6 @@ class ChunkLoop:
             for state in states:
                 state.close()
 
-    def _new_state(self) -> ModelState:
-        cache = KVCache(self.cache, self.runtime.kv, self.device)
-        return ModelState(cache, self.recipe.attention, self.runtime.dense_attention)
-
-    def _step_graphs(self, states: int) -> AbstractContextManager[list[Predict]]:
-        note = partial(self.recorder.fact, "CUDA graphs")
-        return step_graphs(self.runtime.cuda_graph, self.why_no_graphs, self.device, states, note)
-
     def _open_chunk(self, states: list[ModelState], index: int) -> None:
         end = self._end_of(index)
         steps, given = len(self.recipe.levels(index)) - 1, 0 if end is None else end.shape[2]
@@ -127,13 +119,13 @@ class ChunkLoop:
 
     def _is_replayed(self, index: int) -> bool:
         """Whether an initial chunk is fed through the model: all are, or those that hold sinks or are still visible."""
-        start, given = sum(self.lengths[:index]), sum(self.lengths[: self.first_index])
-        still_visible = start + self.lengths[index] > given - (self.cache.slots - self.cache.sink_frames)
-        return self.runtime.replay == "all" or start < self.cache.sink_frames or still_visible
+        given, sinks = self.starts[self.first_index], self.cache.sink_frames
+        still_visible = self.starts[index + 1] > given - (self.cache.slots - sinks)
+        return self.runtime.replay == "all" or self.starts[index] < sinks or still_visible
 
-    def _given(self, start: int, length: int) -> Tensor:
+    def _given(self, index: int) -> Tensor:
         assert self.known is not None
-        return self._for_each_video(self.known[:, :, start : start + length])
+        return self._for_each_video(self.known[:, :, self.starts[index] : self.starts[index + 1]])
 
     def _end_of(self, index: int) -> Tensor | None:
         """The given latents at the end of the chunk, [B, C, frames, h, w], if any."""
@@ -160,7 +152,7 @@ class ChunkLoop:
 
     @torch.no_grad()
     def _denoise_chunk(
-        self, states: list[ModelState], runs: list[Predict], index: int, start: int, done: int
+        self, states: list[ModelState], runs: list[Predict], index: int, done: int
     ) -> tuple[Tensor, int]:
         """A finished chunk from noise, and the steps done so far. runs: how each state predicts."""
         batch, channels, _, height, width = self.shape
@@ -183,9 +175,10 @@ class ChunkLoop:
             if end is not None:
                 less = GIVEN_NOISE * sigma
                 x = _with_end(x, (1.0 - less) * end + less * noise[:, :, -end.shape[2] :])
-            passes = [Pass(state, predict=run) for state, run in zip(states, runs, strict=True)]
-            passes[0] = replace(passes[0], watch=watch)
-            x0 = self._guided(x, sigma, passes)
+            x0 = self._run(x, sigma, Pass(states[0], predict=runs[0], watch=watch))
+            for state, run in zip(states[1:], runs[1:], strict=True):
+                unguided = self._run(x, sigma, Pass(state, predict=run))
+                x0 = unguided + self.recipe.guidance.cfg * (x0 - unguided)
             if end is not None:
                 x0 = _with_end(x0, end)
             done += 1
@@ -194,7 +187,7 @@ class ChunkLoop:
                     chunk=index - self.first_index,
                     chunks=len(self.lengths) - self.first_index,
                     index=index,
-                    start_frame=start,
+                    start_frame=self.starts[index],
                     step=step,
                     steps=len(levels) - 1,
                     done=done,
@@ -217,16 +210,8 @@ class ChunkLoop:
         self._run(latents, self.recipe.noise_options.context_noise / 1000.0, Pass(state, commits=True))
         state.cache.commit()  # even if a `denoise` function ran no model
 
-    def _guided(self, x: Tensor, sigma: float, passes: list[Pass]) -> Tensor:
-        """x0 of the open chunk, guided when there is a second cache."""
-        x0 = self._run(x, sigma, passes[0])
-        if len(passes) > 1:
-            unguided = self._run(x, sigma, passes[1])
-            x0 = unguided + self.recipe.guidance.cfg * (x0 - unguided)
-        return x0
-
     def _run(self, x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
-        """x0 of one pass."""
+        """The x0 of one pass."""
         if self.runtime.denoise is not None:
             return self.runtime.denoise(x, sigma, model_pass)
         timestep = torch.full((x.shape[0],), sigma * 1000.0, device=self.device)

@@ -6,7 +6,7 @@ the device before `finish`, which brings all of it to the CPU at once.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ from ..attention.blocks import FrameBlocks
 from ..attention.dispatch import BackendChoice
 from ..attention.selection import BlockSelection
 from ..model.causal import ModelState, Watch
-from ..rollout.cost import ChunkCost
+from .cost import ChunkCost
 
 MAP_BYTES = 32 << 20  # block maps of a run; a longer one keeps those of every second, fourth, … chunk
 
@@ -62,8 +62,8 @@ class ChunkRecord:
 
     @property
     def cost(self) -> ChunkCost:
-        """The chunk's attention, as counted in FLOPs."""
-        return ChunkCost(self.index, self.start_frame, self.frames, len(self.visible), self.sparsity, self.density)
+        """The chunk's share of the attention's FLOPs."""
+        return ChunkCost(self.frames, len(self.visible), self.density)
 
 
 @dataclass(frozen=True)
@@ -89,51 +89,25 @@ class RunRecord:
 
     def chunk(self, index: int) -> ChunkRecord:
         """The chunk of this index in the video, −1 for the last one. Raises ValueError for one that is not there."""
-        found = next((chunk for chunk in self.chunks if chunk.index == index), None)
-        if index == -1 and self.chunks:
-            found = self.chunks[-1]
-        if found is None:
-            there = f"{self.chunks[0].index} to {self.chunks[-1].index}" if self.chunks else "none"
-            raise ValueError(f"chunk {index} is not in the record; it holds chunks {there}, and -1 is the last one")
-        return found
+        for chunk in self.chunks[-1:] if index == -1 else self.chunks:
+            if index in (chunk.index, -1):
+                return chunk
+        there = f"{self.chunks[0].index} to {self.chunks[-1].index}" if self.chunks else "none"
+        raise ValueError(f"chunk {index} is not in the record; it holds chunks {there}, and -1 is the last one")
 
 
-class Recorder:
-    """Receives what a rollout does, and keeps none of it; `RunRecorder` does."""
-
-    def start(self, dit: Any, latent_shape: Sequence[int], device: torch.device) -> None:
-        """Begin the run, and the first lap. latent_shape: (B, C, frames, h, w)."""
-
-    def open(self, index: int, sparsity: float, steps: int, state: ModelState) -> None:
-        """Begin a chunk that is to be generated; `state` has just opened it."""
-
-    @property
-    def watch(self) -> Watch | None:
-        """Called for every sparse attention of the open chunk's last step, if set."""
-        return None
-
-    def close(self) -> None:
-        """End the open chunk, which is denoised."""
-
-    def lap(self, chunk: int, stage: str) -> None:
-        """Count everything since the last lap as this stage of this chunk."""
-
-    def note(self, text: str) -> None:
-        """Keep a sentence about work that ran dense."""
-
-    def fact(self, name: str, text: str) -> None:
-        """Keep a fact of the run; a later text replaces an earlier one."""
-
-
-class RunRecorder(Recorder):
+class RunRecorder:
     """Collects one run; `rollout` calls it. One recorder serves one run.
 
     facts: text to keep in the record.
     map_bytes: the most memory that block maps may take.
+    reads_blocks: whether to note the blocks that each layer reads; if not, every density in the record is 1.
     """
 
-    def __init__(self, facts: dict[str, str] | None = None, *, map_bytes: int = MAP_BYTES) -> None:
-        self._facts, self._map_bytes = dict(facts or {}), map_bytes
+    def __init__(
+        self, facts: dict[str, str] | None = None, *, map_bytes: int = MAP_BYTES, reads_blocks: bool = True
+    ) -> None:
+        self.facts, self._map_bytes, self._reads_blocks = dict(facts or {}), map_bytes, reads_blocks
         self._chunks: list[_Open] = []
         self._laps: list[tuple[int, str, Moment, Moment]] = []
         self._notes: list[str] = []
@@ -141,29 +115,51 @@ class RunRecorder(Recorder):
         self._every = 1
 
     def start(self, dit: Any, latent_shape: Sequence[int], device: torch.device) -> None:
+        """Begin the run, and the first lap. latent_shape: (B, C, frames, h, w)."""
         self._batch, _, _, height, width = latent_shape
         self._layers, self._heads = len(dit.blocks), dit.blocks[0].self_attn.num_heads
         self._grid, self._device = (height // 2, width // 2), device
         self._last = _now(device)
 
     def lap(self, chunk: int, stage: str) -> None:
+        """Count everything since the last lap as this stage of this chunk."""
         now = _now(self._device)
         self._laps.append((chunk, stage, self._last, now))
         self._last = now
 
     def note(self, text: str) -> None:
+        """Keep a sentence about work that ran dense."""
         self._notes.append(text)
 
     def fact(self, name: str, text: str) -> None:
-        self._facts[name] = text
+        """Keep a fact of the run; a later text replaces an earlier one."""
+        self.facts[name] = text
 
     def open(self, index: int, sparsity: float, steps: int, state: ModelState) -> None:
-        self._chunks.append(_Open(index, sparsity, steps, state, self._batch))
+        """Begin a chunk that is to be generated; `state` has just opened it."""
+        layout, options, chunk = state.cache.layout, state.attention, state.chunk
+        queries = FrameBlocks(layout.tokens_per_frame, options.block[0])
+        slot_frames = tuple(state.cache.slot_frames)
+        record = ChunkRecord(
+            index,
+            chunk.start_frame,
+            chunk.frames,
+            visible=tuple(sorted(slot_frames)),
+            sparsity=sparsity,
+            layer_density=(1.0,) * self._layers,
+            steps=steps,
+            seconds={},
+            why_dense=chunk.attention.why_dense,
+            query_blocks=self._batch * chunk.frames * queries.per_frame,
+            key_block=layout.block,
+            tiles=options.tiles,
+        )
+        self._chunks.append(_Open(record, slot_frames, layout.per_frame))
 
     @property
-    def watch(self) -> Watch:
-        """Notes a layer's sparse attention in the open chunk."""
-        return self._note_attention
+    def watch(self) -> Watch | None:
+        """Notes a layer's sparse attention; called for all of it in the open chunk's last step, if set."""
+        return self._note_attention if self._reads_blocks else None
 
     def _note_attention(self, layer: int, selection: BlockSelection, choice: BackendChoice) -> None:
         self._attention.setdefault(choice.name, choice.reason)
@@ -172,7 +168,7 @@ class RunRecorder(Recorder):
         chunk.kept[layer] = mask.sum((0, 2), dtype=torch.int16)
 
     def close(self) -> None:
-        """Put the open chunk's layers together, and thin out the maps when they grow too many."""
+        """End the open chunk: put its layers together, and thin out the maps when they grow too many."""
         chunk = self._chunks[-1]
         if not chunk.kept:
             return
@@ -196,16 +192,18 @@ class RunRecorder(Recorder):
         """
         if isinstance(self._last, torch.cuda.Event):
             self._last.synchronize()
-        denoised = {chunk for chunk, stage, _, _ in self._laps if stage == "denoise"}
-        kept = [one for one in self._chunks if one.index in denoised and (frames is None or one.end <= frames)]
         per_chunk: dict[int, dict[str, float]] = {}
         whole: dict[str, float] = {}
-        for chunk, stage, start, end in self._laps:
-            for seconds in (per_chunk.setdefault(chunk, {}), whole):
+        for index, stage, start, end in self._laps:
+            for seconds in (per_chunk.setdefault(index, {}), whole):
                 seconds[stage] = seconds.get(stage, 0.0) + _seconds(start, end)
-        chunks = tuple(one.record(per_chunk[one.index], self._layers, self._heads) for one in kept)
+        chunks = [one.finished(per_chunk.get(one.record.index, {}), self._heads) for one in self._chunks]
         return RunRecord(
-            chunks,
+            tuple(
+                chunk
+                for chunk in chunks
+                if "denoise" in chunk.seconds and (frames is None or chunk.start_frame + chunk.frames <= frames)
+            ),
             batch=self._batch,
             layers=self._layers,
             heads=self._heads,
@@ -213,53 +211,35 @@ class RunRecorder(Recorder):
             attention=tuple(f"{name} ({reason})" for name, reason in self._attention.items()),
             notes=tuple(self._notes),
             seconds=whole,
-            facts=self._facts,
+            facts=self.facts,
         )
 
 
+@dataclass
 class _Open:
-    """A chunk while it runs: Python numbers of its plan, and small tensors on the device."""
+    """A chunk while it runs: its record so far, and small tensors on the device.
 
-    def __init__(self, index: int, sparsity: float, steps: int, state: ModelState, batch: int) -> None:
-        layout, chunk = state.cache.layout, state.chunk
-        self.index, self.sparsity, self.steps = index, sparsity, steps
-        self.start_frame, self.frames = chunk.start_frame, chunk.frames
-        self.end = self.start_frame + self.frames
-        self.slot_frames = tuple(state.cache.slot_frames)
-        self.per_frame = layout.per_frame
-        self.key_block, self.tiles = layout.block, state.attention.tiles
-        queries = FrameBlocks(layout.tokens_per_frame, state.attention.block[0])
-        self.query_blocks = batch * self.frames * queries.per_frame
-        self.why_dense = chunk.attention.why_dense
-        self.kept: dict[int, Tensor] = {}  # by layer, int16 [heads, key blocks] in slot order
-        self.kept_sums: Tensor | None = None
-        self.block_map: Tensor | None = None
+    kept: by layer, int16 [heads, key blocks] in slot order. block_map: all layers of it. kept_sums: int64 [layers].
+    """
 
-    def record(self, seconds: dict[str, float], layers: int, heads: int) -> ChunkRecord:
+    record: ChunkRecord
+    slot_frames: tuple[int, ...]
+    per_frame: int
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    kept_sums: Tensor | None = None
+    block_map: Tensor | None = None
+
+    def finished(self, seconds: dict[str, float], heads: int) -> ChunkRecord:
         """The chunk's record, on the CPU and in time order."""
-        density: Sequence[float] = (1.0,) * layers
-        by_time = sorted(range(len(self.slot_frames)), key=self.slot_frames.__getitem__)
-        block_map = None
+        record = replace(self.record, seconds=seconds)
         if self.kept_sums is not None:
-            pairs = heads * self.query_blocks * len(self.slot_frames) * self.per_frame
-            density = [kept / pairs for kept in self.kept_sums.tolist()]
-        if self.block_map is not None and self.why_dense is None:
+            pairs = heads * record.query_blocks * len(self.slot_frames) * self.per_frame
+            record = replace(record, layer_density=tuple(kept / pairs for kept in self.kept_sums.tolist()))
+        if self.block_map is not None and record.why_dense is None:
+            by_time = sorted(range(len(self.slot_frames)), key=self.slot_frames.__getitem__)
             block_map = self.block_map.cpu().unflatten(-1, (-1, self.per_frame))[:, :, by_time]
-        return ChunkRecord(
-            index=self.index,
-            start_frame=self.start_frame,
-            frames=self.frames,
-            visible=tuple(self.slot_frames[slot] for slot in by_time),
-            sparsity=self.sparsity,
-            layer_density=tuple(density),
-            steps=self.steps,
-            seconds=seconds,
-            why_dense=self.why_dense,
-            query_blocks=self.query_blocks,
-            key_block=self.key_block,
-            tiles=self.tiles,
-            block_map=block_map,
-        )
+            record = replace(record, block_map=block_map)
+        return record
 
 
 def _now(device: torch.device) -> Moment:
@@ -271,9 +251,6 @@ def _now(device: torch.device) -> Moment:
     return event
 
 
-def _seconds(start: Moment, end: Moment) -> float:
-    if isinstance(start, torch.cuda.Event):
-        assert isinstance(end, torch.cuda.Event)
-        return float(start.elapsed_time(end)) / 1e3
-    assert isinstance(end, float)
-    return end - start
+def _seconds(start: Any, end: Any) -> float:
+    seconds: float = end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
+    return seconds

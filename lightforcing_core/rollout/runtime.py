@@ -14,7 +14,7 @@ from ..model.cuda_graph import CudaGraph
 from ..model.kv_storage import KVOptions
 from ..refusal import check_choice
 from .recipe import Noise
-from .record import Recorder
+from .record import RunRecorder
 
 Denoise = Callable[[Tensor, float, Pass], Tensor]
 Replay = Literal["all", "window"]
@@ -82,7 +82,7 @@ class Runtime:
     denoise: Denoise | None = None
     replay: Replay = "all"
     on_step: Callable[[StepEvent], object] | None = None
-    recorder: Recorder | None = None
+    recorder: RunRecorder | None = None
     cuda_graph: CudaGraph = "auto"
 
     def __post_init__(self) -> None:

@@ -8,7 +8,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from itertools import accumulate, pairwise
+from typing import Any
 
 from ..families import Family, SinkRope
 from ..refusal import Refusal, check_choice
@@ -43,12 +44,8 @@ def chunk_lengths(latent_frames: int, frames_per_chunk: int, first_chunk: int | 
     first = frames_per_chunk if first_chunk is None else first_chunk
     if first < 1:
         raise Refusal("first_chunk", f"{first} is not positive", f"leave it out for chunks of {frames_per_chunk}")
-    lengths = [min(first, latent_frames)]
-    rest = latent_frames - lengths[0]
-    lengths += [frames_per_chunk] * (rest // frames_per_chunk)
-    if rest % frames_per_chunk:
-        lengths.append(rest % frames_per_chunk)
-    return lengths
+    starts = [0, *range(first, latent_frames, frames_per_chunk), latent_frames]
+    return [end - start for start, end in pairwise(starts)]
 
 
 def first_chunk_length(frames_per_chunk: int, initial_frames: int = 0) -> int:
@@ -75,16 +72,6 @@ def check_sparsity(field: str, sparsity: float, chunk: int | None = None) -> Non
     if not 0.0 <= sparsity < 1.0:
         of = "" if chunk is None else f" of chunk {chunk}"
         raise Refusal(field, f"{sparsity}{of} is outside [0, 1)", "0 is dense, 0.88 skips 88 % of the key blocks")
-
-
-class ScheduleArguments(TypedDict):
-    """The fields of a `Recipe` that a schedule decides, for `Recipe(..., **schedule.arguments())`."""
-
-    frames_per_chunk: int
-    growth: list[float] | None
-    window: int | None
-    sink_frames: int
-    sink_rope: SinkRope
 
 
 @dataclass(frozen=True)
@@ -166,15 +153,10 @@ class Schedule:
             values[chunk] = sparsity
         return values
 
-    def arguments(self, initial_frames: int = 0) -> ScheduleArguments:
-        """The recipe fields that follow from this schedule for a video that starts with `initial_frames`."""
-        return {
-            "frames_per_chunk": self.frames_per_chunk,
-            "growth": self.sparsities(initial_frames),
-            "window": self.window,
-            "sink_frames": self.sink_frames,
-            "sink_rope": self.sink_rope,
-        }
+    def arguments(self, initial_frames: int = 0) -> dict[str, Any]:
+        """The fields of a `Recipe` for a video that starts with `initial_frames`, by name."""
+        same = ("frames_per_chunk", "window", "sink_frames", "sink_rope")
+        return {"growth": self.sparsities(initial_frames), **{name: getattr(self, name) for name in same}}
 
     def visible_frames(self) -> int:
         """Latent frames that the KV cache must hold."""
@@ -214,7 +196,7 @@ def chunk_sparsities(
     Source: Light Forcing, arXiv 2602.04789, Chunk-Aware Growth.
     """
     lengths = chunk_lengths(latent_frames, frames_per_chunk, first_chunk)
-    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    ends = list(accumulate(lengths))
     check_sparsity("target", target)
     check_window(window, 0, "fixed", max(lengths))
     if dense_chunks < 0:

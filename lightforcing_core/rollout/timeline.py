@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..refusal import Refusal, check_choice, check_finite
 
@@ -72,7 +73,10 @@ class Timeline:
         step = chunk - prompt.start_chunk + 1
         if index == 0 or prompt.switch != "blend" or step >= prompt.blend_chunks:
             return prompt.context
-        old, new = _same_length(self.prompts[index - 1].context, prompt.context)
+        # Padded to the longer one's tokens; Wan reads zeros as "no more text".
+        both = self.prompts[index - 1].context, prompt.context
+        tokens = max(context.shape[1] for context in both)
+        old, new = (pad(context, (0, 0, 0, tokens - context.shape[1])) for context in both)
         return torch.lerp(old, new, step / prompt.blend_chunks)
 
     def changes_at(self, chunk: int) -> Switch | None:
@@ -87,13 +91,3 @@ class Timeline:
 
     def _index(self, chunk: int) -> int:
         return max(i for i, prompt in enumerate(self.prompts) if prompt.start_chunk <= chunk)
-
-
-def _same_length(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both contexts padded with zeros to the longer one's tokens; Wan reads zeros as "no more text"."""
-    tokens = max(one.shape[1], other.shape[1])
-
-    def padded(context: Tensor) -> Tensor:
-        return torch.nn.functional.pad(context, (0, 0, 0, tokens - context.shape[1]))
-
-    return padded(one), padded(other)

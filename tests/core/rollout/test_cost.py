@@ -39,7 +39,7 @@ def test_forwards_and_model_size_scale_everything():
 
 def test_chunk_costs_follow_the_window():
     costs = schedule_costs([0.0, 0.5, 0.75], [1, 3, 3], window=4)
-    assert [(cost.start_frame, cost.frames, cost.kv_frames) for cost in costs] == [(0, 1, 1), (1, 3, 4), (4, 3, 4)]
+    assert [(cost.frames, cost.kv_frames) for cost in costs] == [(1, 1), (3, 4), (3, 4)]
     assert [cost.density for cost in costs] == [1.0, 0.5, 0.25]
 
 
@@ -50,5 +50,5 @@ def test_flops_ratio_weights_chunks_by_their_queries_and_keys():
 
 
 def test_a_schedule_without_one_sparsity_per_chunk_is_refused():
-    with pytest.raises(ValueError, match="2 sparsities for 3 chunks"):
+    with pytest.raises(ValueError, match="longer"):
         schedule_costs([0.0, 0.5], [3, 3, 3], window=None)
