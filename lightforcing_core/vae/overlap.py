@@ -7,22 +7,13 @@ On a CPU every chunk is decoded at once: the same calls return the same frames.
 import functools
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .streaming import NOT_FINITE
-
-
-class Arrival(Protocol):
-    """Frames that are being copied to CPU memory."""
-
-    def is_there(self) -> bool:
-        """Whether `frames` returns without waiting."""
-
-    def frames(self) -> Tensor:
-        """Wait for the frames. Raises ValueError if the latents were not finite, and any error of the device."""
 
 
 class OverlappedDecoder:
@@ -37,7 +28,7 @@ class OverlappedDecoder:
         device = torch.device(device)
         self._decoder = decoder
         self._stream = SideStream(device) if concurrent and device.type == "cuda" else None
-        self._coming: deque[Arrival] = deque()
+        self._coming: deque[Pending] = deque()
 
     def put(self, latents: Tensor, *, normalised: bool = True) -> list[Tensor]:
         """Decode the clip's next latents [B, 16, f, h, w]; returns the video frames that are ready, oldest first.
@@ -49,11 +40,7 @@ class OverlappedDecoder:
         if self._stream is None:
             return [self._decoder.decode(latents, normalised=normalised)]
         earlier = len(self._coming)
-
-        def decode() -> Tensor:
-            frames: Tensor = self._decoder.decode(latents, normalised=normalised, trusted=True)
-            return frames
-
+        decode = functools.partial(self._decoder.decode, latents, normalised=normalised, trusted=True)
         self._coming.append(self._stream.start(decode, latents))
         return [self._coming.popleft().frames() for _ in range(earlier)]
 
@@ -82,7 +69,7 @@ class SideStream:
         self._device = device
         self._stream = _second_stream(device)
 
-    def start(self, decode: Callable[[], Tensor], latents: Tensor) -> "_Pending":
+    def start(self, decode: Callable[[], Tensor], latents: Tensor) -> "Pending":
         """Queue `decode` after all work submitted so far; `latents` is its input."""
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -94,7 +81,7 @@ class SideStream:
             frames = to_cpu(decode())
             done = torch.cuda.Event()
             done.record(stream)
-        return _Pending(frames, finite, done)
+        return Pending(frames, finite, done)
 
     def join(self) -> None:
         """Make later work on the current stream wait for this one."""
@@ -107,18 +94,24 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class _Pending:
-    def __init__(self, frames: Tensor, finite: Tensor, done: torch.cuda.Event) -> None:
-        self._frames, self._finite, self._done = frames, finite, done
+@dataclass(eq=False)
+class Pending:
+    """Frames on their way to CPU memory, where they and `finite` are once `done` has happened."""
+
+    pixels: Tensor
+    finite: Tensor
+    done: torch.cuda.Event
 
     def is_there(self) -> bool:
-        return bool(self._done.query())
+        """Whether `frames` returns without waiting."""
+        return bool(self.done.query())
 
     def frames(self) -> Tensor:
-        self._done.synchronize()
-        if not self._finite:
+        """Wait for the frames. Raises ValueError if the latents were not finite, and any error of the device."""
+        self.done.synchronize()
+        if not self.finite:
             raise ValueError(NOT_FINITE)
-        return self._frames
+        return self.pixels
 
 
 def to_cpu(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ in one. Memory does not grow with length. The module trees are driven by the pub
 """
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any, TypeAlias
 
 import torch
@@ -66,18 +67,11 @@ class StreamingDecoder:
         """Bytes held between calls; constant from the third latent frame on."""
         return sum(past.untyped_storage().nbytes() for past in self._stack.past.values())
 
-    def park(self) -> None:
-        """Move the cache to CPU memory; call `unpark` before the next decode."""
-        self._move_past("cpu")
-
-    def unpark(self) -> None:
-        """Move the cache back to the device that decodes."""
-        self._move_past(self._place[1])
-
-    def _move_past(self, device: torch.device | str) -> None:
-        for conv, past in self._stack.past.items():
+    def move_cache(self, device: torch.device | str | None = None) -> None:
+        """Move the cache to `device`; None moves it back to the device that decodes, which a decode needs."""
+        for layer, past in self._stack.past.items():
             # A dry run on the meta device has nothing to move.
-            self._stack.past[conv] = past if past.is_meta else past.to(device)
+            self._stack.past[layer] = past if past.is_meta else past.to(device or self._place[1])
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, normalised: bool = True, trusted: bool = False) -> Tensor:
@@ -118,10 +112,8 @@ class StreamingDecoder:
         if self._broken:
             raise RuntimeError("an earlier decode() of this clip failed; call reset() and decode from its first frame")
         shape = tuple(latents.shape)
-        if len(shape) != 5 or shape[1] != LATENT_CHANNELS:
-            raise ValueError(f"latents of shape {shape} are not [B, {LATENT_CHANNELS}, frames, h, w]")
-        if 0 in shape:
-            raise ValueError(f"latents of shape {shape} are empty; pass at least one latent frame")
+        if len(shape) != 5 or shape[1] != LATENT_CHANNELS or 0 in shape:
+            raise ValueError(f"latents of shape {shape} are not [B, {LATENT_CHANNELS}, frames, h, w], or are empty")
         if not trusted and not is_finite(latents):
             raise ValueError(NOT_FINITE)
         batch, _, _, height, width = shape
@@ -136,8 +128,9 @@ class StreamingDecoder:
 class StreamingEncoder:
     """Encodes one clip over any number of calls with a Wan 2.1 VAE or LightVAE.
 
-    Computes in the module's own dtype on its own device unless `dtype` and `device` say otherwise. Raises ValueError
-    if the module is neither.
+    dtype, device: the module's own by default.
+
+    Raises ValueError if the module is neither.
     """
 
     def __init__(
@@ -156,10 +149,10 @@ class StreamingEncoder:
         False, float32 (float64 from a float64 module). Raises ValueError for another frame count, a size that is not
         a multiple of 8, or a wrong shape.
         """
-        _check_frames(frames, first=1 if self._stack.at_start else 0)
+        first = [1] if self._stack.at_start else []
+        _check_frames(frames, first=len(first))
         dtype, device = self._place
         wide = torch.promote_types(torch.float32, dtype)
-        first = [1] if self._stack.at_start else []
         means = []
         for group in frames.split(first + [4] * (frames.shape[1] // 4), dim=1):
             pixels = rearrange(group.to(device=device, dtype=wide) * 2 - 1, "b t h w c -> b c t h w")
@@ -169,8 +162,8 @@ class StreamingEncoder:
         return normalise_latents(latents) if normalised else latents
 
 
-class _CausalStack:
-    """Wan VAE layers run over a clip piece by piece, with the past frames that each layer needs."""
+class _Stack:
+    """Layers that run over a clip piece by piece, with the past frames that each of them needs."""
 
     def __init__(self, layers: Iterable[Tree]) -> None:
         self._layers = tuple(layers)
@@ -180,6 +173,10 @@ class _CausalStack:
         self.at_start = True
         self.past: dict[nn.Module, Tensor] = {}
 
+
+class _CausalStack(_Stack):
+    """The layers of a Wan VAE."""
+
     def __call__(self, x: Tensor) -> Tensor:
         """The next frames [B, C, T, H, W] of the clip; its first call must bring exactly one."""
         for layer in self._layers:
@@ -188,19 +185,16 @@ class _CausalStack:
         return x
 
     def _run(self, layer: Tree, x: Tensor) -> Tensor:
-        y: Tensor
         if hasattr(layer, "residual"):
-            y = x
-            for inner in layer.residual:
-                y = self._run(inner, y)
-            y = y + layer.shortcut(x)
-            return y
+            y = reduce(lambda y, inner: self._run(inner, y), layer.residual, x)
+            shortcut: Tensor = layer.shortcut(x)
+            return y + shortcut
         if hasattr(layer, "resample"):
             return self._resample(layer, x)
         if isinstance(layer, nn.Conv3d):
             return self._convolve(layer, x)
-        y = layer(x)  # norms, activations and attention look at one frame only
-        return y
+        frames: Tensor = layer(x)  # norms, activations and attention look at one frame only
+        return frames
 
     def _convolve(self, conv: Tree, x: Tensor) -> Tensor:
         """Run a causal convolution behind the frames it saw before, and keep the last two."""
@@ -229,19 +223,14 @@ class _CausalStack:
         return x if last is None else time_conv(torch.cat([last, x], dim=2))
 
 
-class _TaeStack:
-    """A TAE's layers run over a clip one latent frame at a time, with the last frame that each memory block saw."""
+class _TaeStack(_Stack):
+    """A TAE's layers, which take one latent frame at a time; each memory block keeps the last frame that it saw."""
 
     def __init__(self, layers: Iterable[Tree]) -> None:
-        row = tuple(layers)
+        super().__init__(layers)
         # After the last memory block frames are independent and large, so they run one by one.
-        end = 1 + max(index for index, layer in enumerate(row) if is_mem_block(layer))
-        self._layers, self._tail = row[:end], nn.Sequential(*row[end:])
-        self.reset()
-
-    def reset(self) -> None:
-        self.at_start = True
-        self.past: dict[nn.Module, Tensor] = {}
+        end = 1 + max(index for index, layer in enumerate(self._layers) if is_mem_block(layer))
+        self._layers, self._tail = self._layers[:end], nn.Sequential(*self._layers[end:])
 
     def __call__(self, z: Tensor) -> Tensor:
         """The next latent frame [B, C, 1, h, w] → [B, 3, T, 8h, 8w]: T is 4, and 1 for a clip's first."""
@@ -259,8 +248,7 @@ class _TaeStack:
     def _remembered(self, block: Tree, x: Tensor, batch: int) -> Tensor:
         """A memory block over consecutive frames [B · T, C, H, W], behind the last one it saw."""
         framed = x.unflatten(0, (batch, -1))
-        last = self.past.get(block)
-        before = torch.zeros_like(framed[:, :1]) if last is None else last
+        before = self.past[block] if block in self.past else torch.zeros_like(framed[:, :1])
         past = torch.cat([before, framed[:, :-1]], dim=1).flatten(0, 1)
         self.past[block] = framed[:, -1:].clone() if framed.shape[1] > 1 else framed
         y: Tensor = block(x, past)
@@ -299,6 +287,5 @@ def _check_frames(frames: Tensor, *, first: int) -> None:
         raise ValueError(f"{count} video frames are not {first} + 4k; use {max(below, first or 4)} or {below + 4}")
     for name, size in (("height", shape[2]), ("width", shape[3])):
         if size % 8:
-            below = size // 8 * 8
-            options = f"{below} or {below + 8}" if below else f"{below + 8}"
-            raise ValueError(f"{name} {size} is not a multiple of 8; use {options}")
+            below = max(8, size // 8 * 8)
+            raise ValueError(f"{name} {size} is not a multiple of 8; use {below} or {below + 8}")

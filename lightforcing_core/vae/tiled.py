@@ -57,13 +57,12 @@ class TiledDecoder:
                 if (row, column) not in self._decoders:
                     self._decoders[row, column] = self._make()
                 decoder = self._decoders[row, column]
-                decoder.unpark()
+                decoder.move_cache()
                 tile = decoder.decode(latents[..., slice(*row), slice(*column)], normalised=normalised)
                 if len(rows) * len(columns) > 1:
-                    decoder.park()
+                    decoder.move_cache("cpu")
                 if frames is None:
-                    height, width = (8 * size for size in latents.shape[-2:])
-                    frames = tile.new_zeros(*tile.shape[:2], height, width, 3)
+                    frames = tile.new_zeros(*tile.shape[:2], *(8 * size for size in latents.shape[-2:]), 3)
                 down, across = (to_device(fade.to(tile.dtype), tile.device) for fade in (row_weights, column_weights))
                 weights = down[:, None] * across
                 place = frames[:, :, 8 * row[0] : 8 * row[1], 8 * column[0] : 8 * column[1]]
@@ -88,5 +87,4 @@ def _fades(spans: list[tuple[int, int]]) -> list[Tensor]:
 
 def _ramp(latents: int) -> Tensor:
     """From just above 0 to just below 1 over 8 · `latents` pixels."""
-    pixels = 8 * latents
-    return (torch.arange(pixels) + 0.5) / pixels
+    return (torch.arange(8 * latents) + 0.5) / (8 * latents)

@@ -44,9 +44,10 @@ def denormalise_latents(latents: Tensor) -> Tensor:
 
 
 def _statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, dtype=latents.dtype) for values in (LATENT_MEAN, LATENT_STD))
+    both = torch.tensor([LATENT_MEAN, LATENT_STD], dtype=latents.dtype).view(2, 1, -1, 1, 1, 1)
     # Copied without waiting: a decode on a second stream would wait for the sampling.
-    return to_device(mean.view(1, -1, 1, 1, 1), latents.device), to_device(std.view(1, -1, 1, 1, 1), latents.device)
+    mean, std = to_device(both, latents.device)
+    return mean, std
 
 
 class CausalConv3d(nn.Conv3d):
@@ -247,10 +248,9 @@ def _not_a_wan_vae(state_dict: Mapping[str, Tensor]) -> str | None:
 
 def _check_tensors(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], dim: int) -> None:
     """Raise ValueError unless names and shapes are exactly the expected ones."""
-    total = len(expected)
     if missing := [name for name in expected if name not in state_dict]:
-        some = ", ".join(missing[:3])
-        raise ValueError(f"the VAE lacks {len(missing)} of {total} tensors ({some}, …); download the file again")
+        lacking = f"lacks {len(missing)} of {len(expected)} tensors ({', '.join(missing[:3])}, …)"
+        raise ValueError(f"the VAE {lacking}; download the file again")
     if extra := [name for name in state_dict if name not in expected]:
         raise ValueError(f"the VAE has {len(extra)} tensors too many ({', '.join(extra[:3])}, …); {_GET_THE_FILE}")
     for name, want in expected.items():
@@ -266,8 +266,6 @@ def random_vae_state_dict(*, dim: int = 24, seed: int = 0, dtype: torch.dtype = 
 
     Kernels are smooth in space, so that it paints soft colour fields well inside 0…1 instead of noise.
     """
-    if dim < 1:
-        raise ValueError(f"dim {dim} is not positive; LightVAE has 24, the full VAE 96")
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in WanVAE(dim).state_dict().items()}
     generator = torch.Generator().manual_seed(seed)

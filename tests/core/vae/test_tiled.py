@@ -83,11 +83,10 @@ def test_a_decoder_that_looks_around_a_little_gives_the_same_frames_tiled(vae):
     assert (tiled - whole).abs().mean() < 0.02 * whole.std()
 
 
-@pytest.mark.parametrize(("tiles", "moves"), [(1, ["back"] * 2), (2, ["back", "away"] * 8)])
+@pytest.mark.parametrize(("tiles", "moves"), [(1, [None] * 2), (2, [None, "cpu"] * 8)])
 def test_only_the_tile_at_work_keeps_its_past_on_the_device(vae, monkeypatch, tiles, moves):
     made = []
-    monkeypatch.setattr(StreamingDecoder, "park", lambda self: made.append("away"))
-    monkeypatch.setattr(StreamingDecoder, "unpark", lambda self: made.append("back"))
+    monkeypatch.setattr(StreamingDecoder, "move_cache", lambda self, device=None: made.append(device))
     decoder = TiledDecoder(lambda: StreamingDecoder(vae), tiles)
     for piece in latents(2).split(1, dim=2):
         decoder.decode(piece)
