@@ -33,7 +33,7 @@ def prepare_folder(folder: str | Path, *, bytes_needed: int = 0) -> Path:
     if free < bytes_needed:
         remove_empty(made)
         raise OutputError(
-            f"{folder} has {_megabytes(free)} free, {_megabytes(bytes_needed)} are needed; "
+            f"{folder} has {free / 1e6:.0f} MB free, {bytes_needed / 1e6:.0f} MB are needed; "
             f"free some space or choose another folder"
         )
     return folder
@@ -66,7 +66,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise OutputError(f"cannot write {path}: {error.strerror or error}; no file was left behind") from error
+        left = "the existing file is unchanged" if path.exists() else "no file was left behind"
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; {left}; check free space and permissions"
+        ) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -113,7 +116,3 @@ def numbered_path(folder: str | Path, prefix: str, suffix: str) -> Iterator[Path
     finally:
         reservation.unlink(missing_ok=True)
         remove_empty(made)
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.0f} MB"

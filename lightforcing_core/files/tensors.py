@@ -7,11 +7,9 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .output import OutputError, prepare_folder, whole_file
+from .output import prepare_folder, whole_file
 
 # What the format calls each dtype: https://github.com/huggingface/safetensors#format
 _NAMES = {
@@ -20,6 +18,8 @@ _NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.int64: "I64",
+    torch.int32: "I32",
     torch.uint8: "U8",
 }
 
@@ -29,17 +29,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
     Raises OutputError if the folder cannot be written or the disk is full.
     """
-    path = Path(path)
-    prepare_folder(path.parent, bytes_needed=sum(tensor.nbytes for tensor in tensors.values()))
-    with whole_file(path) as partial:
-        try:
-            save_file(dict(tensors), partial, metadata=dict(metadata))
-            with partial.open("rb+") as file:
-                os.fsync(file.fileno())  # a rename may reach the disk before the data
-        except (OSError, SafetensorError) as error:
-            left = "the existing file is unchanged" if path.exists() else "no file was left behind"
-            raise OutputError(f"cannot write {path}: {error}; {left}; free some space") from error
-    return path
+    return stream_tensors(path, tensors, tensors.items(), metadata)
 
 
 def stream_tensors(
@@ -81,5 +71,5 @@ def stream_tensors(
         if missing:
             raise ValueError(f"{path}: {len(missing)} tensors of the layout are missing, such as {min(missing)}")
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # a rename may reach the disk before the data
     return path

@@ -30,8 +30,8 @@ _BT601, _BT709, _LIMITED_RANGE = 6, 1, 1  # H.273 code points
 class VideoFormat:
     """How frames are encoded: the encoder, its constant rate factor (lower is better and larger) and options.
 
-    growing: the container's options while frames arrive; an interrupted file plays up to its last second or two.
-    rearranged: whether the finished file is copied into the usual layout, index first.
+    growing: the container's options while frames arrive, if the finished file needs others; an interrupted file plays
+        up to its last second or two.
     """
 
     codec: str
@@ -39,7 +39,6 @@ class VideoFormat:
     worst_crf: int
     options: Mapping[str, str] = field(default_factory=dict)
     growing: Mapping[str, str] = field(default_factory=dict)
-    rearranged: bool = False
 
 
 FORMATS: dict[str, VideoFormat] = {
@@ -48,7 +47,6 @@ FORMATS: dict[str, VideoFormat] = {
         crf=19,
         worst_crf=51,
         growing={"movflags": "frag_keyframe+empty_moov+default_base_moof+use_metadata_tags"},
-        rearranged=True,
     ),
     ".webm": VideoFormat(
         "libvpx-vp9", crf=30, worst_crf=63, options={"deadline": "good", "cpu-used": "4", "row-mt": "1"}
@@ -64,11 +62,12 @@ class VideoWriter:
     fps: frames per second.
     crf: quality; the format's own by default.
     metadata: texts, or values stored as JSON; ComfyUI restores a graph from "workflow" and "prompt".
-    keep_partial: if the block raises, keep the frames so far as a playable `<stem>.partial<suffix>`; the attribute
-        `partial` is then its path.
 
-    `frames` counts the frames written. Raises ValueError for sizes, suffixes, rates and frames that cannot be encoded,
-    and OutputError if the folder cannot be written.
+    If the block raises, the frames so far are kept as a playable `<stem>.partial<suffix>`, whose path is then
+    `partial`. `frames` counts the frames written.
+
+    Raises ValueError for sizes, suffixes, rates and frames that cannot be encoded, and OutputError if the folder
+    cannot be written.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class VideoWriter:
         fps: float | Fraction = 16,
         crf: int | None = None,
         metadata: Mapping[str, Any] | None = None,
-        keep_partial: bool = True,
     ) -> None:
         self.path = Path(path)
         suffix = self.path.suffix.lower()
@@ -103,7 +101,6 @@ class VideoWriter:
         self._metadata = {
             key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()
         }
-        self._keep_partial = keep_partial
         self.frames = 0
         self.partial: Path | None = None
         self._growing = self.path.with_name(f".{self.path.stem}.{os.getpid()}.growing{suffix}")
@@ -150,7 +147,7 @@ class VideoWriter:
         try:
             self._close()
             with whole_file(self.path) as whole:
-                if self._format.rearranged:
+                if self._format.growing:
                     _rearrange(self._growing, whole)
                 else:
                     os.replace(self._growing, whole)
@@ -207,13 +204,13 @@ class VideoWriter:
         return OutputError(f"cannot write {self.path}: {root.strerror or root}; {kept}")
 
     def _abandon(self) -> None:
-        """Remove the file, except the playable part if requested. Does nothing after success or a second call."""
+        """Remove the file, except its playable part. Does nothing after success or a second call."""
         if self._container is not None:
             with suppress(av.FFmpegError):  # on a full disk the end cannot be written
                 self._close()
         if not self._growing.exists():
             return
-        if self._keep_partial and (playable := _playable_frames(self._growing)):
+        if playable := _playable_frames(self._growing):
             self.partial = free_name(self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}"))
             os.replace(self._growing, self.partial)
             done = f"its first {playable} of {self.frames} frames are"
@@ -222,27 +219,22 @@ class VideoWriter:
             self._growing.unlink()
 
 
-def rescue_abandoned(folder: Path) -> list[Path]:
+def rescue_abandoned(folder: Path) -> None:
     """Recover hidden files of killed processes in `folder`: rename playable videos, delete the rest.
 
-    Only files that nobody has written to for a day count. Returns the playable `<stem>.partial<suffix>` files.
+    Only files that nobody has written to for a day count. A playable one becomes `<stem>.partial<suffix>`.
     """
-    rescued = []
     for path in folder.iterdir():
-        growing = re.fullmatch(r"\.(.+)\.\d+\.growing", path.stem)
-        if not growing and not re.fullmatch(r"\..+\.reserved", path.name):
-            continue
+        hidden = re.fullmatch(r"\.(.+)\.\d+\.growing\.\w+|\..+\.reserved", path.name)
         with suppress(FileNotFoundError):  # another process may rescue it too
-            if time.time() - path.stat().st_mtime < ABANDONED_AFTER:
+            if not hidden or time.time() - path.stat().st_mtime < ABANDONED_AFTER:
                 continue
-            if growing and _playable_frames(path):
-                partial = free_name(folder / f"{growing[1]}.partial{path.suffix}")
+            if hidden[1] and _playable_frames(path):
+                partial = free_name(folder / f"{hidden[1]}.partial{path.suffix}")
                 os.replace(path, partial)
-                rescued.append(partial)
                 _log.warning("[Light Forcing] %s holds the finished part of a video from a killed process", partial)
             else:
                 path.unlink()
-    return rescued
 
 
 def _rearrange(source: Path, target: Path) -> None:

@@ -60,8 +60,7 @@ class ModelSize:
         cls, *, dim: int, ffn_dim: int, layers: int, text_dim: int = 4096, dtype: torch.dtype = torch.bfloat16
     ) -> "ModelSize":
         """A Wan 2.1 T2V model of these widths, all weights in `dtype` but the patch embedding, which is float32."""
-        tree = _meta_wan(dim, ffn_dim, layers, text_dim, dtype)
-        return cls(dim, ffn_dim, layers, text_dim, sum(tensor.nbytes for tensor in tree.parameters()))
+        return cls.of_module(_meta_wan(dim, ffn_dim, layers, text_dim, dtype))
 
 
 @dataclass(frozen=True)
@@ -122,8 +121,6 @@ def estimate(
     vae_dim: int | None = None,
     vae_dtype: torch.dtype = torch.bfloat16,
     decode_tiles: int = 1,
-    overlap: bool = False,
-    cuda_graph: bool = False,
 ) -> MemoryEstimate:
     """The memory of one `rollout` of `recipe`, whose tensors may be on the meta device.
 
@@ -133,8 +130,6 @@ def estimate(
     vae_dim: the width of the VAE that decodes each chunk on the same device (24 LightVAE, 96 Wan's own); None if
         nothing is decoded.
     decode_tiles: tiles per side, see `TiledDecoder`.
-    overlap: a chunk is decoded while the next one is sampled.
-    cuda_graph: steps are recorded.
 
     Not counted: the text encoder, and the memory that an allocator wastes between tensors.
     Raises Refusal for an unknown backend.
@@ -168,7 +163,7 @@ def estimate(
         history=history,
         decode=decode,
         host=passes * cache.storage.host_bytes,
-    ).sped_up(overlap=overlap and vae_dim is not None, cuda_graph=cuda_graph)
+    )
 
 
 @dataclass(frozen=True)
@@ -288,8 +283,7 @@ class AllocationPeak(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._convolutions_copy = convolutions_copy
         self._sizes: dict[int, int] = {}
-        self._now = 0
-        self.peak = 0
+        self._now = self.peak = 0
 
     def reset(self) -> None:
         """Forget the peak so far, not what is alive."""

@@ -1,8 +1,7 @@
 """Degrade a run, step by step, until it fits in memory.
 
-The steps are in the order of their cost: CUDA graphs and overlapped decode only save time, decode tiles cost a little
-of it, an 8-bit KV cache a little precision, one in CPU memory a copy of the cache per forward. A step that does not
-help is left out.
+CUDA graphs and overlapped decode only save time, decode tiles cost a little of it, an 8-bit KV cache a little
+precision, one in CPU memory a copy per forward.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +24,6 @@ LIGHT_VAE, WAN_VAE = 24, 96  # widths
 TEXT_TOKENS = 512  # the umt5 encoder's slots
 # Ways to keep a KV cache, the best first.
 LADDER = (KVOptions(), KVOptions("int8"), KVOptions("int8", host=True))
-
-EstimateOf = Callable[[KVOptions, int], MemoryEstimate]
 
 
 @dataclass(frozen=True)
@@ -63,18 +60,14 @@ class MemoryPlan:
     @property
     def given_up(self) -> list[str]:
         """The choices that differ from the plain run, in words."""
-        words = []
-        if self.before.graph and not self.cuda_graph:
-            words.append("no CUDA graphs")
-        if self.before.overlapped and not self.overlap:
-            words.append("decode between the chunks")
-        if self.decode_tiles > 1:
-            words.append(f"decode in {self.decode_tiles}×{self.decode_tiles} tiles")
-        if self.kv != KVOptions():
-            words.append(str(self.kv))
-        if not self.latents_on_device:
-            words.append("latents in CPU memory")
-        return words
+        choices = {
+            "no CUDA graphs": self.before.graph and not self.cuda_graph,
+            "decode between the chunks": self.before.overlapped and not self.overlap,
+            f"decode in {self.decode_tiles}×{self.decode_tiles} tiles": self.decode_tiles > 1,
+            str(self.kv): self.kv != KVOptions(),
+            "latents in CPU memory": not self.latents_on_device,
+        }
+        return [words for words, differs in choices.items() if differs]
 
     def __str__(self) -> str:
         """One line: the bytes needed and free, and the choices made."""
@@ -88,7 +81,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    estimate_of: EstimateOf,
+    estimate_of: Callable[[KVOptions, int], MemoryEstimate],
     free: int,
     *,
     ladder: Sequence[KVOptions] = LADDER,
@@ -107,19 +100,19 @@ def plan_memory(
     """
 
     def fill(plan: MemoryPlan) -> MemoryPlan:
-        needed = estimate_of(plan.kv, plan.decode_tiles)
         recorded = plan.cuda_graph and not plan.kv.host
-        return replace(plan, estimate=needed.sped_up(overlap=plan.overlap, cuda_graph=recorded))
+        needed = estimate_of(plan.kv, plan.decode_tiles).sped_up(overlap=plan.overlap, cuda_graph=recorded)
+        return replace(plan, estimate=needed)
 
-    plain = estimate_of(ladder[0], 1)
-    best = fill(MemoryPlan(plain, plain, free, ladder[0], latents=latents, overlap=overlap, cuda_graph=cuda_graph))
-    best = replace(best, before=best.estimate)
-    changes: list[dict[str, Any]] = [{"cuda_graph": False}] if cuda_graph else []
-    changes += [{"overlap": False}] if overlap else []
-    changes += [{"decode_tiles": tiles} for tiles in range(2, most_tiles + 1)]
-    changes += [{"kv": kv} for kv in ladder[1:]]
-    if latents:
-        changes.append({"latents_on_device": False})
+    plain = estimate_of(ladder[0], 1).sped_up(overlap=overlap, cuda_graph=cuda_graph and not ladder[0].host)
+    best = MemoryPlan(plain, plain, free, ladder[0], latents=latents, overlap=overlap, cuda_graph=cuda_graph)
+    changes: list[dict[str, Any]] = [
+        {"cuda_graph": False},
+        {"overlap": False},
+        *({"decode_tiles": tiles} for tiles in range(2, most_tiles + 1)),
+        *({"kv": kv} for kv in ladder[1:]),
+        {"latents_on_device": False},
+    ]
     for change in changes:
         if best.fits:
             break
@@ -139,14 +132,11 @@ def describe_memory(model: ModelSize, family: Family, *, height: int, width: int
         context=torch.empty(1, TEXT_TOKENS, model.text_dim, device="meta"),
         **schedule.arguments(),
     )
-    rows = []
-    for label, vae_dim, kv in (
-        ("memory", LIGHT_VAE, KVOptions()),
-        ("8-bit KV cache", LIGHT_VAE, KVOptions("int8")),
-        ("... in CPU memory", LIGHT_VAE, KVOptions("int8", host=True)),
-        ("full Wan VAE", WAN_VAE, KVOptions()),
-    ):
-        rows.append((label, str(estimate(model, recipe, kv=kv, vae_dim=vae_dim))))
-    first, *others = rows
-    what = f"{length} frames at {height}x{width} in bfloat16, LightVAE decoding"
-    return [(first[0], f"{what}: {first[1]}"), *others]
+    plain, small, far = LADDER
+    of = f"{length} frames at {height}x{width} in bfloat16, LightVAE decoding: "
+    return [
+        ("memory", of + str(estimate(model, recipe, kv=plain, vae_dim=LIGHT_VAE))),
+        ("8-bit KV cache", str(estimate(model, recipe, kv=small, vae_dim=LIGHT_VAE))),
+        ("... in CPU memory", str(estimate(model, recipe, kv=far, vae_dim=LIGHT_VAE))),
+        ("full Wan VAE", str(estimate(model, recipe, kv=plain, vae_dim=WAN_VAE))),
+    ]

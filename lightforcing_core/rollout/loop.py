@@ -1,7 +1,6 @@
 """The autoregressive rollout: chunk after chunk, a few denoising steps each, then a clean pass that commits it.
 
-`for chunk in rollout(...)` is the whole interface: finished chunks come out as they are made, closing the generator
-cancels, and an error leaves every chunk already yielded in the caller's hands.
+Closing the generator cancels; after an error the chunks already yielded are still the caller's.
 """
 
 from collections.abc import Generator, Sequence
@@ -211,7 +210,6 @@ class ChunkLoop:
         state.cache.commit()  # even if a `denoise` function ran no model
 
     def _run(self, x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
-        """The x0 of one pass."""
         if self.runtime.denoise is not None:
             return self.runtime.denoise(x, sigma, model_pass)
         timestep = torch.full((x.shape[0],), sigma * 1000.0, device=self.device)
@@ -219,7 +217,7 @@ class ChunkLoop:
 
 
 def _check_model(dit: Any, recipe: Recipe) -> None:
-    """Refusal unless the model takes the recipe's latents and texts."""
+    """Raise Refusal unless the model takes the recipe's latents and texts."""
     channels, wanted = recipe.latent_shape[1], dit.patch_embedding.in_channels
     if channels != wanted:
         raise Refusal("latent_shape", f"has {channels} channels", f"the model takes {wanted}")

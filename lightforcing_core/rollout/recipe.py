@@ -244,22 +244,19 @@ class Recipe:
 
 def _shape(latent_shape: Sequence[int]) -> tuple[int, ...]:
     shape = tuple(map(int, latent_shape))
-    if len(shape) != 5:
-        raise Refusal("latent_shape", f"{shape} has {len(shape)} sides", "use (batch, channels, frames, height, width)")
-    if min(shape) < 1:
-        raise Refusal("latent_shape", f"{shape} has an empty side", "every side must be at least 1")
+    if len(shape) != 5 or min(shape) < 1:
+        problem = f"{shape} is not five positive numbers"
+        raise Refusal("latent_shape", problem, "use (batch, channels, frames, height, width)")
     check_size(8 * shape[3], 8 * shape[4])
     return shape
 
 
 def _levels(name: str, sigmas: Sequence[float]) -> tuple[float, ...]:
-    levels = tuple(map(float, sigmas))
+    levels, remedy = tuple(map(float, sigmas)), f"use a list like {few_step_sigmas()}"
     if len(levels) < 2 or levels[-1] != 0.0 or any(a <= b for a, b in pairwise(levels)):
-        raise Refusal(
-            name, f"{list(levels)} does not fall from step to step to 0", f"use a list like {few_step_sigmas()}"
-        )
+        raise Refusal(name, f"{list(levels)} does not fall from step to step to 0", remedy)
     if not 0.0 < levels[0] <= 1.0:
-        raise Refusal(name, f"starts at {levels[0]}, outside (0, 1]", f"use a list like {few_step_sigmas()}")
+        raise Refusal(name, f"starts at {levels[0]}, outside (0, 1]", remedy)
     return levels
 
 
@@ -302,9 +299,6 @@ def _check_end(count: int, frames: int, frames_per_chunk: int, last_chunk: int) 
         raise Refusal("last_latents", problem, f"give one image, or the last {4 * most} frames of a video")
     if count >= last_chunk:
         whole = frames + frames_per_chunk - last_chunk
-        problem = (
-            f"of {count} latent frames leaves nothing to lead to it: a video of {video_frames_of(frames)} frames "
-            f"({frames} latent) has a last chunk of {last_chunk}"
-        )
+        problem = f"of {count} latent frames leaves nothing to lead to it in a last chunk of {last_chunk}"
         remedy = f"make the video {video_frames_of(whole)} frames long ({whole} latent)"
         raise Refusal("last_latents", problem, remedy)

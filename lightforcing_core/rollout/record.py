@@ -1,7 +1,6 @@
 """The record of one run: the frames and blocks that each chunk read, seconds per stage, reasons for dense attention.
 
-A recorder only notes Python numbers and keeps a few small tensors on the device while a run lasts; nothing waits on
-the device before `finish`, which brings all of it to the CPU at once.
+Nothing waits on the device before `finish`: until then small tensors of the record stay there.
 """
 
 import time
@@ -107,12 +106,13 @@ class RunRecorder:
     def __init__(
         self, facts: dict[str, str] | None = None, *, map_bytes: int = MAP_BYTES, reads_blocks: bool = True
     ) -> None:
-        self.facts, self._map_bytes, self._reads_blocks = dict(facts or {}), map_bytes, reads_blocks
+        self.facts, self._map_bytes = dict(facts or {}), map_bytes
         self._chunks: list[_Open] = []
         self._laps: list[tuple[int, str, Moment, Moment]] = []
         self._notes: list[str] = []
         self._attention: dict[str, str] = {}  # backends that ran, and why
         self._every = 1
+        self.watch: Watch | None = self._note_attention if reads_blocks else None  # of an open chunk's last step
 
     def start(self, dit: Any, latent_shape: Sequence[int], device: torch.device) -> None:
         """Begin the run, and the first lap. latent_shape: (B, C, frames, h, w)."""
@@ -155,11 +155,6 @@ class RunRecorder:
             tiles=options.tiles,
         )
         self._chunks.append(_Open(record, slot_frames, layout.per_frame))
-
-    @property
-    def watch(self) -> Watch | None:
-        """Notes a layer's sparse attention; called for all of it in the open chunk's last step, if set."""
-        return self._note_attention if self._reads_blocks else None
 
     def _note_attention(self, layer: int, selection: BlockSelection, choice: BackendChoice) -> None:
         self._attention.setdefault(choice.name, choice.reason)

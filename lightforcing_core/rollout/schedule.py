@@ -1,7 +1,6 @@
 """How a video falls into chunks, what each chunk may see, and how sparse each may be (Chunk-Aware Growth).
 
-Growth meets a FLOP budget exactly: early chunks stay dense because later ones inherit their errors; sparsity then
-grows towards `base`.
+Early chunks stay dense because later ones inherit their errors; sparsity then grows towards `base`.
 """
 
 import math
@@ -41,10 +40,7 @@ def chunk_lengths(latent_frames: int, frames_per_chunk: int, first_chunk: int | 
     for name, value in (("latent_frames", latent_frames), ("frames_per_chunk", frames_per_chunk)):
         if value < 1:
             raise Refusal(name, f"{value} is not positive", "use at least 1 latent frame")
-    first = frames_per_chunk if first_chunk is None else first_chunk
-    if first < 1:
-        raise Refusal("first_chunk", f"{first} is not positive", f"leave it out for chunks of {frames_per_chunk}")
-    starts = [0, *range(first, latent_frames, frames_per_chunk), latent_frames]
+    starts = [0, *range(first_chunk or frames_per_chunk, latent_frames, frames_per_chunk), latent_frames]
     return [end - start for start, end in pairwise(starts)]
 
 
@@ -109,16 +105,8 @@ class Schedule:
     @classmethod
     def of_family(cls, family: Family, latent_frames: int) -> "Schedule":
         """The defaults of a checkpoint family."""
-        return cls(
-            latent_frames,
-            family.frames_per_chunk,
-            family.window,
-            family.sink_frames,
-            family.sink_rope,
-            family.target,
-            family.base,
-            title=family.title,
-        )
+        shared = ("frames_per_chunk", "window", "sink_frames", "sink_rope", "target", "base", "title")
+        return cls(latent_frames, **{name: getattr(family, name) for name in shared})
 
     def dense(self) -> "Schedule":
         """The same chunks and window with nothing skipped."""
@@ -126,9 +114,8 @@ class Schedule:
 
     def chunk_lengths(self, initial_frames: int = 0) -> list[int]:
         """Latent frames of every chunk; `initial_frames` given latents that do not fill chunks shorten the first."""
-        return chunk_lengths(
-            self.latent_frames, self.frames_per_chunk, first_chunk_length(self.frames_per_chunk, initial_frames)
-        )
+        first = first_chunk_length(self.frames_per_chunk, initial_frames)
+        return chunk_lengths(self.latent_frames, self.frames_per_chunk, first)
 
     def sparsities(self, initial_frames: int = 0) -> list[float] | None:
         """One sparsity in [0, 1) per chunk, or None for dense."""

@@ -132,7 +132,10 @@ def load_run_state(path: str | Path) -> RunState:
             # Copies, since tensors lie in the file at any address, and how a matrix product rounds can depend on it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
-        raise StateError(_why_unreadable(path, error)) from error
+        raise StateError(
+            f"{path}: is cut short or no safetensors file ({error}); use an older copy of the state, or a file that "
+            f"save_run_state wrote"
+        ) from error
     try:
         facts = json.loads(metadata["state"])
         sums: dict[str, int] = facts.pop("checksums")
@@ -151,21 +154,18 @@ def load_run_state(path: str | Path) -> RunState:
 def _packed(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors by name, and everything else as plain JSON values."""
     recipe, noise, guidance = state.recipe, state.recipe.noise_options, state.recipe.guidance
-    tensors = {f"chunk.{i:05d}": chunk.detach().cpu().contiguous() for i, chunk in enumerate(state.finished)}
-    shared = {f"prompt.{i}": prompt.context for i, prompt in enumerate(recipe.prompts)}
+    tensors = {f"chunk.{i:05d}": chunk for i, chunk in enumerate(state.finished)}
+    tensors |= {f"prompt.{i}": prompt.context for i, prompt in enumerate(recipe.prompts)}
     given = {"given": recipe.initial_latents, "last_latents": recipe.last_latents, "negative": guidance.negative}
-    shared |= {name: tensor for name, tensor in given.items() if tensor is not None}
-    for name, tensor in shared.items():  # safetensors refuses tensors that share memory, like a prompt that returns
-        tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    tensors |= {name: tensor for name, tensor in given.items() if tensor is not None}
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     facts = {name: getattr(recipe, name) for name in RECIPE_FACTS}
     facts |= {"model": state.model, "kv_dtype": state.kv_dtype, "finished": len(state.finished)}
     facts |= {"cfg": guidance.cfg, "first_sigmas": noise.first_sigmas, "context_noise": noise.context_noise}
     facts["chunk_seeds"] = list(noise.chunk_seeds.items())
     facts["attention"] = recipe.attention.to_saved()
-    facts["prompts"] = [
-        {"start_chunk": prompt.start_chunk, "switch": prompt.switch, "blend_chunks": prompt.blend_chunks}
-        for prompt in recipe.prompts
-    ]
+    names = ("start_chunk", "switch", "blend_chunks")
+    facts["prompts"] = [{name: getattr(prompt, name) for name in names} for prompt in recipe.prompts]
     return tensors, facts
 
 
@@ -194,10 +194,8 @@ def _checksum(tensor: Tensor) -> int:
 
 def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
     """StateError unless the header is that of a state which this version can read."""
-    kind = metadata.get("format")
-    if kind != FORMAT:
-        found = f"it says {kind!r}" if kind else "it is some other safetensors file"
-        raise StateError(f"{path}: holds no run state ({found}); choose a file that save_run_state wrote")
+    if (kind := metadata.get("format")) != FORMAT:
+        raise StateError(f"{path}: holds no run state (its format is {kind}); choose a file that save_run_state wrote")
     version = metadata.get("version", "")
     if not version.isdecimal():
         raise StateError(f"{path}: its header is damaged (version {version!r}); use an older copy of the state")
@@ -205,14 +203,3 @@ def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
         raise StateError(
             f"{path}: is a state of version {version}, this one reads up to {VERSION}; update Light Forcing"
         )
-
-
-def _why_unreadable(path: Path, error: Exception) -> str:
-    """Why safetensors refuses a file."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    if not start:
-        return f"{path}: is empty; use an older copy of the state"
-    if start[8:] == b"{":
-        return f"{path}: is damaged or cut short ({error}); use an older copy of the state"
-    return f"{path}: is no safetensors file ({error}); choose a file that save_run_state wrote"

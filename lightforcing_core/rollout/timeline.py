@@ -81,13 +81,11 @@ class Timeline:
 
     def changes_at(self, chunk: int) -> Switch | None:
         """How the text changes when chunk `chunk` begins; None if it stays."""
-        index = self._index(chunk)
-        prompt = self.prompts[index]
-        if index == 0:
+        prompt = self.prompts[self._index(chunk)]
+        blends = prompt.switch == "blend"
+        if not prompt.start_chunk or chunk - prompt.start_chunk >= (prompt.blend_chunks if blends else 1):
             return None
-        if prompt.switch == "blend":
-            return "soft" if chunk - prompt.start_chunk < prompt.blend_chunks else None
-        return prompt.switch if chunk == prompt.start_chunk else None
+        return "soft" if blends else prompt.switch
 
     def _index(self, chunk: int) -> int:
         return max(i for i, prompt in enumerate(self.prompts) if prompt.start_chunk <= chunk)

@@ -1,6 +1,5 @@
 """Decode on a second CUDA stream while sampling continues.
 
-Frames are returned after they have been copied to CPU memory, always in order and at the latest with the next chunk.
 On a CPU every chunk is decoded at once: the same calls return the same frames.
 """
 

@@ -1,8 +1,7 @@
 """Chunk-wise VAE: decode latents as they arrive, and encode a video, one latent frame at a time.
 
-The causal convolutions keep the last frames they saw, so a clip cut into any calls decodes bit for bit as it does
-in one. Memory does not grow with length. The module trees are driven by the published attribute names (the Wan VAE's
-`conv2`, `decoder.conv1/middle/upsamples/head`, …; a TAE's row of layers), so ComfyUI's trees and ours both work.
+The layers keep the last frames they saw, so a clip cut into any calls decodes bit for bit as it does in one. They are
+reached by the published attribute names, so ComfyUI's module trees and ours both work.
 """
 
 from collections.abc import Iterable

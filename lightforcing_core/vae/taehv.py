@@ -1,7 +1,6 @@
 """The tiny autoencoders (TAE) of Wan 2.1, `taew2_1` and `lighttaew2_1`: which module is one, and what it decodes.
 
-ComfyUI brings the module tree; `streaming.py` drives it through time. Both files have the same tensors in the same
-shapes and decode different latents: see `tae_latents_of`.
+ComfyUI brings the module tree; `streaming.py` drives it. Both files' tensors have the same names and shapes.
 """
 
 import re

@@ -1,7 +1,6 @@
 """Decode in overlapping tiles, so that a picture fits that is too large to decode at once.
 
-Every tile is a clip with its own cache, which is kept in CPU memory while the others decode; neighbouring tiles are
-blended. A tile sees only itself, so the frames are close but not equal to those of one decode.
+Neighbouring tiles are blended. A tile sees only itself, so frames are close but not equal to those of one decode.
 """
 
 from collections.abc import Callable
@@ -31,7 +30,7 @@ def tile_spans(length: int, tiles: int) -> list[tuple[int, int]]:
 class TiledDecoder:
     """Decode one clip over any number of calls, tile by tile, with the interface of `StreamingDecoder`.
 
-    make: makes a decoder for one tile.
+    make: makes a decoder for one tile, whose cache is in CPU memory while other tiles decode.
     tiles: tiles along the height and along the width; fewer if the picture is too small.
     """
 

@@ -1,7 +1,6 @@
 """The Wan 2.1 VAE as a plain module tree, for use without ComfyUI: full (dim 96), LightVAE (dim 24), any dim.
 
-The tree only holds weights and runs one piece at a time; `streaming.py` drives it through time. Names and shapes
-are those of the published files (`Wan2.1_VAE.pth`, `lightvaew2_1.safetensors`: 194 tensors).
+`streaming.py` drives it. Names and shapes are those of `Wan2.1_VAE.pth` and `lightvaew2_1.safetensors`: 194 tensors.
 """
 
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lightforcing.cli.main import app
 from lightforcing.lightforcing_core.checkpoint.load import CheckpointError, inspect_checkpoint, load_dit_state_dict
 from lightforcing.lightforcing_core.files.output import OutputError
-from lightforcing.lightforcing_core.files.tensors import stream_tensors, write_tensors
+from lightforcing.lightforcing_core.files.tensors import stream_tensors
 from lightforcing.lightforcing_core.fp8.export import write_fp8_checkpoint
 from lightforcing.lightforcing_core.model.wan import wan_from_state_dict
 
@@ -206,7 +206,7 @@ def test_a_streamed_file_is_the_one_written_at_once_in_any_order(tmp_path):
     }
     streamed = stream_tensors(tmp_path / "s.safetensors", tensors, reversed(tensors.items()), {"k": "ü"})
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_tensors(tmp_path / "w.safetensors", contiguous, {"k": "ü"})
+    save_file(contiguous, tmp_path / "w.safetensors", {"k": "ü"})
     loaded = load_file(streamed)
     assert loaded.keys() == tensors.keys()
     for name, tensor in load_file(tmp_path / "w.safetensors").items():

@@ -174,7 +174,7 @@ def test_steps_are_reported_with_chunk_and_density(dit, context):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 0}, "empty side"),
+        ({"frames": 0}, "five positive"),
         ({"frames_per_chunk": 0}, "frames_per_chunk 0"),
         ({"sigmas": [1.0, 0.5]}, r"sigmas \[1\.0, 0\.5\] does not fall"),
         ({"sigmas": [0.5, 0.7, 0.0]}, "does not fall"),
@@ -187,7 +187,7 @@ def test_steps_are_reported_with_chunk_and_density(dit, context):
         ({"replay": "some"}, "replay 'some'.*all, window"),
         ({"context": torch.zeros(1, 7, 64)}, "64 wide and the model takes 32"),
         ({"context": torch.full((1, 7, TEXT), torch.nan)}, "NaN"),
-        ({"latent_shape": (1, 16, 9, 8)}, r"\(1, 16, 9, 8\) has 4 sides"),
+        ({"latent_shape": (1, 16, 9, 8)}, r"\(1, 16, 9, 8\) is not five positive"),
         ({"latent_shape": (1, 4, 9, 8, 8)}, "4 channels; the model takes 16"),
         ({"window": 4, "sink_frames": 2}, "use at least 5"),
         ({"context_noise": -1.0}, r"context_noise -1\.0"),

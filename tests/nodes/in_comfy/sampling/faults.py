@@ -53,10 +53,10 @@ encode = core.VideoWriter._encode
 core.VideoWriter._encode = failing(encode, 15, core.av.error.OSError(28, "No space left on device"))
 facts["disk full, video"] = run(vae=vae, video_output=video)
 core.VideoWriter._encode = encode
-save = tensor_files.save_file
-tensor_files.save_file = failing(save, 2, OSError(28, "No space left on device"))
+sync = tensor_files.os.fsync
+tensor_files.os.fsync = failing(sync, 2, OSError(28, "No space left on device"))
 facts["disk full, state"] = run(state=state.StateFile(state.state_folder() / "faults"))
-tensor_files.save_file = save
+tensor_files.os.fsync = sync
 (kept,) = state.state_folder().glob("faults*")
 facts["chunks in the state"] = len(run_state.load_run_state(kept).finished)
 facts["left"] = sorted(path.name for path in (OUTPUT / "faults").iterdir())
