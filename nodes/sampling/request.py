@@ -100,7 +100,7 @@ class Request:
         family = settings.family
         schedule = self.schedule_of(family, shape[2])
         _check_schedule(schedule, family, shape[2])
-        given: dict[str, Tensor] = {}
+        given: dict[str, Any] = {}
         for name, latent in (("initial_latents", self.start_latent), ("last_latents", self.end_latent)):
             if latent:
                 check_given(name, latent["samples"], shape)
