@@ -63,9 +63,12 @@ def sample(model, sampler, noise, *, seed=0, positive=None, callback=None, steps
     return guider.sample(noise, latent, sampler, sigmas, callback=callback, disable_pbar=True, seed=seed)
 
 
+inference = torch.inference_mode()  # the mode ends with this object
+
+
 def infer():
     """Compute as ComfyUI runs every node, to the end of the script; on one thread, as layers are tiny."""
-    torch.inference_mode().__enter__()
+    inference.__enter__()
     torch.set_num_threads(1)
 
 
