@@ -4,6 +4,8 @@ One program owns one token, or a few of one frame, with whole rows in registers:
 Scale, shift and gate differ from frame to frame, as an autoregressive rollout's time steps do.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -115,66 +117,35 @@ def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Ten
     float32, rounded once at the end: closer than the unfused steps, which also round the norm and 1 + scale.
     Returns a contiguous tensor like x. Raises ValueError when `why_not` gives a reason or a shape or dtype is off.
     """
-    frames, tokens = _frames_and_tokens(x, scale, shift)
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    options = launch_options(x.shape[-1])
-    with device.current(x.device):
-        _norm_scale_shift[(x.shape[0] * frames * triton.cdiv(tokens, options["ROWS"]),)](
-            x,
-            scale,
-            shift,
-            out,
-            *scale.stride()[:2],
-            *shift.stride()[:2],
-            tokens,
-            frames,
-            eps,
-            WIDTH=x.shape[-1],
-            INTERPRETED=device.INTERPRETED,
-            **options,
-        )
-    return out
+    return _launch(_norm_scale_shift, (x,), (scale, shift), eps)
 
 
 def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y · gate, computed in float32 and rounded once, as `torch.addcmul` does.
-
-    x, y: [B, F · tokens, D]; gate: [B, F or 1, D], any strides as long as channels are contiguous. Returns a
-    contiguous tensor like x. Raises ValueError when `why_not` gives a reason or a shape or dtype is off.
-    """
-    frames, tokens = _frames_and_tokens(x, gate)
-    if y.shape != x.shape or y.dtype != x.dtype:
-        raise ValueError(f"y {y.dtype} {tuple(y.shape)} is not like x {x.dtype} {tuple(x.shape)}")
-    x, y = x.contiguous(), y.contiguous()
-    out = torch.empty_like(x)
-    options = launch_options(x.shape[-1])
-    with device.current(x.device):
-        _gated_add[(x.shape[0] * frames * triton.cdiv(tokens, options["ROWS"]),)](
-            x,
-            y,
-            gate,
-            out,
-            *gate.stride()[:2],
-            tokens,
-            frames,
-            WIDTH=x.shape[-1],
-            INTERPRETED=device.INTERPRETED,
-            **options,
-        )
-    return out
+    """x + y · gate, computed in float32 and rounded once, as `torch.addcmul` does; else like `norm_scale_shift`."""
+    return _launch(_gated_add, (x, y), (gate,))
 
 
-def _frames_and_tokens(x: Tensor, *modulations: Tensor) -> tuple[int, int]:
-    """Frames of the modulations and tokens of x to each; ValueError if they do not fit."""
+def _launch(kernel: Any, tokens: tuple[Tensor, ...], modulations: tuple[Tensor, ...], *numbers: float) -> Tensor:
+    """Check the tensors, then run the kernel on whole tokens and on modulations of one token per frame."""
+    x = tokens[0]
     if reason := why_not(x):
         raise ValueError(reason)
-    batch, tokens, width = x.shape
+    for y in tokens:
+        if y.shape != x.shape or y.dtype != x.dtype:
+            raise ValueError(f"y {y.dtype} {tuple(y.shape)} is not like x {x.dtype} {tuple(x.shape)}")
+    batch, length, width = x.shape
     frames = modulations[0].shape[1]
     for part in modulations:
-        if part.shape != (batch, frames, width) or part.dtype != x.dtype or part.stride(-1) != 1 or tokens % frames:
+        if part.shape != (batch, frames, width) or part.dtype != x.dtype or part.stride(-1) != 1 or length % frames:
             raise ValueError(
                 f"a modulation {part.dtype} {tuple(part.shape)} with strides {part.stride()} does not fit "
                 f"x {x.dtype} {tuple(x.shape)}; it is [B, F or 1, D] for whole frames, with contiguous channels"
             )
-    return frames, tokens // frames
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    options = launch_options(width)
+    strides = (stride for part in modulations for stride in part.stride()[:2])
+    arguments = [*(y.contiguous() for y in tokens), *modulations, out, *strides, length // frames, frames, *numbers]
+    with device.current(x.device):
+        programs = batch * frames * triton.cdiv(length // frames, options["ROWS"])
+        kernel[(programs,)](*arguments, WIDTH=width, INTERPRETED=device.INTERPRETED, **options)
+    return out
