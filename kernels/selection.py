@@ -258,81 +258,6 @@ def _select(
     tl.store(counts_ptr + row, kept)
 
 
-def score_constants(head_dim: int, itemsize: int) -> dict[str, int]:
-    """Compile-time constants of the first launch, without the interpreter's; `itemsize` is bytes per element."""
-    # float32 runs on plain multiply-adds, which the compiler unrolls: longer steps would spill registers.
-    return {"HEAD_DIM": head_dim, "TILE_Q": 64, "TILE_K": 64, "TILE_DIM": 32 if itemsize == 4 else 64}
-
-
-def part_constants(head_dim: int, itemsize: int, parts: Parts) -> dict[str, int]:
-    """Compile-time constants to score parts: half the rows in float32, which would spill registers too."""
-    tile_q = 32 if itemsize == 4 else 64
-    own = {"TILE_Q": tile_q, "TOKENS": parts.tokens, "PER_BLOCK": parts.per_block}
-    return score_constants(head_dim, itemsize) | own
-
-
-def score_means(q_means: Tensor, k_means: Tensor, frame_means: Tensor, scores: Tensor, *, with_frames: bool) -> None:
-    batch, q_blocks, heads, head_dim = q_means.shape
-    k_blocks, frames = k_means.shape[1], frame_means.shape[1]
-    tile = score_constants(head_dim, q_means.element_size())
-    tiles = triton.cdiv(k_blocks, tile["TILE_K"]) + (triton.cdiv(frames, tile["TILE_K"]) if with_frames else 0)
-    _score[(tiles, triton.cdiv(q_blocks, tile["TILE_Q"]), batch * heads)](
-        q_means,
-        k_means,
-        frame_means,
-        scores,
-        *q_means.stride()[:3],
-        *k_means.stride()[:3],
-        *frame_means.stride()[:3],
-        heads,
-        q_blocks,
-        k_blocks,
-        frames,
-        **tile,
-        UPCAST=INTERPRETED and q_means.dtype == torch.bfloat16,  # its tl.dot multiplies the raw bits of bfloat16
-        num_warps=4,
-        num_stages=2,
-    )
-
-
-def score_parts(q_means: Tensor, parts: Parts, scores: Tensor, per_frame: int) -> None:
-    means = parts.means
-    batch, q_blocks, heads, head_dim = q_means.shape
-    parts_per_frame = triton.cdiv(parts.tokens_per_frame, parts.tokens)
-    frames = means.shape[1] // parts_per_frame
-    tile = part_constants(head_dim, q_means.element_size(), parts)
-    _score_parts[(frames, triton.cdiv(q_blocks, tile["TILE_Q"]), batch * heads)](
-        q_means,
-        means,
-        scores,
-        *q_means.stride()[:3],
-        *means.stride()[:3],
-        heads,
-        q_blocks,
-        frames,
-        per_frame,
-        parts_per_frame,
-        parts.tokens_per_frame,
-        head_dim**-0.5,
-        **tile,
-        UPCAST=INTERPRETED and q_means.dtype == torch.bfloat16,
-        num_warps=4,
-        num_stages=2,
-    )
-
-
-def select_constants(k_blocks: int, frames: int) -> dict[str, int]:
-    """Compile-time constants of the second launch: coarse powers of two, so that a growing cache rarely compiles."""
-    columns = max(512, triton.next_power_of_2(k_blocks))
-    padded_frames = max(32, triton.next_power_of_2(frames))
-    return {"COLUMNS": columns, "FRAMES": padded_frames, "FRAME_BITS": padded_frames.bit_length() - 1}
-
-
-def select_warps(columns: int) -> int:
-    """Warps that hold one row of `columns` scores in registers: 16 of them per thread, 32 in the longest rows."""
-    return min(16, columns // 512)
-
-
 def why_not(q_means: Tensor, k_blocks: int, frames: int) -> str | None:
     """Why these kernels cannot select for q_means [B, q_blocks, H, D] among `k_blocks` blocks, or None."""
     if q_means.dtype not in DTYPES:
@@ -398,13 +323,10 @@ def select_blocks(
     scores = torch.empty(batch, heads, q_blocks, k_blocks + frames, dtype=torch.float32, device=q_means.device)
     blocks = torch.empty(batch, heads, q_blocks, kept, dtype=torch.int32, device=q_means.device)
     counts = torch.empty(batch, heads, q_blocks, dtype=torch.int32, device=q_means.device)
-    row, q_means = select_constants(k_blocks, frames), _dim_last(q_means)
-
+    # Coarse powers of two, so that a growing cache rarely compiles.
+    columns, padded_frames = max(512, triton.next_power_of_2(k_blocks)), max(32, triton.next_power_of_2(frames))
     with device.current(q_means.device):
-        if parts is None:
-            score_means(q_means, _dim_last(k_means), _dim_last(frame_means), scores, with_frames=choose > 0)
-        else:
-            score_parts(q_means, parts._replace(means=_dim_last(parts.means)), scores, k_blocks // frames)
+        _write_scores(q_means, k_means, frame_means, scores, parts, with_frames=choose > 0)
         _select[(batch * heads * q_blocks,)](
             scores,
             frame_ranks.contiguous(),
@@ -415,11 +337,40 @@ def select_blocks(
             k_blocks // frames,
             choose,
             kept,
-            **row,
-            num_warps=select_warps(row["COLUMNS"]),
+            COLUMNS=columns,
+            FRAMES=padded_frames,
+            FRAME_BITS=padded_frames.bit_length() - 1,
+            num_warps=min(16, columns // 512),  # scores of a row in registers: 16 per thread, 32 in the longest rows
         )
     return blocks, counts
 
 
-def _dim_last(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _write_scores(
+    q_means: Tensor, k_means: Tensor, frame_means: Tensor, scores: Tensor, parts: Parts | None, *, with_frames: bool
+) -> None:
+    """The first launch; with_frames: whether the scores of frames are read."""
+    batch, q_blocks, heads, head_dim = q_means.shape
+    k_blocks, frames, wide = k_means.shape[1], frame_means.shape[1], q_means.element_size() == 4
+    # float32 runs on plain multiply-adds, which the compiler unrolls: larger tiles would spill registers.
+    constants = {"HEAD_DIM": head_dim, "TILE_Q": 64, "TILE_K": 64, "TILE_DIM": 32 if wide else 64}
+    numbers: list[float] = [heads, q_blocks]
+    if parts is None:
+        kernel, means = _score, [q_means, k_means, frame_means]
+        tiles = triton.cdiv(k_blocks, 64) + (triton.cdiv(frames, 64) if with_frames else 0)
+        numbers += [k_blocks, frames]
+    else:
+        kernel, means, tiles = _score_parts, [q_means, parts.means], frames
+        constants |= {"TILE_Q": 32 if wide else 64, "TOKENS": parts.tokens, "PER_BLOCK": parts.per_block}
+        parts_per_frame = triton.cdiv(parts.tokens_per_frame, parts.tokens)
+        numbers += [frames, k_blocks // frames, parts_per_frame, parts.tokens_per_frame, head_dim**-0.5]
+    means = [x if x.stride(-1) == 1 else x.contiguous() for x in means]
+    kernel[(tiles, triton.cdiv(q_blocks, constants["TILE_Q"]), batch * heads)](
+        *means,
+        scores,
+        *(stride for x in means for stride in x.stride()[:3]),
+        *numbers,
+        **constants,
+        UPCAST=INTERPRETED and q_means.dtype == torch.bfloat16,  # its tl.dot multiplies the raw bits of bfloat16
+        num_warps=4,
+        num_stages=2,
+    )

@@ -6,6 +6,8 @@ at a time: rows come from memory once and from L2 after, a tile stays in registe
 width. Heads are split over just as many programs as fill the chip twice, because each split sums the squares again.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -333,16 +335,16 @@ def why_not(x: Tensor, head_dim: int, block: tuple[int, int], cache_dtype: torch
 
 def fused_store(
     q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
+    k: Tensor,
+    v: Tensor,
     *,
     q_weight: Tensor | None,
-    k_weight: Tensor | None,
+    k_weight: Tensor,
     eps: float,
     cos: Tensor,
     sin: Tensor,
-    ring: LayerMemory | None,
-    slots: Tensor | None,
+    ring: LayerMemory,
+    slots: Tensor,
     tokens_per_frame: int,
     head_dim: int,
     block: tuple[int, int],
@@ -350,9 +352,10 @@ def fused_store(
     """Norm, rotate and pool q; norm and rotate k; write and pool k and v into the ring: one launch.
 
     q, k, v: raw projections [B, L, H · D] of whole frames, any strides as long as channels are contiguous; q may be
-    None, or k and v may, with their weight, `ring` and `slots`. q_weight, k_weight: [H · D], of the RMS norms over
-    the full width, with `eps`. cos, sin: float32, L · D/2 values in the order of `RopeTable`'s. slots: int32 [frames]
-    on the device, the slot of `ring` that each frame goes to, no two the same; the caller vouches for their range.
+    None. q_weight, k_weight: [H · D], of the RMS norms over the full width, with `eps`.
+    cos, sin: float32, L · D/2 values in the order of `RopeTable`'s.
+    slots: int32 [frames] on the device, the slot of `ring` that each frame goes to, no two the same; the caller
+    vouches for their range.
     block: (query, key) tokens per block; the last block of a frame may be ragged.
 
     Returns q normed and rotated, [B, L, H, D], and its block means [B, frames · query blocks per frame, H, D]; None
@@ -366,11 +369,9 @@ def fused_store(
 
     Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
     """
-    parts = [x for x in (q, k, v) if x is not None]
-    if (k is None) != (v is None) or not parts:
-        raise ValueError("pass q, or k and v, or all three: keys are not stored without their values")
+    parts = [k, v] if q is None else [q, k, v]
     like = parts[0]
-    if reason := why_not(like, head_dim, block, None if ring is None else ring.keys.dtype):
+    if reason := why_not(like, head_dim, block, ring.keys.dtype):
         raise ValueError(reason)
     batch, tokens, width = like.shape
     frames, heads = tokens // tokens_per_frame, width // head_dim
@@ -384,8 +385,8 @@ def fused_store(
                 f"q, k and v must be of one shape and dtype with contiguous channels; "
                 f"{tuple(x.shape)} {x.dtype} with strides {x.stride()} is not like {tuple(like.shape)} {like.dtype}"
             )
-    for name, projected, weight in (("q", q, q_weight), ("k", k, k_weight)):
-        if projected is not None and (weight is None or weight.shape != (width,) or not weight.is_contiguous()):
+    for name, weight in {"k": k_weight, **({} if q is None else {"q": q_weight})}.items():
+        if weight is None or weight.shape != (width,) or not weight.is_contiguous():
             raise ValueError(
                 f"the norm of {name} needs a contiguous weight of {width} values, not {_described(weight)}"
             )
@@ -395,54 +396,42 @@ def fused_store(
                 f"cos and sin must be contiguous float32 of {tokens} · {head_dim // 2} values, "
                 f"not {table.dtype} {tuple(table.shape)}"
             )
-    block_q, block_k = block
-    q_blocks, k_blocks = (frames * triton.cdiv(tokens_per_frame, size) for size in block)
-    ring_slots, largest, sub_means = 0, 0, False
-    tensors: tuple[Tensor | None, ...] = (None,) * len(LayerMemory._fields)
-    if k is not None:
-        if ring is None:
-            raise ValueError("k and v need a ring to be written to")
-        ring_slots = _require_ring(ring, k, slots, frames, tokens_per_frame, heads, head_dim, block_k)
-        largest, sub_means, tensors = LARGEST.get(ring.keys.dtype, 0), ring.sub_means is not None, tuple(ring)
+    ring_slots = _require_ring(ring, k.unflatten(-1, (heads, head_dim)), slots, tokens_per_frame, block[1])
 
     out = means = None
+    q_blocks, k_blocks = (frames * triton.cdiv(tokens_per_frame, size) for size in block)
+    blocks = 2 * batch * k_blocks
     if q is not None:
         out = torch.empty(batch, tokens, heads, head_dim, dtype=q.dtype, device=q.device)
         means = torch.empty(batch, q_blocks, heads, head_dim, dtype=q.dtype, device=q.device)
-    blocks = batch * ((q_blocks if q is not None else 0) + (2 * k_blocks if k is not None else 0))
+        blocks += batch * q_blocks
     heads_per_program = triton.cdiv(heads, min(heads, triton.cdiv(PROGRAMS, blocks)))
-    groups = triton.cdiv(heads, heads_per_program)
-
+    strides = [stride for x in (q, k, v) for stride in ((0, 0) if x is None else x.stride()[:2])]
+    arguments: list[Any] = [
+        q,
+        k,
+        v,
+        None if q is None else q_weight,
+        k_weight,
+        cos,
+        sin,
+        slots,
+        out,
+        means,
+        *ring,
+        *strides,
+    ]
+    arguments += [eps, batch, heads, heads_per_program, frames, ring_slots, tokens_per_frame]
     with device.current(like.device):
-        _store[(blocks * groups,)](
-            q,
-            k,
-            v,
-            q_weight if q is not None else None,
-            k_weight if k is not None else None,
-            cos,
-            sin,
-            slots if k is not None else None,
-            out,
-            means,
-            *tensors,
-            *(q.stride()[:2] if q is not None else (0, 0)),
-            *(k.stride()[:2] if k is not None else (0, 0)),
-            *(v.stride()[:2] if v is not None else (0, 0)),
-            eps,
-            batch,
-            heads,
-            heads_per_program,
-            frames,
-            ring_slots,
-            tokens_per_frame,
+        _store[(blocks * triton.cdiv(heads, heads_per_program),)](
+            *arguments,
             HEAD_DIM=head_dim,
-            BLOCK_Q=block_q,
-            BLOCK_K=block_k,
-            LARGEST=largest,
+            BLOCK_Q=block[0],
+            BLOCK_K=block[1],
+            LARGEST=LARGEST.get(ring.keys.dtype, 0),
             SUB_BLOCKS=SUB_BLOCKS,
             INTERPRETED=device.INTERPRETED,
-            **launch_options(block_q, block_k, like.element_size(), sub_means),
+            **launch_options(*block, like.element_size(), ring.sub_means is not None),
         )
     return None if out is None or means is None else (out, means)
 
@@ -453,38 +442,28 @@ def _described(x: Tensor | None) -> str:
     return f"{'contiguous' if x.is_contiguous() else 'strided'} {x.dtype} {tuple(x.shape)} on {x.device}"
 
 
-def _require_ring(
-    ring: LayerMemory,
-    k: Tensor,
-    slots: Tensor | None,
-    frames: int,
-    tokens_per_frame: int,
-    heads: int,
-    head_dim: int,
-    block_k: int,
-) -> int:
-    """The number of slots of `ring`; ValueError if its tensors do not fit k, each other, or `slots`."""
-    if slots is None or slots.shape != (frames,) or slots.dtype != torch.int32:
+def _require_ring(ring: LayerMemory, k: Tensor, slots: Tensor, tokens_per_frame: int, block_k: int) -> int:
+    """The number of slots of `ring`; ValueError if its tensors do not fit k [B, L, H, D], each other, or `slots`."""
+    batch, tokens, heads, head_dim = k.shape
+    frames = tokens // tokens_per_frame
+    if slots.shape != (frames,) or slots.dtype != torch.int32:
         raise ValueError(f"k and v need int32 slots ({frames},), one for each frame, not {_described(slots)}")
     count, stored = ring.keys.shape[1] // tokens_per_frame, ring.keys.dtype
     per_frame, parts = (triton.cdiv(tokens_per_frame, size) for size in (block_k, block_k // SUB_BLOCKS))
-    expected = {
-        "keys": (tokens_per_frame, head_dim, stored),
-        "values": (tokens_per_frame, head_dim, stored),
-        "key_scales": (per_frame, None, torch.float32),
-        "value_scales": (per_frame, None, torch.float32),
-        "key_means": (per_frame, head_dim, k.dtype),
-        "frame_means": (1, head_dim, k.dtype),
-        "arrivals": (1, None, torch.int32),
-        "value_means": (per_frame, head_dim, k.dtype),
-        "sub_means": (parts, head_dim, k.dtype),
-    }
-    absent = {name for name in ("key_means", "value_means", "sub_means") if getattr(ring, name) is None}
-    absent |= {"frame_means", "arrivals"} if ring.key_means is None else set()
-    absent |= set() if stored in LARGEST else {"key_scales", "value_scales"}
-    for name, (rows, dim, dtype) in expected.items():
-        shape = (k.shape[0], count * rows, heads, *(() if dim is None else (dim,)))
-        wanted = "None" if name in absent else f"contiguous {dtype} {shape} on {k.device}"
+    scaled, pooled = stored in LARGEST, ring.key_means is not None
+    each, mean = ((head_dim,), stored), ((head_dim,), k.dtype)
+    for name, kept, rows, dims, dtype in (
+        ("keys", True, tokens_per_frame, *each),
+        ("values", True, tokens_per_frame, *each),
+        ("key_scales", scaled, per_frame, (), torch.float32),
+        ("value_scales", scaled, per_frame, (), torch.float32),
+        ("key_means", pooled, per_frame, *mean),
+        ("frame_means", pooled, 1, *mean),
+        ("arrivals", pooled, 1, (), torch.int32),
+        ("value_means", ring.value_means is not None, per_frame, *mean),
+        ("sub_means", ring.sub_means is not None, parts, *mean),
+    ):
+        wanted = f"contiguous {dtype} {(batch, count * rows, heads, *dims)} on {k.device}" if kept else "None"
         if (found := _described(getattr(ring, name))) != wanted:
             raise ValueError(f"the ring's {name} must be {wanted}, not {found}")
     if count < frames:
