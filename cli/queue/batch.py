@@ -1,202 +1,140 @@
 """A batch on one server: every job that the ledger does not have as done, one after another.
 
-The next prompt is sent before the last one's files are fetched, so the server never waits for a download. A batch's
-files appear as one folder per job, renamed into place when all are there: a crash leaves a whole folder or none.
+Each job's files appear as one folder, renamed into place when all are there: after a crash it is whole or absent.
 """
 
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ...lightforcing_core.files.output import prepare_folder
-from .display import Display
-from .jobs import Job, Line, make_jobs, read_prompts, read_seeds
+from .jobs import Job
 from .ledger import Ledger, partial_folder
-from .prompt import UsageError, read_override, read_workflow
-from .run import EventStream, Run, RunVanished
-from .server import ComfyServer, QueueError, ServerUnreachable, patiently
+from .prompt import UsageError
+from .run import Run, RunVanished, output_files
+from .server import ComfyServer, QueueError, RemoteFile, ServerUnreachable
 
 MOST_LOSSES = 3  # a prompt that went down with the server this often may be the reason
 
 
-@dataclass(frozen=True)
-class Request:
-    """The command's options as typed. timeout, patience: seconds; temp: fetch the files of preview nodes too."""
+@dataclass
+class Batch:
+    """Jobs to run on a server.
 
-    workflow: Path
+    emit: called as emit(kind, **fields) for every event.
+    out: folder for the results; with `resumable` it holds a folder for each job, and the ledger.
+    timeout: seconds after which a prompt is given up, None for ever.
+    temp: fetch the files of preview nodes too.
+    previews: folder for the pictures that the server sends while it samples, None to drop them.
+    """
+
+    jobs: Sequence[Job]
+    server: ComfyServer
+    emit: Callable[..., None]
     out: Path
-    server: str
-    overrides: Sequence[str] = ()
-    prompts: Path | None = None
-    prompt_node: str | None = None
-    seeds: str | None = None
+    resumable: bool = True
     timeout: float | None = None
-    patience: float = 30.0
     temp: bool = False
     previews: Path | None = None
-    json: bool = False
+    _ledger: Ledger = field(init=False)
 
-    @property
-    def is_batch(self) -> bool:
-        return self.prompts is not None or self.seeds is not None
+    def run(self) -> bool:
+        """Run every job that is not done; whether all are done now. Ends early when the server is lost.
 
-
-def run_queue(request: Request, complain: Callable[[str], None]) -> int:
-    """Run a request; the exit code: 0 if everything is done, 1 if some of it is not.
-
-    complain: takes one line for stderr. Raises UsageError before anything is sent; OSError (of which QueueError is one)
-    and KeyboardInterrupt as they come.
-    """
-    display = Display(complain, single=not request.is_batch, json=request.json)
-    with closing(ComfyServer(request.server, timeout=request.patience)) as server:
-        jobs = _jobs(request, server)
-        prepare_folder(request.out)
-        with closing(Ledger(request.out if request.is_batch else None, jobs)) as ledger, display.progress:
-            counts = run_batch(request, jobs, server, ledger, display)
-    return 1 if counts["failed"] or counts["left"] or display.anything_left_out else 0
-
-
-def run_batch(
-    request: Request, jobs: Sequence[Job], server: ComfyServer, ledger: Ledger, emit: Callable[..., None]
-) -> dict[str, int]:
-    """Run every job that is not done; how many are now done, failed and left. Ends early when the server is lost.
-
-    emit: called as emit(kind, **fields) for every event. On KeyboardInterrupt, or any other error that ends the batch,
-    the running prompt is cancelled on the server first.
-    """
-    start, states = time.monotonic(), ledger.states()
-    journal = None if ledger.path is None else str(ledger.path)
-    emit("batch", prompts=len(jobs), done=_count(jobs, ledger)["done"], servers=[server.url], journal=journal)
-    # Jobs that an earlier command sent come first: the server may be running them.
-    left = sorted((job for job in jobs if states[job.name] != "done"), key=lambda job: states[job.name] != "sent")
-    try:
-        if left:
-            with closing(EventStream(server, ledger.client_id, previews=request.previews is not None)) as events:
-                _Worker(request, server, ledger, events, emit).run(left)
-    except ServerUnreachable as error:
-        emit("server_lost", server=server.url, reason=str(error))
-    finally:
-        counts = _count(jobs, ledger)
-        emit("summary", prompts=len(jobs), **counts, seconds=round(time.monotonic() - start, 3))
-    return counts
-
-
-@dataclass
-class _Worker:
-    """Sends, follows and fetches jobs. ended: a run that ended well on the server, its files not fetched yet."""
-
-    request: Request
-    server: ComfyServer
-    ledger: Ledger
-    events: EventStream
-    emit: Callable[..., None]
-    ended: Run | None = None
-
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Do all jobs. Raises ServerUnreachable when patience is over."""
-        for job in jobs:
-            for loss in range(1, MOST_LOSSES + 1):
-                if self._run(job, loss):
-                    break
-        self._fetch_ended()
+        Raises UsageError before anything is sent. On KeyboardInterrupt, or any other error that ends the batch, the
+        running prompt is cancelled on the server first.
+        """
+        start = time.monotonic()
+        if self.previews is not None and self.resumable:
+            previews, out = self.previews.resolve(), self.out.resolve()
+            if previews == out or {out / job.name for job in self.jobs}.intersection((previews, *previews.parents)):
+                raise UsageError(f"--save-previews {self.previews} is a folder of results; choose another folder")
+        prepare_folder(self.out)
+        with closing(Ledger(self.out if self.resumable else None, self.jobs)) as self._ledger:
+            states = self._ledger.states()
+            left = [job for job in self.jobs if states[job.name] != "done"]
+            # Jobs that an earlier command sent come first: the server may be running them.
+            left.sort(key=lambda job: states[job.name] != "sent")
+            journal = str(self._ledger.path) if self.resumable else None
+            prompts, url = len(self.jobs), self.server.url
+            self.emit("batch", prompts=prompts, done=prompts - len(left), servers=[url], journal=journal)
+            try:
+                if left:
+                    self.server.listen(self._ledger.client_id)
+                for job in left:
+                    any(self._run(job, loss) for loss in range(1, MOST_LOSSES + 1))
+            except ServerUnreachable as error:
+                self.emit("server_lost", server=url, reason=str(error))
+            finally:
+                states = self._ledger.states()
+                ended = [states[job.name] for job in self.jobs]
+                counts = {"done": ended.count("done"), "failed": ended.count("failed")}
+                counts["left"] = prompts - sum(counts.values())
+                self.emit("summary", prompts=prompts, **counts, seconds=round(time.monotonic() - start, 3))
+        return counts["done"] == prompts
 
     def _run(self, job: Job, loss: int) -> bool:
-        """Run a job up to its end on the server; False if the server has lost it and it is to be sent again."""
-        prompt_id = self.ledger.prompt_id(job.name) or str(uuid.uuid4())
+        """Run a job; False if the server has lost it, the loss-th time, and it is to be sent again."""
+        prompt_id = self._ledger.sent.pop(job.name, None) or str(uuid.uuid4())
         emit = partial(self.emit, prompt=job.name, server=self.server.url, prompt_id=prompt_id)
-        run = Run(job, prompt_id, emit, self.request.previews)
-        self.ledger.set(job.name, state="sent", prompt_id=prompt_id, client_id=self.ledger.client_id, error=None)
+        run = Run(job, prompt_id, emit, self.previews)
+        self._ledger.set(job.name, state="sent", prompt_id=prompt_id, client_id=self._ledger.client_id, error=None)
         try:
-            patience = self.request.patience
-            patiently(lambda: self._send(run), patience)
-            self._fetch_ended()
-            record = run.follow(self.server, self.events, timeout=self.request.timeout, patience=patience)
-            run.end(record, temp=self.request.temp)
-            self.ended = run
+            paths = self._store(job, output_files(job.prompt, self._record(run), temp=self.temp))
         except ServerUnreachable:
             raise
-        except RunVanished as error:
-            if loss < MOST_LOSSES:
-                self.ledger.set(job.name, state="waiting")
-                emit("returned", reason=str(error))
-                return False
-            self._fail(run, f"given up after it was lost {MOST_LOSSES} times; the last time: {error}")
         except QueueError as error:
-            self._fail(run, str(error))
+            message = str(error)
+            if isinstance(error, RunVanished):
+                if loss < MOST_LOSSES:
+                    self._ledger.set(job.name, state="waiting")
+                    emit("returned", reason=message)
+                    return False
+                message = f"given up after it was lost {MOST_LOSSES} times; the last time: {message}"
+            self._ledger.set(job.name, state="failed", error=message)
+            emit("failed", message=message)
+        else:
+            self._ledger.set(job.name, state="done")
+            seconds = round(time.monotonic() - run.since, 3)
+            emit("finished", files=list(map(str, paths)), left_out=run.left_out, seconds=seconds)
+        return True
+
+    def _record(self, run: Run) -> Mapping[str, Any]:
+        """The run's record in the server's history; an interrupted batch cancels the run there."""
+        try:
+            self.server.patiently(lambda: self._send(run))
+            return run.follow(self.server, self._ledger.client_id, timeout=self.timeout)
+        except QueueError:
+            raise
         except BaseException:  # Ctrl-C, a full disk, a closed pipe: leave nothing running unseen
             with suppress(OSError):
-                self.server.cancel(prompt_id)
-                self.ledger.set(job.name, state="waiting")
-                emit("cancelled")
+                self.server.cancel(run.prompt_id)
+                self._ledger.set(run.job.name, state="waiting")
+                run.emit("cancelled")
             raise
-        return True
 
     def _send(self, run: Run) -> None:
         """Send the prompt unless the server has it: from an earlier command, or only its answer was lost."""
-        if not self.server.knows(run.prompt_id):
-            client_id, previews = self.ledger.client_id, self.request.previews is not None
+        if not self.server.has_queued(run.prompt_id) and self.server.history(run.prompt_id) is None:
+            previews, client_id = self.previews is not None, self._ledger.client_id
             run.left_out = self.server.submit(run.job.prompt, run.prompt_id, client_id, previews=previews)
             run.emit("submitted")
 
-    def _fetch_ended(self) -> None:
-        """Download the files of the run that ended last; with that its job is done."""
-        run, self.ended = self.ended, None
-        if run is None:
-            return
-        try:
-            paths = self._store(run)
-        except ServerUnreachable:
-            raise
-        except QueueError as error:
-            self._fail(run, str(error))
-            return
-        self.ledger.done(run.job.name, [path.relative_to(self.request.out).as_posix() for path in paths])
-        seconds = round(time.monotonic() - run.since, 3)
-        run.emit("finished", files=list(map(str, paths)), cached=run.cached, left_out=run.left_out, seconds=seconds)
-
-    def _store(self, run: Run) -> list[Path]:
-        """The files on this disk: below the job's folder in a batch, else among the output folder's."""
-        out = self.request.out
-        target, folder = out / run.job.name, partial_folder(out, run.job.name) if self.request.is_batch else out
-        if folder != out:
+    def _store(self, job: Job, files: Sequence[RemoteFile]) -> list[Path]:
+        """Download files: below the job's folder in a batch, else into the output folder."""
+        target = self.out / job.name if self.resumable else self.out
+        folder = partial_folder(self.out, job.name) if self.resumable else self.out
+        if self.resumable:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-        paths = [patiently(partial(self.server.download, file, folder), self.request.patience) for file in run.files]
-        if folder == out:
-            return paths
-        os.replace(folder, target)
+        paths = [self.server.patiently(partial(self.server.download, file, folder)) for file in files]
+        if self.resumable:
+            os.replace(folder, target)
         return [target / path.relative_to(folder) for path in paths]
-
-    def _fail(self, run: Run, message: str) -> None:
-        self.ledger.set(run.job.name, state="failed", error=message)
-        run.emit("failed", message=message)
-
-
-def _jobs(request: Request, server: ComfyServer) -> list[Job]:
-    """The prompts to run. The server's node definitions are asked for only if something is to be changed."""
-    if request.prompt_node is not None and request.prompts is None:
-        raise UsageError("--prompt-node says where the lines of --prompts go; give both, or use --set")
-    prompt = read_workflow(request.workflow)
-    lines = [Line(name="prompt")] if request.prompts is None else read_prompts(request.prompts)
-    seeds = None if request.seeds is None else read_seeds(request.seeds)
-    info = server.object_info() if request.overrides or request.is_batch else {}
-    overrides = list(map(read_override, request.overrides))
-    jobs = make_jobs(prompt, info, overrides=overrides, lines=lines, seeds=seeds, prompt_node=request.prompt_node)
-    if request.previews is not None and request.is_batch:
-        previews, out = request.previews.resolve(), request.out.resolve()
-        if previews == out or {out / job.name for job in jobs}.intersection((previews, *previews.parents)):
-            raise UsageError(f"--save-previews {request.previews} is a folder of results; choose another folder")
-    return jobs
-
-
-def _count(jobs: Sequence[Job], ledger: Ledger) -> dict[str, int]:
-    states = ledger.states()
-    found = [states[job.name] for job in jobs]
-    done, failed = found.count("done"), found.count("failed")
-    return {"done": done, "failed": failed, "left": len(found) - done - failed}

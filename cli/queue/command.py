@@ -1,5 +1,6 @@
 """The command line of `lightforcing queue`. Everything but its options is imported when it runs."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +14,7 @@ def queue(
     out: Annotated[Path, typer.Option(help="Folder for the files that the run writes; in a batch, for a folder each.")],
     server: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Address of the ComfyUI server, also https://user:password@host.",
-            show_default="http://127.0.0.1:8188",
-        ),
+        typer.Option(help="Address, also https://user:password@host; without it http://127.0.0.1:8188."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -49,22 +47,35 @@ def queue(
 
     Exit codes: 0 all done, 1 some failed or left, 2 the options do not fit together, 130 interrupted.
     """
-    from .batch import Request, run_queue
-    from .prompt import UsageError
+    from .batch import Batch
+    from .display import Display
+    from .jobs import Line, make_jobs, read_prompts, read_seeds
+    from .prompt import UsageError, read_override, read_workflow
+    from .server import ComfyServer
 
-    servers = server or ["http://127.0.0.1:8188"]
+    is_batch = prompts is not None or seeds is not None
     try:
-        if len(servers) > 1:
+        if server and len(server) > 1:
             raise UsageError(
                 "--server is given more than once, but a batch runs on one server; start one command per server, each "
                 "with its own --prompts and --out, or spread the work over machines with a scheduler such as Ray"
             )
-        options = (overrides or (), prompts, prompt_node, seeds, timeout, patience, temp, save_previews, json)
-        code = run_queue(Request(workflow, out, servers[0], *options), complain)
+        if prompt_node is not None and prompts is None:
+            raise UsageError("--prompt-node says where the lines of --prompts go; give both, or use --set")
+        prompt = read_workflow(workflow)
+        lines = [Line(name="prompt")] if prompts is None else read_prompts(prompts)
+        numbers = None if seeds is None else read_seeds(seeds)
+        changes = list(map(read_override, overrides or ()))
+        display = Display(complain, single=not is_batch, json=json)
+        address = server[0] if server else "http://127.0.0.1:8188"
+        with closing(ComfyServer(address, patience=patience)) as comfy, display.progress:
+            info = comfy.object_info() if changes or is_batch else {}
+            jobs = make_jobs(prompt, info, overrides=changes, lines=lines, seeds=numbers, prompt_node=prompt_node)
+            done = Batch(jobs, comfy, display, out, is_batch, timeout, temp, save_previews).run()
     except UsageError as error:
         complain(str(error))
-        code = USAGE
-    raise typer.Exit(code)
+        raise typer.Exit(USAGE) from None
+    raise typer.Exit(0 if done and not display.anything_left_out else 1)
 
 
 def complain(message: str) -> None:

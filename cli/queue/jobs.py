@@ -7,19 +7,17 @@ object per line with any of `text`, `name` (the folder of its files), `seed` and
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .prompt import Override, Prompt, UsageError, apply_overrides, find_input, list_nodes, mapping, title_of
 
-# The nodes that a prompt is written into, and their input for it.
-PROMPT_INPUTS = {"CLIPTextEncode": "text", "LightForcingDemoPrompt": "caption"}
+PROMPT_INPUTS = {"CLIPTextEncode": "text", "LightForcingDemoPrompt": "caption"}  # prompt nodes, their input for it
 SEED_NAMES = ("seed", "noise_seed")
 NAME = re.compile(r"\w(?:[\w .()+-]{0,98}[\w)+-])?")
-# Windows keeps these names for devices, whatever follows a dot.
-DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
 MOST_SEEDS = 100_000
 
 
@@ -51,10 +49,8 @@ def read_prompts(path: Path) -> list[Line]:
     """The lines of a prompt file. Raises UsageError naming the line that cannot be read."""
     try:
         rows = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at a prompt's U+2028
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 ({error}); save it as UTF-8 text") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path} as UTF-8 text: {error}") from error
     is_json = path.suffix.lower() in (".jsonl", ".ndjson")
     lines = []
     for number, row in enumerate(rows, 1):
@@ -84,19 +80,21 @@ def text_input(prompt: Prompt, wanted: str | None = None) -> str:
     """The `node.input` that a line's text goes to.
 
     wanted: `NODE.INPUT`, or `NODE` for its prompt (`text` if the node is not known); without it, the one prompt node
-    that feeds a `positive` input.
+    that is linked to a `positive` input.
     """
     if wanted is not None:
         node, name = find_input(prompt, wanted)
         return f"{node}.{name or PROMPT_INPUTS.get(prompt[node]['class_type'], 'text')}"
-    candidates = _prompts_of_positive(prompt)
+    links = [mapping(node.get("inputs")).get("positive") for node in prompt.values()]
+    feeding = dict.fromkeys(str(link[0]) for link in links if isinstance(link, list) and link)
+    candidates = [node for node in feeding if node in prompt and prompt[node]["class_type"] in PROMPT_INPUTS]
     if len(candidates) == 1:
         return f"{candidates[0]}.{PROMPT_INPUTS[prompt[candidates[0]]['class_type']]}"
-    way_out = f"say with --prompt-node NODE or NODE.INPUT where the text goes; the workflow has {list_nodes(prompt)}"
-    if not candidates:
-        raise UsageError(f"no {' or '.join(PROMPT_INPUTS)} feeds a positive input; {way_out}")
-    listed = ", ".join(f"{one} ({title_of(prompt, one)})" for one in candidates)
-    raise UsageError(f"{len(candidates)} nodes feed positive inputs: {listed}; {way_out}")
+    found = ", ".join(f"{one} ({title_of(prompt, one)})" for one in candidates) or f"no {' or '.join(PROMPT_INPUTS)}"
+    raise UsageError(
+        f"the prompt node is not clear: positive inputs are linked to {found}; say with --prompt-node NODE or "
+        f"NODE.INPUT where the text goes; the workflow has {list_nodes(prompt)}"
+    )
 
 
 def make_jobs(
@@ -115,9 +113,8 @@ def make_jobs(
     base = apply_overrides(prompt, object_info, overrides)
     target = text_input(base, prompt_node) if any(line.text is not None for line in lines) else None
     jobs = []
-    digits = max(4, len(str(len(lines))))
     for number, line in enumerate(lines, 1):
-        name = line.name or f"{number:0{digits}d}"
+        name = line.name or f"{number:04d}"
         if seeds is not None and line.seed is not None:
             raise UsageError(f"{name} has a seed of its own; leave out --seeds")
         for seed in (line.seed,) if seeds is None else seeds:
@@ -128,35 +125,14 @@ def make_jobs(
                 own += [Override(key, seed) for key in _seed_inputs(base)]
             full_name = name if seeds is None else f"{name}-seed{seed}"
             jobs.append(Job(full_name, apply_overrides(base, object_info, own) if own else base))
-    _check_names([job.name for job in jobs])
-    return jobs
-
-
-def _prompts_of_positive(prompt: Prompt) -> list[str]:
-    """Ids of the prompt nodes whose conditioning arrives at a `positive` input, whatever nodes it passes."""
-    ways = [link for node in prompt.values() for link in _links(node, "positive")]
-    found: dict[str, None] = {}
     seen = set()
-    while ways:
-        origin, slot = ways.pop(0)
-        if (origin, slot) in seen or origin not in prompt:
-            continue
-        seen.add((origin, slot))
-        node = prompt[origin]
-        if node["class_type"] in PROMPT_INPUTS:
-            found[origin] = None
-        elif list(_links(node, "positive")) and list(_links(node, "negative")):  # passes both through, in this order
-            ways += _links(node, "negative" if slot == 1 else "positive")
-        else:
-            ways += _links(node)
-    return list(found)
-
-
-def _links(node: Mapping[str, Any], only: str | None = None) -> Iterator[tuple[str, int]]:
-    """The [node id, slot] pairs among a node's inputs."""
-    for name, value in mapping(node.get("inputs")).items():
-        if only in (None, name) and isinstance(value, list) and len(value) == 2 and isinstance(value[1], int):
-            yield str(value[0]), value[1]
+    for job in jobs:  # names become folders: plain, and different on every file system
+        if not NAME.fullmatch(job.name) or DEVICES.fullmatch(job.name):
+            raise UsageError(f"{job.name!r} cannot be a folder's name; use letters, digits, spaces and . ( ) + - _")
+        if job.name.casefold() in seen:
+            raise UsageError(f"two prompts are called {job.name!r}; give every prompt and seed its own name")
+        seen.add(job.name.casefold())
+    return jobs
 
 
 def _seed_inputs(prompt: Prompt) -> list[str]:
@@ -178,19 +154,8 @@ def _json_line(row: str) -> Line:
     if not isinstance(fields, dict) or not fields:
         raise ValueError(f"not an object with any of {', '.join(kinds)}")
     for key, value in fields.items():
-        if key not in kinds:
-            raise ValueError(f"{key!r} is not known; use {', '.join(kinds)}")
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise ValueError(f"{key} {value!r} is not a {kinds[key].__name__}")
+        if type(value) is not kinds.get(key):
+            raise ValueError(
+                f"{key!r} may not be {value!r}; use text or name (a text), seed (a number), set (an object)"
+            )
     return Line(**fields)
-
-
-def _check_names(names: Sequence[str]) -> None:
-    """Names become folders: plain, and different on every file system."""
-    seen = set()
-    for name in names:
-        if not NAME.fullmatch(name) or DEVICES.fullmatch(name):
-            raise UsageError(f"{name!r} cannot be a folder's name; use letters, digits, spaces and . ( ) + - _")
-        if name.casefold() in seen:
-            raise UsageError(f"two prompts are called {name!r}; give every prompt and seed its own name")
-        seen.add(name.casefold())

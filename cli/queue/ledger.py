@@ -5,7 +5,6 @@ first), `done` (its files are in the output folder) or `failed` (the next start 
 sqlite's exclusive lock, on every operating system and until the process ends, however it ends.
 """
 
-import json
 import shutil
 import sqlite3
 import uuid
@@ -17,10 +16,9 @@ from .prompt import UsageError
 
 FILE_NAME = "queue.sqlite3"
 OLD_FILE_NAME = "queue.jsonl"  # of version 0.2
-VERSION = 1
 TABLE = """CREATE TABLE IF NOT EXISTS jobs (
-    name TEXT PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL, prompt_id TEXT, client_id TEXT,
-    files TEXT, error TEXT
+    name TEXT PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL,
+    prompt_id TEXT, client_id TEXT, error TEXT
 )"""
 
 
@@ -33,6 +31,7 @@ class Ledger:
     """The ledger in `folder`, made or continued; in memory if folder is None, for a run that nobody resumes.
 
     client_id: under which prompts are sent and their events come; a start that finds prompts `sent` takes over theirs.
+    sent: the prompt ids of jobs that an earlier start sent.
 
     Raises UsageError if the ledger belongs to another batch, cannot be read, or is in use by another command.
     """
@@ -58,9 +57,10 @@ class Ledger:
             self.close()  # takes the transaction back
             if not isinstance(error, sqlite3.Error):
                 raise
-            if "locked" in str(error):
-                raise UsageError(f"another command is working on {self.path}; wait, or choose another --out") from error
-            raise UsageError(f"cannot use {self.path} ({error}); choose another --out, or empty the folder") from error
+            reason = (
+                "another command is working on it; wait" if "locked" in str(error) else f"{error}; empty the folder"
+            )
+            raise UsageError(f"cannot use {self.path}: {reason}, or choose another --out") from error
 
     def close(self) -> None:
         self._db.close()
@@ -69,22 +69,9 @@ class Ledger:
         """Every job's state by its name."""
         return dict(self._db.execute("SELECT name, state FROM jobs"))
 
-    def prompt_id(self, name: str) -> str | None:
-        """The id under which a job was sent and has not ended, else None."""
-        row = self._db.execute("SELECT prompt_id FROM jobs WHERE name = ? AND state = 'sent'", (name,)).fetchone()
-        return None if row is None else row[0]
-
-    def done(self, name: str, files: Sequence[str]) -> None:
-        """files: relative to the output folder."""
-        self.set(name, state="done", files=json.dumps(files))
-
     def _add(self, jobs: Sequence[Job]) -> None:
         """Make the table, check the jobs that it has, add those that it has not."""
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, VERSION):  # 0: a new file
-            raise UsageError(f"{self.path} is no ledger of this version; choose another --out, or empty the folder")
         self._db.execute(TABLE)
-        self._db.execute(f"PRAGMA user_version = {VERSION}")
         known = dict(self._db.execute("SELECT name, digest FROM jobs"))
         changed = [job.name for job in jobs if known.get(job.name, job.digest) != job.digest]
         if changed:
@@ -94,8 +81,9 @@ class Ledger:
             )
         new = [(job.name, job.digest) for job in jobs if job.name not in known]
         self._db.executemany("INSERT INTO jobs (name, digest, state) VALUES (?, ?, 'waiting')", new)
-        row = self._db.execute("SELECT client_id FROM jobs WHERE state = 'sent'").fetchone()
-        self.client_id: str = uuid.uuid4().hex if row is None else row[0]
+        rows = self._db.execute("SELECT name, prompt_id, client_id FROM jobs WHERE state = 'sent'").fetchall()
+        self.sent: dict[str, str] = {name: prompt_id for name, prompt_id, _ in rows}
+        self.client_id: str = rows[0][2] if rows else uuid.uuid4().hex
 
     def _settle(self, folder: Path, jobs: Sequence[Job]) -> None:
         """Agree with the folder: a whole folder of a job that was sent is done, a part of one is thrown away."""
@@ -104,8 +92,7 @@ class Ledger:
         for job in jobs:
             shutil.rmtree(partial_folder(folder, job.name), ignore_errors=True)
             if states[job.name] == "sent" and (folder / job.name).exists():
-                files = sorted(path for path in (folder / job.name).rglob("*") if path.is_file())
-                self.done(job.name, [path.relative_to(folder).as_posix() for path in files])
+                self.set(job.name, state="done")
 
     def set(self, name: str, **values: str | None) -> None:
         """Write columns of a job; OSError if the disk is full."""

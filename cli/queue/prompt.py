@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 Prompt = Mapping[str, Mapping[str, Any]]
 
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
-FIRST_VALUES = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}  # of widgets that declare no default
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}  # as typed; a server takes any text for true
 
 
@@ -47,16 +46,11 @@ class Spec(NamedTuple):
 
     @property
     def default(self) -> Any:
-        """A widget's first value; None if the input is no widget or has none."""
-        if self.options.get("forceInput"):
-            return None
-        return self.options.get("default", self.choices[0] if self.choices else FIRST_VALUES.get(str(self.kind)))
+        """The declared default, else the first choice, else None."""
+        return self.options.get("default", next(iter(self.branches or self.choices), None))
 
     def read(self, typed: str) -> Any:
-        """A value as typed: a text or a choice stays (a text may be in JSON's quotes), else JSON if it parses as such.
-
-        Raises UsageError for what is no boolean and should be one.
-        """
+        """A typed value: a text or a choice as it is (a text may be in JSON's quotes), else JSON if it is JSON."""
         try:
             value = json.loads(typed, parse_constant=str)
         except (ValueError, RecursionError):
@@ -65,11 +59,7 @@ class Spec(NamedTuple):
             return value if isinstance(value, str) else typed
         if typed in (*self.choices, *self.branches):
             return typed
-        if self.kind == "BOOLEAN":
-            if typed.strip().lower() not in BOOLEANS:
-                raise UsageError(f"{typed!r} is neither true nor false")
-            return BOOLEANS[typed.strip().lower()]
-        return value
+        return BOOLEANS.get(typed.strip().lower(), typed) if self.kind == "BOOLEAN" else value
 
 
 def read_workflow(path: Path) -> Prompt:
@@ -108,19 +98,17 @@ def list_nodes(prompt: Prompt) -> str:
 def find_input(prompt: Prompt, target: str) -> tuple[str, str | None]:
     """`node.input` as the node's id and the input, `node` alone as (id, None); node is an id or a title.
 
-    Titles and inputs may both contain dots. Raises UsageError for a node that does not exist, or for several.
+    Titles and inputs may both contain dots; the longest name counts. Raises UsageError for no node, or for several.
     """
-    titles: dict[str, list[str]] = {}
-    for node in prompt:
-        titles.setdefault(title_of(prompt, node), []).append(node)
-    for cut in (len(target), *(place for place in reversed(range(len(target))) if target[place] == ".")):
-        name, rest = target[:cut], target[cut + 1 :]
-        found = [name] if name in prompt else titles.get(name, [])
-        if len(found) > 1:
-            raise UsageError(f"{len(found)} nodes are called {name!r}; use an id: {', '.join(found)}")
-        if found and (rest or cut == len(target)):
-            return found[0], rest or None
-    raise UsageError(f"no node is called {target.partition('.')[0]!r}; the workflow has {list_nodes(prompt)}")
+    names = [(name, node) for node in prompt for name in (node, title_of(prompt, node))]
+    fitting = [(name, node) for name, node in names if f"{target}.".startswith(f"{name}.")]
+    if not fitting:
+        raise UsageError(f"no node is called {target.partition('.')[0]!r}; the workflow has {list_nodes(prompt)}")
+    longest = max((name for name, _ in fitting), key=len)
+    found = [longest] if longest in prompt else [node for name, node in fitting if name == longest]
+    if len(found) > 1:
+        raise UsageError(f"{len(found)} nodes are called {longest!r}; use an id: {', '.join(found)}")
+    return found[0], target[len(longest) + 1 :] or None
 
 
 def read_override(text: str) -> Override:
@@ -151,10 +139,10 @@ def apply_overrides(
         if name not in known:
             raise UsageError(f"{title} (node {node}) has no input {name!r}; it has {', '.join(known) or 'none'}")
         spec = declared.get(name, Spec(None, {}))
-        try:
-            value = spec.read(value) if typed else value
-        except UsageError as error:
-            raise UsageError(f"{title}: {name}: {error}") from None
+        if typed:
+            value = spec.read(value)
+        if spec.kind == "BOOLEAN" and isinstance(value, str):
+            raise UsageError(f"{title}: {name}: {value!r} is neither true nor false")
         if spec.kind != DYNAMIC_COMBO:
             inputs[name] = _literal(value)
         elif value not in list(spec.branches):
@@ -162,7 +150,10 @@ def apply_overrides(
         elif value != inputs.get(name):
             for old in [key for key in inputs if key.startswith(f"{name}.")]:
                 del inputs[old]
-            _choose(inputs, name, spec, value)
+            inputs[name] = value
+            for key, below in _declared(object_info, changed[node]).items():
+                if key.startswith(f"{name}.") and below.default is not None:
+                    inputs[key] = _literal(below.default)
     return changed
 
 
@@ -208,13 +199,3 @@ def _declared(object_info: Mapping[str, Any], node: Mapping[str, Any]) -> dict[s
         chosen = {name: spec.branches.get(str(node["inputs"].get(name))) for name, spec in new.items()}
         new = {name: spec for combo, inputs in chosen.items() for name, spec in _fields(inputs, f"{combo}.").items()}
     return found
-
-
-def _choose(inputs: dict[str, Any], name: str, spec: Spec, key: str) -> None:
-    """Set a dynamic combo to `key`, and the widgets below it to their defaults."""
-    inputs[name] = key
-    for inner, below in _fields(spec.branches[key], f"{name}.").items():
-        if below.branches:
-            _choose(inputs, inner, below, next(iter(below.branches)))
-        elif below.default is not None:
-            inputs[inner] = _literal(below.default)

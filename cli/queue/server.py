@@ -7,12 +7,10 @@ and time.
 
 import base64
 import json
-import os
 import re
 import ssl
 import time
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,12 +29,10 @@ MOST_FILE = 1 << 40
 SLOWEST = 4096  # bytes per second
 MOST_FOLDERS, LONGEST_NAME = 32, 200  # of a file on the server; the name in bytes
 RETRY_SECONDS = 1.0
+TICK_SECONDS = 0.5  # longest wait for one event
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _AWAY = (502, 503, 504)  # a proxy's answers while the server behind it restarts
-# In no file name: control characters, Windows' mark of a drive, halves of characters.
-_UNFIT = re.compile(r"[\x00-\x1f\x7f:\ud800-\udfff]")
-
-
+_UNFIT = re.compile(r"[\x00-\x1f\x7f:\ud800-\udfff]")  # control characters, a drive's colon, halves of characters
 Result = TypeVar("Result")
 
 
@@ -46,19 +42,6 @@ class QueueError(OSError):
 
 class ServerUnreachable(QueueError):
     """Nothing, or nothing that speaks ComfyUI's protocol, answers at the address."""
-
-
-def patiently(call: Callable[[], Result], patience: float) -> Result:
-    """`call`, again and again while the server does not answer, for so many seconds."""
-    deadline = None
-    while True:
-        try:
-            return call()
-        except ServerUnreachable:
-            deadline = deadline or time.monotonic() + patience
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(min(RETRY_SECONDS, patience))
 
 
 class RemoteFile(NamedTuple):
@@ -71,17 +54,20 @@ class RemoteFile(NamedTuple):
     @property
     def relative_path(self) -> Path:
         """Its place below the output folder, never outside of it, whatever the server says."""
-        return Path(*_parts(self.subfolder), *(_parts(self.filename) or ("unnamed",)))
+        parts = _UNFIT.sub("_", f"{self.subfolder}/{self.filename}".replace("\\", "/")).split("/")
+        return Path(*([part for part in parts if part not in ("", ".", "..")] or ["unnamed"]))
 
 
 class ComfyServer:
-    """One ComfyUI server. timeout: seconds that it may stay silent within a request.
+    """One ComfyUI server.
 
     url: `host:port` or `http(s)://[user:password@]host:port[/path]`; the attribute `url` is without the password, which
     goes to the server (or the proxy in front of it) as basic authentication.
+    patience: seconds without an answer after which the server counts as lost.
+    openings: how often the event stream was opened.
     """
 
-    def __init__(self, url: str, *, timeout: float = 30.0) -> None:
+    def __init__(self, url: str, *, patience: float = 30.0) -> None:
         try:
             address = httpx.URL(url if "://" in url else f"http://{url}")
         except httpx.InvalidURL:
@@ -90,21 +76,32 @@ class ComfyServer:
             shown = url.rpartition("@")[2]
             raise UsageError(f"{shown} is not a server address; use one like http://127.0.0.1:8188")
         self.url = f"{address.scheme}://{address.netloc.decode()}{address.path.rstrip('/')}"
-        self._timeout = timeout
+        self._patience, self.openings = patience, 0
+        self._socket: ClientConnection | None = None
         secret = base64.b64encode(f"{address.username}:{address.password}".encode()).decode()
         self._headers = {"Authorization": f"Basic {secret}"} if address.userinfo else {}
-        # The environment's proxy never serves this machine, nor the hosts that the system excludes from it.
-        self._direct = address.host in _LOCAL or bool(urllib.request.proxy_bypass(address.host))
+        self._direct = address.host in _LOCAL  # the environment's proxy does not serve this machine
         system = ssl.create_default_context()  # httpx alone would not know the certificates of the system's store
-        try:
-            self._client = httpx.Client(
-                base_url=self.url, headers=self._headers, timeout=timeout, verify=system, trust_env=not self._direct
-            )
-        except (ImportError, ValueError) as error:  # ALL_PROXY may name a kind of proxy that httpx cannot use
-            raise UsageError(f"cannot use the proxy that this environment names: {error}") from error
+        self._client = httpx.Client(
+            base_url=self.url, headers=self._headers, timeout=patience, verify=system, trust_env=not self._direct
+        )
 
     def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
         self._client.close()
+
+    def patiently(self, call: Callable[[], Result]) -> Result:
+        """`call`, again and again while the server does not answer, until patience is over."""
+        deadline = None
+        while True:
+            try:
+                return call()
+            except ServerUnreachable:
+                deadline = deadline or time.monotonic() + self._patience
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(min(RETRY_SECONDS, self._patience))
 
     def object_info(self) -> Mapping[str, Any]:
         """The server's node definitions."""
@@ -114,11 +111,10 @@ class ComfyServer:
         """Queue `prompt`; returns one line per node error in parts that the server will not run.
 
         previews: make the sampler send pictures, whatever the server was started with. Raises QueueError with the
-        server's own message and one `title: input: message` line per node error if it refuses the prompt.
+        server's own message and one line per node error if it refuses the prompt.
         """
-        body: dict[str, Any] = {"prompt": prompt, "client_id": client_id, "prompt_id": prompt_id}
-        if previews:
-            body["extra_data"] = {"preview_method": "auto"}
+        extra = {"preview_method": "auto"} if previews else {}
+        body = {"prompt": prompt, "client_id": client_id, "prompt_id": prompt_id, "extra_data": extra}
         return node_error_lines(prompt, self._ask("POST", "/prompt", body).get("node_errors"))
 
     def cancel(self, prompt_id: str) -> None:
@@ -128,8 +124,7 @@ class ComfyServer:
 
     def history(self, prompt_id: str) -> Mapping[str, Any] | None:
         """The record of a finished prompt, None while it has none."""
-        record = self._ask("GET", f"/history/{prompt_id}").get(prompt_id)
-        return record if isinstance(record, dict) else None
+        return mapping(self._ask("GET", f"/history/{prompt_id}").get(prompt_id)) or None
 
     def has_queued(self, prompt_id: str) -> bool:
         """Whether the prompt is running or waiting."""
@@ -137,43 +132,50 @@ class ComfyServer:
         rows = [*listing(queue.get("queue_running")), *listing(queue.get("queue_pending"))]
         return any(prompt_id in listing(row)[1:2] for row in rows)
 
-    def knows(self, prompt_id: str) -> bool:
-        """Whether the prompt is waiting, running, or finished and remembered."""
-        return self.has_queued(prompt_id) or self.history(prompt_id) is not None
-
-    def listen(self, client_id: str, *, previews: bool) -> ClientConnection:
-        """Open the event stream; with `previews` ask for pictures with their node's name. Raises ServerUnreachable."""
-        address = f"ws{self.url.removeprefix('http')}/ws?clientId={client_id}"
+    def listen(self, client_id: str) -> ClientConnection:
+        """Open the stream of events about this client's prompts. Raises ServerUnreachable."""
         try:
-            socket = connect(
-                address,
+            self._socket = socket = connect(
+                f"ws{self.url.removeprefix('http')}/ws?clientId={client_id}",
                 additional_headers=self._headers,
-                compression=None,
                 proxy=None if self._direct else True,
-                open_timeout=self._timeout,
+                open_timeout=self._patience,
                 close_timeout=1,
                 max_size=MOST_EVENT,
-            ).__enter__()  # the caller closes it
-            if previews:  # must be the first message
-                socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
-        except (WebSocketException, OSError, ImportError) as error:
+            ).__enter__()  # `close` ends it
+            # Ask for previews that name their node; ComfyUI reads this in the first message only.
+            socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
+        except (WebSocketException, OSError) as error:
             raise ServerUnreachable(f"no ComfyUI server answers at {self.url}: {error}") from error
+        self.openings += 1
         return socket
+
+    def next_event(self, client_id: str) -> str | bytes | None:
+        """The next message of the event stream, None if none came within TICK_SECONDS.
+
+        Raises ServerUnreachable when the stream breaks off; the next call opens it again.
+        """
+        socket = self._socket or self.listen(client_id)
+        try:
+            return socket.recv(timeout=TICK_SECONDS)
+        except TimeoutError:
+            return None
+        except (WebSocketException, OSError) as error:
+            socket.close()
+            self._socket = None
+            raise ServerUnreachable(f"the event stream broke off: {error}") from error
 
     def download(self, remote: RemoteFile, folder: Path) -> Path:
         """Fetch a file below `folder`, whole or not at all; an existing file is never overwritten."""
         path = remote.relative_path
         if len(path.parts) > MOST_FOLDERS or any(len(part.encode()) > LONGEST_NAME for part in path.parts):
             raise QueueError(f"{remote.filename[:80]}… is too long a file name; shorten the save node's prefix")
-        target = folder / path
+        target = free_name(folder / path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target = free_name(target)
         query = urllib.parse.urlencode(remote._asdict(), errors="replace")
         answer = self._answer("GET", f"/view?{query}")
         with whole_file(target) as partial, answer as response, partial.open("wb") as file:
             file.writelines(self._bounded(response, MOST_FILE))
-            file.flush()
-            os.fsync(file.fileno())
         return target
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
@@ -188,8 +190,7 @@ class ComfyServer:
     @contextmanager
     def _answer(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Iterator[httpx.Response]:
         """A good answer, its body still to be read; any other raises the server's own words."""
-        content = None if body is None else json.dumps(body).encode()
-        headers = {} if body is None else {"Content-Type": "application/json"}
+        content, headers = b"" if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"}
         try:
             with self._client.stream(method, path, content=content, headers=headers) as response:
                 if not response.is_success:
@@ -206,45 +207,31 @@ class ComfyServer:
             received += len(part)
             if received > most:
                 raise QueueError(f"an answer of {self.url} is larger than {most} bytes")
-            if time.monotonic() - start > self._timeout + received / SLOWEST:
+            if time.monotonic() - start > self._patience + received / SLOWEST:
                 raise ServerUnreachable(f"{self.url} sends less than {SLOWEST} bytes a second")
             yield part
 
     def _refusal(self, path: str, response: httpx.Response, content: bytes, prompt: Prompt) -> QueueError:
         """The server's own words for an HTTP error."""
-        status = f"HTTP {response.status_code} {response.reason_phrase}"
-        if response.status_code in _AWAY:
-            return ServerUnreachable(f"no ComfyUI server answers at {self.url}: {status}")
         answer = read_object(content)
         error = mapping(answer.get("error"))
-        if not error:
-            text = response.headers.get("Location") or content[:300].decode(errors="replace").strip()
-            return QueueError(f"{self.url}{path} answers {status}: {text}")
-        lines = node_error_lines(prompt, answer.get("node_errors"))
-        message = str(error.get("message", error.get("type")))
-        return QueueError("\n".join([message if lines else _with_details(message, error.get("details")), *lines]))
+        if error:
+            lines = node_error_lines(prompt, answer.get("node_errors"))
+            return QueueError("\n".join([str(error.get("message")), *lines] if lines else [_with_details(error)]))
+        text = response.headers.get("Location") or content[:300].decode(errors="replace").strip()
+        status = f"{self.url}{path} answers HTTP {response.status_code} {response.reason_phrase}: {text}"
+        return ServerUnreachable(status) if response.status_code in _AWAY else QueueError(status)
 
 
 def node_error_lines(prompt: Prompt, node_errors: Any) -> list[str]:
-    """`node title: input: message` for every error in a server's node_errors."""
-    lines = []
-    for node, entry in mapping(node_errors).items():
-        for error in map(mapping, listing(mapping(entry).get("errors"))):
-            name = str(mapping(error.get("extra_info")).get("input_name") or "")
-            details = str(error.get("details") or "")
-            if name:
-                # "name: why", "name - why" if a node refuses by itself, or the name alone
-                details = re.sub(rf"^{re.escape(name)}(:\s*|\s+-\s+|$)", "", details).strip()
-            message = _with_details(str(error.get("message", "error")), details)
-            lines.append(": ".join(part for part in (title_of(prompt, node), name, message) if part))
-    return lines
+    """`node title: message (details)` for every error in a server's node_errors; the details name the input."""
+    return [
+        f"{title_of(prompt, node)}: {_with_details(error)}"
+        for node, entry in mapping(node_errors).items()
+        for error in map(mapping, listing(mapping(entry).get("errors")))
+    ]
 
 
-def _with_details(message: str, details: Any) -> str:
-    return f"{message} ({details})" if details and str(details) not in message else message
-
-
-def _parts(path: str) -> tuple[str, ...]:
-    """Path components without a root, a drive or a way up, with either kind of slash."""
-    parts = (_UNFIT.sub("_", part) for part in path.replace("\\", "/").split("/"))
-    return tuple(part for part in parts if part not in ("", ".", ".."))
+def _with_details(error: Mapping[str, Any]) -> str:
+    message, details = str(error.get("message", "error")), str(error.get("details") or "")
+    return f"{message} ({details})" if details not in message else message

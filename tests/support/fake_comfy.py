@@ -34,8 +34,8 @@ class FakeComfy:
         self.truncate_downloads = False
         self.hold, self.hold_after, self.render, self.held_prompt = False, 0, None, None
         self.prompts, self.interrupts, self.deleted, self.connections = [], [], [], 0
-        self.rendered, self.client_messages, self.requests, self.longest_queue = [], [], [], 0
-        self.lose_next_answer_to, self.authorization, self.answers = None, None, {}
+        self.rendered, self.client_messages, self.requests = [], [], []
+        self.lose_next_answer_to, self.authorization, self.answers, self.previews = None, None, {}, None
         self.url = ""
         self._sockets, self._history, self._queued = set(), {}, []
         self._released = threading.Event()
@@ -131,7 +131,6 @@ class FakeComfy:
         if self.refusal is not None:
             return web.json_response(self.refusal, status=400)
         self._queued.append(body)
-        self.longest_queue = max(self.longest_queue, len(self._queued))
         return web.json_response({"prompt_id": body["prompt_id"], "number": 1, "node_errors": self.node_errors})
 
     async def _work(self):
@@ -149,6 +148,8 @@ class FakeComfy:
             while not self._sockets and self._reachable:
                 await asyncio.sleep(0.02)
             await self._send(event if isinstance(event, bytes) else (event[0], {"prompt_id": prompt_id, **event[1]}))
+        if self.previews is not None:
+            await self._send(self.previews(prompt_id))
         held = self.hold and len(self.rendered) >= self.hold_after
         self.held_prompt = prompt_id if held else None
         while held and not self._released.is_set() and prompt_id not in self.interrupts and crashes == self._crashes:

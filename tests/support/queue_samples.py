@@ -7,9 +7,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
-from lightforcing.cli.queue.batch import Request, run_batch
+from lightforcing.cli.queue.batch import Batch
 from lightforcing.cli.queue.jobs import Line, make_jobs
-from lightforcing.cli.queue.ledger import Ledger
 from lightforcing.cli.queue.server import ComfyServer
 
 from .fake_comfy import SUCCESS
@@ -100,23 +99,23 @@ def hold(fake, after=0):
     fake.hold, fake.hold_after = True, after
 
 
-class Batch:
+class TextBatch:
     """Prompts `text 1` … `text n` under the names `0001` …, and what happened to them."""
 
     def __init__(self, out, fake, count, **options):
-        self.fake, self.events = fake, []
+        self.fake, self.out, self.events = fake, out, []
         self.jobs = make_jobs(GRAPH, OBJECT_INFO, lines=[Line(f"text {number}") for number in range(1, count + 1)])
-        self.request = Request(None, out, fake.url, **{"seeds": "1", "patience": 0.3, **options})
+        self.patience, self.options = options.pop("patience", 1.0), options
 
     def start(self):
         """Run in another thread; the future's result is the counts."""
         return ThreadPoolExecutor(1).submit(self.run)
 
     def run(self):
-        self.request.out.mkdir(exist_ok=True)
-        server = ComfyServer(self.fake.url, timeout=5)
-        with closing(server), closing(Ledger(self.request.out, self.jobs)) as ledger:
-            return tuple(run_batch(self.request, self.jobs, server, ledger, self._note).values())
+        """How many are done, failed and left."""
+        with closing(ComfyServer(self.fake.url, patience=self.patience)) as server:
+            Batch(self.jobs, server, self._note, self.out, **self.options).run()
+        return tuple(self.events[-1][key] for key in ("done", "failed", "left"))
 
     def _note(self, kind, **fields):
         self.events.append({"event": kind, **fields})
@@ -127,7 +126,7 @@ class Batch:
     def check_complete(self, *, once=True):
         """Every job's folder holds its text; `once`: and no prompt ran twice."""
         wanted = {job.name: text_of({"prompt": job.prompt}) for job in self.jobs}
-        assert texts_below(self.request.out) == wanted
-        assert not [name for name in os.listdir(self.request.out) if name.endswith(".part")]
+        assert texts_below(self.out) == wanted
+        assert not [name for name in os.listdir(self.out) if name.endswith(".part")]
         if once:
             assert Counter(map(text_of, self.fake.rendered)) == Counter(wanted.values())

