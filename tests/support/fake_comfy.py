@@ -62,9 +62,6 @@ class FakeComfy:
 
     @contextmanager
     def running(self):
-        self._loop = loop = asyncio.new_event_loop()
-        ready = threading.Event()
-
         @web.middleware
         async def answer_if_reachable(request, handler):
             self.requests.append(request.path.removeprefix("/base/").split("/")[0])
@@ -75,9 +72,8 @@ class FakeComfy:
                 raise web.HTTPUnauthorized
             if self.requests[-1] in self.answers:
                 status, body = self.answers[self.requests[-1]]
-                return web.Response(
-                    status=status, body=body, headers={"Location": "https://elsewhere"} if status == 301 else {}
-                )
+                headers = {"Location": "https://elsewhere"} if status == 301 else {}
+                return web.Response(status=status, body=body, headers=headers)
             answer = await handler(request)
             if self.lose_next_answer_to == self.requests[-1]:
                 self.lose_next_answer_to = None
@@ -86,41 +82,31 @@ class FakeComfy:
 
         async def start():
             app = web.Application(middlewares=[answer_if_reachable])
-            app.router.add_get("/base/object_info", self._get_object_info)
-            app.router.add_post("/base/prompt", self._post_prompt)
-            app.router.add_get("/base/ws", self._websocket)
-            app.router.add_get("/base/history/{id}", self._get_history)
-            app.router.add_get("/base/queue", self._get_queue)
-            app.router.add_post("/base/queue", self._post_queue)
-            app.router.add_post("/base/interrupt", self._post_interrupt)
-            app.router.add_get("/base/view", self._view)
+            for name in ("object_info", "ws", "history/{id}", "queue", "view"):
+                app.router.add_get(f"/base/{name}", getattr(self, f"_get_{name.partition('/')[0]}"))
+            for name in ("prompt", "queue", "interrupt"):
+                app.router.add_post(f"/base/{name}", getattr(self, f"_post_{name}"))
             runner = web.AppRunner(app, shutdown_timeout=0.1)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()
             self.url = f"http://127.0.0.1:{runner.addresses[0][1]}/base"
             self._worker = asyncio.create_task(self._work())
-            ready.set()
             return runner
 
-        def serve():
-            asyncio.set_event_loop(loop)
-            runner = loop.run_until_complete(start())
-            loop.run_forever()
-            for task in asyncio.all_tasks(loop):
-                task.cancel()
-            loop.run_until_complete(runner.cleanup())
-            loop.close()
-
-        thread = threading.Thread(target=serve, daemon=True)
+        self._loop = loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, daemon=True)
         thread.start()
-        assert ready.wait(10)
+        runner = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
         try:
             yield self
         finally:
             self.release()
+            loop.call_soon_threadsafe(self._worker.cancel)
+            asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
             loop.call_soon_threadsafe(loop.stop)
             thread.join(10)
+            loop.close()
 
     async def _get_object_info(self, request):
         return web.json_response(self.object_info)
@@ -180,7 +166,7 @@ class FakeComfy:
         for socket in list(self._sockets):
             await socket.close()
 
-    async def _websocket(self, request):
+    async def _get_ws(self, request):
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         self.connections += 1
@@ -213,7 +199,7 @@ class FakeComfy:
             self.interrupts.append(prompt_id)
         return web.Response()
 
-    async def _view(self, request):
+    async def _get_view(self, request):
         key = tuple(request.query[name] for name in ("filename", "subfolder", "type"))
         if key not in self.files:
             return web.Response(status=404)

@@ -23,33 +23,19 @@ GRAPH = {
     },
     "4": {"class_type": "Save", "inputs": {"images": ["3", 0], "prefix": "clip"}, "_meta": {"title": "Save"}},
 }
-MODES = [
-    {"key": "plain", "inputs": {}},
-    {
-        "key": "growth",
-        "inputs": {
-            "required": {"target": ["FLOAT", {"default": 0.6}], "curve": [["linear", "root"], {}]},
-            "optional": {"note": ["STRING", {"default": ""}]},
-        },
-    },
-]
+GROWTH = {
+    "required": {"target": ["FLOAT", {"default": 0.6}], "curve": [["linear", "root"], {}]},
+    "optional": {"note": ["STRING", {"default": ""}]},
+}
+MODES = {"options": [{"key": "plain", "inputs": {}}, {"key": "growth", "inputs": GROWTH}]}
+SAMPLER = {
+    "required": {"positive": ["CONDITIONING", {}], "seed": ["INT", {}], "mode": ["COMFY_DYNAMICCOMBO_V3", MODES]},
+    "optional": {"cfg": ["FLOAT", {}], "block": ["COMBO", {"options": ["16", "64"]}], "tail": ["BOOLEAN", {}]},
+}
 OBJECT_INFO = {
     "CLIPLoader": {"input": {"required": {"clip_name": [["umt5", "clip_l"], {}]}}},
     "CLIPTextEncode": {"input": {"required": {"text": ["STRING", {"multiline": True}], "clip": ["CLIP", {}]}}},
-    "Sampler": {
-        "input": {
-            "required": {
-                "positive": ["CONDITIONING", {}],
-                "seed": ["INT", {"default": 0, "control_after_generate": True}],
-                "mode": ["COMFY_DYNAMICCOMBO_V3", {"options": MODES}],
-            },
-            "optional": {
-                "cfg": ["FLOAT", {"default": 1.0}],
-                "block": ["COMBO", {"options": ["16", "64"]}],
-                "tail": ["BOOLEAN", {"default": False}],
-            },
-        }
-    },
+    "Sampler": {"input": SAMPLER},
     "Save": {"input": {"required": {"images": ["IMAGE", {}], "prefix": ["STRING", {}]}}},
 }
 

@@ -71,40 +71,6 @@ def test_lost_server_ends_the_batch_and_the_next_start_goes_on(comfy, out):
     batch.check_complete()
 
 
-def test_result_that_was_made_while_nobody_listened_is_fetched(comfy, out):
-    hold(comfy)
-    batch = TextBatch(out, comfy, 1)
-    future = batch.start()
-    wait_until(lambda: comfy.held_prompt)
-    comfy.cut_off()
-    assert future.result(20) == (0, 0, 1)
-    comfy.release()
-    wait_until(lambda: comfy.rendered)
-    comfy.come_back()
-    assert batch.run() == (1, 0, 0)
-    batch.check_complete()
-
-
-@pytest.mark.parametrize("kind", ["no answer", "a proxy answers for the server that restarts"])
-def test_short_outage_loses_nothing(comfy, out, kind):
-    hold(comfy)
-    batch = TextBatch(out, comfy, 1, patience=20)
-    future = batch.start()
-    wait_until(lambda: comfy.held_prompt)
-    if kind == "no answer":
-        comfy.cut_off()
-    else:
-        comfy.answers = {"history": (502, b"bad gateway")}
-    comfy.release()
-    asked = len(comfy.requests)
-    wait_until(lambda: comfy.rendered and len(comfy.requests) > asked + 1)
-    comfy.answers = {}
-    comfy.come_back()
-    assert future.result(20) == (1, 0, 0)
-    batch.check_complete()
-    assert batch.of("server_lost") == []
-
-
 @pytest.mark.parametrize("request_kind", ["prompt", "view"])
 def test_lost_answer_makes_no_second_run(comfy, out, request_kind):
     comfy.lose_next_answer_to = request_kind

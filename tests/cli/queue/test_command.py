@@ -119,14 +119,6 @@ def test_parts_that_the_server_left_out_are_named_and_exit_1(comfy, tmp_path):
     assert "left out by the server: My sampler: Bad (seed)" in result.stderr
 
 
-def test_seeds_alone_make_a_batch(comfy, tmp_path):
-    result = run(single(tmp_path, comfy, "--seeds", "7,9-10", "--set", "2.text=a cat"))
-    assert result.exit_code == 0, result.stderr
-    assert [body["prompt"]["3"]["inputs"]["seed"] for body in comfy.prompts] == [7, 9, 10]
-    assert set(map(text_of, comfy.prompts)) == {"a cat"}
-    assert sorted(texts_below(tmp_path / "out")) == ["prompt-seed10", "prompt-seed7", "prompt-seed9"]
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -213,19 +205,3 @@ def test_killed_command_goes_on_with_what_its_server_did_meanwhile(comfy, comman
     assert "progress" in [event["event"] for event in events_of(output)]
     assert len({body["client_id"] for body in comfy.prompts[:2]}) == 1
     assert comfy.interrupts == []
-
-
-def test_refused_start_leaves_no_ledger(command, tmp_path):
-    (tmp_path / "out" / "0002").mkdir(parents=True)
-    assert "is there already and not from this batch" in run(command()).stderr
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["0002"]
-
-
-def test_changed_batch_is_refused_and_a_longer_one_goes_on(comfy, command, tmp_path):
-    assert run(command()).exit_code == 0
-    result = run(command("--set", "3.cfg=2"))
-    assert result.exit_code == 2
-    assert "has another prompt named 0001" in result.stderr
-    assert run(command(count=5)).exit_code == 0
-    assert texts_below(tmp_path / "out") == complete(5)
-    assert len(comfy.prompts) == 5

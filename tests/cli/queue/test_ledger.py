@@ -1,8 +1,5 @@
 """The ledger of a batch: one command at a time, one batch per folder."""
 
-import subprocess
-import sys
-
 import pytest
 
 from lightforcing.cli.queue.jobs import Job
@@ -25,18 +22,6 @@ def filled(tmp_path):
     return tmp_path
 
 
-def test_next_start_knows_what_is_done_and_what_is_sent(filled):
-    ledger = Ledger(filled, [DOG, CAT, COW])
-    assert ledger.states() == {"dog": "done", "cat": "failed", "cow": "sent"}
-    assert ledger.sent == {"cow": "id of cow"}
-    client_id = ledger.client_id
-    ledger.close()
-    again = Ledger(filled, [DOG, CAT, COW])
-    assert again.client_id == client_id  # the server sends cow's events to whoever has it
-    again.set("cow", state="waiting")
-    assert again.states()["cow"] == "waiting"
-
-
 def test_batch_may_grow_but_not_change(filled):
     grown = Ledger(filled, [DOG, CAT, COW, Job("hen", {"1": {"class_type": "hen"}})])
     assert grown.states()["hen"] == "waiting"
@@ -45,25 +30,6 @@ def test_batch_may_grow_but_not_change(filled):
         Ledger(filled, [DOG, OTHER_CAT, COW])
     assert "has another prompt named cat" in str(caught.value)
     assert "undo that to continue the batch, choose another --out" in str(caught.value)
-
-
-def test_titles_do_not_make_another_prompt():
-    named = Job("cat", {"1": {"class_type": "cat", "_meta": {"title": "My cat"}}})
-    assert named.digest == CAT.digest != OTHER_CAT.digest
-
-
-def test_folder_has_one_command_at_a_time(tmp_path):
-    ledger = Ledger(tmp_path, [DOG])
-    code = f"""
-from pathlib import Path
-from lightforcing.cli.queue.ledger import Ledger
-Ledger(Path({str(tmp_path)!r}), [])
-"""
-    second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "another command is working on" in second.stderr
-    ledger.set("dog", state="sent")  # the first one is not disturbed
-    ledger.close()
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("content", [b"no database", b"SQLite format 3\0 of another kind"])

@@ -1,7 +1,6 @@
 """The client against a real HTTP server that plays ComfyUI's part, well and badly."""
 
 import os
-import socket
 
 import pytest
 
@@ -29,21 +28,10 @@ def submit(server):
 
 
 def test_refusal_names_node_input_and_message(comfy, server):
-    comfy.refusal = {
-        "error": {"type": "prompt_outputs_failed_validation", "message": "Prompt outputs failed validation"},
-        "node_errors": {
-            "1": {
-                "errors": [
-                    {
-                        "message": "Value not in list",
-                        "details": "model: 'x.pt' not in ['a.pt']",
-                        "extra_info": {"input_name": "model"},
-                    },
-                    {"message": "Required input is missing", "details": "vae", "extra_info": {"input_name": "vae"}},
-                ]
-            }
-        },
-    }
+    wrong = {"message": "Value not in list", "details": "model: 'x.pt' not in ['a.pt']"}
+    missing = {"message": "Required input is missing", "details": "vae"}
+    error = {"message": "Prompt outputs failed validation", "details": "both, at length"}
+    comfy.refusal = {"error": error, "node_errors": {"1": {"errors": [wrong, missing]}}}
     with pytest.raises(QueueError) as caught:
         submit(server)
     assert str(caught.value).splitlines() == [
@@ -64,15 +52,6 @@ def test_login_in_the_address_goes_to_the_server_and_nowhere_else(comfy, tmp_pat
     with pytest.raises(QueueError, match="HTTP 401") as caught:
         ComfyServer(comfy.url.replace("http://", "http://me:secret@")).object_info()
     assert "secret" not in str(caught.value)
-
-
-def test_nobody_at_the_address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for call in (lambda server: server.has_queued("7f2c"), lambda server: server.listen("client")):
-        with pytest.raises(ServerUnreachable, match=f"no ComfyUI server answers at http://127.0.0.1:{port}: ."):
-            call(ComfyServer(f"127.0.0.1:{port}"))
 
 
 @pytest.mark.parametrize("address", ["ftp://host", "http://", "http://host:port", "http://[::1"])
@@ -108,12 +87,6 @@ def test_answers_of_no_use_are_refused(comfy, server, monkeypatch, status, body,
     comfy.answers = {"queue": (status, body)}
     with pytest.raises(kind, match=message):
         server.has_queued("7f2c")
-
-
-@pytest.mark.parametrize("body", [b"{}", b'{"queue_running": [7, [], [0, "other"]], "queue_pending": {"a": 1}}'])
-def test_odd_rows_of_a_queue_are_other_prompts(comfy, server, body):
-    comfy.answers = {"queue": (200, body)}
-    assert not server.has_queued("7f2c")
 
 
 def test_answer_that_only_drips_counts_as_none(comfy, server, monkeypatch):
@@ -159,7 +132,6 @@ def test_broken_or_huge_download_leaves_nothing(comfy, server, tmp_path, monkeyp
         ("a.mp4", "/root/..", "root/a.mp4"),
         ("a.mp4", "C:\\x", "C_/x/a.mp4"),
         ("..", "", "unnamed"),
-        ("/", "clips", "clips"),
         ("a\0b\n.mp4", "", "a_b_.mp4"),
         ("a\ud800.mp4", "", "a_.mp4"),
     ],
