@@ -1,4 +1,4 @@
-"""How one chunk attends, decided when it opens: the plan of its policy, the backend, and why it is dense if it is."""
+"""One chunk's attention, decided when the chunk opens: the policy's plan, the backend, and the reason if dense."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ class ChunkAttention:
 
     @property
     def no_backend(self) -> str | None:
-        """Why the chunk is dense although it was to skip blocks: no sparse backend works; or None."""
+        """Why no sparse backend works, if the chunk is dense for that reason; otherwise None."""
         return self.choice.reason if self.choice and self.choice.name == DENSE.name else None
 
 
@@ -35,14 +35,14 @@ def plan_chunk(
 ) -> ChunkAttention:
     """Plan the attention of a chunk that skips the share `sparsity` of the key blocks in `view`, in [0, 1).
 
-    dtype: of queries. stored: of keys and values in the cache. Raises `BackendUnavailable` if a
-    backend was named that cannot run.
+    dtype: of queries. stored: of keys and values in the cache. Raises `BackendUnavailable` if a named backend
+    cannot run.
     """
     rule = POLICIES[options.policy].selection
     if len(view.slot_frames) == view.current:
-        return ChunkAttention(why_dense="it sees nothing but itself")
+        return ChunkAttention(why_dense="it has no past frames")
     if sparsity == 0.0:
-        return ChunkAttention(why_dense="the schedule asks for no sparsity here")
+        return ChunkAttention(why_dense="its scheduled sparsity is 0")
     if rule is None:
         return ChunkAttention(why_dense=f"the attention policy {options.policy!r} reads everything")
     call = _shapes(options, view, head_dim, dtype, stored)

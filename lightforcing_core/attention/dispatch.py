@@ -25,7 +25,7 @@ class BackendUnavailable(RuntimeError):
 
 
 class BackendChoice(NamedTuple):
-    """The backend that will run, and one sentence of why."""
+    """The backend that will run, and the reason in one sentence."""
 
     name: str
     reason: str
@@ -59,7 +59,7 @@ def sparse_attention(
     not read enters its softmax once, as its mean with log(the block's real tokens) added to the score.
 
     Returns [B, Lq, H, D] in q's dtype. A query block with no key block gives zeros. On a device without a working
-    sparse backend "auto" is dense attention. Raises ValueError for input that does not fit together and
+    sparse backend "auto" is dense attention. Raises ValueError for inputs that do not match and
     `BackendUnavailable` if a named backend cannot run. Block ids in `selection` are not checked: that would wait on
     the device.
     """
@@ -87,7 +87,7 @@ def choose_backend(
     backend: str = "auto",
     tail: bool = False,
 ) -> BackendChoice:
-    """The backend that `sparse_attention` takes for such tensors, with one sentence of why.
+    """The backend that `sparse_attention` chooses for such tensors, and the reason in one sentence.
 
     q: [B, Lq, H, D].
     k: [B, Lk, H, D], as it is stored; only shapes, dtypes and devices matter.
@@ -112,7 +112,7 @@ def choose(call: Call, backend: str = "auto") -> BackendChoice:
             continue
         reason = call.path(one.name).failure or one.why_not(call) or one.why_not_auto(call)
         if reason is None:
-            return BackendChoice(one.name, "; ".join(declined) or f"{one.name} is the fastest here and can run")
+            return BackendChoice(one.name, "; ".join(declined) or f"{one.name} is the fastest backend here and can run")
         declined.append(reason)
     last = REFERENCE if call.q.device.type == "cpu" else DENSE
     if reason := last.why_not(call):
@@ -121,7 +121,7 @@ def choose(call: Call, backend: str = "auto") -> BackendChoice:
 
 
 def attend(call: Call, choice: BackendChoice, backend: str = "auto") -> tuple[Result, BackendChoice]:
-    """Run `call` by its chosen backend; returns the result and the choice that gave it.
+    """Run `call` with its chosen backend; returns the result and the backend that computed it.
 
     backend: the requested one. With "auto" a backend that fails is replaced by the next one, with a warning.
     """

@@ -25,9 +25,9 @@ from . import fused
 from .kv_cache import KVCache
 from .rope import RopeTable
 
-# The noise of given last frames as a share of a step's own. With all of it the first step, which settles the most, sees
-# nothing of them; with none of it a model takes them for its past and is not led. Of what was measured with the demo
-# model this leads best, from 0.6 to 0.85 nearly alike.
+# The noise of given last frames as a share of a step's own. At 1 the first step, which decides the most, cannot see
+# them; at 0 the model takes them for its past and does not move towards them. With the demo model this value led best;
+# values from 0.6 to 0.85 were nearly as good.
 GIVEN_NOISE = 0.75
 
 Predict = Callable[[Any, Tensor, Tensor, "ModelState", "Watch | None"], Tensor]
@@ -37,11 +37,11 @@ Watch = Callable[[int, BlockSelection, BackendChoice], object]
 
 @dataclass(eq=False)
 class OpenChunk:
-    """What lives as long as one chunk is open. A new object also means that recorded passes are out of date.
+    """State of one open chunk. A new object also means that recorded passes are out of date.
 
-    steps: denoising steps that are to come, which tells a `StepGraph` whether recording pays.
-    given: how many of the last frames are given, and so have `GIVEN_NOISE` of a step's noise.
-    passes: how many passes there have been. The first one makes `rope`.
+    steps: the number of denoising steps left, from which a `StepGraph` decides whether recording pays.
+    given: the number of last frames that are given, and so get `GIVEN_NOISE` of a step's noise.
+    passes: the number of passes so far. The first one makes `rope`.
     """
 
     frames: int = 0
@@ -55,7 +55,7 @@ class OpenChunk:
 
 @dataclass(eq=False)
 class TextMemory:
-    """The prompt that is followed, [B, tokens, text_dim], and each layer's keys and values of it.
+    """The current prompt, [B, tokens, text_dim], and its keys and values in each layer.
 
     Keys and values, [B, tokens, H, D], are computed by the first pass that needs them.
     """
@@ -73,7 +73,7 @@ class TokenOrder(NamedTuple):
 
 @dataclass
 class ModelState:
-    """What lives as long as one rollout: the cache, the prompt, the open chunk.
+    """State of one rollout: the cache, the prompt, the open chunk.
 
     dense_attention: runs dense chunks and cross-attention. order: made by the first pass, if `attention` asks for one.
     """
@@ -100,17 +100,17 @@ class ModelState:
         self.chunk = OpenChunk(frames, self.cache.current_frames[0], attention, steps, given)
 
     def reopen_visible(self) -> None:
-        """Begin a pass that recomputes every visible frame that is no sink, all of them at once and dense."""
+        """Begin a dense pass that recomputes all visible frames except sinks at once."""
         self.cache.reopen()
         frames = self.cache.current_frames
         self.chunk = OpenChunk(len(frames), frames[0] if frames else 0)
 
     def follow(self, text: Tensor) -> None:
-        """From now on the prompt is `text`, [B, tokens, text_dim]."""
+        """Make `text`, [B, tokens, text_dim], the prompt from now on."""
         self.text = TextMemory(text)
 
     def attend_history(self, q: Tensor, memory: LayerMemory) -> Tensor:
-        """Dense attention of the chunk to all that is visible, [B, L, H, D] in and out."""
+        """Dense attention of the chunk to all visible frames, [B, L, H, D] in and out."""
         if memory.scales is None:
             return self.dense_attention(q, memory.keys, memory.values)
         return dense_attention_8bit(
@@ -118,7 +118,7 @@ class ModelState:
         )
 
     def close(self) -> None:
-        """Free all memory; the state is of no use afterwards."""
+        """Free all memory; the state cannot be used afterwards."""
         self.cache.free()
         self.chunk = OpenChunk()
         self.text = self.order = None
@@ -160,7 +160,7 @@ def commit(dit: Any, x: Tensor, timestep: Tensor, state: ModelState) -> None:
 class Pass:
     """One pass over the open chunk, for a `denoise` function to run: a step's prediction, or a commit of clean latents.
 
-    predict: the function of this name or a `StepGraph` in its place. watch: see `predict`.
+    predict: the function of this name, or a `StepGraph`. watch: see `predict`.
     """
 
     state: ModelState
@@ -199,9 +199,9 @@ def _run_layers(
     *,
     only_store: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """All layers over the chunk's tokens: what the last one gives [B, L, D], and the embedded timestep [B, F or 1, D].
+    """Run all layers; returns the last one's output [B, L, D] and the embedded timestep [B, F or 1, D].
 
-    only_store: end when the last layer has stored its keys and values; the first result is then of no use.
+    only_store: end once the last layer has stored its keys and values; the first result is then not meaningful.
     """
     rope, text = _prepare(dit, x, grid, state)
     state.chunk.passes += 1
@@ -212,7 +212,7 @@ def _run_layers(
     if state.order is not None:
         hidden = _reordered(hidden, state.order.order)
 
-    # Layers are no function of their own: the name `hidden` out here would keep each one's input alive to its end.
+    # A layer is not a function of its own: `hidden` out here would keep its input alive until the function returned.
     for layer, block in enumerate(dit.blocks):
         shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = _modulation(block.modulation, e0)
         y = fused.norm_scale_shift(block.norm1, hidden, scale_sa, shift_sa)
@@ -230,10 +230,10 @@ def _run_layers(
 def _prepare(
     dit: Any, x: Tensor, grid: tuple[int, int, int], state: ModelState
 ) -> tuple[RopeTable, list[tuple[Tensor, Tensor]]]:
-    """The chunk's rope and the prompt's keys and values, which the first pass makes, as it does the order of tokens."""
+    """Make the chunk's rope and the prompt's keys and values in the first pass, and the order of tokens."""
     chunk, text = state.chunk, state.text
     if text is None:
-        raise RuntimeError("there is no prompt to follow; call follow() first")
+        raise RuntimeError("no prompt is set; call follow() first")
     if not text.keys_values:
         text.keys_values = _cross_keys_values(dit, dit.text_embedding(text.embeds))
     if state.attention.tiles and state.order is None:
@@ -249,7 +249,7 @@ def _prepare(
 def _self_attention(
     attention: Any, x: Tensor, layer: int, rope: RopeTable, state: ModelState, watch: Watch | None
 ) -> Tensor:
-    """Self-attention of the chunk over everything it may see."""
+    """Self-attention of the chunk over all visible frames."""
     options, chunk, layout = state.attention, state.chunk, state.cache.layout
     plan, chosen = chunk.attention.plan, chunk.attention.choice
     q, q_means = fused.store(attention, x, layer, state.cache, rope, options.block[0])
@@ -261,7 +261,7 @@ def _self_attention(
     selection = plan.fixed
     if selection is None:
         sub_means = memory.sub_means if options.estimator == "lse" else None
-        assert memory.key_means is not None  # which a cache without a plan to follow does not keep
+        assert memory.key_means is not None  # a cache that never selects blocks keeps no means
         assert memory.frame_means is not None
         q_means = q_layout.block_means(q) if q_means is None else q_means
         selection = plan.select(q_means, memory.key_means, memory.frame_means, sub_means)
@@ -318,7 +318,7 @@ def _sinusoid(dim: int, position: Tensor) -> Tensor:
 
 
 def _with_given(timestep: Tensor, frames: int, given: int) -> Tensor:
-    """[B] or [B, F] timesteps → [B, F], those of the `given` last frames as small as their noise."""
+    """[B] or [B, F] timesteps → [B, F], those of the `given` last frames lowered to match their noise."""
     each = timestep.reshape(len(timestep), -1).expand(-1, frames)
     return torch.cat([each[:, :-given], GIVEN_NOISE * each[:, -given:]], dim=1)
 

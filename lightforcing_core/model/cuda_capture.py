@@ -1,4 +1,4 @@
-"""Capture of a device's work into CUDA graphs; all that live at a time share one memory pool."""
+"""Capture of a device's work into CUDA graphs that share one memory pool."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 class CudaRecorder:
-    """Records CUDA graphs, all that live at a time in one memory pool."""
+    """Records CUDA graphs, which share one memory pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = indexed(device)
@@ -31,7 +31,7 @@ class CudaRecorder:
             return f"CUDA graphs are for NVIDIA GPUs, not for {device.type}"
         if torch.version.hip:
             return "CUDA graphs have not been tried on AMD GPUs"
-        # Without a pool of its own for captures, it warns of every tensor that one frees.
+        # It has no separate pool for captures, and warns about every tensor that a capture frees.
         if any("cudaMallocAsync" in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS):
             return "CUDA graphs have not been tried on torch's allocator cudaMallocAsync; use its native one"
         return None
@@ -40,10 +40,10 @@ class CudaRecorder:
         """Capture `work`, which runs on the CPU only; a launch fills the tensor that it returned.
 
         `torch.cuda.graph` would wait for the device and empty the allocator's cache each time; neither is needed
-        here. Other threads may use the device meanwhile. Raises whatever a capture refuses.
+        here. Other threads may use the device meanwhile. Raises any error of the capture.
         """
         if not self._alive:
-            self._pool = torch.cuda.graph_pool_handle()  # a pool goes with the last of its graphs
+            self._pool = torch.cuda.graph_pool_handle()  # a pool is freed with the last of its graphs
         graph, stream = torch.cuda.CUDAGraph(), capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream), _garbage_kept():
@@ -60,7 +60,7 @@ class CudaRecorder:
         return recording, result
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a capture that broke, so that the allocator serves ordinary requests again; the first error counts."""
+        """End a failed capture, so that the allocator serves ordinary requests again; keep the first error."""
         with contextlib.suppress(Exception):
             graph.capture_end()
         with contextlib.suppress(Exception):  # a capture that ends with an error can leave the allocator recording

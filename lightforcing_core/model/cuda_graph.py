@@ -1,9 +1,9 @@
 """A chunk's denoising steps as one CUDA graph: recorded once per chunk, then launched as a whole.
 
 Within a chunk every step has the same shapes, cache slots, plan and text; only x and the timestep differ. What a graph
-reads must stay in place: it lives in the open chunk and the prompt's memory, so another object in place of either means
-that the next pass runs as it is. All graphs of a run share one memory pool; therefore everything that a graph leaves is
-copied out before another one runs.
+reads must stay in place: it lives in the open chunk and the prompt's memory, so if either is replaced, the
+next pass runs without a graph. All graphs of a run share one memory pool; therefore a graph's results are copied out
+before another one runs.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from .cuda_capture import CudaRecorder, CudaRecording
 
 CudaGraph = Literal["auto", "on", "off"]
 
-# Recording takes the CPU about as long as running, so a graph must be launched at least this often.
+# Recording costs the CPU about as much as running, so it pays only if a graph is launched at least this often.
 LEAST_LAUNCHES = 2
-# How far the first launch of a kind may differ from running it: another algorithm's rounding, not another result.
+# Largest accepted difference between the first launch of a kind and a normal pass: rounding, not another result.
 TOLERANCE = 0.02
 
-# Kinds of passes of which a first launch in this process gave the same as running it.
+# Kinds of passes whose first launch in this process matched a normal pass.
 _checked: set[tuple[object, ...]] = set()
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def step_graphs(
 ) -> Iterator[list[Predict]]:
     """A `predict` for each of a run's states, which launches its steps as CUDA graphs if wanted and possible.
 
-    why_not: as `why_no_graph` gives it. note: called with what became of the graphs, a sentence for the run's record.
+    why_not: as `why_no_graph` gives it. note: called with a sentence about the graphs for the run's record.
     """
     if wanted == "off" or why_not is not None:
         if wanted != "off":
@@ -72,19 +72,19 @@ class StepGraph:
 
     recorder: shared by the states of a run.
     on_stop: called with one sentence if steps turn out not to be recordable.
-    must: raise it as a RuntimeError instead of running the steps one by one.
+    must: raise a RuntimeError with it instead of running the steps one by one.
     """
 
     def __init__(self, recorder: CudaRecorder, on_stop: Callable[[str], object], *, must: bool = False) -> None:
         self._recorder, self._on_stop, self._must = recorder, on_stop, must
         self.why_off: str | None = None
         self.launches = 0
-        self._spent: list[CudaRecording] = []  # of the chunk before: the next recording takes over their memory
+        self._spent: list[CudaRecording] = []  # of the previous chunk: the next recording reuses their memory
         self._recorded: _Recorded | None = None
-        self._ran: tuple[object, ...] | None = None  # epoch of the pass that ran as it is and so prepared a recording
+        self._ran: tuple[object, ...] | None = None  # epoch of the normal pass that prepared a recording
 
     def __call__(self, dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Watch | None = None) -> Tensor:
-        """`predict` with the same arguments, as it is or recorded; the result is the caller's to keep."""
+        """Run `predict` normally or from a recording; the caller owns the result."""
         call = _Call(dit, x, timestep, state, watch)
         recorded = self._recorded
         if self._ran != call.epoch or (recorded is not None and recorded.weights != _addresses(dit)):
@@ -104,14 +104,14 @@ class StepGraph:
         self._free_spent()
 
     def _forget(self) -> None:
-        """Drop what was recorded, because something that it reads has been replaced."""
+        """Drop the recordings, because something that they read has been replaced."""
         if self._recorded is not None:
             self._spent.append(self._recorded.recording)
             # Its tensors go back to the pool, for the next recording to use.
         self._recorded = self._ran = None
 
     def _launch(self, recorded: "_Recorded", call: "_Call") -> Tensor:
-        """Launch a recorded pass on the inputs of `call`, and leave all that running it would have left."""
+        """Launch a recorded pass on the inputs of `call`, with the same effects as a normal pass."""
         for held, given in zip(recorded.inputs, (call.x, call.timestep), strict=True):
             held.copy_(given)
         recorded.recording.launch()
@@ -138,12 +138,12 @@ class StepGraph:
         self.free()
         self.why_off = reason = reason or path.failure or "a recording failed"
         if self._must:
-            raise RuntimeError(f"cuda_graph 'on' cannot go on: {reason}; use 'auto' or 'off'")
+            raise RuntimeError(f"cuda_graph 'on' is not possible: {reason}; use 'auto' or 'off'")
         self._on_stop(f"no longer used: {reason}")
         return call.run()
 
     def _record_and_check(self, call: "_Call") -> Tensor:
-        """Record and launch; compare the first launch of its kind in this process with running the pass."""
+        """Record and launch; compare the first launch of its kind in this process with a normal pass."""
         chunk, passes, kind = call.state.chunk, call.state.chunk.passes, call.kind()
         inputs = call.x.clone(), call.timestep.clone()
         seen: list[tuple[Any, ...]] = []
@@ -157,8 +157,8 @@ class StepGraph:
             chunk.passes = passes
             plain = call.run()
             far = float((out - plain).float().norm() / plain.float().norm().clamp_min(1e-12))
-            if not far <= TOLERANCE:  # which NaN is not either
-                raise RuntimeError(f"a recorded step gave another result than running it ({far:.2g} away)")
+            if not far <= TOLERANCE:  # also true for NaN
+                raise RuntimeError(f"a recorded step and a normal one gave different results ({far:.2g} away)")
             _checked.add(kind)
         return out
 
@@ -189,7 +189,7 @@ class _Call:
         return predict(self.dit, self.x, self.timestep, self.state, self.watch)
 
     def kind(self) -> tuple[object, ...]:
-        """Graphs of one kind are so alike that checking one of them is checking all."""
+        """The kind of its graph; checking one graph of a kind checks them all."""
         state, dit, x, plan = self.state, self.dit, self.x, self.state.chunk.attention.plan
         sizes = (type(dit), dit.dim, len(dit.blocks), x.shape, x.dtype, x.device, self.timestep.shape)
         sparse = plan is not None and (plan.kind,)

@@ -42,7 +42,7 @@ def store(
 
     attention: a layer's self-attention module.
     block_q: query tokens per attention block.
-    with_q: whether queries are made too.
+    with_q: whether to compute queries too.
 
     Returns q [B, L, H, D], normed and roped, and its block means if the fused kernel made them.
     """
@@ -111,7 +111,7 @@ def _modulated(kernel: str, x: Tensor, *arguments: Any) -> Tensor | None:
 
 
 def _kernels_run(x: Tensor) -> bool:
-    """Whether kernels can run for x at all; they know no gradients."""
+    """Whether kernels can run for x at all; they have no backward pass."""
     return x.device.type in DEVICES and not (torch.is_grad_enabled() and x.requires_grad) and why_no_kernels() is None
 
 

@@ -2,7 +2,7 @@
 
 Evicting a frame is renaming its slot: nothing is shifted, cloned or concatenated, and all bookkeeping is Python
 ints, so nothing waits on the device. Keys are stored roped at their global frame index. Only sinks that follow the
-window are rotated, once per chunk and always from their first value, so no rounding piles up.
+window are rotated, once per chunk and always from their first value, so rounding errors do not accumulate.
 """
 
 import torch
@@ -19,7 +19,7 @@ class KVCache:
 
     All memory is allocated here. A chunk is opened, stored once per layer in each pass (later passes overwrite) and
     committed by its clean pass; opening the next one evicts the oldest frames that are not sinks. Means are always
-    in the model's dtype, on the device, whatever `options` say of keys and values.
+    in the model's dtype and on the device; `options` concerns keys and values only.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class KVCache:
         self._move_sinks()
 
     def reopen(self) -> None:
-        """Open every visible frame that is no sink once more, so that one pass can recompute them all."""
+        """Reopen all visible frames except sinks, so that one pass can recompute them."""
         self._require_committed()
         self._current = self._movable_slots()
         self._committed = not self._current
         self._send_slots()
 
     def skip(self, frames: int) -> None:
-        """Pass over `frames` latent frames without storing them, and forget all that came before but the sinks."""
+        """Skip `frames` latent frames without storing them, and forget all earlier ones except sinks."""
         self._require_committed()
         sinks = self.shape.sink_frames
         if self._next_frame < sinks:
@@ -123,7 +123,7 @@ class KVCache:
         self._committed = True
 
     def free(self) -> None:
-        """Free all memory; the cache is of no use afterwards."""
+        """Free all memory; the cache cannot be used afterwards."""
         self.storage.free()
         self._sink_keys.clear()
 

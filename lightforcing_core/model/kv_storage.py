@@ -17,7 +17,7 @@ from ..attention.selection import sub_block_layout
 from ..families import SinkRope
 from ..pinned import CpuMemory, bytes_of
 
-# (first slot, first frame of the source, how many): frames that lie side by side in both.
+# (first slot, first frame of the source, number of frames) of frames that are neighbours in both.
 Runs = Sequence[tuple[int, int, int]]
 
 
@@ -74,7 +74,7 @@ class CacheShape:
         return FrameBlocks(self.tokens_per_frame, self.block_k)
 
     def rows(self, per_slot: int) -> tuple[int, int, int, int]:
-        """The shape of a tensor with so many rows of head vectors per slot."""
+        """The shape of a tensor with `per_slot` head vectors per slot."""
         return self.batch, self.slots * per_slot, self.heads, self.head_dim
 
 
@@ -98,7 +98,7 @@ def write_tokens(target: Tensor, scales: Tensor | None, x: Tensor, runs: Runs, l
 class KVStorage:
     """The tensors of all layers, allocated at construction.
 
-    visible: how many slots, from the first on, hold anything; the others are not copied.
+    visible: the number of slots, from the first on, that are in use; only these are copied.
     dtype: of keys and values.
     """
 
@@ -145,7 +145,7 @@ class KVStorage:
     def at(self, layer: int) -> LayerMemory:
         """All slots of one layer, on the device, to read and to write.
 
-        Keys and values in CPU memory are valid here until the layer after the next one is asked for.
+        Keys and values in CPU memory stay valid until this is called for the layer after the next.
         """
         memory = self._layers[layer]
         if not self._stage:
@@ -170,7 +170,7 @@ class KVStorage:
             for first, many in slots:
                 self._copy(source, target, first, many)
         if self._copier is not None and len(self._layers) <= len(self._stage):
-            # A layer that never leaves its buffer is written again without being brought again.
+            # A layer that is still in its buffer is written again without another copy.
             self._ready[layer % len(self._stage)] = self._copier.record_event()
 
     def free(self) -> None:
@@ -178,12 +178,12 @@ class KVStorage:
         self._layers.clear()
         if self._host is not None:
             if self._copier is not None:
-                self._copier.synchronize()  # copies under way, pinned or not, use memory that is about to go
+                self._copier.synchronize()  # unfinished copies use memory that is about to be freed
             self._host.free()
         self._stage.clear()
 
     def _bring(self, layer: int) -> None:
-        """Copy the visible slots of `layer` into its staging buffer while the device goes on with its work."""
+        """Copy the visible slots of `layer` into its staging buffer while the device keeps computing."""
         buffer = layer % len(self._stage)
         with self._copying():
             self._copy(self._layers[layer], self._stage[buffer], 0, self.visible)
@@ -193,7 +193,7 @@ class KVStorage:
 
     @contextlib.contextmanager
     def _copying(self) -> Iterator[None]:
-        """Run copies on the copying stream, after all work that the device has been given so far."""
+        """Run copies on the copying stream, after all work queued on the device so far."""
         if self._copier is None:
             yield
             return

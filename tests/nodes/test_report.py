@@ -57,7 +57,7 @@ def test_pages_and_words_come_out_after_the_run(server, first):
     assert "4 chunks, " in words
     assert "sees: 9 latent frames, 1 of them sinks" in words
     assert "attention: reference (" in words
-    assert "dense: chunk 0: it sees nothing but itself" in words
+    assert "dense: chunk 0: it has no past frames" in words
     rows = [line.split() for line in words.splitlines() if line.strip()[:1].isdigit() and "denoise" in line]
     assert [row[0] for row in rows] == ["0", "1", "2", "3"]
     assert [row[2] for row in rows] == ["3", "6", "9", "9"]
@@ -121,6 +121,6 @@ def test_the_record_of_samplercustomadvanced_comes_with_its_sampler(server):
     }
     words = server.run(prompt)["outputs"]["report"]["text"][0]
     assert "attention: dense in every call" in words
-    assert "dense: chunk 1-2: the schedule asks for no sparsity here" in words
+    assert "dense: chunk 1-2: its scheduled sparsity is 0" in words
     assert "the hard prompt switch at chunk" in words
     assert "recompute" in words

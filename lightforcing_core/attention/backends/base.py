@@ -25,7 +25,7 @@ class Result(NamedTuple):
     out: [B, Lq, H, D] in q's dtype.
     lse: if the call asks for it, the natural log of the sum of each query's exponentiated scores, those of a tail
     included: [B, Lq, H] in float32 or wider, −inf for a query without keys. Attention over disjoint keys, on two
-    devices for example, adds up by it: out = Σ exp(lseᵢ − lse) · outᵢ with lse = log Σ exp(lseᵢ).
+    devices for example, is combined by it: out = Σ exp(lseᵢ − lse) · outᵢ with lse = log Σ exp(lseᵢ).
     """
 
     out: Tensor
@@ -34,7 +34,7 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call whose tensors are known to fit together. To choose a backend, shapes and dtypes are enough.
+    """One attention call with matching tensors. To choose a backend, shapes and dtypes are enough.
 
     q: [B, Lq, H, D].
     k, v: [B, Lk, H, D], in q's dtype, int8 or float8_e4m3fn.
@@ -45,7 +45,7 @@ class Call:
     tail: the block means of k and v, [B, k_blocks, H, D] each, that stand in for the blocks that are not read.
     uneven: query blocks may read different numbers of key blocks.
     wants_lse: the result must hold a log-sum-exp.
-    dense: dense attention, for the backend that runs it; torch's own if None.
+    dense: the function that `Dense` runs; torch's own attention if None.
     """
 
     q: Tensor
@@ -83,14 +83,14 @@ class Call:
 
     @property
     def needs_grad(self) -> bool:
-        """Whether autograd will ask for a backward pass."""
+        """Whether autograd needs a backward pass."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
 
     @property
     def blocks_read(self) -> BlockSelection:
         """The selection; RuntimeError in a call that was made to choose a backend."""
         if self.selection is None:
-            raise RuntimeError("this call only describes shapes; give it a selection to run it")
+            raise RuntimeError("this call has no selection, so only its shapes can be used; pass one to run it")
         return self.selection
 
     def path(self, kind: str) -> FastPath:
@@ -136,4 +136,4 @@ class Backend(ABC):
 
     @abstractmethod
     def run(self, call: Call) -> Result:
-        """Compute `call`, which `why_not` has nothing against."""
+        """Compute `call`, for which `why_not` returned None."""

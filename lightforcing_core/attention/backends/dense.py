@@ -15,7 +15,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Dense(Backend):
-    """Reads every block, whatever is selected: quality can only rise. 8-bit keys are widened one head at a time."""
+    """Reads every block and ignores the selection. 8-bit keys are widened one head at a time."""
 
     name = "dense"
 
@@ -41,7 +41,7 @@ class Dense(Backend):
 
 
 def dense_by_head(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], k_layout: FrameBlocks) -> Tensor:
-    """Dense attention over an 8-bit cache, of which one head at a time is dequantised."""
+    """Dense attention over an 8-bit cache, dequantised one head at a time."""
     out = torch.empty_like(q)
     for head in range(q.shape[2]):
         one = slice(head, head + 1)
@@ -53,7 +53,7 @@ def dense_by_head(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor]
 def dequantised(
     k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], layout: FrameBlocks, heads: slice, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Some heads of 8-bit keys and values as plain numbers."""
+    """The 8-bit keys and values of some heads, dequantised."""
     k_scales, v_scales = (x[:, :, heads] for x in scales)
     keys = dequantise_blocks(k[:, :, heads], k_scales, layout, dtype)
     return keys, dequantise_blocks(v[:, :, heads], v_scales, layout, dtype)

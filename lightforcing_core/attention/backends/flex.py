@@ -1,7 +1,7 @@
 """Block-sparse attention by `torch.nn.attention.flex_attention`, compiled.
 
 flex takes lists of full and of masked blocks, and a rule for keys of masked ones. Frames are padded to whole blocks, so
-only a frame's ragged last key block is masked. A pooled tail becomes more keys behind the others, one per block.
+only a frame's ragged last key block is masked. A pooled tail is appended as more keys, one per block.
 """
 
 import functools
@@ -22,7 +22,7 @@ from .dense import dequantised
 
 # Query-key pairs, B · H · Lq · Lk, from which on a CPU a compiled flex pays for its compilation. Measured on two
 # busy cores at 12 % density: compiling takes 4 to 20 s once; at this size the reference took 0.6 s per call, flex
-# 0.2 s, so the compiler is paid back after some ten to fifty calls, less than one clip.
+# 0.2 s, so compiling pays after ten to fifty calls, less than one clip.
 FLEX_MIN_SCORES = 1 << 24
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -68,7 +68,7 @@ class Flex(Backend):
         numbers = batch * (1 if by_head else heads) * dim
         # On a CPU keys and values of narrow dtypes are copied once, widened to float32 or packed inside flex.
         widened = widens_on_cpu(q.dtype) or (by_head and heads > 1)
-        copies = 2 + 2 * call.k_layout.ragged + 2 * tail  # a tail's means are appended in one more copy
+        copies = 2 + 2 * call.k_layout.ragged + 2 * tail  # appending a tail's means takes one more copy
         keys = copies * numbers * call.k_blocks * call.k_layout.block
         queries = 2 * numbers * call.q_blocks * call.q_layout.block if widened or call.q_layout.ragged else 0
         lists = 4 * (6 if tail else 3) * batch * heads * call.q_blocks * call.k_blocks
@@ -141,7 +141,7 @@ def _attend(call: Call) -> Result:
     tiles = None
     if q.device.type != "cpu":  # a GPU tile must divide a block
         tiles = {"BLOCK_M": min(64, call.block[0]), "BLOCK_N": min(64, call.block[1])}
-    one_head = q.shape[2] == 1  # torch.compile makes code of its own for sizes of 1
+    one_head = q.shape[2] == 1  # torch.compile specialises on sizes of 1
     kind = (q.device.type, q.dtype, q.shape[-1], *call.block, k_layout.ragged, one_head, bool(bias))
     attend = _compiled(*kind, lse=call.wants_lse)
     scale = call.score_scale
@@ -152,7 +152,7 @@ def _attend(call: Call) -> Result:
 
 @functools.cache
 def _mask_options() -> dict[str, Any]:
-    """Spare the lists of query blocks, which only a backward pass reads, if this PyTorch (from 2.9 on) lets us."""
+    """Leave out the lists of query blocks, which only a backward pass reads, if PyTorch allows it (from 2.9 on)."""
     from torch.nn.attention.flex_attention import BlockMask
 
     parameters = inspect.signature(BlockMask.from_kv_blocks).parameters
@@ -161,7 +161,7 @@ def _mask_options() -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(*kind: object, lse: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """flex_attention compiled once for all lengths; each `kind` and `lse` needs code of its own.
+    """flex_attention compiled once for all lengths; each `kind` and `lse` needs its own code.
 
     torch.compile counts recompilations per code object and past a small limit falls back to a dense, uncompiled
     flex. So each kind gets its own code object, and fullgraph turns that fallback into an error.
@@ -197,8 +197,8 @@ def split_ragged(
     """The listed blocks that are full, and those that are a frame's ragged last one, each k_blocks wide."""
     blocks, counts = selection
     if not layout.ragged:
-        # flex on CPU insists on lists as wide as there are key blocks, of which it reads only `counts`, and takes
-        # them for contiguous.
+        # flex on CPU requires contiguous lists as wide as there are key blocks, although it reads only the first
+        # `counts` entries of each.
         wide = torch.nn.functional.pad(blocks, (0, k_blocks - blocks.shape[-1])).contiguous()
         counts = counts.contiguous()
         return BlockSelection(wide, counts), BlockSelection(torch.zeros_like(wide), torch.zeros_like(counts))

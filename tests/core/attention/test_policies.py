@@ -116,8 +116,8 @@ def test_a_sparse_chunk_has_a_plan_and_a_backend():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"sparsity": 0.0}, "the schedule asks for no sparsity here"),
-        ({"view": VIEW._replace(slot_frames=range(2))}, "it sees nothing but itself"),
+        ({"sparsity": 0.0}, "its scheduled sparsity is 0"),
+        ({"view": VIEW._replace(slot_frames=range(2))}, "it has no past frames"),
         ({"policy": "dense"}, "the attention policy 'dense' reads everything"),
         ({"view": VIEW._replace(device="meta")}, "no sparse attention backend works here: "),
     ],

@@ -35,7 +35,7 @@ def record_of(*chunks, **changes):
         layers=2,
         heads=3,
         grid=(4, 8),  # 32 tokens: the first block covers the upper half, the second the lower one
-        attention=("triton (triton is the fastest here and can run)",),
+        attention=("triton (triton is the fastest backend here and can run)",),
         notes=("the hard prompt switch at chunk 1 read 2 frames again",),
         seconds={"denoise": 4.0, "clean pass": 1.0},
         facts={"model": "Light Forcing short"},
@@ -48,7 +48,7 @@ def record():
     block_map = torch.zeros(2, 3, 4, 2, dtype=torch.int16)
     block_map[1, 2, 3, 1] = 8  # layer 1, head 2, frame 3: every query block reads the lower half
     block_map[0, :, 0, 0] = 4
-    return record_of(chunk_of(0, dense="it sees nothing but itself"), chunk_of(1, block_map=block_map))
+    return record_of(chunk_of(0, dense="it has no past frames"), chunk_of(1, block_map=block_map))
 
 
 def test_the_text_has_the_run_every_chunk_and_the_reasons_for_dense_attention(record):
@@ -62,19 +62,19 @@ def test_the_text_has_the_run_every_chunk_and_the_reasons_for_dense_attention(re
     assert "    1  100.0% 50.0%" in lines
     assert "seconds: denoise 4.0, clean pass 1.0" in lines
     assert lines[-3:] == [
-        "attention: triton (triton is the fastest here and can run)",
-        "dense: chunk 0: it sees nothing but itself",
+        "attention: triton (triton is the fastest backend here and can run)",
+        "dense: chunk 0: it has no past frames",
         "dense: the hard prompt switch at chunk 1 read 2 frames again",
     ]
 
 
 def test_equal_layers_take_one_line_and_equal_reasons_are_listed_once():
     chunks = [chunk_of(index, layer_density=(0.25, 0.25)) for index in range(2)]
-    chunks += [chunk_of(index, dense="the schedule asks for no sparsity here") for index in (2, 3, 5)]
+    chunks += [chunk_of(index, dense="its scheduled sparsity is 0") for index in (2, 3, 5)]
     text = describe(record_of(*chunks, attention=()))
     assert "all 2 layers read the same share" in text
     assert "attention: dense in every call" in text
-    assert "dense: chunk 2-3, 5: the schedule asks for no sparsity here" in text
+    assert "dense: chunk 2-3, 5: its scheduled sparsity is 0" in text
 
 
 def test_shares_are_of_one_layer_and_head_or_the_mean_of_all(record):
@@ -110,7 +110,7 @@ def test_only_dense_layers_are_grey_on_the_density_page():
 
     assert grey(chunk_of(0), chunk_of(1, layer_density=(0.25, 0.6))) < 0.01
     assert grey(chunk_of(0), chunk_of(1, layer_density=(1.0, 0.6))) == pytest.approx(0.25, abs=0.02)
-    assert grey(chunk_of(0, dense="it sees nothing but itself"), chunk_of(1)) == pytest.approx(0.5, abs=0.02)
+    assert grey(chunk_of(0, dense="it has no past frames"), chunk_of(1)) == pytest.approx(0.5, abs=0.02)
 
 
 def test_the_map_paints_a_read_block_at_its_frame_and_position(record):

@@ -136,7 +136,7 @@ def test_recording_changes_no_bit_of_the_video(dit, context):
 
 
 def test_reasons_name_why_a_chunk_or_a_call_ran_dense(dit, context, record):
-    assert record.chunks[0].why_dense == "it sees nothing but itself"
+    assert record.chunks[0].why_dense == "it has no past frames"
     assert [chunk.why_dense for chunk in record.chunks[1:]] == [None] * 5
     assert record.attention == ("reference (reference was asked for)",)
     second = torch.randn(1, 7, TEXT)
@@ -148,12 +148,12 @@ def test_reasons_name_why_a_chunk_or_a_call_ran_dense(dit, context, record):
         window=None,
         sink_frames=0,
     )
-    assert mixed.chunks[1].why_dense == "the schedule asks for no sparsity here"
+    assert mixed.chunks[1].why_dense == "its scheduled sparsity is 0"
     assert mixed.chunks[2].density == pytest.approx(10 / 12), "three of four past frames are eligible"
     assert mixed.notes == ("the hard prompt switch at chunk 2 read 4 frames again",)
     assert mixed.seconds["recompute"] > 0
     whole = recorded(dit, context, growth=None)
-    assert {chunk.why_dense for chunk in whole.chunks[1:]} == {"the schedule asks for no sparsity here"}
+    assert {chunk.why_dense for chunk in whole.chunks[1:]} == {"its scheduled sparsity is 0"}
     assert whole.attention == ()
     assert all(chunk.density == 1.0 for chunk in whole.chunks)
 
