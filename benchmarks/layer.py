@@ -6,7 +6,7 @@ from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.dispatch import choose_backend, sparse_attention
 from ..lightforcing_core.attention.options import AttentionOptions
 from ..lightforcing_core.attention.quantised import STORED, KVDtype, quantise_blocks
-from ..lightforcing_core.attention.selection import BlockSelection, SelectionPlan, sub_block_layout
+from ..lightforcing_core.attention.selection import BlockSelection, SelectionPlan, View, sub_block_layout
 from ..lightforcing_core.families import FAMILIES, Family
 from ..lightforcing_core.rollout.schedule import chunk_sparsities
 
@@ -51,17 +51,10 @@ class LayerAttention:
         self.tensors, self.tokens_per_frame, self.options = (q, k, v), tokens_per_frame, options
         self._q_layout, self._layout = (FrameBlocks(tokens_per_frame, size) for size in options.block)
         self._sub_layout = sub_block_layout(self._layout) if options.estimator == "lse" else None
-        frames = k.shape[1] // tokens_per_frame
-        self.plan = SelectionPlan.build(
-            range(frames),
-            q.shape[1] // tokens_per_frame,
-            self._layout,
-            sparsity=sparsity,
-            keep_frames=options.keep_frames if sparsity else frames,
-            sink_frames=options.sink_frames,
-            near_frames=options.near_frames,
-            device=q.device,
-        )
+        frames, current = k.shape[1] // tokens_per_frame, q.shape[1] // tokens_per_frame
+        view = View(range(frames), current, self._q_layout, self._layout, q.shape[0], q.shape[2], q.device)
+        budget = options.budget if sparsity else options.budget._replace(keep=frames)
+        self.plan = SelectionPlan.build(view, sparsity, budget)
         self.k_means, self._v_means = self._layout.block_means(k), self._layout.block_means(v)
         self._frame_means = self._layout.frame_means(self.k_means)
         self._sub_means = self._sub_layout.block_means(k) if self._sub_layout else None

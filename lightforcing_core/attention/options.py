@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from .backends import BACKEND_NAMES
 from .blocks import block_pair
-from .policies import POLICIES, FrameBudget
-from .selection import ESTIMATORS, check_frame_budget
+from .policies import POLICIES
+from .selection import ESTIMATORS, FrameBudget
 
 # Options of earlier versions that saved runs and graphs may still hold, and that have no effect any more.
 RETIRED = frozenset({"reuse_steps"})
@@ -52,7 +52,7 @@ class AttentionOptions:
     def __post_init__(self) -> None:
         check_backend(self.backend)
         check_block(self.block)
-        check_frame_budget(*self.budget)
+        self.budget.check()
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator {self.estimator!r} is not known; use one of {', '.join(ESTIMATORS)}")
         if self.policy not in POLICIES:

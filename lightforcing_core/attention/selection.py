@@ -56,6 +56,53 @@ class BlockSelection(NamedTuple):
         return mask[..., :k_blocks]
 
 
+class FrameBudget(NamedTuple):
+    """Past latent frames that a rule may favour: how many it keeps, of which the first and the nearest ones."""
+
+    keep: int = 6
+    sinks: int = 1
+    near: int = 2
+
+    def check(self) -> None:
+        """ValueError unless 0 ≤ sinks + nearest ≤ keep."""
+        for name, value in zip(("keep_frames", "sink_frames", "near_frames"), self, strict=True):
+            if value < 0:
+                raise ValueError(f"{name} {value} is negative; use 0 or more latent frames")
+        if self.sinks + self.near > self.keep:
+            raise ValueError(
+                f"sink_frames {self.sinks} + near_frames {self.near} exceed keep_frames {self.keep}; "
+                f"raise keep_frames to {self.sinks + self.near} or keep fewer sinks or nearest frames"
+            )
+
+
+class View(NamedTuple):
+    """The frames that an open chunk can see, and how they are cut into blocks.
+
+    slot_frames: the latent frames in the cache, in memory order.
+    current: how many of them, the newest, are the chunk's own.
+    q_layout, k_layout: how a frame is cut into query and key blocks.
+    batch, heads: of the model.
+    """
+
+    slot_frames: Sequence[int]
+    current: int
+    q_layout: FrameBlocks
+    k_layout: FrameBlocks
+    batch: int
+    heads: int
+    device: torch.device | str | None = None
+
+    @property
+    def q_blocks(self) -> int:
+        """Query blocks per head."""
+        return self.current * self.q_layout.per_frame
+
+    @property
+    def k_blocks(self) -> int:
+        """Key blocks per head."""
+        return len(self.slot_frames) * self.k_layout.per_frame
+
+
 @dataclass(frozen=True)
 class SelectionPlan:
     """Rules by which blocks compete in one chunk; made once per chunk, read by every layer and step.
@@ -75,40 +122,25 @@ class SelectionPlan:
     fixed = None  # nothing is selected before queries and keys are known
 
     @classmethod
-    def build(
-        cls,
-        slot_frames: Sequence[int],
-        current_frames: int,
-        layout: FrameBlocks,
-        *,
-        sparsity: float,
-        keep_frames: int,
-        sink_frames: int,
-        near_frames: int,
-        device: torch.device | str | None = None,
-    ) -> "SelectionPlan":
-        """Plan for slots that hold the latent frames `slot_frames` (in memory order).
-
-        The `current_frames` newest frames are the current chunk, all others are past. `sparsity` in [0, 1) is the
-        share of key blocks to skip; `keep_frames`, `sink_frames` and `near_frames` count past latent frames.
-        """
-        check_frame_budget(keep_frames, sink_frames, near_frames)
+    def build(cls, view: View, sparsity: float, budget: FrameBudget) -> "SelectionPlan":
+        """Plan for a chunk that skips the share `sparsity` of key blocks, in [0, 1)."""
+        budget.check()
         if not 0.0 <= sparsity < 1.0:
             raise ValueError(f"sparsity {sparsity} is outside [0, 1); 0 keeps every block, 0.88 skips 88 % of them")
+        slot_frames, layout, k_blocks = view.slot_frames, view.k_layout, view.k_blocks
         slots_by_time = sorted(range(len(slot_frames)), key=slot_frames.__getitem__)
-        past, current = slots_by_time[:-current_frames], slots_by_time[-current_frames:]
-        k_blocks = len(slot_frames) * layout.per_frame
+        past = slots_by_time[: -view.current]
         ranks = torch.full((len(slot_frames),), -1, dtype=torch.int32)
         middle_slots, choose, eligible = None, 0, k_blocks
-        if len(past) > keep_frames:
-            middle = past[sink_frames : len(past) - near_frames]
-            choose = keep_frames - sink_frames - near_frames
+        if len(past) > budget.keep:
+            middle = past[budget.sinks : len(past) - budget.near]
+            choose = budget.keep - budget.sinks - budget.near
             ranks[middle] = torch.arange(len(middle), dtype=torch.int32)
-            middle_slots = to_device(torch.tensor(middle), device)
-            eligible = (keep_frames + len(current)) * layout.per_frame
+            middle_slots = to_device(torch.tensor(middle), view.device)
+            eligible = (budget.keep + view.current) * layout.per_frame
         # Without a past the chunk is dense; the float product is truncated as the published code does.
         kept = max(1, min(int((1.0 - sparsity) * k_blocks), eligible)) if past else k_blocks
-        ranks = to_device(ranks, device)
+        ranks = to_device(ranks, view.device)
         always = (ranks < 0).repeat_interleave(layout.per_frame)
         return cls(layout, always, middle_slots, ranks, choose, kept)
 
@@ -240,18 +272,6 @@ def _best(scores: Tensor, count: int, eligible: Tensor | None = None) -> Tensor:
     return keys.topk(count, dim=-1, sorted=False).indices.sort(-1).values
 
 
-def check_frame_budget(keep_frames: int, sink_frames: int, near_frames: int) -> None:
-    """ValueError unless 0 ≤ sinks + nearest ≤ keep_frames."""
-    for name, value in (("keep_frames", keep_frames), ("sink_frames", sink_frames), ("near_frames", near_frames)):
-        if value < 0:
-            raise ValueError(f"{name} {value} is negative; use 0 or more latent frames")
-    if sink_frames + near_frames > keep_frames:
-        raise ValueError(
-            f"sink_frames {sink_frames} + near_frames {near_frames} exceed keep_frames {keep_frames}; "
-            f"raise keep_frames to {sink_frames + near_frames} or keep fewer sinks or nearest frames"
-        )
-
-
 def hierarchical_block_mask(
     q: Tensor,
     k: Tensor,
@@ -280,16 +300,8 @@ def hierarchical_block_mask(
     q_frames, k_frames = q_layout.frames(q.shape[1]), k_layout.frames(k.shape[1])
     if q_frames > k_frames:
         raise ValueError(f"q holds {q_frames} frames but k only {k_frames}; k must end with the current chunk")
-    plan = SelectionPlan.build(
-        range(k_frames),
-        q_frames,
-        k_layout,
-        sparsity=sparsity,
-        keep_frames=keep_frames,
-        sink_frames=sink_frames,
-        near_frames=near_frames,
-        device=k.device,
-    )
+    view = View(range(k_frames), q_frames, q_layout, k_layout, q.shape[0], q.shape[2], k.device)
+    plan = SelectionPlan.build(view, sparsity, FrameBudget(keep_frames, sink_frames, near_frames))
     k_means = k_layout.block_means(k)
     selection = plan.select(q_layout.block_means(q), k_means, k_layout.frame_means(k_means))
     return selection.to_mask(k_means.shape[1])

@@ -12,7 +12,9 @@ import triton.language as tl
 
 from lightforcing.kernels.selection import Parts, _order, select_blocks, why_not
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
-from lightforcing.lightforcing_core.attention.selection import SUB_BLOCKS, SelectionPlan, sub_block_layout
+from lightforcing.lightforcing_core.attention.selection import SUB_BLOCKS, sub_block_layout
+
+from ..support.attention_problems import selection_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log")  # of what is masked
@@ -61,7 +63,7 @@ def means(per_frame, q_blocks, frames, batch=1, heads=1, dim=16, seed=0, values=
 def plan_for(per_frame, slot_frames, current, sparsity, keep=6, sinks=1, near=2):
     layout = FrameBlocks(16 * per_frame, 16)
     options = {"sparsity": sparsity, "keep_frames": keep, "sink_frames": sinks, "near_frames": near}
-    return SelectionPlan.build(slot_frames, current, layout, **options, device=DEVICE)
+    return selection_plan(slot_frames, current, layout, **options, device=DEVICE)
 
 
 def parts_of(plan, frames, heads=1, dim=16, batch=1, seed=0, dtype=torch.float32):
@@ -139,8 +141,7 @@ def test_equal_scores_go_to_the_lowest_ids_and_the_oldest_frames(sparsity):
 
 
 def lse_plan(layout, slot_frames, sparsity=0.7):
-    budget = {"sparsity": sparsity, "keep_frames": 6, "sink_frames": 1, "near_frames": 2}
-    return SelectionPlan.build(slot_frames, 3, layout, **budget, device=DEVICE)
+    return selection_plan(slot_frames, 3, layout, sparsity, device=DEVICE)
 
 
 def select_by_parts(plan, q, parts):

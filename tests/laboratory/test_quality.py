@@ -25,13 +25,13 @@ from laboratory.training.shapes import PASSING
 from lightforcing.benchmarks.settings import Machine
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
-from lightforcing.lightforcing_core.attention.selection import SelectionPlan
 from lightforcing.lightforcing_core.demo import captions
 from lightforcing.lightforcing_core.demo import model as demo_model
 from lightforcing.lightforcing_core.demo.captions import caption_of, parse
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
+from ..support.attention_problems import selection_plan
 from ..support.rollouts import roll
 from ..support.tiny_demo import TINY_VIDEO, write_tiny_demo
 
@@ -49,7 +49,7 @@ def kept_blocks(schedule, growth, attention, per_frame=6):
     budget = {name: getattr(attention, name) for name in ("keep_frames", "sink_frames", "near_frames")}
     lengths, layout = schedule.chunk_lengths(), FrameBlocks(per_frame * 16, 16)
     return [
-        (SelectionPlan.build(range(end), frames, layout, sparsity=sparsity, **budget).kept, end * per_frame)
+        (selection_plan(range(end), frames, layout, sparsity=sparsity, **budget).kept, end * per_frame)
         for frames, end, sparsity in zip(lengths, accumulate(lengths), growth, strict=True)
     ]
 

@@ -8,7 +8,7 @@ from lightforcing.lightforcing_core.attention.backends import BACKENDS, flex
 from lightforcing.lightforcing_core.attention.backends.base import Call
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.dispatch import attend, choose
-from lightforcing.lightforcing_core.attention.selection import BlockSelection
+from lightforcing.lightforcing_core.attention.selection import BlockSelection, FrameBudget, SelectionPlan, View
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EIGHT_BIT = [torch.int8, torch.float8_e4m3fn]
@@ -145,3 +145,9 @@ def let_flex_fail(monkeypatch, error="not today"):
 
     monkeypatch.setattr(backend, "why_not", lambda call: None, raising=False)
     monkeypatch.setattr(backend, "run", fails, raising=False)
+
+
+def selection_plan(slot_frames, current, layout, sparsity, *, keep_frames=6, sink_frames=1, near_frames=2, device=None):
+    """The plan of a chunk of `current` frames, with the published budget."""
+    view = View(slot_frames, current, layout, layout, 1, 1, device)
+    return SelectionPlan.build(view, sparsity, FrameBudget(keep_frames, sink_frames, near_frames))

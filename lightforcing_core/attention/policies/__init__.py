@@ -1,6 +1,7 @@
 """Attention policies by name."""
 
-from .base import FrameBudget, Plan, Policy, SelectionRule, View
+from ..selection import FrameBudget, View
+from .base import Plan, Policy, SelectionRule
 from .baselines import UniformTopK, Window
 from .light_forcing import Hierarchical
 

@@ -1,50 +1,12 @@
 """The parts of an attention policy: its rules, and the plan that its selection rule makes for each chunk."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from ..blocks import FrameBlocks
-from ..selection import BlockSelection
-
-
-class FrameBudget(NamedTuple):
-    """Past latent frames that a rule may favour: how many it keeps, of which the first and the nearest ones."""
-
-    keep: int
-    sinks: int
-    near: int
-
-
-class View(NamedTuple):
-    """The frames that an open chunk can see, and how they are cut into blocks.
-
-    slot_frames: the latent frames in the cache, in memory order.
-    current: how many of them, the newest, are the chunk's own.
-    q_layout, k_layout: how a frame is cut into query and key blocks.
-    batch, heads: of the model.
-    """
-
-    slot_frames: Sequence[int]
-    current: int
-    q_layout: FrameBlocks
-    k_layout: FrameBlocks
-    batch: int
-    heads: int
-    device: torch.device | str | None = None
-
-    @property
-    def q_blocks(self) -> int:
-        """Query blocks per head."""
-        return self.current * self.q_layout.per_frame
-
-    @property
-    def k_blocks(self) -> int:
-        """Key blocks per head."""
-        return len(self.slot_frames) * self.k_layout.per_frame
+from ..selection import BlockSelection, FrameBudget, View
 
 
 class Plan(Protocol):

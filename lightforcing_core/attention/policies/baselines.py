@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ...pinned import to_device
-from ..selection import BlockSelection, SelectionPlan
-from .base import FrameBudget, View
+from ..selection import BlockSelection, FrameBudget, SelectionPlan, View
 from .light_forcing import Hierarchical
 
 

@@ -1,7 +1,6 @@
 """Hierarchical Sparse Attention of Light Forcing, arXiv 2602.04789."""
 
-from ..selection import SelectionPlan
-from .base import FrameBudget, View
+from ..selection import FrameBudget, SelectionPlan, View
 
 
 class Hierarchical:
@@ -10,13 +9,4 @@ class Hierarchical:
     needs_means = True
 
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> SelectionPlan:
-        return SelectionPlan.build(
-            view.slot_frames,
-            view.current,
-            view.k_layout,
-            sparsity=sparsity,
-            keep_frames=budget.keep,
-            sink_frames=budget.sinks,
-            near_frames=budget.near,
-            device=view.device,
-        )
+        return SelectionPlan.build(view, sparsity, budget)

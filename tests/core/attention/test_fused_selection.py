@@ -5,11 +5,13 @@ import torch
 
 from lightforcing.lightforcing_core.attention import selection as selection_module
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
-from lightforcing.lightforcing_core.attention.selection import SelectionPlan, why_not_fused
+from lightforcing.lightforcing_core.attention.selection import why_not_fused
 
 pytest.importorskip("triton")
 
 from lightforcing.kernels import selection as kernel
+
+from ...support.attention_problems import selection_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -22,8 +24,7 @@ class OnCuda(torch.Tensor):
 
 def problem(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    budget = {"sparsity": 0.7, "keep_frames": 6, "sink_frames": 1, "near_frames": 2}
-    plan = SelectionPlan.build(range(10), 3, FrameBlocks(20, 8), **budget, device=DEVICE)
+    plan = selection_plan(range(10), 3, FrameBlocks(20, 8), 0.7, device=DEVICE)
     return plan, [torch.randn(1, rows, 1, 8, generator=generator).to(DEVICE) for rows in (3, 30, 10)]
 
 

@@ -87,8 +87,7 @@ def test_window_reads_whole_frames_own_then_sinks_then_newest_within_the_budget(
 @given(view=views(), sparsity=st.floats(0.0, 0.99), seed=st.integers(0, 9))
 def test_light_forcing_is_hierarchical_selection(view, sparsity, seed):
     plan = POLICIES["light_forcing"].selection.plan(view, sparsity, BUDGET)
-    budget = {"keep_frames": 3, "sink_frames": 1, "near_frames": 1}
-    same = SelectionPlan.build(view.slot_frames, view.current, view.k_layout, sparsity=sparsity, **budget)
+    same = SelectionPlan.build(view, sparsity, BUDGET)
     got, want = (one.select(*means(view, seed)) for one in (plan, same))
     assert torch.equal(got.blocks, want.blocks)
     assert plan.fixed is None

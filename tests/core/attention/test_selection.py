@@ -6,13 +6,13 @@ import torch
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.selection import (
     BlockSelection,
-    SelectionPlan,
     _best,
     hierarchical_block_mask,
     sub_block_layout,
 )
 
-PUBLISHED = {"keep_frames": 6, "sink_frames": 1, "near_frames": 2}
+from ...support.attention_problems import selection_plan
+
 RING = [0, 10, 11, 12, 4, 5, 6, 7, 8, 9]  # the frame that each slot holds: a sink, then a window that has wrapped
 
 
@@ -96,15 +96,7 @@ def test_frame_rule_holds_for_other_counts(keep, sinks, near):
 def test_block_counts_of_the_published_short_setting(block, counts):
     sparsities = [0.826990, 0.855068, 0.871806, 0.883228, 0.891660, 0.898213]
     kept = [
-        SelectionPlan.build(
-            range(3 * (chunk + 2)),
-            3,
-            FrameBlocks(1536, block[1]),
-            sparsity=sparsity,
-            keep_frames=6,
-            sink_frames=1,
-            near_frames=2,
-        ).kept
+        selection_plan(range(3 * (chunk + 2)), 3, FrameBlocks(1536, block[1]), sparsity).kept
         for chunk, sparsity in enumerate(sparsities)
     ]
     assert kept == counts
@@ -126,14 +118,14 @@ def test_slot_order_does_not_change_what_is_selected():
     frames = 12
     k_means = torch.randn(1, frames * layout.per_frame, 2, 8, generator=generator)
     q_means = torch.randn(1, 3 * layout.per_frame, 2, 8, generator=generator)
-    options = {"sparsity": 0.8, "keep_frames": 6, "sink_frames": 1, "near_frames": 2}
-    in_order = SelectionPlan.build(range(frames), 3, layout, **options)
+    options = {"sparsity": 0.8}
+    in_order = selection_plan(range(frames), 3, layout, **options)
     expected = in_order.select(q_means, k_means, layout.frame_means(k_means)).to_mask(k_means.shape[1])
 
     ring = [0, 10, 11, 3, 4, 5, 6, 7, 8, 9, 1, 2]  # the frame that each slot holds
     blocks = torch.tensor([frame * layout.per_frame + j for frame in ring for j in range(layout.per_frame)])
     shuffled = k_means[:, blocks]
-    plan = SelectionPlan.build(ring, 3, layout, **options)
+    plan = selection_plan(ring, 3, layout, **options)
     mask = plan.select(q_means, shuffled, layout.frame_means(shuffled)).to_mask(k_means.shape[1])
     assert torch.equal(mask, expected[..., blocks])
 
@@ -206,24 +198,24 @@ def test_scores_that_are_not_finite_have_their_place(dtype):
     ranking = [3, 5, 4, 1, 6, 0, 2, 7]  # infinity ties with the largest number, NaN with negative infinity
     k = torch.tensor(scores, dtype=dtype).view(1, 8, 1, 1)
     for kept in range(1, 8):
-        plan = SelectionPlan.build([0, 1], 1, FrameBlocks(8, 2), sparsity=1 - (kept + 0.5) / 8, **PUBLISHED)
+        plan = selection_plan([0, 1], 1, FrameBlocks(8, 2), sparsity=1 - (kept + 0.5) / 8)
         blocks = plan.select(torch.ones(1, 1, 1, 1, dtype=dtype), k, torch.zeros(1, 2, 1, 1, dtype=dtype)).blocks
         assert blocks.flatten().tolist() == sorted(ranking[:kept])
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf, math.inf])
 def test_no_block_outside_the_eligible_frames_is_kept_whatever_the_scores(bad):
-    plan = SelectionPlan.build(RING, 3, FrameBlocks(20, 8), sparsity=0.1, **PUBLISHED)
+    plan = selection_plan(RING, 3, FrameBlocks(20, 8), sparsity=0.1)
     assert plan.kept == 27  # as many as are eligible
     q, k, f = (torch.full((1, rows, 1, 4), bad) for rows in (2, 30, 10))
     assert plan.select(q, k, f).blocks[0, 0, 1].tolist() == [*range(21), *range(24, 30)]
 
 
 def test_frame_ranks_say_the_same_as_the_middle_slots():
-    plan = SelectionPlan.build(RING, 3, FrameBlocks(20, 8), sparsity=0.5, **PUBLISHED)
+    plan = selection_plan(RING, 3, FrameBlocks(20, 8), sparsity=0.5)
     assert plan.middle_slots.tolist() == [4, 5, 6, 7]
     assert plan.frame_ranks.tolist() == [-1, -1, -1, -1, 0, 1, 2, 3, -1, -1]
-    whole = SelectionPlan.build(range(9), 3, FrameBlocks(20, 8), sparsity=0.5, **PUBLISHED)
+    whole = selection_plan(range(9), 3, FrameBlocks(20, 8), sparsity=0.5)
     assert whole.middle_slots is None
     assert whole.frame_ranks.tolist() == [-1] * 9
 
@@ -250,7 +242,7 @@ def test_lse_selection_equals_brute_force(tokens, block):
     q = torch.randn(2, 3, 2, 8, generator=generator, dtype=torch.float64) * 3
     k = torch.randn(2, frames * tokens, 2, 8, generator=generator, dtype=torch.float64)
     means, subs = layout.block_means(k), sub_block_layout(layout)
-    plan = SelectionPlan.build(RING, 3, layout, sparsity=0.6, **PUBLISHED)
+    plan = selection_plan(RING, 3, layout, sparsity=0.6)
     got = plan.select(q, means, layout.frame_means(means), sub_means=subs.block_means(k))
     for b in range(2):
         for h in range(2):
