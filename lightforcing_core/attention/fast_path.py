@@ -48,7 +48,7 @@ class FastPath(NamedTuple):
 
     kind: the name that a warning shows, such as "fused store".
     block: (query, key) tokens per attention block, None if the work has no blocks.
-    detail: whatever else makes the code that runs another one.
+    detail: anything else that selects different code.
     """
 
     kind: str

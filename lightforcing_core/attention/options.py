@@ -59,7 +59,7 @@ class AttentionOptions:
             raise ValueError(f"attention policy {self.policy!r} is not known; use one of {', '.join(POLICIES)}")
 
     def to_saved(self) -> dict[str, Any]:
-        """Plain values for a saved run, which earlier versions can read as long as the policy is theirs."""
+        """Plain values for a saved run; earlier versions can read them if they have the policy."""
         facts = asdict(self)
         if self.policy == "light_forcing":
             del facts["policy"]

@@ -57,7 +57,7 @@ class BlockSelection(NamedTuple):
 
 
 class FrameBudget(NamedTuple):
-    """Past latent frames that a rule may favour: how many it keeps, of which the first and the nearest ones."""
+    """Past latent frames that a rule may favour: the number it keeps, and how many of them are first or nearest."""
 
     keep: int = 6
     sinks: int = 1
@@ -254,7 +254,7 @@ def _constant(shape: tuple[int, ...], value: int, device: torch.device) -> Tenso
 
 
 def _best(scores: Tensor, count: int, eligible: Tensor | None = None) -> Tensor:
-    """Ids of each row's `count` highest scores, ascending: int64 [..., count]. The module's first lines say the rules.
+    """Ids of each row's `count` highest scores, ascending: int64 [..., count]. The module's docstring gives the rules.
 
     scores [..., n], overwritten; eligible: bool, broadcastable to scores, with at least `count` in each row.
     """

@@ -87,7 +87,7 @@ def free_name(path: Path) -> Path:
 def numbered_path(folder: str | Path, prefix: str, suffix: str) -> Iterator[Path]:
     """The next free `<prefix>_00001<suffix>` in `folder`, reserved against other processes while the block runs.
 
-    Numbers continue from the highest of the prefix, whatever the suffix, as in ComfyUI. The reservation is a hidden
+    Numbers continue from the highest one of the prefix with any suffix, as in ComfyUI. The reservation is a hidden
     empty file. A folder that was created for a file that was never written is removed again. Raises ValueError for a
     prefix that is not a plain file name, OutputError if the folder cannot be written.
     """
@@ -110,7 +110,7 @@ def numbered_path(folder: str | Path, prefix: str, suffix: str) -> Iterator[Path
             raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
         if not path.exists():
             break
-        reservation.unlink()  # another process has even finished since we looked
+        reservation.unlink()  # another process has already finished since the check
     try:
         yield path
     finally:

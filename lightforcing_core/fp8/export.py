@@ -61,7 +61,7 @@ def write_fp8_checkpoint(
     out: the .safetensors file to write; it is complete or absent.
     weights: the set of weights to use if the file has several.
     lora: merged before quantisation; a LoRA such as LongLive's cannot be merged later.
-    prompts: a file of Light Forcing Save Text Embeds. A short video is made of each prompt to determine each layer's
+    prompts: a file of Light Forcing Save Text Embeds. A short video of each prompt determines each layer's
         `input_scale`, with the whole model in bfloat16, on a GPU if there is one.
     overwrite: replace an existing `out`.
     on_progress: called as on_progress(stage, done, total).

@@ -65,7 +65,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a run needs. `step` and `decode` are held by turns unless overlapped, everything else all the time.
+    """Bytes that a run needs. `step` and `decode` alternate unless overlapped; the rest is held throughout.
 
     weights, vae: of the model and the decoder.
     cache: keys, values, pooled keys and sink originals.
@@ -188,8 +188,8 @@ class _DryRun:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 (holds sizes, no tensors)
     def step(self) -> tuple[int, int]:
-        """Bytes of one forward's activations, and of what stays of the prompt."""
-        layers = 2  # the second one meets what the first one left
+        """Bytes of one forward's activations, and of the prompt's keys and values."""
+        layers = 2  # the second call finds the memory that the first one keeps
         model, dtype, batch = self.model, self.shape.dtype, self.latents[0]
         dit = _meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, dtype)
         state = _DryState(self.cache(layers), self.options, self._attend)
@@ -201,7 +201,7 @@ class _DryRun:
             state.text = prompt = TextMemory(text)
             x0 = x - predict(dit, x.to(dtype), timestep, state).float()
             prompt_bytes = sum(k.nbytes + v.nbytes for k, v in prompt.keys_values)
-            state.chunk.rope = None  # a chunk's first pass also makes its table
+            state.chunk.rope = None  # a chunk's first pass also makes its RoPE table
             peak.reset()
             predict(dit, x0.to(dtype), timestep, state)
         # One text serves a whole batch; its keys and values do not.

@@ -76,7 +76,7 @@ class MemoryPlan:
             line += f": {', '.join(self.given_up)} (without: {gib(self.before.total + self.latents)} GiB)"
         if not self.fits:
             short = gib(int(self.needed * (1 + HEADROOM)) - self.free)
-            line += f"; {short} GiB too little, so weights will be moved in and out: lower the size or the window"
+            line += f"; {short} GiB too little, so ComfyUI will offload weights: lower the size or the window"
         return line
 
 

@@ -1,6 +1,6 @@
 """The autoregressive rollout: chunk after chunk, a few denoising steps each, then a clean pass that commits it.
 
-Closing the generator cancels; after an error the chunks already yielded are still the caller's.
+Closing the generator cancels; chunks that were yielded before an error stay valid.
 """
 
 from collections.abc import Generator, Sequence
@@ -31,12 +31,12 @@ def rollout(
     """Generate the chunks of a video that are not `finished` yet, in the model's normalised latent space.
 
     dit: a Wan 2.1 T2V module tree, from `wan_from_state_dict` or ComfyUI's.
-    recipe: all that decides the video.
+    recipe: everything that determines the video.
     runtime: how it runs here.
     finished: the chunks that an earlier run of this recipe made, from the first on; they are not yielded again.
 
     The KV cache is allocated when iteration starts and freed when it ends, however it ends. Raises Refusal, before
-    anything runs, for a recipe that does not fit the model. Source: Self Forcing's few-step rollout.
+    anything runs, for a recipe that does not match the model. Source: Self Forcing's few-step rollout.
     """
     return ChunkLoop(dit, recipe, runtime, finished).chunks()
 
@@ -105,7 +105,7 @@ class ChunkLoop:
                         self.recorder.lap(index, "replay" if is_given else "clean pass")
                     past = [*past, latents][-self.cache.slots :]
         finally:
-            # A traceback or a hook of ComfyUI may still hold the states; the memory must go all the same.
+            # A traceback or a hook of ComfyUI may still hold the states, so their memory is freed explicitly.
             for state in states:
                 state.close()
 
@@ -136,7 +136,7 @@ class ChunkLoop:
 
     @torch.no_grad()
     def _follow_prompts(self, states: list[ModelState], index: int, past: list[Tensor]) -> None:
-        """Give each cache its text when it changes; a hard switch recomputes the visible past under the new one."""
+        """Give each cache its text when it changes; a hard switch recomputes the visible past with the new text."""
         for guide, state in zip(self.guides, states, strict=True):
             change = guide.changes_at(index)
             if index == 0 or change:
@@ -207,7 +207,7 @@ class ChunkLoop:
     def _clean_pass(self, state: ModelState, latents: Tensor) -> None:
         """Commit clean latents as history."""
         self._run(latents, self.recipe.noise_options.context_noise / 1000.0, Pass(state, commits=True))
-        state.cache.commit()  # even if a `denoise` function ran no model
+        state.cache.commit()  # even if a `denoise` function did not run the model
 
     def _run(self, x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
         if self.runtime.denoise is not None:
@@ -229,5 +229,5 @@ def _check_model(dit: Any, recipe: Recipe) -> None:
 
 
 def _with_end(x: Tensor, end: Tensor) -> Tensor:
-    """x [B, C, frames, h, w] with `end` in the place of its last frames."""
+    """x [B, C, frames, h, w] with its last frames replaced by `end`."""
     return torch.cat([x[:, :, : -end.shape[2]], end], dim=2)

@@ -1,4 +1,4 @@
-"""The recipe: all that decides a video, checked once, when it is made."""
+"""The recipe: everything that determines a video, checked once when it is created."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -90,13 +90,13 @@ class NoiseOptions:
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """All that decides a video but the model's weights. Raises Refusal when it is made, if it cannot work.
+    """Everything that determines a video except the weights. Raises Refusal when created with values that cannot work.
 
     latent_shape: (B, C, frames, height, width) of the whole video, given latents included; an eighth of its pixels.
     frames_per_chunk: latent frames of a chunk.
     sigmas: falling noise levels in (0, 1], closed by 0.
     context: the text, [B or 1, tokens, text_dim], or the prompts of a timeline.
-    growth: one sparsity in [0, 1) per chunk, of which the last holds on; None is dense.
+    growth: one sparsity in [0, 1) per chunk, the last one for all later chunks; None is dense.
     window: visible latent frames, sinks and the current chunk included; None sees everything.
     sink_frames: the first latent frames, which stay visible.
     seed: of the noise, which depends on seed, chunk and draw alone.
@@ -106,8 +106,8 @@ class Recipe:
     attention: how sparse attention is done.
     sink_rope: the position of sinks once the window has moved on, see `KVCache`.
     last_latents: [B or 1, C, frames, height, width], clean, with which the video ends; fewer than the last chunk
-        holds, so that something is left to lead to them. In that chunk's steps they carry `GIVEN_NOISE` of the
-        others' noise, with a timestep to match; the chunks before know nothing of them.
+        holds, so that some frames are left to lead to them. In that chunk's steps they carry `GIVEN_NOISE` of the
+        others' noise, with a timestep to match; earlier chunks do not see them.
     guidance: classifier-free guidance.
     noise_options: noise of single chunks and of the past.
     """
@@ -289,7 +289,7 @@ def check_given(name: str, given: Tensor, shape: Sequence[int]) -> None:
 
 
 def _check_end(count: int, frames: int, frames_per_chunk: int, last_chunk: int) -> None:
-    """Refusal unless the last chunk holds more latent frames than the `count` that the video shall end with."""
+    """Refusal unless the last chunk has more latent frames than the `count` given ones at its end."""
     if frames_per_chunk == 1:
         problem = "cannot be met by a frame-wise model, which finishes each frame before it sees the next"
         raise Refusal("last_latents", problem, "use a chunk-wise checkpoint")

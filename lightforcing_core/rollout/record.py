@@ -32,7 +32,7 @@ class ChunkRecord:
         and query blocks.
     seconds: per stage, `denoise`, `clean pass`, `output`.
     why_dense: the reason if every block was read, else None.
-    query_blocks: the number that `block_map` counts out of.
+    query_blocks: the number of query blocks behind the counts in `block_map`.
     key_block: tokens per key block.
     tiles: blocks are patches of the picture, see `blocks.tile_order`.
     block_map: how many query blocks kept each key block at that step, over the batch's videos: int16
@@ -73,7 +73,7 @@ class RunRecord:
     attention: the backends that ran sparse attention, each with its reason.
     notes: other work that ran dense.
     seconds: per stage over the whole run, reading given frames (`replay`) and prompt switches (`recompute`) included.
-    facts: whatever else belongs to the run, as text.
+    facts: other facts about the run, as text.
     """
 
     chunks: tuple[ChunkRecord, ...]
@@ -100,7 +100,7 @@ class RunRecorder:
 
     facts: text to keep in the record.
     map_bytes: the most memory that block maps may take.
-    reads_blocks: whether to note the blocks that each layer reads; if not, every density in the record is 1.
+    reads_blocks: whether to record the blocks that each layer reads; if not, every density in the record is 1.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class RunRecorder:
         self.facts[name] = text
 
     def open(self, index: int, sparsity: float, steps: int, state: ModelState) -> None:
-        """Begin a chunk that is to be generated; `state` has just opened it."""
+        """Begin a chunk to generate, which `state` has just opened."""
         layout, options, chunk = state.cache.layout, state.attention, state.chunk
         queries = FrameBlocks(layout.tokens_per_frame, options.block[0])
         slot_frames = tuple(state.cache.slot_frames)
@@ -163,7 +163,7 @@ class RunRecorder:
         chunk.kept[layer] = mask.sum((0, 2), dtype=torch.int16)
 
     def close(self) -> None:
-        """End the open chunk: put its layers together, and thin out the maps when they grow too many."""
+        """End the open chunk: combine its layers, and drop every second map if there are too many."""
         chunk = self._chunks[-1]
         if not chunk.kept:
             return

@@ -57,7 +57,7 @@ class StepEvent:
 
 @dataclass(frozen=True, eq=False)
 class Runtime:
-    """How a recipe runs here. Raises Refusal for choices that do not exist.
+    """How a recipe runs on this machine. Raises Refusal for choices that do not exist.
 
     device, dtype: of the KV cache and the computation; None takes the prompt's device and the model's dtype.
     kv: how the KV cache is kept.
@@ -69,9 +69,9 @@ class Runtime:
     replay: how a continued video is read again. "all" feeds every frame, so that the result equals one long run;
         "window" only the sinks and what is still visible, whose cost does not grow with the video.
     on_step: called after every denoising step.
-    recorder: notes what the run keeps and how long it takes.
-    cuda_graph: whether a chunk's steps are launched as one CUDA graph, see `cuda_graph`; "auto" does so if it can and
-        says why if not, "on" refuses to run without.
+    recorder: records the blocks that the run reads and the time it takes.
+    cuda_graph: whether a chunk's steps are launched as one CUDA graph, see `cuda_graph`; "auto" does so if
+        possible and otherwise records why not, "on" refuses to run without.
     """
 
     device: torch.device | str | None = None

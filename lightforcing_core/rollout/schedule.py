@@ -80,10 +80,10 @@ class Schedule:
     sink_frames: the first latent frames, which stay visible.
     sink_rope: the position of sinks once the window has moved on, see `KVCache`.
     target, base, curve, dense_chunks: as in `chunk_sparsities`; target None is dense throughout.
-    title: its origin, for people.
+    title: its origin, for display.
     overrides: (chunk index, sparsity) pairs that replace the curve's values; the target holds for the curve alone.
 
-    Raises Refusal when it is made with values that cannot be met.
+    Raises Refusal when created with values that cannot be met.
     """
 
     latent_frames: int
@@ -109,7 +109,7 @@ class Schedule:
         return cls(latent_frames, **{name: getattr(family, name) for name in shared})
 
     def dense(self) -> "Schedule":
-        """The same chunks and window with nothing skipped."""
+        """The same chunks and window, dense throughout."""
         return replace(self, target=None, base=None, overrides=(), title=f"{self.title}, dense")
 
     def chunk_lengths(self, initial_frames: int = 0) -> list[int]:

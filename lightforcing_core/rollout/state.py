@@ -22,7 +22,7 @@ from .runtime import Chunk
 from .timeline import Prompt
 
 FORMAT = "light_forcing_run_state"
-VERSION = 2  # 1 has no given end; a state without one is still written as 1
+VERSION = 2  # version 1 has no given end; a state without one is still written as 1
 # The fields of a recipe that are saved as they are.
 RECIPE_FACTS = ("latent_shape", "frames_per_chunk", "sigmas", "growth", "window", "sink_frames", "sink_rope", "seed")
 
@@ -35,7 +35,7 @@ class StateError(ValueError):
 class RunState:
     """A run: its recipe, and the part of the video that is finished.
 
-    recipe: all that decides the video. A run with a `noise` function of its own cannot be kept as a state.
+    recipe: everything that determines the video. A run with its own `noise` function cannot be saved.
     model: text that identifies the model; the caller chooses it (sizes, family, a hash of some weights).
     kv_dtype: how the run's KV cache keeps keys and values.
     finished: the chunks generated so far, [B, C, frames, h, w] each, in the model's normalised space, on the CPU.
@@ -80,11 +80,11 @@ class RunState:
         return replace(self, finished=(*self.finished, latents))
 
     def lengthened(self, latent_frames: int) -> "RunState":
-        """The same run for a longer video, equal to one that had this length from the start.
+        """The same run for a longer video, equal to a run that had this length from the start.
 
-        A short last chunk would not be short in the longer video, so it is dropped and made again at full length. So
-        is one that led to given last latents, because the longer video ends with them instead. `growth` stays; its
-        last value holds on.
+        A short last chunk would be longer in the longer video, so it is dropped and generated again. The same applies
+        to a last chunk with given last latents, because now the longer video ends with them. `growth` stays; its
+        last value applies to the added chunks.
         """
         recipe = self.recipe
         batch, channels, frames, height, width = recipe.latent_shape
@@ -107,7 +107,7 @@ class RunState:
 
 
 def save_run_state(state: RunState, path: str | Path) -> Path:
-    """Write the state whole or not at all; a former file stays until the new one is complete.
+    """Write the state completely or not at all; an existing file stays until the new one is complete.
 
     Raises OutputError if the folder cannot take the file or the disk is full.
     """
@@ -129,7 +129,7 @@ def load_run_state(path: str | Path) -> RunState:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_kind(path, metadata)
-            # Copies, since tensors lie in the file at any address, and how a matrix product rounds can depend on it.
+            # Copies, because the rounding of a matrix product can depend on alignment, and the file gives none.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError) as error:
         raise StateError(

@@ -94,7 +94,7 @@ class StreamingDecoder:
                 z = latent.to(device=device, dtype=wide)
                 if normalised != self._takes_normalised:
                     z = denormalise_latents(z) if normalised else normalise_latents(z)
-                # One memory layout whatever the cut, so that the same kernels run.
+                # The same memory layout for every split, so that the same kernels run.
                 z = z.to(dtype).clone(memory_format=torch.contiguous_format)
                 pixels = self._stack(self._entry(z))
                 new = frames[:, done : done + pixels.shape[2]]

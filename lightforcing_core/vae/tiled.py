@@ -44,7 +44,7 @@ class TiledDecoder:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes held between calls, wherever they are."""
+        """Bytes held between calls, on all devices."""
         return sum(decoder.cache_bytes for decoder in self._decoders.values())
 
     def decode(self, latents: Tensor, *, normalised: bool = True) -> Tensor:

@@ -50,7 +50,7 @@ def _statistics(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class CausalConv3d(nn.Conv3d):
-    """A 3-D convolution whose time padding lies wholly in the past."""
+    """A 3-D convolution padded in time only at its start."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], **options: Any) -> None:
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2), **options)
@@ -278,7 +278,7 @@ def _random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> 
     if name.endswith("bias"):
         return 0.05 * values
     if "upsamples" in name and "time_conv" in name:
-        # The two frames made of one resemble each other.
+        # The two frames that come from one are similar.
         half = shape[0] // 2
         values[half:] = 0.9 * values[:half] + 0.4 * values[half:]
     for axis in range(2, len(shape)):

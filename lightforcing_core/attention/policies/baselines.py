@@ -1,4 +1,4 @@
-"""Policies to compare with: the newest frames, and the best blocks wherever they are."""
+"""Policies to compare with: the newest frames, and the best blocks of all frames."""
 
 from dataclasses import dataclass
 

@@ -157,7 +157,7 @@ def test_passes_without_a_chunk_or_a_prompt_are_refused(weights):
     with pytest.raises(ValueError, match="the open chunk has 0; open_chunk"):
         predict(dit, x, torch.zeros(1), state)
     state.open_chunk(3, 0.0, "cpu")
-    with pytest.raises(RuntimeError, match="no prompt to follow; call follow"):
+    with pytest.raises(RuntimeError, match="no prompt is set; call follow"):
         predict(dit, x, torch.zeros(1), state)
 
 

@@ -67,7 +67,7 @@ def test_a_card_that_is_too_small_for_the_weights_is_enough(facts):
     assert same == [True, True]
     assert within
     assert streamed
-    assert "so weights will be moved in and out" in facts["line"]
+    assert "so ComfyUI will offload weights" in facts["line"]
 
 
 def test_pages_may_go_while_the_run_goes_on(facts):

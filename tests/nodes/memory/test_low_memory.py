@@ -21,7 +21,7 @@ def test_the_host_keeps_weights_in_main_memory_and_the_run_fits_the_card(facts, 
     assert found["fully"] == [modules, 0, 0]
     assert away > 0
     assert found["fits"] == [False, True]  # the plan says that it is too little, and yet it is enough
-    assert "too little, so weights will be moved in and out" in found["line"]
+    assert "too little, so ComfyUI will offload weights" in found["line"]
 
 
 @pytest.mark.parametrize("kind", KINDS + WITH_LORA)
