@@ -1,4 +1,4 @@
-"""Everything this pack asks of ComfyUI beyond its public API, `comfy_api.latest`.
+"""Everything this pack uses of ComfyUI beyond its public API, `comfy_api.latest`.
 
 The rest of nodes/ imports ComfyUI through this file, so a change in ComfyUI is fixed here. The one exception is
 `model/rowwise.py`, which extends ComfyUI's quantised tensors.

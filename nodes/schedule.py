@@ -126,7 +126,7 @@ def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None)
 def numbers_per_chunk(text: str, name: str, number: Callable[[str], Number], *, lists: bool) -> dict[int, Number]:
     """Read one number per chunk from a text such as `3: 0.5, 7: 0.8`.
 
-    lists: also accept plain numbers, of which the first is for chunk 0. Raises ValueError, which names the input
+    lists: also accept plain numbers, the first for chunk 0. Raises ValueError, which names the input
     `name` and the part that cannot be read.
     """
     found: dict[int, Number] = {}

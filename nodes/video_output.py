@@ -52,12 +52,12 @@ class LightForcingVideoOutput(io.ComfyNode):
     ) -> bool:
         """Refuse an impossible file before anything runs; a linked input is None."""
         if filename_prefix is not None and Path(filename_prefix).name in ("", ".."):
-            raise ValueError(f"filename_prefix {filename_prefix!r} names no file; write one such as video/clip")
+            raise ValueError(f"filename_prefix {filename_prefix!r} names no file; use one such as video/clip")
         if format is not None and f".{format}" not in FORMATS:
             raise ValueError(f"format {format!r} is not known; use {' or '.join(FORMATS)}".replace(".", ""))
         worst = MOST_CRF if format is None else FORMATS[f".{format}"].worst_crf
         if crf is not None and not -1 <= crf <= worst:
-            raise ValueError(f"crf {crf} is outside 0 to {worst} of {format}; -1 takes the usual one")
+            raise ValueError(f"crf {crf} is outside 0 to {worst} of {format}; -1 takes the format's usual one")
         return True
 
     @classmethod
@@ -78,7 +78,7 @@ class VideoFiles:
             writer.write(own)
 
     def cut_short(self, reason: str) -> None:
-        """End here, and leave no file under a final name."""
+        """End here, and leave no file under its final name."""
         self._stack.__exit__(InterruptedError, InterruptedError(reason), None)
 
     def shown(self) -> list[ui.SavedResult]:

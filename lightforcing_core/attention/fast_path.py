@@ -1,7 +1,7 @@
 """Optional fast paths: try one, remember for this run that it failed, and say so once.
 
-Two kinds of failure are errors all the same: memory that ran out, which says nothing about the path, and a CUDA error
-after which nothing runs any more.
+Two kinds of failure are still raised as errors: running out of memory, which says nothing about the path, and a CUDA
+error that makes the device unusable.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import torch
 
 T = TypeVar("T")
 
-# How CUDA, Triton's driver and cuBLAS say that memory ran out when torch has not made an OutOfMemoryError of it.
+# Out-of-memory messages of CUDA, Triton's driver and cuBLAS that torch does not raise as OutOfMemoryError.
 _OUT_OF_MEMORY = ("out of memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed", "can't allocate memory")
 # CUDA errors that leave the process without a usable context: every later call on the device fails too.
 _CONTEXT_LOST = (
@@ -44,7 +44,7 @@ class DeviceLost(RuntimeError):
 
 
 class FastPath(NamedTuple):
-    """One way to do one kind of work; a failure of another kind, dtype, block, head dim or device is another one's.
+    """One way to do one kind of work. Each kind, dtype, block, head dim and device fails by itself.
 
     kind: the name that a warning shows, such as "fused store".
     block: (query, key) tokens per attention block, None if the work has no blocks.
@@ -93,14 +93,14 @@ def begin_run() -> None:
 
 
 def say_once(level: int, text: str, *, about: str) -> None:
-    """Log `text` if nothing was said about `about` in this run."""
+    """Log `text` unless something was logged under `about` in this run."""
     if about not in _said:
         _said.add(about)
         _log.log(level, "%s", text)
 
 
 def raise_if_fatal(error: BaseException) -> None:
-    """Raise torch.OutOfMemoryError or `DeviceLost` if `error` means that; return otherwise."""
+    """Raise torch.OutOfMemoryError or `DeviceLost` if `error` means either; otherwise return."""
     if isinstance(error, torch.OutOfMemoryError | DeviceLost):
         raise error
     text = str(error).lower()

@@ -1,4 +1,4 @@
-"""The options of sparse attention, and the checks that everything which takes them shares."""
+"""The options of sparse attention, and their checks."""
 
 import logging
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from .blocks import block_pair
 from .policies import POLICIES
 from .selection import ESTIMATORS, FrameBudget
 
-# Options of earlier versions that saved runs and graphs may still hold, and that have no effect any more.
+# Options of earlier versions that saved runs and graphs may still hold; they no longer have an effect.
 RETIRED = frozenset({"reuse_steps"})
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Pools(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How sparse attention is done during a rollout. Raises ValueError that names the way out for anything else.
+    """How a rollout does sparse attention. Raises ValueError, with a remedy, for unusable values.
 
     backend: "auto" or one of `BACKEND_NAMES`.
     block: (query, key) tokens per block, powers of two from 16 on.
@@ -79,7 +79,7 @@ class AttentionOptions:
         return FrameBudget(self.keep_frames, self.sink_frames, self.near_frames)
 
     def pools(self, *, sparse: bool) -> Pools:
-        """The means that the cache of a run keeps; sparse: whether the run asks for any sparsity."""
+        """The means that the cache of a run keeps; sparse: whether the run has any sparsity."""
         rule = POLICIES[self.policy].selection
         if rule is None or not sparse:
             return Pools(False, False, False)

@@ -85,7 +85,7 @@ def assumed(family: Family, widget: str) -> ui.PreviewText | None:
         return None
     steps = ", ".join(map(str, family.denoising_steps))
     text = (
-        f"No file name tells which checkpoint this is. Assumed: chunks of {family.frames_per_chunk} latent frames, "
+        f"No file name shows which checkpoint this is. Assumed: chunks of {family.frames_per_chunk} latent frames, "
         f"no window, steps {steps}, {family.target:.0%} sparsity. If that is wrong, set `family`."
     )
     log.warning("[Light Forcing] %s", text)

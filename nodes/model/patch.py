@@ -6,7 +6,7 @@ patch adds two ways from the sampler into the model, both as wrappers that chain
 1. Before sampling, `CausalSampler.prepare` checks the inputs and requests memory, while no weights are loaded yet.
 2. In each forward, a `Pass` of the rollout arrives in `transformer_options`, the one argument that ComfyUI hands from
    a sampler to the model unchanged (`call_model` puts it there, `_forward` takes it out). The text comes from that
-   pass, because prompts change during a run; ComfyUI's own conditioning is computed as always, and not used.
+   pass, because prompts change during a run; ComfyUI's own conditioning is computed as usual, and not used.
 
 Without our sampler neither way is taken, and bypassing or deleting the node gives the stock model back. A patch that
 the causal forward would silently drop is refused by name.

@@ -97,8 +97,8 @@ def restored(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def use_rows(model: ModelPatcher) -> None:
     """Give FP8 weights from `quantized` or `restored` the layout by rows.
 
-    ComfyUI saves their format under the name `BY_ROWS`, which only this pack's loader reads: ComfyUI's own would take
-    the scales of rows for one of the whole matrix.
+    ComfyUI saves their format under the name `BY_ROWS`, which only this pack's loader reads: ComfyUI's own would
+    treat the row scales as one scale of the whole matrix.
     """
     for module in model.model.diffusion_model.modules():
         weight = getattr(module, "weight", None)

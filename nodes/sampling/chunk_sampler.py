@@ -1,4 +1,4 @@
-"""The chunk sampler behind both sampling nodes: the core's rollout decides the passes, ComfyUI's guider runs each."""
+"""The chunk sampler behind both sampling nodes: the core's rollout plans the passes, ComfyUI's guider runs them."""
 
 import contextlib
 import logging

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class FrameOutput(Observer):
     """Decodes chunks in order and passes their frames on.
 
-    Frames may be decoded while the next chunk is sampled: they are passed on after the first step that finds them
-    ready, and `finish` waits for the last.
+    Frames may be decoded while the next chunk is sampled: they are passed on after the first step by which they are
+    ready, and `finish` waits for the last ones.
 
     before: latents [B or 1, 16, frames, h, w] that the video already has and that are decoded first, `normalised` or
         in the VAE's space.
@@ -79,7 +79,7 @@ class FrameOutput(Observer):
         try:
             self._pass_on(ready)
         except BaseException:
-            self._decoder.drop()  # this chunk is given up, so its frames must not follow later
+            self._decoder.drop()  # this chunk is discarded, so its frames must not follow later
             raise
 
     def _pass_on(self, ready: list[Tensor]) -> None:

@@ -53,7 +53,7 @@ class Stretch:
 
 @dataclass
 class Draft:
-    """A chunk's pictures on their way to the CPU; `ready`: the event at its end."""
+    """A chunk's pictures while they are copied to the CPU; `ready`: the event at the end of the copy."""
 
     start: int
     stop: int
@@ -148,7 +148,7 @@ class LiveView(Observer):
         if self._preview.is_foreign:
             return
         self._take_draft()
-        must = event.step == event.steps - 1 and not self._decodes  # else the chunk would never be seen
+        must = event.step == event.steps - 1 and not self._decodes  # otherwise the chunk would never be shown
         wanted = self._drafts and (self._decodes or self._preview.is_on)
         if wanted and (must or (self._draft is None and self._budget.allows())):
             with self._budget.spending():

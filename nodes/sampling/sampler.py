@@ -87,7 +87,7 @@ class LightForcingSampler(io.ComfyNode):
         if cfg is not None:
             check_guidance(cfg, None if negative is OPEN and state is OPEN else "connected")
         if video_output is not OPEN and vae is OPEN:
-            raise ValueError("video_output is connected, but no vae is there to make frames; connect Load VAE to vae")
+            raise ValueError("video_output needs decoded frames, but vae is not connected; connect Load VAE to vae")
         return True
 
     @classmethod

@@ -162,7 +162,7 @@ class FrameDecoder:
     def put(self, latents: Tensor, *, normalised: bool) -> list[Tensor]:
         """Decode latents [B, 16, f, h, w]; the frames [B, n, H, W, 3] that are ready."""
         vae = self._vae
-        if vae.patcher.current_loaded_device() != vae.patcher.load_device:  # another model needed the memory
+        if vae.patcher.current_loaded_device() != vae.patcher.load_device:  # another model took the memory
             load_on_device(vae.patcher, self.bytes_needed)
         if self._line is None:  # only now is the VAE on its final device
             resident = self._overlap and why_not_resident(vae.first_stage_model, vae.device) is None

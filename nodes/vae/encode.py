@@ -20,9 +20,9 @@ from ..comfy import (
 )
 from ..texts import node_schema
 
-LESS = 0.8  # of the memory, if ComfyUI's estimate says that there is enough
+LESS = 0.8  # of the memory, if ComfyUI estimates that there is enough
 # Latent frames of a still that are encoded before an end and then left out. A VAE encodes the first frame by itself,
-# which still shows in the frames after it if there are fewer; more change nothing.
+# which is still visible in the following frames if there are fewer; more make no difference.
 BEFORE_END = 2
 
 

@@ -196,7 +196,7 @@ def test_assumed_family_is_shown_on_the_node_and_sent_with_its_result(client, no
         models = {"file": core_loader("tiny_wan.safetensors"), "model": apply(link("file"), **own)}
     one.run(graph(models, latent=empty(length=9)))
     (text,) = one.texts["model"]
-    assert text.startswith("No file name tells which checkpoint this is. Assumed: chunks of 3 latent frames")
+    assert text.startswith("No file name shows which checkpoint this is. Assumed: chunks of 3 latent frames")
     assert text.endswith("set `family`.")
     assert one.executed["model"] == {"text": [text]}
 

@@ -155,8 +155,8 @@ def test_wrong_sampler_inputs_are_refused_when_they_are_queued(server, inputs, w
         ({"crf": 64, "format": "webm"}, "outside 0 to 63 of webm"),
         ({"crf": -2}, "outside 0 to 51"),
         ({"format": "avi"}, "use mp4 or webm"),
-        ({"prefix": ""}, "write one such as video/clip"),
-        ({"prefix": "video/.."}, "write one such as video/clip"),
+        ({"prefix": ""}, "use one such as video/clip"),
+        ({"prefix": "video/.."}, "use one such as video/clip"),
     ],
 )
 def test_wrong_video_file_is_refused_when_it_is_queued(server, inputs, way_out):
