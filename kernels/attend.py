@@ -14,7 +14,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _dot(a, b, total, UPCAST: tl.constexpr):
-    """a · b + total, b in whatever it is stored in."""
+    """a · b + total; b may be stored in any dtype."""
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b.to(a.dtype), total, input_precision="tf32x3")  # float32 keeps its precision on tensor cores
@@ -22,7 +22,7 @@ def _dot(a, b, total, UPCAST: tl.constexpr):
 
 @triton.jit
 def _load(base, offsets, dim_is_real, PADDED: tl.constexpr):
-    """A tile whose rows all exist; its padded dims, if there are any, read as zeros."""
+    """A tile whose rows all exist; padded dims read as zeros."""
     if PADDED:
         return tl.load(base + offsets, mask=dim_is_real, other=0.0)
     return tl.load(base + offsets)
@@ -30,9 +30,9 @@ def _load(base, offsets, dim_is_real, PADDED: tl.constexpr):
 
 @triton.jit
 def _attend(v, scores, factor, v_scale, row_max, row_sum, total, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """One step of the online softmax in base 2: fade what is there, add this tile. Not every score may be −inf.
+    """One step of the online softmax in base 2: rescale the sums so far and add this tile. Some score must exceed −inf.
 
-    Scores still want `factor`, which is positive: taken into the exponent's subtraction it costs nothing a score.
+    Scores are still to be multiplied by `factor`, which is positive; in the exponent's subtraction this costs nothing.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     weights = tl.exp2(scores * factor - new_max[:, None])
@@ -114,7 +114,7 @@ def forward(
         part = (program - whole) % parts
     list_row, batch, head, q_first, q_within = _place(unit, heads, q_blocks, q_frame, order_ptr, BLOCK_Q, TILE_Q)
     if RAGGED_Q and TILE_Q != BLOCK_Q and q_within >= q_frame:
-        return  # a tile of nothing but padding
+        return  # a tile of padding alone
 
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     SPLIT: tl.constexpr = BLOCK_K // TILE_K
@@ -163,7 +163,7 @@ def forward(
     for i in range(start * SPLIT, end * SPLIT):
         if blocks_ptr is None:
             k_block = i // SPLIT
-        else:  # the next entry is on its way while this block is worked on
+        else:  # load the next entry while this block is computed
             k_block = next_block
             next_block = tl.load(list_ptr + tl.minimum((i + 1) // SPLIT, width - 1))
         k_within = (k_block % k_per_frame) * BLOCK_K + (i % SPLIT) * TILE_K
@@ -195,7 +195,7 @@ def forward(
 
     if bias_ptr is not None:
         # A whole unit's maximum is finite here, or its list was empty and every mean takes part. A part may have seen
-        # no key so far and meet nothing but listed blocks.
+        # no key so far and meet only listed blocks.
         if totals_ptr is not None:
             row_max = tl.maximum(row_max, LOWEST)
         mean_stride = heads * HEAD_DIM
@@ -239,7 +239,7 @@ def combine(
     cut = tl.program_id(0) // (TILE_Q // ROWS)
     _, batch, head, q_first, q_within = _place(whole + cut, heads, q_blocks, q_frame, order_ptr, BLOCK_Q, TILE_Q)
     if RAGGED_Q and TILE_Q != BLOCK_Q and q_within >= q_frame:
-        return  # its parts wrote nothing
+        return  # its parts stored nothing
     rows = (tl.program_id(0) % (TILE_Q // ROWS)) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED_DIM)
     at = cut.to(tl.int64) * parts * TILE_Q + rows
@@ -272,7 +272,7 @@ def tail_bias(
         ids = first + tl.arange(0, TILE)
         tokens = tl.minimum(tokens_per_frame - (ids % per_frame) * BLOCK_K, BLOCK_K)
         tl.store(bias_row + ids, tl.log2(tokens.to(tl.float32)), mask=ids < k_blocks)
-    tl.debug_barrier()  # what follows overwrites what other threads of this program stored
+    tl.debug_barrier()  # the next stores overwrite values that other threads of this program stored
     count = tl.load(counts_ptr + row)
     for first in range(0, count, TILE):
         entries = first + tl.arange(0, TILE)

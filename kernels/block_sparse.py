@@ -45,7 +45,7 @@ _launches: dict[tuple[Kind, torch.device], Launch] = {}  # chosen in this proces
 class Work(NamedTuple):
     """The tensors of one call of the kernel, as in `block_sparse_attention`.
 
-    lists: blocks and counts, None for dense. order: int32, rows of the lists in the order in which they are begun.
+    lists: blocks and counts, None for dense. order: int32, rows of the lists in the order in which they start.
     tail: the means of k and v and the bias of their scores. lse: float32 [B, Lq, H], if it is wanted.
     """
 
@@ -98,14 +98,14 @@ def block_sparse_attention(
     """Attention of every query block over its listed key blocks only, or over all.
 
     q: [B, Lq, H, D].
-    k, v: [B, Lk, H, D]; all in whole frames, any strides as long as D is contiguous.
-    blocks: int32 [B, H, q_blocks, width], of which the first `counts` entries of each row are read.
+    k, v: [B, Lk, H, D]; all in whole frames, any strides if D is contiguous.
+    blocks: int32 [B, H, q_blocks, width]; the first `counts` entries of each row are read.
     counts: int32 [B, H, q_blocks]; with both None every query attends to all keys.
     scale: multiplies the scores, 1/√D if None.
     scales: for int8 or float8_e4m3fn k and v their scales, positive, float32 [B, k_blocks, H] each.
     tail: the block means of k and v, [B, k_blocks, H, D] in q's dtype: each block that is not listed takes part once,
     as its mean with log(its real tokens) added to the score.
-    uneven: counts differ, so the longest lists are begun first, for one sort of the counts.
+    uneven: counts differ; the longest lists then start first, which costs a sort of the counts.
     lse: if given, contiguous float32 [B, Lq, H], filled with the natural log of the sum of each query's exponentiated
     scores, means of the tail included.
 
@@ -254,7 +254,7 @@ def _launch_for(kind: Kind, q: Tensor, run: Callable[[Launch], None]) -> Launch:
     try:
         _launches[kind, q.device] = tuning.fastest(key, default, rounds, time)
     except torch.OutOfMemoryError:
-        # Timing wants 256 MB to empty the L2 cache, which a run that just fits does not have.
+        # Timing takes 256 MB to empty the L2 cache, which a run that only just fits cannot spare.
         _log.info("[Light Forcing] no memory left to time %s; launching %s", kind, default)
         _launches[kind, q.device] = default
     return _launches[kind, q.device]
@@ -275,7 +275,7 @@ def _check_pairs(
     scales: tuple[Tensor, Tensor] | None,
     tail: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """ValueError unless scales and tail are there when they must be and have the shape that k's blocks ask for."""
+    """ValueError unless required scales and tail are given and have the shape of k's blocks."""
     if (scales is not None) != (k.dtype in EIGHT_BIT) or v.dtype != k.dtype:
         raise ValueError(f"k is {k.dtype}, v is {v.dtype} and scales are {'given' if scales else 'missing'}")
     for name, pair, shape, dtype in (

@@ -31,7 +31,7 @@ def _place(tokens_per_frame, frames, ROWS: tl.constexpr):
 
 @triton.jit
 def _tile(first, within, tokens_per_frame, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
-    """Where the program's values lie, [ROWS, PADDED], which of them are real, and their columns."""
+    """Offsets of the program's values, [ROWS, PADDED], a mask of the real ones, and their columns."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, PADDED)
     real = (within + rows < tokens_per_frame)[:, None] & (columns < WIDTH)[None, :]
     return first * WIDTH + rows[:, None] * WIDTH + columns[None, :], real, columns
@@ -113,7 +113,7 @@ def why_not(x: Tensor) -> str | None:
 def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) · (1 + scale) + shift, the norm without weights of its own.
 
-    x: [B, F · tokens, D]; scale, shift: [B, F or 1, D], any strides as long as channels are contiguous. All in
+    x: [B, F · tokens, D]; scale, shift: [B, F or 1, D], any strides if channels are contiguous. All in
     float32, rounded once at the end: closer than the unfused steps, which also round the norm and 1 + scale.
     Returns a contiguous tensor like x. Raises ValueError when `why_not` gives a reason or a shape or dtype is off.
     """

@@ -3,7 +3,7 @@
 The first launch multiplies query means with key and frame means, or with the means of parts of blocks, whose
 log-sum-exp are the scores of blocks and frames then. In the second, one program owns one query block:
 it holds the row's scores in registers and searches, bit by bit, for the highest bar that still leaves as many
-candidates as are wanted. Nothing is sorted; ties are settled by prefix sums, and the list is written in id order.
+candidates as needed. Nothing is sorted; prefix sums resolve ties, and the list is written in id order.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ MAX_FRAMES = 4096
 LOWEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).min)
 HIGHEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 LOWEST_INT = tl.constexpr(-(2**31))  # below the order of any score: not eligible
-HIGHEST_INT = tl.constexpr(2**31 - 1)  # higher than the order of any score: a bar that nothing reaches
+HIGHEST_INT = tl.constexpr(2**31 - 1)  # higher than the order of any score: a threshold that nothing reaches
 
 
 class Parts(NamedTuple):
@@ -282,12 +282,12 @@ def select_blocks(
     """The key blocks that each query block keeps: the `kept` best of those whose frame is eligible.
 
     q_means [B, q_blocks, H, D], k_means [B, k_blocks, H, D], frame_means [B, frames, H, D]: one dtype, any strides
-    as long as D is contiguous; scores are inner products in float32. frame_ranks: int32 [frames], −1 for a frame
+    if D is contiguous; scores are inner products in float32. frame_ranks: int32 [frames], −1 for a frame
     that is always eligible, otherwise its rank, unique and below `frames`, among those that compete for `choose`
     places; the lowest rank wins a tie. Of equal blocks the lowest id wins. NaN counts as the lowest finite score,
     an infinite score as the nearest finite one. At least `choose` frames must compete and `kept` blocks be eligible.
     parts: score by log-sum-exp over parts of blocks, with products scaled by 1/√D; of k_means and frame_means only the
-    shapes are looked at then. Blocks of the same parts in the same order tie, in another order up to rounding.
+    shapes are used then. Blocks of the same parts in the same order tie, in another order up to rounding.
 
     Returns int32 ids [B, H, q_blocks, kept], ascending, and int32 counts [B, H, q_blocks]. Nothing waits on the
     device; lengths and counts are runtime values. Raises ValueError when `why_not` gives a reason or a shape or

@@ -139,8 +139,8 @@ def _write_part(
         tl.store(out_tile + head * HEAD_DIM, x, mask=row_is_real[:, None])
 
     if frame_means_ptr is not None:
-        # Whoever finishes a frame's last block pools the frame, always in the order of its blocks: no result
-        # depends on who that is. The barrier puts all threads' means before the release of the count.
+        # The program that finishes a frame's last block pools the frame, always in the order of its blocks: no result
+        # depends on which program that is. The barrier puts all threads' means before the release of the count.
         tl.debug_barrier()
         arrivals = arrivals_ptr + (batch * frames + frame) * groups + group
         if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == per_frame - 1:
@@ -154,7 +154,7 @@ def _write_part(
                         means_ptr + ((first_block + blocks[:, None]) * heads + head) * HEAD_DIM + dims[None, :],
                         mask=blocks[:, None] < per_frame,
                         other=0.0,
-                        cache_modifier=".cg",  # other programs wrote them, and only L2 has seen that
+                        cache_modifier=".cg",  # other programs wrote them, so only L2 has the new values
                     )
                     lengths = tl.minimum(BLOCK, tokens_per_frame - blocks * BLOCK).to(tl.float32)
                     shares = tl.div_rn(lengths, tl.zeros([32], tl.float32) + tokens_per_frame)
@@ -351,7 +351,7 @@ def fused_store(
 ) -> tuple[Tensor, Tensor] | None:
     """Norm, rotate and pool q; norm and rotate k; write and pool k and v into the ring: one launch.
 
-    q, k, v: raw projections [B, L, H · D] of whole frames, any strides as long as channels are contiguous; q may be
+    q, k, v: raw projections [B, L, H · D] of whole frames, any strides if channels are contiguous; q may be
     None. q_weight, k_weight: [H · D], of the RMS norms over the full width, with `eps`.
     cos, sin: float32, L · D/2 values in the order of `RopeTable`'s.
     slots: int32 [frames] on the device, the slot of `ring` that each frame goes to, no two the same; the caller

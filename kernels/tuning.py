@@ -1,7 +1,7 @@
-"""Launch parameters of the attention kernel: safe defaults, a few candidates, and the fastest on this very GPU.
+"""Launch parameters of the attention kernel: safe defaults, candidates, and the fastest on this GPU.
 
 The tests compile the defaults for every chip and allow no register spills in 16 bits. On a GPU the candidates are
-timed once per kind of work; the winner is kept on disk and read back by later runs.
+timed once per kind of work; the winner is stored on disk for later runs.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ Round = Callable[[Launch], list[Launch]]
 
 @dataclass(frozen=True)
 class Kind:
-    """What makes compiled code of its own: blocks, head dim, q's dtype, the keys' dtype, ragged (q, k), variant."""
+    """The properties that need separate code: blocks, head dim, q's dtype, the keys' dtype, ragged (q, k), variant."""
 
     block_q: int
     block_k: int
@@ -90,7 +90,7 @@ def shared_bytes(kind: Kind, launch: Launch) -> int:
 
 
 def default_launch(kind: Kind) -> Launch:
-    """What runs untimed: fits every supported chip and, compiled for each of them, stays in registers.
+    """The launch without timing: it fits every supported chip and, compiled for each, stays in registers.
 
     Key tiles of 128 spill, and so do 128 query rows with a pooled tail: both are cut in two. float32 takes three
     products for one and a quarter of the tile, an eighth with an 8-bit cache and a tail.
@@ -112,8 +112,8 @@ def rounds(kind: Kind, shared_limit: int, *, descriptors: bool) -> list[Round]:
 def is_tuned(kind: Kind) -> bool:
     """Whether tiles are worth timing: large models' blocks in 16 bits.
 
-    Every tile costs its user a compilation. Blocks under 64 are those of models that run in a moment, and float32,
-    which no model on a GPU runs in, has no other tiles than the default's that stay in registers.
+    Every tile costs a compilation. Blocks under 64 belong to models that run in a moment. float32, which no model uses
+    on a GPU, has no tiles but the default's that stay in registers.
     """
     large = min(kind.block_q, kind.block_k, kind.head_dim) >= 64
     return large and padded(kind.head_dim) == kind.head_dim and kind.dtype != torch.float32
@@ -150,7 +150,7 @@ def cut(units: int, at_once: int, blocks: int) -> tuple[int, int]:
 
     at_once: units that the chip works on at once, 0 for no cut; blocks: the key blocks that a unit walks. 864 units on
     132 multiprocessors of two units each are 3.27 waves and take the time of 4; with the last 72 units cut in three
-    they take that of 3.33. It costs one more launch and here 7 MB that are written and read again, so it is timed like
+    they take that of 3.33. It costs one more launch and, here, writing and reading 7 MB, so it is timed like
     everything else. A cut must leave each part a few blocks, or its queries are loaded for nothing.
     """
     rest = units % at_once if at_once else 0
@@ -170,7 +170,7 @@ def _warps(tile_q: int) -> int:
 
 
 def fastest(key: str, default: Launch, rounds: Iterable[Round], time: Callable[[Launch], float]) -> Launch:
-    """The launch that won under `key`: remembered, read from disk, or timed now and kept.
+    """The launch that won under `key`: remembered, read from disk, or timed now and stored.
 
     Each of `rounds` names launches to time, given the winner so far; the default is taken if nothing else runs.
     `time` returns milliseconds and may raise: a launch that does not compile or does not fit is no candidate.
@@ -231,7 +231,7 @@ def _stored(path: Path) -> dict[str, Launch]:
 def _keep(key: str, winner: Launch) -> None:
     """Add one winner to the file, which is replaced whole: a reader sees the old one or the new one.
 
-    Of two processes that add one at the same moment the later wins; the other's work is timed again some day.
+    If two processes add one at the same moment, the later wins; the other launch is timed again when it is needed.
     """
     path = cache_file()
     own = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -241,5 +241,5 @@ def _keep(key: str, winner: Launch) -> None:
         os.replace(own, path)
     except OSError as error:
         _log.warning("[Light Forcing] launch parameters are not kept for the next run: %s", error)
-        with contextlib.suppress(OSError):  # a full disk leaves half of it
+        with contextlib.suppress(OSError):  # a full disk leaves a part of it
             own.unlink()

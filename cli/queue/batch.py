@@ -1,4 +1,4 @@
-"""A batch on one server: every job that the ledger does not have as done, one after another.
+"""A batch on one server: all jobs that are not done by the ledger, one after another.
 
 Each job's files appear as one folder, renamed into place when all are there: after a crash it is whole or absent.
 """
@@ -21,7 +21,7 @@ from .prompt import UsageError
 from .run import Run, RunVanished, output_files
 from .server import ComfyServer, QueueError, RemoteFile, ServerUnreachable
 
-MOST_LOSSES = 3  # a prompt that went down with the server this often may be the reason
+MOST_LOSSES = 3  # a prompt that was lost with the server this often may have crashed it
 
 
 @dataclass
@@ -121,7 +121,7 @@ class Batch:
             raise
 
     def _send(self, run: Run) -> None:
-        """Send the prompt unless the server has it: from an earlier command, or only its answer was lost."""
+        """Send the prompt unless the server already has it, from an earlier command or because its answer was lost."""
         if not self.server.has_queued(run.prompt_id) and self.server.history(run.prompt_id) is None:
             previews, client_id = self.previews is not None, self._ledger.client_id
             run.left_out = self.server.submit(run.job.prompt, run.prompt_id, client_id, previews=previews)

@@ -11,7 +11,7 @@ USAGE = 2  # the exit code for options that do not fit together, as typer's for 
 
 def queue(
     workflow: Annotated[Path, typer.Argument(help="A workflow in API form (in ComfyUI: File, Export Workflow (API)).")],
-    out: Annotated[Path, typer.Option(help="Folder for the files that the run writes; in a batch, for a folder each.")],
+    out: Annotated[Path, typer.Option(help="Folder for the run's files; in a batch, one folder for each prompt.")],
     server: Annotated[
         list[str] | None,
         typer.Option(help="Address, also https://user:password@host; without it http://127.0.0.1:8188."),
@@ -25,27 +25,27 @@ def queue(
     ] = None,
     prompt_node: Annotated[
         str | None,
-        typer.Option(metavar="NODE[.INPUT]", help="Where the text goes; else the prompt node that feeds positive."),
+        typer.Option(metavar="NODE[.INPUT]", help="Input for the text; default: the node that feeds positive."),
     ] = None,
     seeds: Annotated[
         str | None, typer.Option(help="Batch: every prompt once per seed, like 1,2,5-8; without it the seed stays.")
     ] = None,
-    timeout: Annotated[float | None, typer.Option(help="Give a prompt up and cancel it after so many seconds.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which a prompt is cancelled as failed.")] = None,
     patience: Annotated[
         float, typer.Option(min=1.0, help="Seconds without an answer after which the server counts as lost.")
     ] = 30.0,
     temp: Annotated[bool, typer.Option("--temp", help="Download the files of preview nodes too.")] = False,
     save_previews: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures that the server sends while it samples.")
+        Path | None, typer.Option(help="Folder for the previews that the server sends while it samples.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Events on stdout, one JSON object per line.")] = False,
 ) -> None:
     """Run a workflow on a ComfyUI server and download its results. Ctrl-C cancels it there and exits 130.
 
-    With --prompts or --seeds it is a batch: a folder per prompt, and a ledger of which are done.
-    Started again, the same command continues the batch; nothing that is done runs again.
+    With --prompts or --seeds, run a batch: one folder per prompt, and a ledger of finished ones.
+    Run the same command again to continue the batch; finished prompts do not run again.
 
-    Exit codes: 0 all done, 1 some failed or left, 2 the options do not fit together, 130 interrupted.
+    Exit codes: 0 all done, 1 some failed or left, 2 conflicting options, 130 interrupted.
     """
     from .batch import Batch
     from .display import Display

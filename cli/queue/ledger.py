@@ -1,4 +1,4 @@
-"""The ledger of a batch: one sqlite3 file in the output folder that says how far every job is.
+"""The ledger of a batch: one sqlite3 file in the output folder with the state of every job.
 
 A job is `waiting`, `sent` (its prompt may be waiting, running or finished on the server, so the next start asks there
 first), `done` (its files are in the output folder) or `failed` (the next start tries it again). An open ledger holds
@@ -30,7 +30,7 @@ def partial_folder(folder: Path, name: str) -> Path:
 class Ledger:
     """The ledger in `folder`, made or continued; in memory if folder is None, for a run that nobody resumes.
 
-    client_id: under which prompts are sent and their events come; a start that finds prompts `sent` takes over theirs.
+    client_id: for sending prompts and receiving their events; if some are `sent` already, theirs is used.
     sent: the prompt ids of jobs that an earlier start sent.
 
     Raises UsageError if the ledger belongs to another batch, cannot be read, or is in use by another command.
@@ -54,7 +54,7 @@ class Ledger:
                 self._settle(folder, jobs)
             self._db.execute("COMMIT")
         except BaseException as error:
-            self.close()  # takes the transaction back
+            self.close()  # rolls the transaction back
             if not isinstance(error, sqlite3.Error):
                 raise
             reason = (
@@ -70,7 +70,7 @@ class Ledger:
         return dict(self._db.execute("SELECT name, state FROM jobs"))
 
     def _add(self, jobs: Sequence[Job]) -> None:
-        """Make the table, check the jobs that it has, add those that it has not."""
+        """Make the table, check the jobs in it, and add the missing ones."""
         self._db.execute(TABLE)
         known = dict(self._db.execute("SELECT name, digest FROM jobs"))
         changed = [job.name for job in jobs if known.get(job.name, job.digest) != job.digest]
@@ -86,7 +86,7 @@ class Ledger:
         self.client_id: str = rows[0][2] if rows else uuid.uuid4().hex
 
     def _settle(self, folder: Path, jobs: Sequence[Job]) -> None:
-        """Agree with the folder: a whole folder of a job that was sent is done, a part of one is thrown away."""
+        """Match the folder: a job that was sent and has a whole folder is done; an incomplete folder is deleted."""
         states = self.states()
         _check_free(folder / job.name for job in jobs if states[job.name] in ("waiting", "failed"))
         for job in jobs:
@@ -106,4 +106,4 @@ class Ledger:
 def _check_free(folders: Iterable[Path]) -> None:
     taken = next((folder for folder in folders if folder.exists()), None)
     if taken is not None:
-        raise UsageError(f"{taken} is there already and not from this batch; choose another --out")
+        raise UsageError(f"{taken} exists already and is not from this batch; choose another --out")

@@ -17,7 +17,7 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}  # as typed; a 
 
 
 class UsageError(ValueError):
-    """A request that does not fit together; nothing has been sent to a server."""
+    """An invalid request; nothing has been sent to a server."""
 
 
 class Override(NamedTuple):
@@ -158,7 +158,7 @@ def apply_overrides(
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """A JSON value if it is an object, else an empty one: servers and node packs send all sorts."""
+    """A JSON value if it is an object, else an empty one: servers and node packs may send anything."""
     return value if isinstance(value, dict) else {}
 
 

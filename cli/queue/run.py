@@ -43,7 +43,7 @@ class Run:
     def follow(self, server: ComfyServer, client_id: str, *, timeout: float | None) -> Mapping[str, Any]:
         """Listen until /history has the run, through dropped connections; its record there.
 
-        timeout: seconds from now until the run is cancelled and given up, None for ever. Raises RunVanished if the
+        timeout: seconds from now until the run is cancelled and given up, None for no limit. Raises RunVanished if the
         server restarted and no longer knows the run, QueueError if somebody deleted it there.
         """
         start, openings = time.monotonic(), server.openings

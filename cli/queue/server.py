@@ -53,7 +53,7 @@ class RemoteFile(NamedTuple):
 
     @property
     def relative_path(self) -> Path:
-        """Its place below the output folder, never outside of it, whatever the server says."""
+        """Its path in the output folder; never outside it, even if the server asks for that."""
         parts = _UNFIT.sub("_", f"{self.subfolder}/{self.filename}".replace("\\", "/")).split("/")
         return Path(*([part for part in parts if part not in ("", ".", "..")] or ["unnamed"]))
 
@@ -92,7 +92,7 @@ class ComfyServer:
         self._client.close()
 
     def patiently(self, call: Callable[[], Result]) -> Result:
-        """`call`, again and again while the server does not answer, until patience is over."""
+        """Repeat `call` while the server does not answer, until patience runs out."""
         deadline = None
         while True:
             try:
@@ -110,7 +110,7 @@ class ComfyServer:
     def submit(self, prompt: Prompt, prompt_id: str, client_id: str, *, previews: bool) -> list[str]:
         """Queue `prompt`; returns one line per node error in parts that the server will not run.
 
-        previews: make the sampler send pictures, whatever the server was started with. Raises QueueError with the
+        previews: make the sampler send pictures even if the server has previews off. Raises QueueError with the
         server's own message and one line per node error if it refuses the prompt.
         """
         extra = {"preview_method": "auto"} if previews else {}
@@ -201,7 +201,7 @@ class ComfyServer:
             raise ServerUnreachable(f"no ComfyUI server answers at {self.url}: {str(error) or repr(error)}") from error
 
     def _bounded(self, response: httpx.Response, most: int) -> Iterator[bytes]:
-        """The parts of a body. Raises QueueError if it is too large, ServerUnreachable if it only drips."""
+        """The parts of a body. Raises QueueError if it is too large, ServerUnreachable if it arrives too slowly."""
         start, received = time.monotonic(), 0
         for part in response.iter_bytes():
             received += len(part)

@@ -47,7 +47,7 @@ def test_foreign_folder_in_the_way_is_refused(tmp_path, state):
         ledger.set("dog", state="failed")
         ledger.close()
     (tmp_path / "dog").mkdir()
-    with pytest.raises(UsageError, match="is there already and not from this batch; choose another --out"):
+    with pytest.raises(UsageError, match="exists already and is not from this batch; choose another --out"):
         Ledger(tmp_path, [DOG])
     assert (tmp_path / "queue.sqlite3").exists() == (state == "failed")
 
