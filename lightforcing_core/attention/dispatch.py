@@ -11,7 +11,6 @@ from torch import Tensor
 from . import fast_path
 from .backends import BACKENDS, DENSE, REFERENCE, TRITON
 from .backends.base import EIGHT_BIT, Backend, Call, Result
-from .backends.dense import dense_by_head
 from .blocks import FrameBlocks
 from .fast_path import raise_if_fatal
 from .options import check_backend, check_block
@@ -162,16 +161,16 @@ def dense_attention_8bit(
     Returns [B, Lq, H, D] in q's dtype. The Triton kernel reads 8-bit tiles; if "auto" would not take it, or another
     backend is named, one head at a time is dequantised for PyTorch's own attention. Raises `BackendUnavailable`.
     """
-    call = Call(q, k, v, FrameBlocks(layout.tokens_per_frame, 64), layout, scales=scales)
+    call = Call(q, k, v, FrameBlocks(layout.tokens_per_frame, 128), layout, scales=scales)
     if backend == TRITON.name:
         choose(call, backend)
-        return TRITON.run_dense(q, k, v, scales, layout)
+        return TRITON.run(call).out
     if backend == "auto" and not (TRITON.why_not(call) or TRITON.why_not_auto(call)):
-        path = call.path(f"dense {TRITON.name}")
-        out = path.attempt(lambda: TRITON.run_dense(q, k, v, scales, layout), "dequantising one head at a time")
-        if out is not None:
-            return out
-    return dense_by_head(q, k, v, scales, layout)
+        run = partial(TRITON.run, call)
+        result = call.path(f"dense {TRITON.name}").attempt(run, "dequantising one head at a time")
+        if result is not None:
+            return result.out
+    return DENSE.run(call).out
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor] | None) -> None:

@@ -35,19 +35,14 @@ class Dense(Backend):
         q = call.q
         if call.scale is not None:
             q = q * (call.scale * q.shape[-1] ** 0.5)
-        if call.scales is not None:
-            return Result(dense_by_head(q, call.k, call.v, call.scales, call.k_layout))
-        return Result((call.dense or sdpa)(q, call.k, call.v))
-
-
-def dense_by_head(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], k_layout: FrameBlocks) -> Tensor:
-    """Dense attention over an 8-bit cache, dequantised one head at a time."""
-    out = torch.empty_like(q)
-    for head in range(q.shape[2]):
-        one = slice(head, head + 1)
-        # The wider keys and values have no name here, so that they are freed before the next head's are made.
-        out[:, :, one] = sdpa(q[:, :, one], *dequantised(k, v, scales, k_layout, one, q.dtype))
-    return out
+        if call.scales is None:
+            return Result((call.dense or sdpa)(q, call.k, call.v))
+        out = torch.empty_like(q)
+        for head in range(q.shape[2]):
+            one = slice(head, head + 1)
+            # The wider keys and values have no name here, so that they are freed before the next head's are made.
+            out[:, :, one] = sdpa(q[:, :, one], *dequantised(call.k, call.v, call.scales, call.k_layout, one, q.dtype))
+        return Result(out)
 
 
 def dequantised(

@@ -1,9 +1,7 @@
 """Block-sparse attention by our Triton kernel: NVIDIA GPUs from sm_80 on, or Triton's interpreter."""
 
 import torch
-from torch import Tensor
 
-from ..blocks import FrameBlocks
 from ..fast_path import why_no_kernels
 from .base import Backend, Call, Result
 
@@ -32,6 +30,7 @@ class Triton(Backend):
         return 4 * call.q.shape[0] * call.q.shape[2] * call.q_blocks * call.k_blocks if call.tail else 0
 
     def run(self, call: Call) -> Result:
+        """Without a selection every block is read."""
         from ....kernels import block_sparse
 
         lse = torch.empty(call.q.shape[:-1], dtype=torch.float32, device=call.q.device) if call.wants_lse else None
@@ -39,7 +38,7 @@ class Triton(Backend):
             call.q,
             call.k,
             call.v,
-            *call.blocks_read,
+            *(call.selection or (None, None)),
             tokens_per_frame=call.q_layout.tokens_per_frame,
             block_q=call.q_layout.block,
             block_k=call.k_layout.block,
@@ -50,19 +49,3 @@ class Triton(Backend):
             lse=lse,
         )
         return Result(out, lse)
-
-    def run_dense(self, q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], layout: FrameBlocks) -> Tensor:
-        """Attention over all key blocks of an 8-bit cache, by the same kernel."""
-        from ....kernels import block_sparse
-
-        return block_sparse.block_sparse_attention(
-            q,
-            k,
-            v,
-            None,
-            None,
-            tokens_per_frame=layout.tokens_per_frame,
-            block_q=128,
-            block_k=layout.block,
-            scales=scales,
-        )
