@@ -166,23 +166,9 @@ def _read_safetensors(file: Path, size: int) -> tuple[dict[str, Any], dict[str, 
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        if (needed := _safetensors_size(file, size)) > size:
-            raise CheckpointError(
-                f"{file}: truncated; it should have {needed:,} bytes and has {size:,}; download it again"
-            ) from error
-        raise CheckpointError(f"{file}: truncated or damaged safetensors file ({error}); download it again") from error
-
-
-def _safetensors_size(file: Path, size: int) -> int:
-    """The size in bytes that follows from the header, or 0 if the header is unreadable."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        try:
-            entries = json.loads(stream.read(min(length, size)))
-            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
-            return int(8 + length + max(ends, default=0))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return 0
+        raise CheckpointError(
+            f"{file}: truncated or damaged safetensors file of {size:,} bytes ({error}); download it again"
+        ) from error
 
 
 def _read_torch(file: Path, *, zipped: bool) -> dict[str, Any]:

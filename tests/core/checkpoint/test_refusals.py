@@ -66,8 +66,6 @@ def test_a_truncated_file_says_so(tmp_path, suffix, kept):
     message = refusal(path)
     assert "truncated" in message
     assert "download it again" in message
-    if suffix == ".safetensors" and kept > 0.1:
-        assert f"{len(whole):,} bytes" in message
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
