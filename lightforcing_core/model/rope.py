@@ -42,22 +42,16 @@ class RopeTable:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        dims = axis_dims(head_dim)
-        time = _angles(torch.arange(start, start + frames, device=device), dims[0])
-        rows = _angles(torch.arange(height, device=device), dims[1])
-        columns = _angles(torch.arange(width, device=device), dims[2])
-        grid = (frames, height, width)
-        angles = torch.cat(
-            [
-                time[:, None, None].expand(*grid, -1),
-                rows[None, :, None].expand(*grid, -1),
-                columns[None, None].expand(*grid, -1),
-            ],
-            dim=-1,
-        ).reshape(frames, height * width, head_dim // 2)
+        axes = [
+            torch.arange(first, first + size, device=device)
+            for first, size in ((start, frames), (0, height), (0, width))
+        ]
+        positions = torch.cartesian_prod(*axes).unbind(1)
+        pairs = zip(positions, axis_dims(head_dim), strict=True)
+        angles = torch.cat([_angles(position, dim) for position, dim in pairs], dim=-1)
         if order is not None:
-            angles = angles[:, order]
-        angles = angles.reshape(1, frames * height * width, 1, head_dim // 2)
+            angles = angles.unflatten(0, (frames, -1))[:, order].flatten(0, 1)
+        angles = angles[None, :, None]
         self.cos = angles.cos().to(dtype)
         self.sin = angles.sin().to(dtype)
 
