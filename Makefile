@@ -47,7 +47,7 @@ lint: $(READY)
 	MYPYPATH=$(VENV)/src $(BIN)/mypy -m lightforcing $(foreach part,benchmarks cli kernels lightforcing_core nodes,-p lightforcing.$(part)) \
 		-p laboratory.quality
 
-# mypy reads the package under its installed name, so the root is linked as `lightforcing` beside the environment.
+# mypy reads the package under its installed name, so the root is linked as `lightforcing` in $(VENV)/src.
 $(READY): requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 		|| { echo "$(PYTHON) is older than Python 3.10; run: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }

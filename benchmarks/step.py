@@ -109,7 +109,7 @@ def _state_with_history(
         for layer in range(cache.shape.layers):
             cache.store(layer, k, v)
         cache.commit()
-    state.open_chunk(FRAMES, SPARSITIES[bench.chunk - 1], device, steps=1 << 30)  # so many that recording always pays
+    state.open_chunk(FRAMES, SPARSITIES[bench.chunk - 1], device, steps=1 << 30)  # so that recording always pays
     return state
 
 

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def to_device(x: Tensor, device: torch.device | str | None) -> Tensor:
-    """Copy x to `device`, or return it as it is if None; a copy from the CPU to a GPU does not wait for the GPU."""
+    """Copy x to `device`, or return x itself if None; a copy from the CPU to a GPU does not wait for the GPU."""
     if device is None:
         return x
     if x.device.type != "cpu" or torch.device(device).type != "cuda":

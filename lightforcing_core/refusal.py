@@ -9,8 +9,8 @@ from torch import Tensor
 class Refusal(ValueError):
     """A request that cannot be met; its text is "`field` `problem`; `remedy`".
 
-    field: the parameter at fault, by its name in this library; another front end may put its own name there, see
-    `named`. problem: what is wrong with it, the value included. remedy: what works instead, in the imperative.
+    field: the parameter at fault, by its name in this library; another front end may use its own name, see `named`.
+    problem: the fault, with the value. remedy: a way out, in the imperative.
     """
 
     def __init__(self, field: str, problem: str, remedy: str) -> None:

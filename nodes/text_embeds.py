@@ -58,7 +58,7 @@ class LightForcingLoadTextEmbeds(io.ComfyNode):
 
 
 def save_embeds(path: Path, conditioning: list) -> None:
-    """Write CONDITIONING whole or not at all. Raises ValueError, OutputError."""
+    """Write CONDITIONING completely or not at all. Raises ValueError, OutputError."""
     tensors: dict[str, torch.Tensor] = {}
     entries: list[dict[str, Any]] = []
     for index, (cond, extras) in enumerate(conditioning):

@@ -45,7 +45,7 @@ class QualityBench:
     keep: Annotated[tuple[int, int, int], "Past latent frames that stay eligible; of them sinks, nearest."] = (6, 1, 2)
     long_frames: Annotated[int, "Video frames of long rollouts, 1 + 4k; 0 makes none."] = 241
     window: Annotated[tuple[int, int], "Visible latent frames and sinks of long rollouts."] = (12, 1)
-    probes: Annotated[int, "Of the seeds, the first so many have their attention compared layer by layer."] = 8
+    probes: Annotated[int, "The number of seeds whose attention is compared layer by layer."] = 8
     batch: Annotated[int, "Seeds that run together; 8 suit two CPU cores."] = 8
     backend: Annotated[str, "Sparse backend."] = "reference"
     machine: Machine = field(default_factory=Machine)

@@ -41,7 +41,7 @@ class ModelRecipe:
 class Lesson:
     """One stage of the autoregressive model's training, and its clips.
 
-    clips, openings: videos whose latents it learns on, and others of which it sees the first chunk only. phases:
+    clips, openings: videos whose latents it learns on, and others, only their first chunks. phases:
     (share, kinds), the kinds of batches, (chunks, clips) each and in turn, until which share of the stage is over;
     the first chunk is the hardest to learn and the cheapest, and the first steps need no large batches.
     """

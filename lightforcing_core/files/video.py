@@ -197,7 +197,7 @@ class VideoWriter:
                 container.close()
 
     def _failure(self, error: OSError | av.FFmpegError) -> OutputError:
-        """Abandon the file and say what is left of it."""
+        """Abandon the file; returns the error, which names the part that is left."""
         self._abandon()
         root = error.__cause__ if isinstance(error, OutputError) and isinstance(error.__cause__, OSError) else error
         kept = f"the first part is kept in {self.partial.name}" if self.partial else "no file was left behind"

@@ -220,7 +220,7 @@ class _DryRun:
         """The shapes of sparse attention when every slot of the cache is visible."""
         shape = self.shape
         q_layout, k_layout = (FrameBlocks(shape.tokens_per_frame, size) for size in self.options.block)
-        # One number each, because what is allocated here must not count.
+        # One number each, because allocations made here must not count.
         stored, wide = (
             torch.empty(1, dtype=x, device="meta") for x in (STORED.get(self.kv.dtype, shape.dtype), shape.dtype)
         )
@@ -286,7 +286,7 @@ class AllocationPeak(TorchDispatchMode):
         self._now = self.peak = 0
 
     def reset(self) -> None:
-        """Forget the peak so far, not what is alive."""
+        """Forget the peak so far, but not live tensors."""
         self.peak = self._now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -198,7 +198,7 @@ class _Call:
 
 @dataclass(eq=False)
 class _Recorded:
-    """A recorded pass: the x and timestep that it reads, what a launch fills, and the addresses of its weights."""
+    """A recorded pass: the x and timestep that it reads, its output, and the addresses of its weights."""
 
     recording: CudaRecording
     inputs: tuple[Tensor, Tensor]

@@ -58,7 +58,7 @@ class Head(nn.Module):
 
 
 class Wan(nn.Module):
-    """Wan 2.1 T2V of any size. `dtype` is what the layers compute in; the patch embedding stays float32."""
+    """Wan 2.1 T2V of any size. The layers compute in `dtype`; the patch embedding stays float32."""
 
     patch_size = (1, 2, 2)
 

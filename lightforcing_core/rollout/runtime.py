@@ -1,4 +1,4 @@
-"""How a rollout runs on this machine, and what it reports: nothing here is saved with a run."""
+"""How a rollout runs on this machine, and its reports; nothing here is saved with a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ class Runtime:
     denoise: denoise(x, sigma, model_pass) → x0, for callers that run the model themselves; x is float32
         [B, C, f, h, w], and model_pass(dit, x, timestep) gives the model's flow, see `causal.Pass`.
     replay: how a continued video is read again. "all" feeds every frame, so that the result equals one long run;
-        "window" only the sinks and what is still visible, whose cost does not grow with the video.
+        "window" only the sinks and the frames still visible, at a cost that does not grow with the video.
     on_step: called after every denoising step.
     recorder: records the blocks that the run reads and the time it takes.
     cuda_graph: whether a chunk's steps are launched as one CUDA graph, see `cuda_graph`; "auto" does so if

@@ -170,7 +170,7 @@ def _packed(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
-    """The reverse of `_packed`; KeyError, TypeError or ValueError for what is not a state."""
+    """The reverse of `_packed`; KeyError, TypeError or ValueError if it is not a state."""
     attention = facts.pop("attention")
     prompts = [Prompt(tensors[f"prompt.{i}"], **one) for i, one in enumerate(facts.pop("prompts"))]
     finished = tuple(tensors[f"chunk.{i:05d}"] for i in range(facts.pop("finished")))

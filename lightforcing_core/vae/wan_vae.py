@@ -56,7 +56,7 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2), **options)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """x [B, C, T, H, W] → T frames; `past` holds up to kernel − 1 earlier frames, zeros stand for missing ones.
+        """x [B, C, T, H, W] → T frames; `past` holds up to kernel − 1 earlier frames; missing ones are zeros.
 
         With a stride in time, x brings its own past and nothing is padded.
         """
@@ -210,7 +210,7 @@ def vae_from_state_dict(
     """Build the Wan 2.1 VAE or LightVAE that a file's tensors describe, its width read from them.
 
     Without `dtype` and `device` the module shares the given tensors. It is in eval mode and needs no gradients.
-    Raises ValueError when the tensors are not a whole Wan 2.1 VAE, saying what they are.
+    Raises ValueError if the tensors are not a complete Wan 2.1 VAE, and names their likely kind.
     """
     if found := _not_a_wan_vae(state_dict):
         raise ValueError(f"not a Wan 2.1 VAE: found {found}; {_GET_THE_FILE}")

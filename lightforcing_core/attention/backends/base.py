@@ -42,7 +42,7 @@ class Call:
     selection: the key blocks that each query block reads; None only while a backend is chosen.
     scale: multiplies the scores, 1/√D if None.
     scales: those of 8-bit k and v, float32 [B, k_blocks, H] each.
-    tail: the block means of k and v, [B, k_blocks, H, D] each, that stand in for the blocks that are not read.
+    tail: the block means of k and v, [B, k_blocks, H, D] each, that replace the blocks that are not read.
     uneven: query blocks may read different numbers of key blocks.
     wants_lse: the result must hold a log-sum-exp.
     dense: the function that `Dense` runs; torch's own attention if None.

@@ -1,4 +1,4 @@
-// Reads the graph: nodes by execution id, and the value of a widget or an input, wherever it comes from.
+// Reads the graph: nodes by execution id, and the value of a widget or an input, through links.
 
 import { app } from "../../../scripts/app.js";
 
