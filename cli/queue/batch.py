@@ -1,6 +1,6 @@
-"""A batch on one server: all jobs that are not done by the ledger, one after another.
+"""A batch on one server: run all jobs that the ledger does not list as done, one after another.
 
-Each job's files appear as one folder, renamed into place when all are there: after a crash it is whole or absent.
+Each job's files appear as one folder, renamed into place when complete: after a crash it is complete or absent.
 """
 
 import os
@@ -30,7 +30,7 @@ class Batch:
 
     emit: called as emit(kind, **fields) for every event.
     out: folder for the results; with `resumable` it holds a folder for each job, and the ledger.
-    timeout: seconds after which a prompt is given up, None for ever.
+    timeout: seconds after which a prompt is cancelled, None for no limit.
     temp: fetch the files of preview nodes too.
     previews: folder for the pictures that the server sends while it samples, None to drop them.
     """
@@ -46,7 +46,7 @@ class Batch:
     _ledger: Ledger = field(init=False)
 
     def run(self) -> bool:
-        """Run every job that is not done; whether all are done now. Ends early when the server is lost.
+        """Run every job that is not done; returns whether all are done. Ends early if the server is lost.
 
         Raises UsageError before anything is sent. On KeyboardInterrupt, or any other error that ends the batch, the
         running prompt is cancelled on the server first.
@@ -81,7 +81,7 @@ class Batch:
         return counts["done"] == prompts
 
     def _run(self, job: Job, loss: int) -> bool:
-        """Run a job; False if the server has lost it, the loss-th time, and it is to be sent again."""
+        """Run a job; False if the server has lost it, the loss-th time, and it must be sent again."""
         prompt_id = self._ledger.sent.pop(job.name, None) or str(uuid.uuid4())
         emit = partial(self.emit, prompt=job.name, server=self.server.url, prompt_id=prompt_id)
         run = Run(job, prompt_id, emit, self.previews)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-USAGE = 2  # the exit code for options that do not fit together, as typer's for options that it does not know
+USAGE = 2  # the exit code for conflicting options, as typer's for unknown ones
 
 
 def queue(
@@ -61,7 +61,7 @@ def queue(
                 "with its own --prompts and --out, or spread the work over machines with a scheduler such as Ray"
             )
         if prompt_node is not None and prompts is None:
-            raise UsageError("--prompt-node says where the lines of --prompts go; give both, or use --set")
+            raise UsageError("--prompt-node sets the input for the lines of --prompts; give both, or use --set")
         prompt = read_workflow(workflow)
         lines = [Line(name="prompt")] if prompts is None else read_prompts(prompts)
         numbers = None if seeds is None else read_seeds(seeds)

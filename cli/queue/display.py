@@ -31,7 +31,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Display:
-    """Shows events as they come. `progress`, as a context, keeps a line that moves on a terminal.
+    """Shows events as they come. `progress`, as a context, keeps a progress line on a terminal.
 
     complain: takes one line for stderr. single: a run of one prompt, whose name adds nothing. json: events go to
     stdout; only the progress line and complaints are for people.
@@ -50,7 +50,7 @@ class Display:
         """Show one event."""
         if self._json:
             event = {"event": name, "time": round(time.time(), 3), **fields}
-            print(json.dumps(event), flush=True)  # ASCII: a pipe's encoding may be a narrow one (Windows)
+            print(json.dumps(event), flush=True)  # ASCII, because a pipe may not be UTF-8 (Windows)
         whose = "" if self._single or "prompt" not in fields else f"{fields['prompt']}: "
         match name:
             case "batch" if fields["done"]:

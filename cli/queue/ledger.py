@@ -23,7 +23,7 @@ TABLE = """CREATE TABLE IF NOT EXISTS jobs (
 
 
 def partial_folder(folder: Path, name: str) -> Path:
-    """The hidden folder that a job's files are fetched into; it becomes `folder/name` when all are there."""
+    """The hidden folder that a job's files are fetched into; it becomes `folder/name` when complete."""
     return folder / f".{name}.part"
 
 

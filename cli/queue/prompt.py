@@ -98,7 +98,7 @@ def list_nodes(prompt: Prompt) -> str:
 def find_input(prompt: Prompt, target: str) -> tuple[str, str | None]:
     """`node.input` as the node's id and the input, `node` alone as (id, None); node is an id or a title.
 
-    Titles and inputs may both contain dots; the longest name counts. Raises UsageError for no node, or for several.
+    Titles and inputs may both contain dots; the longest match counts. Raises UsageError for no match, or for several.
     """
     names = [(name, node) for node in prompt for name in (node, title_of(prompt, node))]
     fitting = [(name, node) for name, node in names if f"{target}.".startswith(f"{name}.")]

@@ -41,9 +41,9 @@ class Run:
     _done: set[str] = field(default_factory=set)
 
     def follow(self, server: ComfyServer, client_id: str, *, timeout: float | None) -> Mapping[str, Any]:
-        """Listen until /history has the run, through dropped connections; its record there.
+        """Listen until /history has the run, through dropped connections; returns its record.
 
-        timeout: seconds from now until the run is cancelled and given up, None for no limit. Raises RunVanished if the
+        timeout: seconds from now until the run is cancelled, None for no limit. Raises RunVanished if the
         server restarted and no longer knows the run, QueueError if somebody deleted it there.
         """
         start, openings = time.monotonic(), server.openings
@@ -55,7 +55,7 @@ class Run:
         raise QueueError(f"not finished after {timeout:g} s, cancelled; allow more with --timeout")
 
     def _listen(self, server: ComfyServer, client_id: str, openings: int) -> Mapping[str, Any] | None:
-        """Take one event; after the last one, and if there is none for a while, the record in /history."""
+        """Take one event; after the last one, or a pause, return the record in /history."""
         message = server.next_event(client_id)
         if message is not None:
             self._last_event = time.monotonic()
@@ -73,7 +73,7 @@ class Run:
         return record
 
     def _take(self, event: Mapping[str, Any]) -> bool:
-        """Note one event; whether it may be the last."""
+        """Note one event; returns whether it may be the last."""
         kind, data = event.get("type"), mapping(event.get("data"))
         if data.get("prompt_id") != self.prompt_id:
             return False
@@ -105,7 +105,7 @@ class Run:
 
 
 def output_files(prompt: Prompt, record: Mapping[str, Any], *, temp: bool) -> list[RemoteFile]:
-    """The files of a history record: each object with a filename, under whichever key (images, gifs, …).
+    """The files of a history record: each object with a filename, under any key (images, gifs, …).
 
     temp: the files of preview nodes too. Raises QueueError if the record reports a failure.
     """

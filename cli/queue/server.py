@@ -1,7 +1,7 @@
 """ComfyUI's HTTP API on one server, one request at a time.
 
 POST /prompt takes a prompt, the WebSocket /ws sends its progress, /history/{id} holds its outcome (the last event alone
-does not tell success from failure), /view serves files, /queue and /interrupt cancel. Every answer is bounded in size
+does not tell success from failure), /view serves files, /queue and /interrupt cancel. Every answer is limited in size
 and time.
 """
 
@@ -37,11 +37,11 @@ Result = TypeVar("Result")
 
 
 class QueueError(OSError):
-    """A request or a run that did not succeed; each line of the message can be read alone."""
+    """A request or a run that failed; each line of the message makes sense alone."""
 
 
 class ServerUnreachable(QueueError):
-    """Nothing, or nothing that speaks ComfyUI's protocol, answers at the address."""
+    """No server, or none that speaks ComfyUI's protocol, answers at the address."""
 
 
 class RemoteFile(NamedTuple):
@@ -166,7 +166,7 @@ class ComfyServer:
             raise ServerUnreachable(f"the event stream broke off: {error}") from error
 
     def download(self, remote: RemoteFile, folder: Path) -> Path:
-        """Fetch a file below `folder`, whole or not at all; an existing file is never overwritten."""
+        """Fetch a file below `folder`, completely or not at all; an existing file is never overwritten."""
         path = remote.relative_path
         if len(path.parts) > MOST_FOLDERS or any(len(part.encode()) > LONGEST_NAME for part in path.parts):
             raise QueueError(f"{remote.filename[:80]}… is too long a file name; shorten the save node's prefix")
@@ -189,7 +189,7 @@ class ComfyServer:
 
     @contextmanager
     def _answer(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Iterator[httpx.Response]:
-        """A good answer, its body still to be read; any other raises the server's own words."""
+        """A successful answer, its body unread; any other raises an error with the server's message."""
         content, headers = b"" if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"}
         try:
             with self._client.stream(method, path, content=content, headers=headers) as response:
@@ -212,7 +212,7 @@ class ComfyServer:
             yield part
 
     def _refusal(self, path: str, response: httpx.Response, content: bytes, prompt: Prompt) -> QueueError:
-        """The server's own words for an HTTP error."""
+        """The server's own message for an HTTP error."""
         answer = read_object(content)
         error = mapping(answer.get("error"))
         if error:

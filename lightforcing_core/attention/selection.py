@@ -51,7 +51,7 @@ class BlockSelection(NamedTuple):
         """The mask form: bool [B, H, q_blocks, k_blocks]."""
         valid = torch.arange(self.blocks.shape[-1], device=self.blocks.device) < self.counts[..., None]
         mask = torch.zeros(*self.counts.shape, k_blocks + 1, dtype=torch.bool, device=self.blocks.device)
-        # Invalid entries land in a column of their own, which is dropped.
+        # Invalid entries go to an extra column, which is dropped.
         mask.scatter_(-1, self.blocks.long().masked_fill(~valid, k_blocks), True)
         return mask[..., :k_blocks]
 
@@ -79,7 +79,7 @@ class View(NamedTuple):
     """The frames that an open chunk can see, and how they are cut into blocks.
 
     slot_frames: the latent frames in the cache, in memory order.
-    current: how many of them, the newest, are the chunk's own.
+    current: the number of them, the newest, that are the chunk's own.
     q_layout, k_layout: how a frame is cut into query and key blocks.
     batch, heads: of the model.
     """
@@ -109,8 +109,8 @@ class SelectionPlan:
 
     `always` bool [k_blocks]: the blocks that are eligible for every query block. `middle_slots` int64 [m]: the
     slots that compete for the `choose` remaining places, oldest frame first (None when every block is eligible).
-    `frame_ranks` int32 [slots] says the same as both: a slot's place in `middle_slots`, or −1 if its blocks are
-    always eligible. `kept` is how many blocks each query block keeps.
+    `frame_ranks` int32 [slots] combines both: a slot's place in `middle_slots`, or −1 if its blocks are always
+    eligible. `kept` is how many blocks each query block keeps.
     """
 
     layout: FrameBlocks
@@ -185,7 +185,7 @@ class SelectionPlan:
         return q @ k_means.to(wide).permute(0, 2, 3, 1), q @ frame_means.to(wide).permute(0, 2, 3, 1)
 
     def _lse_scores(self, q_means: Tensor, sub_means: Tensor) -> tuple[Tensor, Tensor]:
-        """The same shapes: the log of the attention that a block's and a frame's keys draw, were sub-blocks uniform."""
+        """The same shapes: the log of the attention to a block's and a frame's keys, if sub-blocks were uniform."""
         wide = torch.promote_types(q_means.dtype, torch.float32)
         q = q_means.to(wide).transpose(1, 2) * q_means.shape[-1] ** -0.5
         subs = sub_block_layout(self.layout)

@@ -282,9 +282,9 @@ def _check_complete(
     packed: Mapping[str, str],
     others: tuple[str, ...],
 ) -> None:
-    """Raise ValueError unless all weights of the layers are there in their shapes, and no others.
+    """Raise ValueError unless the layers have exactly the expected weights and shapes.
 
-    packed: layers whose shape is another one. others: sets of weights to name in the message.
+    packed: layers with other shapes. others: sets of weights to name in the message.
     """
     alternatives = f"; other sets of weights in this file: {', '.join(others)}" if others else ""
     if missing := [name for name in expected if name not in shapes]:

@@ -10,7 +10,7 @@ from ..selection import BlockSelection, FrameBudget, View
 
 
 class Plan(Protocol):
-    """One chunk's selection, as far as it is known before the first step. Nothing in it waits on the device."""
+    """The part of a chunk's selection that is known before the first step. It never waits on the device."""
 
     @property
     def kept(self) -> int:
@@ -29,7 +29,7 @@ class Plan(Protocol):
     ) -> BlockSelection:
         """The key blocks that one layer reads in one step, from block means, [B, blocks, H, D] each.
 
-        frame_means: [B, frames, H, D]. sub_means: means of parts of key blocks, to score blocks by instead.
+        frame_means: [B, frames, H, D]. sub_means: means of parts of key blocks, to score blocks with instead.
         """
 
 
@@ -48,7 +48,7 @@ class SelectionRule(Protocol):
 class Policy:
     """How a video's chunks attend to their past.
 
-    selection: which key blocks a query block reads; None reads all of them.
+    selection: the rule that chooses key blocks; None reads all of them.
     """
 
     selection: SelectionRule | None

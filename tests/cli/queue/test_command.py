@@ -125,7 +125,7 @@ def test_parts_that_the_server_left_out_are_named_and_exit_1(comfy, tmp_path):
         (["--set", "3.speed=1"], "My sampler (node 3) has no input 'speed'; it has block, cfg, mode, positive"),
         (["--set", "7.seed=1"], "no node is called '7'"),
         (["--seeds", "x"], "is no seed and no range"),
-        (["--prompt-node", "2"], "--prompt-node says where the lines of --prompts go"),
+        (["--prompt-node", "2"], "--prompt-node sets the input for the lines of --prompts"),
         (["--prompts", "/nowhere.txt"], "cannot read /nowhere.txt"),
         (
             ["--server", "http://other"],
