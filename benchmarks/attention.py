@@ -23,7 +23,7 @@ from ..lightforcing_core.attention.selection import BlockSelection
 from .layer import CHUNKS, FRAMES, HEAD_DIM, SPARSITIES, LayerAttention, check_chunk, published
 from .record import facts
 from .settings import AttentionBench
-from .timing import ratio, samples_of, take_turns, warm_up_rule
+from .timing import Say, ratio, samples_of, silent, take_turns, warm_up_rule
 
 SDPA_KERNELS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -35,12 +35,8 @@ CHECKED_BLOCKS = 2  # query blocks compared with the reference before anything i
 Arm = Callable[[], Tensor]
 
 
-def run_attention(
-    bench: AttentionBench, on_chunk: Callable[[dict[str, Any]], object] = lambda row: None
-) -> dict[str, Any]:
+def run_attention(bench: AttentionBench, say: Say = silent) -> dict[str, Any]:
     """Measure every chunk; returns the record of `bench attention`.
-
-    on_chunk: called with each chunk's row.
 
     Raises ValueError for unknown chunks and backends or if a named one cannot run, RuntimeError if a result is wrong.
     """
@@ -64,7 +60,7 @@ def run_attention(
                 options=published("auto", bench.block),
             )
             rows.append(_chunk_row(bench, chunk, layer, absent))
-            on_chunk(rows[-1])
+            say(f"chunk {chunk} done")
     return {
         "bench": "attention",
         **facts(device, bench),
@@ -114,9 +110,7 @@ def dense_arms(q: Tensor, k: Tensor, v: Tensor, absent: dict[str, str]) -> dict[
     """Every dense attention that runs here, by name; the others are added to `absent` with the reason."""
     if q.device.type != "cuda":
         return {"sdpa": partial(sdpa, q, k, v)}
-    arms: dict[str, Arm] = {}
-    for name, kernel in SDPA_KERNELS.items():
-        arms[name] = sdpa_kernel(kernel)(partial(sdpa, q, k, v))
+    arms: dict[str, Arm] = {name: sdpa_kernel(kernel)(partial(sdpa, q, k, v)) for name, kernel in SDPA_KERNELS.items()}
     for name, module in {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface"}.items():
         if find_spec(module) is None:
             absent[name] = f"{module} is not installed"

@@ -20,7 +20,7 @@ def attention(bench: AttentionBench, say: Say) -> Measured:
     """One layer's self-attention, chunk by chunk of an 81-frame video: the kernel alone and with its selection."""
     from .attention import run_attention
 
-    result = run_attention(bench, lambda row: say(f"chunk {row['chunk']} done"))
+    result = run_attention(bench, say)
     headings = ("backend", "with selection", "kernel", "ideal", "selection", "dense ms", "kernel ms", "whole ms")
     table = new_table("times as fast as the best dense attention", "chunk", *headings)
     for row in result["chunks"]:
@@ -63,7 +63,7 @@ def rollout(bench: RolloutBench, say: Say) -> Measured:
     """A whole video with random weights, tiny by default: seconds and peak memory of every chunk."""
     from .rollout import run_rollout
 
-    result = run_rollout(bench, lambda done, total: say(f"chunk {done} of {total}"))
+    result = run_rollout(bench, say)
     title = f"{bench.frames} frames, {bench.setting} setting"
     table = new_table(title, "chunk", *(f"{arm} ms" for arm in bench.arm), "peak MB")
     rows = result["chunks"]
@@ -99,7 +99,7 @@ def options(bench: OptionsBench, say: Say) -> Measured:
     """Error and time of one attention over synthetic fields with each option beyond the published method."""
     from .options import run_options
 
-    result = run_options(bench, lambda name: say(f"{name} done"))
+    result = run_options(bench, say)
     headings = ("backend", "error against dense", "time over published", "dense over this")
     table = new_table(f"{bench.sparsity:.0%} sparse, last chunk of 81 frames", "option", *headings)
     for name, row in result["arms"].items():

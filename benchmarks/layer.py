@@ -66,14 +66,9 @@ class LayerAttention:
     @property
     def backend(self) -> str:
         """The backend that runs. Raises BackendUnavailable if a named one cannot run."""
-        q, k, options = self.tensors[0], self._stored[0], self.options
+        q, k, how = self.tensors[0], self._stored[0], self.options
         return choose_backend(
-            q,
-            k,
-            tokens_per_frame=self.tokens_per_frame,
-            block=options.block,
-            backend=options.backend,
-            tail=options.tail,
+            q, k, tokens_per_frame=self.tokens_per_frame, block=how.block, backend=how.backend, tail=how.tail
         ).name
 
     def select(self) -> BlockSelection:

@@ -6,10 +6,10 @@ exact; resident memory is not.
 
 import gc
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from ..lightforcing_core.attention.dispatch import choose_backend
@@ -49,8 +49,7 @@ class MemoryCase:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """The model's sizes, as Wan's functions take them."""
-        return {**asdict(self.model), "text_dim": self.text_dim}
+        return asdict(self.model) | {"text_dim": self.text_dim}
 
     def recipe(self, schedule: Schedule, dtype: torch.dtype, device: torch.device | str) -> Recipe:
         """The run of `schedule` at this case's size, with empty prompts on `device`."""
@@ -65,13 +64,8 @@ class MemoryCase:
         )
 
 
-def _short(latent_frames: int) -> Schedule:
-    return Schedule(latent_frames, target=0.88, base=0.98)
-
-
-def _long(latent_frames: int) -> Schedule:
-    return Schedule(latent_frames, target=0.85, base=0.95, window=12, sink_frames=1, sink_rope="follow")
-
+_short = partial(Schedule, target=0.88, base=0.98)
+_long = partial(Schedule, target=0.85, base=0.95, window=12, sink_frames=1, sink_rope="follow")
 
 # Small enough for two cores; in each case another part needs the most memory.
 CPU_CASES = (
@@ -99,9 +93,8 @@ CUDA_CASES = (
 def run_memory(bench: Place, cases: tuple[MemoryCase, ...] = ()) -> dict[str, Any]:
     """Estimate and measure every case, by default those for this device; returns the record of `bench memory`."""
     device, dtype = bench.prepare()
-    cases = cases or (CUDA_CASES if device.type == "cuda" else CPU_CASES)
     rows: list[dict[str, Any]] = []
-    for case in cases:
+    for case in cases or (CUDA_CASES if device.type == "cuda" else CPU_CASES):
         expected, backend = estimated(case, device, dtype)
         measured = measured_peak(case, device, dtype)
         rows.append(
@@ -154,12 +147,10 @@ def measured_peak(case: MemoryCase, device: torch.device, dtype: torch.dtype) ->
     def run(schedule: Schedule) -> None:
         # Copies, so that the run owns them, in the dtypes of a real model.
         dtypes = {name: torch.float32 if name.startswith("patch_embedding.") else dtype for name in weights}
-        own = {name: tensor.to(device, dtypes[name], copy=True) for name, tensor in weights.items()}
-        dit = wan_from_state_dict(own)
-        del own
+        dit = wan_from_state_dict({name: x.to(device, dtypes[name], copy=True) for name, x in weights.items()})
         decoder = None
         if vae_weights:
-            vae: nn.Module = vae_from_state_dict(vae_weights, dtype=dtype, device=device)
+            vae = vae_from_state_dict(vae_weights, dtype=dtype, device=device)
             decoder = TiledDecoder(lambda: StreamingDecoder(vae), case.decode_tiles)
         for chunk in rollout(dit, case.recipe(schedule, dtype, device), Runtime(kv=case.kv)):
             if decoder is not None:

@@ -4,7 +4,6 @@ Queries and keys are synthetic: smooth fields over time, rows and columns, with 
 Wan rotates them. They show the effect of an option on data with structure; the effect on videos needs trained weights.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,30 +16,31 @@ from ..lightforcing_core.model.rope import RopeTable
 from .layer import CHUNKS, FRAMES, HEAD_DIM, LayerAttention, published
 from .record import facts
 from .settings import OptionsBench
-from .timing import ratio, samples_of, take_turns, warm_up_rule
+from .timing import Say, ratio, samples_of, silent, take_turns, warm_up_rule
 
 PUBLISHED: dict[str, Any] = {"estimator": "mean", "tail": False, "tiles": False, "kv": "same"}
 ARMS: dict[str, dict[str, Any]] = {
-    "published": PUBLISHED,
-    "lse": PUBLISHED | {"estimator": "lse"},
-    "tail": PUBLISHED | {"tail": True},
-    "tiles": PUBLISHED | {"tiles": True},
-    "tail + tiles": PUBLISHED | {"tail": True, "tiles": True},
-    "kv int8": PUBLISHED | {"kv": "int8"},
-    "kv fp8": PUBLISHED | {"kv": "fp8"},
+    "published": {},
+    "lse": {"estimator": "lse"},
+    "tail": {"tail": True},
+    "tiles": {"tiles": True},
+    "tail + tiles": {"tail": True, "tiles": True},
+    "kv int8": {"kv": "int8"},
+    "kv fp8": {"kv": "fp8"},
 }
 
 
-def run_options(bench: OptionsBench, on_arm: Callable[[str], object] = lambda name: None) -> dict[str, Any]:
+def run_options(bench: OptionsBench, say: Say = silent) -> dict[str, Any]:
     """Measure every arm of `ARMS` against dense attention; returns the record of `bench options`."""
     device, dtype = bench.place.prepare()
     rows, columns = bench.picture.grid
     with torch.inference_mode():
         fields = {tiles: made(bench, tiles) for tiles in (False, True)}
-        truth = {tiles: exact(*qkv) for tiles, qkv in fields.items()}
+        truth = {tiles: sdpa(*qkv) for tiles, qkv in fields.items()}
         tensors = {tiles: [x.to(device, dtype) for x in qkv] for tiles, qkv in fields.items()}
         arms, found = {}, {}
-        for name, choice in ARMS.items():
+        for name, changes in ARMS.items():
+            choice = PUBLISHED | changes
             options = {key: value for key, value in choice.items() if key != "kv"}
             arm = LayerAttention(
                 *tensors[choice["tiles"]],
@@ -52,7 +52,7 @@ def run_options(bench: OptionsBench, on_arm: Callable[[str], object] = lambda na
             expected = truth[choice["tiles"]]
             error = float((arm().float().cpu() - expected).norm() / expected.norm())
             arms[name], found[name] = arm, {**choice, "backend": arm.backend, "error": error}
-            on_arm(name)
+            say(f"{name} done")
         samples = take_turns({**arms, "dense": lambda: sdpa(*tensors[False])}, repeats=bench.repeats, device=device)
     timed = samples_of(samples)
     for name, row in found.items():
@@ -77,18 +77,13 @@ def made(bench: OptionsBench, tiles: bool) -> tuple[Tensor, Tensor, Tensor]:
     frames = CHUNKS * FRAMES
     generator = torch.Generator().manual_seed(0)
 
-    def field(channels: int) -> Tensor:
-        coarse = torch.randn(1, channels, 6, 5, 7, generator=generator)
-        size = (frames, rows, columns)
-        fine: Tensor = torch.nn.functional.interpolate(coarse, size=size, mode="trilinear", align_corners=True)
-        return fine[0]
+    def field() -> Tensor:
+        coarse = torch.randn(1, bench.heads * HEAD_DIM, 6, 5, 7, generator=generator)
+        fine = torch.nn.functional.interpolate(coarse, (frames, rows, columns), mode="trilinear", align_corners=True)
+        return fine.flatten(2).transpose(1, 2).unflatten(2, (bench.heads, HEAD_DIM))
 
-    def tokens(x: Tensor) -> Tensor:
-        return x.flatten(1).t().unflatten(1, (bench.heads, HEAD_DIM))[None]
-
-    width = bench.heads * HEAD_DIM
-    shared = field(width)
-    q, k, v = (tokens(part) for part in (shared + 0.5 * field(width), shared, field(width)))
+    k = field()
+    q, v = k + 0.5 * field(), field()
     k, v = (x + 0.5 * torch.randn(x.shape, generator=generator) for x in (k, v))
     loud = torch.rand(1, k.shape[1], 1, 1, generator=generator) < 0.01
     k = torch.where(loud, 3.0 * k, k)
@@ -101,8 +96,3 @@ def made(bench: OptionsBench, tiles: bool) -> tuple[Tensor, Tensor, Tensor]:
     scores = (q[:, ::97] * HEAD_DIM**-0.5).transpose(1, 2) @ k[:, ::31].permute(0, 2, 3, 1)
     # Contiguous as in the model, since dense attention is slower on other layouts.
     return (q * (bench.sharpness / scores.std())).contiguous(), k.contiguous(), v.contiguous()
-
-
-def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention in float32, head by head."""
-    return torch.cat([sdpa(*(x[:, :, h : h + 1] for x in (q, k, v))) for h in range(q.shape[2])], dim=2)

@@ -8,7 +8,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_stat
 from .layer import published
 from .record import facts
 from .settings import PAIR, RolloutBench
-from .timing import medians
+from .timing import Say, medians, silent
 
 ARMS = (*PAIR, "even")
 TEXT_TOKENS, TEXT_DIM = 64, 4096
@@ -39,10 +39,8 @@ LAST = 10  # chunks whose median time is compared with chunks EARLY … 2 · EAR
 WARM_UP = "each arm runs its first three chunks once, a sparse one among them, before anything is timed"
 
 
-def run_rollout(
-    bench: RolloutBench, on_chunk: Callable[[int, int], object] = lambda done, total: None
-) -> dict[str, Any]:
-    """Run every arm; returns the record of `bench rollout`. on_chunk: called as on_chunk(done, total)."""
+def run_rollout(bench: RolloutBench, say: Say = silent) -> dict[str, Any]:
+    """Run every arm; returns the record of `bench rollout`."""
     if not bench.arm or any(arm not in ARMS for arm in bench.arm):
         raise ValueError(f"arms {bench.arm} must be one or more of {', '.join(ARMS)}")
     device, dtype = bench.place.prepare()
@@ -72,7 +70,7 @@ def run_rollout(
             memory.reset()
             row = {"chunk": index + 1, "latent_frames": frames, **{arm: next(turn) for arm, turn in turns.items()}}
             rounds[-1].append(row | {"peak_bytes": memory.peak()})
-            on_chunk(number * len(lengths) + index + 1, bench.rounds * len(lengths))
+            say(f"chunk {number * len(lengths) + index + 1} of {bench.rounds * len(lengths)}")
         for turn in turns.values():
             next(turn, None)  # ends the run, which then says how its graphs went
     rows = [over_rounds(same, bench.arm) for same in zip(*rounds, strict=True)]

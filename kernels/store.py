@@ -369,7 +369,7 @@ def fused_store(
 
     Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
     """
-    parts = [k, v] if q is None else [q, k, v]
+    parts, q_weight = ([k, v], None) if q is None else ([q, k, v], q_weight)
     like = parts[0]
     if reason := why_not(like, head_dim, block, ring.keys.dtype):
         raise ValueError(reason)
@@ -407,20 +407,7 @@ def fused_store(
         blocks += batch * q_blocks
     heads_per_program = triton.cdiv(heads, min(heads, triton.cdiv(PROGRAMS, blocks)))
     strides = [stride for x in (q, k, v) for stride in ((0, 0) if x is None else x.stride()[:2])]
-    arguments: list[Any] = [
-        q,
-        k,
-        v,
-        None if q is None else q_weight,
-        k_weight,
-        cos,
-        sin,
-        slots,
-        out,
-        means,
-        *ring,
-        *strides,
-    ]
+    arguments: list[Any] = [q, k, v, q_weight, k_weight, cos, sin, slots, out, means, *ring, *strides]
     arguments += [eps, batch, heads, heads_per_program, frames, ring_slots, tokens_per_frame]
     with device.current(like.device):
         _store[(blocks * triton.cdiv(heads, heads_per_program),)](
