@@ -22,8 +22,8 @@ from ..lightforcing_core.attention.dispatch import BackendUnavailable, choose_ba
 from ..lightforcing_core.attention.selection import BlockSelection
 from .layer import CHUNKS, FRAMES, HEAD_DIM, SPARSITIES, LayerAttention, check_chunk, published
 from .record import facts
-from .settings import AttentionBench
-from .timing import Say, ratio, samples_of, silent, take_turns, warm_up_rule
+from .settings import AttentionBench, Say
+from .timing import ratio, samples_of, take_turns, warm_up_rule
 
 SDPA_KERNELS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -35,7 +35,7 @@ CHECKED_BLOCKS = 2  # query blocks compared with the reference before anything i
 Arm = Callable[[], Tensor]
 
 
-def run_attention(bench: AttentionBench, say: Say = silent) -> dict[str, Any]:
+def run_attention(bench: AttentionBench, say: Say) -> dict[str, Any]:
     """Measure every chunk; returns the record of `bench attention`.
 
     Raises ValueError for unknown chunks and backends or if a named one cannot run, RuntimeError if a result is wrong.

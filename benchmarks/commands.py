@@ -3,14 +3,10 @@
 The measurements are imported when a command runs, because they need torch.
 """
 
-from collections.abc import Callable
-
 import typer
 
 from .console import Measured, measurement, milliseconds, new_table, ratio_text
-from .settings import REAL_LAYERS, AttentionBench, OptionsBench, Place, RolloutBench, StepBench
-
-Say = Callable[[str], object]
+from .settings import REAL_LAYERS, AttentionBench, OptionsBench, Place, RolloutBench, Say, StepBench
 
 app = typer.Typer(no_args_is_help=True, help="Measure dense against sparse on this machine, both in one process.")
 

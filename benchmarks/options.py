@@ -15,8 +15,8 @@ from ..lightforcing_core.attention.blocks import tile_order
 from ..lightforcing_core.model.rope import RopeTable
 from .layer import CHUNKS, FRAMES, HEAD_DIM, LayerAttention, published
 from .record import facts
-from .settings import OptionsBench
-from .timing import Say, ratio, samples_of, silent, take_turns, warm_up_rule
+from .settings import OptionsBench, Say
+from .timing import ratio, samples_of, take_turns, warm_up_rule
 
 PUBLISHED: dict[str, Any] = {"estimator": "mean", "tail": False, "tiles": False, "kv": "same"}
 ARMS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_options(bench: OptionsBench, say: Say = silent) -> dict[str, Any]:
+def run_options(bench: OptionsBench, say: Say) -> dict[str, Any]:
     """Measure every arm of `ARMS` against dense attention; returns the record of `bench options`."""
     device, dtype = bench.place.prepare()
     rows, columns = bench.picture.grid

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ from ..lightforcing_core.vae.streaming import StreamingDecoder
 from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
 from .layer import published
 from .record import facts
-from .settings import PAIR, RolloutBench
-from .timing import Say, medians, silent
+from .settings import PAIR, RolloutBench, Say
+from .timing import medians
 
 ARMS = (*PAIR, "even")
 TEXT_TOKENS, TEXT_DIM = 64, 4096
@@ -39,15 +39,14 @@ LAST = 10  # chunks whose median time is compared with chunks EARLY … 2 · EAR
 WARM_UP = "each arm runs its first three chunks once, a sparse one among them, before anything is timed"
 
 
-def run_rollout(bench: RolloutBench, say: Say = silent) -> dict[str, Any]:
+def run_rollout(bench: RolloutBench, say: Say) -> dict[str, Any]:
     """Run every arm; returns the record of `bench rollout`."""
     if not bench.arm or any(arm not in ARMS for arm in bench.arm):
         raise ValueError(f"arms {bench.arm} must be one or more of {', '.join(ARMS)}")
     device, dtype = bench.place.prepare()
     lengths = schedule_of(bench, "dense", bench.frames).chunk_lengths()
-    model = bench.model
-    weights = random_state_dict(dim=model.dim, ffn_dim=model.ffn_dim, layers=model.layers or 2, dtype=dtype)
-    dit = wan_from_state_dict(weights, device=device)
+    sizes = asdict(bench.model) | {"layers": bench.model.layers or 2}
+    dit = wan_from_state_dict(random_state_dict(**sizes, dtype=dtype), device=device)
     vae = None
     if bench.decode:
         vae = vae_from_state_dict(random_vae_state_dict(dim=bench.vae_dim), dtype=dtype, device=device)

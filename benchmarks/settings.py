@@ -5,12 +5,14 @@ No module is imported here that needs torch, so that the command line starts wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 if TYPE_CHECKING:
     import torch
 
+Say = Callable[[str], object]  # shows progress
 REAL_LAYERS = 30  # of Wan 2.1 1.3B
 PAIR = ("dense", "sparse")
 
@@ -80,8 +82,6 @@ class Model:
 
 @dataclass(frozen=True)
 class AttentionBench:
-    """One layer's self-attention in the 81-frame short setting, see `attention.py`."""
-
     tokens_per_frame: Annotated[int, "1536 is 512x768, 1560 is 480x832."] = 1536
     heads: Annotated[int, "The 1.3B model has 12; 2 keep a CPU run short."] = 12
     block: Annotated[tuple[int, int], "Tokens per query and per key block."] = (64, 64)
@@ -94,8 +94,6 @@ class AttentionBench:
 
 @dataclass(frozen=True)
 class StepBench:
-    """One forward of one chunk of the 81-frame short setting, see `step.py`."""
-
     chunk: Annotated[int, "Chunk from 2 to 7, counted from 1."] = 7
     model: Model = Model()
     picture: Picture = Picture()
@@ -107,8 +105,6 @@ class StepBench:
 
 @dataclass(frozen=True)
 class RolloutBench:
-    """Whole videos with random weights, see `rollout.py`."""
-
     frames: Annotated[int, "Video frames, 1 + 4k: 81, 249, 961."] = 81
     arm: Annotated[tuple[str, ...], "Any of dense, sparse and even (no growth, to see constant cost)."] = PAIR
     setting: Annotated[Literal["short", "long"], "short sees every frame; long has window 12 and one sink."] = "short"
@@ -131,8 +127,6 @@ class RolloutBench:
 
 @dataclass(frozen=True)
 class OptionsBench:
-    """Options of one attention over synthetic fields, at the last chunk of 81 frames, see `options.py`."""
-
     picture: Picture = Picture()
     heads: Annotated[int, "The 1.3B model has 12; 1 keeps a CPU run short."] = 1
     sparsity: Annotated[float, "The share of key blocks that is skipped."] = 0.88

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 from unittest import mock
 
@@ -33,9 +33,9 @@ def run_step(bench: StepBench) -> dict[str, Any]:
     device, dtype = bench.place.prepare()
     if bench.cuda_graph and (reason := CudaRecorder.why_not(device)):
         raise ValueError(f"the forward cannot be recorded as a CUDA graph: {reason}; leave out --cuda-graph")
-    dim, layers = bench.model.dim, bench.model.layers or (REAL_LAYERS if device.type == "cuda" else 2)
-    weights = random_state_dict(dim=dim, ffn_dim=bench.model.ffn_dim, layers=layers, text_dim=TEXT_DIM, dtype=dtype)
-    dit = wan_from_state_dict(weights, device=device)
+    layers = bench.model.layers or (REAL_LAYERS if device.type == "cuda" else 2)
+    sizes = asdict(bench.model) | {"layers": layers, "text_dim": TEXT_DIM}
+    dit = wan_from_state_dict(random_state_dict(**sizes, dtype=dtype), device=device)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def run_step(bench: StepBench) -> dict[str, Any]:
         batch=1,
         slots=bench.chunk * FRAMES,
         tokens_per_frame=rows * columns,
-        heads=dim // HEAD_DIM,
+        heads=bench.model.dim // HEAD_DIM,
         head_dim=HEAD_DIM,
         block_k=bench.picture.block[1],
         dtype=dtype,
@@ -63,25 +63,24 @@ def run_step(bench: StepBench) -> dict[str, Any]:
     def arm(state: ModelState, run: Predict = predict) -> Callable[[], object]:
         return lambda: run(dit, x, timestep, state, None)
 
+    arms = {name: arm(state) for name, state in states.items()}
+    graphs = states if bench.cuda_graph else {}
+    recorded = {f"{name}, graph": arm(state, _recorded(device)) for name, state in graphs.items()}
     with torch.inference_mode():
-        arms = {name: arm(state) for name, state in states.items()}
-        recorded = {}
-        if bench.cuda_graph:
-            recorded = {f"{name}, graph": arm(state, _recorded(device)) for name, state in states.items()}
         samples = take_turns(arms | recorded, repeats=bench.repeats, device=device)
         stages = _stages(arms, states, dit, device)
-    choice = sparse.chunk.attention.choice
+    attention = sparse.chunk.attention
     return {
         "bench": "step",
         **facts(device, bench),
         "layers": layers,
         "warm_up": warm_up_rule(bench.repeats),
-        "backend": choice._asdict() if choice else sparse.chunk.attention.why_dense,
+        "backend": attention.choice._asdict() if attention.choice else attention.why_dense,
         "queries": queries,
         "keys": keys,
-        "density": sparse.chunk.attention.density,
+        "density": attention.density,
         "ratio": ratio(samples["dense"], samples["sparse"]),
-        "graph_ratio": {name: ratio(samples[name], samples[f"{name}, graph"]) for name in arms if recorded},
+        "graph_ratio": {name: ratio(samples[name], samples[f"{name}, graph"]) for name in graphs},
         "arms": samples_of(samples),
         "stages": stages,
         "scaled_to_30_layers": {name: _scaled(layers, samples[name], stages[name]) for name in arms},
@@ -138,8 +137,8 @@ def _hooked(clock: StageClock, dit: Any, state: ModelState) -> Iterator[None]:
 
         hook(state.cache, "store", "store and pool")
         hook(FrameBlocks, "block_means", "selection")
-        if state.chunk.attention.plan is not None:
-            hook(type(state.chunk.attention.plan), "select", "selection")
+        if plan := state.chunk.attention.plan:
+            hook(type(plan), "select", "selection")
         hook(causal, "attend", "attention")
         hook(state, "dense_attention", "attention")
         hook(causal, "_cross_attention", "cross-attention")

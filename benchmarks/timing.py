@@ -11,12 +11,6 @@ import torch
 
 WARM_UP = 2
 
-Say = Callable[[str], object]  # shows progress
-
-
-def silent(text: str) -> None:
-    pass
-
 
 def warm_up_rule(repeats: int) -> str:
     """The rule of `take_turns`, as a sentence for the record."""

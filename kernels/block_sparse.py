@@ -30,7 +30,6 @@ try:
 except ImportError:  # Triton before 3.4
     TensorDescriptor = None
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 128
@@ -68,15 +67,13 @@ def why_not(q: Tensor, block: tuple[int, int], stored: torch.dtype | None = None
 
     stored: the dtype of keys and values if it is not q's.
     """
-    if q.dtype not in DTYPES:
-        return f"the Triton kernel takes bfloat16, float16 or float32, not {q.dtype}"
     if stored not in (None, q.dtype, *EIGHT_BIT):
         return f"the Triton kernel reads keys and values in q's dtype, int8 or float8_e4m3fn, not {stored}"
     if not set(block) <= set(BLOCK_SIZES):
         return f"the Triton kernel takes blocks of {', '.join(map(str, BLOCK_SIZES))} tokens, not {block}"
     if q.shape[-1] > MAX_HEAD_DIM:
         return f"the Triton kernel takes head dims up to {MAX_HEAD_DIM}, not {q.shape[-1]}"
-    return device.why_not("the attention kernel", q.device, float8=stored == torch.float8_e4m3fn)
+    return device.why_not("the attention kernel", q, float8=stored == torch.float8_e4m3fn)
 
 
 def block_sparse_attention(
@@ -132,9 +129,16 @@ def block_sparse_attention(
     else:
         tail = None  # no block is skipped
     k_blocks = k.shape[1] // tokens_per_frame * triton.cdiv(tokens_per_frame, block_k)
-    _check_pairs(q, k, v, k_blocks, scales, tail)
+    if (scales is not None) != (k.dtype in EIGHT_BIT) or v.dtype != k.dtype:
+        raise ValueError(f"k is {k.dtype}, v is {v.dtype} and scales are {'given' if scales else 'missing'}")
+    for name, pair, shape, dtype in (
+        ("scales", scales, (k.shape[0], k_blocks, k.shape[2]), torch.float32),
+        ("tail", tail, (k.shape[0], k_blocks, *k.shape[2:]), q.dtype),
+    ):
+        for x in pair or ():
+            if x.shape != shape or x.dtype != dtype:
+                raise ValueError(f"{name} must be {dtype} {tuple(shape)}, not {x.dtype} {tuple(x.shape)}")
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     ragged = tokens_per_frame % block_q != 0, tokens_per_frame % block_k != 0
     kind = Kind(block_q, block_k, q.shape[-1], q.dtype, k.dtype, ragged, tail is not None, lists is None)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -148,6 +152,7 @@ def block_sparse_attention(
             lengths = k_blocks, lists[0].shape[-1], tokens_per_frame
             tail_bias[(lists[1].numel(),)](bias, *lists, *lengths, BLOCK_K=block_k, TILE=128)
             tail_and_bias = tail[0].contiguous(), tail[1].contiguous(), bias
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias, lse)
 
         def run(launch: Launch) -> None:
@@ -173,11 +178,10 @@ def prepared(
     units = batch * heads * q_blocks * (kind.block_q // launch.tile_q)
     whole, parts = tuning.cut(units, launch.per_sm * multiprocessors, width or k_blocks)
     programs, padded = whole + (units - whole) * parts, tuning.padded(head_dim)
-    buffers: tuple[Tensor | None, ...] = (None, None, None)
+    buffers: list[Tensor | None] = [None, None, None]
     if parts > 1:
         rows = (programs - whole) * launch.tile_q
-        shapes = (rows, padded), (rows,), (rows,)
-        buffers = tuple(torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes)
+        buffers = [q.new_empty(rows, *dims, dtype=torch.float32) for dims in ((padded,), (), ())]
 
     described = launch.descriptors and all(map(_describable, (k, work.v)))
     keys = [_described(x, k_frame, launch.tile_k, padded) if described else x for x in (k, work.v)]
@@ -186,13 +190,8 @@ def prepared(
     arguments += [*(work.tail or (None, None, None)), *buffers]
     arguments += [*q.stride()[:3], *k.stride()[:3], *work.v.stride()[:3], heads, q_blocks, k_blocks]
     arguments += [width, q_frame, k_frame, whole, parts, work.scale * LOG2_E]
-    common = {
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": padded,
-        "BLOCK_Q": kind.block_q,
-        "TILE_Q": launch.tile_q,
-        "RAGGED_Q": kind.ragged[0],
-    }
+    common = {"HEAD_DIM": head_dim, "PADDED_DIM": padded, "BLOCK_Q": kind.block_q, "TILE_Q": launch.tile_q}
+    common["RAGGED_Q"] = kind.ragged[0]
     constants = {
         "BLOCK_K": kind.block_k,
         "TILE_K": launch.tile_k,
@@ -265,23 +264,3 @@ def takes_descriptors(kind: Kind, capability: tuple[int, int]) -> bool:
     plain = kind.stored not in EIGHT_BIT and not kind.tail and kind.block_q <= 64
     spills = capability >= ONLY_PLAIN_DESCRIPTORS and not plain
     return TensorDescriptor is not None and capability >= device.MIN_CAPABILITY_DESCRIPTORS and not spills
-
-
-def _check_pairs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_blocks: int,
-    scales: tuple[Tensor, Tensor] | None,
-    tail: tuple[Tensor, Tensor] | None,
-) -> None:
-    """ValueError unless required scales and tail are given and have the shape of k's blocks."""
-    if (scales is not None) != (k.dtype in EIGHT_BIT) or v.dtype != k.dtype:
-        raise ValueError(f"k is {k.dtype}, v is {v.dtype} and scales are {'given' if scales else 'missing'}")
-    for name, pair, shape, dtype in (
-        ("scales", scales, (k.shape[0], k_blocks, k.shape[2]), torch.float32),
-        ("tail", tail, (k.shape[0], k_blocks, *k.shape[2:]), q.dtype),
-    ):
-        for x in pair or ():
-            if x.shape != shape or x.dtype != dtype:
-                raise ValueError(f"{name} must be {dtype} {tuple(shape)}, not {x.dtype} {tuple(x.shape)}")

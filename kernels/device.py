@@ -3,6 +3,7 @@
 import torch
 import triton
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_CAPABILITY = (8, 0)
 MIN_CAPABILITY_FLOAT8 = (8, 9)  # older chips have no instruction that widens float8_e4m3fn
 MIN_CAPABILITY_DESCRIPTORS = (9, 0)
@@ -17,11 +18,14 @@ def _nothing() -> None:
 INTERPRETED = not isinstance(_nothing, triton.JITFunction)
 
 
-def why_not(kernel: str, device: torch.device, *, float8: bool = False) -> str | None:
-    """Why a kernel cannot run on `device`, or None.
+def why_not(kernel: str, x: torch.Tensor, *, float8: bool = False) -> str | None:
+    """Why a kernel cannot compute in the dtype of x and on its device, or None.
 
     kernel: begins the sentence, such as "the fused store". float8: whether it reads or writes float8_e4m3fn.
     """
+    device = x.device
+    if x.dtype not in DTYPES:
+        return f"{kernel} takes bfloat16, float16 or float32, not {x.dtype}"
     if INTERPRETED:
         return None
     if device.type != "cuda" or torch.version.hip:

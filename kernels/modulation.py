@@ -14,7 +14,6 @@ from torch import Tensor
 from . import device
 from .rounding import cast
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 8192
 
 
@@ -103,11 +102,9 @@ def launch_options(width: int) -> dict[str, int]:
 
 def why_not(x: Tensor) -> str | None:
     """Why these kernels cannot take x [B, L, D], or None."""
-    if x.dtype not in DTYPES:
-        return f"the modulation kernels take bfloat16, float16 or float32, not {x.dtype}"
     if x.shape[-1] > MAX_WIDTH or x.shape[-1] % 8:
         return f"the modulation kernels take widths up to {MAX_WIDTH} in eights, not {x.shape[-1]}"
-    return device.why_not("the modulation kernel", x.device)
+    return device.why_not("the modulation kernel", x)
 
 
 def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:

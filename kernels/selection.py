@@ -16,7 +16,6 @@ from torch import Tensor
 from . import device
 from .device import INTERPRETED
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_BLOCKS = 16384
 MAX_FRAMES = 4096
 
@@ -260,13 +259,11 @@ def _select(
 
 def why_not(q_means: Tensor, k_blocks: int, frames: int) -> str | None:
     """Why these kernels cannot select for q_means [B, q_blocks, H, D] among `k_blocks` blocks, or None."""
-    if q_means.dtype not in DTYPES:
-        return f"the selection kernel takes bfloat16, float16 or float32, not {q_means.dtype}"
     if k_blocks > MAX_BLOCKS:
         return f"the selection kernel holds up to {MAX_BLOCKS:,} key blocks in registers, not {k_blocks:,}"
     if frames > MAX_FRAMES:
         return f"the selection kernel holds up to {MAX_FRAMES:,} frames in registers, not {frames:,}"
-    return device.why_not("the selection kernel", q_means.device)
+    return device.why_not("the selection kernel", q_means)
 
 
 def select_blocks(
@@ -332,11 +329,7 @@ def select_blocks(
             frame_ranks.contiguous(),
             blocks,
             counts,
-            k_blocks,
-            frames,
-            k_blocks // frames,
-            choose,
-            kept,
+            *(k_blocks, frames, k_blocks // frames, choose, kept),
             COLUMNS=columns,
             FRAMES=padded_frames,
             FRAME_BITS=padded_frames.bit_length() - 1,

@@ -17,7 +17,6 @@ from . import device
 from .layer_memory import LayerMemory
 from .rounding import cast
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BLOCK_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (16, 32, 64, 128)
 # The largest value that each 8-bit dtype holds, to which a block's largest is scaled.
@@ -322,15 +321,13 @@ def why_not(x: Tensor, head_dim: int, block: tuple[int, int], cache_dtype: torch
     block: (query, key) tokens per block. cache_dtype: of stored keys and values, x's dtype if None.
     """
     cache_dtype = cache_dtype or x.dtype
-    if x.dtype not in DTYPES:
-        return f"the fused store takes bfloat16, float16 or float32, not {x.dtype}"
     if cache_dtype != x.dtype and cache_dtype not in LARGEST:
         return f"the fused store keeps {x.dtype} as it is, as int8 or as float8_e4m3fn, not as {cache_dtype}"
     if head_dim not in HEAD_DIMS:
         return f"the fused store takes head dims of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
     if not set(block) <= set(BLOCK_SIZES):
         return f"the fused store takes blocks of {', '.join(map(str, BLOCK_SIZES))} tokens, not {block}"
-    return device.why_not("the fused store", x.device, float8=cache_dtype == torch.float8_e4m3fn)
+    return device.why_not("the fused store", x, float8=cache_dtype == torch.float8_e4m3fn)
 
 
 def fused_store(

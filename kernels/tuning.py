@@ -103,9 +103,13 @@ def default_launch(kind: Kind) -> Launch:
 
 def rounds(kind: Kind, shared_limit: int, *, descriptors: bool) -> list[Round]:
     """Launches to time, each round given the winner so far: tiles first, then how tiles are read and units are cut."""
+
+    def through_descriptors(best: Launch) -> list[Launch]:  # with few stages: the copies take no registers
+        found = [best._replace(descriptors=True, num_stages=stages) for stages in (2, 3)]
+        return [x for x in found if shared_bytes(kind, x) <= shared_limit]
+
     found: list[Round] = [lambda _: candidates(kind, shared_limit, wide=descriptors)]
-    if descriptors and is_tuned(kind):
-        found.append(lambda best: through_descriptors(kind, best, shared_limit))
+    found += [through_descriptors] if descriptors and is_tuned(kind) else []
     return [*found, lambda best: [best._replace(per_sm=units) for units in (1, 2)]]
 
 
@@ -133,16 +137,10 @@ def candidates(kind: Kind, shared_limit: int, *, wide: bool = True) -> list[Laun
         for tile_q in sorted({default.tile_q, default.tile_q if kind.dense else min(kind.block_q, 64)}):
             found.append(_staged(kind, tile_q, 64))
             if plain:
-                found += [Launch(tile_q, 64, _warps(tile_q), stages) for stages in (2, 3)]
+                found += [_launch(tile_q, 64, stages) for stages in (2, 3)]
             if plain and wide and tile_q == 128 and kind.block_k >= 128:
-                found.append(Launch(tile_q, 128, _warps(tile_q), 2))
+                found.append(_launch(tile_q, 128, 2))
     return [x for x in dict.fromkeys(found) if x == default or shared_bytes(kind, x) <= shared_limit]
-
-
-def through_descriptors(kind: Kind, best: Launch, shared_limit: int) -> list[Launch]:
-    """The same tiles read by TMA, with two and three stages: the copies themselves take no registers."""
-    found = [best._replace(descriptors=True, num_stages=stages) for stages in (2, 3)]
-    return [x for x in found if shared_bytes(kind, x) <= shared_limit]
 
 
 def cut(units: int, at_once: int, blocks: int) -> tuple[int, int]:
@@ -160,13 +158,13 @@ def cut(units: int, at_once: int, blocks: int) -> tuple[int, int]:
 
 def _staged(kind: Kind, tile_q: int, tile_k: int) -> Launch:
     """As many stages, up to three, as fit on the smallest chip."""
-    fits = [Launch(tile_q, tile_k, _warps(tile_q), stages) for stages in (3, 2, 1)]
+    fits = [_launch(tile_q, tile_k, stages) for stages in (3, 2, 1)]
     return next((x for x in fits if shared_bytes(kind, x) <= SMALLEST_SHARED), fits[-1])
 
 
-def _warps(tile_q: int) -> int:
+def _launch(tile_q: int, tile_k: int, stages: int) -> Launch:
     """128 query rows need 8 warps to stay in registers."""
-    return 8 if tile_q >= 128 else 4
+    return Launch(tile_q, tile_k, 8 if tile_q >= 128 else 4, stages)
 
 
 def fastest(key: str, default: Launch, rounds: Iterable[Round], time: Callable[[Launch], float]) -> Launch:
@@ -217,15 +215,14 @@ def _stored(path: Path) -> dict[str, Launch]:
     """All winners in the file; nothing, with a warning, when it cannot be read."""
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        launches = {key: Launch(*numbers) for key, numbers in entries.items()}
-        if not all(isinstance(number, int) for launch in launches.values() for number in launch):
+        if not all(isinstance(number, int) for numbers in entries.values() for number in numbers):
             raise ValueError("launch parameters are not whole numbers")
+        return {key: Launch(*numbers) for key, numbers in entries.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
         _log.warning("[Light Forcing] ignoring %s: %s; it will be written anew", path, error)
         return {}
-    return launches
 
 
 def _keep(key: str, winner: Launch) -> None:

@@ -68,7 +68,7 @@ def test_attention_refuses_to_time_a_wrong_result(monkeypatch):
     monkeypatch.setattr(layer, "sparse_attention", lambda q, k, v, **rest: torch.zeros_like(q))
     bench = AttentionBench(24, 1, (16, 16), chunks=(2,), backend=("reference",), repeats=1, place=ON_CPU)
     with pytest.raises(RuntimeError, match="differs from the reference"):
-        attention.run_attention(bench)
+        attention.run_attention(bench, print)
 
 
 def test_attention_takes_every_backend_that_can_run_but_not_the_reference():
@@ -97,7 +97,7 @@ def test_options_say_what_each_costs_in_error_and_time():
     assert 0 < error["tail"] < error["published"] < 0.5
     assert 0 < abs(error["kv int8"] - error["published"]) < 0.02
     assert arms["published"]["over_published"]["median"] == 1.0
-    denser = options.run_options(replace(small, sparsity=0.5))["arms"]
+    denser = options.run_options(replace(small, sparsity=0.5), print)["arms"]
     assert denser["published"]["error"] < error["published"]
 
 

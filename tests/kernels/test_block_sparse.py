@@ -214,7 +214,7 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(1, 32, 1, 64, dtype=torch.float64)}, "not torch.float64"),
+        (dict.fromkeys("qkv", torch.zeros(1, 32, 1, 64, dtype=torch.float64)), "not torch.float64"),
         ({"q": torch.zeros(1, 32, 1, 256)}, "head dims up to 128, not 256"),
         ({"block_q": 8}, r"blocks of 16, 32, 64, 128, 256 tokens, not \(8, 16\)"),
         ({"counts": torch.zeros(1, 1, 3, dtype=torch.int32)}, r"counts \(1, 1, 3\) do not describe \(1, 1, 2\)"),

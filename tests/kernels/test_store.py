@@ -279,7 +279,7 @@ def test_slots_beyond_two_billion_values_are_reached():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(1, 80, 64, dtype=torch.float64)}, "not torch.float64"),
+        ({"q": torch.zeros(1, 80, 64, dtype=torch.float64)}, "keeps torch.float64 as it is, as int8"),
         ({"head_dim": 48}, "head dims of 16, 32, 64, 128, not 48"),
         ({"block": (8, 16)}, r"blocks of 16, 32, 64, 128 tokens, not \(8, 16\)"),
         ({"tokens_per_frame": 33}, r"\(1, 80, 64\) is not \[B, frames · 33 tokens per frame, heads · 32\]"),
