@@ -25,11 +25,6 @@ from .record import facts
 from .settings import AttentionBench, Say
 from .timing import ratio, samples_of, take_turns, warm_up_rule
 
-SDPA_KERNELS = {
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
 CHECKED_BLOCKS = 2  # query blocks compared with the reference before anything is timed
 
 Arm = Callable[[], Tensor]
@@ -110,7 +105,10 @@ def dense_arms(q: Tensor, k: Tensor, v: Tensor, absent: dict[str, str]) -> dict[
     """Every dense attention that runs here, by name; the others are added to `absent` with the reason."""
     if q.device.type != "cuda":
         return {"sdpa": partial(sdpa, q, k, v)}
-    arms: dict[str, Arm] = {name: sdpa_kernel(kernel)(partial(sdpa, q, k, v)) for name, kernel in SDPA_KERNELS.items()}
+    arms: dict[str, Arm] = {}
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        name = kernel.name.removesuffix("_ATTENTION").lower()
+        arms[f"sdpa {name}"] = sdpa_kernel(kernel)(partial(sdpa, q, k, v))
     for name, module in {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface"}.items():
         if find_spec(module) is None:
             absent[name] = f"{module} is not installed"
@@ -135,13 +133,11 @@ def _sparse_backends(bench: AttentionBench, q: Tensor, k: Tensor, absent: dict[s
     for name in BACKEND_NAMES[:-1]:
         try:
             choose(backend=name)
+            if name == "triton" and q.device.type != "cuda":
+                raise BackendUnavailable("Triton's interpreter is only for tests")
+            able.append(name)
         except BackendUnavailable as error:
             absent[name] = str(error)
-            continue
-        if name == "triton" and q.device.type != "cuda":
-            absent[name] = "Triton's interpreter is only for tests"
-            continue
-        able.append(name)
     return able or [BACKEND_NAMES[-1]]
 
 

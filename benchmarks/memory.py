@@ -5,8 +5,11 @@ exact; resident memory is not.
 """
 
 import gc
+import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import accumulate
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -119,13 +122,10 @@ def run_memory(bench: Place, cases: tuple[MemoryCase, ...] = ()) -> dict[str, An
 
 def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tuple[MemoryEstimate, str]:
     """The estimate, and the backend that it assumes."""
-    (rows, columns), heads = case.picture.grid, case.model.dim // HEAD_DIM
-    chunk, visible = max(case.schedule.chunk_lengths()), case.schedule.visible_frames()
-    q, k = (
-        torch.empty(case.batch, frames * rows * columns, heads, HEAD_DIM, dtype=dtype, device=device)
-        for frames in (chunk, visible)
-    )
-    backend = choose_backend(q, k, tokens_per_frame=rows * columns, backend=case.backend).name
+    tokens, heads = math.prod(case.picture.grid), case.model.dim // HEAD_DIM
+    frames = max(case.schedule.chunk_lengths()), case.schedule.visible_frames()
+    q, k = (torch.empty(case.batch, n * tokens, heads, HEAD_DIM, dtype=dtype, device=device) for n in frames)
+    backend = choose_backend(q, k, tokens_per_frame=tokens, backend=case.backend).name
     expected = estimate(
         ModelSize.of_wan(**case.sizes, dtype=dtype),
         case.recipe(case.schedule, dtype, "meta"),
@@ -174,8 +174,4 @@ def _peak_of_events(record: profile) -> int:
     """The largest running sum of the profiler's allocations and frees, in bytes."""
     results: Any = record.profiler.kineto_results if record.profiler else None
     changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda item: item[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
+    return max(accumulate(change for _, change in sorted(changes, key=itemgetter(0))), default=0)

@@ -23,13 +23,9 @@ def facts(device: torch.device, settings: Any) -> dict[str, Any]:
     """Machine, versions, commit and arguments of a run, in JSON types. settings: a dataclass, which is flattened."""
     gpu = None
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        gpu = {
-            "name": properties.name,
-            "memory_bytes": properties.total_memory,
-            "capability": f"sm_{properties.major}{properties.minor}",
-            "cuda": torch.version.cuda,
-        }
+        chip = torch.cuda.get_device_properties(device)
+        gpu = {"name": chip.name, "memory_bytes": chip.total_memory, "cuda": torch.version.cuda}
+        gpu["capability"] = f"sm_{chip.major}{chip.minor}"
     return {
         "machine": machine_class(),
         "system": platform.system(),

@@ -192,22 +192,20 @@ def summarise(rows: list[dict[str, Any]], arms: tuple[str, ...]) -> dict[str, An
     full = [place for place, row in enumerate(rows) if row["latent_frames"] == rows[0]["latent_frames"]]
     result: dict[str, Any] = {}
     if set(PAIR) <= set(arms):
-        last = full[-1]
         dense, sparse = (seconds[arm] for arm in PAIR)
+        sampling = [rows[full[-1]][arm]["sample"] for arm in PAIR]
         result["dense_over_sparse"] = {
             "video": sum(dense) / sum(sparse),
-            "last_chunk": dense[last] / sparse[last],
-            "last_chunk_sampling": rows[last]["dense"]["sample"] / rows[last]["sparse"]["sample"],
+            "last_chunk": dense[full[-1]] / sparse[full[-1]],
+            "last_chunk_sampling": sampling[0] / sampling[1],
         }
     if len(full) >= 2 * EARLY:
         early, late = rows[full[EARLY - 1]], rows[full[min(LATE, len(full)) - 1]]
         flatness = {"chunks": [EARLY, late["chunk"]], "memory": late["peak_bytes"] / early["peak_bytes"]}
         for arm in arms:
-            first, last_ones = (
-                statistics.median(seconds[arm][place] for place in places)
-                for places in (full[EARLY - 1 : 2 * EARLY], full[-LAST:])
-            )
-            flatness[f"{arm}_seconds"] = last_ones / first
+            of_full = [seconds[arm][place] for place in full]
+            first, last = of_full[EARLY - 1 : 2 * EARLY], of_full[-LAST:]
+            flatness[f"{arm}_seconds"] = statistics.median(last) / statistics.median(first)
         result["flatness"] = flatness
     return result | {
         "seconds": {arm: sum(values) for arm, values in seconds.items()},

@@ -51,8 +51,7 @@ def take_turns(
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
             clock = StageClock(device)
             with clock.stage(name):
                 arms[name]()
