@@ -11,8 +11,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-LINE = 120  # characters of a table row if the output is no terminal
-
 Settings = TypeVar("Settings")
 Measured = tuple[dict[str, Any], Table, list[str]]  # the record, its table, and lines to print below it
 Measure = Callable[[Settings, Callable[[str], object]], Measured]
@@ -124,7 +122,7 @@ def milliseconds(arm: dict[str, Any]) -> str:
 
 def new_console() -> Console:
     """A console; for a file or a pipe, with lines long enough for the tables."""
-    return Console(width=None if Console().is_terminal else LINE)
+    return Console(width=None if Console().is_terminal else 120)
 
 
 def show(console: Console, result: dict[str, Any], table: Table, lines: list[str]) -> None:

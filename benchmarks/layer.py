@@ -14,7 +14,6 @@ HEAD_DIM = 128
 FRAMES = 3  # latent frames per chunk
 CHUNKS = 7  # of an 81-frame video
 FAMILY = FAMILIES["light_forcing_short"]  # the published method's settings
-
 SPARSITIES = chunk_sparsities(CHUNKS * FRAMES, FRAMES, target=FAMILY.target, base=FAMILY.base)
 
 

@@ -30,8 +30,6 @@ from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_stat
 from .record import facts
 from .settings import REAL_LAYERS, Model, Picture, Place
 
-SMALL = Model(256, 1536, 4)
-
 
 @dataclass(frozen=True)
 class MemoryCase:
@@ -40,7 +38,7 @@ class MemoryCase:
     name: str
     schedule: Schedule
     picture: Picture
-    model: Model = SMALL
+    model: Model = Model(256, 1536, 4)
     text_tokens: int = 512
     text_dim: int = 4096
     vae_dim: int | None = None
@@ -167,11 +165,6 @@ def measured_peak(case: MemoryCase, device: torch.device, dtype: torch.dtype) ->
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
         run(case.schedule)
-    return _peak_of_events(record)
-
-
-def _peak_of_events(record: profile) -> int:
-    """The largest running sum of the profiler's allocations and frees, in bytes."""
     results: Any = record.profiler.kineto_results if record.profiler else None
     changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
     return max(accumulate(change for _, change in sorted(changes, key=itemgetter(0))), default=0)

@@ -117,13 +117,8 @@ def block_sparse_attention(
     if blocks is not None and counts is not None:
         batch, q_tokens, heads, _ = q.shape
         q_blocks = q_tokens // tokens_per_frame * triton.cdiv(tokens_per_frame, block_q)
-        if counts.shape != (batch, heads, q_blocks) or blocks.shape[:3] != counts.shape:
-            raise ValueError(
-                f"blocks {tuple(blocks.shape)} and counts {tuple(counts.shape)} do not describe "
-                f"{(batch, heads, q_blocks)} = (batch, heads, query blocks)"
-            )
-        if blocks.dtype != torch.int32 or counts.dtype != torch.int32:
-            raise ValueError(f"blocks and counts must be int32, not {blocks.dtype} and {counts.dtype}")
+        device.require("counts", counts, (batch, heads, q_blocks), torch.int32, q.device)
+        device.require("blocks", blocks, (batch, heads, q_blocks, blocks.shape[-1]), torch.int32, q.device)
         order = counts.flatten().argsort(descending=True, stable=True).to(torch.int32) if uneven else None
         lists = blocks.contiguous(), counts.contiguous()
     else:
@@ -131,13 +126,10 @@ def block_sparse_attention(
     k_blocks = k.shape[1] // tokens_per_frame * triton.cdiv(tokens_per_frame, block_k)
     if (scales is not None) != (k.dtype in EIGHT_BIT) or v.dtype != k.dtype:
         raise ValueError(f"k is {k.dtype}, v is {v.dtype} and scales are {'given' if scales else 'missing'}")
-    for name, pair, shape, dtype in (
-        ("scales", scales, (k.shape[0], k_blocks, k.shape[2]), torch.float32),
-        ("tail", tail, (k.shape[0], k_blocks, *k.shape[2:]), q.dtype),
-    ):
-        for x in pair or ():
-            if x.shape != shape or x.dtype != dtype:
-                raise ValueError(f"{name} must be {dtype} {tuple(shape)}, not {x.dtype} {tuple(x.shape)}")
+    for x in scales or ():
+        device.require("scales", x, (k.shape[0], k_blocks, k.shape[2]), torch.float32, q.device)
+    for x in tail or ():
+        device.require("tail", x, (k.shape[0], k_blocks, *k.shape[2:]), q.dtype, q.device)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     ragged = tokens_per_frame % block_q != 0, tokens_per_frame % block_k != 0
     kind = Kind(block_q, block_k, q.shape[-1], q.dtype, k.dtype, ragged, tail is not None, lists is None)
@@ -185,9 +177,8 @@ def prepared(
 
     described = launch.descriptors and all(map(_describable, (k, work.v)))
     keys = [_described(x, k_frame, launch.tile_k, padded) if described else x for x in (k, work.v)]
-    none = None, None
-    arguments = [q, *keys, work.out, work.lse, *(work.lists or none), work.order, *(work.scales or none)]
-    arguments += [*(work.tail or (None, None, None)), *buffers]
+    arguments = [q, *keys, work.out, work.lse, *(work.lists or (None, None)), work.order]
+    arguments += [*(work.scales or (None, None)), *(work.tail or (None, None, None)), *buffers]
     arguments += [*q.stride()[:3], *k.stride()[:3], *work.v.stride()[:3], heads, q_blocks, k_blocks]
     arguments += [width, q_frame, k_frame, whole, parts, work.scale * LOG2_E]
     common = {"HEAD_DIM": head_dim, "PADDED_DIM": padded, "BLOCK_Q": kind.block_q, "TILE_Q": launch.tile_q}

@@ -43,3 +43,9 @@ def why_not(kernel: str, x: torch.Tensor, *, float8: bool = False) -> str | None
 def current(device: torch.device) -> torch.cuda.device:
     """A context that makes `device` the one that Triton launches on; it changes nothing for CPU tensors."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def require(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """ValueError unless x has this shape and dtype on this device."""
+    if x.shape != shape or x.dtype != dtype or x.device != device:
+        raise ValueError(f"{name} must be {dtype} {shape} on {device}, not {x.dtype} {tuple(x.shape)} on {x.device}")

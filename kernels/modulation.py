@@ -128,8 +128,7 @@ def _launch(kernel: Any, tokens: tuple[Tensor, ...], modulations: tuple[Tensor, 
     if reason := why_not(x):
         raise ValueError(reason)
     for y in tokens:
-        if y.shape != x.shape or y.dtype != x.dtype:
-            raise ValueError(f"y {y.dtype} {tuple(y.shape)} is not like x {x.dtype} {tuple(x.shape)}")
+        device.require("y", y, tuple(x.shape), x.dtype, x.device)
     batch, length, width = x.shape
     frames = modulations[0].shape[1]
     for part in modulations:

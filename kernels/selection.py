@@ -295,13 +295,8 @@ def select_blocks(
     if reason := why_not(q_means, k_blocks, frames):
         raise ValueError(reason)
     for name, means in (("k_means", k_means), ("frame_means", frame_means), ("parts", parts and parts.means)):
-        if means is None:
-            continue
-        if (means.shape[0], *means.shape[2:]) != (batch, heads, head_dim) or means.dtype != q_means.dtype:
-            raise ValueError(
-                f"{name} {means.dtype} {tuple(means.shape)} does not fit q_means {q_means.dtype} "
-                f"{tuple(q_means.shape)}; pass [B, n, H, D] with the same B, H, D and dtype"
-            )
+        if means is not None:
+            device.require(name, means, (batch, means.shape[1], heads, head_dim), q_means.dtype, q_means.device)
     if parts is not None:
         per_frame = triton.cdiv(parts.tokens_per_frame, parts.tokens)
         if parts.means.shape[1] != frames * per_frame or k_blocks != frames * triton.cdiv(per_frame, parts.per_block):
@@ -309,12 +304,9 @@ def select_blocks(
                 f"parts {tuple(parts.means.shape)} of {parts.tokens} tokens, {parts.per_block} to a block, are not "
                 f"those of {k_blocks} key blocks in {frames} frames of {parts.tokens_per_frame} tokens"
             )
-    fits = frame_ranks.shape == (frames,) and frame_ranks.device == q_means.device and not k_blocks % frames
-    if frame_ranks.dtype != torch.int32 or not fits:
-        raise ValueError(
-            f"frame_ranks {frame_ranks.dtype} {tuple(frame_ranks.shape)} on {frame_ranks.device} and {k_blocks} key "
-            f"blocks do not fit {frames} frames on {q_means.device}; pass int32 [frames] and whole frames of blocks"
-        )
+    device.require("frame_ranks", frame_ranks, (frames,), torch.int32, q_means.device)
+    if k_blocks % frames:
+        raise ValueError(f"{k_blocks} key blocks do not fit {frames} frames; pass whole frames of blocks")
     if not (1 <= kept <= k_blocks and 0 <= choose <= frames):
         raise ValueError(f"cannot keep {kept} of {k_blocks} key blocks and choose {choose} of {frames} frames")
     scores = torch.empty(batch, heads, q_blocks, k_blocks + frames, dtype=torch.float32, device=q_means.device)

@@ -430,8 +430,7 @@ def _require_ring(ring: LayerMemory, k: Tensor, slots: Tensor, tokens_per_frame:
     """The number of slots of `ring`; ValueError if its tensors do not fit k [B, L, H, D], each other, or `slots`."""
     batch, tokens, heads, head_dim = k.shape
     frames = tokens // tokens_per_frame
-    if slots.shape != (frames,) or slots.dtype != torch.int32:
-        raise ValueError(f"k and v need int32 slots ({frames},), one for each frame, not {_described(slots)}")
+    device.require("slots", slots, (frames,), torch.int32, k.device)
     count, stored = ring.keys.shape[1] // tokens_per_frame, ring.keys.dtype
     per_frame, parts = (triton.cdiv(tokens_per_frame, size) for size in (block_k, block_k // SUB_BLOCKS))
     scaled, pooled = stored in LARGEST, ring.key_means is not None

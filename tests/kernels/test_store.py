@@ -292,7 +292,7 @@ def test_slots_beyond_two_billion_values_are_reached():
         ({"q_weight": None}, "norm of q needs a contiguous weight of 64 values, not None"),
         ({"cos": torch.zeros(80, 16, dtype=torch.float64)}, r"float32 of 80 · 16 values, not torch.float64 \(80, 16\)"),
         ({"sin": torch.zeros(40, 16)}, r"float32 of 80 · 16 values, not torch.float32 \(40, 16\)"),
-        ({"slots": torch.zeros(2)}, r"int32 slots \(2,\), one for each frame, not contiguous torch.float32 \(2,\)"),
+        ({"slots": torch.zeros(2)}, r"slots must be torch.int32 \(2,\) .* not torch.float32 \(2,\)"),
     ],
 )
 def test_launcher_refuses_with_the_value(change, message):
