@@ -30,6 +30,8 @@ from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_stat
 from .record import facts
 from .settings import REAL_LAYERS, Model, Picture, Place
 
+SMALL = Model(256, 1536, 4)
+
 
 @dataclass(frozen=True)
 class MemoryCase:
@@ -38,7 +40,7 @@ class MemoryCase:
     name: str
     schedule: Schedule
     picture: Picture
-    model: Model = Model(256, 1536, 4)
+    model: Model = SMALL
     text_tokens: int = 512
     text_dim: int = 4096
     vae_dim: int | None = None
