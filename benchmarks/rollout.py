@@ -201,14 +201,12 @@ def summarise(rows: list[dict[str, Any]], arms: tuple[str, ...]) -> dict[str, An
         }
     if len(full) >= 2 * EARLY:
         early, late = rows[full[EARLY - 1]], rows[full[min(LATE, len(full)) - 1]]
-        flatness = result["flatness"] = {
-            "chunks": [EARLY, late["chunk"]],
-            "memory": late["peak_bytes"] / early["peak_bytes"],
-        }
+        flatness = {"chunks": [EARLY, late["chunk"]], "memory": late["peak_bytes"] / early["peak_bytes"]}
         for arm in arms:
             of_full = [seconds[arm][place] for place in full]
             first, last = of_full[EARLY - 1 : 2 * EARLY], of_full[-LAST:]
             flatness[f"{arm}_seconds"] = statistics.median(last) / statistics.median(first)
+        result["flatness"] = flatness
     return result | {
         "seconds": {arm: sum(values) for arm, values in seconds.items()},
         "peak_bytes": max(row["peak_bytes"] for row in rows),

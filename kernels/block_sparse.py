@@ -121,8 +121,7 @@ def block_sparse_attention(
         device.require("blocks", blocks, (batch, heads, q_blocks, blocks.shape[-1]), torch.int32, q.device)
         order = counts.flatten().argsort(descending=True, stable=True).to(torch.int32) if uneven else None
         lists = blocks.contiguous(), counts.contiguous()
-    else:
-        tail = None  # no block is skipped
+    tail = tail if lists else None  # dense skips no block
     k_blocks = k.shape[1] // tokens_per_frame * triton.cdiv(tokens_per_frame, block_k)
     if (scales is not None) != (k.dtype in EIGHT_BIT) or v.dtype != k.dtype:
         raise ValueError(f"k is {k.dtype}, v is {v.dtype} and scales are {'given' if scales else 'missing'}")

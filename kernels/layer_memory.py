@@ -50,5 +50,4 @@ class LayerMemory(NamedTuple):
 
     def first(self, slots: int, of: int) -> "LayerMemory":
         """Views of the first `slots` slots `of` all."""
-        cut = [None if x is None else x[:, : x.shape[1] * slots // of] for x in self]
-        return LayerMemory._make(cut)
+        return LayerMemory._make(None if x is None else x[:, : x.shape[1] * slots // of] for x in self)
