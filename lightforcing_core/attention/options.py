@@ -25,7 +25,9 @@ class Pools(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How a rollout does sparse attention. Raises ValueError, with a remedy, for unusable values.
+    """The options of sparse attention in a rollout.
+
+    Raises ValueError, with a remedy, for unusable values.
 
     backend: "auto" or one of `BACKEND_NAMES`.
     block: (query, key) tokens per block, powers of two from 16 on.
@@ -59,7 +61,7 @@ class AttentionOptions:
             raise ValueError(f"attention policy {self.policy!r} is not known; use one of {', '.join(POLICIES)}")
 
     def to_saved(self) -> dict[str, Any]:
-        """Plain values for a saved run; earlier versions can read them if they have the policy."""
+        """Plain values for a saved run, readable by versions that have the policy."""
         facts = asdict(self)
         if self.policy == "light_forcing":
             del facts["policy"]
@@ -79,7 +81,7 @@ class AttentionOptions:
         return FrameBudget(self.keep_frames, self.sink_frames, self.near_frames)
 
     def pools(self, *, sparse: bool) -> Pools:
-        """The means that the cache of a run keeps; sparse: whether the run has any sparsity."""
+        """The means that a run's cache keeps; sparse: whether anything is skipped."""
         rule = POLICIES[self.policy].selection
         if rule is None or not sparse:
             return Pools(False, False, False)

@@ -283,7 +283,7 @@ def hierarchical_block_mask(
     sink_frames: int = 1,
     near_frames: int = 2,
 ) -> Tensor:
-    """The blocks that Hierarchical Sparse Attention keeps, for whole q and k (the rollout pools only once).
+    """The block mask of Hierarchical Sparse Attention, for whole q and k.
 
     q: [B, Lq, H, D], the current chunk; k: [B, Lk, H, D], history followed by the current chunk, both after RoPE
     and in whole frames of `tokens_per_frame` tokens. `block` is (query, key) tokens per block. `sparsity` in

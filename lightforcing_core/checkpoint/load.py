@@ -85,7 +85,9 @@ def load_dit_state_dict(
     lora_strength: float = 1.0,
     dequantise_all: bool = False,
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
-    """Load a checkpoint of any published layout: Wan's original names → memory-mapped tensors on the CPU.
+    """Load a checkpoint of any published layout as one state dict.
+
+    Returns Wan's original names → memory-mapped tensors on the CPU, and the facts about the file.
 
     path: a .safetensors or PyTorch file, a shard, an index.json, or a folder with one model.
     prefer_ema: if the file has several sets of weights, load the EMA unless the family is published to run without it

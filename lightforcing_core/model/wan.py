@@ -90,7 +90,9 @@ class Wan(nn.Module):
 def wan_from_state_dict(
     state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Wan:
-    """Build the tree that `state_dict` (original Wan names, see `checkpoint.load_dit_state_dict`) describes.
+    """Build the module tree that a state dict describes.
+
+    state_dict: in original Wan names, see `checkpoint.load.load_dit_state_dict`.
 
     Sizes are read from the tensors; `dtype` (default: the weights' own) and `device` are where they end up.
     Raises ValueError when a tensor is missing, left over, of the wrong shape, or the width is not a multiple of

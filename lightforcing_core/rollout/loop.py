@@ -28,7 +28,9 @@ def rollout(
     runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
     finished: Sequence[Tensor | Chunk] = (),
 ) -> Generator[Chunk, None, None]:
-    """Generate the chunks of a video that are not `finished` yet, in the model's normalised latent space.
+    """Generate the chunks of a video that are not `finished` yet.
+
+    Their latents are in the model's normalised space.
 
     dit: a Wan 2.1 T2V module tree, from `wan_from_state_dict` or ComfyUI's.
     recipe: everything that determines the video.

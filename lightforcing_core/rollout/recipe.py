@@ -20,8 +20,9 @@ Noise = Callable[[int, int, tuple[int, ...]], Tensor]
 
 
 def few_step_sigmas(steps: Sequence[int] = (1000, 750, 500, 250), shift: float = 5.0) -> list[float]:
-    """Noise levels of a few-step list on the 1000-step scale, warped by the flow shift and closed with 0.
+    """Noise levels of a few-step list, warped by the flow shift and closed with 0.
 
+    steps: on the 1000-step scale.
     `σ = shift · s / (1 + (shift − 1) · s)`, s = step / 1000; the Self Forcing list gives 1, 0.9375, 0.8333, 0.625, 0.
     """
     fractions = [step / 1000.0 for step in steps]
@@ -90,7 +91,9 @@ class NoiseOptions:
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """Everything that determines a video except the weights. Raises Refusal when created with values that cannot work.
+    """Everything that determines a video except the weights.
+
+    Raises Refusal when created with values that cannot work.
 
     latent_shape: (B, C, frames, height, width) of the whole video, given latents included; an eighth of its pixels.
     frames_per_chunk: latent frames of a chunk.
@@ -218,11 +221,14 @@ class Recipe:
         )
 
     def noise(self) -> Noise:
-        """The noise of this video: draw 0 of a chunk is its start, draw s ≥ 1 follows denoising step s."""
+        """The noise of this video.
+
+        Draw 0 of a chunk is its start; draw s ≥ 1 follows denoising step s.
+        """
         return seeded_noise(self.seed, self.noise_options.chunk_seeds)
 
     def check_finished(self, finished: Sequence[Tensor]) -> None:
-        """Refusal unless these are the video's first generated chunks, [B, C, frames, height, width] each."""
+        """Refusal unless these latents are the video's first generated chunks."""
         batch, channels, _, *size = self.latent_shape
         lengths = self.chunk_lengths()[self.first_index :]
         if len(finished) > len(lengths):
@@ -234,7 +240,7 @@ class Recipe:
                 raise Refusal("finished", f"holds chunk {number} of shape {shape}", f"pass one of {expected}")
 
     def latents_with(self, finished: Sequence[Tensor]) -> Tensor | None:
-        """The start of the video, [B or 1, C, frames, height, width]: initial latents, then the finished chunks."""
+        """Initial latents, then finished ones, [B or 1, C, frames, height, width]."""
         if not finished:
             return self.initial_latents
         given = self.initial_latents

@@ -161,14 +161,14 @@ def chunk_sparsities(
     curve: str | Sequence[float] = "inverse_sqrt",
     first_chunk: int | None = None,
 ) -> list[float]:
-    """One sparsity in [0, 1) per chunk: `s_i = base − g_i · β`, the first `dense_chunks` of them 0.
+    """One sparsity in [0, 1) per chunk: `s_i = base − g_i · β`.
 
     latent_frames, frames_per_chunk: of the video and of a chunk.
     target: the mean sparsity over the sparse chunks, each weighted by the key frames it sees,
         `kv_i = min(frames up to its end, window)`; β is solved from `Σ (1 − s_i) · kv_i = (1 − target) · Σ kv_i`.
     base: the sparsity that growth tends to.
     window: visible latent frames; None sees everything.
-    dense_chunks: chunks at the start that skip nothing.
+    dense_chunks: chunks at the start that skip nothing: s_i is 0.
     curve: the shape g_i, one of
         "inverse_sqrt": the published `1/√(frames up to the chunk's end)`;
         "linear": from 1 at the first sparse chunk to 0 at the last;

@@ -23,7 +23,7 @@ NOT_FINITE = "latents hold NaN or infinity, which would spread to every later fr
 
 
 class StreamingDecoder:
-    """Decode one clip over any number of calls with a Wan 2.1 VAE, LightVAE, or a TAE of Wan 2.1.
+    """Decode one clip over any number of calls: Wan 2.1 VAE, LightVAE or TAE.
 
     dtype, device: the module's own by default.
     tae_latents: the latents that a TAE decodes, see `tae_latents_of`; ignored for the others, which take raw ones.
@@ -67,15 +67,16 @@ class StreamingDecoder:
         return sum(past.untyped_storage().nbytes() for past in self._stack.past.values())
 
     def move_cache(self, device: torch.device | str | None = None) -> None:
-        """Move the cache to `device`; None moves it back to the device that decodes, which a decode needs."""
+        """Move the cache to `device`; None moves it back, which a decode needs."""
         for layer, past in self._stack.past.items():
             # A dry run on the meta device has nothing to move.
             self._stack.past[layer] = past if past.is_meta else past.to(device or self._place[1])
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, normalised: bool = True, trusted: bool = False) -> Tensor:
-        """Decode the clip's next latent frames: [B, 16, f, h, w] → [B, video frames, 8h, 8w, 3] in 0…1.
+        """Decode the clip's next latent frames.
 
+        [B, 16, f, h, w] → [B, video frames, 8h, 8w, 3] in 0…1.
         A clip's first latent frame gives 1 video frame, each later one 4. `normalised` latents are in the DiT's
         space, others in the VAE's own. Frames are float32 (float64 from a float64 module) on the module's device.
         trusted: skip the check that latents are finite, which waits for the device.

@@ -207,9 +207,10 @@ def vae_from_state_dict(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> WanVAE:
-    """Build the Wan 2.1 VAE or LightVAE that a file's tensors describe, its width read from them.
+    """Build the Wan 2.1 VAE or LightVAE that a file's tensors describe.
 
-    Without `dtype` and `device` the module shares the given tensors. It is in eval mode and needs no gradients.
+    The width is read from the tensors. Without `dtype` and `device` the module shares the given tensors. It is in eval
+    mode and needs no gradients.
     Raises ValueError if the tensors are not a complete Wan 2.1 VAE, and names their likely kind.
     """
     if found := _not_a_wan_vae(state_dict):
