@@ -1,7 +1,4 @@
-"""The whole method on a small model: growth, selection, rollout and streaming decode, to a video file.
-
-Nothing is downloaded and no GPU is needed.
-"""
+"""The whole method on a small model: growth, selection, rollout and streaming decode, to a video file."""
 
 import json
 import platform

@@ -286,9 +286,8 @@ def select_blocks(
     parts: score by log-sum-exp over parts of blocks, with products scaled by 1/√D; of k_means and frame_means only the
     shapes are used then. Blocks of the same parts in the same order tie, in another order up to rounding.
 
-    Returns int32 ids [B, H, q_blocks, kept], ascending, and int32 counts [B, H, q_blocks]. Nothing waits on the
-    device; lengths and counts are runtime values. Raises ValueError when `why_not` gives a reason or a shape or
-    dtype is off.
+    Returns int32 ids [B, H, q_blocks, kept], ascending, and int32 counts [B, H, q_blocks]. Nothing waits on the device;
+    lengths and counts are runtime values. Raises ValueError when `why_not` gives a reason or a shape or dtype is off.
     """
     batch, q_blocks, heads, head_dim = q_means.shape
     k_blocks, frames = k_means.shape[1], frame_means.shape[1]

@@ -25,9 +25,7 @@ class Pools(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """The options of sparse attention in a rollout.
-
-    Raises ValueError, with a remedy, for unusable values.
+    """How a rollout does sparse attention. Raises ValueError with a remedy.
 
     backend: "auto" or one of `BACKEND_NAMES`.
     block: (query, key) tokens per block, powers of two from 16 on.

@@ -87,8 +87,6 @@ def load_dit_state_dict(
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """Load a checkpoint of any published layout as one state dict.
 
-    Returns Wan's original names → memory-mapped tensors on the CPU, and the facts about the file.
-
     path: a .safetensors or PyTorch file, a shard, an index.json, or a folder with one model.
     prefer_ema: if the file has several sets of weights, load the EMA unless the family is published to run without it
         (LongLive, Causal Forcing chunk by chunk); False loads the plain weights.
@@ -97,9 +95,9 @@ def load_dit_state_dict(
     lora, lora_strength: a LoRA to merge into the weights, see `merge_lora`.
     dequantise_all: for use without ComfyUI, convert its formats and unscaled fp8 to bfloat16 too.
 
-    Files in ComfyUI's quantised formats (`scaled_fp8`, `comfy_quant`) keep their keys, which ComfyUI reads. Other
-    weights with one scale per row (LightX2V fp8 and int8) become bfloat16. Raises CheckpointError, a ValueError, which
-    names the file, its problem and the remedy.
+    Returns Wan's original names → memory-mapped tensors on the CPU. ComfyUI's quantised formats (`scaled_fp8`,
+    `comfy_quant`) keep their keys, which ComfyUI reads; other weights with one scale per row (LightX2V fp8 and int8)
+    become bfloat16. Raises CheckpointError, a ValueError, which names the file, its problem and the remedy.
     """
     state_dict, info, quantisation = _read(Path(path), prefer_ema, weights, family)
     if quantisation is not None:

@@ -92,11 +92,9 @@ def wan_from_state_dict(
 ) -> Wan:
     """Build the module tree that a state dict describes.
 
-    state_dict: in original Wan names, see `checkpoint.load.load_dit_state_dict`.
-
-    Sizes are read from the tensors; `dtype` (default: the weights' own) and `device` are where they end up.
-    Raises ValueError when a tensor is missing, left over, of the wrong shape, or the width is not a multiple of
-    128 (Wan's head width).
+    Names are Wan's original ones, see `checkpoint.load`; sizes are read from the tensors. `dtype` is the weights' own
+    by default. Raises ValueError if a tensor is missing, left over or of the wrong shape, or if the width is not a
+    multiple of 128 (Wan's head width).
     """
     try:
         dim, in_dim = state_dict["patch_embedding.weight"].shape[:2]

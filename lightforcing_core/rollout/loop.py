@@ -30,14 +30,12 @@ def rollout(
 ) -> Generator[Chunk, None, None]:
     """Generate the chunks of a video that are not `finished` yet.
 
-    Their latents are in the model's normalised space.
-
     dit: a Wan 2.1 T2V module tree, from `wan_from_state_dict` or ComfyUI's.
     recipe: everything that determines the video.
     runtime: how it runs here.
     finished: the chunks that an earlier run of this recipe made, from the first on; they are not yielded again.
 
-    The KV cache is allocated when iteration starts and freed when it ends, however it ends. Raises Refusal, before
+    Latents are in the model's normalised space. The KV cache exists only during iteration. Raises Refusal, before
     anything runs, for a recipe that does not match the model. Source: Self Forcing's few-step rollout.
     """
     return ChunkLoop(dit, recipe, runtime, finished).chunks()

@@ -22,7 +22,6 @@ Noise = Callable[[int, int, tuple[int, ...]], Tensor]
 def few_step_sigmas(steps: Sequence[int] = (1000, 750, 500, 250), shift: float = 5.0) -> list[float]:
     """Noise levels of a few-step list, warped by the flow shift and closed with 0.
 
-    steps: on the 1000-step scale.
     `σ = shift · s / (1 + (shift − 1) · s)`, s = step / 1000; the Self Forcing list gives 1, 0.9375, 0.8333, 0.625, 0.
     """
     fractions = [step / 1000.0 for step in steps]
@@ -91,9 +90,7 @@ class NoiseOptions:
 
 @dataclass(frozen=True, eq=False)
 class Recipe:
-    """Everything that determines a video except the weights.
-
-    Raises Refusal when created with values that cannot work.
+    """Everything that determines a video but the weights. Raises Refusal if invalid.
 
     latent_shape: (B, C, frames, height, width) of the whole video, given latents included; an eighth of its pixels.
     frames_per_chunk: latent frames of a chunk.
@@ -221,10 +218,7 @@ class Recipe:
         )
 
     def noise(self) -> Noise:
-        """The noise of this video.
-
-        Draw 0 of a chunk is its start; draw s ≥ 1 follows denoising step s.
-        """
+        """The noise of this video; draw 0 starts a chunk, draw s ≥ 1 follows step s."""
         return seeded_noise(self.seed, self.noise_options.chunk_seeds)
 
     def check_finished(self, finished: Sequence[Tensor]) -> None:

@@ -1,7 +1,4 @@
-"""How a video falls into chunks, what each chunk may see, and how sparse each may be (Chunk-Aware Growth).
-
-Early chunks stay dense because later ones inherit their errors; sparsity then grows towards `base`.
-"""
+"""How a video falls into chunks, what each chunk may see, and how sparse each may be (Chunk-Aware Growth)."""
 
 import math
 from bisect import bisect_left

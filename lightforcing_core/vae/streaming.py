@@ -76,12 +76,10 @@ class StreamingDecoder:
     def decode(self, latents: Tensor, *, normalised: bool = True, trusted: bool = False) -> Tensor:
         """Decode the clip's next latent frames.
 
-        [B, 16, f, h, w] → [B, video frames, 8h, 8w, 3] in 0…1.
-        A clip's first latent frame gives 1 video frame, each later one 4. `normalised` latents are in the DiT's
-        space, others in the VAE's own. Frames are float32 (float64 from a float64 module) on the module's device.
-        trusted: skip the check that latents are finite, which waits for the device.
-        Raises ValueError for a wrong shape or one that changes within a clip, RuntimeError if an earlier call
-        failed within the clip.
+        [B, 16, f, h, w] → [B, video frames, 8h, 8w, 3] in 0…1, float32 (float64 from a float64 module). A clip's first
+        latent frame gives 1 video frame, each later one 4. normalised: latents are in the DiT's space, not the VAE's
+        own. trusted: skip the check that latents are finite, which waits for the device. Raises ValueError for a wrong
+        or changing shape, RuntimeError if an earlier call of the clip failed.
         """
         self._accept(latents, trusted)
         dtype, device = self._place

@@ -209,8 +209,7 @@ def vae_from_state_dict(
 ) -> WanVAE:
     """Build the Wan 2.1 VAE or LightVAE that a file's tensors describe.
 
-    The width is read from the tensors. Without `dtype` and `device` the module shares the given tensors. It is in eval
-    mode and needs no gradients.
+    Without `dtype` and `device` the module shares the tensors. It is in eval mode and needs no gradients.
     Raises ValueError if the tensors are not a complete Wan 2.1 VAE, and names their likely kind.
     """
     if found := _not_a_wan_vae(state_dict):
