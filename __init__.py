@@ -6,19 +6,7 @@ from typing import TYPE_CHECKING, Any
 from . import lightforcing_core
 
 if TYPE_CHECKING:
-    from .lightforcing_core import POLICIES as POLICIES
-    from .lightforcing_core import AttentionOptions as AttentionOptions
-    from .lightforcing_core import Recipe as Recipe
-    from .lightforcing_core import Runtime as Runtime
-    from .lightforcing_core import StreamingDecoder as StreamingDecoder
-    from .lightforcing_core import chunk_sparsities as chunk_sparsities
-    from .lightforcing_core import few_step_sigmas as few_step_sigmas
-    from .lightforcing_core import hierarchical_block_mask as hierarchical_block_mask
-    from .lightforcing_core import load_dit_state_dict as load_dit_state_dict
-    from .lightforcing_core import rollout as rollout
-    from .lightforcing_core import sparse_attention as sparse_attention
-    from .lightforcing_core import vae_from_state_dict as vae_from_state_dict
-    from .lightforcing_core import wan_from_state_dict as wan_from_state_dict
+    from .lightforcing_core import *  # noqa: F403
 
 if find_spec("comfy_api") is not None and find_spec("folder_paths") is not None:
     from .nodes import comfy_entrypoint
