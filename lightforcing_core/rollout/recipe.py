@@ -299,6 +299,7 @@ def _check_end(count: int, frames: int, frames_per_chunk: int, last_chunk: int) 
         raise Refusal("last_latents", problem, f"give one image, or the last {4 * most} frames of a video")
     if count >= last_chunk:
         whole = frames + frames_per_chunk - last_chunk
-        problem = f"of {count} latent frames leaves nothing to lead to it in a last chunk of {last_chunk}"
+        video = f"a video of {video_frames_of(frames)} frames ends with a chunk of {last_chunk}"
+        problem = f"of {count} latent frames leaves nothing to lead to it: {video}"
         remedy = f"make the video {video_frames_of(whole)} frames long ({whole} latent)"
         raise Refusal("last_latents", problem, remedy)
