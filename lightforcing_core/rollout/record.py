@@ -112,7 +112,13 @@ class RunRecorder:
         self._notes: list[str] = []
         self._attention: dict[str, str] = {}  # backends that ran, and why
         self._every = 1
-        self.watch: Watch | None = self._note_attention if reads_blocks else None  # of an open chunk's last step
+        self._reads_blocks = reads_blocks
+
+    @property
+    def watch(self) -> Watch | None:
+        """Called for every sparse attention of an open chunk's last step, if set."""
+        # Not an attribute: a bound method would keep the recorder and its tensors on the device until a collection.
+        return self._note_attention if self._reads_blocks else None
 
     def start(self, dit: Any, latent_shape: Sequence[int], device: torch.device) -> None:
         """Begin the run, and the first lap. latent_shape: (B, C, frames, h, w)."""
