@@ -108,7 +108,7 @@ def test_every_step_that_is_told_ends_with_what_was_given(dit):
         ({"last_latents": latents(1), "frames_per_chunk": 1}, "frame-wise model.*use a chunk-wise checkpoint"),
         (
             {"last_latents": latents(1), "frames": 7},
-            "of 25 frames .7 latent. has a last chunk of 1; make the video 33 frames long .9 latent.",
+            "of 25 frames ends with a chunk of 1; make the video 33 frames long .9 latent.",
         ),
         (
             {"last_latents": latents(2), "frames": 3, "initial_latents": latents(1)},
