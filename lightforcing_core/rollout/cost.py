@@ -1,14 +1,8 @@
-"""The FLOPs of a schedule against dense attention: of self-attention, and of the whole forward.
-
-For the 1.3B model at 480×832 by default; the ratios hardly depend on the number of steps.
-"""
+"""The FLOPs of a schedule against dense attention, for the 1.3B model at 480×832 by default."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-
-TOKENS_480P = 1560  # per latent frame of 480×832
-FEW_STEP_FORWARDS = 5  # per chunk: four denoising steps and the clean pass
 
 
 @dataclass(frozen=True)
@@ -64,13 +58,13 @@ class ClipCost:
 def clip_cost(
     chunks: Sequence[ChunkCost],
     *,
-    tokens_per_frame: int = TOKENS_480P,
+    tokens_per_frame: int = 1560,
     layers: int = 30,
     dim: int = 1536,
     ffn_dim: int = 8960,
-    forwards: int = FEW_STEP_FORWARDS,
+    forwards: int = 5,
 ) -> ClipCost:
-    """The cost of these chunks, each run `forwards` times.
+    """The cost of these chunks, each run `forwards` times: four denoising steps and the clean pass by default.
 
     Self-attention counts q·kᵀ and p·v, 4 · dim FLOPs per pair of tokens; linears count the four projections of
     self-attention, two of cross-attention (the text's are computed once) and the feed-forward's two, 2 FLOPs per
