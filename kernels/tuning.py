@@ -149,7 +149,7 @@ def cut(units: int, at_once: int, blocks: int) -> tuple[int, int]:
     at_once: units that the chip works on at once, 0 for no cut; blocks: the key blocks that a unit walks. 864 units on
     132 multiprocessors of two units each are 3.27 waves and take the time of 4; with the last 72 units cut in three
     they take that of 3.33. It costs one more launch and, here, writing and reading 7 MB, so it is timed like
-    everything else. A cut must leave each part a few blocks, or its queries are loaded for nothing.
+    everything else. Each part must keep a few blocks, or loading its queries does not pay.
     """
     rest = units % at_once if at_once else 0
     parts = min(at_once // rest, blocks // MIN_BLOCKS) if rest else 1

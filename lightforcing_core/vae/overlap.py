@@ -95,7 +95,7 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 @dataclass(eq=False)
 class Pending:
-    """Frames on their way to CPU memory, where they and `finite` are once `done` has happened."""
+    """Frames being copied to CPU memory; `pixels` and `finite` are valid after the event `done`."""
 
     pixels: Tensor
     finite: Tensor
