@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .prompt import Override, Prompt, UsageError, apply_overrides, find_input, list_nodes, mapping, title_of
+from ...lightforcing_core.files.json import mapping, read_json, read_text
+from .prompt import Override, Prompt, UsageError, apply_overrides, find_input, list_nodes, title_of
 
 PROMPT_INPUTS = {"CLIPTextEncode": "text", "LightForcingDemoPrompt": "caption"}  # prompt nodes, their input for it
 SEED_NAMES = ("seed", "noise_seed")
 NAME = re.compile(r"\w(?:[\w .()+-]{0,98}[\w)+-])?")
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
-MOST_SEEDS = 100_000
+MOST_SEEDS = MOST_LINES = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class Line:
 def read_prompts(path: Path) -> list[Line]:
     """The lines of a prompt file. Raises UsageError naming the line that cannot be read."""
     try:
-        rows = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also cut at a prompt's U+2028
+        rows = read_text(path).split("\n")  # splitlines() would also cut at a prompt's U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path} as UTF-8 text: {error}") from error
     is_json = path.suffix.lower() in (".jsonl", ".ndjson")
@@ -57,8 +58,10 @@ def read_prompts(path: Path) -> list[Line]:
         if row.strip() and not row.lstrip().startswith("#"):
             try:
                 lines.append(_json_line(row) if is_json else Line(row.strip()))
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise UsageError(f"{path}, line {number}: {error}") from error
+            if len(lines) > MOST_LINES:
+                raise UsageError(f"{path} holds more than {MOST_LINES} prompts; split it into several files")
     if not lines:
         raise UsageError(f"{path} holds no prompt; write one per line")
     return lines
@@ -149,13 +152,13 @@ def _seed_inputs(prompt: Prompt) -> list[str]:
 
 
 def _json_line(row: str) -> Line:
-    fields = json.loads(row)
+    fields = read_json(row)
     kinds: dict[str, type] = {"text": str, "name": str, "seed": int, "set": dict}
     if not isinstance(fields, dict) or not fields:
         raise ValueError(f"not an object with any of {', '.join(kinds)}")
     for key, value in fields.items():
         if type(value) is not kinds.get(key):
             raise ValueError(
-                f"{key!r} may not be {value!r}; use text or name (a text), seed (a number), set (an object)"
+                f"{key!r:.80} may not be {value!r:.80}; use text or name (a text), seed (a number), set (an object)"
             )
     return Line(**fields)

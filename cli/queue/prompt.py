@@ -7,8 +7,11 @@ defaults, so one override is enough.
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ...lightforcing_core.files.json import listing, mapping, read_json, read_text
 
 Prompt = Mapping[str, Mapping[str, Any]]
 
@@ -52,8 +55,8 @@ class Spec(NamedTuple):
     def read(self, typed: str) -> Any:
         """A typed value: a text or a choice as it is (a text may be in JSON's quotes), else JSON if it is JSON."""
         try:
-            value = json.loads(typed, parse_constant=str)
-        except (ValueError, RecursionError):
+            value = read_json(typed, finite=True)
+        except ValueError:
             value = typed
         if self.kind == "STRING":
             return value if isinstance(value, str) else typed
@@ -68,10 +71,10 @@ def read_workflow(path: Path) -> Prompt:
     Raises UsageError for any other file, with the way to export this form if the file is a saved canvas.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8-sig"))
+        document = read_json(read_text(path))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UsageError(f"{path} is not JSON ({error}); export the workflow again") from error
     if listing(mapping(document).get("nodes")):
         raise UsageError(
@@ -91,8 +94,9 @@ def title_of(prompt: Prompt, node: str) -> str:
 
 
 def list_nodes(prompt: Prompt) -> str:
-    """Every node as `id "title"`, for an error message."""
-    return ", ".join(f"{one} {json.dumps(title_of(prompt, one), ensure_ascii=False)}" for one in prompt)
+    """The nodes as `id "title"`, for an error message."""
+    shown = [f"{one} {json.dumps(title_of(prompt, one), ensure_ascii=False)}"[:100] for one in islice(prompt, 30)]
+    return ", ".join(shown) + (f" and {len(prompt) - 30} more" if len(prompt) > 30 else "")
 
 
 def find_input(prompt: Prompt, target: str) -> tuple[str, str | None]:
@@ -157,21 +161,11 @@ def apply_overrides(
     return changed
 
 
-def mapping(value: Any) -> Mapping[str, Any]:
-    """A JSON value if it is an object, else an empty one: servers and node packs may send anything."""
-    return value if isinstance(value, dict) else {}
-
-
-def listing(value: Any) -> list[Any]:
-    """A JSON value if it is an array, else an empty one."""
-    return value if isinstance(value, list) else []
-
-
 def read_object(text: str | bytes) -> Mapping[str, Any]:
-    """A JSON object from a server; an empty one if the text is none, or is nested too deeply to read."""
+    """A JSON object from a server; an empty one if the text is none, or beyond the limits of `read_json`."""
     try:
-        return mapping(json.loads(text))
-    except (ValueError, RecursionError):
+        return mapping(read_json(text))
+    except ValueError:
         return {}
 
 
