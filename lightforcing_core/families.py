@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import PurePath
 from typing import Literal
 
@@ -10,6 +10,7 @@ SinkRope = Literal["fixed", "follow"]
 Weights = Literal["generator", "generator_ema"]
 
 _MODEL_FOLDERS = ("models", "diffusion_models", "unet", "checkpoints")  # ComfyUI's: folders above name no family
+_LONGLIVE_2 = re.compile(r"longlive[\W_]*v?2(?!\d)")  # based on Wan 2.2 TI2V 5B, so no family here
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Family:
     shift: the flow shift of the noise levels.
     target, base: parameters of Chunk-Aware Growth; the defaults suit models that were trained without sparse attention.
     sparse: defaults of sparse attention.
-    name_hints: fragments of published names, in lower case without separators.
+    name_hints: fragments of published names, in lower case without separators; after a space, fragments that must be
+        somewhere in the path too.
     weights: the set of weights that the published configuration uses if a file has both.
     """
 
@@ -88,6 +90,15 @@ FAMILIES: dict[str, Family] = {
             name_hints=("shortvideogen", "lightforcing"),
         ),
         Family("longlive", "LongLive", window=12, sink_frames=3, name_hints=("longlive",), weights="generator"),
+        Family("memflow", "MemFlow", window=12, sink_frames=3, name_hints=("memflow",), weights="generator"),
+        Family(
+            "reward_forcing",
+            "Reward Forcing",
+            window=9,
+            sink_frames=3,
+            sink_rope="follow",
+            name_hints=("rewardforcing",),
+        ),
         Family(
             "infinite_forcing",
             "Infinite Forcing",
@@ -96,6 +107,41 @@ FAMILIES: dict[str, Family] = {
             sink_rope="follow",
             sparse=SparseDefaults(keep_frames=2, keep_sink=1, keep_near=1),
             name_hints=("infiniteforcing",),
+        ),
+        Family(
+            "rolling_forcing",
+            "Rolling Forcing",
+            window=21,
+            sink_frames=3,
+            sink_rope="follow",
+            denoising_steps=(1000, 800, 600, 400, 200),
+            name_hints=("rollingforcing", "causalforcinglong", "longvideo chunkwise", "longvideo causalforcing"),
+        ),
+        Family(
+            "wave_forcing_4step",
+            "WaveForcing, 4 steps",
+            window=21,
+            sink_frames=3,
+            sink_rope="follow",
+            name_hints=("waveforcing 4step",),
+        ),
+        Family(
+            "wave_forcing_5step",
+            "WaveForcing, 5 steps",
+            window=21,
+            sink_frames=3,
+            sink_rope="follow",
+            denoising_steps=(1000, 800, 600, 400, 200),
+            name_hints=("waveforcing",),
+        ),
+        Family(
+            "one_forcing",
+            "One-Forcing",
+            frames_per_chunk=1,
+            denoising_steps=(1000,),
+            first_denoising_steps=(1000, 750, 500, 250),
+            name_hints=("oneforcing",),
+            weights="generator",
         ),
         Family(
             "causal_forcing_2step",
@@ -114,7 +160,10 @@ FAMILIES: dict[str, Family] = {
             name_hints=("framewise1step",),
         ),
         Family(
-            "causal_forcing_framewise", "Causal Forcing, frame by frame", frames_per_chunk=1, name_hints=("framewise",)
+            "causal_forcing_framewise",
+            "Causal Forcing, frame by frame",
+            frames_per_chunk=1,
+            name_hints=("framewise", "causalforcing framewise"),
         ),
         Family(
             "causal_forcing",
@@ -122,10 +171,17 @@ FAMILIES: dict[str, Family] = {
             name_hints=("causalforcing", "chunkwise"),
             weights="generator",
         ),
-        Family("krea_realtime", "Krea Realtime 14B", name_hints=("krea",)),
+        Family("krea_realtime", "Krea Realtime 14B", window=6, name_hints=("krea",)),
         Family("self_forcing", "Self Forcing", name_hints=("selfforcing",)),
         Family("unknown", "another autoregressive Wan 2.1 checkpoint"),
     )
+}
+
+
+# Families of one file name: the assumed one → the fragment of the path that settles it, the other family, its fragment.
+_ONE_NAME = {
+    "causal_forcing": ("chunkwise", "causal_forcing_framewise", "framewise"),
+    "wave_forcing_5step": ("5step", "wave_forcing_4step", "4step"),
 }
 
 
@@ -137,15 +193,31 @@ def family_of(path: str | PurePath) -> tuple[Family, str]:
     the folders `chunkwise` and `framewise`, so there the folder decides. The weights do not show the family: all have
     the keys and shapes of plain Wan 2.1 T2V.
     """
+    names = _names(path)
+    for name in names:
+        for family in FAMILIES.values():
+            for hint in family.name_hints:
+                first, *others = hint.split()
+                found = [next((where for where in names if other in names[where]), None) for other in others]
+                if first in names[name] and None not in found:
+                    return family, found[-1] if found else name
+    return FAMILIES["unknown"], ""
+
+
+def doubt_of(path: str | PurePath, family: Family) -> str | None:
+    """Why `path` does not settle `family`, which it suggests; None if it does."""
+    mark, other, other_mark = _ONE_NAME.get(family.id, ("", "", ""))
+    if any(mark in name for name in _names(path).values()):
+        return None
+    return (
+        f"{family.title}, or {FAMILIES[other].title}: both are published under this file name, and the first is "
+        f"assumed. To settle it, set the family, or put {mark} or {other_mark} into the name of the file or its folder"
+    )
+
+
+def _names(path: str | PurePath) -> dict[str, str]:
+    """The parts of a path that may name the family, the file first → the same in lower case without separators."""
     path = PurePath(path)
-    own = _family_in(path.name)
-    folders = list(takewhile(lambda name: name not in _MODEL_FOLDERS, (folder.name for folder in path.parents)))[:3]
-    above, folder = next(((found, name) for name in folders if (found := _family_in(name))), (None, ""))
-    if above and (own is None or (own.id, above.id) == ("causal_forcing", "causal_forcing_framewise")):
-        return above, folder
-    return (own, path.name) if own else (FAMILIES["unknown"], "")
-
-
-def _family_in(name: str) -> Family | None:
-    plain = re.sub(r"[\W_]", "", name.lower())
-    return next((family for family in FAMILIES.values() if any(hint in plain for hint in family.name_hints)), None)
+    folders = takewhile(lambda name: name not in _MODEL_FOLDERS, (folder.name for folder in path.parents))
+    names = takewhile(lambda name: not _LONGLIVE_2.search(name.lower()), (path.name, *islice(folders, 3)))
+    return {name: re.sub(r"[\W_]", "", name.lower()) for name in names}

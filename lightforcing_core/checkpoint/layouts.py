@@ -167,8 +167,8 @@ def other_wan(shapes: Mapping[str, Shape]) -> str | None:
     has_image = any(name.startswith("img_emb.") or ".k_img." in name for name in shapes)
     if out_dim == 48:
         return (
-            f"this is Wan 2.2 TI2V 5B or a fine-tune of it ({in_dim} latent channels, another VAE); "
-            f"{_USE_CORE} that is based on Wan 2.1"
+            f"this is Wan 2.2 TI2V 5B or a fine-tune of it, such as LongLive 2 ({in_dim} latent channels, another "
+            f"VAE), which is not supported; {_USE_CORE} that is based on Wan 2.1"
         )
     if has_image:
         kind = "FLF2V (first and last frame to video)" if "img_emb.emb_pos" in shapes else "I2V, image to video"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..families import FAMILIES, Family, family_of
+from ..families import FAMILIES, Family, doubt_of, family_of
 from ..model.wan import HEAD_DIM, Wan
 from .files import CheckpointError, name_list, open_weights, tensor_groups
 from .layouts import Layout, original_name, other_file, other_wan, read_layout
@@ -89,7 +89,7 @@ def load_dit_state_dict(
 
     path: a .safetensors or PyTorch file, a shard, an index.json, or a folder with one model.
     prefer_ema: if the file has several sets of weights, load the EMA unless the family is published to run without it
-        (LongLive, Causal Forcing chunk by chunk); False loads the plain weights.
+        (LongLive, MemFlow, One-Forcing, Causal Forcing chunk by chunk); False loads the plain weights.
     weights: the set to load, "generator_ema" for example; None chooses by `prefer_ema`.
     family: None reads it from the path.
     lora, lora_strength: a LoRA to merge into the weights, see `merge_lora`.
@@ -200,6 +200,8 @@ def _read(
     notes = _notes(info)
     if source not in ("", path.name):
         notes.insert(0, f"family read from the folder name {source}")
+    if source and (doubt := doubt_of(path, family)):
+        notes.insert(0, doubt)
     if skipped := [*unknown, *(key for key in layout.extra if original_name(key) is not None)]:
         notes.append(f"{len(skipped)} weights that do not belong to Wan are skipped: {name_list(skipped)}")
     return state_dict, replace(info, notes=tuple(notes)), quantisation

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ...lightforcing_core.checkpoint.files import CheckpointError
 from ...lightforcing_core.checkpoint.load import inspect_checkpoint, load_dit_state_dict
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS
-from ...lightforcing_core.families import FAMILIES, Family, family_of
+from ...lightforcing_core.families import FAMILIES, Family, doubt_of, family_of
 from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path, show_text
 from ..texts import node_schema
 from .options import AUTO, option_inputs, settings_from
@@ -54,7 +54,7 @@ class LightForcingModelLoader(io.ComfyNode):
         lora = None if lora_name == NONE else model_path("loras", lora_name)
         chosen = chosen_family(family, path)
         model = load_checkpoint(path, weights, lora, weight_dtype, chosen)
-        return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family))
+        return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family, path))
 
 
 class LightForcingApply(io.ComfyNode):
@@ -70,8 +70,9 @@ class LightForcingApply(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, family: str, **options: Any) -> io.NodeOutput:
-        chosen = chosen_family(family, file_of(model))
-        return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family))
+        path = file_of(model)
+        chosen = chosen_family(family, path)
+        return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family, path))
 
 
 def chosen_family(family: str, path: str) -> Family:
@@ -79,15 +80,19 @@ def chosen_family(family: str, path: str) -> Family:
     return family_of(path)[0] if family == AUTO else FAMILIES[family]
 
 
-def assumed(family: Family, widget: str) -> ui.PreviewText | None:
-    """The assumed defaults, shown and logged, if no name tells the family; or None."""
-    if widget != AUTO or family.id != "unknown":
+def assumed(family: Family, widget: str, path: str) -> ui.PreviewText | None:
+    """The assumed defaults, shown and logged, if no name settles the family; or None."""
+    if widget != AUTO:
         return None
-    steps = ", ".join(map(str, family.denoising_steps))
-    text = (
-        f"No file name shows which checkpoint this is. Assumed: chunks of {family.frames_per_chunk} latent frames, "
-        f"no window, steps {steps}, {family.target:.0%} sparsity. If that is wrong, set `family`."
-    )
+    text = doubt_of(path, family)
+    if family.id == "unknown":
+        steps = ", ".join(map(str, family.denoising_steps))
+        text = (
+            f"No file name shows which checkpoint this is. Assumed: chunks of {family.frames_per_chunk} latent frames, "
+            f"no window, steps {steps}, {family.target:.0%} sparsity. If that is wrong, set `family`."
+        )
+    if text is None:
+        return None
     log.warning("[Light Forcing] %s", text)
     show_text(text)  # pages draw the text of a result only on some of ComfyUI's own nodes
     return ui.PreviewText(text)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from lightforcing.lightforcing_core.families import FAMILIES, family_of
+from lightforcing.lightforcing_core.families import FAMILIES, doubt_of, family_of
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,20 @@ from lightforcing.lightforcing_core.families import FAMILIES, family_of
         ("long_video_gen.pt", "light_forcing_long"),
         ("longlive/models/diffusion_models/wan.pt", "unknown"),  # above ComfyUI's folders no name counts
         ("longlive/a/b/c/model.pt", "unknown"),
+        ("longlive_20s.pt", "longlive"),
+        ("LongLive2.0-5B.pt", "unknown"),  # another base, Wan 2.2 TI2V 5B
+        ("longlive/LongLive-2.0-5B/model_bf16.pt", "unknown"),
+        ("longlive_v2_te.pt", "unknown"),
+        ("checkpoints/rolling_forcing_dmd.pt", "rolling_forcing"),
+        ("Causal-Forcing/chunkwise/longvideo.pt", "rolling_forcing"),
+        ("CausalForcing-Long-Wan2.1-T2V-1.3B-Diffusers/transformer", "rolling_forcing"),
+        ("WaveForcing-1.3B/4step/model.safetensors", "wave_forcing_4step"),
+        ("WaveForcing-1.3B/5step/model.safetensors", "wave_forcing_5step"),
+        ("waveforcing_4step.safetensors", "wave_forcing_4step"),
+        ("4step/model.safetensors", "unknown"),
+        ("MemFlow/base.pt", "memflow"),
+        ("Reward-Forcing-T2V-1.3B/rewardforcing.pt", "reward_forcing"),
+        ("one_forcing.pt", "one_forcing"),
         ("", "unknown"),
     ],
 )
@@ -39,3 +53,39 @@ def test_every_hint_finds_its_family():
     for family in FAMILIES.values():
         for hint in family.name_hints:
             assert family_of(f"{hint}.pt") == (family, f"{hint}.pt")
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("causal_forcing.pt", "chunkwise or framewise"),
+        ("models/diffusion_models/framewise/diffusion_models/causal_forcing.pt", "chunkwise or framewise"),
+        ("chunkwise/causal_forcing.pt", None),
+        ("framewise/causal_forcing.pt", None),
+        ("causal_forcing_chunkwise_fp8.safetensors", None),
+        ("WaveForcing-1.3B.safetensors", "5step or 4step"),
+        ("waveforcing_5step.safetensors", None),
+        ("self_forcing_dmd.pt", None),
+    ],
+)
+def test_a_file_name_that_two_families_share_leaves_a_doubt(path, named):
+    doubt = doubt_of(path, family_of(path)[0])
+    assert doubt is None if named is None else named in doubt
+
+
+@pytest.mark.parametrize(
+    ("family", "steps", "window", "sinks", "rope", "weights"),
+    [
+        ("krea_realtime", (1000, 750, 500, 250), 6, 0, "fixed", "generator_ema"),
+        ("rolling_forcing", (1000, 800, 600, 400, 200), 21, 3, "follow", "generator_ema"),
+        ("wave_forcing_5step", (1000, 800, 600, 400, 200), 21, 3, "follow", "generator_ema"),
+        ("wave_forcing_4step", (1000, 750, 500, 250), 21, 3, "follow", "generator_ema"),
+        ("reward_forcing", (1000, 750, 500, 250), 9, 3, "follow", "generator_ema"),
+        ("memflow", (1000, 750, 500, 250), 12, 3, "fixed", "generator"),
+        ("one_forcing", (1000,), None, 0, "fixed", "generator"),
+    ],
+)
+def test_the_published_inference_settings(family, steps, window, sinks, rope, weights):
+    it = FAMILIES[family]
+    assert (it.denoising_steps, it.window, it.sink_frames, it.sink_rope) == (steps, window, sinks, rope)
+    assert (it.weights, it.shift, it.frames_per_chunk) == (weights, 5.0, 1 if family == "one_forcing" else 3)

@@ -67,6 +67,8 @@ def test_a_single_container_is_opened_whatever_its_name_and_dtype(tmp_path, cont
         ("longlive_base.pt", {"weights": "generator_ema"}, "generator_ema"),
         ("causal_forcing.pt", {}, "generator"),
         ("framewise-2step.pt", {}, "generator_ema"),
+        ("one_forcing.pt", {}, "generator"),
+        ("rolling_forcing_dmd.pt", {}, "generator_ema"),
     ],
 )
 def test_each_family_runs_the_weights_it_is_published_to_run(tmp_path, file_name, options, expected):
@@ -151,7 +153,13 @@ def test_a_family_read_from_the_folder_is_noted(tmp_path):
     torch.save({"generator": tiny_wan(layers=1)}, tmp_path / "framewise" / "causal_forcing.pt")
     info = inspect_checkpoint(tmp_path / "framewise" / "causal_forcing.pt")
     assert info.family.frames_per_chunk == 1
-    assert any("folder name framewise" in note for note in info.notes)
+    assert info.notes == ("family read from the folder name framewise",)
+
+
+def test_a_family_that_the_path_does_not_settle_is_noted(tmp_path):
+    torch.save({"generator": tiny_wan(layers=1)}, tmp_path / "causal_forcing.pt")
+    (note,) = inspect_checkpoint(tmp_path / "causal_forcing.pt").notes
+    assert "Causal Forcing, chunk by chunk, or Causal Forcing, frame by frame" in note
 
 
 def test_other_weights_in_the_file_are_skipped_and_named(tmp_path):

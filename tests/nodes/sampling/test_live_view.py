@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 import struct
 import uuid
 
@@ -199,6 +200,15 @@ def test_assumed_family_is_shown_on_the_node_and_sent_with_its_result(client, no
     assert text.startswith("No file name shows which checkpoint this is. Assumed: chunks of 3 latent frames")
     assert text.endswith("set `family`.")
     assert one.executed["model"] == {"text": [text]}
+
+
+def test_doubt_about_the_family_is_shown(client, models):
+    folder = models / "models" / "diffusion_models"
+    shutil.copy(folder / "tiny_wan.safetensors", folder / "causal_forcing.safetensors")
+    one = client()
+    one.run(graph({"model": loader(model_name="causal_forcing.safetensors")}, latent=empty(length=9)))
+    (text,) = one.texts["model"]
+    assert text.startswith("Causal Forcing, chunk by chunk, or Causal Forcing, frame by frame: both")
 
 
 def test_known_family_has_no_text(client):
