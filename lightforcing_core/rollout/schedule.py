@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
+
 from ..families import Family, SinkRope
 from ..refusal import Refusal, check_choice
 
@@ -228,24 +230,25 @@ def _shape(
 
 def _solve(tops: list[float], slopes: list[float], weights: list[float], target: float) -> list[float]:
     """Sparsities on the lines `top − slope · β`, clamped to [0, 1), whose weighted mean is `target`."""
-    budget = target * sum(weights)
+    top, slope, weight = map(np.array, (tops, slopes, weights))
+    total = sum(weights)
+    budget = target * total
 
-    def at(beta: float) -> list[float]:
-        return [min(max(top - slope * beta, 0.0), LARGEST) for top, slope in zip(tops, slopes, strict=True)]
+    def at(beta: float) -> np.ndarray:
+        return np.clip(top - slope * beta, 0.0, LARGEST)
 
-    def spent(values: list[float]) -> float:
-        return math.fsum(weight * value for weight, value in zip(weights, values, strict=True))
+    def spent(values: np.ndarray) -> float:
+        return math.fsum((weight * values).tolist())
 
     # Between the β at which some value reaches an end of [0, 1), every value and the spent budget are linear in β.
-    bends = sorted(
-        (top - end) / slope for top, slope in zip(tops, slopes, strict=True) if slope > 0.0 for end in (0.0, LARGEST)
-    )
+    moving = slope > 0.0
+    bends = np.sort(np.concatenate([(top[moving] - end) / slope[moving] for end in (0.0, LARGEST)])).tolist()
     after = bisect_left(bends, -budget, key=lambda beta: -spent(at(beta)))
     low, high = at(bends[max(after - 1, 0)]), at(bends[min(after, len(bends) - 1)])
     width = spent(low) - spent(high)
     share = (spent(low) - budget) / width if width > 0.0 else 0.0
-    values = [min(max(a + share * (b - a), 0.0), LARGEST) for a, b in zip(low, high, strict=True)]
-    if not abs(spent(values) - budget) <= 1e-9 * sum(weights):
-        nearest = f"use {spent(values) / sum(weights):.6f}, the nearest mean sparsity, or move base"
+    values = np.clip(low + share * (high - low), 0.0, LARGEST)
+    if not abs(spent(values) - budget) <= 1e-9 * total:
+        nearest = f"use {spent(values) / total:.6f}, the nearest mean sparsity, or move base"
         raise Refusal("target", f"{target} cannot be met with this curve and base", nearest)
-    return values
+    return values.tolist()

@@ -1,9 +1,12 @@
 """A schedule is a recipe that is checked when it is made and knows its chunks, its sparsities and its memory."""
 
+import sys
+from collections import Counter
+
 import pytest
 
 from lightforcing.lightforcing_core.families import FAMILIES
-from lightforcing.lightforcing_core.rollout.schedule import Schedule, latent_frames_of, video_frames_of
+from lightforcing.lightforcing_core.rollout.schedule import CURVES, Schedule, latent_frames_of, video_frames_of
 
 
 @pytest.mark.parametrize(("video", "latent"), [(1, 1), (5, 2), (9, 3), (81, 21), (249, 63)])
@@ -67,3 +70,15 @@ def test_given_frames_shorten_the_first_chunk(initial, lengths):
 def test_impossible_recipes_are_refused_when_made(recipe, message):
     with pytest.raises(ValueError, match=message):
         Schedule(**{"latent_frames": 21, **recipe})
+
+
+@pytest.mark.parametrize("curve", CURVES)
+def test_work_grows_no_faster_than_the_chunks(curve):
+    """ComfyUI checks a graph on its event loop, which a long video may not hold."""
+    calls = Counter()
+    sys.setprofile(lambda frame, event, argument: calls.update([event]))
+    try:
+        made = Schedule(4001, 1, target=0.6, base=0.7, curve=curve)
+    finally:
+        sys.setprofile(None)
+    assert calls["call"] + calls["c_call"] < 5 * len(made.chunk_lengths())
