@@ -1,7 +1,8 @@
 """Browser pages that run the pack's JavaScript, and the two routes that the JavaScript calls."""
 
 import asyncio
-from collections.abc import Callable, Container
+import json
+from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ class Page:
     plays: bool
 
 
+MOST_BODY = 1 << 18  # bytes of a request
 _PAGES: dict[str, Page] = {}  # by client id
 
 
@@ -39,22 +41,32 @@ def add_routes(server: Server, schedule_numbers: Callable[[Any], dict[str, Any]]
     ValueError for a schedule that cannot be met.
     """
 
-    @server.routes.post("/light_forcing/schedule")
-    async def schedule(request: web.Request) -> web.Response:
+    def post(path: str, answer: Callable[[Any], Awaitable[dict[str, Any]]]) -> None:
+        """Add a route from JSON to JSON; a body that is none, or a TypeError, is HTTP 400 with the reason."""
+
+        @server.routes.post(path)
+        async def respond(request: web.Request) -> web.Response:
+            try:
+                if (request.content_length or 0) > MOST_BODY or len(body := await request.read()) > MOST_BODY:
+                    raise TypeError(f"the request is longer than {MOST_BODY} bytes")
+                return web.json_response(await answer(json.loads(body)))
+            except (TypeError, ValueError, RecursionError) as error:
+                return web.json_response({"error": str(error)}, status=400)
+
+    async def schedule(asked: Any) -> dict[str, Any]:
         """Numbers of the schedule that a node's inputs describe, or `error` with the remedy."""
         try:
             # In a thread, because a very long video would block the event loop.
-            return web.json_response(await asyncio.to_thread(schedule_numbers, await request.json()))
-        except TypeError as error:
-            return web.json_response({"error": str(error)}, status=400)
+            return await asyncio.to_thread(schedule_numbers, asked)
         except ValueError as error:
-            return web.json_response({"error": str(error)})
+            return {"error": str(error)}
 
-    @server.routes.post("/light_forcing/page")
-    async def page(request: web.Request) -> web.Response:
+    async def page(asked: Any) -> dict[str, Any]:
         """Register a page; `plays` says whether it plays the live view."""
-        asked = await request.json()
         if not isinstance(asked, dict) or not isinstance(asked.get("client_id"), str):
-            return web.json_response({"error": "client_id is missing or no text"}, status=400)
+            raise TypeError("client_id is missing or no text")
         _register(asked["client_id"], asked.get("plays") is True, server.sockets)
-        return web.json_response({})
+        return {}
+
+    post("/light_forcing/schedule", schedule)
+    post("/light_forcing/page", page)

@@ -25,6 +25,8 @@ H100: dict[str, Family] = {
 PUBLISHED = FAMILIES | H100
 SINK_ROPES = get_args(SinkRope)
 MOST_FRAMES = 16001
+MOST_NUMBERS = latent_frames_of(MOST_FRAMES)  # one per chunk
+MOST_TEXT = 1 << 17  # characters of all of them
 NO_PRESET = f"this preset does not exist; use {AUTO}, {DENSE}, {GENTLE}, {CUSTOM} or a family"
 ANY_LONG_VIDEO = 961  # checks a schedule whose length is not known before the graph runs
 Number = TypeVar("Number", int, float)
@@ -62,7 +64,7 @@ class LightForcingSchedule(io.ComfyNode):
         if preset is None:
             raise ValueError(NO_PRESET)
         if length is not None:
-            latent_frames_of(length)
+            _latent_frames_of(length)
         linked = [name for name, value in preset.items() if value is None and name != "sparsity"]
         if preset["preset"] == CUSTOM and not linked:
             if length is None:
@@ -97,7 +99,7 @@ def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None)
 
     Raises ValueError for one that cannot be met.
     """
-    frames = latent_frames_of(length)
+    frames = _latent_frames_of(length)
     settings = dict(preset)
     name = settings.pop("preset")
     if name == CUSTOM:
@@ -123,24 +125,34 @@ def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None)
     return schedule.dense() if name == DENSE else schedule
 
 
+def _latent_frames_of(length: int) -> int:
+    """Latent frames of a video that the node accepts: ComfyUI leaves the limits of its inputs to `validate_inputs`."""
+    if length > MOST_FRAMES:
+        raise ValueError(f"length {length} is more than {MOST_FRAMES} video frames")
+    return latent_frames_of(length)
+
+
 def numbers_per_chunk(text: str, name: str, number: Callable[[str], Number], *, lists: bool) -> dict[int, Number]:
     """Read one number per chunk from a text such as `3: 0.5, 7: 0.8`.
 
     lists: also accept plain numbers, the first for chunk 0. Raises ValueError, which names the input
     `name` and the part that cannot be read.
     """
+    parts = [piece.strip() for piece in text[:MOST_TEXT].replace("\n", ",").split(",") if piece.strip()]
+    if len(text) > MOST_TEXT or len(parts) > MOST_NUMBERS:
+        raise ValueError(f"{name} is longer than a number for each of {MOST_NUMBERS} chunks, the most of any video")
     found: dict[int, Number] = {}
-    for place, part in enumerate(piece.strip() for piece in text.replace("\n", ",").split(",") if piece.strip()):
+    for place, part in enumerate(parts):
         index, colon, value = part.rpartition(":")
         try:
             chunk = int(index) if colon or not lists else place
             found_before, found[chunk] = chunk in found, number(value)
         except ValueError:
             example = "0, 0.3, 0.5 or 3: 0.5, 7: 0.8" if lists else "4: 123, 7: 99"
-            raise ValueError(f"{name}: {part!r} is not a chunk and its number; write it like {example}") from None
+            raise ValueError(f"{name}: {part!r:.80} is not a chunk and its number; write it like {example}") from None
         if chunk < 0 or found_before:
             problem = "is given twice" if found_before else "is negative; the first chunk is 0"
-            raise ValueError(f"{name}: {part!r} cannot be used, chunk {chunk} {problem}")
+            raise ValueError(f"{name}: {part!r:.80} cannot be used, chunk {chunk} {problem}")
     return found
 
 
@@ -154,8 +166,6 @@ def plot_numbers(asked: Any) -> dict[str, Any]:
     if problem:
         raise TypeError(f"{problem}; these are not the inputs of a Light Forcing Schedule")
     length, preset, file = asked["length"], asked["preset"], asked.get("file")
-    if length > MOST_FRAMES:
-        raise ValueError(f"length {length} is more than {MOST_FRAMES} video frames")
     family = FAMILIES.get(asked.get("family") or "")
     if family is None and file is not None:
         family, _ = family_of(find_model("diffusion_models", file) or file)

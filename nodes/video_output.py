@@ -51,8 +51,8 @@ class LightForcingVideoOutput(io.ComfyNode):
         cls, filename_prefix: str | None = None, format: str | None = None, crf: int | None = None
     ) -> bool:
         """Refuse an impossible file before anything runs; a linked input is None."""
-        if filename_prefix is not None and Path(filename_prefix).name in ("", ".."):
-            raise ValueError(f"filename_prefix {filename_prefix!r} names no file; use one such as video/clip")
+        if filename_prefix is not None and Path(filename_prefix[:4096]).name in ("", ".."):
+            raise ValueError(f"filename_prefix {filename_prefix!r:.80} names no file; use one such as video/clip")
         if format is not None and f".{format}" not in FORMATS:
             raise ValueError(f"format {format!r} is not known; use {' or '.join(FORMATS)}".replace(".", ""))
         worst = MOST_CRF if format is None else FORMATS[f".{format}"].worst_crf

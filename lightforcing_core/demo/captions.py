@@ -83,14 +83,14 @@ def parse(caption: str) -> Scene:
 
     Raises ValueError, which names the first wrong word and the words that are allowed there.
     """
-    words = caption.lower().replace(",", " ").replace(".", " ").split()
+    words = caption.lower().replace(",", " ").replace(".", " ").split(maxsplit=64)  # no caption has as many
     place = 0
 
     def take(allowed: Sequence[str]) -> str:
         nonlocal place
         found = words[place] if place < len(words) else "the end"
         if found not in allowed:
-            raise ValueError(f"word {place + 1} of the caption is {found!r}; use {' or '.join(allowed)}")
+            raise ValueError(f"word {place + 1} of the caption is {found!r:.80}; use {' or '.join(allowed)}")
         place += 1
         return found
 

@@ -100,8 +100,8 @@ class ComfyServer:
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return json.load(answer)
 
-    def post(self, path: str, body: dict[str, Any]) -> bytes:
-        data = json.dumps(body).encode()
+    def post(self, path: str, body: dict[str, Any] | bytes) -> bytes:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.read()

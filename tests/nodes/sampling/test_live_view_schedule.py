@@ -80,11 +80,14 @@ def test_plot_knows_the_nodes_own_limits(numbers):
     assert "does not exist" in numbers(preset={"preset": "of_tomorrow"}, file="short_video_gen.pt")["error"]
 
 
-def test_page_that_says_nothing_of_itself_is_refused(server):
-    for body in ([], {}, {"client_id": [1], "plays": True}):
+@pytest.mark.parametrize("route", ["page", "schedule"])
+def test_body_of_another_kind_is_refused_with_the_reason(server, route):
+    unread = [b"", b"{", b"\xff", b"[" * 100_000, b'"' + b"x" * (1 << 18) + b'"']
+    for body in ([], {}, {"client_id": [1], "plays": True}, {"preset": "x" * 1000}, *unread):
         with pytest.raises(HTTPError) as refused:
-            server.post("/light_forcing/page", body)
+            server.post(f"/light_forcing/{route}", body)
         assert refused.value.code == 400
+        assert json.load(refused.value)["error"]
 
 
 def test_plot_says_why_a_schedule_cannot_be_met(numbers):
@@ -96,6 +99,8 @@ def test_plot_says_why_a_schedule_cannot_be_met(numbers):
     ("changes", "way_out"),
     [
         ({"length": 82}, "use 81 or 85"),
+        ({"length": 4_000_000_001}, "more than 16001 video frames"),
+        ({"sparsity": "0, " * 50_000}, "sparsity is longer than a number for each of 4001 chunks"),
         ({"window": 3, "sink_frames": 1}, "use at least 4 latent frames"),
         ({"target": 0.8, "base": 0.7}, "raise base to at least 0.8"),
         ({"sink_rope": "sideways"}, "use one of fixed, follow"),
