@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
-from safetensors import SafetensorError, safe_open
 
-from ..lightforcing_core.files.tensors import write_tensors
+from ..lightforcing_core.files.json import read_json
+from ..lightforcing_core.files.tensors import read_tensors, write_tensors
 from ..lightforcing_core.rollout.timeline import check_text
 from .comfy import add_model_kind, model_files, model_folder, model_path, named_file, version_of
 from .texts import node_schema
 
 FOLDER = "text_embeds"
 FORMAT = "light_forcing_text_embeds"
+_SCALARS = (type(None), bool, int, float, str)
 add_model_kind(FOLDER, ".safetensors")
 
 
@@ -66,7 +67,7 @@ def save_embeds(path: Path, conditioning: list) -> None:
         for key, value in {"cond": cond, **extras}.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
-            elif value is None or isinstance(value, bool | int | float | str):
+            elif isinstance(value, _SCALARS):
                 entry[key] = value
             else:
                 raise ValueError(
@@ -82,18 +83,24 @@ def save_embeds(path: Path, conditioning: list) -> None:
 def load_embeds(path: Path) -> list:
     """Read CONDITIONING back; ValueError for a damaged or foreign file."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Cloned because tensors in a file can have any alignment, which can change how a matrix product rounds.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
+        tensors, metadata = read_tensors(path, copy=True)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}; save the prompt again") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds no text embeddings; save the prompt with Light Forcing Save Text Embeds")
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        parts.setdefault(index, {})[name] = tensor
     conditioning = []
-    for index, entry in enumerate(json.loads(metadata["entries"])):
-        own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{index}.")}
-        cond = own.pop("cond")
+    try:
+        for number, entry in enumerate(read_json(metadata["entries"], finite=True)):
+            own = parts[str(number)]
+            if not all(isinstance(value, _SCALARS) for value in entry.values()) or entry.get("pooled_output"):
+                raise ValueError(f"entry {number} has another value where a tensor belongs")
+            conditioning.append([own.pop("cond"), {**entry, **own}])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error!s:.80}); save the prompt again") from error
+    for cond, _ in conditioning:
         check_text(f"the prompt in {path}", cond)
-        conditioning.append([cond, {**entry, **own}])
     return conditioning

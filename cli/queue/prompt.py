@@ -161,14 +161,6 @@ def apply_overrides(
     return changed
 
 
-def read_object(text: str | bytes) -> Mapping[str, Any]:
-    """A JSON object from a server; an empty one if the text is none, or beyond the limits of `read_json`."""
-    try:
-        return mapping(read_json(text))
-    except ValueError:
-        return {}
-
-
 def _literal(value: Any) -> Any:
     """A list as a literal value; a server would read a bare list of two as a wire."""
     return {"__value__": value} if isinstance(value, list) else value

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...lightforcing_core.files.json import listing, mapping
+from ...lightforcing_core.files.json import listing, mapping, read_object
 from ...lightforcing_core.files.output import free_name, whole_file
 from .jobs import Job
-from .prompt import Prompt, read_object, title_of
+from .prompt import Prompt, title_of
 from .server import ComfyServer, QueueError, RemoteFile
 
 IDLE_SECONDS = 2.0  # after this long without an event, ask /history

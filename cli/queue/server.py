@@ -20,9 +20,9 @@ import httpx
 from websockets.exceptions import WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from ...lightforcing_core.files.json import listing, mapping
+from ...lightforcing_core.files.json import listing, mapping, read_object
 from ...lightforcing_core.files.output import free_name, whole_file
-from .prompt import Prompt, UsageError, read_object, title_of
+from .prompt import Prompt, UsageError, title_of
 
 MOST_EVENT = 64 << 20  # bytes
 MOST_JSON = 256 << 20  # /object_info of a server with many node packs and models has tens of millions

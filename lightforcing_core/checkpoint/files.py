@@ -1,14 +1,17 @@
 """Weight files of every kind, opened as memory-mapped tensors without running any code in them."""
 
-import json
+import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from ..files.json import read_json, read_text, regular_size
+from ..files.tensors import MOST_TENSORS, check_tensor, read_tensors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
@@ -39,7 +42,7 @@ def open_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, str], int]
             )
         contents.update(stored)
         metadata.update(notes)
-    return contents, metadata, sum(file.stat().st_size for file in files)
+    return contents, metadata, sum(map(regular_size, files))
 
 
 def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -73,12 +76,16 @@ def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
 
 
 def _files_of(path: Path) -> tuple[Path, ...]:
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike path.is_dir(), False for a name that is too long
         return _files_of_folder(path)
-    if not path.exists():
-        folder = path.parent
-        others = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES) if folder.is_dir() else []
-        raise CheckpointError(f"{path}: no such file; {folder} holds {', '.join(others[:5]) or 'no weight file'}")
+    try:
+        regular_size(path)
+    except FileNotFoundError as error:
+        others = sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES)
+        found = ", ".join(others[:5]) or "no weight file"
+        raise CheckpointError(f"{path}: no such file; {path.parent} holds {found}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); choose another file") from error
     if path.name.endswith(".index.json"):
         return _files_of_index(path)
     shard = _SHARD.match(path.name)
@@ -94,7 +101,7 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
     if len(indexes) == 1:
         return _files_of_index(indexes[0])
     for pattern in ("*.safetensors", "*.pt", "*.pth", "*.bin"):
-        found = sorted(folder.glob(pattern))
+        found = sorted(file for file in folder.glob(pattern) if os.path.exists(file))
         stems = {shard["stem"] if (shard := _SHARD.match(file.name)) else file.name for file in found}
         if len(stems) == 1:
             return _files_of(found[0])
@@ -108,20 +115,20 @@ def _files_of_folder(folder: Path) -> tuple[Path, ...]:
 
 def _files_of_index(index: Path) -> tuple[Path, ...]:
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted(set(read_json(read_text(index))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{index}: not an index of weight shards (no readable weight_map); pass a weight file"
         ) from error
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
         raise CheckpointError(
-            f"{index}: points outside its own folder ({outside[0]}); shards must be in the folder of their index"
+            f"{index}: points outside its own folder ({str(outside[0])[:80]}); its shards must be inside that folder"
         )
     return _shards(index, index.parent, names)
 
 
 def _shards(path: Path, folder: Path, names: list[str]) -> tuple[Path, ...]:
-    missing = [name for name in names if not (folder / name).is_file()]
+    missing = [name for name in names if not os.path.isfile(folder / name)]
     if missing or not names:
         raise CheckpointError(
             f"{path}: {len(missing)} of its {len(names)} shards are missing ({name_list(missing)}); "
@@ -131,8 +138,8 @@ def _shards(path: Path, folder: Path, names: list[str]) -> tuple[Path, ...]:
 
 
 def _read_one(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    size = file.stat().st_size
     try:
+        size = regular_size(file)
         with file.open("rb") as stream:
             head = stream.read(64)
     except OSError as error:
@@ -140,9 +147,14 @@ def _read_one(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if size == 0:
         raise CheckpointError(f"{file}: the file is empty; download it again")
     if head[8:9] == b"{":
-        return _read_safetensors(file, size)
+        try:
+            return read_tensors(file)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{file}: truncated or damaged safetensors file of {size:,} bytes ({error!s:.120}); download it again"
+            ) from error
     if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
-        return _read_torch(file, zipped=head.startswith(b"PK")), {}
+        return _read_torch(file, size, zipped=head.startswith(b"PK")), {}
     raise CheckpointError(f"{file}: {_describe_other(head)}")
 
 
@@ -161,18 +173,12 @@ def _describe_other(head: bytes) -> str:
     )
 
 
-def _read_safetensors(file: Path, size: int) -> tuple[dict[str, Any], dict[str, str]]:
+def _read_torch(file: Path, size: int, *, zipped: bool) -> dict[str, Any]:
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: truncated or damaged safetensors file of {size:,} bytes ({error}); download it again"
-        ) from error
-
-
-def _read_torch(file: Path, *, zipped: bool) -> dict[str, Any]:
-    try:
+        if zipped:
+            with zipfile.ZipFile(file) as entries:
+                if sum(entry.file_size for entry in entries.infolist()) > size:
+                    raise ValueError("it is compressed, as torch.save never does it")
         # Only the zip format of torch ≥ 1.6 can be mapped, and only by path; a path with the suffix
         # .safetensors makes torch use another reader.
         if zipped and file.suffix != ".safetensors":
@@ -188,13 +194,32 @@ def _read_torch(file: Path, *, zipped: bool) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: contains a {type(stored).__name__}, not a dict of weights; choose a checkpoint file"
         )
-    return dict(stored)
+    left = MOST_TENSORS  # counted at every visit: a small file can hold one dict a thousand times
+
+    def plain(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
+        """The tensors, numbers and dicts of them that have a text for a name."""
+        nonlocal left
+        left -= len(value)
+        if left < 0:
+            raise ValueError(f"more than {MOST_TENSORS} entries")
+        named = {key: item for key, item in value.items() if isinstance(key, str)}
+        for key, item in named.items():
+            if isinstance(item, Tensor):
+                check_tensor(key, item)
+        dicts = {key: item for key, item in named.items() if isinstance(item, Mapping) and depth}
+        kept = {key: item for key, item in named.items() if isinstance(item, Tensor | int | float)}
+        return kept | {key: plain(item, depth - 1) for key, item in dicts.items()}
+
+    try:
+        return plain(stored, depth=3)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: holds {error}; use a .safetensors version, or download it again") from error
 
 
 def _why_torch_refused(file: Path, message: str) -> str:
     if "TorchScript" in message:
         return "this is a compiled TorchScript program, not a checkpoint; choose the file with the weights"
-    if re.search(r"central directory|truncated|EOF|Ran out of input", message):
+    if re.search(r"central directory|zip file|runcated|EOF|Ran out of input", message):
         return "truncated or damaged; download it again and compare its size with the published one"
     if message.startswith("Weights only load failed"):
         try:
@@ -212,6 +237,6 @@ def _why_torch_refused(file: Path, message: str) -> str:
 
 
 def name_list(names: Iterable[str]) -> str:
-    """The first names in alphabetical order, for a message: "a, b, c and 7 more"."""
+    """The first names in alphabetical order, for a message: "a, b, c and 7 more"; each at most 80 letters."""
     ordered = sorted(names)
-    return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+    return ", ".join(name[:80] for name in ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

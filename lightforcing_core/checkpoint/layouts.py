@@ -111,7 +111,7 @@ def read_layout(keys: Iterable[str]) -> Layout | None:
     if not prefixes:
         return None
     if len(prefixes) > 1:
-        found = ", ".join(sorted(prefixes))
+        found = ", ".join(prefix[:80] for prefix in sorted(prefixes)[:3])
         raise ValueError(
             f"contains {len(prefixes)} models, with the prefixes {found}; save one of them as its own file"
         )

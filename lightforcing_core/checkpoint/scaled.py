@@ -1,12 +1,13 @@
 """Quantised weights: recognise their format and convert them to plain ones."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..files.json import mapping, read_json, read_object
+from .files import name_list
 from .layouts import FILE_SCALE, SCALE_NAMES
 
 LAYER_FORMATS = "_quantization_metadata"  # the metadata entry {"layers": {layer: {"format": name}}} of ComfyUI
@@ -14,6 +15,7 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # Format name in files saved from a model in the loader's weight dtype fp8_rowwise: float8_e4m3fn with [N, 1] scales.
 # ComfyUI's own loaders do not know the format, and name it when they refuse it.
 BY_ROWS = "fp8_rowwise of Light Forcing Model Loader"
+MOST_MARKER = 10_000  # bytes of a layer's `comfy_quant`
 # ComfyUI formats whose weight is value · scale; the others pack or rotate their values.
 _PLAIN_SCALED = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", BY_ROWS)
 
@@ -35,12 +37,12 @@ class Quantisation:
 def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Quantisation | None:
     """The quantisation of `state_dict` (original names, in the metadata too); None if its weights are plain."""
     comfyui: dict[str, str] = {}
-    in_metadata = json.loads(metadata.get(LAYER_FORMATS, "{}")).get("layers", {})
+    in_metadata = mapping(read_object(metadata.get(LAYER_FORMATS, "")).get("layers"))
     other = []
     for name, value in state_dict.items():
         layer, _, leaf = name.rpartition(".")
         if leaf == "comfy_quant":
-            comfyui[layer] = str(json.loads(bytes(value.tolist())).get("format", "unnamed"))
+            comfyui[layer] = _marked_format(name, value)
         elif leaf in ("weight_scale", "scale_weight") and f"{layer}.comfy_quant" not in state_dict:
             if layer in in_metadata:
                 comfyui[layer] = str(in_metadata[layer].get("format", "unnamed"))
@@ -50,7 +52,7 @@ def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, s
                 other.append(layer)
     if comfyui:
         keys = FILE_SCALE if FILE_SCALE in state_dict else "comfy_quant"
-        title = f"{', '.join(sorted(set(comfyui.values())))} in ComfyUI's format ({keys}), {len(comfyui)} layers"
+        title = f"{name_list(set(comfyui.values()))} in ComfyUI's format ({keys}), {len(comfyui)} layers"
     elif other:
         dtypes = _dtypes(state_dict[f"{layer}.weight"] for layer in other if f"{layer}.weight" in state_dict)
         title = f"{dtypes} with a scale per row (LightX2V), {len(other)} layers; loads as bfloat16"
@@ -59,6 +61,16 @@ def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, s
     else:
         return None
     return Quantisation(title, comfyui, tuple(other))
+
+
+def _marked_format(name: str, marker: Tensor) -> str:
+    """The format in a layer's `comfy_quant`: a JSON object, as the bytes of its text."""
+    try:
+        if marker.dtype != torch.uint8 or marker.ndim != 1 or len(marker) > MOST_MARKER:
+            raise ValueError(f"{marker.dtype} of shape {list(marker.shape)}")
+        return str(mapping(read_json(bytes(marker.tolist()))).get("format", "unnamed"))
+    except ValueError as error:
+        raise ValueError(f"{name} does not name a format ({error}); download the file again") from error
 
 
 def dequantise(
@@ -78,7 +90,7 @@ def dequantise(
         scale = plain.get(f"{layer}.weight_scale", plain.get(f"{layer}.scale_weight"))
         if kind not in _PLAIN_SCALED or weight is None or scale is None or weight.dtype == torch.uint8:
             raise ValueError(f"{layer} is packed as {kind}; load the file in ComfyUI, which alone reads that format")
-        if scale.numel() not in (1, weight.shape[0]):
+        if weight.ndim != 2 or scale.numel() not in (1, len(weight)):
             raise ValueError(
                 f"{layer}.weight {tuple(weight.shape)} has scales of shape {tuple(scale.shape)}; "
                 "use a file with one scale per row or per tensor"

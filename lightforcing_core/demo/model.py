@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..checkpoint.load import inspect_checkpoint, load_dit_state_dict
+from ..files.json import read_json
+from ..files.tensors import read_tensors
 from ..model.wan import Wan, wan_from_state_dict
 from ..rollout.schedule import latent_frames_of
 from ..vae.wan_vae import WanVAE, vae_from_state_dict
@@ -84,7 +84,10 @@ def demo_video(folder: Path) -> DemoVideo:
         raise ValueError(
             f"{folder / DIT} does not describe its videos in the metadata; export it again with laboratory/training"
         )
-    return DemoVideo(**json.loads(about))
+    try:
+        return DemoVideo(**read_json(about))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / DIT}: its {ABOUT} is damaged ({error}); download it again") from error
 
 
 def load_demo_model(folder: Path, device: torch.device | str = "cpu") -> DemoModel:
@@ -98,7 +101,7 @@ def load_demo_model(folder: Path, device: torch.device | str = "cpu") -> DemoMod
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         vae_dtype = torch.bfloat16
     state_dict, _ = load_dit_state_dict(folder / DIT)
-    vae = vae_from_state_dict(load_file(folder / VAE), dtype=vae_dtype, device=device)
+    vae = vae_from_state_dict(_read(folder / VAE)[0], dtype=vae_dtype, device=device)
     for module in vae.modules():
         if isinstance(module, nn.Conv3d):  # their fastest memory layout
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
@@ -112,13 +115,14 @@ def load_demo_model(folder: Path, device: torch.device | str = "cpu") -> DemoMod
 
 def load_table(path: Path) -> dict[str, Tensor]:
     """Load the embeddings of captions. Raises ValueError for a file of another kind or another vocabulary."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            words = json.loads((file.metadata() or {}).get("vocabulary", "null"))
-            # Copied to an aligned address, since the rounding of a matrix product can depend on the alignment.
-            table = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; download it again") from error
-    if words != list(VOCABULARY) or set(table) != {"words", "slots"}:
+    table, metadata = _read(path)
+    if metadata.get("vocabulary") != json.dumps(VOCABULARY) or set(table) != {"words", "slots"}:
         raise ValueError(f"{path} has no embeddings for these captions; use the file that is shipped with the pack")
     return table
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        return read_tensors(path, copy=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}; download it again") from error

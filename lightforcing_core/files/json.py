@@ -56,8 +56,16 @@ def listing(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def read_object(text: str | bytes) -> Mapping[str, Any]:
+    """A JSON object; an empty one if the text is none, or beyond the limits of `read_json`."""
+    try:
+        return mapping(read_json(text))
+    except ValueError:
+        return {}
+
+
 def regular_size(path: Path) -> int:
-    """The bytes of a regular file. OSError if there is none: a pipe or device may never end, or block for ever."""
+    """The bytes of a regular file that can be read; OSError for another: a pipe or device may block for ever."""
     try:
         status = os.stat(path)
     except ValueError as error:  # a null byte, or half of a character
@@ -65,6 +73,8 @@ def regular_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
         raise OSError(errno.EINVAL, f"{kind}, not a file")
+    if not os.access(path, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     return status.st_size
 
 

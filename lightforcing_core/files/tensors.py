@@ -7,9 +7,14 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .json import regular_size
 from .output import prepare_folder, whole_file
+
+# Limits on files from outside; published ones have a few thousand tensors of 5 dimensions, with names of 100 letters.
+MOST_TENSORS, MOST_DIMS, LONGEST_NAME = 200_000, 8, 1000
 
 # What the format calls each dtype: https://github.com/huggingface/safetensors#format
 _NAMES = {
@@ -22,6 +27,39 @@ _NAMES = {
     torch.int32: "I32",
     torch.uint8: "U8",
 }
+
+
+def read_tensors(path: Path, *, copy: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: tensors by name, and the metadata.
+
+    copy: read the tensors into memory of their own instead of mapping the file, which gives them any alignment; the
+        rounding of a matrix product can depend on it.
+
+    Raises OSError if there is no file that can be read, ValueError with the reason if it is damaged.
+    """
+    regular_size(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            if len(names) > MOST_TENSORS:
+                raise ValueError(f"{len(names)} tensors, over {MOST_TENSORS}")
+            tensors = {name: file.get_tensor(name) for name in names}
+            metadata = dict(file.metadata() or {})
+    except (SafetensorError, OSError, TypeError) as error:  # TypeError: a size beyond 64 bits
+        raise ValueError(str(error)) from error
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+    return {name: tensor.clone() for name, tensor in tensors.items()} if copy else tensors, metadata
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """ValueError unless a tensor from outside is an ordinary one whose elements are all in the file."""
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"a name of {len(name)} letters")
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    if not plain or tensor.is_nested or tensor.ndim > MOST_DIMS or tensor.nbytes > tensor.untyped_storage().nbytes():
+        shape = list(tensor.shape[:MOST_DIMS])
+        raise ValueError(f"{name}, {tensor.dtype} of shape {shape}, without all of its elements")
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.load import CheckpointInfo, inspect_checkpoint, load_dit_state_dict
 from ..families import family_of
+from ..files.json import mapping, read_object
 from ..files.output import prepare_folder
 from ..files.tensors import stream_tensors
 from ..model.wan import wan_from_state_dict
@@ -170,9 +171,9 @@ def _metadata(info: CheckpointInfo) -> dict[str, str]:
     """The source's metadata; if the family is known, with ComfyUI's mark of autoregressive models."""
     metadata = {"format": "pt", **info.metadata}
     if info.family.id != "unknown" and not info.causal_metadata:
-        config = json.loads(metadata.get("config", "{}"))
-        config["transformer"] = {**config.get("transformer", {}), "causal_ar": True}
-        metadata["config"] = json.dumps(config)
+        config = read_object(metadata.get("config", ""))
+        transformer = {**mapping(config.get("transformer")), "causal_ar": True}
+        metadata["config"] = json.dumps({**config, "transformer": transformer})
     return metadata
 
 

@@ -5,24 +5,26 @@ A loaded state continues the video as if it had never stopped, bit for bit on th
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..attention.options import AttentionOptions
 from ..attention.quantised import KVDtype
-from ..files.tensors import write_tensors
+from ..files.json import read_json
+from ..files.tensors import read_tensors, write_tensors
 from .recipe import Guidance, NoiseOptions, Recipe
 from .runtime import Chunk
 from .timeline import Prompt
 
 FORMAT = "light_forcing_run_state"
 VERSION = 2  # version 1 has no given end; a state without one is still written as 1
+MOST_FRAMES = 1_000_000  # latent frames of a saved video
 # The fields of a recipe that are saved as they are.
 RECIPE_FACTS = ("latent_shape", "frames_per_chunk", "sigmas", "growth", "window", "sink_frames", "sink_rope", "seed")
 
@@ -123,32 +125,32 @@ def load_run_state(path: str | Path) -> RunState:
     Raises StateError for a file that is missing, damaged, of another kind, or from a newer version.
     """
     path = Path(path)
-    if not path.is_file():
-        raise StateError(f"{path}: no such file; run states are .safetensors files written by save_run_state")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_kind(path, metadata)
-            # Copies, because the rounding of a matrix product can depend on alignment, and the file gives none.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
+        # Copies, because the rounding of a matrix product can depend on alignment, and the file gives none.
+        tensors, metadata = read_tensors(path, copy=True)
+    except OSError as error:
+        raise StateError(
+            f"{path}: {error.strerror}; run states are .safetensors files written by save_run_state"
+        ) from error
+    except ValueError as error:
         raise StateError(
             f"{path}: is cut short or no safetensors file ({error}); use an older copy of the state, or a file that "
             f"save_run_state wrote"
         ) from error
+    _check_kind(path, metadata)
     try:
-        facts = json.loads(metadata["state"])
+        facts = read_json(metadata["state"], finite=True)
         sums: dict[str, int] = facts.pop("checksums")
         if missing := sums.keys() - tensors.keys():
-            raise StateError(f"{path}: {', '.join(sorted(missing))} is missing; use an older copy of the state")
+            raise StateError(f"{path}: {', '.join(sorted(missing)[:3])} is missing; use an older copy of the state")
         for name, expected in sums.items():
             if _checksum(tensors[name]) != expected:
                 raise StateError(f"{path}: {name} is damaged (wrong checksum); use an older copy of the state")
         return _unpacked(tensors, facts)
     except StateError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StateError(f"{path}: its header is damaged ({error}); use an older copy of the state") from error
+    except Exception as error:  # a damaged header can fail anywhere; to the user it means the same
+        raise StateError(f"{path}: its header is damaged ({error!s:.200}); use an older copy of the state") from error
 
 
 def _packed(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -170,7 +172,9 @@ def _packed(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
-    """The reverse of `_packed`; KeyError, TypeError or ValueError if it is not a state."""
+    """The reverse of `_packed`; any error if it is not a state."""
+    if max(facts["latent_shape"]) > MOST_FRAMES:  # before a list of the chunks is made
+        raise ValueError(f"latent_shape {facts['latent_shape']!s:.80}, over {MOST_FRAMES}")
     attention = facts.pop("attention")
     prompts = [Prompt(tensors[f"prompt.{i}"], **one) for i, one in enumerate(facts.pop("prompts"))]
     finished = tuple(tensors[f"chunk.{i:05d}"] for i in range(facts.pop("finished")))
@@ -185,7 +189,30 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
         noise_options=NoiseOptions(chunk_seeds=dict(facts.pop("chunk_seeds")), **noise),
         **facts,
     )
-    return RunState(recipe, finished=finished, **state)
+    run = RunState(recipe, finished=finished, **state)
+    for part in (run, recipe, recipe.attention, recipe.noise_options, recipe.guidance, *recipe.prompts):
+        for name, hint in get_type_hints(type(part)).items():
+            if not _fits(value := getattr(part, name), hint):
+                raise TypeError(f"{name} {value!r:.80}")
+    return run
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a file has the type of its field; JSON has other types than the field may need."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if kind is Literal:
+        return value in inner
+    if kind in (tuple, Sequence):
+        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
+    if kind is Mapping:
+        return all(_fits(one, hint) for pair in value.items() for one, hint in zip(pair, inner, strict=True))
+    if hint is Tensor:
+        return isinstance(value, Tensor) and value.is_floating_point()
+    if hint in (int, float):
+        return isinstance(value, int | hint) and not isinstance(value, bool) and abs(value) < 1 << 64
+    return isinstance(value, hint)
 
 
 def _checksum(tensor: Tensor) -> int:
@@ -195,10 +222,10 @@ def _checksum(tensor: Tensor) -> int:
 def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
     """StateError unless the header is that of a state which this version can read."""
     if (kind := metadata.get("format")) != FORMAT:
-        raise StateError(f"{path}: holds no run state (its format is {kind}); choose a file that save_run_state wrote")
+        raise StateError(f"{path}: holds no run state (format {kind!s:.40}); choose a file that save_run_state wrote")
     version = metadata.get("version", "")
-    if not version.isdecimal():
-        raise StateError(f"{path}: its header is damaged (version {version!r}); use an older copy of the state")
+    if not version.isdecimal() or len(version) > 9:
+        raise StateError(f"{path}: its header is damaged (version {version!r:.40}); use an older copy of the state")
     if int(version) > VERSION:
         raise StateError(
             f"{path}: is a state of version {version}, this one reads up to {VERSION}; update Light Forcing"

@@ -42,7 +42,7 @@ class Prompt:
 
 def check_text(field: str, context: Tensor) -> None:
     """Refusal unless a prompt's embedding is [batch, tokens, text_dim] with at least one token, and finite."""
-    if context.ndim != 3 or not context.shape[1]:
+    if context.ndim != 3 or not context.numel():
         expected = "pass [batch, tokens, text_dim] with at least one token"
         raise Refusal(field, f"has shape {list(context.shape)}", expected)
     check_finite(field, context, "encode the text again")

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightforcing.lightforcing_core.files import tensors as tensor_files
 from lightforcing.lightforcing_core.files.output import OutputError
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.refusal import Refusal
-from lightforcing.lightforcing_core.rollout import state as run_state
 from lightforcing.lightforcing_core.rollout.loop import rollout
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 from lightforcing.lightforcing_core.rollout.runtime import Chunk, Runtime
@@ -251,14 +251,14 @@ def test_another_model_is_refused_with_both_names():
 
 def rewritten(path, without=(), **metadata):
     """The file with another header, or without some tensors."""
-    with run_state.safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         old = file.metadata()
     tensors = {name: tensor for name, tensor in load_file(path).items() if name not in without}
     save_file(tensors, path, metadata={**old, **metadata})
 
 
 def with_fact(path, name, value):
-    with run_state.safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["state"])
     rewritten(path, state=json.dumps({**facts, name: value}))
 
@@ -283,10 +283,27 @@ UNREADABLE = [
         for state in ("{", "[]", "{}", '{"checksums": {}}')
     ),
     *(
-        (lambda path, fact=fact: with_fact(path, *fact), "header is damaged")
-        for fact in (("frames_per_chunk", "three"), ("latent_shape", [1, 16]), ("prompts", 7), ("extra", 1))
+        (lambda path, fact=fact: with_fact(path, *fact), f"header is damaged.*{reason}")
+        for fact, reason in (
+            (("frames_per_chunk", "three"), ""),
+            (("sink_frames", 0.0), r"sink_frames 0\.0"),
+            (("latent_shape", [1, 16]), ""),
+            (("latent_shape", [1, 16, 6_000_000_000, *SIZE]), "6000000000.*over 1000000"),
+            (("sigmas", [1.0, float("nan"), 0.0]), "finite number"),
+            (("seed", 10**400), "401 digits"),
+            (("seed", 2**65), "seed"),
+            (("kv_dtype", "int3"), "kv_dtype 'int3'"),
+            (("prompts", 7), ""),
+            (("model", [[]] * 3), "model"),
+            (("chunk_seeds", [[0, "7"]]), "chunk_seeds"),
+            (("extra", 1), "extra"),
+        )
     ),
-    (os.remove, "no such file"),
+    (lambda path: rewritten(path, state="[" * 2000 + "]" * 2000), "nested deeper than 100"),
+    (lambda path: rewritten(path, version="9" * 5000), "version '999"),
+    (lambda path: (path.unlink(), path.mkdir()), "a folder, not a file"),
+    (lambda path: (path.unlink(), os.mkfifo(path)), "a pipe or device, not a file"),
+    (os.remove, "No such file"),
     (lambda path: save_file({"x": torch.zeros(2)}, path), "holds no run state.*None"),
     (lambda path: save_file({"x": torch.zeros(2)}, path, metadata={"format": "pt"}), "holds no run state.*pt"),
     (lambda path: rewritten(path, version="3"), "version 3, this one reads up to 2; update"),
@@ -308,7 +325,7 @@ def test_only_a_given_end_needs_the_newer_version(tmp_path):
     """An older pack would go on without the end; without one it reads the file as ever."""
     for end, version in ((None, "1"), (torch.zeros(1, 16, 1, *SIZE), "2")):
         path = save_run_state(start(last_latents=end), tmp_path / "state.safetensors")
-        with run_state.safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             assert file.metadata()["version"] == version
             assert ("last_latents" in file.keys()) == (version == "2")  # noqa: SIM118 (no mapping)
 
