@@ -6,6 +6,7 @@ base 0.98): q [1, 3 · tokens, H, 128] against k, v [1, 6 … 21 frames · token
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,14 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..lightforcing_core.attention.backends import BACKEND_NAMES
 from ..lightforcing_core.attention.backends.dense import sdpa
 from ..lightforcing_core.attention.blocks import FrameBlocks
-from ..lightforcing_core.attention.dispatch import BackendUnavailable, choose_backend
+from ..lightforcing_core.attention.dispatch import BackendUnavailable, choose_backend, sparse_attention
 from ..lightforcing_core.attention.selection import BlockSelection
 from .layer import CHUNKS, FRAMES, HEAD_DIM, SPARSITIES, LayerAttention, check_chunk, published
 from .record import facts
 from .settings import AttentionBench, Say
 from .timing import ratio, samples_of, take_turns, warm_up_rule
-
-CHECKED_BLOCKS = 2  # query blocks compared with the reference before anything is timed
 
 Arm = Callable[[], Tensor]
 
@@ -52,7 +51,8 @@ def run_attention(bench: AttentionBench, say: Say) -> dict[str, Any]:
                 v[:, :tokens],
                 tokens_per_frame=bench.tokens_per_frame,
                 sparsity=SPARSITIES[chunk - 1] if bench.sparsity is None else bench.sparsity,
-                options=published("auto", bench.block),
+                options=replace(published("auto", bench.block), estimator=bench.estimator, tail=bench.tail),
+                kv=bench.kv,
             )
             rows.append(_chunk_row(bench, chunk, layer, absent))
             say(f"chunk {chunk} done")
@@ -70,7 +70,7 @@ def _chunk_row(bench: AttentionBench, chunk: int, layer: LayerAttention, absent:
     q, k, v = layer.tensors
     selection = layer.select()
     dense = dense_arms(q, k, v, absent)
-    sparse = _sparse_backends(bench, q, k, absent)
+    sparse = _sparse_backends(bench, q, layer.stored[0], absent)
     errors = {name: _check(layer.attend(selection, name), layer, selection) for name in sparse}
     arms: dict[str, Callable[[], object]] = {f"dense {name}": arm for name, arm in dense.items()}
     arms["selection"] = layer.select
@@ -126,7 +126,7 @@ def dense_arms(q: Tensor, k: Tensor, v: Tensor, absent: dict[str, str]) -> dict[
 
 def _sparse_backends(bench: AttentionBench, q: Tensor, k: Tensor, absent: dict[str, str]) -> list[str]:
     """The backends to time; a named one that cannot run is an error, any other is added to `absent`."""
-    choose = partial(choose_backend, q, k, tokens_per_frame=bench.tokens_per_frame, block=bench.block)
+    choose = partial(choose_backend, q, k, tokens_per_frame=bench.tokens_per_frame, block=bench.block, tail=bench.tail)
     if bench.backend:
         return [choose(backend=name).name for name in bench.backend]
     able = []
@@ -142,17 +142,22 @@ def _sparse_backends(bench: AttentionBench, q: Tensor, k: Tensor, absent: dict[s
 
 
 def _check(out: Tensor, layer: LayerAttention, selection: BlockSelection) -> float:
-    """Largest relative difference to float32 softmax in the first query blocks and head; RuntimeError above 5 %."""
-    q, k, v = layer.tensors
-    tokens = layer.tokens_per_frame
-    q_layout, k_layout = (FrameBlocks(tokens, size) for size in layer.options.block)
-    worst = 0.0
-    for block in range(min(CHECKED_BLOCKS, q_layout.per_frame)):
-        rows = slice(block * q_layout.block, min((block + 1) * q_layout.block, tokens))
-        listed = selection.blocks[0, 0, block, : int(selection.counts[0, 0, block])]
-        visible = torch.isin(k_layout.block_of_token(k.shape[1] // tokens, k.device), listed)
-        expected = sdpa(*(x[:1, at, :1].float() for x, at in ((q, rows), (k, visible), (v, visible))))
-        worst = max(worst, float((out[:1, rows, :1].float() - expected).abs().max() / expected.abs().max()))
+    """Largest relative difference to the float32 reference in the first frame and head; RuntimeError above 5 %."""
+    tokens, block = layer.tokens_per_frame, layer.options.block
+    q, k, v = (x[:, :, :1].float() for x in layer.tensors)
+    rows = slice(FrameBlocks(tokens, block[0]).per_frame)
+    listed = BlockSelection(*(x[:, :1, rows] for x in selection))
+    expected = sparse_attention(
+        q[:, :tokens],
+        k,
+        v,
+        selection=listed,
+        tokens_per_frame=tokens,
+        block=block,
+        backend="reference",
+        tail=layer.tail and (layer.tail[0][:, :, :1].float(), layer.tail[1][:, :, :1].float()),
+    )
+    worst = float((out[:, :tokens, :1].float() - expected).abs().max() / expected.abs().max())
     if not worst < 0.05:
         raise RuntimeError(f"a sparse arm differs from the reference by {worst:.1%} of the largest value; report a bug")
     return worst

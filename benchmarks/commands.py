@@ -6,7 +6,7 @@ The measurements are imported when a command runs, because they need torch.
 import typer
 
 from .console import Measured, measurement, milliseconds, new_table, ratio_text
-from .settings import REAL_LAYERS, AttentionBench, OptionsBench, Place, RolloutBench, Say, StepBench
+from .settings import REAL_LAYERS, AttentionBench, Place, RolloutBench, Say, StepBench
 
 app = typer.Typer(no_args_is_help=True, help="Measure dense against sparse on this machine, both in one process.")
 
@@ -87,18 +87,4 @@ def memory(bench: Place, say: Say) -> Measured:
     for row in result["cases"]:
         sizes = (f"{row[size] / 1e6:.1f}" for size in ("estimated_bytes", "measured_bytes"))
         table.add_row(row["case"]["name"], row["backend"], f"{row['error']:+.1%}", *sizes)
-    return result, table, []
-
-
-@measurement(app, OptionsBench)
-def options(bench: OptionsBench, say: Say) -> Measured:
-    """Error and time of one attention over synthetic fields with each option beyond the published method."""
-    from .options import run_options
-
-    result = run_options(bench, say)
-    headings = ("backend", "error against dense", "time over published", "dense over this")
-    table = new_table(f"{bench.sparsity:.0%} sparse, last chunk of 81 frames", "option", *headings)
-    for name, row in result["arms"].items():
-        times = (ratio_text(row[key]) for key in ("over_published", "dense_over_this"))
-        table.add_row(name, row["backend"], f"{row['error']:.4f}", *times)
     return result, table, []

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..lightforcing_core.attention.blocks import FrameBlocks
-from ..lightforcing_core.attention.dispatch import choose_backend, sparse_attention
+from ..lightforcing_core.attention.dispatch import sparse_attention
 from ..lightforcing_core.attention.options import AttentionOptions
 from ..lightforcing_core.attention.quantised import STORED, KVDtype, quantise_blocks
 from ..lightforcing_core.attention.selection import BlockSelection, SelectionPlan, View, sub_block_layout
@@ -54,21 +54,14 @@ class LayerAttention:
         view = View(range(frames), current, self._q_layout, self._layout, q.shape[0], q.shape[2], q.device)
         budget = options.budget if sparsity else options.budget._replace(keep=frames)
         self.plan = SelectionPlan.build(view, sparsity, budget)
-        self.k_means, self._v_means = self._layout.block_means(k), self._layout.block_means(v)
+        self.k_means = self._layout.block_means(k)
+        self.tail = (self.k_means, self._layout.block_means(v)) if options.tail else None
         self._frame_means = self._layout.frame_means(self.k_means)
         self._sub_means = self._sub_layout.block_means(k) if self._sub_layout else None
-        self._stored, self._scales = (k, v), None
+        self.stored, self._scales = (k, v), None
         if kv != "same":
             (k, k_scales), (v, v_scales) = (quantise_blocks(x, self._layout, STORED[kv]) for x in (k, v))
-            self._stored, self._scales = (k, v), (k_scales, v_scales)
-
-    @property
-    def backend(self) -> str:
-        """The backend that runs. Raises BackendUnavailable if a named one cannot run."""
-        q, k, how = self.tensors[0], self._stored[0], self.options
-        return choose_backend(
-            q, k, tokens_per_frame=self.tokens_per_frame, block=how.block, backend=how.backend, tail=how.tail
-        ).name
+            self.stored, self._scales = (k, v), (k_scales, v_scales)
 
     def select(self) -> BlockSelection:
         """Pool the chunk's q and k and select; older keys are pooled already."""
@@ -85,13 +78,13 @@ class LayerAttention:
         """[B, Lq, H, D] by the options' backend or another one."""
         return sparse_attention(
             self.tensors[0],
-            *self._stored,
+            *self.stored,
             selection=selection,
             tokens_per_frame=self.tokens_per_frame,
             block=self.options.block,
             backend=backend or self.options.backend,
             scales=self._scales,
-            tail=(self.k_means, self._v_means) if self.options.tail else None,
+            tail=self.tail,
         )
 
     def __call__(self, backend: str | None = None) -> Tensor:

@@ -88,6 +88,9 @@ class AttentionBench:
     sparsity: Annotated[float | None, "One for every chunk; the published growth by default."] = None
     chunks: Annotated[tuple[int, ...], "Chunks from 2 to 7, counted from 1."] = (2, 3, 4, 5, 6, 7)
     backend: Annotated[tuple[str, ...], "Sparse backends; by default all that can run, the reference if none can."] = ()
+    estimator: Annotated[str, "mean as published, or lse."] = "mean"
+    tail: Annotated[bool, "Skipped blocks take part as their means."] = False
+    kv: Annotated[Literal["same", "int8", "fp8"], "How keys and values are stored."] = "same"
     repeats: Annotated[int, "Rounds in which each arm runs once.", 1] = 5
     place: Place = Place()
 
@@ -123,14 +126,3 @@ class RolloutBench:
             raise ValueError("overlap needs decode; use --decode too")
         if self.overlap and len(self.arm) > 1:
             raise ValueError(f"overlap cannot measure the interleaved arms {', '.join(self.arm)}; use one arm")
-
-
-@dataclass(frozen=True)
-class OptionsBench:
-    picture: Picture = Picture()
-    heads: Annotated[int, "The 1.3B model has 12; 1 keeps a CPU run short."] = 1
-    sparsity: Annotated[float, "The share of key blocks that is skipped."] = 0.88
-    sharpness: Annotated[float, "Standard deviation of the scaled scores; higher values favour fewer keys."] = 2.0
-    backend: Annotated[str, "Sparse backend."] = "auto"
-    repeats: Annotated[int, "Rounds in which each arm runs once.", 1] = 3
-    place: Place = Place()

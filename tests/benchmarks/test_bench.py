@@ -8,9 +8,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lightforcing.benchmarks import attention, layer, memory, options, step
+from lightforcing.benchmarks import attention, layer, memory, step
 from lightforcing.benchmarks.rollout import EARLY, over_rounds, summarise
-from lightforcing.benchmarks.settings import AttentionBench, Machine, Model, OptionsBench, Picture, Place, StepBench
+from lightforcing.benchmarks.settings import AttentionBench, Machine, Model, Picture, Place, StepBench
 from lightforcing.benchmarks.timing import StageClock, ratio, take_turns
 from lightforcing.cli.main import app
 from lightforcing.lightforcing_core.model import cuda_graph
@@ -82,23 +82,11 @@ def test_attention_takes_every_backend_that_can_run_but_not_the_reference():
     assert "reference" not in able or able == ["reference"]
 
 
-@pytest.mark.parametrize("tiles", [False, True])
-def test_options_are_compared_on_tensors_laid_out_as_the_models(tiles):
-    assert all(x.is_contiguous() for x in options.made(OptionsBench(Picture(64, 96)), tiles))
-
-
-def test_options_say_what_each_costs_in_error_and_time():
-    picture, place = Picture(64, 96, (16, 16)), Place(Machine("cpu"), "float32")
-    small = OptionsBench(picture, backend="reference", repeats=1, place=place)
-    seen = []
-    arms = options.run_options(small, seen.append)["arms"]
-    assert list(arms) == [text.removesuffix(" done") for text in seen] == list(options.ARMS)
-    error = {name: arm["error"] for name, arm in arms.items()}
-    assert 0 < error["tail"] < error["published"] < 0.5
-    assert 0 < abs(error["kv int8"] - error["published"]) < 0.02
-    assert arms["published"]["over_published"]["median"] == 1.0
-    denser = options.run_options(replace(small, sparsity=0.5), print)["arms"]
-    assert denser["published"]["error"] < error["published"]
+def test_attention_takes_options_beyond_the_published_method():
+    bench = AttentionBench(24, 1, (16, 16), chunks=(2,), backend=("reference",), repeats=1, place=ON_CPU)
+    options = replace(bench, estimator="lse", tail=True, kv="int8")
+    published, changed = (attention.run_attention(one, print)["chunks"][0] for one in (bench, options))
+    assert changed["largest_error"]["reference"] > published["largest_error"]["reference"]  # rounding to 8 bits
 
 
 def test_step_times_both_arms_and_their_stages(tmp_path):
