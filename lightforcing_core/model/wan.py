@@ -116,22 +116,15 @@ def wan_from_state_dict(
         raise ValueError(f"width {dim} is not a multiple of {HEAD_DIM}, Wan's head width")
     with torch.device("meta"):
         model = Wan(**sizes)
-    expected = model.state_dict()
-    problems = [f"{key} is missing" for key in expected.keys() - state_dict.keys()]
-    problems += [f"{key} is not part of Wan 2.1 T2V" for key in state_dict.keys() - expected.keys()]
-    problems += [
-        f"{key} has shape {list(state_dict[key].shape)} instead of {list(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in state_dict and state_dict[key].shape != tensor.shape
-    ]
-    if problems:
-        raise ValueError(f"{len(problems)} tensors do not fit Wan 2.1 T2V, the first: {sorted(problems)[0]}")
 
     def placed(key: str, tensor: Tensor) -> Tensor:
         wanted = torch.float32 if key.startswith("patch_embedding.") else dtype or tensor.dtype
         return tensor.to(device=device, dtype=wanted)
 
-    model.load_state_dict({key: placed(key, tensor) for key, tensor in state_dict.items()}, assign=True)
+    try:
+        model.load_state_dict({key: placed(key, tensor) for key, tensor in state_dict.items()}, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"the tensors do not fit Wan 2.1 T2V: {str(error).splitlines()[1].strip():.300}") from None
     return model.requires_grad_(False).eval()
 
 

@@ -164,9 +164,9 @@ def test_passes_without_a_chunk_or_a_prompt_are_refused(weights):
 def test_state_dicts_that_do_not_fit_are_named(weights):
     broken = dict(weights)
     del broken["blocks.1.ffn.0.bias"]
-    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.0\.bias is missing"):
+    with pytest.raises(ValueError, match=r"Missing key.*blocks\.1\.ffn\.0\.bias"):
         wan_from_state_dict(broken)
-    with pytest.raises(ValueError, match=r"img_emb\.proj\.0\.bias is not part of"):
+    with pytest.raises(ValueError, match=r"Unexpected key.*img_emb\.proj\.0\.bias"):
         wan_from_state_dict({**weights, "img_emb.proj.0.bias": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"patch_embedding\.weight is missing"):
         wan_from_state_dict({})
