@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 LOWEST = tl.constexpr(-1e30)  # below any score, and finite
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -60,28 +59,21 @@ def _place(unit, heads, q_blocks, q_frame, order_ptr, BLOCK_Q: tl.constexpr, TIL
 
 @triton.jit
 def _write(
-    out_ptr, lse_ptr, total, row_max, row_sum, batch, head, first, within, rows, heads, q_blocks, q_frame,
+    out_ptr, total, row_sum, batch, head, first, within, rows, heads, q_blocks, q_frame,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, RAGGED_Q: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the output and of the log-sum-exp; the first row is token `first` and number `within` of its frame."""
+    """Rows of the output; the first row is token `first` and number `within` of its frame."""
     dims = tl.arange(0, PADDED_DIM)
     # A query block that attends to nothing returns zeros.
     out = total / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
     q_tokens = q_blocks // tl.cdiv(q_frame, BLOCK_Q) * q_frame
     row = (batch.to(tl.int64) * q_tokens + first) * heads + head
-    tile = out_ptr + row * HEAD_DIM
-    tile = tile + rows[:, None] * (heads * HEAD_DIM) + dims[None, :]
+    tile = out_ptr + row * HEAD_DIM + rows[:, None] * (heads * HEAD_DIM) + dims[None, :]
     out = out.to(out_ptr.dtype.element_ty)
     if RAGGED_Q or PADDED_DIM != HEAD_DIM:
         tl.store(tile, out, mask=(within + rows < q_frame)[:, None] & (dims < HEAD_DIM)[None, :])
     else:
         tl.store(tile, out)
-    if lse_ptr is not None:
-        lse = (row_max + tl.log2(row_sum)) * LN_2  # −inf of nothing
-        if RAGGED_Q:
-            tl.store(lse_ptr + row + rows * heads, lse, mask=within + rows < q_frame)
-        else:
-            tl.store(lse_ptr + row + rows * heads, lse)
 
 
 # fmt: off
@@ -91,7 +83,7 @@ def _write(
     "blocks_ptr", "counts_ptr", "order_ptr", "k_scales_ptr", "v_scales_ptr", "bias_ptr",
 ])
 def forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, blocks_ptr, counts_ptr, order_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, blocks_ptr, counts_ptr, order_ptr,
     k_scales_ptr, v_scales_ptr, k_means_ptr, v_means_ptr, bias_ptr, totals_ptr, maxima_ptr, sums_ptr,
     q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h, v_stride_b, v_stride_l, v_stride_h,
     heads, q_blocks, k_blocks, width, q_frame, k_frame, whole, parts, scale_log2,
@@ -103,7 +95,7 @@ def forward(
 
     Units from `whole` on are cut into `parts` if totals_ptr, maxima_ptr and sums_ptr are given. With DESCRIPTORS
     k_ptr and v_ptr are tensor descriptors of [batch, head, frame, token of the frame, dim]: tokens past a frame's end
-    read as zeros. lse_ptr, if given, takes each row's natural log of the sum of its exponentiated scores.
+    read as zeros.
     """
     # fmt: on
     program = tl.program_id(0)
@@ -222,7 +214,7 @@ def forward(
         tl.store(totals_ptr + at[:, None] * PADDED_DIM + dims[None, :], total)
     else:
         _write(
-            out_ptr, lse_ptr, total, row_max, row_sum, batch, head, q_first, q_within, rows, heads, q_blocks, q_frame,
+            out_ptr, total, row_sum, batch, head, q_first, q_within, rows, heads, q_blocks, q_frame,
             HEAD_DIM, PADDED_DIM, BLOCK_Q, RAGGED_Q,
         )  # fmt: skip
 
@@ -230,7 +222,7 @@ def forward(
 # fmt: off
 @triton.jit(do_not_specialize=["q_blocks", "q_frame", "whole", "parts", "order_ptr"])
 def combine(
-    out_ptr, lse_ptr, order_ptr, totals_ptr, maxima_ptr, sums_ptr, heads, q_blocks, q_frame, whole, parts,
+    out_ptr, order_ptr, totals_ptr, maxima_ptr, sums_ptr, heads, q_blocks, q_frame, whole, parts,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
     ROWS: tl.constexpr, RAGGED_Q: tl.constexpr,
 ):
@@ -255,7 +247,7 @@ def combine(
         row_sum += share * tl.load(sums_ptr + here)
         total += share[:, None] * tl.load(totals_ptr + here[:, None] * PADDED_DIM + dims[None, :])
     _write(
-        out_ptr, lse_ptr, total, row_max, row_sum, batch, head, q_first, q_within, rows, heads, q_blocks, q_frame,
+        out_ptr, total, row_sum, batch, head, q_first, q_within, rows, heads, q_blocks, q_frame,
         HEAD_DIM, PADDED_DIM, BLOCK_Q, RAGGED_Q,
     )  # fmt: skip
 

@@ -45,7 +45,7 @@ class Work(NamedTuple):
     """The tensors of one call of the kernel, as in `block_sparse_attention`.
 
     lists: blocks and counts, None for dense. order: int32, rows of the lists in the order in which they start.
-    tail: the means of k and v and the bias of their scores. lse: float32 [B, Lq, H], if it is wanted.
+    tail: the means of k and v and the bias of their scores.
     """
 
     kind: Kind
@@ -59,7 +59,6 @@ class Work(NamedTuple):
     order: Tensor | None = None
     scales: tuple[Tensor, Tensor] | None = None
     tail: tuple[Tensor, Tensor, Tensor] | None = None
-    lse: Tensor | None = None
 
 
 def why_not(q: Tensor, block: tuple[int, int], stored: torch.dtype | None = None) -> str | None:
@@ -90,7 +89,6 @@ def block_sparse_attention(
     scales: tuple[Tensor, Tensor] | None = None,
     tail: tuple[Tensor, Tensor] | None = None,
     uneven: bool = False,
-    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention of every query block over its listed key blocks only, or over all.
 
@@ -103,11 +101,9 @@ def block_sparse_attention(
     tail: the block means of k and v, [B, k_blocks, H, D] in q's dtype: each block that is not listed takes part once,
     as its mean with log(its real tokens) added to the score.
     uneven: counts differ; the longest lists then start first, which costs a sort of the counts.
-    lse: if given, contiguous float32 [B, Lq, H], filled with the natural log of the sum of each query's exponentiated
-    scores, means of the tail included.
 
-    Returns a contiguous [B, Lq, H, D] in q's dtype. A query block with an empty list and no tail gives zeros, and −inf
-    in lse. Nothing waits on the device, except if launch parameters are timed on first use, see `tuning`.
+    Returns a contiguous [B, Lq, H, D] in q's dtype. A query block with an empty list and no tail gives zeros. Nothing
+    waits on the device, except if launch parameters are timed on first use, see `tuning`.
 
     Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
     """
@@ -144,7 +140,7 @@ def block_sparse_attention(
             tail_bias[(lists[1].numel(),)](bias, *lists, *lengths, BLOCK_K=block_k, TILE=128)
             tail_and_bias = tail[0].contiguous(), tail[1].contiguous(), bias
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias, lse)
+        work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias)
 
         def run(launch: Launch) -> None:
             for kernel, grid, arguments, constants in prepared(work, launch, _multiprocessors(q.device)):
@@ -176,7 +172,7 @@ def prepared(
 
     described = launch.descriptors and all(map(_describable, (k, work.v)))
     keys = [_described(x, k_frame, launch.tile_k, padded) if described else x for x in (k, work.v)]
-    arguments = [q, *keys, work.out, work.lse, *(work.lists or (None, None)), work.order]
+    arguments = [q, *keys, work.out, *(work.lists or (None, None)), work.order]
     arguments += [*(work.scales or (None, None)), *(work.tail or (None, None, None)), *buffers]
     arguments += [*q.stride()[:3], *k.stride()[:3], *work.v.stride()[:3], heads, q_blocks, k_blocks]
     arguments += [width, q_frame, k_frame, whole, parts, work.scale * LOG2_E]
@@ -195,7 +191,7 @@ def prepared(
     launches = [(forward, (programs,), arguments, common | constants)]
     if parts > 1:
         groups = (units - whole) * (launch.tile_q // COMBINED_ROWS)
-        rest = [work.out, work.lse, work.order, *buffers, heads, q_blocks, q_frame, whole, parts]
+        rest = [work.out, work.order, *buffers, heads, q_blocks, q_frame, whole, parts]
         launches.append((combine, (groups,), rest, common | {"ROWS": COMBINED_ROWS, "num_warps": 4}))
     return launches
 

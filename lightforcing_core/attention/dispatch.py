@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import fast_path
 from .backends import BACKENDS, DENSE, REFERENCE, TRITON
-from .backends.base import EIGHT_BIT, Backend, Call, Result
+from .backends.base import EIGHT_BIT, Backend, Call
 from .blocks import FrameBlocks
 from .fast_path import raise_if_fatal
 from .options import check_backend, check_block
@@ -74,7 +74,7 @@ def sparse_attention(
     ):
         for side, x in zip(("k", "v"), pair or (), strict=bool(pair)):
             _check(f"{name} of {side} are", x, *wanted, q.device)
-    return attend(replace(call, selection=selection), choose(call, backend), backend)[0].out
+    return attend(replace(call, selection=selection), choose(call, backend), backend)[0]
 
 
 def choose_backend(
@@ -114,12 +114,10 @@ def choose(call: Call, backend: str = "auto") -> BackendChoice:
             return BackendChoice(one.name, "; ".join(declined) or f"{one.name} is the fastest backend here and can run")
         declined.append(reason)
     last = REFERENCE if call.q.device.type == "cpu" else DENSE
-    if reason := last.why_not(call):
-        raise BackendUnavailable(f"no attention backend can run: {'; '.join([*declined, reason])}")
     return BackendChoice(last.name, "; ".join(declined))
 
 
-def attend(call: Call, choice: BackendChoice, backend: str = "auto") -> tuple[Result, BackendChoice]:
+def attend(call: Call, choice: BackendChoice, backend: str = "auto") -> tuple[Tensor, BackendChoice]:
     """Run `call` with its chosen backend; returns the result and the backend that computed it.
 
     backend: the requested one. With "auto" a backend that fails is replaced by the next one, with a warning.
@@ -164,13 +162,13 @@ def dense_attention_8bit(
     call = Call(q, k, v, FrameBlocks(layout.tokens_per_frame, 128), layout, scales=scales)
     if backend == TRITON.name:
         choose(call, backend)
-        return TRITON.run(call).out
+        return TRITON.run(call)
     if backend == "auto" and not (TRITON.why_not(call) or TRITON.why_not_auto(call)):
         run = partial(TRITON.run, call)
         result = call.path(f"dense {TRITON.name}").attempt(run, "dequantising one head at a time")
         if result is not None:
-            return result.out
-    return DENSE.run(call).out
+            return result
+    return DENSE.run(call)
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor] | None) -> None:

@@ -276,12 +276,12 @@ def _self_attention(
         tail=memory.tail if options.tail else None,
         dense=state.dense_attention,
     )
-    result, choice = attend(call, chosen, options.backend)
+    y, choice = attend(call, chosen, options.backend)
     if choice is not chosen:  # another backend failed
         chunk.attention = replace(chunk.attention, choice=choice)
     if watch is not None:
         watch(layer, selection, choice)
-    return _output(attention, result.out)
+    return _output(attention, y)
 
 
 def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -41,9 +41,7 @@ def test_every_variant_equals_brute_force(case, with_tail, uneven, how):
     want = case.want(means=means)
     with launched(**how), poisoned():
         got = case.attend(tail=means, uneven=uneven)
-        alone, _ = case.attend(tail=means, uneven=uneven, lse=None)
     case.check(got, want)
-    assert torch.equal(got[0], alone)  # a log-sum-exp changes nothing else
 
 
 @given(case=CASES, how=HOW)
@@ -112,7 +110,7 @@ def test_scores_are_scaled_by_any_number(scale, stored):
 def test_cut_units_give_the_same_bits_every_time():
     case = Case(70, (32, 32), 1, 2, 1, 1, 16, torch.float32, None, seed=4)
     with launched(per_sm=7):
-        (one, _), (other, _) = (case.attend() for _ in "ab")
+        one, other = (case.attend() for _ in "ab")
     assert torch.equal(one, other)
 
 
@@ -204,11 +202,8 @@ def test_large_scores_do_not_overflow():
     q, k, v = (torch.randn(1, 32, 1, 64, generator=generator).to(DEVICE) for _ in range(3))
     q, k = q * 40, k * 40  # scores in the thousands
     blocks, counts = every_query_block_reads([0, 1], 1, 1, 2)
-    lse = torch.empty(1, 32, 1, device=DEVICE)
-    got = block_sparse_attention(q, k, v, blocks, counts, tokens_per_frame=32, block_q=16, block_k=16, lse=lse)
+    got = block_sparse_attention(q, k, v, blocks, counts, tokens_per_frame=32, block_q=16, block_k=16)
     assert (got.double() - dense(q, k, v, list(range(32)))).abs().max() <= 1e-3
-    want = torch.einsum("blhd,bmhd->blhm", q.double(), k.double()).div(8).logsumexp(-1)
-    torch.testing.assert_close(lse.double(), want, atol=0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,6 @@ def call_attention(
     tail=False,
     dense=False,
     uneven=False,
-    lse=False,
 ):
     """A chunk of 3 frames that sees `frames` slots of a cache, from `first_slot` on.
 
@@ -149,8 +148,6 @@ def call_attention(
     q = empty(1, 3 * tokens, heads, dim, dtype=dtype)
     cache = empty(1, (first_slot + frames) * tokens, heads, dim, dtype=stored or dtype)[:, first_slot * tokens :]
     options = {"tokens_per_frame": tokens, "block_q": block_q, "block_k": block_k}
-    if lse:
-        options["lse"] = empty(1, 3 * tokens, heads, dtype=torch.float32)
     if stored:
         options["scales"] = (empty(1, k_blocks + 1, heads, dtype=torch.float32)[:, 1:],) * 2
     if tail:

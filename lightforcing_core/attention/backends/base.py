@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,19 +19,6 @@ EIGHT_BIT = tuple(STORED.values())
 DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Result(NamedTuple):
-    """What a backend returns.
-
-    out: [B, Lq, H, D] in q's dtype.
-    lse: if the call asks for it, the natural log of the sum of each query's exponentiated scores, those of a tail
-    included: [B, Lq, H] in float32 or wider, −inf for a query without keys. Attention over disjoint keys, on two
-    devices for example, is combined by it: out = Σ exp(lseᵢ − lse) · outᵢ with lse = log Σ exp(lseᵢ).
-    """
-
-    out: Tensor
-    lse: Tensor | None = None
-
-
 @dataclass(frozen=True)
 class Call:
     """One attention call with matching tensors. To choose a backend, shapes and dtypes are enough.
@@ -44,7 +31,6 @@ class Call:
     scales: those of 8-bit k and v, float32 [B, k_blocks, H] each.
     tail: the block means of k and v, [B, k_blocks, H, D] each, that replace the blocks that are not read.
     uneven: query blocks may read different numbers of key blocks.
-    wants_lse: the result must hold a log-sum-exp.
     dense: the function that `Dense` runs; torch's own attention if None.
     """
 
@@ -58,7 +44,6 @@ class Call:
     scales: tuple[Tensor, Tensor] | None = None
     tail: tuple[Tensor, Tensor] | None = None
     uneven: bool = False
-    wants_lse: bool = False
     dense: DenseAttention | None = None
 
     @property
@@ -95,7 +80,7 @@ class Call:
 
     def path(self, kind: str) -> FastPath:
         """The fast path of one kind for this call."""
-        detail = (self.k.dtype, self.tail is not None, self.wants_lse)
+        detail = (self.k.dtype, self.tail is not None)
         return FastPath(f"attention: {kind}", self.q.device, self.q.dtype, self.block, self.q.shape[-1], detail)
 
     def heads(self, heads: slice) -> "Call":
@@ -135,5 +120,5 @@ class Backend(ABC):
         """Bytes that `run` allocates besides its output, at most."""
 
     @abstractmethod
-    def run(self, call: Call) -> Result:
-        """Compute `call`, for which `why_not` returned None."""
+    def run(self, call: Call) -> Tensor:
+        """Compute `call`, for which `why_not` returned None: [B, Lq, H, D] in q's dtype."""

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..blocks import FrameBlocks
 from ..quantised import dequantise_blocks
-from .base import EIGHT_BIT, Backend, Call, Result
+from .base import EIGHT_BIT, Backend, Call
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ class Dense(Backend):
     name = "dense"
 
     def why_not(self, call: Call) -> str | None:
-        return "dense attention gives no log-sum-exp" if call.wants_lse else None
+        return None
 
     def workspace(self, call: Call) -> int:
         """Keys and values of one head of an 8-bit cache while they are dequantised."""
@@ -31,18 +31,18 @@ class Dense(Backend):
         # Values are widened in float32, multiplied by a scale for every token, and then get their dtype.
         return batch * tokens * (dim * call.q.dtype.itemsize + 4 * (dim + 1)) + narrow
 
-    def run(self, call: Call) -> Result:
+    def run(self, call: Call) -> Tensor:
         q = call.q
         if call.scale is not None:
             q = q * (call.scale * q.shape[-1] ** 0.5)
         if call.scales is None:
-            return Result((call.dense or sdpa)(q, call.k, call.v))
+            return (call.dense or sdpa)(q, call.k, call.v)
         out = torch.empty_like(q)
         for head in range(q.shape[2]):
             one = slice(head, head + 1)
             # The wider keys and values have no name here, so that they are freed before the next head's are made.
             out[:, :, one] = sdpa(q[:, :, one], *dequantised(call.k, call.v, call.scales, call.k_layout, one, q.dtype))
-        return Result(out)
+        return out
 
 
 def dequantised(

@@ -3,8 +3,9 @@
 import importlib.metadata
 
 import torch
+from torch import Tensor
 
-from .base import Backend, Call, Result
+from .base import Backend, Call
 
 # What its block-sparse forward takes, by major compute capability: (query, key) tokens per block.
 BLOCKS = {9: (128, 128), 10: (256, 128)}
@@ -48,7 +49,7 @@ class Flash4(Backend):
     def workspace(self, call: Call) -> int:
         return 0
 
-    def run(self, call: Call) -> Result:
+    def run(self, call: Call) -> Tensor:
         """Every listed block is a full one, so no mask is needed."""
         from flash_attn.cute import flash_attn_func
         from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
@@ -63,12 +64,7 @@ class Flash4(Backend):
             block_size=call.block,
         )
         with torch.cuda.device(call.q.device):  # it launches on the current one
-            out, lse = flash_attn_func(
-                call.q,
-                call.k,
-                call.v,
-                softmax_scale=call.score_scale,
-                block_sparse_tensors=lists,
-                return_lse=call.wants_lse,
-            )
-        return Result(out, lse.transpose(1, 2) if call.wants_lse else None)
+            out: Tensor = flash_attn_func(
+                call.q, call.k, call.v, softmax_scale=call.score_scale, block_sparse_tensors=lists
+            )[0]
+        return out

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..blocks import FrameBlocks
 from ..selection import BlockSelection
-from .base import EIGHT_BIT, Backend, Call, Result
+from .base import EIGHT_BIT, Backend, Call
 from .dense import dequantised
 
 # Query-key pairs, B · H · Lq · Lk, from which on a CPU a compiled flex pays for its compilation. Measured on two
@@ -40,15 +40,11 @@ class Flex(Backend):
         if call.needs_grad:
             return "flex is set up for inference; run under torch.no_grad()"
         if q.device.type == "cpu":
-            return _why_not_on_cpu(call)
+            return _why_not_on_cpu()
         if q.device.type not in ("cuda", "xpu"):
             return f"flex_attention is not used on {q.device.type}"
         if importlib.util.find_spec("triton") is None:
             return "flex_attention on a GPU is compiled by triton, which is not installed"
-        from torch.nn.attention import flex_attention
-
-        if call.wants_lse and not hasattr(flex_attention, "AuxRequest"):
-            return f"flex_attention gives a log-sum-exp from PyTorch 2.9 on, and this is {torch.__version__}"
         if q.shape[-1] < 16:
             return f"flex_attention on a GPU needs a head dim of 16 or more, not {q.shape[-1]}"
         return None
@@ -75,17 +71,13 @@ class Flex(Backend):
         apart = q.nbytes if by_head and heads > 1 else 0
         return apart + lists + (keys + queries) * (4 if widened else q.dtype.itemsize)
 
-    def run(self, call: Call) -> Result:
+    def run(self, call: Call) -> Tensor:
         if call.scales is None:
             return _attend(call)
-        results = [_attend(call.heads(slice(head, head + 1))) for head in range(call.q.shape[2])]
-        outs, lses = zip(*results, strict=True)
-        return Result(torch.cat(outs, dim=2), torch.cat(lses, dim=2) if call.wants_lse else None)
+        return torch.cat([_attend(call.heads(slice(head, head + 1))) for head in range(call.q.shape[2])], dim=2)
 
 
-def _why_not_on_cpu(call: Call) -> str | None:
-    if call.wants_lse:
-        return "flex_attention gives no log-sum-exp on CPU"
+def _why_not_on_cpu() -> str | None:
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return "flex_attention on CPU needs an x86 CPU with AVX2"
     if cpp_compiler() is None:
@@ -106,7 +98,7 @@ def widens_on_cpu(dtype: torch.dtype) -> bool:
     return dtype.itemsize < 4 and not torch.cpu._is_amx_tile_supported()
 
 
-def _attend(call: Call) -> Result:
+def _attend(call: Call) -> Tensor:
     """flex over all heads of `call` at once; 8-bit keys and values are dequantised."""
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -143,11 +135,9 @@ def _attend(call: Call) -> Result:
         tiles = {"BLOCK_M": min(64, call.block[0]), "BLOCK_N": min(64, call.block[1])}
     one_head = q.shape[2] == 1  # torch.compile specialises on sizes of 1
     kind = (q.device.type, q.dtype, q.shape[-1], *call.block, k_layout.ragged, one_head, bool(bias))
-    attend = _compiled(*kind, lse=call.wants_lse)
-    scale = call.score_scale
-    out, lse = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask, scale, tiles, *bias)
-    out = q_layout.unpad(out.transpose(1, 2)).to(call.q.dtype)
-    return Result(out, lse if lse is None else q_layout.unpad(lse.transpose(1, 2)))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = _compiled(*kind)(q, k, v, block_mask, call.score_scale, tiles, *bias)
+    return q_layout.unpad(out.transpose(1, 2)).to(call.q.dtype)
 
 
 @functools.cache
@@ -160,17 +150,17 @@ def _mask_options() -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(*kind: object, lse: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """flex_attention compiled once for all lengths; each `kind` and `lse` needs its own code.
+def _compiled(*kind: object) -> Callable[..., Tensor]:
+    """flex_attention compiled once for all lengths of a `kind`.
 
     torch.compile counts recompilations per code object and past a small limit falls back to a dense, uncompiled
     flex. So each kind gets its own code object, and fullgraph turns that fallback into an error.
     """
-    from torch.nn.attention import flex_attention as flex
+    from torch.nn.attention.flex_attention import flex_attention
 
     def attend(
         q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: float, tiles: Any, bias: Tensor | None = None
-    ) -> tuple[Any, Any]:
+    ) -> Any:
         """bias: added to the scores of each key, float32 [keys]."""
 
         def biased(score: Tensor, batch: Tensor, head: Tensor, q_token: Tensor, k_token: Tensor) -> Tensor:
@@ -178,13 +168,9 @@ def _compiled(*kind: object, lse: bool) -> Callable[..., tuple[Tensor, Tensor | 
             return score + bias[k_token]
 
         score_mod = None if bias is None else biased
-        if not lse:
-            return flex.flex_attention(q, k, v, score_mod, block_mask, scale, kernel_options=tiles), None
-        asked = flex.AuxRequest(lse=True)
-        out, aux = flex.flex_attention(q, k, v, score_mod, block_mask, scale, kernel_options=tiles, return_aux=asked)
-        return out, aux.lse
+        return flex_attention(q, k, v, score_mod, block_mask, scale, kernel_options=tiles)
 
-    attend.__code__ = attend.__code__.replace(co_name=f"attend_{'_'.join(map(str, (*kind, lse)))}")
+    attend.__code__ = attend.__code__.replace(co_name=f"attend_{'_'.join(map(str, kind))}")
     return torch.compile(attend, dynamic=True, fullgraph=True)
 
 

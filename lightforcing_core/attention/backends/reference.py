@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..selection import BlockSelection
-from .base import Backend, Call, Result
+from .base import Backend, Call
 
 # Elements that the reference may gather at once.
 REFERENCE_CHUNK = 1 << 24
@@ -23,25 +23,22 @@ class Reference(Backend):
         per_pair = _elements_per_pair(call)
         return 4 * min(REFERENCE_CHUNK, call.q_blocks * call.k_blocks * per_pair)
 
-    def run(self, call: Call) -> Result:
+    def run(self, call: Call) -> Tensor:
         q, q_layout = call.q, call.q_layout
         wide = torch.promote_types(q.dtype, torch.float32)
         blocks, counts = call.blocks_read
         lengths = call.k_layout.block_lengths(call.k_layout.frames(call.k.shape[1]), q.device)
         queries = q_layout.pad(q).unflatten(1, (call.q_blocks, q_layout.block))
         out = torch.zeros_like(queries)
-        lse = queries.new_zeros(queries.shape[:-1], dtype=wide) if call.wants_lse else None
         step = max(1, REFERENCE_CHUNK // (blocks.shape[-1] * _elements_per_pair(call)))
         for b in range(q.shape[0]):
             for h in range(q.shape[2]):
                 for first in range(0, call.q_blocks, step):
                     part = slice(first, first + step)
                     rows = BlockSelection(blocks[b, h, part], counts[b, h, part])
-                    mixed, sums = _attend_rows(call, b, h, queries[b, part, :, h].to(wide), rows, lengths)
+                    mixed = _attend_rows(call, b, h, queries[b, part, :, h].to(wide), rows, lengths)
                     out[b, part, :, h] = mixed.to(q.dtype)
-                    if lse is not None:
-                        lse[b, part, :, h] = sums
-        return Result(q_layout.unpad(out.flatten(1, 2)), lse if lse is None else q_layout.unpad(lse.flatten(1, 2)))
+        return q_layout.unpad(out.flatten(1, 2))
 
 
 def _elements_per_pair(call: Call) -> int:
@@ -49,10 +46,8 @@ def _elements_per_pair(call: Call) -> int:
     return call.k_layout.block * (2 * call.q.shape[-1] + 2 * call.q_layout.block)
 
 
-def _attend_rows(
-    call: Call, b: int, h: int, q: Tensor, rows: BlockSelection, lengths: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Attention of some query blocks q [n, block_q, D] of one head, and the log-sum-exp if the call asks for it.
+def _attend_rows(call: Call, b: int, h: int, q: Tensor, rows: BlockSelection, lengths: Tensor) -> Tensor:
+    """Attention of some query blocks q [n, block_q, D] of one head.
 
     lengths: the real tokens of every key block, int64 [k_blocks].
     """
@@ -76,12 +71,9 @@ def _attend_rows(
     scores = (q @ keys.mT).masked_fill(~real[:, None], -torch.inf)
     if call.tail is None:
         # A softmax over nothing is NaN; an empty list gives zeros instead.
-        mixed = scores.softmax(-1).masked_fill((counts == 0)[:, None, None], 0) @ values
-    else:
-        k_means, v_means = (x[b, :, h].to(q.dtype) for x in call.tail)
-        tail_scores = q @ k_means.mT + lengths.to(q.dtype).log()
-        tail_scores = tail_scores.masked_fill(rows.to_mask(len(lengths))[:, None], -torch.inf)
-        scores = torch.cat([scores, tail_scores], -1)
-        weights = scores.softmax(-1)
-        mixed = weights[..., : values.shape[1]] @ values + weights[..., values.shape[1] :] @ v_means
-    return mixed, scores.logsumexp(-1) if call.wants_lse else None
+        return scores.softmax(-1).masked_fill((counts == 0)[:, None, None], 0) @ values
+    k_means, v_means = (x[b, :, h].to(q.dtype) for x in call.tail)
+    tail_scores = q @ k_means.mT + lengths.to(q.dtype).log()
+    tail_scores = tail_scores.masked_fill(rows.to_mask(len(lengths))[:, None], -torch.inf)
+    weights = torch.cat([scores, tail_scores], -1).softmax(-1)
+    return weights[..., : values.shape[1]] @ values + weights[..., values.shape[1] :] @ v_means

@@ -1,9 +1,9 @@
 """Block-sparse attention by our Triton kernel: NVIDIA GPUs from sm_80 on, or Triton's interpreter."""
 
-import torch
+from torch import Tensor
 
 from ..fast_path import why_no_kernels
-from .base import Backend, Call, Result
+from .base import Backend, Call
 
 
 class Triton(Backend):
@@ -29,12 +29,11 @@ class Triton(Backend):
         """The tail's bias: one float32 per query block and key block."""
         return 4 * call.q.shape[0] * call.q.shape[2] * call.q_blocks * call.k_blocks if call.tail else 0
 
-    def run(self, call: Call) -> Result:
+    def run(self, call: Call) -> Tensor:
         """Without a selection every block is read."""
         from ....kernels import block_sparse
 
-        lse = torch.empty(call.q.shape[:-1], dtype=torch.float32, device=call.q.device) if call.wants_lse else None
-        out = block_sparse.block_sparse_attention(
+        return block_sparse.block_sparse_attention(
             call.q,
             call.k,
             call.v,
@@ -46,6 +45,4 @@ class Triton(Backend):
             scales=call.scales,
             tail=call.tail,
             uneven=call.uneven,
-            lse=lse,
         )
-        return Result(out, lse)

@@ -29,8 +29,8 @@ from ...support.attention_problems import DEVICE, EIGHT_BIT, Problem, let_flex_f
 
 def check(backend, *sizes, **rest):
     problem = Problem(*sizes, **rest)
-    got = problem.attend(backend).out
-    want, _ = problem.brute_force()
+    got = problem.attend(backend)
+    want = problem.brute_force()
     assert got.shape == problem.q.shape
     assert got.dtype == problem.q.dtype
     if got.dtype == torch.float32:
@@ -110,7 +110,7 @@ def test_unselected_blocks_and_the_rest_of_the_cache_are_never_read(backend):
     problem = Problem(390, (64, 64), 1, 3, dim=64)
     # The very first block, a full one, and a frame's ragged last one (7 blocks per frame).
     problem.mask[..., 0] = problem.mask[..., 3] = problem.mask[..., 6] = False
-    want, _ = problem.brute_force()
+    want = problem.brute_force()
     k, v = problem.kv
     cache = torch.full((2, 1, k.shape[1] + 200, 2, 64), torch.nan, device=DEVICE)
     cache[0, :, : k.shape[1]], cache[1, :, : k.shape[1]] = k, v
@@ -118,14 +118,14 @@ def test_unselected_blocks_and_the_rest_of_the_cache_are_never_read(backend):
     for start, end in ((0, 64), (192, 256), (384, 390)):
         for x in problem.kv:
             x[:, start:end] = torch.nan
-    assert (problem.attend(backend).out.double() - want).abs().max() <= 1e-4
+    assert (problem.attend(backend).double() - want).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_query_block_without_keys_gives_zeros(backend):
     problem = Problem(40, (16, 16), 1, 2)
     problem.mask[:, :, 1] = False
-    got = problem.attend(backend).out
+    got = problem.attend(backend)
     assert (got[:, 16:32] == 0).all()
     assert got.isfinite().all()
 
@@ -134,7 +134,7 @@ def test_query_block_without_keys_gives_zeros(backend):
 def test_full_mask_equals_dense_attention_with_its_scale(backend):
     problem = Problem(50, (32, 16), 1, 2, batch=2)
     call = problem.call(mask=torch.ones_like(problem.mask), scale=0.3)
-    (got, _), _ = attend(call, choose(call, backend), backend)
+    got, _ = attend(call, choose(call, backend), backend)
     q, k, v = (x.transpose(1, 2) for x in (problem.q, *problem.kv))
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.3)
     torch.testing.assert_close(got, dense.transpose(1, 2), atol=1e-4, rtol=0)
@@ -160,9 +160,9 @@ def test_reference_keeps_float64_and_can_be_differentiated():
 
 def test_reference_result_does_not_depend_on_how_much_it_gathers_at_once(monkeypatch):
     problem = Problem(50, (16, 16), 2, 3)
-    at_once = problem.attend("reference").out
+    at_once = problem.attend("reference")
     monkeypatch.setattr(reference, "REFERENCE_CHUNK", 1)
-    torch.testing.assert_close(problem.attend("reference").out, at_once, atol=1e-6, rtol=0)
+    torch.testing.assert_close(problem.attend("reference"), at_once, atol=1e-6, rtol=0)
 
 
 # ------------------------------------------------------------------------------------------------- the choice
@@ -219,7 +219,7 @@ def test_auto_without_triton_on_another_device_is_dense_with_one_warning(caplog)
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             result, ran = attend(call, choice)
-    assert (result.out.shape, ran) == (q.shape, choice)
+    assert (result.shape, ran) == (q.shape, choice)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "runs dense (triton is not installed" in record.message
@@ -236,11 +236,11 @@ def test_dense_reads_everything_through_the_given_attention(stored):
         return q
 
     call = problem.call()
-    want, _ = problem.brute_force(torch.ones_like(problem.mask))
-    assert (DENSE.run(call).out.double() - want).abs().max() <= 1e-4
+    want = problem.brute_force(torch.ones_like(problem.mask))
+    assert (DENSE.run(call).double() - want).abs().max() <= 1e-4
     if stored is None:
         q, k, v = problem.q, *problem.kv
-        assert DENSE.run(Call(q, k, v, call.q_layout, call.k_layout, dense=dense)).out is q
+        assert DENSE.run(Call(q, k, v, call.q_layout, call.k_layout, dense=dense)) is q
         assert seen == [k.shape]
 
 
@@ -253,8 +253,8 @@ def test_auto_falls_through_when_a_backend_fails_and_a_named_one_raises(monkeypa
     let_flex_fail(monkeypatch, "the compiler is on holiday\nsecond line")
     problem = Problem(20, (16, 16), 1, 2)
     with caplog.at_level(logging.INFO):
-        got = [problem.attend("auto").out for _ in range(2)]
-    want = problem.attend("reference").out
+        got = [problem.attend("auto") for _ in range(2)]
+    want = problem.attend("reference")
     assert torch.equal(got[0], want)
     assert torch.equal(got[1], want)
     warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
