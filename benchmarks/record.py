@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import subprocess
 from dataclasses import asdict
 from importlib.metadata import version
@@ -16,18 +15,17 @@ import torch
 from ..lightforcing_core.files.output import prepare_folder, whole_file
 
 ROOT = Path(__file__).resolve().parent.parent
-_FEATURES = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 
 def facts(device: torch.device, settings: Any) -> dict[str, Any]:
     """Machine, versions, commit and arguments of a run, in JSON types. settings: a dataclass, which is flattened."""
-    gpu = None
+    gpu, amx = None, " and AMX" if torch.cpu._is_amx_tile_supported() else ""
     if device.type == "cuda":
         chip = torch.cuda.get_device_properties(device)
         gpu = {"name": chip.name, "memory_bytes": chip.total_memory, "cuda": torch.version.cuda}
         gpu["capability"] = f"sm_{chip.major}{chip.minor}"
     return {
-        "machine": machine_class(),
+        "machine": f"{os.cpu_count()}-core {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}{amx}",
         "system": platform.system(),
         "threads": torch.get_num_threads(),
         "gpu": gpu,
@@ -44,17 +42,6 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         flat |= _flat(value) if isinstance(value, dict) else {name: value}
     return flat
-
-
-def machine_class() -> str:
-    """Cores, architecture and the best instructions for bfloat16, for instance "2-core x86_64 with AMX"."""
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:  # not Linux
-        flags = None
-    known = set(flags[1].split()) if flags else set()
-    best = next((f" with {name}" for flag, name in _FEATURES.items() if flag in known), "")
-    return f"{os.cpu_count()}-core {platform.machine()}{best}"
 
 
 def commit() -> str:

@@ -40,13 +40,8 @@ def load_demo(
 ) -> tuple[DemoModel, Recipe, dict[str, str]]:
     """Load the model, on a GPU if there is one, and make the recipe of a video and the facts of its record.
 
-    Arguments that are None take the model's own.
-
-    models: the folder of a demo model; None takes the one of the repository.
-    caption: the content of the video.
-    height, width: pixels.
-    target, base: of Chunk-Aware Growth; target 0 is dense.
-    seed: of the noise.
+    models: the folder of a demo model, by default the shipped one. Other arguments that are None take the model's own
+    value; target 0 is dense.
 
     Raises ValueError if a file is missing, and for sizes, schedules and captions that cannot be met.
     """

@@ -49,7 +49,8 @@ class LightForcingReport(io.ComfyNode):
         record = record_of(samples, sampler)
         text = describe(record)
         frames = None if images is None else images[: len(images) // record.batch]
-        made = pages(record, frames, chunk=chunk, layer=_or_all(layer), head=_or_all(head))
+        one_layer, one_head = (None if number < 0 else number for number in (layer, head))
+        made = pages(record, frames, chunk=chunk, layer=one_layer, head=one_head)
         pixels = torch.from_numpy(np.stack([np.asarray(page, dtype=np.float32) / 255.0 for page in made]))
         return io.NodeOutput(pixels, text, ui={**ui.PreviewImage(pixels, cls=cls).as_dict(), "text": (text,)})
 
@@ -64,7 +65,3 @@ def record_of(samples: dict[str, Any], sampler: Any) -> RunRecord:
             "complete, has no record)"
         )
     return record
-
-
-def _or_all(number: int) -> int | None:
-    return None if number < 0 else number

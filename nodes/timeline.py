@@ -95,7 +95,8 @@ def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: li
             )
         chunk = bisect_right(starts, frame) - 1
         if chunk in taken:
-            begin, end = (_seconds(start) for start in (starts[chunk], starts[chunk] + chunk_lengths[chunk]))
+            frames = (max(0, video_frames_of(starts[chunk] + latents)) for latents in (0, chunk_lengths[chunk]))
+            begin, end = (count / FRAMES_PER_SECOND for count in frames)
             raise ValueError(
                 f"the prompt at {change.start:g} s is in chunk {chunk} ({begin:.2f} to {end:.2f} s), which already has "
                 f"{taken[chunk]}; move it to another chunk"
@@ -103,11 +104,6 @@ def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: li
         taken[chunk] = f"the prompt at {change.start:g} s"
         prompts.append(Prompt(change.text, chunk, change.switch, change.blend_chunks))
     return prompts
-
-
-def _seconds(latent_frame: int) -> float:
-    """The time at which a latent frame begins."""
-    return max(0, video_frames_of(latent_frame)) / FRAMES_PER_SECOND
 
 
 def unsuitable_prompt(name: str, parts: Sequence[Mapping[str, Any]], *, may_be_empty: bool = False) -> str | None:

@@ -45,7 +45,7 @@ def plan_chunk(
         return ChunkAttention(why_dense="its scheduled sparsity is 0")
     if rule is None:
         return ChunkAttention(why_dense=f"the attention policy {options.policy!r} reads everything")
-    call = _shapes(options, view, head_dim, dtype, stored)
+    call = shapes_of(options, view, head_dim, dtype, stored)
     choice = choose(call, options.backend)
     if choice.name == DENSE.name:
         announce(choice, call.q.device)
@@ -57,8 +57,8 @@ def plan_chunk(
     return ChunkAttention(plan, choice, why_dense, plan.kept / view.k_blocks)
 
 
-def _shapes(options: AttentionOptions, view: View, head_dim: int, dtype: torch.dtype, stored: torch.dtype) -> Call:
-    """A call of the chunk's shapes, without data."""
+def shapes_of(options: AttentionOptions, view: View, head_dim: int, dtype: torch.dtype, stored: torch.dtype) -> Call:
+    """A call of the chunk's shapes, without data: one number serves each tensor."""
 
     def empty(rows: int, kind: torch.dtype) -> torch.Tensor:
         one = torch.empty(1, dtype=kind, device=view.device)

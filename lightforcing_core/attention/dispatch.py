@@ -86,12 +86,9 @@ def choose_backend(
     backend: str = "auto",
     tail: bool = False,
 ) -> BackendChoice:
-    """The backend that `sparse_attention` chooses for such tensors, and the reason in one sentence.
+    """The backend that `sparse_attention` chooses for such tensors, and its reason.
 
-    q: [B, Lq, H, D].
-    k: [B, Lk, H, D], as it is stored; only shapes, dtypes and devices matter.
-    tail: whether there is a pooled tail.
-
+    Of q and k, as they are stored, only shapes, dtypes and devices matter. tail: whether there is a pooled tail.
     Raises ValueError for an unknown backend and `BackendUnavailable` for a named one that cannot run.
     """
     check_backend(backend)
@@ -150,14 +147,10 @@ def announce(choice: BackendChoice, device: torch.device) -> None:
 def dense_attention_8bit(
     q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor], layout: FrameBlocks, backend: str = "auto"
 ) -> Tensor:
-    """Attention of every query over all keys of an 8-bit cache, without a wider copy of that cache.
+    """Attend to every key of an 8-bit cache, without a wider copy of it.
 
-    q: [B, Lq, H, D].
-    k, v: int8 or float8_e4m3fn [B, Lk, H, D] in the key blocks of `layout`.
-    scales: as in `sparse_attention`.
-
-    Returns [B, Lq, H, D] in q's dtype. The Triton kernel reads 8-bit tiles; if "auto" would not take it, or another
-    backend is named, one head at a time is dequantised for PyTorch's own attention. Raises `BackendUnavailable`.
+    Tensors as in `sparse_attention`, keys in the blocks of `layout`. The Triton kernel reads 8-bit tiles; if "auto"
+    would not take it, or another backend is named, `Dense` dequantises one head at a time. Raises `BackendUnavailable`.
     """
     call = Call(q, k, v, FrameBlocks(layout.tokens_per_frame, 128), layout, scales=scales)
     if backend == TRITON.name:

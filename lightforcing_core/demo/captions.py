@@ -29,20 +29,8 @@ BACKGROUNDS = ("plain", "striped", "checkered", "cloudy")
 MOST_THINGS = 2
 
 PADDING = "<pad>"
-VOCABULARY = (
-    PADDING,
-    "on",
-    "a",
-    "an",
-    "background",
-    "moves",
-    "and",
-    *COLOURS,
-    *SHAPES,
-    *DIRECTIONS,
-    *SPEEDS,
-    *BACKGROUNDS,
-)
+GRAMMAR = ("on", "a", "an", "background", "moves", "and")
+VOCABULARY = (PADDING, *GRAMMAR, *COLOURS, *SHAPES, *DIRECTIONS, *SPEEDS, *BACKGROUNDS)
 SLOTS = 18  # the longest caption has 17 words, so that at least one slot is padding
 _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 

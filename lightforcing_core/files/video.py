@@ -130,7 +130,8 @@ class VideoWriter:
             picture = av.VideoFrame.from_ndarray(frame.contiguous().cpu().numpy(), format="rgb24")
             try:
                 # BT.601 is what players assume that ignore the colour tag; the others read it.
-                self._encode(picture.reformat(format="yuv420p", dst_colorspace="ITU601"))
+                picture = picture.reformat(format="yuv420p", dst_colorspace="ITU601")
+                self._container.mux(self._stream.encode(picture))
             except av.FFmpegError as error:
                 raise self._failure(error) from error
             self.frames += 1
@@ -179,22 +180,13 @@ class VideoWriter:
         context.color_primaries = context.color_trc = _BT709
         self._stream = stream
 
-    def _encode(self, picture: av.VideoFrame | None) -> None:
-        """Encode a picture, or flush the encoder if None."""
-        assert self._container is not None
-        for packet in self._stream.encode(picture):
-            self._container.mux(packet)
-
     def _close(self) -> None:
         """Flush the encoder and write the file's end; the container is always closed."""
-        container = self._container
-        try:
+        assert self._container is not None
+        container, self._container = self._container, None
+        with container:
             if self.frames:
-                self._encode(None)
-        finally:
-            self._container = None
-            if container is not None:
-                container.close()
+                container.mux(self._stream.encode())
 
     def _failure(self, error: OSError | av.FFmpegError) -> OutputError:
         """Abandon the file; returns the error, which names the part that is left."""

@@ -19,8 +19,9 @@ from ..attention.backends import BACKENDS, DENSE
 from ..attention.backends.base import Backend, Call
 from ..attention.backends.dense import dequantised
 from ..attention.blocks import FrameBlocks
+from ..attention.chunk import shapes_of
 from ..attention.options import AttentionOptions
-from ..attention.policies import POLICIES
+from ..attention.policies import POLICIES, View
 from ..attention.quantised import STORED
 from ..model.causal import ModelState, TextMemory, predict
 from ..model.kv_cache import KVCache
@@ -211,22 +212,18 @@ class _DryRun:
         """Replace every attention: allocate its output, and the workspace of a sparse backend while that is made."""
         workspace = None
         if self.backend is not None and k.shape[1] != self.text_tokens:
-            workspace = torch.empty(self.backend.workspace(self._sparse_call(q)), dtype=torch.uint8, device="meta")
+            workspace = torch.empty(self.backend.workspace(self._sparse_call()), dtype=torch.uint8, device="meta")
         out = torch.empty_like(q)
         del workspace
         return out
 
-    def _sparse_call(self, q: Tensor) -> Call:
+    def _sparse_call(self) -> Call:
         """The shapes of sparse attention when every slot of the cache is visible."""
         shape = self.shape
-        q_layout, k_layout = (FrameBlocks(shape.tokens_per_frame, size) for size in self.options.block)
-        # One number each, because allocations made here must not count.
-        stored, wide = (
-            torch.empty(1, dtype=x, device="meta") for x in (STORED.get(self.kv.dtype, shape.dtype), shape.dtype)
-        )
-        k = stored.expand(shape.rows(shape.tokens_per_frame))
-        means = wide.expand(shape.rows(k_layout.per_frame))
-        return Call(q, k, k, q_layout, k_layout, tail=(means, means) if self.options.tail else None)
+        layouts = (FrameBlocks(shape.tokens_per_frame, size) for size in self.options.block)
+        view = View(range(shape.slots), self.latents[2], *layouts, shape.batch, shape.heads, "meta")
+        stored = STORED.get(self.kv.dtype, shape.dtype)
+        return shapes_of(self.options, view, shape.head_dim, shape.dtype, stored)
 
 
 @functools.lru_cache(maxsize=16)

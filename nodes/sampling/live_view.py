@@ -61,10 +61,12 @@ class Draft:
     ready: Any = None
 
     def arrived(self) -> Stretch | None:
-        """The pictures, None while they are being copied."""
+        """The pictures, spread evenly over the frames; None while they are being copied."""
         if self.ready is not None and not self.ready.query():
             return None
-        return spread(self.start, self.stop, self.pictures.numpy())
+        count, frames = len(self.pictures), self.stop - self.start
+        at = [self.start + frames * index // count for index in range(count)]
+        return Stretch(self.start, self.stop, at, self.pictures.numpy())
 
 
 class ProgressLine(Observer):
@@ -303,12 +305,6 @@ class Sheet:
     def send(self) -> tuple[str, Image.Image, None]:
         self.is_new = False
         return "JPEG", self._image.copy(), None
-
-
-def spread(start: int, stop: int, pictures: np.ndarray) -> Stretch:
-    """Pictures spread evenly over frames `start` up to `stop`."""
-    count = len(pictures)
-    return Stretch(start, stop, [start + (stop - start) * index // count for index in range(count)], pictures)
 
 
 def small_pictures(frames: Tensor) -> np.ndarray:

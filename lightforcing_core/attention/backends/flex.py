@@ -40,7 +40,9 @@ class Flex(Backend):
         if call.needs_grad:
             return "flex is set up for inference; run under torch.no_grad()"
         if q.device.type == "cpu":
-            return _why_not_on_cpu()
+            if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+                return "flex_attention on CPU needs an x86 CPU with AVX2"
+            return None if cpp_compiler() else "flex_attention on CPU needs a C++ compiler: g++, clang++ or CXX"
         if q.device.type not in ("cuda", "xpu"):
             return f"flex_attention is not used on {q.device.type}"
         if importlib.util.find_spec("triton") is None:
@@ -75,14 +77,6 @@ class Flex(Backend):
         if call.scales is None:
             return _attend(call)
         return torch.cat([_attend(call.heads(slice(head, head + 1))) for head in range(call.q.shape[2])], dim=2)
-
-
-def _why_not_on_cpu() -> str | None:
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return "flex_attention on CPU needs an x86 CPU with AVX2"
-    if cpp_compiler() is None:
-        return "flex_attention on CPU needs a C++ compiler; install g++ or clang++, or set CXX"
-    return None
 
 
 @functools.cache
