@@ -3,12 +3,11 @@
 import json
 import logging
 import os
-import re
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,10 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .output import OutputError, free_name, prepare_folder, whole_file
+from .output import (
+    NO_LINKS,
+    OutputError,
+    abandoned,
+    claim_hidden,
+    free_name,
+    prepare_folder,
+    unlock_on_windows,
+    whole_file,
+)
 
 _log = logging.getLogger(__name__)
-ABANDONED_AFTER = 24 * 3600  # seconds without a write
 _BOX_HEADER = 8  # bytes of size and type before every MP4 box
 _BT601, _BT709, _LIMITED_RANGE = 6, 1, 1  # H.273 code points
 
@@ -103,11 +110,16 @@ class VideoWriter:
         }
         self.frames = 0
         self.partial: Path | None = None
-        self._growing = self.path.with_name(f".{self.path.stem}.{os.getpid()}.growing{suffix}")
+        self._growing: Path
+        self._claimed: FileIO  # `_growing`, until it is renamed or deleted
         self._container: av.container.OutputContainer | None = None
 
     def __enter__(self) -> "VideoWriter":
         rescue_abandoned(prepare_folder(self.path.parent))
+        try:
+            self._growing, self._claimed = claim_hidden(self.path, "growing")
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error.strerror}; choose another name") from error
         try:
             self._open()
         except BaseException:
@@ -147,17 +159,18 @@ class VideoWriter:
             raise ValueError(f"no frame was written to {self.path}; nothing was saved")
         try:
             self._close()
-            with whole_file(self.path) as whole:
-                if self._format.growing:
+            if self._format.growing:
+                with whole_file(self.path) as whole:
                     _rearrange(self._growing, whole)
-                else:
-                    os.replace(self._growing, whole)
+            else:
+                unlock_on_windows(self._claimed)
+                os.replace(self._growing, self.path)
         except (OSError, av.FFmpegError) as broken:
             raise self._failure(broken) from broken
         except BaseException:
             self._abandon()
             raise
-        self._growing.unlink(missing_ok=True)
+        self._delete()
 
     def _open(self) -> None:
         container = av.open(str(self._growing), "w", container_options=dict(self._format.growing))
@@ -203,26 +216,26 @@ class VideoWriter:
         if not self._growing.exists():
             return
         if playable := _playable_frames(self._growing):
+            unlock_on_windows(self._claimed)
             self.partial = free_name(self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}"))
             os.replace(self._growing, self.partial)
             done = f"its first {playable} of {self.frames} frames are"
             _log.warning("[Light Forcing] %s was not finished; %s in %s", self.path, done, self.partial.name)
-        else:
-            self._growing.unlink()
+        self._delete()
+
+    def _delete(self) -> None:
+        """Delete the growing file, if it has not been renamed, and unlock it."""
+        with self._claimed:
+            unlock_on_windows(self._claimed)
+            self._growing.unlink(missing_ok=True)
 
 
 def rescue_abandoned(folder: Path) -> None:
-    """Recover hidden files of killed processes in `folder`: rename playable videos, delete the rest.
-
-    Only files that nobody has written to for a day count. A playable one becomes `<stem>.partial<suffix>`.
-    """
-    for path in folder.iterdir():
-        hidden = re.fullmatch(r"\.(.+)\.\d+\.growing\.\w+|\..+\.reserved", path.name)
-        with suppress(FileNotFoundError):  # another process may rescue it too
-            if not hidden or time.time() - path.stat().st_mtime < ABANDONED_AFTER:
-                continue
-            if hidden[1] and _playable_frames(path):
-                partial = free_name(folder / f"{hidden[1]}.partial{path.suffix}")
+    """Recover growing files of killed processes in `folder`: a playable one becomes `<stem>.partial<suffix>`."""
+    for stem, path in abandoned(folder, growing=True):
+        with suppress(OSError):  # on Windows another process may rescue it too
+            if _playable_frames(path):
+                partial = free_name(folder / f"{stem}.partial{path.suffix}")
                 os.replace(path, partial)
                 _log.warning("[Light Forcing] %s holds the finished part of a video from a killed process", partial)
             else:
@@ -254,7 +267,7 @@ def _playable_frames(path: Path) -> int:
     """Cut an interrupted MP4 after its last complete fragment (WebM needs no cut) and count the remaining frames."""
     if path.suffix.lower() == ".mp4":
         end, size = 0, path.stat().st_size
-        with path.open("r+b") as file:
+        with open(path, "r+b", opener=lambda name, flags: os.open(name, flags | NO_LINKS)) as file:
             position = 0
             while len(header := file.read(_BOX_HEADER)) == _BOX_HEADER:
                 position += max(int.from_bytes(header[:4], "big"), _BOX_HEADER)

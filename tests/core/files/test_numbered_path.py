@@ -25,7 +25,8 @@ def test_numbers_are_reserved_while_in_use(tmp_path):
 
 
 def test_five_digits_are_no_limit(tmp_path):
-    (tmp_path / "clip_99999.mp4").touch()
+    for name in ("clip_99999.mp4", f"clip_{'9' * 200}.mp4"):
+        (tmp_path / name).touch()
     with numbered_path(tmp_path, "clip", ".mp4") as path:
         path.touch()
     with numbered_path(tmp_path, "clip", ".mp4") as path:

@@ -1,11 +1,19 @@
 """Output files are whole or absent."""
 
 import errno
+import fcntl
+import multiprocessing
 import os
 
 import pytest
 
-from lightforcing.lightforcing_core.files.output import OutputError, free_name, prepare_folder, whole_file
+from lightforcing.lightforcing_core.files.output import (
+    OutputError,
+    free_name,
+    numbered_path,
+    prepare_folder,
+    whole_file,
+)
 
 
 def test_file_appears_only_when_the_block_is_done(tmp_path):
@@ -33,6 +41,84 @@ def test_failure_leaves_the_former_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["clip.mp4"]
 
 
+def write_and_die(folder, writes):
+    with writes(folder):
+        os._exit(9)
+
+
+WRITERS = {
+    "part": lambda folder: whole_file(folder / "clip.mp4"),
+    "part without a suffix": lambda folder: whole_file(folder / "clip"),
+    "reservation": lambda folder: numbered_path(folder, "clip", ".mp4"),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("next_kind", WRITERS)
+def test_what_a_killed_writer_left_is_removed_by_the_next_one_but_not_a_living_ones(tmp_path, kind, next_kind):
+    process = multiprocessing.get_context("fork").Process(target=write_and_die, args=(tmp_path, WRITERS[kind]))
+    process.start()
+    process.join(30)
+    (left,) = os.listdir(tmp_path)
+    with WRITERS[kind](tmp_path):
+        (living,) = set(os.listdir(tmp_path))
+        os.utime(tmp_path / living, (0, 0))
+        with WRITERS[next_kind](tmp_path) as path:
+            path.touch()
+        assert living in os.listdir(tmp_path)
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+    assert left.startswith(".clip")
+
+
+def test_other_hidden_files_folders_and_links_stay(tmp_path):
+    names = [".foo.part", ".reserved", ".foo.reserved", ".part.mp4", ".notes"]
+    for name in names:
+        (tmp_path / name).touch()
+    (tmp_path / ".job.12ab.part").mkdir()
+    (tmp_path / ".a.12ab.part").symlink_to(tmp_path / ".notes")
+    with whole_file(tmp_path / "clip") as partial:
+        partial.touch()
+    assert sorted(os.listdir(tmp_path)) == sorted([*names, ".job.12ab.part", ".a.12ab.part", "clip"])
+
+
+def test_a_file_system_without_locks_is_written_and_not_cleaned(tmp_path, monkeypatch):
+    def unsupported(file, flags):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    (tmp_path / ".a.12ab.part").touch()
+    with whole_file(tmp_path / "clip") as partial:
+        partial.touch()
+    assert sorted(os.listdir(tmp_path)) == [".a.12ab.part", "clip"]
+
+
+def test_a_claim_that_was_cleaned_before_its_lock_is_made_again(tmp_path, monkeypatch):
+    lock, calls = fcntl.flock, []
+
+    def late(file, flags):
+        calls.append(flags)
+        if len(calls) == 1:
+            (hidden,) = tmp_path.iterdir()
+            hidden.unlink()
+        lock(file, flags)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with whole_file(tmp_path / "clip") as partial:
+        partial.write_text("whole")
+    assert (tmp_path / "clip").read_text() == "whole"
+
+
+def test_a_link_under_the_final_name_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "clip").symlink_to("precious")
+    (tmp_path / "other").symlink_to("nowhere")
+    with whole_file(tmp_path / "clip") as partial:
+        partial.write_text("new")
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "clip").read_text() == "new"
+    assert free_name(tmp_path / "other").name == "other-2"
+
+
 def test_full_disk_names_the_file(tmp_path):
     with (
         pytest.raises(OutputError, match=r"cannot write .*clip\.mp4: No space left"),
@@ -57,8 +143,11 @@ def test_refused_folder_is_not_left_behind(tmp_path):
 
 def test_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(OutputError, match="choose another folder"):
-        prepare_folder(tmp_path / "taken" / "below")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for folder in (tmp_path / "taken" / "below", tmp_path / "dangling", tmp_path / ("x" * 260)):
+        with pytest.raises(OutputError, match="choose another folder"):
+            prepare_folder(folder)
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "taken"]
 
 
 def test_free_name_counts_up(tmp_path):

@@ -218,22 +218,37 @@ def killed(folder):
         os._exit(9)
 
 
-def test_what_a_killed_process_left_is_rescued_after_a_day(tmp_path):
+def test_a_video_of_a_killed_process_is_rescued_and_that_of_a_living_one_is_not(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=killed, args=(tmp_path,))
     process.start()
     process.join(30)
     (growing,) = tmp_path.glob(".clip.*.growing*")
-    reserved, nothing, foreign = (tmp_path / name for name in (".a.reserved", ".b.7.growing.webm", ".growing.mp4"))
-    for path in (reserved, nothing, foreign):
-        path.touch()
-    rescue_abandoned(tmp_path)
-    assert growing.exists()
-    for path in (growing, reserved, nothing, foreign):
-        os.utime(path, (0, 0))
-    with writer(tmp_path / "new.mp4") as video:
-        video.write(noise(1))
+    for name in (".b.7.growing.webm", ".growing.mp4"):  # the second is not ours
+        (tmp_path / name).touch()
+    with writer(tmp_path / "slow.webm") as slow:
+        for path in tmp_path.glob(".slow*"):
+            os.utime(path, (0, 0))  # however long ago it was written
+        slow.write(noise(1))
+        with writer(tmp_path / "new.mp4") as video:
+            video.write(noise(1))
     assert len(decoded(tmp_path / f"clip.partial{growing.suffix}")) >= 32
-    assert sorted(os.listdir(tmp_path)) == [".growing.mp4", f"clip.partial{growing.suffix}", "new.mp4"]
+    assert sorted(os.listdir(tmp_path)) == [".growing.mp4", f"clip.partial{growing.suffix}", "new.mp4", "slow.webm"]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_links_are_neither_followed_nor_cut(tmp_path, link):
+    precious, folder = tmp_path / "precious.mp4", tmp_path / "folder"
+    folder.mkdir()
+    precious.write_bytes(b"precious" * 100)
+    link(precious, folder / ".clip.12ab.growing.mp4")
+    link(precious, folder / ".clip.12ab.part.mp4")
+    os.symlink(precious, folder / "new.mp4")
+    with writer(folder / "new.mp4") as video:
+        video.write(noise(1))
+    rescue_abandoned(folder)
+    assert precious.read_bytes() == b"precious" * 100
+    assert not (folder / "new.mp4").is_symlink()
+    assert sorted(os.listdir(folder)) == [".clip.12ab.growing.mp4", ".clip.12ab.part.mp4", "new.mp4"]
 
 
 def test_an_error_that_was_dealt_with_is_not_raised_twice(tmp_path, little_space):
