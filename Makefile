@@ -10,6 +10,8 @@ READY := $(VENV)/.ready
 DEMO_OUT ?= demo_output
 ONLY ?=
 PYTEST_ARGS ?=
+# One process per CPU, at most four: each takes about 1 GB. `PYTEST_ARGS=-n0` runs all tests in one process.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 # PyTorch's builds without CUDA; the default ones on Linux take gigabytes.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
@@ -22,17 +24,17 @@ demo: $(READY)
 	$(BIN)/lightforcing demo --out $(DEMO_OUT)
 
 test: lint
-	$(BIN)/python -m pytest $(ONLY) $(PYTEST_ARGS)
+	$(PYTEST) $(ONLY) $(PYTEST_ARGS)
 
 # A source file's tests are in the folder of the same path below tests/ (for the core, below tests/core/).
 quick: lint
 	@changed=$$( (git diff --name-only HEAD -- '*.py'; git ls-files --others --exclude-standard -- '*.py') \
 		| sed -E 's#^lightforcing_core/#core/#; /^tests\//!s#^#tests/#' | xargs -rn1 dirname | sort -u \
 		| while read -r folder; do test -d "$$folder" && echo "$$folder"; done); \
-	test -z "$$changed" && echo "no Python file changed" || $(BIN)/python -m pytest -q $$changed $(PYTEST_ARGS)
+	test -z "$$changed" && echo "no Python file changed" || $(PYTEST) -q $$changed $(PYTEST_ARGS)
 
 # The tests that start a real ComfyUI: COMFYUI_PATH is its folder, COMFYUI_PYTHON the interpreter it runs with.
-# If either is unset, they skip and say so.
+# If either is unset, they skip and say so. They share one server, so they run in one process.
 test-comfyui: $(READY)
 	$(BIN)/python -m pytest tests/nodes tests/workflows tests/browser $(PYTEST_ARGS)
 

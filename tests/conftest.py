@@ -11,7 +11,9 @@ if not torch.cuda.is_available():
 
 from hypothesis import settings
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# The tests run in several processes, and tensors this small gain nothing from threads.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 # Examples are the same in every run, so that a red suite is a change in the code and not in the dice.
 settings.register_profile("lightforcing", deadline=None, max_examples=30, derandomize=True)
