@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import comfy.ldm.modules.attention
+import comfy.lora
 import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
@@ -103,6 +104,19 @@ def load_model(
     if model is not None:
         model.cached_patcher_init = again
     return model
+
+
+def with_lora(weight: Tensor, parts: Mapping[str, Tensor], strength: float) -> Tensor | None:
+    """A float32 weight with a LoRA of any kind that ComfyUI knows, see `Adapter`."""
+    lora = {f"x.{name}.weight" if name.startswith("lora_") else f"x.{name}": part for name, part in parts.items()}
+    try:
+        patch = comfy.lora.load_lora(lora, {"x": "x"}, log_missing=False)["x"]
+        if lora.keys() - patch.loaded_keys:
+            return None
+        made = comfy.lora.calculate_weight([(strength, patch, 1.0, None, None)], weight.clone(), "x")
+    except Exception:  # parts that do not fit together can raise anything
+        return None
+    return None if torch.equal(made, weight) else made  # ComfyUI only logs most of its failures
 
 
 def file_of(patcher: ModelPatcher) -> str:

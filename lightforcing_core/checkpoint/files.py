@@ -56,6 +56,11 @@ def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
         tensors = {
             key: item.detach() for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor)
         }
+        tensors |= {  # some LoRAs store alpha as a number
+            key: torch.tensor(float(max(-1e300, min(item, 1e300))))
+            for key, item in value.items()
+            if isinstance(key, str) and key.endswith(".alpha") and isinstance(item, int | float)
+        }
         if any("." in key for key in tensors):
             groups[name] = tensors
         elif depth:

@@ -17,7 +17,7 @@ from ..files.json import mapping, read_json, read_object
 from ..model.wan import HEAD_DIM, Wan
 from .files import CheckpointError, name_list, open_weights, tensor_groups
 from .layouts import Layout, original_name, other_file, other_wan, read_layout
-from .lora import looks_like_lora, merge_lora
+from .lora import Adapter, looks_like_lora, merge_lora
 from .scaled import LAYER_FORMATS, Quantisation, dequantise, is_scale, read_quantisation
 
 MOST_LAYERS = 1000
@@ -82,6 +82,7 @@ def load_dit_state_dict(
     family: Family | None = None,
     lora: str | Path | None = None,
     lora_strength: float = 1.0,
+    lora_adapter: Adapter | None = None,
     dequantise_all: bool = False,
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """Load a checkpoint of any published layout as one state dict.
@@ -91,7 +92,7 @@ def load_dit_state_dict(
         (LongLive, MemFlow, One-Forcing, Causal Forcing chunk by chunk); False loads the plain weights.
     weights: the set to load, "generator_ema" for example; None chooses by `prefer_ema`.
     family: None reads it from the path.
-    lora, lora_strength: a LoRA to merge into the weights, see `merge_lora`.
+    lora, lora_strength, lora_adapter: a LoRA to merge into the weights, see `merge_lora`.
     dequantise_all: for use without ComfyUI, convert its formats and unscaled fp8 to bfloat16 too.
 
     Returns Wan's original names → memory-mapped tensors on the CPU. ComfyUI's quantised formats (`scaled_fp8`,
@@ -108,8 +109,8 @@ def load_dit_state_dict(
                 "add the LoRA with ComfyUI's LoRA loader, or use the bf16 file"
             )
     if lora is not None:
-        state_dict, note = merge_lora(state_dict, lora, lora_strength)
-        info = replace(info, notes=(*info.notes, note))
+        state_dict, notes = merge_lora(state_dict, lora, lora_strength, lora_adapter)
+        info = replace(info, notes=(*info.notes, *notes))
     return state_dict, info
 
 

@@ -11,7 +11,7 @@ from ...lightforcing_core.checkpoint.files import CheckpointError
 from ...lightforcing_core.checkpoint.load import inspect_checkpoint, load_dit_state_dict
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS
 from ...lightforcing_core.families import FAMILIES, Family, doubt_of, family_of
-from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path, show_text
+from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path, show_text, with_lora
 from ..texts import node_schema
 from .options import AUTO, option_inputs, settings_from
 from .patch import patched
@@ -113,7 +113,9 @@ def load_checkpoint(
         group = next((name for name in (info.weights, *info.other_weights) if "ema" in name), None)
         if group is None:
             raise CheckpointError(f"{path} holds no EMA weights; set weights to auto")
-    state_dict, info = load_dit_state_dict(path, prefer_ema=prefer_ema, weights=group, family=family, lora=lora)
+    state_dict, info = load_dit_state_dict(
+        path, prefer_ema=prefer_ema, weights=group, family=family, lora=lora, lora_adapter=with_lora
+    )
     for note in info.notes:
         log.info("[Light Forcing] %s: %s", Path(path).name, note)
     if weight_dtype == ROWWISE and info.quantised is not None:

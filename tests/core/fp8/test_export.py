@@ -114,7 +114,7 @@ def test_a_lora_is_merged_before_rounding(tmp_path):
     plain, _ = load_dit_state_dict(written.path, dequantise_all=True)
     merged = tiny_wan()["blocks.1.self_attn.q.weight"] + up @ down
     assert (plain["blocks.1.self_attn.q.weight"].float() - merged).norm() / merged.norm() < 0.03
-    assert any("LoRA lora.safetensors added: 1 layers" in note for note in written.notes)
+    assert any("LoRA lora.safetensors added to 1 weights" in note for note in written.notes)
 
 
 def test_layers_with_unsuitable_sizes_stay_in_16_bits_and_are_noted(tmp_path):

@@ -1,0 +1,60 @@
+"""LoRAs of kinds that ComfyUI's own code merges for the loader's `lora_name`; printed as JSON."""
+
+import json
+from pathlib import Path
+
+import comfyui
+import torch
+from safetensors.torch import load_file, save_file
+
+loader, checkpoint = comfyui.module("nodes.model.loader"), comfyui.module("lightforcing_core.checkpoint.load")
+MODEL = Path(comfyui.BASE, "models", "diffusion_models", "tiny_wan.safetensors")
+LORA = Path(comfyui.BASE, "models", "loras", "of_another_kind.safetensors")
+LAYER = "blocks.1.self_attn.q"
+weights, generator = load_file(MODEL), torch.Generator().manual_seed(7)
+
+
+def new(*shape):
+    return torch.randn(shape, generator=generator) * 0.1
+
+
+def loaded(parts, layer=LAYER):
+    """Our loader's weights with a LoRA of one layer."""
+    save_file({f"diffusion_model.{layer}.{part}": tensor for part, tensor in parts.items()}, LORA)
+    model = loader.load_checkpoint(str(MODEL), "auto", str(LORA), "default")
+    return model.model.diffusion_model.state_dict()
+
+
+def error(parts, change):
+    """The largest error of any weight, if only the layer's changes by so much."""
+    got = loaded(parts)
+    expected = weights | {f"{LAYER}.weight": weights[f"{LAYER}.weight"] + change}
+    return max(float((got[name].cpu() - value).abs().max()) for name, value in expected.items())
+
+
+whole, up, down = new(8, 4), new(32, 3), new(3, 64)
+lokr = {"lokr_w1": whole, "lokr_w2_a": up, "lokr_w2_b": down, "alpha": torch.tensor(6.0)}
+facts = {"LoKr": error(lokr, 2 * torch.kron(whole, up @ down))}
+pairs = [(new(256, 2), new(2, 256)) for _ in range(2)]
+names = [f"hada_w{number}_{matrix}" for number in (1, 2) for matrix in "ab"]
+loha = dict(zip(names, (matrix for pair in pairs for matrix in pair), strict=True))
+(a, b), (c, d) = pairs
+facts["LoHa"] = error(loha, (a @ b) * (c @ d))
+up, down = new(256, 4), new(4, 256)
+dora = {"lora_up.weight": up, "lora_down.weight": down, "dora_scale": torch.full((256, 1), 2.0)}
+old = weights[f"{LAYER}.weight"]
+rows = (old + up @ down) * 2.0 / old.norm(dim=1, keepdim=True)  # of every row, as ComfyUI computes it
+facts["DoRA"] = error(dora, rows - old)
+
+
+def refusal(parts):
+    try:
+        loaded(parts)
+    except checkpoint.CheckpointError as refused:
+        return str(refused)
+
+
+facts["of another size"] = refusal({"lokr_w1": whole, "lokr_w2": new(1, 1)})
+facts["half a LoKr"] = refusal({"lokr_w1_a": new(256, 1), "lokr_w2": new(1, 256)})
+LORA.unlink()
+print(json.dumps(facts))
