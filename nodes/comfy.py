@@ -30,6 +30,8 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
+from ..lightforcing_core.files.output import remove_empty
+
 Interrupted: type[BaseException] = comfy.model_management.InterruptProcessingException
 out_of_memory: type[Exception] = comfy.model_management.OOM_EXCEPTION  # after it ComfyUI frees its memory
 ProgressBar = comfy.utils.ProgressBar
@@ -321,10 +323,10 @@ def add_model_folder(folder: Path) -> None:
 
 
 def named_file(folder: Path, name: str) -> Path:
-    """The path of a safetensors file in `folder`; ValueError for one outside it."""
-    path = (folder / f"{name.strip().removesuffix('.safetensors')}.safetensors").resolve()
-    if path.name.startswith(".") or not path.is_relative_to(folder):
-        raise ValueError(f"name {name!r} is not a file name inside {folder}; use letters, digits and /")
+    """The path of a safetensors file in `folder`; ValueError for one outside it. Links count as what they are named."""
+    path = Path(os.path.normpath(folder / f"{name.strip().removesuffix('.safetensors')}.safetensors"))
+    if path.name.startswith(".") or not path.is_relative_to(folder) or "\0" in name:
+        raise ValueError(f"name {name!r:.300} is not a file name inside {folder}; use letters, digits and /")
     return path
 
 
@@ -335,10 +337,13 @@ def version_of(path: str | Path) -> str:
 
 
 def output_folder() -> Path:
-    return Path(folder_paths.get_output_directory()).resolve()
+    return Path(os.path.abspath(folder_paths.get_output_directory()))
 
 
-def numbered_output(prefix: str, *, width: int, height: int) -> tuple[Path, str]:
-    """Folder, which is made, and file name of a prefix with %fields% filled in."""
-    folder, name, *_ = folder_paths.get_save_image_path(prefix, str(output_folder()), width, height)
-    return Path(folder), name
+def numbered_output(prefix: str, *, width: int = 0, height: int = 0) -> tuple[Path, str]:
+    """Folder, which may not exist, and file name of a prefix with %fields% filled in, by ComfyUI's rules."""
+    root = output_folder()
+    folder, name, *_ = folder_paths.get_save_image_path(prefix, str(root), width, height)
+    path = Path(os.path.normpath(folder))
+    remove_empty(one for one in (path, *path.parents) if root in one.parents)  # ComfyUI makes them for any prefix
+    return path, name

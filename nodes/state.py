@@ -1,16 +1,18 @@
 """A run's state on disk: written by the sampler after every chunk, and loaded to continue the run."""
 
+import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from comfy_api.latest import io
 
+from ..lightforcing_core.files.json import regular_size
 from ..lightforcing_core.files.output import numbered_path
 from ..lightforcing_core.rollout.schedule import video_frames_of
 from ..lightforcing_core.rollout.state import RunState, load_run_state
-from .comfy import named_file, output_folder, version_of
+from .comfy import named_file, numbered_output, output_folder, version_of
 from .texts import node_schema
 
 StateType = io.Custom("LIGHTFORCING_STATE")
@@ -60,7 +62,8 @@ class LightForcingSaveState(io.ComfyNode):
 
     @classmethod
     def execute(cls, name: str) -> io.NodeOutput:
-        return io.NodeOutput(StateFile(named_file(state_folder(), name).with_suffix("")))
+        prefix = named_file(state_folder(), name).relative_to(output_folder()).with_suffix("")
+        return io.NodeOutput(StateFile(Path(*numbered_output(str(prefix)))))
 
 
 class LightForcingLoadState(io.ComfyNode):
@@ -81,19 +84,26 @@ class LightForcingLoadState(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         folder = state_folder()
-        path = (folder / file).resolve()
+        path = Path(os.path.normpath(folder / file))
         if not path.is_relative_to(folder):  # ComfyUI does not check a linked name against the list
             raise ValueError(f"file {file!r} is not inside {folder}; choose one from the list")
         return io.NodeOutput(StateFile(path, load_run_state(path)))
 
 
 def state_folder() -> Path:
-    return (output_folder() / FOLDER).resolve()
+    return output_folder() / FOLDER
 
 
 def state_files() -> list[str]:
-    """Every saved state, newest first, relative to the folder."""
-    folder = state_folder()
-    found = [path for path in folder.rglob(f"*{SUFFIX}") if not path.name.startswith(".")]
-    found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return [path.relative_to(folder).as_posix() for path in found]
+    """Every saved state that can be read, newest first, relative to the folder; a linked folder is entered once."""
+    root, entered, found = state_folder(), set(), {}
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in entered:
+            subfolders.clear()
+            continue
+        entered.add(real)
+        for path in (Path(folder, name) for name in names if name.endswith(SUFFIX) and not name.startswith(".")):
+            with suppress(OSError):
+                regular_size(path)
+                found[path.relative_to(root).as_posix()] = path.stat().st_mtime_ns
+    return sorted(found, key=found.__getitem__, reverse=True)

@@ -9,7 +9,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..lightforcing_core.files.output import numbered_path, remove_empty
+from ..lightforcing_core.files.output import numbered_path
 from ..lightforcing_core.files.video import FORMATS, VideoWriter
 from .comfy import metadata_wanted, numbered_output, output_folder
 from .texts import node_schema
@@ -51,7 +51,7 @@ class LightForcingVideoOutput(io.ComfyNode):
         cls, filename_prefix: str | None = None, format: str | None = None, crf: int | None = None
     ) -> bool:
         """Refuse an impossible file before anything runs; a linked input is None."""
-        if filename_prefix is not None and Path(filename_prefix[:4096]).name in ("", ".."):
+        if filename_prefix is not None and (Path(filename_prefix[:4096]).name in ("", "..") or "\0" in filename_prefix):
             raise ValueError(f"filename_prefix {filename_prefix!r:.80} names no file; use one such as video/clip")
         if format is not None and f".{format}" not in FORMATS:
             raise ValueError(f"format {format!r} is not known; use {' or '.join(FORMATS)}".replace(".", ""))
@@ -87,8 +87,8 @@ class VideoFiles:
         results = []
         for path in (writer.partial or writer.path for writer in self.writers):
             if path.exists():
-                subfolder = path.resolve().parent.relative_to(root).as_posix().removeprefix(".")
-                results.append(ui.SavedResult(path.name, subfolder, io.FolderType.output))
+                subfolder = path.parent.relative_to(root).as_posix()
+                results.append(ui.SavedResult(path.name, "" if subfolder == "." else subfolder, io.FolderType.output))
         return results
 
 
@@ -106,10 +106,7 @@ def open_videos(
     """
     batch, (height, width) = latent_shape[0], (8 * side for side in latent_shape[-2:])
     folder, name = numbered_output(output.filename_prefix, width=width, height=height)
-    root = output_folder()
     with contextlib.ExitStack() as stack:
-        # ComfyUI has made the folders; remove them if no file was written.
-        stack.callback(remove_empty, [one for one in (folder, *folder.parents) if root in one.parents])
         files = VideoFiles(stack)
         for _ in range(batch):
             path = stack.enter_context(numbered_path(folder, name, f".{output.format}"))
