@@ -2,9 +2,9 @@
 
 import re
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice, product, takewhile
 from pathlib import PurePath
-from typing import Literal
+from typing import Any, Literal
 
 SinkRope = Literal["fixed", "follow"]
 Weights = Literal["generator", "generator_ema"]
@@ -65,6 +65,15 @@ class Family:
     weights: Weights = "generator_ema"
 
 
+# Settings that several families share.
+_FOLLOWING_SINKS: dict[str, Any] = {"window": 21, "sink_frames": 3, "sink_rope": "follow"}
+_FIVE_STEPS = _FOLLOWING_SINKS | {"denoising_steps": (1000, 800, 600, 400, 200)}
+_ONE_STEP: dict[str, Any] = {
+    "frames_per_chunk": 1,
+    "denoising_steps": (1000,),
+    "first_denoising_steps": (1000, 750, 500, 250),
+}
+
 # The first family with a hint in the name is chosen, so the order matters.
 FAMILIES: dict[str, Family] = {
     family.id: family
@@ -91,14 +100,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("longlive", "LongLive", window=12, sink_frames=3, name_hints=("longlive",), weights="generator"),
         Family("memflow", "MemFlow", window=12, sink_frames=3, name_hints=("memflow",), weights="generator"),
-        Family(
-            "reward_forcing",
-            "Reward Forcing",
-            window=9,
-            sink_frames=3,
-            sink_rope="follow",
-            name_hints=("rewardforcing",),
-        ),
+        Family("reward_forcing", "Reward Forcing", name_hints=("rewardforcing",), **(_FOLLOWING_SINKS | {"window": 9})),
         Family(
             "infinite_forcing",
             "Infinite Forcing",
@@ -111,53 +113,23 @@ FAMILIES: dict[str, Family] = {
         Family(
             "rolling_forcing",
             "Rolling Forcing",
-            window=21,
-            sink_frames=3,
-            sink_rope="follow",
-            denoising_steps=(1000, 800, 600, 400, 200),
             name_hints=("rollingforcing", "causalforcinglong", "longvideo chunkwise", "longvideo causalforcing"),
+            **_FIVE_STEPS,
         ),
-        Family(
-            "wave_forcing_4step",
-            "WaveForcing, 4 steps",
-            window=21,
-            sink_frames=3,
-            sink_rope="follow",
-            name_hints=("waveforcing 4step",),
-        ),
-        Family(
-            "wave_forcing_5step",
-            "WaveForcing, 5 steps",
-            window=21,
-            sink_frames=3,
-            sink_rope="follow",
-            denoising_steps=(1000, 800, 600, 400, 200),
-            name_hints=("waveforcing",),
-        ),
-        Family(
-            "one_forcing",
-            "One-Forcing",
-            frames_per_chunk=1,
-            denoising_steps=(1000,),
-            first_denoising_steps=(1000, 750, 500, 250),
-            name_hints=("oneforcing",),
-            weights="generator",
-        ),
+        Family("wave_forcing_4step", "WaveForcing, 4 steps", name_hints=("waveforcing 4step",), **_FOLLOWING_SINKS),
+        Family("wave_forcing_5step", "WaveForcing, 5 steps", name_hints=("waveforcing",), **_FIVE_STEPS),
+        Family("one_forcing", "One-Forcing", name_hints=("oneforcing",), weights="generator", **_ONE_STEP),
         Family(
             "causal_forcing_2step",
             "Causal Forcing++, frame by frame, 2 steps",
-            frames_per_chunk=1,
-            denoising_steps=(1000, 500),
-            first_denoising_steps=(1000, 750, 500, 250),
             name_hints=("framewise2step",),
+            **(_ONE_STEP | {"denoising_steps": (1000, 500)}),
         ),
         Family(
             "causal_forcing_1step",
             "Causal Forcing++, frame by frame, 1 step",
-            frames_per_chunk=1,
-            denoising_steps=(1000,),
-            first_denoising_steps=(1000, 750, 500, 250),
             name_hints=("framewise1step",),
+            **_ONE_STEP,
         ),
         Family(
             "causal_forcing_framewise",
@@ -194,13 +166,11 @@ def family_of(path: str | PurePath) -> tuple[Family, str]:
     the keys and shapes of plain Wan 2.1 T2V.
     """
     names = _names(path)
-    for name in names:
-        for family in FAMILIES.values():
-            for hint in family.name_hints:
-                first, *others = hint.split()
-                found = [next((where for where in names if other in names[where]), None) for other in others]
-                if first in names[name] and None not in found:
-                    return family, found[-1] if found else name
+    for name, family in product(names, FAMILIES.values()):
+        for first, *others in map(str.split, family.name_hints):
+            found = [next((where for where in names if other in names[where]), "") for other in others]
+            if first in names[name] and "" not in found:
+                return family, [name, *found][-1]
     return FAMILIES["unknown"], ""
 
 

@@ -8,7 +8,7 @@ Shape = tuple[int, ...]
 
 # Name components added by training wrappers: FSDP, activation checkpointing, torch.compile, DataParallel.
 WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"})
-# Names that a quantised layer stores in addition to its weight; a whole file has one more.
+# Names that a quantised layer stores in addition to its weight, in ComfyUI and LightX2V; a whole file has one more.
 SCALE_NAMES = (
     "weight_scale",
     "scale_weight",
@@ -17,9 +17,16 @@ SCALE_NAMES = (
     "weight_scale_2",
     "weight_global_scale",
     "input_global_scale",
+    "input_absmax",
+    "alpha",
+    "pre_quant_scale",
+    "weight_s_rel",
+    "weight_s_channel",
+    "weight_codebook",
     "comfy_quant",
 )
 FILE_SCALE = "scaled_fp8"
+ATTENTION_MARK = ".comfy_attention.config"  # ComfyUI's choice of a kernel for one attention module
 # Tables that a model computes itself and need not be loaded.
 _COMPUTED = re.compile(r"(^|\.)(freqs|inv_freq|_extra_state)(\.|$)")
 _LAYER = re.compile(r"(?:^|\.)blocks\.\d+\.(?:self_attn|attn1)\.")
@@ -43,6 +50,7 @@ _DIFFUSERS_ATTENTION = {
     "to_out.0": "o",
     "norm_q": "norm_q",
     "norm_k": "norm_k",
+    "comfy_attention": "comfy_attention",
     "add_k_proj": "k_img",
 }
 # Diffusers numbers norms by position: its norm2 precedes cross-attention and is Wan's norm3.

@@ -18,7 +18,7 @@ from ..model.wan import HEAD_DIM, Wan
 from .files import CheckpointError, name_list, open_weights, tensor_groups
 from .layouts import Layout, original_name, other_file, other_wan, read_layout
 from .lora import Adapter, looks_like_lora, merge_lora
-from .scaled import LAYER_FORMATS, Quantisation, dequantise, is_scale, read_quantisation
+from .scaled import LAYER_FORMATS, Quantisation, convert, is_scale, read_quantisation
 
 MOST_LAYERS = 1000
 _PUBLISHED = {1536: ("1.3B", 30), 5120: ("14B", 40)}  # dim → name and layers
@@ -93,21 +93,21 @@ def load_dit_state_dict(
     weights: the set to load, "generator_ema" for example; None chooses by `prefer_ema`.
     family: None reads it from the path.
     lora, lora_strength, lora_adapter: a LoRA to merge into the weights, see `merge_lora`.
-    dequantise_all: for use without ComfyUI, convert its formats and unscaled fp8 to bfloat16 too.
+    dequantise_all: for use without ComfyUI, convert quantised weights to bfloat16.
 
     Returns Wan's original names → memory-mapped tensors on the CPU. ComfyUI's quantised formats (`scaled_fp8`,
-    `comfy_quant`) keep their keys, which ComfyUI reads; other weights with one scale per row (LightX2V fp8 and int8)
-    become bfloat16. Raises CheckpointError, a ValueError, which names the file, its problem and the remedy.
+    `comfy_quant`) keep their keys, which ComfyUI reads; other weights with scales (LightX2V fp8, int8 and NVFP4) get
+    such keys without loss, or become bfloat16 if no format fits or a LoRA is merged. Raises CheckpointError, a
+    ValueError, which names the file, its problem and the remedy.
     """
     state_dict, info, quantisation = _read(Path(path), prefer_ema, weights, family)
-    if quantisation is not None:
-        with _naming(path):
-            state_dict = dequantise(state_dict, quantisation, comfyui_formats=dequantise_all)
-        if lora is not None and quantisation.comfyui_layers and not dequantise_all:
-            raise CheckpointError(
-                f"{path}: is quantised ({info.quantised}), so a LoRA cannot be merged into it; "
-                "add the LoRA with ComfyUI's LoRA loader, or use the bf16 file"
-            )
+    if lora is not None and quantisation.comfyui_layers and not dequantise_all:
+        raise CheckpointError(
+            f"{path}: is quantised ({info.quantised}), so a LoRA cannot be merged into it; "
+            "add the LoRA with ComfyUI's LoRA loader, or use the bf16 file"
+        )
+    with _naming(path):
+        state_dict = convert(state_dict, quantisation, plain=dequantise_all or lora is not None)
     if lora is not None:
         state_dict, notes = merge_lora(state_dict, lora, lora_strength, lora_adapter)
         info = replace(info, notes=(*info.notes, *notes))
@@ -156,7 +156,7 @@ def _naming(path: str | Path) -> Iterator[None]:
 
 def _read(
     path: Path, prefer_ema: bool, weights: str | None, family: Family | None
-) -> tuple[dict[str, Tensor], CheckpointInfo, Quantisation | None]:
+) -> tuple[dict[str, Tensor], CheckpointInfo, Quantisation]:
     contents, stored_metadata, file_bytes = open_weights(path)
     source = ""
     if family is None:
@@ -172,9 +172,10 @@ def _read(
             raise ValueError(reason)
         metadata = _rename_layers(stored_metadata, layout)
         quantisation = read_quantisation(found, metadata)
-        expected = _expected_shapes(shapes)
-        packed = quantisation.comfyui_layers if quantisation else {}
-        _check_complete(shapes, expected, packed, others)
+        for name in (f"{layer}.weight" for layer, kind in quantisation.other_layers.items() if kind == "nvfp4"):
+            shapes[name] = (*shapes[name][:-1], *(2 * size for size in shapes[name][-1:]))  # two values in a byte
+        expected = _expected_shapes(shapes, metadata)
+        _check_complete(shapes, expected, quantisation.comfyui_layers, others)
 
     unknown = [name for name in found if name not in expected and not is_scale(name)]
     state_dict = {name: found[name] for name in expected} | {name: found[name] for name in found if is_scale(name)}
@@ -194,7 +195,7 @@ def _read(
         ),
         dtypes=tuple(name for name, _ in dtypes.most_common()),
         file_bytes=file_bytes,
-        quantised=quantisation.title if quantisation else None,
+        quantised=quantisation.title or None,
         metadata=metadata,
     )
     notes = _notes(info)
@@ -254,9 +255,12 @@ def _rename_layers(metadata: Mapping[str, str], layout: Layout) -> dict[str, str
     return {**metadata, LAYER_FORMATS: json.dumps(formats)}
 
 
-def _expected_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all weights of a Wan of this size; the sizes are read from `shapes`."""
-    sized_by = ("head.modulation", "blocks.0.ffn.0.bias", "text_embedding.0.weight", "time_embedding.0.weight")
+def _expected_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all weights of a Wan with the width and layers of `shapes`.
+
+    As in ComfyUI, only the metadata can state other widths of text and time than Wan 2.1's.
+    """
+    sized_by = ("head.modulation", "blocks.0.ffn.0.bias")
     numbers = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
     layers = 1 + max(numbers, default=0)
     missing = [name for name in sized_by if not prod(shapes.get(name) or (0,))]
@@ -267,15 +271,19 @@ def _expected_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[i
             f"incomplete, it has {len(shapes)} weights but not {name_list(missing)}; download it again, with all its "
             "shards"
         )
-    dim, ffn_dim, text_dim, freq_dim = (shapes[name][-1] for name in sized_by)
+    dim, ffn_dim = (shapes[name][-1] for name in sized_by)
     if dim % HEAD_DIM:
         raise ValueError(
             f"dim {dim} is not a multiple of Wan's head dim {HEAD_DIM}, so this is another model; "
             "choose an autoregressive Wan 2.1 text-to-video checkpoint"
         )
     with torch.device("meta"):
-        wan = Wan(dim=dim, ffn_dim=ffn_dim, num_layers=layers, text_dim=text_dim, freq_dim=freq_dim)
-    return {name: tuple(tensor.shape) for name, tensor in wan.state_dict().items()}
+        wan = Wan(dim=dim, ffn_dim=ffn_dim, num_layers=layers)
+    expected = {name: tuple(tensor.shape) for name, tensor in wan.state_dict().items()}
+    stated = mapping(read_object(metadata.get("config", "")).get("transformer"))
+    for name, width in (("text_embedding.0.weight", "text_dim"), ("time_embedding.0.weight", "freq_dim")):
+        expected[name] = (dim, stated.get(width, expected[name][1]))
+    return expected
 
 
 def _check_complete(
@@ -288,6 +296,9 @@ def _check_complete(
 
     packed: layers with other shapes. others: sets of weights to name in the message.
     """
+    more = [name for name in shapes.keys() - expected.keys() if not is_scale(name)]
+    if scales := [name for name in more if f"{name.rpartition('.')[0]}.weight" in expected]:
+        raise ValueError(f"is quantised in an unknown format ({name_list(scales)}); use the bf16 or ComfyUI version")
     alternatives = f"; other sets of weights in this file: {name_list(others)}" if others else ""
     if missing := [name for name in expected if name not in shapes]:
         raise ValueError(
@@ -300,7 +311,7 @@ def _check_complete(
                 f"{name} has shape {shapes[name]} and not Wan 2.1's {shape}, so the file is packed or of "
                 f"another model; use the bf16 or ComfyUI version{alternatives}"
             )
-    if more := [name for name in shapes.keys() - expected if name.startswith("blocks.") and not is_scale(name)]:
+    if more := [name for name in more if name.startswith("blocks.")]:
         raise ValueError(
             f"its layers have {len(more)} weights that Wan 2.1 T2V does not have ({name_list(more)}), "
             "so it is another kind of Wan; choose an autoregressive text-to-video checkpoint"

@@ -1,66 +1,104 @@
-"""Quantised weights: recognise their format and convert them to plain ones."""
+"""Quantised weights: recognise their format, and convert those that ComfyUI cannot read."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..files.json import mapping, read_json, read_object
 from .files import name_list
-from .layouts import FILE_SCALE, SCALE_NAMES
+from .layouts import ATTENTION_MARK, FILE_SCALE, SCALE_NAMES
 
 LAYER_FORMATS = "_quantization_metadata"  # the metadata entry {"layers": {layer: {"format": name}}} of ComfyUI
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# Format name in files saved from a model in the loader's weight dtype fp8_rowwise: float8_e4m3fn with [N, 1] scales.
-# ComfyUI's own loaders do not know the format, and name it when they refuse it.
+# Format of the loader's weight dtype fp8_rowwise: float8_e4m3fn with [N, 1] scales. ComfyUI's own loaders do not know
+# the format, and name it when they refuse it.
 BY_ROWS = "fp8_rowwise of Light Forcing Model Loader"
 MOST_MARKER = 10_000  # bytes of a layer's `comfy_quant`
-# ComfyUI formats whose weight is value · scale; the others pack or rotate their values.
-_PLAIN_SCALED = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", BY_ROWS)
+# Formats whose weight is value · scale; the others pack or rotate their values.
+_PLAIN_SCALED = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "bfloat16", BY_ROWS)
 
 
 @dataclass(frozen=True)
 class Quantisation:
     """The quantisation of a state dict.
 
-    title: a description for users.
+    title: a description for users, "" for plain weights.
     comfyui_layers: layer → format name, for layers that ComfyUI's loader recognises by their keys or the metadata.
-    other_layers: layers with a scale that ComfyUI does not recognise (LightX2V: fp8 or int8 with [N, 1] scales).
+    other_layers: layer → the format to convert it to, for layers that ComfyUI does not recognise (LightX2V) or reads
+        wrongly (`scaled_fp8` of float8_e5m2, or with a scale per row).
     """
 
     title: str
     comfyui_layers: Mapping[str, str]
-    other_layers: tuple[str, ...]
+    other_layers: Mapping[str, str]
 
 
-def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Quantisation | None:
-    """The quantisation of `state_dict` (original names, in the metadata too); None if its weights are plain."""
-    comfyui: dict[str, str] = {}
-    in_metadata = mapping(read_object(metadata.get(LAYER_FORMATS, "")).get("layers"))
-    other = []
+def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Quantisation:
+    """The quantisation of `state_dict` (original names, in the metadata too)."""
+    stated = mapping(read_object(metadata.get(LAYER_FORMATS, "")).get("layers"))
+    comfyui = {layer: _format_in(entry) for layer, entry in stated.items() if f"{layer}.weight" in state_dict}
     for name, value in state_dict.items():
+        if name.endswith(".comfy_quant"):
+            comfyui[name.removesuffix(".comfy_quant")] = _marked_format(name, value)
+    other: dict[str, str] = {}
+    for name, scale in state_dict.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf == "comfy_quant":
-            comfyui[layer] = _marked_format(name, value)
-        elif leaf in ("weight_scale", "scale_weight") and f"{layer}.comfy_quant" not in state_dict:
-            if layer in in_metadata:
-                comfyui[layer] = str(in_metadata[layer].get("format", "unnamed"))
-            elif FILE_SCALE in state_dict:
-                comfyui[layer] = "float8_e4m3fn"
-            else:
-                other.append(layer)
+        weight = state_dict.get(f"{layer}.weight")
+        if leaf not in ("weight_scale", "scale_weight") or layer in comfyui or weight is None:
+            continue
+        if FILE_SCALE in state_dict and weight.dtype == torch.float8_e4m3fn and scale.numel() == 1:
+            comfyui[layer] = "float8_e4m3fn"
+        elif weight.dtype == torch.uint8 and {f"{layer}.weight_global_scale", f"{layer}.alpha"} & state_dict.keys():
+            other[layer] = "nvfp4"
+        elif weight.dtype == torch.float8_e4m3fn and not any(size % 16 for size in weight.shape):  # as FP8 units need
+            other[layer] = BY_ROWS
+        else:
+            other[layer] = "int8_tensorwise" if weight.dtype == torch.int8 else "bfloat16"
+    titles = []
     if comfyui:
         keys = FILE_SCALE if FILE_SCALE in state_dict else "comfy_quant"
-        title = f"{name_list(set(comfyui.values()))} in ComfyUI's format ({keys}), {len(comfyui)} layers"
-    elif other:
-        dtypes = _dtypes(state_dict[f"{layer}.weight"] for layer in other if f"{layer}.weight" in state_dict)
-        title = f"{dtypes} with a scale per row (LightX2V), {len(other)} layers; loads as bfloat16"
-    elif dtypes := _dtypes(value for value in state_dict.values() if value.dtype in FP8):
-        title = f"{dtypes} without scales"
-    else:
-        return None
-    return Quantisation(title, comfyui, tuple(other))
+        titles.append(f"{name_list(set(comfyui.values()))} in ComfyUI's format ({keys}), {len(comfyui)} layers")
+    if other:
+        dtypes = _dtypes(state_dict[f"{layer}.weight"] for layer in other)
+        titles.append(
+            f"{dtypes} with scales (LightX2V), {len(other)} layers; loads as {name_list(set(other.values()))}"
+        )
+    elif not comfyui and (dtypes := _dtypes(value for value in state_dict.values() if value.dtype in FP8)):
+        titles.append(f"{dtypes} without scales")
+    return Quantisation("; ".join(titles), comfyui, other)
+
+
+def convert(state_dict: Mapping[str, Tensor], quantisation: Quantisation, *, plain: bool) -> dict[str, Tensor]:
+    """Convert layers that ComfyUI cannot read to the formats that `quantisation` names.
+
+    plain: convert all layers, and fp8 weights without a scale, to bfloat16 (value · scale, computed in float32).
+
+    Raises ValueError, which names the layer, if its tensors do not fit, or only ComfyUI can unpack them.
+    """
+    converted = dict(state_dict)
+    for layer, kind in {**quantisation.other_layers, **(quantisation.comfyui_layers if plain else {})}.items():
+        leaves = [leaf for leaf in ("weight", *SCALE_NAMES) if f"{layer}.{leaf}" in converted]
+        parts = {leaf: converted.pop(f"{layer}.{leaf}") for leaf in leaves}
+        made = _nvfp4(layer, parts) if kind == "nvfp4" and not plain else _by_rows(layer, parts, kind, plain)
+        converted |= {f"{layer}.{leaf}": tensor for leaf, tensor in made.items()}
+    if not plain:
+        return converted
+    kept = {name: value for name, value in converted.items() if not is_scale(name)}
+    return {name: value.bfloat16() if value.dtype in FP8 else value for name, value in kept.items()}
+
+
+def format_mark(name: str) -> Tensor:
+    """The value of a layer's `comfy_quant`, which names the format of its weight."""
+    return torch.tensor(list(json.dumps({"format": name}).encode()), dtype=torch.uint8)
+
+
+def is_scale(name: str) -> bool:
+    """Whether `name` is that of a scale or a marker, not of a weight."""
+    return name == FILE_SCALE or name.endswith(ATTENTION_MARK) or name.rpartition(".")[2] in SCALE_NAMES
 
 
 def _marked_format(name: str, marker: Tensor) -> str:
@@ -68,45 +106,59 @@ def _marked_format(name: str, marker: Tensor) -> str:
     try:
         if marker.dtype != torch.uint8 or marker.ndim != 1 or len(marker) > MOST_MARKER:
             raise ValueError(f"{marker.dtype} of shape {list(marker.shape)}")
-        return str(mapping(read_json(bytes(marker.tolist()))).get("format", "unnamed"))
+        return _format_in(mapping(read_json(bytes(marker.tolist()))))
     except ValueError as error:
         raise ValueError(f"{name} does not name a format ({error}); download the file again") from error
 
 
-def dequantise(
-    state_dict: Mapping[str, Tensor], quantisation: Quantisation, *, comfyui_formats: bool
-) -> dict[str, Tensor]:
-    """Convert layers that ComfyUI cannot read to plain bfloat16 tensors, value · scale computed in float32.
+def _format_in(entry: Mapping[str, Any]) -> str:
+    rotated = entry.get("convrot") or mapping(entry.get("params")).get("convrot")
+    return f"{entry.get('format', 'unnamed')}{' with convrot' if rotated else ''}"
 
-    comfyui_formats: convert layers in ComfyUI's formats and fp8 weights without a scale too.
 
-    Raises ValueError, which names the layer, if the values are packed in a way that only ComfyUI can undo.
+def _by_rows(layer: str, parts: Mapping[str, Tensor], kind: str, plain: bool) -> dict[str, Tensor]:
+    """A layer that is value · scale, with a scale per row; in bfloat16 if `plain` or that is its `kind`."""
+    weight, scale = parts.get("weight"), parts.get("weight_scale", parts.get("scale_weight"))
+    if kind not in _PLAIN_SCALED or weight is None or scale is None or weight.dtype == torch.uint8:
+        raise ValueError(f"{layer} is packed as {kind}; load the file in ComfyUI, which alone reads that format")
+    if weight.ndim != 2 or scale.numel() not in (1, len(weight)):
+        raise ValueError(
+            f"{layer}.weight {tuple(weight.shape)} has scales of shape {tuple(scale.shape)}; "
+            "use a file with one scale per row or per tensor"
+        )
+    scales = scale.float().reshape(-1, 1).repeat(len(weight) // scale.numel(), 1)
+    if plain or kind == "bfloat16":
+        return {"weight": (weight.float() * scales).bfloat16()}
+    return {"weight": weight, "weight_scale": scales, "comfy_quant": format_mark(kind)}
+
+
+def _nvfp4(layer: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LightX2V's NVFP4 in ComfyUI's: the same values, the first of two in a byte's upper half instead of its lower.
+
+    Both have weight [N, K / 2] and a weight_scale for every 16 values, in tiles of 128 rows and 4 columns. The scales
+    of the whole weight and of the inputs divide in LightX2V and multiply in ComfyUI; older files have alpha, the
+    inverse of their product, instead of the first. Without one, ComfyUI measures the inputs.
     """
-    plain = dict(state_dict)
-    layers = [*quantisation.other_layers, *(quantisation.comfyui_layers if comfyui_formats else ())]
-    for layer in layers:
-        kind = quantisation.comfyui_layers.get(layer, "float8_e4m3fn")
-        weight = plain.get(f"{layer}.weight")
-        scale = plain.get(f"{layer}.weight_scale", plain.get(f"{layer}.scale_weight"))
-        if kind not in _PLAIN_SCALED or weight is None or scale is None or weight.dtype == torch.uint8:
-            raise ValueError(f"{layer} is packed as {kind}; load the file in ComfyUI, which alone reads that format")
-        if weight.ndim != 2 or scale.numel() not in (1, len(weight)):
-            raise ValueError(
-                f"{layer}.weight {tuple(weight.shape)} has scales of shape {tuple(scale.shape)}; "
-                "use a file with one scale per row or per tensor"
-            )
-        plain[f"{layer}.weight"] = (weight.float() * scale.float().reshape(-1, 1)).bfloat16()
-        for leaf in SCALE_NAMES:
-            plain.pop(f"{layer}.{leaf}", None)
-    if comfyui_formats:
-        plain.pop(FILE_SCALE, None)
-        plain = {name: value.bfloat16() if value.dtype in FP8 else value for name, value in plain.items()}
-    return plain
-
-
-def is_scale(name: str) -> bool:
-    """Whether `name` is that of a scale or marker of quantised weights."""
-    return name == FILE_SCALE or name.rpartition(".")[2] in SCALE_NAMES
+    try:
+        weight, scales = parts["weight"], parts["weight_scale"]
+        tiles = -(-weight.shape[0] // 128) * 128, -(-weight.shape[1] // 32) * 4
+        if "weight_global_scale" in parts:
+            whole = 1 / parts["weight_global_scale"].float()
+        else:
+            whole = parts["alpha"].float() * parts["input_global_scale"].float()
+        made = {
+            "weight": weight << 4 | weight >> 4,
+            "weight_scale": scales.view(torch.float8_e4m3fn).reshape(tiles),
+            "weight_scale_2": whole.reshape(()),
+            "comfy_quant": format_mark("nvfp4"),
+        }
+        if "input_absmax" in parts:
+            made["input_scale"] = (parts["input_absmax"].float() / (6 * 448)).reshape(())  # the largest value and scale
+        elif "input_global_scale" in parts:
+            made["input_scale"] = (1 / parts["input_global_scale"].float()).reshape(())
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{layer} is no whole layer of LightX2V's NVFP4 ({error}); download the file again") from error
+    return made
 
 
 def _dtypes(tensors: Iterable[Tensor]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.load import CheckpointInfo, inspect_checkpoint, load_dit_state_dict
+from ..checkpoint.scaled import format_mark, is_scale
 from ..families import family_of
 from ..files.json import mapping, read_object
 from ..files.output import prepare_folder
@@ -25,7 +26,7 @@ from ..model.wan import wan_from_state_dict
 from .calibrate import input_scales, largest_inputs, read_prompts
 from .linear import FP8, LAYER_LINEARS, dequantize_rows, quantize_rows, why_no_fp8
 
-_FORMAT = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+_FORMAT = format_mark("float8_e4m3fn")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def _input_scales(
     state_dict: Mapping[str, Tensor], texts: list[Tensor], info: CheckpointInfo, on_step: Callable[[int, int], None]
 ) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dit = wan_from_state_dict(state_dict, dtype=torch.bfloat16, device=device)
+    weights = {name: tensor for name, tensor in state_dict.items() if not is_scale(name)}  # without ComfyUI's marks
+    dit = wan_from_state_dict(weights, dtype=torch.bfloat16, device=device)
     texts = [text.to(device, torch.bfloat16) for text in texts]
     return input_scales(largest_inputs(dit, texts, info.family, on_step=on_step))
 

@@ -125,13 +125,16 @@ def load_checkpoint(
         from .rowwise import quantized, restored, use_rows  # needs comfy-kitchen, which not every ComfyUI has
 
         state_dict = quantized(state_dict, info.size.layers) if weight_dtype == ROWWISE else restored(state_dict)
-    model = load_model(
-        state_dict,
-        options=WEIGHT_DTYPES[weight_dtype],
-        metadata=info.metadata,
-        disable_dynamic=disable_dynamic,
-        again=(load_checkpoint, (path, weights, lora, weight_dtype, family)),
-    )
+    try:
+        model = load_model(
+            state_dict,
+            options=WEIGHT_DTYPES[weight_dtype],
+            metadata=info.metadata,
+            disable_dynamic=disable_dynamic,
+            again=(load_checkpoint, (path, weights, lora, weight_dtype, family)),
+        )
+    except KeyError as name:  # of a format, in ComfyUI's table of them
+        raise CheckpointError(f"{path} needs {name}, which this ComfyUI does not know; update ComfyUI") from name
     if model is None:
         raise CheckpointError(f"{path} is Wan 2.1 in a form that this ComfyUI does not load; update ComfyUI")
     if by_rows:

@@ -16,7 +16,7 @@ from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_cl
 from comfy_kitchen.tensor.base import BaseLayoutParams, dequantize_args
 from torch import Tensor
 
-from ...lightforcing_core.checkpoint.scaled import BY_ROWS
+from ...lightforcing_core.checkpoint.scaled import BY_ROWS, format_mark
 from ...lightforcing_core.fp8.linear import (
     FP8,
     LAYER_LINEARS,
@@ -28,7 +28,7 @@ from ...lightforcing_core.fp8.linear import (
 )
 
 LAYOUT = "LightForcingRowwiseFP8Layout"
-_COMFYUI_FORMAT = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+_COMFYUI_FORMAT = format_mark("float8_e4m3fn")
 
 
 class RowwiseFP8Layout(QuantizedLayout):

@@ -110,7 +110,7 @@ def test_a_demo_that_fails_leaves_no_file(tmp_path, monkeypatch):
 
 def test_inspect_describes_a_checkpoint(tmp_path):
     path = tmp_path / "self_forcing_dmd.safetensors"
-    save_file(random_state_dict(dim=128, layers=1, text_dim=32), path)
+    save_file(random_state_dict(dim=128, layers=1), path)
     result = run("inspect", path)
     assert result.exit_code == 0, result.stderr
     for words in ("Self Forcing", "dim 128", "1 layers", "KV cache", "needs about", "8-bit KV cache"):

@@ -6,7 +6,9 @@ from torch import Tensor
 LINEARS = [f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
 
 
-def tiny_wan(*, dim=128, ffn_dim=192, layers=2, text_dim=32, in_dim=16, out_dim=16, seed=0, dtype=torch.float32):
+def tiny_wan(
+    *, dim=128, ffn_dim=192, layers=2, text_dim=4096, freq_dim=256, in_dim=16, out_dim=16, seed=0, dtype=torch.float32
+):
     """Original names → random tensors, spelled out here so that the loader's own table is not its judge."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -17,7 +19,7 @@ def tiny_wan(*, dim=128, ffn_dim=192, layers=2, text_dim=32, in_dim=16, out_dim=
     for name, out_features, in_features in (
         ("text_embedding.0", dim, text_dim),
         ("text_embedding.2", dim, dim),
-        ("time_embedding.0", dim, 256),
+        ("time_embedding.0", dim, freq_dim),
         ("time_embedding.2", dim, dim),
         ("time_projection.1", 6 * dim, dim),
         ("head.head", out_dim * 4, dim),

@@ -40,7 +40,7 @@ def test_every_naming_gives_wans_own_names(tmp_path, wrapping, suffix):
     loaded, info = load_dit_state_dict(path)
     assert_same(loaded, weights)
     size = info.size
-    assert (size.dim, size.ffn_dim, size.layers, size.text_dim) == (128, 192, 2, 32)
+    assert (size.dim, size.ffn_dim, size.layers, size.text_dim) == (128, 192, 2, 4096)
     assert info.weights == ""
     assert not any("skipped" in note for note in info.notes)
 

@@ -244,11 +244,25 @@ def test_a_part_of_a_model_is_called_incomplete_and_does_not_fill_memory(tmp_pat
         ("blocks.0.ffn.0.bias", ()),
         ("head.modulation", (1, 2, 100)),
         ("text_embedding.0.weight", (0,)),
+        ("text_embedding.0.weight", (128, 2048)),  # of another text encoder
+        ("time_embedding.0.weight", (128, 128)),
     ],
 )
 def test_weights_of_another_shape_are_refused(tmp_path, name, shape):
     save_file(tiny_wan() | {name: torch.zeros(shape)}, tmp_path / "x.safetensors")
     refusal(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stated", "fits"), [({"text_dim": 32}, True), ({"text_dim": 64}, False), ({"text_dim": "32"}, False), ([], False)]
+)
+def test_the_metadata_may_state_another_text_width(tmp_path, stated, fits):
+    metadata = {"config": json.dumps({"transformer": stated})}
+    save_file(tiny_wan(text_dim=32), tmp_path / "x.safetensors", metadata=metadata)
+    if fits:
+        assert load_dit_state_dict(tmp_path / "x.safetensors")[1].size.text_dim == 32
+    else:
+        assert "text_embedding.0.weight has shape (128, 32)" in refusal(tmp_path / "x.safetensors")
 
 
 def test_layers_with_unknown_parts_are_refused_rather_than_run_without_them(tmp_path):

@@ -1,4 +1,4 @@
-"""Quantised files: ComfyUI's formats are unchanged, weights that ComfyUI cannot read become plain bfloat16."""
+"""Quantised files: ComfyUI's formats are unchanged; others get its keys without loss, or become plain bfloat16."""
 
 import json
 
@@ -11,6 +11,7 @@ from lightforcing.lightforcing_core.checkpoint.load import CheckpointError, load
 from ...support.checkpoint_samples import LINEARS, assert_same, in_diffusers_names, prefixed, tiny_wan
 
 LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in LINEARS]
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # by its 4 bits
 
 
 def quantised(weights, scale_name, scale_shape, dtype=torch.float8_e4m3fn, top=448.0):
@@ -37,15 +38,112 @@ def comfy_quant(layer_format):
     return torch.tensor(list(json.dumps({"format": layer_format}).encode()), dtype=torch.uint8)
 
 
-@pytest.mark.parametrize(("dtype", "top"), [(torch.float8_e4m3fn, 448.0), (torch.int8, 127.0)])
-def test_row_scaled_weights_become_bfloat16(tmp_path, dtype, top):
+@pytest.mark.parametrize("scale_shape", ["row", "tensor"])
+@pytest.mark.parametrize(
+    ("dtype", "top", "kind"),
+    [
+        (torch.float8_e4m3fn, 448.0, "fp8_rowwise of Light Forcing Model Loader"),
+        (torch.int8, 127.0, "int8_tensorwise"),
+    ],
+)
+def test_scaled_weights_keep_their_numbers_and_become_bfloat16_on_request(tmp_path, dtype, top, kind, scale_shape):
     weights = tiny_wan(dtype=torch.bfloat16)
-    stored, product = quantised(weights, "weight_scale", "row", dtype, top)
+    stored, product = quantised(weights, "weight_scale", scale_shape, dtype, top)
     save_file(stored, tmp_path / "x.safetensors")
     loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
-    assert_same(loaded, as_bfloat16(product, weights))
+    for layer in LAYERS:
+        rows = len(stored[f"{layer}.weight"])
+        stored[f"{layer}.weight_scale"] = (
+            stored[f"{layer}.weight_scale"].reshape(-1, 1).repeat(rows if scale_shape == "tensor" else 1, 1)
+        )
+        stored[f"{layer}.comfy_quant"] = comfy_quant(kind)
+    assert_same(loaded, stored)
+    assert info.quantised.endswith(f"20 layers; loads as {kind}")
     assert "LightX2V" in info.quantised
-    assert "20 layers" in info.quantised
+    plain, _ = load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)
+    assert_same(plain, as_bfloat16(product, weights))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "columns", "scale_name", "extra"),
+    [
+        (torch.float8_e5m2, 128, "weight_scale", {}),
+        (torch.float8_e5m2, 128, "scale_weight", {"scaled_fp8": torch.zeros(2).to(torch.float8_e5m2)}),
+        (torch.float8_e4m3fn, 200, "weight_scale", {}),  # FP8 units need multiples of 16
+    ],
+)
+def test_scaled_weights_that_no_format_holds_become_bfloat16(tmp_path, dtype, columns, scale_name, extra):
+    """ComfyUI reads float8_e5m2 in a scaled_fp8 file as float8_e4m3fn."""
+    weights = tiny_wan(dtype=torch.bfloat16, ffn_dim=columns)
+    stored, product = quantised(weights, scale_name, "tensor", dtype, 57344.0 if dtype is torch.float8_e5m2 else 448.0)
+    save_file(stored | extra, tmp_path / "x.safetensors")
+    plain, info = load_dit_state_dict(tmp_path / "x.safetensors")
+    expected = as_bfloat16(product, weights)
+    for layer in LAYERS if columns == 128 else ["blocks.0.ffn.0", "blocks.1.ffn.2"]:
+        assert torch.equal(plain[f"{layer}.weight"], expected[f"{layer}.weight"])
+        assert f"{layer}.comfy_quant" not in plain
+    assert "bfloat16" in info.quantised
+
+
+def test_scaled_fp8_files_with_a_scale_per_row_are_held_by_rows(tmp_path):
+    stored, _ = quantised(tiny_wan(), "scale_weight", "row")
+    save_file(stored | {"scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    loaded, _ = load_dit_state_dict(tmp_path / "x.safetensors")
+    assert torch.equal(loaded["blocks.0.ffn.0.weight_scale"], stored["blocks.0.ffn.0.scale_weight"])
+    assert torch.equal(loaded["blocks.0.ffn.0.comfy_quant"], comfy_quant("fp8_rowwise of Light Forcing Model Loader"))
+
+
+def nvfp4_of_lightx2v(older: bool):
+    """Tensors of a layer [128, 192] in LightX2V's NVFP4, and the numbers that they are for."""
+    dice = torch.Generator().manual_seed(3)
+    codes = torch.randint(16, (128, 192), generator=dice, dtype=torch.uint8)
+    codes[0, :2] = torch.tensor([3, 9])  # 1.5 and -0.5
+    scales = (torch.rand(128, 12, generator=dice) * 400).to(torch.float8_e4m3fn)
+    numbers = E2M1[codes.long()]
+    stored = torch.zeros(128 * 12).to(torch.float8_e4m3fn)
+    for row in range(128):
+        for column in range(12):
+            at = column // 4 * 512 + row % 32 * 16 + row // 32 * 4 + column % 4
+            stored[at] = scales[row, column]
+    parts = {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "weight_scale": stored.reshape(128, 12)}
+    if older:
+        parts |= {"alpha": torch.tensor([1 / (8.0 * 512.0)]), "input_global_scale": torch.tensor([512.0])}
+    else:
+        parts |= {"weight_global_scale": torch.tensor(8.0), "input_absmax": torch.tensor([5.25])}
+    return parts, numbers * scales.float().repeat_interleave(16, dim=1) / 8.0
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_nvfp4_of_lightx2v_becomes_that_of_comfyui_without_loss(tmp_path, older):
+    weights = tiny_wan(dtype=torch.bfloat16)
+    parts, numbers = nvfp4_of_lightx2v(older)
+    assert parts["weight"][0, 0] == 0x93
+    layer = "blocks.1.ffn.2"
+    stored = weights | {f"{layer}.{leaf}": tensor for leaf, tensor in parts.items()}
+    save_file(prefixed(stored, "model."), tmp_path / "x.safetensors")
+    loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
+    assert loaded.keys() == weights.keys() | {
+        f"{layer}.{leaf}" for leaf in ("weight_scale", "weight_scale_2", "input_scale", "comfy_quant")
+    }
+    assert loaded[f"{layer}.weight"][0, 0] == 0x39
+    assert loaded[f"{layer}.weight_scale"].shape == (128, 12)
+    assert loaded[f"{layer}.input_scale"] == (1 / 512.0)
+    assert torch.equal(loaded[f"{layer}.comfy_quant"], comfy_quant("nvfp4"))
+    assert info.quantised == "uint8 with scales (LightX2V), 1 layers; loads as nvfp4"
+    bytes_, flat = loaded[f"{layer}.weight"].long(), loaded[f"{layer}.weight_scale"].float().flatten()
+    codes = torch.stack([bytes_ // 16, bytes_ % 16], dim=-1).flatten(1)
+    row, block = torch.arange(128)[:, None], torch.arange(192)[None] // 16
+    read = E2M1[codes] * flat[block // 4 * 512 + row % 32 * 16 + row // 32 * 4 + block % 4]
+    assert torch.equal(read * loaded[f"{layer}.weight_scale_2"], numbers)
+
+
+@pytest.mark.parametrize("leaf", ["alpha", "input_global_scale", "weight_scale", "weight"])
+def test_parts_of_an_nvfp4_layer_are_refused(tmp_path, leaf):
+    parts, _ = nvfp4_of_lightx2v(older=True)
+    parts[leaf] = torch.zeros(2, 5, dtype=parts[leaf].dtype)
+    save_file(tiny_wan() | {f"blocks.1.ffn.2.{name}": part for name, part in parts.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.2"):
+        load_dit_state_dict(tmp_path / "x.safetensors")
 
 
 def test_legacy_scaled_fp8_keys_are_unchanged(tmp_path):
@@ -125,3 +223,43 @@ def test_packed_weights_block_scales_and_broken_metadata_are_refused(tmp_path, c
     save_file(stored, tmp_path / "x.safetensors", metadata=metadata)
     with pytest.raises(CheckpointError, match=expected):
         load_dit_state_dict(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("naming", ["prefixed", "diffusers"])
+def test_comfyuis_choice_of_attention_is_passed_on(tmp_path, naming):
+    weights = tiny_wan(layers=1)
+    marked = weights | {"blocks.0.self_attn.comfy_attention.config": torch.tensor(list(b"{}"), dtype=torch.uint8)}
+    rename = in_diffusers_names if naming == "diffusers" else lambda w: prefixed(w, "model.diffusion_model.")
+    save_file(rename(marked), tmp_path / "x.safetensors")
+    loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
+    assert_same(loaded, marked)
+    assert info.quantised is None
+    assert_same(load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)[0], weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer_dtype"),
+    [
+        ("blocks.1.ffn.2.weight_scale_inv", torch.float8_e4m3fn),
+        ("head.head.weight_absmax", torch.int8),
+        ("blocks.0.self_attn.q.qweight", None),
+    ],
+)
+def test_scales_of_an_unknown_kind_are_named(tmp_path, name, layer_dtype):
+    weights = tiny_wan()
+    layer = name.rpartition(".")[0]
+    if layer_dtype is None:
+        del weights[f"{layer}.weight"]
+    else:
+        weights[f"{layer}.weight"] = weights[f"{layer}.weight"].to(layer_dtype)
+    save_file(weights | {name: torch.ones(4)}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=f"quantised in an unknown format \\({name}\\)"):
+        load_dit_state_dict(tmp_path / "x.safetensors")
+
+
+def test_rotated_weights_cannot_become_plain(tmp_path):
+    stored, _ = quantised(tiny_wan(), "weight_scale", "row", torch.int8, 127.0)
+    mark = torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true}'), dtype=torch.uint8)
+    save_file(stored | {f"{layer}.comfy_quant": mark.clone() for layer in LAYERS}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="packed as int8_tensorwise with convrot"):
+        load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)

@@ -11,7 +11,7 @@ from lightforcing.lightforcing_core.fp8.export import write_fp8_checkpoint
 from lightforcing.lightforcing_core.fp8.linear import LAYER_LINEARS
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 
-TEXT, SMALL = 32, (4, 6)
+TEXT, SMALL = 4096, (4, 6)
 FAMILY = FAMILIES["self_forcing"]
 
 
@@ -95,7 +95,7 @@ def test_a_calibrated_file_holds_a_scale_for_the_inputs_of_every_layer(tmp_path)
 def test_prompts_of_another_text_encoder_are_refused(tmp_path):
     save_file(random_state_dict(dim=128, ffn_dim=192, layers=1, text_dim=TEXT), tmp_path / "self_forcing.safetensors")
     save_file({"0.cond": text(1, width=48)}, tmp_path / "prompts.safetensors")
-    with pytest.raises(CheckpointError, match="width of 48 and the model needs 32"):
+    with pytest.raises(CheckpointError, match="width of 48 and the model needs 4096"):
         write_fp8_checkpoint(
             tmp_path / "self_forcing.safetensors",
             tmp_path / "self_forcing_fp8.safetensors",

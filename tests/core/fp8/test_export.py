@@ -161,7 +161,7 @@ def test_impossible_requests_are_refused_in_one_line_and_write_nothing(tmp_path)
 
 def test_a_disk_that_is_too_small_is_refused_before_any_work(source, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9, 1000))
-    save_file({"0.cond": torch.randn(1, 7, 32)}, tmp_path / "prompts.safetensors")
+    save_file({"0.cond": torch.randn(1, 7, 4096)}, tmp_path / "prompts.safetensors")
     work = []
     with pytest.raises(OutputError, match="free some space"):
         write_fp8_checkpoint(
