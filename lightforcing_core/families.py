@@ -68,11 +68,8 @@ class Family:
 # Settings that several families share.
 _FOLLOWING_SINKS: dict[str, Any] = {"window": 21, "sink_frames": 3, "sink_rope": "follow"}
 _FIVE_STEPS = _FOLLOWING_SINKS | {"denoising_steps": (1000, 800, 600, 400, 200)}
-_ONE_STEP: dict[str, Any] = {
-    "frames_per_chunk": 1,
-    "denoising_steps": (1000,),
-    "first_denoising_steps": (1000, 750, 500, 250),
-}
+_TWO_STEPS: dict[str, Any] = {"denoising_steps": (1000, 500), "first_denoising_steps": (1000, 750, 500, 250)}
+_ONE_STEP = _TWO_STEPS | {"denoising_steps": (1000,)}
 
 # The first family with a hint in the name is chosen, so the order matters.
 FAMILIES: dict[str, Family] = {
@@ -118,19 +115,9 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("wave_forcing_4step", "WaveForcing, 4 steps", name_hints=("waveforcing 4step",), **_FOLLOWING_SINKS),
         Family("wave_forcing_5step", "WaveForcing, 5 steps", name_hints=("waveforcing",), **_FIVE_STEPS),
-        Family("one_forcing", "One-Forcing", name_hints=("oneforcing",), weights="generator", **_ONE_STEP),
-        Family(
-            "causal_forcing_2step",
-            "Causal Forcing++, frame by frame, 2 steps",
-            name_hints=("framewise2step",),
-            **(_ONE_STEP | {"denoising_steps": (1000, 500)}),
-        ),
-        Family(
-            "causal_forcing_1step",
-            "Causal Forcing++, frame by frame, 1 step",
-            name_hints=("framewise1step",),
-            **_ONE_STEP,
-        ),
+        Family("one_forcing", "One-Forcing", 1, name_hints=("oneforcing",), weights="generator", **_ONE_STEP),
+        Family("causal_forcing_2step", "Causal Forcing++, 2 steps", 1, name_hints=("framewise2step",), **_TWO_STEPS),
+        Family("causal_forcing_1step", "Causal Forcing++, 1 step", 1, name_hints=("framewise1step",), **_ONE_STEP),
         Family(
             "causal_forcing_framewise",
             "Causal Forcing, frame by frame",
@@ -150,19 +137,15 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Families of one file name: the assumed one → the fragment of the path that settles it, the other family, its fragment.
-_ONE_NAME = {
-    "causal_forcing": ("chunkwise", "causal_forcing_framewise", "framewise"),
-    "wave_forcing_5step": ("5step", "wave_forcing_4step", "4step"),
-}
+# Families of one file name: the assumed one → the fragments of the path that settle for it, and for the other.
+_ONE_NAME = {"causal_forcing": ("chunkwise", "framewise"), "wave_forcing_5step": ("5step", "4step")}
 
 
 def family_of(path: str | PurePath) -> tuple[Family, str]:
     """The family that a checkpoint's path suggests, and the part of the path that suggests it ("" if nothing does).
 
     The file name is read first, then up to three folders that contain it, the nearest first. Case and separators do
-    not matter: `Self-Forcing`, `self forcing` and `selfforcing` are equal. Causal Forcing publishes one file name in
-    the folders `chunkwise` and `framewise`, so there the folder decides. The weights do not show the family: all have
+    not matter: `Self-Forcing`, `self forcing` and `selfforcing` are equal. The weights do not show the family: all have
     the keys and shapes of plain Wan 2.1 T2V.
     """
     names = _names(path)
@@ -176,12 +159,12 @@ def family_of(path: str | PurePath) -> tuple[Family, str]:
 
 def doubt_of(path: str | PurePath, family: Family) -> str | None:
     """Why `path` does not settle `family`, which it suggests; None if it does."""
-    mark, other, other_mark = _ONE_NAME.get(family.id, ("", "", ""))
-    if any(mark in name for name in _names(path).values()):
+    own, other = _ONE_NAME.get(family.id, ("", ""))
+    if any(own in name for name in _names(path).values()):
         return None
     return (
-        f"{family.title}, or {FAMILIES[other].title}: both are published under this file name, and the first is "
-        f"assumed. To settle it, set the family, or put {mark} or {other_mark} into the name of the file or its folder"
+        f"assumed to be {family.title}, but files of another family have the same name: set the family, or put {own} "
+        f"or {other} into the name of the file or its folder"
     )
 
 

@@ -43,7 +43,7 @@ def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, s
     comfyui = {layer: _format_in(entry) for layer, entry in stated.items() if f"{layer}.weight" in state_dict}
     for name, value in state_dict.items():
         if name.endswith(".comfy_quant"):
-            comfyui[name.removesuffix(".comfy_quant")] = _marked_format(name, value)
+            comfyui[name.removesuffix(".comfy_quant")] = marked_format(name, value)
     other: dict[str, str] = {}
     for name, scale in state_dict.items():
         layer, _, leaf = name.rpartition(".")
@@ -60,8 +60,7 @@ def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, s
             other[layer] = "int8_tensorwise" if weight.dtype == torch.int8 else "bfloat16"
     titles = []
     if comfyui:
-        keys = FILE_SCALE if FILE_SCALE in state_dict else "comfy_quant"
-        titles.append(f"{name_list(set(comfyui.values()))} in ComfyUI's format ({keys}), {len(comfyui)} layers")
+        titles.append(f"{name_list(set(comfyui.values()))} in ComfyUI's format, {len(comfyui)} layers")
     if other:
         dtypes = _dtypes(state_dict[f"{layer}.weight"] for layer in other)
         titles.append(
@@ -101,7 +100,7 @@ def is_scale(name: str) -> bool:
     return name == FILE_SCALE or name.endswith(ATTENTION_MARK) or name.rpartition(".")[2] in SCALE_NAMES
 
 
-def _marked_format(name: str, marker: Tensor) -> str:
+def marked_format(name: str, marker: Tensor) -> str:
     """The format in a layer's `comfy_quant`: a JSON object, as the bytes of its text."""
     try:
         if marker.dtype != torch.uint8 or marker.ndim != 1 or len(marker) > MOST_MARKER:
@@ -136,11 +135,10 @@ def _nvfp4(layer: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """LightX2V's NVFP4 in ComfyUI's: the same values, the first of two in a byte's upper half instead of its lower.
 
     Both have weight [N, K / 2] and a weight_scale for every 16 values, in tiles of 128 rows and 4 columns. The scales
-    of the whole weight and of the inputs divide in LightX2V and multiply in ComfyUI; older files have alpha, the
-    inverse of their product, instead of the first. Without one, ComfyUI measures the inputs.
+    of the weight and of the inputs divide in LightX2V; older files have alpha, 1 / (both), instead of the first.
     """
     try:
-        weight, scales = parts["weight"], parts["weight_scale"]
+        weight = parts["weight"]
         tiles = -(-weight.shape[0] // 128) * 128, -(-weight.shape[1] // 32) * 4
         if "weight_global_scale" in parts:
             whole = 1 / parts["weight_global_scale"].float()
@@ -148,7 +146,7 @@ def _nvfp4(layer: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
             whole = parts["alpha"].float() * parts["input_global_scale"].float()
         made = {
             "weight": weight << 4 | weight >> 4,
-            "weight_scale": scales.view(torch.float8_e4m3fn).reshape(tiles),
+            "weight_scale": parts["weight_scale"].view(torch.float8_e4m3fn).reshape(tiles),
             "weight_scale_2": whole.reshape(()),
             "comfy_quant": format_mark("nvfp4"),
         }

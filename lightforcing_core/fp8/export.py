@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.load import CheckpointInfo, inspect_checkpoint, load_dit_state_dict
-from ..checkpoint.scaled import format_mark, is_scale
+from ..checkpoint.scaled import format_mark
 from ..families import family_of
 from ..files.json import mapping, read_object
 from ..files.output import prepare_folder
@@ -83,7 +83,7 @@ def write_fp8_checkpoint(
             "fp32 file"
         )
     texts = [] if prompts is None else read_prompts(prompts, info.size.text_dim)
-    state_dict, _ = load_dit_state_dict(source, weights=weights)
+    state_dict, _ = load_dit_state_dict(source, weights=weights, dequantise_all=True)  # drops ComfyUI's marks
     names = [f"blocks.{i}.{linear}" for i in range(info.size.layers) for linear in LAYER_LINEARS]
     reasons = {name: why_no_fp8(*state_dict[f"{name}.weight"].shape) for name in names}
     layers = [name for name, reason in reasons.items() if reason is None]
@@ -132,8 +132,7 @@ def _input_scales(
     state_dict: Mapping[str, Tensor], texts: list[Tensor], info: CheckpointInfo, on_step: Callable[[int, int], None]
 ) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    weights = {name: tensor for name, tensor in state_dict.items() if not is_scale(name)}  # without ComfyUI's marks
-    dit = wan_from_state_dict(weights, dtype=torch.bfloat16, device=device)
+    dit = wan_from_state_dict(state_dict, dtype=torch.bfloat16, device=device)
     texts = [text.to(device, torch.bfloat16) for text in texts]
     return input_scales(largest_inputs(dit, texts, info.family, on_step=on_step))
 

@@ -82,8 +82,6 @@ def chosen_family(family: str, path: str) -> Family:
 
 def assumed(family: Family, widget: str, path: str) -> ui.PreviewText | None:
     """The assumed defaults, shown and logged, if no name settles the family; or None."""
-    if widget != AUTO:
-        return None
     text = doubt_of(path, family)
     if family.id == "unknown":
         steps = ", ".join(map(str, family.denoising_steps))
@@ -91,7 +89,7 @@ def assumed(family: Family, widget: str, path: str) -> ui.PreviewText | None:
             f"No file name shows which checkpoint this is. Assumed: chunks of {family.frames_per_chunk} latent frames, "
             f"no window, steps {steps}, {family.target:.0%} sparsity. If that is wrong, set `family`."
         )
-    if text is None:
+    if widget != AUTO or text is None:
         return None
     log.warning("[Light Forcing] %s", text)
     show_text(text)  # pages draw the text of a result only on some of ComfyUI's own nodes
@@ -124,7 +122,7 @@ def load_checkpoint(
     if by_rows:
         from .rowwise import quantized, restored, use_rows  # needs comfy-kitchen, which not every ComfyUI has
 
-        state_dict = quantized(state_dict, info.size.layers) if weight_dtype == ROWWISE else restored(state_dict)
+        state_dict = restored(quantized(state_dict, info.size.layers) if weight_dtype == ROWWISE else state_dict)
     try:
         model = load_model(
             state_dict,

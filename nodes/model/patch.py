@@ -73,7 +73,7 @@ def unsuitable_model(model: ModelPatcher) -> str | None:
     if kind not in WAN_T2V:
         return (
             f"this MODEL is {kind.__name__}, not Wan 2.1 text-to-video; Light Forcing needs a Wan 2.1 T2V checkpoint "
-            f"fine-tuned to be autoregressive, such as Self Forcing, Causal Forcing or LongLive"
+            f"fine-tuned to be autoregressive, such as Self Forcing or LongLive (not LongLive 2, based on Wan 2.2 TI2V)"
         )
     dit = model.get_model_object("diffusion_model")
     channels = dit.in_dim, dit.out_dim

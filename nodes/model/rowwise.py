@@ -16,7 +16,7 @@ from comfy.quant_ops import QuantizedLayout, QuantizedTensor, register_layout_cl
 from comfy_kitchen.tensor.base import BaseLayoutParams, dequantize_args
 from torch import Tensor
 
-from ...lightforcing_core.checkpoint.scaled import BY_ROWS, format_mark
+from ...lightforcing_core.checkpoint.scaled import BY_ROWS, format_mark, marked_format
 from ...lightforcing_core.fp8.linear import (
     FP8,
     LAYER_LINEARS,
@@ -28,7 +28,6 @@ from ...lightforcing_core.fp8.linear import (
 )
 
 LAYOUT = "LightForcingRowwiseFP8Layout"
-_COMFYUI_FORMAT = format_mark("float8_e4m3fn")
 
 
 class RowwiseFP8Layout(QuantizedLayout):
@@ -79,31 +78,34 @@ def _linear(_: Any, args: tuple, kwargs: dict) -> Tensor:
 
 
 def quantized(state_dict: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """A Wan state dict whose layers' matrices are FP8, in ComfyUI's FP8 format."""
+    """A Wan state dict whose layers' matrices are FP8 by rows."""
     quantised = dict(state_dict)
     for name in (f"blocks.{i}.{linear}" for i in range(layers) for linear in LAYER_LINEARS):
         weight = quantised[f"{name}.weight"]
         if why_no_fp8(*weight.shape) is None:
             quantised[f"{name}.weight"], quantised[f"{name}.weight_scale"] = quantize_rows(weight)
-            quantised[f"{name}.comfy_quant"] = _COMFYUI_FORMAT
+            quantised[f"{name}.comfy_quant"] = format_mark(BY_ROWS)
     return quantised
 
 
 def restored(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict that ComfyUI has saved, in the form that `quantized` returns."""
-    return {name: _COMFYUI_FORMAT if name.endswith(".comfy_quant") else tensor for name, tensor in state_dict.items()}
+    """A state dict with FP8 by rows, in the FP8 format that ComfyUI loads; `use_rows` comes after."""
+    marks = {name: tensor for name, tensor in state_dict.items() if name.endswith(".comfy_quant")}
+    by_rows = [name for name, mark in marks.items() if marked_format(name, mark) == BY_ROWS]
+    return {**state_dict, **dict.fromkeys(by_rows, format_mark("float8_e4m3fn"))}
 
 
 def use_rows(model: ModelPatcher) -> None:
-    """Give FP8 weights from `quantized` or `restored` the layout by rows.
+    """Give FP8 weights from `restored` the layout by rows.
 
     ComfyUI saves their format under the name `BY_ROWS`, which only this pack's loader reads: ComfyUI's own would
     treat the row scales as one scale of the whole matrix.
     """
     for module in model.model.diffusion_model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, QuantizedTensor):
+        if isinstance(weight, QuantizedTensor) and weight._layout_cls == "TensorCoreFP8E4M3Layout":
             stored, scales = weight.layout_cls.get_plain_tensors(weight)
-            params = RowwiseFP8Layout.Params(scales, weight._params.orig_dtype, weight._params.orig_shape)
-            module.layout_type, module.quant_format = LAYOUT, BY_ROWS
-            module.weight = torch.nn.Parameter(QuantizedTensor(stored, LAYOUT, params), requires_grad=False)
+            if scales.ndim == 2:  # one number is ComfyUI's own
+                params = RowwiseFP8Layout.Params(scales, weight._params.orig_dtype, weight._params.orig_shape)
+                module.layout_type, module.quant_format = LAYOUT, BY_ROWS
+                module.weight = torch.nn.Parameter(QuantizedTensor(stored, LAYOUT, params), requires_grad=False)

@@ -159,7 +159,7 @@ def test_a_family_read_from_the_folder_is_noted(tmp_path):
 def test_a_family_that_the_path_does_not_settle_is_noted(tmp_path):
     torch.save({"generator": tiny_wan(layers=1)}, tmp_path / "causal_forcing.pt")
     (note,) = inspect_checkpoint(tmp_path / "causal_forcing.pt").notes
-    assert "Causal Forcing, chunk by chunk, or Causal Forcing, frame by frame" in note
+    assert "assumed to be Causal Forcing, chunk by chunk" in note
 
 
 def test_other_weights_in_the_file_are_skipped_and_named(tmp_path):

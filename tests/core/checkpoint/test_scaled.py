@@ -10,8 +10,8 @@ from lightforcing.lightforcing_core.checkpoint.load import CheckpointError, load
 
 from ...support.checkpoint_samples import LINEARS, assert_same, in_diffusers_names, prefixed, tiny_wan
 
+BY_ROWS = "fp8_rowwise of Light Forcing Model Loader"
 LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in LINEARS]
-E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])  # by its 4 bits
 
 
 def quantised(weights, scale_name, scale_shape, dtype=torch.float8_e4m3fn, top=448.0):
@@ -40,11 +40,7 @@ def comfy_quant(layer_format):
 
 @pytest.mark.parametrize("scale_shape", ["row", "tensor"])
 @pytest.mark.parametrize(
-    ("dtype", "top", "kind"),
-    [
-        (torch.float8_e4m3fn, 448.0, "fp8_rowwise of Light Forcing Model Loader"),
-        (torch.int8, 127.0, "int8_tensorwise"),
-    ],
+    ("dtype", "top", "kind"), [(torch.float8_e4m3fn, 448.0, BY_ROWS), (torch.int8, 127.0, "int8_tensorwise")]
 )
 def test_scaled_weights_keep_their_numbers_and_become_bfloat16_on_request(tmp_path, dtype, top, kind, scale_shape):
     weights = tiny_wan(dtype=torch.bfloat16)
@@ -52,11 +48,8 @@ def test_scaled_weights_keep_their_numbers_and_become_bfloat16_on_request(tmp_pa
     save_file(stored, tmp_path / "x.safetensors")
     loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
     for layer in LAYERS:
-        rows = len(stored[f"{layer}.weight"])
-        stored[f"{layer}.weight_scale"] = (
-            stored[f"{layer}.weight_scale"].reshape(-1, 1).repeat(rows if scale_shape == "tensor" else 1, 1)
-        )
-        stored[f"{layer}.comfy_quant"] = comfy_quant(kind)
+        scale, rows = stored[f"{layer}.weight_scale"], len(stored[f"{layer}.weight"])
+        stored |= {f"{layer}.weight_scale": scale.broadcast_to(rows, 1), f"{layer}.comfy_quant": comfy_quant(kind)}
     assert_same(loaded, stored)
     assert info.quantised.endswith(f"20 layers; loads as {kind}")
     assert "LightX2V" in info.quantised
@@ -90,58 +83,42 @@ def test_scaled_fp8_files_with_a_scale_per_row_are_held_by_rows(tmp_path):
     save_file(stored | {"scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
     loaded, _ = load_dit_state_dict(tmp_path / "x.safetensors")
     assert torch.equal(loaded["blocks.0.ffn.0.weight_scale"], stored["blocks.0.ffn.0.scale_weight"])
-    assert torch.equal(loaded["blocks.0.ffn.0.comfy_quant"], comfy_quant("fp8_rowwise of Light Forcing Model Loader"))
+    assert torch.equal(loaded["blocks.0.ffn.0.comfy_quant"], comfy_quant(BY_ROWS))
 
 
-def nvfp4_of_lightx2v(older: bool):
-    """Tensors of a layer [128, 192] in LightX2V's NVFP4, and the numbers that they are for."""
-    dice = torch.Generator().manual_seed(3)
-    codes = torch.randint(16, (128, 192), generator=dice, dtype=torch.uint8)
-    codes[0, :2] = torch.tensor([3, 9])  # 1.5 and -0.5
-    scales = (torch.rand(128, 12, generator=dice) * 400).to(torch.float8_e4m3fn)
-    numbers = E2M1[codes.long()]
-    stored = torch.zeros(128 * 12).to(torch.float8_e4m3fn)
-    for row in range(128):
-        for column in range(12):
-            at = column // 4 * 512 + row % 32 * 16 + row // 32 * 4 + column % 4
-            stored[at] = scales[row, column]
-    parts = {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "weight_scale": stored.reshape(128, 12)}
+def nvfp4_of_lightx2v(older):
+    """A layer [128, 192] with scales of 1/8 for the weight and 1/512 for the inputs."""
+    values = torch.randint(256, (128, 96), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    values[0, 0] = 0x93  # 1.5 and -0.5, the first in the lower half
+    parts = {"weight": values, "weight_scale": torch.rand(128, 12).to(torch.float8_e4m3fn)}
     if older:
-        parts |= {"alpha": torch.tensor([1 / (8.0 * 512.0)]), "input_global_scale": torch.tensor([512.0])}
-    else:
-        parts |= {"weight_global_scale": torch.tensor(8.0), "input_absmax": torch.tensor([5.25])}
-    return parts, numbers * scales.float().repeat_interleave(16, dim=1) / 8.0
+        return parts | {"alpha": torch.tensor([1 / 4096]), "input_global_scale": torch.tensor([512.0])}
+    return parts | {"weight_global_scale": torch.tensor(8.0), "input_absmax": torch.tensor([5.25])}
 
 
 @pytest.mark.parametrize("older", [False, True])
 def test_nvfp4_of_lightx2v_becomes_that_of_comfyui_without_loss(tmp_path, older):
-    weights = tiny_wan(dtype=torch.bfloat16)
-    parts, numbers = nvfp4_of_lightx2v(older)
-    assert parts["weight"][0, 0] == 0x93
-    layer = "blocks.1.ffn.2"
-    stored = weights | {f"{layer}.{leaf}": tensor for leaf, tensor in parts.items()}
-    save_file(prefixed(stored, "model."), tmp_path / "x.safetensors")
+    weights, layer = tiny_wan(dtype=torch.bfloat16), "blocks.1.ffn.2."
+    parts = nvfp4_of_lightx2v(older)
+    save_file(prefixed(weights | prefixed(parts, layer), "model."), tmp_path / "x.safetensors")
     loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
-    assert loaded.keys() == weights.keys() | {
-        f"{layer}.{leaf}" for leaf in ("weight_scale", "weight_scale_2", "input_scale", "comfy_quant")
+    made = {
+        "weight": parts["weight"] % 16 * 16 + parts["weight"] // 16,
+        "weight_scale": parts["weight_scale"],
+        "weight_scale_2": torch.tensor(1 / 8),
+        "input_scale": torch.tensor(1 / 512),
+        "comfy_quant": comfy_quant("nvfp4"),
     }
-    assert loaded[f"{layer}.weight"][0, 0] == 0x39
-    assert loaded[f"{layer}.weight_scale"].shape == (128, 12)
-    assert loaded[f"{layer}.input_scale"] == (1 / 512.0)
-    assert torch.equal(loaded[f"{layer}.comfy_quant"], comfy_quant("nvfp4"))
+    assert made["weight"][0, 0] == 0x39
+    assert_same(loaded, weights | prefixed(made, layer))
     assert info.quantised == "uint8 with scales (LightX2V), 1 layers; loads as nvfp4"
-    bytes_, flat = loaded[f"{layer}.weight"].long(), loaded[f"{layer}.weight_scale"].float().flatten()
-    codes = torch.stack([bytes_ // 16, bytes_ % 16], dim=-1).flatten(1)
-    row, block = torch.arange(128)[:, None], torch.arange(192)[None] // 16
-    read = E2M1[codes] * flat[block // 4 * 512 + row % 32 * 16 + row // 32 * 4 + block % 4]
-    assert torch.equal(read * loaded[f"{layer}.weight_scale_2"], numbers)
 
 
 @pytest.mark.parametrize("leaf", ["alpha", "input_global_scale", "weight_scale", "weight"])
 def test_parts_of_an_nvfp4_layer_are_refused(tmp_path, leaf):
-    parts, _ = nvfp4_of_lightx2v(older=True)
+    parts = nvfp4_of_lightx2v(older=True)
     parts[leaf] = torch.zeros(2, 5, dtype=parts[leaf].dtype)
-    save_file(tiny_wan() | {f"blocks.1.ffn.2.{name}": part for name, part in parts.items()}, tmp_path / "x.safetensors")
+    save_file(tiny_wan() | prefixed(parts, "blocks.1.ffn.2."), tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.2"):
         load_dit_state_dict(tmp_path / "x.safetensors")
 

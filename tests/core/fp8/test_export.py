@@ -60,7 +60,7 @@ def test_our_reader_recognises_comfyuis_format_and_dequantises_it(source, tmp_pa
     written = write_fp8_checkpoint(source, tmp_path / "self_forcing_fp8.safetensors")
     loaded, info = load_dit_state_dict(written.path)
     assert_same(loaded, load_file(written.path))
-    assert info.quantised == "float8_e4m3fn in ComfyUI's format (comfy_quant), 20 layers"
+    assert info.quantised == "float8_e4m3fn in ComfyUI's format, 20 layers"
     assert info.family.id == "self_forcing"
     plain, _ = load_dit_state_dict(written.path, dequantise_all=True)
     wan_from_state_dict(plain)

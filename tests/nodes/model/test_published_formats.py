@@ -9,17 +9,18 @@ def facts(run_inside):
 
 
 @pytest.mark.parametrize(
-    ("file", "layout", "error"),
+    ("file", "layouts", "error"),
     [
-        ("fp8", "LightForcingRowwiseFP8Layout", 0.03),
-        ("int8", "TensorWiseINT8Layout", 0.01),
-        ("nvfp4", "TensorCoreNVFP4Layout", 0.12),
-        ("e5m2", "plain", 0.06),
-        ("attention mark", "plain", 1e-6),
+        ("fp8", ["LightForcingRowwiseFP8Layout"], 0.03),
+        ("int8", ["TensorWiseINT8Layout"], 0.01),
+        ("nvfp4", ["TensorCoreNVFP4Layout"], 0.12),
+        ("mixed", ["LightForcingRowwiseFP8Layout", "TensorCoreNVFP4Layout", "TensorWiseINT8Layout"], 0.12),
+        ("e5m2", ["plain"], 0.06),
+        ("attention mark", ["plain"], 1e-6),
     ],
 )
-def test_held_as_published_and_samples_as_the_same_numbers_do(facts, file, layout, error):
-    assert facts[file]["layout"] == layout
+def test_held_as_published_and_samples_as_the_same_numbers_do(facts, file, layouts, error):
+    assert facts[file]["layouts"] == layouts
     assert facts[file]["same weights"]
     assert facts[file]["difference"] < 1e-5
     assert facts[file]["error"] < error

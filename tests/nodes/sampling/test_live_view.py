@@ -208,7 +208,7 @@ def test_doubt_about_the_family_is_shown(client, models):
     one = client()
     one.run(graph({"model": loader(model_name="causal_forcing.safetensors")}, latent=empty(length=9)))
     (text,) = one.texts["model"]
-    assert text.startswith("Causal Forcing, chunk by chunk, or Causal Forcing, frame by frame: both")
+    assert text.startswith("assumed to be Causal Forcing, chunk by chunk")
 
 
 def test_known_family_has_no_text(client):

@@ -29,13 +29,20 @@ def ours(file, weight_dtype="default"):
     return loader.load_checkpoint(f"{FOLDER}/{file}", "auto", None, weight_dtype)
 
 
-def saved(name, quantise, **others):
-    """A file whose layers are what `quantise` makes of their weights."""
+def saved(name, *makers, **others):
+    """A file whose layers are, in turn, what the makers make of their weights."""
     stored = weights | others
-    for layer in LAYERS:
-        stored |= {f"{layer}.{leaf}": tensor for leaf, tensor in quantise(weights[f"{layer}.weight"]).items()}
-    save_file({key: tensor.contiguous() for key, tensor in stored.items()}, f"{FOLDER}/{name}.safetensors")
+    for i, layer in enumerate(LAYERS):
+        made = makers[i % len(makers)](weights[f"{layer}.weight"])
+        stored |= {f"{layer}.{leaf}": tensor.contiguous() for leaf, tensor in made.items()}
+    save_file(stored, f"{FOLDER}/{name}.safetensors")
     return f"{name}.safetensors"
+
+
+def held_by(model):
+    """The layers' weights as stored, and as plain numbers."""
+    held = [model.model.diffusion_model.get_submodule(layer).weight for layer in LAYERS]
+    return held, [weight.dequantize() if hasattr(weight, "_layout_cls") else weight.data for weight in held]
 
 
 def compare(name, model, expected):
@@ -43,13 +50,15 @@ def compare(name, model, expected):
         comfyui.sample(patch.patched(one, settings), comfyui.chunk_sampler(SHAPE[2]), noise)
         for one in (model, expected)
     ]
-    held = [one.model.diffusion_model.get_submodule(LAYERS[-1]).weight for one in (model, expected)]
-    plain = [weight.dequantize() if hasattr(weight, "_layout_cls") else weight.data for weight in held]
+    (held, plain), (_, wanted) = held_by(model), held_by(expected)
+    errors = [
+        float((new - weights[f"{layer}.weight"]).norm() / new.norm()) for layer, new in zip(LAYERS, plain, strict=True)
+    ]
     facts[name] = {
-        "layout": getattr(held[0], "_layout_cls", "plain"),
-        "same weights": torch.equal(*plain),
+        "layouts": sorted({getattr(weight, "_layout_cls", "plain") for weight in held}),
+        "same weights": all(map(torch.equal, plain, wanted)),
         "difference": float((sample[0] - sample[1]).abs().max()),
-        "error": float((plain[0].float() - weights[f"{LAYERS[-1]}.weight"]).norm() / plain[0].float().norm()),
+        "error": max(errors),
     }
 
 
@@ -64,25 +73,15 @@ def int8(weight):
 
 def nvfp4(weight):
     scale = weight.abs().max() / 2688
-    values, scales = comfy_kitchen.quantize_nvfp4(weight, scale)
-    mark = scaled.format_mark("nvfp4")
-    return {
-        "weight": values,
-        "weight_scale": scales,
-        "weight_scale_2": scale,
-        "input_scale": torch.tensor(1 / 64),
-        "comfy_quant": mark,
-    }
+    parts = *comfy_kitchen.quantize_nvfp4(weight, scale), scale, torch.tensor(1 / 64), scaled.format_mark("nvfp4")
+    return dict(zip(("weight", "weight_scale", "weight_scale_2", "input_scale", "comfy_quant"), parts, strict=True))
 
 
 def lightx2v_nvfp4(weight):
-    made = nvfp4(weight)
-    return {
-        "weight": made["weight"] % 16 * 16 + made["weight"] // 16,
-        "weight_scale": made["weight_scale"],
-        "alpha": made["weight_scale_2"].reshape(1) / 64,
-        "input_global_scale": torch.tensor([64.0]),
-    }
+    values, scales, scale, *_ = nvfp4(weight).values()
+    inputs = torch.tensor([64.0])
+    weight = values % 16 * 16 + values // 16
+    return {"weight": weight, "weight_scale": scales, "alpha": scale / inputs, "input_global_scale": inputs}
 
 
 def e5m2(weight):
@@ -95,16 +94,19 @@ def e5m2_product(weight):
     return {"weight": (made["weight"].float() * made["scale_weight"]).bfloat16()}
 
 
-def marked(quantise, kind):
-    return lambda weight: quantise(weight) | {"comfy_quant": scaled.format_mark(kind)}
+def marked(maker, kind):
+    return lambda weight: maker(weight) | {"comfy_quant": scaled.format_mark(kind)}
 
 
-compare("fp8", ours(saved("fp8_lightx2v", by_rows)), ours(PLAIN, "fp8_rowwise"))
-compare("int8", ours(saved("int8_lightx2v", int8)), comfyui.load(saved("int8_comfy", marked(int8, "int8_tensorwise"))))
-compare("nvfp4", ours(saved("nvfp4_lightx2v", lightx2v_nvfp4)), comfyui.load(saved("nvfp4_comfy", nvfp4)))
 legacy = {"scaled_fp8": torch.zeros(2).to(torch.float8_e5m2)}
-compare("e5m2", ours(saved("e5m2_scaled", e5m2, **legacy)), ours(saved("e5m2_plain", e5m2_product)))
 choice = {"blocks.0.self_attn.comfy_attention.config": torch.tensor(list(b"{}"), dtype=torch.uint8)}
+comfy_int8 = marked(int8, "int8_tensorwise")
+compare("fp8", ours(saved("fp8_lightx2v", by_rows)), ours(PLAIN, "fp8_rowwise"))
+compare("int8", ours(saved("int8_lightx2v", int8)), comfyui.load(saved("int8_comfy", comfy_int8)))
+compare("nvfp4", ours(saved("nvfp4_lightx2v", lightx2v_nvfp4)), comfyui.load(saved("nvfp4_comfy", nvfp4)))
+compare("e5m2", ours(saved("e5m2_scaled", e5m2, **legacy)), ours(saved("e5m2_plain", e5m2_product)))
 compare("attention mark", ours(saved("attention_mark", lambda weight: {}, **choice)), ours(PLAIN))
+mixed = ours(saved("mixed", by_rows, int8, nvfp4))
+compare("mixed", mixed, mixed)
 facts["unknown"] = comfyui.error_of(ours, saved("unknown", marked(by_rows, "float3_of_tomorrow")))
 print(json.dumps(facts))
