@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lightforcing.laboratory.quality.fp8 import quantize_linears
-from lightforcing.lightforcing_core.attention.fast_path import FastPath, is_recording
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model import cuda_graph, fused
 from lightforcing.lightforcing_core.model.causal import ModelState, predict
@@ -112,22 +111,15 @@ def test_launched_steps_leave_exactly_what_running_them_leaves(dit, events, case
         assert all(map(torch.equal, held, same_held))
 
 
-def test_a_chunk_runs_its_first_step_and_launches_the_others(dit, events):
+def test_a_chunk_records_its_second_step_and_frees_the_recording_before(dit, events):
     list(run(dit, "on"))
     # The first launch of each kind, dense and sparse, was compared with running it.
-    launches = [[kind for kind, number in events if number == one].count("launch") for one in (1, 2, 3)]
-    assert launches == [3, 3, 3]
-
-
-def test_a_recording_goes_only_when_the_next_one_is_there(dit, events):
-    list(run(dit, "on"))
-    order = [event for event in events if event[0] != "launch"]
-    assert order == [("record", 1), ("record", 2), ("free", 1), ("record", 3), ("free", 2), ("free", 3)]
-
-
-def test_guided_runs_free_the_recordings_of_both_prompts(dit, events):
+    one, two, three = ([("record", number), *3 * [("launch", number)]] for number in (1, 2, 3))
+    freed = [("free", 1)], [("free", 2)], [("free", 3)]
+    assert events == [*one, two[0], *freed[0], *two[1:], three[0], *freed[1], *three[1:], *freed[2]]
+    events.clear()
     list(run(dit, "on", cfg=2.0, negative=prompt(9)))
-    assert sorted(number for kind, number in events if kind == "free") == [1, 2, 3, 4, 5, 6]
+    assert sorted(number for kind, number in events if kind == "free") == [1, 2, 3, 4, 5, 6]  # of both prompts
 
 
 @pytest.mark.parametrize("end", ["closed", "broken"])
@@ -168,51 +160,32 @@ def test_a_recorder_of_the_run_sees_launched_steps_as_it_sees_others(dit, events
     assert records["on"].facts["CUDA graphs"] == "9 steps launched as graphs"
 
 
-def test_what_cannot_be_recorded_is_run_and_the_reason_kept(dit, events, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("not permitted"), "CUDA graph failed on cpu in torch.float32 (RuntimeError: not permitted)"),
+        (torch.OutOfMemoryError("full"), "OutOfMemoryError: full"),
+    ],
+)
+def test_steps_that_cannot_be_recorded_run_one_by_one(dit, events, monkeypatch, caplog, error, reason):
     tries = []
 
     def record(self, work):
         tries.append(1)
         work()  # leaves marks in the state, as a capture does that breaks half-way
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise error
 
-    expected = video(run(dit, "off"))
+    plainly, seen, recorder = [], [], RunRecorder()
+    expected = video(run(dit, "off", seen=plainly))
     monkeypatch.setattr(TapeRecorder, "record", record)
-    recorder = RunRecorder()
-    seen, plainly = [], []
     with caplog.at_level(logging.WARNING):
         assert torch.equal(video(run(dit, "auto", recorder=recorder, seen=seen)), expected)
-    list(run(dit, "off", seen=plainly))
     assert [numbers for numbers, *_ in seen] == [numbers for numbers, *_ in plainly]
-    assert (
-        "no longer used: CUDA graph failed on cpu in torch.float32 (RuntimeError: operation not"
-        in recorder.finish().facts["CUDA graphs"]
-    )
-    assert len([record for record in caplog.records if "CUDA graph" in record.message]) == 1
-    list(run(dit, "auto"))
-    assert len(tries) == 2  # the next run tries again
-
-
-def test_a_recording_that_runs_out_of_memory_is_left_out(dit, events, monkeypatch):
-    tries = []
-
-    def record(self, work):
-        tries.append(1)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(TapeRecorder, "record", record)
-    for _ in range(2):
-        list(run(dit, "auto"))
-    assert len(tries) == 2
-
-
-def test_steps_that_must_be_recorded_and_cannot_are_an_error(dit, events, monkeypatch):
-    def record(self, work):
-        raise RuntimeError("no capture today")
-
-    monkeypatch.setattr(TapeRecorder, "record", record)
-    with pytest.raises(RuntimeError, match=r"cuda_graph 'on' is not possible.*no capture today.*use 'auto' or 'off'"):
+    assert f"no longer used: {reason}" in recorder.finish().facts["CUDA graphs"]
+    assert len(caplog.records) == 1
+    with pytest.raises(RuntimeError, match=r"cuda_graph 'on' is not possible: .*; use 'auto' or 'off'"):
         list(run(dit, "on"))
+    assert len(tries) == 2  # once in each run
 
 
 @pytest.mark.parametrize("value", [1.5, torch.nan])
@@ -257,71 +230,52 @@ def counted(function, calls):
     return run
 
 
-def passes_of_a_chunk(dit, with_graph, before):
-    """Eight of them; `before` is called before each one with its number and the state."""
-    state, run = model(with_graph)
-    state.open_chunk(2, 0.0, "cpu", steps=8)
-    x = torch.randn(1, 16, 2, 10, 14, generator=torch.Generator().manual_seed(3))
-    out = []
+def new_prompt(dit, state, run):
     for number in range(8):
-        before(number, state)
-        out.append(run(dit, x, torch.full((1,), 900.0 - number), state))
-    return out
-
-
-def test_a_prompt_that_changes_within_a_chunk_is_followed(dit, events):
-    def change(number, state):
         if number in (0, 4):
             state.follow(prompt(number))
-
-    launched, plain = (passes_of_a_chunk(dit, with_graph, change) for with_graph in (True, False))
-    assert all(map(torch.equal, launched, plain))
-    assert [kind for kind, _ in events].count("record") == 2
+        run()
 
 
-def test_a_pass_of_another_shape_is_run(dit, events):
-    def passes(with_graph):
-        state, run = model(with_graph)
-        state.follow(prompt(1))
+def other_shape(dit, state, run):
+    for shape in 3 * [(1,)] + 3 * [(1, 2)] + 3 * [(1,)]:
+        run(torch.full(shape, 800.0))
+
+
+def opened_anew(dit, state, run):
+    for _ in range(2):
+        for _ in range(3):
+            run()
+        state.cache.commit()  # the last pass counts as the clean one
         state.open_chunk(2, 0.0, "cpu", steps=9)
-        x = torch.randn(1, 16, 2, 10, 14, generator=torch.Generator().manual_seed(3))
-        times = [torch.full(shape, 800.0) for shape in 3 * [(1,)] + 3 * [(1, 2)] + 3 * [(1,)]]
-        return [run(dit, x, time, state) for time in times]
-
-    for launched, plain in zip(passes(True), passes(False), strict=True):
-        assert torch.equal(launched, plain)
 
 
-def test_a_chunk_that_is_opened_anew_is_run_first(dit, events):
-    def passes(with_graph):
-        state, run = model(with_graph)
-        state.follow(prompt(1))
-        out = []
-        for _ in range(2):
-            state.open_chunk(1, 0.0, "cpu", steps=4)
-            x = torch.randn(1, 16, 1, 10, 14, generator=torch.Generator().manual_seed(3))
-            out += [run(dit, x, torch.full((1,), time), state) for time in (900.0, 600.0, 300.0)]
-            state.cache.commit()  # the last pass counts as the clean one
-        return out
-
-    for launched, plain in zip(passes(True), passes(False), strict=True):
-        assert torch.equal(launched, plain)
-    assert [kind for kind, _ in events if kind == "record"] == ["record"] * 2
-
-
-def test_weights_that_comfyui_moves_within_a_chunk_are_not_read_where_they_were(dit, events):
+def weights_moved(dit, state, run):
     weight = dit.blocks[0].ffn[0].weight
-
-    def move(number, state):
-        if number == 0:
-            state.follow(prompt(1))
+    for number in range(8):
         if number == 4:
             old, weight.data = weight.data, weight.data.clone()
             old.fill_(torch.nan)  # somebody else has that memory now
+        run()
 
-    launched, plain = (passes_of_a_chunk(dit, with_graph, move) for with_graph in (True, False))
+
+@pytest.mark.parametrize(
+    ("happens", "recordings"), [(new_prompt, 2), (other_shape, 3), (opened_anew, 2), (weights_moved, 2)]
+)
+def test_a_change_within_a_chunk_is_followed(dit, events, happens, recordings):
+    def passes(predict):
+        shape = CacheShape(layers=2, batch=1, slots=4, tokens_per_frame=35, heads=1, head_dim=128, block_k=16)
+        state, out = ModelState(KVCache(shape), AttentionOptions("reference", (16, 16), 3, 1, 1)), []
+        state.follow(prompt(1))
+        state.open_chunk(2, 0.0, "cpu", steps=9)
+        x = torch.randn(1, 16, 2, 10, 14, generator=torch.Generator().manual_seed(3))
+        times = iter(torch.arange(900.0, 0.0, -50.0).split(1))
+        happens(dit, state, lambda time=None: out.append(predict(dit, x, next(times) if time is None else time, state)))
+        return out
+
+    launched, plain = passes(StepGraph(TapeRecorder(CPU), print, must=True)), passes(predict)
     assert all(map(torch.equal, launched, plain))
-    assert [kind for kind, _ in events].count("record") == 2
+    assert [kind for kind, _ in events].count("record") == recordings
 
 
 def test_weights_that_comfyui_begins_to_cast_are_no_longer_recorded_in_this_run(dit, events):
@@ -336,13 +290,6 @@ def test_weights_that_comfyui_begins_to_cast_are_no_longer_recorded_in_this_run(
     assert "no longer used: ComfyUI moves, casts" in recorder.finish().facts["CUDA graphs"]
     module.comfy_cast_weights = False
     list(run(dit, "on"))  # the next run is not held to it
-
-
-def model(with_graph):
-    """A state, and what runs its passes."""
-    shape = CacheShape(layers=2, batch=1, slots=2, tokens_per_frame=35, heads=1, head_dim=128, block_k=16)
-    state = ModelState(KVCache(shape), AttentionOptions("reference", (16, 16), 3, 1, 1))
-    return state, StepGraph(TapeRecorder(CPU), print, must=True) if with_graph else predict
 
 
 # ------------------------------------------------------------------------------------------- where it cannot work
@@ -367,42 +314,29 @@ def test_a_cache_in_cpu_memory_cannot_be_recorded(dit, events):
         run(dit, "on", kv=KVOptions(host=True))
 
 
-def moving(module):
-    module.comfy_cast_weights = True
+class Packed(torch.Tensor):
+    pass
 
 
-def patched(module):
-    module.weight_function = [lambda weight: weight]
-
-
-def hooked(module):
-    module.register_forward_hook(lambda *_: None)
-
-
-def packed(module):
-    class Packed(torch.Tensor):
-        pass
-
-    module.weight = torch.nn.Parameter(module.weight.data.as_subclass(Packed), requires_grad=False)
-
-
-def elsewhere(module):
-    module.weight = torch.nn.Parameter(module.weight.to("meta"), requires_grad=False)
+def changes_of(weight):
+    return {"weight": torch.nn.Parameter(weight, requires_grad=False)}
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (moving, "ComfyUI moves, casts or patches the weights of blocks.1.ffn.0"),
-        (patched, "ComfyUI moves, casts or patches the weights of blocks.1.ffn.0"),
-        (hooked, "blocks.1.ffn.0 has a hook"),
-        (packed, "blocks.1.ffn.0.weight is a Packed, which is unpacked"),
-        (elsewhere, "blocks.1.ffn.0.weight is on meta, not on cpu"),
+        (lambda weight: {"comfy_cast_weights": True}, " moves, casts or patches the weights of blocks.1.ffn.0"),
+        (lambda weight: {"weight_function": [torch.clone]}, " moves, casts or patches the weights of blocks.1.ffn.0"),
+        (lambda weight: {"_forward_hooks": {0: print}}, "blocks.1.ffn.0 has a hook"),
+        (lambda weight: changes_of(weight.as_subclass(Packed)), "blocks.1.ffn.0.weight is a Packed, which is unpacked"),
+        (lambda weight: changes_of(weight.to("meta")), "blocks.1.ffn.0.weight is on meta, not on cpu"),
     ],
 )
 def test_weights_that_are_not_simply_there_cannot_be_recorded(dit, events, change, reason):
     assert why_not_resident(dit, CPU) is None
-    change(dit.blocks[1].ffn[0])
+    module = dit.blocks[1].ffn[0]
+    for name, value in change(module.weight.data).items():
+        setattr(module, name, value)
     assert reason in why_not_resident(dit, CPU)
     assert reason in why_no_graph(dit, CPU, kv_in_cpu_memory=False)
 
@@ -455,21 +389,3 @@ def test_fused_kernels_are_recorded_with_the_step(dit, events, kernels):
     assert torch.equal(video(run(dit, "on", **FEW)), expected)
     # Of each of two chunks a first step and a recording, of which the first are checked by a third, and a clean pass.
     assert kernels.count("fused_store") == 2 * (2 * 3 + 1)
-
-
-def test_a_kernel_that_fails_while_recording_fails_the_recording_and_stays_in_use(dit, events, kernels, monkeypatch):
-    from lightforcing.kernels import modulation
-
-    expected = video(run(dit, "off", **FEW))
-    works = modulation.gated_add
-
-    def gated_add(*arguments):
-        if is_recording():
-            raise RuntimeError("not while capturing")
-        return works(*arguments)
-
-    monkeypatch.setattr(modulation, "gated_add", gated_add)
-    recorder = RunRecorder()
-    assert torch.equal(video(run(dit, "auto", recorder=recorder, **FEW)), expected)
-    assert "not while capturing" in recorder.finish().facts["CUDA graphs"]
-    assert FastPath("fused modulation", CPU, torch.float32).failure is None
