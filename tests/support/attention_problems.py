@@ -1,7 +1,6 @@
 """Random problems for sparse attention, what they mean in float64, and brute force."""
 
 import torch
-from hypothesis import strategies as st
 
 from lightforcing.lightforcing_core.attention import fast_path
 from lightforcing.lightforcing_core.attention.backends import BACKENDS, flex
@@ -13,15 +12,6 @@ from lightforcing.lightforcing_core.attention.selection import BlockSelection, F
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EIGHT_BIT = [torch.int8, torch.float8_e4m3fn]
 SHAPES = [(40, (32, 16), 1, 3), (64, (16, 32), 2, 2), (100, (64, 64), 1, 2)]
-# Sizes of problems for the reference, as hypothesis draws them.
-SIZES = {
-    "tokens_per_frame": st.integers(1, 40),
-    "block": st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32, 64])),
-    "q_frames": st.integers(1, 2),
-    "k_frames": st.integers(2, 3),
-    "batch": st.integers(1, 2),
-    "dim": st.sampled_from([8, 24]),
-}
 
 
 def spans(frames, tokens_per_frame, block):

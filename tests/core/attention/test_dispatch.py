@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightforcing.lightforcing_core.attention.backends import BACKENDS, DENSE, flex, reference
+from lightforcing.lightforcing_core.attention.backends import BACKENDS, DENSE, flex
 from lightforcing.lightforcing_core.attention.backends.base import Call
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.dispatch import (
@@ -43,29 +43,23 @@ def check(backend, *sizes, **rest):
 # tokens per frame, (query, key) block, query frames, key frames; and the rest.
 SHAPES = [
     ((1536, (64, 64), 1, 2), {"density": 0.1, "heads": 1}),
-    ((1560, (64, 64), 1, 2), {"density": 0.1, "heads": 1}),
+    ((1560, (64, 64), 1, 2), {"density": 0.1, "heads": 1, "dtype": torch.bfloat16}),
     ((1560, (128, 64), 1, 1), {"density": 0.1, "heads": 1}),
-    ((390, (64, 32), 1, 3), {}),
-    ((390, (128, 128), 2, 2), {"batch": 2}),
-    ((96, (32, 16), 2, 4), {"batch": 2}),
-    ((96, (64, 128), 1, 3), {"dim": 128}),
-    ((7, (16, 16), 3, 7), {}),
+    ((390, (64, 32), 1, 3), {"dtype": torch.bfloat16}),
+    ((390, (128, 128), 2, 2), {"batch": 2, "density": 0.2}),
+    ((96, (32, 16), 2, 4), {"batch": 2, "density": 0.2}),
+    ((96, (64, 128), 1, 3), {"dim": 128, "dtype": torch.bfloat16}),
+    ((7, (16, 16), 3, 7), {"dtype": torch.float16}),
     ((7, (16, 64), 2, 2), {"batch": 2}),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ["reference", "triton", "flex"])
 @pytest.mark.parametrize(("sizes", "rest"), SHAPES)
-def test_backend_equals_brute_force(backend, sizes, rest, dtype):
-    check(backend, *sizes, dtype=dtype, **rest)
-
-
-@pytest.mark.usefixtures("flex_runs")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("sizes", "rest"), SHAPES)
-def test_flex_equals_brute_force(sizes, rest, dtype):
-    check("flex", *sizes, dtype=dtype, **rest)
+def test_backend_equals_brute_force(request, backend, sizes, rest):
+    if backend == "flex":
+        request.getfixturevalue("flex_runs")  # skips if it cannot run here
+    check(backend, *sizes, **rest)
 
 
 @pytest.mark.usefixtures("flex_runs")
@@ -91,19 +85,6 @@ def test_reference_equals_brute_force_on_any_shape(tokens_per_frame, block, past
     check("reference", tokens_per_frame, block, q_frames, q_frames + past, **rest)
 
 
-@given(
-    tokens_per_frame=st.integers(1, 40),
-    block=st.tuples(st.sampled_from([16, 32]), st.sampled_from([16, 32])),
-    q_frames=st.integers(1, 2),
-    past=st.integers(0, 2),
-    batch=st.integers(1, 2),
-    dim=st.sampled_from([24, 64]),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-)
-def test_triton_equals_brute_force_on_any_shape(tokens_per_frame, block, past, q_frames, **rest):
-    check("triton", tokens_per_frame, block, q_frames, q_frames + past, **rest)
-
-
 @pytest.mark.usefixtures("flex_runs")
 @pytest.mark.parametrize("backend", ["triton", "flex", "reference"])
 def test_unselected_blocks_and_the_rest_of_the_cache_are_never_read(backend):
@@ -119,15 +100,6 @@ def test_unselected_blocks_and_the_rest_of_the_cache_are_never_read(backend):
         for x in problem.kv:
             x[:, start:end] = torch.nan
     assert (problem.attend(backend).double() - want).abs().max() <= 1e-4
-
-
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_query_block_without_keys_gives_zeros(backend):
-    problem = Problem(40, (16, 16), 1, 2)
-    problem.mask[:, :, 1] = False
-    got = problem.attend(backend)
-    assert (got[:, 16:32] == 0).all()
-    assert got.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton", "dense"])
@@ -158,13 +130,6 @@ def test_reference_keeps_float64_and_can_be_differentiated():
     assert torch.autograd.gradcheck(attend, problem.q, fast_mode=True)
 
 
-def test_reference_result_does_not_depend_on_how_much_it_gathers_at_once(monkeypatch):
-    problem = Problem(50, (16, 16), 2, 3)
-    at_once = problem.attend("reference")
-    monkeypatch.setattr(reference, "REFERENCE_CHUNK", 1)
-    torch.testing.assert_close(problem.attend("reference"), at_once, atol=1e-6, rtol=0)
-
-
 # ------------------------------------------------------------------------------------------------- the choice
 
 
@@ -180,11 +145,7 @@ def test_auto_on_cpu_compiles_flex_only_for_large_problems():
     small = shapes(96)
     assert small.name == "reference"
     assert "query-key pairs" in small.reason
-
-
-def test_auto_never_takes_the_interpreter():
-    assert "Triton" in shapes(96).reason
-    assert shapes(4608, 9216).name != "triton"
+    assert "Triton" in small.reason  # its interpreter is never taken
 
 
 @pytest.fixture
@@ -204,7 +165,7 @@ def test_auto_without_a_compiler_or_triton_takes_the_reference_and_says_why():
     assert "C++ compiler" in choice.reason
     with pytest.raises(BackendUnavailable, match="'triton' cannot run: triton is not installed; install it with"):
         shapes(96, backend="triton")
-    with pytest.raises(BackendUnavailable, match=r"'flex' cannot run: .* install g\+\+"):
+    with pytest.raises(BackendUnavailable, match=r"'flex' cannot run: .* needs a C\+\+ compiler: g\+\+"):
         shapes(96, backend="flex")
 
 
@@ -304,15 +265,15 @@ def test_what_a_backend_allocates_is_counted():
 # --------------------------------------------------------------------------------------------------- bad input
 
 
+STORED = torch.zeros(1, 80, 1, 64, dtype=torch.int8)
+IN_8_BITS = {"k": STORED, "v": STORED, "scales": (torch.ones(1, 6, 1),) * 2}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"backend": "magic"},
-            "unknown attention backend 'magic'; use 'auto', 'triton', 'flex', 'flash4', 'reference'",
-        ),
+        ({"backend": "magic"}, "attention backend 'magic'; use 'auto', 'triton', 'flex', 'flash4', 'reference'"),
         ({"block": (64, 48)}, "key block of 48 tokens is not a power of two"),
-        ({"block": (8, 64)}, "query block of 8 tokens"),
         ({"tokens_per_frame": 30}, "40 tokens are not whole frames of 30"),
         ({"mask": None}, "exactly one of mask and selection, not neither"),
         ({"mask": torch.ones(1, 1, 2, 2, dtype=torch.bool)}, r"mask is torch.bool \(1, 1, 2, 2\).*\(1, 1, 3, 6\)"),
@@ -324,22 +285,21 @@ def test_what_a_backend_allocates_is_counted():
             "selection.blocks is torch.float32 .* on cpu; these tensors and blocks need torch.int32",
         ),
         (
-            {
-                "mask": None,
-                "selection": BlockSelection(torch.zeros(1, 1, 4, 6).int(), torch.ones(1, 1, 4).int()),
-            },
+            {"mask": None, "selection": BlockSelection(torch.zeros(1, 1, 4, 6).int(), torch.ones(1, 1, 4).int())},
             r"selection.blocks is torch.int32 \(1, 1, 4, 6\) on cpu; .* need torch.int32 \(1, 1, 3, 6\)",
         ),
         ({"q": torch.zeros(1, 40, 1, 64).char()}, "q is torch.int8; attention needs queries in a floating-point dtype"),
-        (
-            {"tail": (torch.zeros(1, 6, 1, 64), torch.zeros(1, 3, 1, 64))},
-            r"tail of v are .*\(1, 3, 1, 64\).*\(1, 6, 1, 64\)",
-        ),
+        ({"tail": (torch.zeros(1, 6, 1, 64), torch.zeros(1, 3, 1, 64))}, r"tail of v are .*\(1, 3, 1.*\(1, 6, 1, 64\)"),
         ({"tail": (torch.zeros(1, 6, 1, 64).half(),) * 2}, "tail of k are torch.float16 .* torch.float32"),
         (
             {"scales": (torch.ones(1, 6, 1),) * 2},
-            "scales are for int8 or float8_e4m3fn keys and values, and k is torch.f",
+            "scales are for int8 or float8_e4m3fn keys and values, and k is",
         ),
+        (IN_8_BITS | {"scales": None}, r"are torch.int8 without scales; pass scales=\(k_scales, v_scales\)"),
+        (IN_8_BITS | {"scales": (torch.ones(1, 6, 1), torch.ones(1, 5, 1))}, r"of v are .*\(1, 5, 1\).* \(1, 6, 1\)"),
+        (IN_8_BITS | {"scales": (torch.ones(1, 6, 1).half(),) * 2}, "scales of k are torch.float16"),
+        (IN_8_BITS | {"scales": (torch.ones(1, 6, 1),)}, "argument 2 is shorter|shorter than"),
+        (IN_8_BITS | {"v": torch.zeros(1, 80, 1, 64)}, "v is torch.float32 on cpu but k is torch.int8"),
     ],
 )
 def test_bad_input_is_refused_with_its_values(change, message):
@@ -351,27 +311,6 @@ def test_bad_input_is_refused_with_its_values(change, message):
         "tokens_per_frame": 40,
         "block": (16, 16),
     }
-    with pytest.raises(ValueError, match=message):
-        sparse_attention(**(arguments | change))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"scales": None}, r"k and v are torch.int8 without scales; pass scales=\(k_scales, v_scales\)"),
-        (
-            {"scales": (torch.ones(1, 6, 1), torch.ones(1, 5, 1))},
-            r"scales of v are .*\(1, 5, 1\).*float32 \(1, 6, 1\)",
-        ),
-        ({"scales": (torch.ones(1, 6, 1).half(), torch.ones(1, 6, 1))}, "scales of k are torch.float16"),
-        ({"scales": (torch.ones(1, 6, 1),)}, "argument 2 is shorter|shorter than"),
-        ({"v": torch.zeros(1, 80, 1, 64)}, "v is torch.float32 on cpu but k is torch.int8"),
-    ],
-)
-def test_8bit_input_that_does_not_fit_is_refused(change, message):
-    stored = torch.zeros(1, 80, 1, 64, dtype=torch.int8)
-    arguments = {"q": torch.zeros(1, 40, 1, 64), "k": stored, "v": stored, "scales": (torch.ones(1, 6, 1),) * 2}
-    arguments |= {"mask": torch.ones(1, 1, 3, 6, dtype=torch.bool), "tokens_per_frame": 40, "block": (16, 16)}
     with pytest.raises(ValueError, match=message):
         sparse_attention(**(arguments | change))
 

@@ -21,18 +21,18 @@ def check(got, want):
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize(("backend", "shape"), [("triton", SHAPES[0]), *(("reference", shape) for shape in SHAPES)])
 @pytest.mark.parametrize("stored", [None, *EIGHT_BIT])
 @pytest.mark.parametrize("with_tail", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
 def test_backend_equals_brute_force(backend, stored, with_tail, shape):
     problem = Problem(*shape, stored, batch=2)
     means = problem.means if with_tail else None
     check(problem.attend(backend, tail=means), problem.brute_force(means=means))
 
 
-def test_reference_gathers_8bit_blocks_a_few_at_a_time(monkeypatch):
-    problem = Problem(*SHAPES[0], torch.int8)
+@pytest.mark.parametrize("stored", [None, torch.int8])
+def test_reference_result_does_not_depend_on_how_much_it_gathers_at_once(monkeypatch, stored):
+    problem = Problem(*SHAPES[0], stored)
     at_once = problem.attend("reference", tail=problem.means)
     monkeypatch.setattr(reference, "REFERENCE_CHUNK", 1)
     torch.testing.assert_close(problem.attend("reference", tail=problem.means), at_once, atol=1e-6, rtol=0)

@@ -11,32 +11,22 @@ from lightforcing.lightforcing_core.attention.selection import (
     sub_block_layout,
 )
 
-from ...support.attention_problems import selection_plan
+from ...support.attention_problems import selection_plan, spans
 
 RING = [0, 10, 11, 12, 4, 5, 6, 7, 8, 9]  # the frame that each slot holds: a sink, then a window that has wrapped
 
 
-def block_spans(frames, tokens_per_frame, block):
-    """(frame, first token, end token) of every block, by walking the tokens."""
-    spans = []
-    for frame in range(frames):
-        for start in range(0, tokens_per_frame, block):
-            first = frame * tokens_per_frame + start
-            spans.append((frame, first, min(first + block, (frame + 1) * tokens_per_frame)))
-    return spans
-
-
 def brute_force_mask(q, k, tokens_per_frame, block, sparsity, keep, sinks, near):
     """The rule of HSA, one query block at a time."""
-    q_spans = block_spans(q.shape[1] // tokens_per_frame, tokens_per_frame, block[0])
-    k_spans = block_spans(k.shape[1] // tokens_per_frame, tokens_per_frame, block[1])
+    q_spans = spans(q.shape[1] // tokens_per_frame, tokens_per_frame, block[0])
+    k_spans = spans(k.shape[1] // tokens_per_frame, tokens_per_frame, block[1])
     frames, current = k.shape[1] // tokens_per_frame, q.shape[1] // tokens_per_frame
     past = frames - current
     mask = torch.zeros(q.shape[0], q.shape[2], len(q_spans), len(k_spans), dtype=torch.bool)
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
-            k_means = torch.stack([k[b, start:end, h].mean(0) for _, start, end in k_spans])
-            for i, (_, start, end) in enumerate(q_spans):
+            k_means = torch.stack([k[b, start:end, h].mean(0) for start, end in k_spans])
+            for i, (start, end) in enumerate(q_spans):
                 if past == 0:
                     mask[b, h, i] = True
                     continue
@@ -50,7 +40,7 @@ def brute_force_mask(q, k, tokens_per_frame, block, sparsity, keep, sinks, near)
                     }
                     best = sorted(middle, key=scores.get, reverse=True)[: keep - sinks - near]
                     kept_frames = {*range(sinks), *range(past - near, past), *range(past, frames), *best}
-                candidates = [j for j, (f, _, _) in enumerate(k_spans) if f in kept_frames]
+                candidates = [j for j, (start, _) in enumerate(k_spans) if start // tokens_per_frame in kept_frames]
                 count = max(1, min(int((1.0 - sparsity) * len(k_spans)), len(candidates)))
                 ranked = sorted(candidates, key=lambda j: float(q_mean @ k_means[j]), reverse=True)
                 mask[b, h, i, ranked[:count]] = True
@@ -102,11 +92,6 @@ def test_block_counts_of_the_published_short_setting(block, counts):
     assert kept == counts
 
 
-def test_no_past_keeps_everything():
-    q = torch.randn(1, 60, 1, 8)
-    assert hierarchical_block_mask(q, q, tokens_per_frame=20, block=(16, 16), sparsity=0.9).all()
-
-
 def test_at_least_one_block_is_kept():
     q, k = torch.randn(1, 20, 1, 8), torch.randn(1, 60, 1, 8)
     mask = hierarchical_block_mask(q, k, tokens_per_frame=20, block=(32, 32), sparsity=0.999)
@@ -144,7 +129,7 @@ def test_pooled_means_skip_the_padding_of_ragged_blocks():
     layout = FrameBlocks(7, 4)
     x = torch.randn(2, 21, 3, 5, dtype=torch.float64)
     means = layout.block_means(x)
-    for block, (_, start, end) in enumerate(block_spans(3, 7, 4)):
+    for block, (start, end) in enumerate(spans(3, 7, 4)):
         torch.testing.assert_close(means[:, block], x[:, start:end].mean(1))
     torch.testing.assert_close(layout.frame_means(means), x.unflatten(1, (3, 7)).mean(2))
 
@@ -158,25 +143,20 @@ def test_pooled_means_skip_the_padding_of_ragged_blocks():
         ({"sparsity": 0.5, "near_frames": -1}, "near_frames -1"),
         ({"sparsity": 0.5, "tokens_per_frame": 21}, "21 tokens"),
         ({"sparsity": 0.5, "block": 64}, r"block 64 is not a pair"),
+        ({"sparsity": 0.5, "k": torch.randn(1, 20, 1, 8)}, "q holds 2 frames but k only 1"),
     ],
 )
 def test_bad_requests_name_the_value(arguments, message):
     q, k = torch.randn(1, 40, 1, 8), torch.randn(1, 120, 1, 8)
     with pytest.raises(ValueError, match=message):
-        hierarchical_block_mask(q, k, **{"tokens_per_frame": 20, "block": (8, 8), **arguments})
-
-
-def test_a_chunk_longer_than_its_keys_is_refused():
-    with pytest.raises(ValueError, match="q holds 3 frames but k only 2"):
-        hierarchical_block_mask(torch.randn(1, 60, 1, 8), torch.randn(1, 40, 1, 8), tokens_per_frame=20, sparsity=0.5)
+        hierarchical_block_mask(**{"q": q, "k": k, "tokens_per_frame": 20, "block": (8, 8), **arguments})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("frames", "current", "sparsity"), [(12, 3, 0.88), (12, 1, 0.5), (5, 2, 0.7)])
-def test_ties_go_to_the_lowest_block_and_the_oldest_frame(dtype, seed, frames, current, sparsity):
+def test_ties_go_to_the_lowest_block_and_the_oldest_frame(dtype, frames, current, sparsity):
     """Whole numbers in blocks of a power of two have exact means and products, and only a few different scores."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(frames)
     q, k = (
         torch.randint(-1, 2, (2, count * 16, 2, 3), generator=generator).to(dtype).repeat_interleave(4, dim=1)
         for count in (current, frames)
@@ -248,7 +228,7 @@ def test_lse_selection_equals_brute_force(tokens, block):
         for h in range(2):
             for i in range(3):
                 mass = []  # of each block, as if its sub-blocks were uniform
-                for _, start, end in block_spans(frames, tokens, block):
+                for start, end in spans(frames, tokens, block):
                     parts = [(s, min(s + block // 4, end)) for s in range(start, end, block // 4)]
                     terms = [math.exp(q[b, i, h] @ k[b, s:e, h].mean(0) / 8**0.5) * (e - s) for s, e in parts]
                     mass.append(sum(terms))
