@@ -1,8 +1,8 @@
 """Kernels compiled by their own launchers for GPUs that are not here, and what the machine code takes of a chip.
 
 An interpreted kernel cannot be compiled, so this module also runs as a process of its own, without TRITON_INTERPRET.
-`compile_all` starts such processes. A case is a dict: `chip` (80 is sm_80), `call` (a name in `CALLS`) and the options
-of that call. Calls are made with tensors that have no memory, and their launches compile and go no further.
+A case is a dict: `call` (a name in `CALLS`) and the options of that call. Calls are made with tensors that have no
+memory, and their launches compile and go no further.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -48,25 +47,23 @@ LAUNCHED = (
 )
 
 
-def compile_all(cases, cache):
-    """What each kernel of each case takes: rows as `row_of` makes them, and `case`. `cache` is Triton's folder."""
-    shares = [share for share in (cases[::2], cases[1::2]) if share]
-    with ThreadPoolExecutor(2) as pool:
-        return [row for rows in pool.map(lambda share: _in_a_process(share, cache), shares) for row in rows]
+def compile_all(chip, cases, cache):
+    """For each case `returned`, the call's result, and `rows`, what each kernel takes. `cache` is Triton's folder."""
+    return _in_a_process({"chip": chip, "cases": cases}, cache)
 
 
-def versions_of(cases, cache):
+def versions_of(chip, cases, cache):
     """How often each kernel is compiled if these calls are made in one process, with tensors in memory."""
-    (versions,) = _in_a_process({"versions": cases}, cache)
+    (versions,) = _in_a_process({"chip": chip, "versions": cases}, cache)
     return versions
 
 
-def _in_a_process(argument, cache):
+def _in_a_process(asked, cache):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # Line numbers change no code, and without them it is made faster.
     environment |= {"TRITON_CACHE_DIR": str(cache), "TRITON_DISABLE_LINE_INFO": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.compiled", json.dumps(argument)],
+        [sys.executable, "-m", "tests.support.compiled", json.dumps(asked)],
         cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
@@ -96,7 +93,6 @@ class Absent:
 def compiled(case, device="meta"):
     """(compiled kernel, its constants) of each launch of a case, and what the call returns."""
     options = dict(case)
-    driver.set_active(Absent(options.pop("chip")))
     found = []
 
     class Launched:
@@ -122,8 +118,8 @@ def empty(*shape, dtype="bf16"):
 
 
 def call_attention(
-    block_q=64,
-    block_k=64,
+    block=(64, 64),
+    ways="",
     dim=DIM,
     heads=HEADS,
     dtype="bf16",
@@ -133,39 +129,36 @@ def call_attention(
     first_slot=0,
     width=60,
     launch=None,
-    tma=False,
-    cut=False,
-    tail=False,
-    dense=False,
-    uneven=False,
 ):
     """A chunk of 3 frames that sees `frames` slots of a cache, from `first_slot` on.
 
-    launch: tiles, warps and stages if not the default's. tma: tiles through descriptors. cut: units in parts.
+    ways: words of dense, tail and uneven; of tma, tiles through descriptors, and cut, units in parts.
+    launch: tiles, warps and stages if not the default's.
     Returns the shared memory that the choice of a launch counts with.
     """
+    ways, (block_q, block_k) = ways.split(), block
     q_blocks, k_blocks = 3 * triton.cdiv(tokens, block_q), frames * triton.cdiv(tokens, block_k)
     q = empty(1, 3 * tokens, heads, dim, dtype=dtype)
     cache = empty(1, (first_slot + frames) * tokens, heads, dim, dtype=stored or dtype)[:, first_slot * tokens :]
     options = {"tokens_per_frame": tokens, "block_q": block_q, "block_k": block_k}
     if stored:
         options["scales"] = (empty(1, k_blocks + 1, heads, dtype=torch.float32)[:, 1:],) * 2
-    if tail:
+    if "tail" in ways:
         options["tail"] = (empty(1, k_blocks, heads, dim, dtype=dtype),) * 2
 
     counted = []
 
     def chosen(kind, *_):
         found = tuning.Launch(*launch) if launch else tuning.default_launch(kind)
-        found = found._replace(descriptors=tma, per_sm=int(cut))
+        found = found._replace(descriptors="tma" in ways, per_sm=int("cut" in ways))
         counted.append(tuning.shared_bytes(kind, found))
         return found
 
     with mock.patch.multiple(block_sparse, _launch_for=chosen, _multiprocessors=lambda _: MULTIPROCESSORS):
         lists = [None, None]
-        if not dense:
+        if "dense" not in ways:
             lists = [empty(1, heads, q_blocks, *last, dtype=torch.int32) for last in ((width,), ())]
-        block_sparse.block_sparse_attention(q, cache, cache, *lists, uneven=uneven, **options)
+        block_sparse.block_sparse_attention(q, cache, cache, *lists, uneven="uneven" in ways, **options)
     return counted[0]
 
 
@@ -302,15 +295,15 @@ def _versions(cases):
     for case in cases:
         compiled(case, device="cpu")
     kernels = (getattr(module, name) for module, name in LAUNCHED)
-    return {k.fn.__name__: sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels}
+    counts = {k.fn.__name__: sum(len(cache[0]) for cache in k.device_caches.values()) for k in kernels}
+    return {name: count for name, count in counts.items() if count}
 
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
-    if isinstance(asked, dict):
-        print(json.dumps({name: count for name, count in _versions(asked["versions"]).items() if count}))
-        sys.exit()
-    for case in asked:
-        launches, counted = compiled(case)
-        for launch in launches:
-            print(json.dumps({"case": case, "counted": counted} | row_of(*launch)), flush=True)
+    driver.set_active(Absent(asked["chip"]))
+    if "versions" in asked:
+        print(json.dumps(_versions(asked["versions"])))
+    for case in asked.get("cases", ()):
+        launches, returned = compiled(case)
+        print(json.dumps({"returned": returned, "rows": [row_of(*launch) for launch in launches]}), flush=True)
