@@ -99,11 +99,11 @@ def server(comfyui: tuple[Path, str], models: Path) -> Iterator[ComfyServer]:
 
 @pytest.fixture(scope="session")
 def run_inside(comfyui: tuple[Path, str], models: Path) -> Callable[..., Any]:
-    """Run in_comfy/SCRIPT.py under ComfyUI's Python; it prints one JSON value as its last line."""
+    """Run in_comfy/SCRIPT.py under ComfyUI's Python; the JSON value on its last line, unless `returns` is false."""
     scripts = HERE / "in_comfy"  # with `comfyui`, which all of them import
     checkout, python = comfyui
 
-    def run(script: str, *arguments: str) -> Any:
+    def run(script: str, *arguments: str, returns: bool = True) -> Any:
         done = subprocess.run(
             [python, str(scripts / f"{script}.py"), str(checkout), str(ROOT), str(models), *arguments],
             cwd=checkout,
@@ -113,6 +113,6 @@ def run_inside(comfyui: tuple[Path, str], models: Path) -> Callable[..., Any]:
             env={**environment(), "PYTHONPATH": str(scripts)},
         )
         assert done.returncode == 0, f"{script} failed:\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        return json.loads(done.stdout.strip().splitlines()[-1]) if returns else None
 
     return run

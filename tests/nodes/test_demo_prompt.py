@@ -46,24 +46,3 @@ def test_demo_prompt_of_another_model_is_refused(server):
     prompt["model"]["inputs"]["model_name"] = "tiny_wan.safetensors"
     with pytest.raises(Failed, match="the positive prompt is 32 wide and the model takes 4096"):
         server.run(prompt)
-
-
-@pytest.fixture(scope="module")
-def facts(run_inside):
-    return run_inside("demo_files")
-
-
-def test_packs_own_files_are_in_the_loaders_lists_and_load(facts):
-    """Without any in ComfyUI's folders: what a first start finds."""
-    assert facts["listed"] == {"diffusion_models": True, "vae": True}
-    assert facts["loaded"] == {"dit": ["WAN21_CausalAR", 32], "vae": "WanVAE", "ours": ["demo", 32]}
-    assert facts["context"] == [[1, 18, 32], True]
-
-
-def test_no_list_changes_where_the_pack_has_no_model(facts):
-    assert facts["without files"] == facts["before"]
-    assert "reinstall the pack" in facts["no table"]
-
-
-def test_node_is_offered_only_where_its_model_is(facts):
-    assert facts["node"] == [False, True]

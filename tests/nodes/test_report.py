@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ..support.graphs import EMBEDS, change, empty, graph, link, loader, save_images, schedule, text
+from ..support.graphs import change, custom_graph, empty, graph, link, loader, save_images, schedule, text
 
 WIDTH, HEIGHT = 160, 128  # 80 tokens per latent frame: two blocks of 64
 
@@ -90,35 +90,9 @@ def test_a_latent_without_a_run_is_refused_with_the_way_out(server):
 
 
 def test_the_record_of_samplercustomadvanced_comes_with_its_sampler(server):
-    prompt = {
-        "model": loader(),
-        "text": {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": EMBEDS}},
-        "other": text("rain.safetensors"),
-        "timeline": change(0.6, "hard"),
-        "latent": empty(width=WIDTH, height=HEIGHT),
-        "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 5}},
-        "guider": {"class_type": "BasicGuider", "inputs": {"model": link("model"), "conditioning": link("text")}},
-        "schedule": schedule(length=21, frames_per_chunk=2, target=0.0, base=0.0),
-        "select": {
-            "class_type": "LightForcingSamplerSelect",
-            "inputs": {"schedule": link("schedule"), "timeline": link("timeline")},
-        },
-        "sigmas": {
-            "class_type": "BasicScheduler",
-            "inputs": {"model": link("model"), "scheduler": "simple", "steps": 2, "denoise": 1.0},
-        },
-        "sampler": {
-            "class_type": "SamplerCustomAdvanced",
-            "inputs": {
-                "noise": link("noise"),
-                "guider": link("guider"),
-                "sampler": link("select"),
-                "sigmas": link("sigmas"),
-                "latent_image": link("latent"),
-            },
-        },
-        "report": report(sampler=link("select")),
-    }
+    prompt = custom_graph({"model": loader()}, schedule=link("schedule"), timeline=link("timeline"))
+    prompt |= {"other": text("rain.safetensors"), "timeline": change(0.6, "hard"), "latent": empty(21, WIDTH, HEIGHT)}
+    prompt |= {"schedule": schedule(frames_per_chunk=2, target=0.0, base=0.0), "report": report(sampler=link("select"))}
     words = server.run(prompt)["outputs"]["report"]["text"][0]
     assert "attention: dense in every call" in words
     assert "dense: chunk 1-2: its scheduled sparsity is 0" in words

@@ -1,11 +1,10 @@
-"""The pack's own model files, as if they were shipped: what ComfyUI lists and loads of them; printed as JSON.
+"""The pack's own model files, as if they were shipped: what ComfyUI lists and loads of them.
 
 BASE/models holds tiny ones; here they stand in for workflows/models, and ComfyUI's folders are looked for elsewhere.
 """
 
 import asyncio
 import importlib
-import json
 from pathlib import Path
 
 import comfyui
@@ -23,7 +22,6 @@ def has_prompt_node():
 captions, demo_model = comfyui.module("lightforcing_core.demo.captions"), comfyui.module("lightforcing_core.demo.model")
 folder_paths, nodes = comfyui.module("nodes.comfy").folder_paths, importlib.import_module("nodes")
 KINDS = ("diffusion_models", "vae")
-facts = {}
 
 
 def folders():
@@ -34,34 +32,31 @@ empty = Path(comfyui.BASE, "nothing")
 for kind in KINDS:
     folder_paths.folder_names_and_paths[kind] = ([str(empty / kind)], {".safetensors"})
 folder_paths.models_dir = str(empty)
-facts["before"] = folders()
+before = folders()
 demo_prompt.SHIPPED = empty
 demo_prompt.offer_demo_files()
-facts["without files"] = folders()
-facts["node"] = [has_prompt_node()]
-try:
-    demo_prompt.LightForcingDemoPrompt.execute(demo_model.DEFAULT_CAPTION)
-except ValueError as error:
-    facts["no table"] = str(error)
+assert folders() == before
+assert not has_prompt_node()
+refusal = comfyui.error_of(demo_prompt.LightForcingDemoPrompt.execute, demo_model.DEFAULT_CAPTION)
+assert "reinstall the pack" in refusal
 
 demo_prompt.SHIPPED = Path(comfyui.BASE, "models")
 demo_prompt.offer_demo_files()
-facts["node"].append(has_prompt_node())
+assert has_prompt_node()
 names = {kind: Path(file).name for kind, file in zip(KINDS, (demo_model.DIT, demo_model.VAE), strict=True)}
-facts["listed"] = {kind: name in folder_paths.get_filename_list(kind) for kind, name in names.items()}
+assert all(name in folder_paths.get_filename_list(kind) for kind, name in names.items())
 (stock,) = nodes.UNETLoader().load_unet(names["diffusion_models"], "default")
 (vae,) = nodes.VAELoader().load_vae(names["vae"])
 options = {"backend": "auto", "block": "16", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
 (ours,) = loader.LightForcingModelLoader.execute(
     names["diffusion_models"], "default", "auto", "none", "auto", **options
 ).args
-facts["loaded"] = {
-    "dit": [type(stock.model).__name__, stock.model.diffusion_model.text_embedding[0].in_features],
-    "vae": type(vae.first_stage_model).__name__,
-    "ours": [patch.settings_of(ours).family.id, ours.model.diffusion_model.text_embedding[0].in_features],
-}
+assert type(stock.model).__name__ == "WAN21_CausalAR"
+assert type(vae.first_stage_model).__name__ == "WanVAE"
+assert patch.settings_of(ours).family.id == "demo"
+for made in (stock, ours):
+    assert made.model.diffusion_model.text_embedding[0].in_features == 32
 ((context, _),) = demo_prompt.LightForcingDemoPrompt.execute(demo_model.DEFAULT_CAPTION)[0]
 table = demo_model.load_table(demo_prompt.find_table())
-same = torch.equal(context, captions.context_of_caption(table, demo_model.DEFAULT_CAPTION))
-facts["context"] = [list(context.shape), same]
-print(json.dumps(facts))
+assert context.shape == (1, 18, 32)
+assert torch.equal(context, captions.context_of_caption(table, demo_model.DEFAULT_CAPTION))

@@ -1,6 +1,5 @@
-"""Single nodes, executed without a graph: what they ask for, refuse and write; printed as JSON."""
+"""Single nodes, executed without a graph: what they ask for, refuse and write."""
 
-import json
 import shutil
 
 import comfyui
@@ -10,8 +9,7 @@ from comfyui import comfy
 decode, loader, patch = comfyui.modules("nodes", "vae.decode", "model.loader", "model.patch")
 text_embeds, schedule = comfyui.module("nodes.text_embeds"), comfyui.module("nodes.schedule")
 encode = comfyui.module("nodes.vae.encode")
-facts = {"asked": {}}
-requests = []
+requests, asked = [], {}
 load = comfy.model_management.load_models_gpu
 comfy.model_management.load_models_gpu = lambda models, memory_required=0, **options: (
     requests.append(memory_required) or load(models, memory_required=memory_required, **options)
@@ -26,12 +24,15 @@ for dim in (8, 16):
     vae = comfyui.small_vae(dim)
     for frames in (1, 5, 9):
         result = decode.LightForcingDecode.execute({"samples": torch.randn(2, 16, frames, 4, 6)}, vae)
-        facts["asked"][f"{dim}/{frames}"] = requests[-1]
+        asked[dim, frames] = requests[-1]
         assert result[0].shape == (2 * (4 * frames - 3), 32, 48, 3)
-facts["flat latent"] = refusal(vae, torch.zeros(1, 16, 4, 6))
-facts["NaN"] = refusal(vae, torch.full((1, 16, 2, 4, 6), float("nan")))
-tae = comfy.taesd.taesd.TAESD(latent_channels=16)
-facts["another VAE"] = refusal(comfy.sd.VAE(sd=tae.state_dict()), torch.zeros(1, 16, 2, 4, 6))
+assert asked[8, 1] == asked[8, 5] == asked[8, 9] > 0
+assert 1.8 * asked[8, 9] < asked[16, 9] < 2 * asked[8, 9]  # all but the frames themselves
+assert "[1, 16, 4, 6]" in refusal(vae, torch.zeros(1, 16, 4, 6))
+assert "NaN" in refusal(vae, torch.full((1, 16, 2, 4, 6), float("nan")))
+other = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=16).state_dict())
+other = refusal(other, torch.zeros(1, 16, 2, 4, 6))
+assert ("TAESD" in other, "VAE Decode" in other) == (True, True)
 
 # What a video starts or ends with, as latents.
 vae = comfyui.small_vae()
@@ -42,27 +43,34 @@ def encoded(count, **options):
     return encode.LightForcingEncode.execute(pixels[:count], vae, **options)[0]["samples"]
 
 
-facts["starts"] = {count: encoded(count).shape[2] for count in (1, 4, 5, 8)}
-facts["ends"] = {count: encoded(count, place="end").shape[2] for count in (1, 3, 4, 5, 8)}
-behind = vae.encode(torch.cat([pixels[:1].expand(5, -1, -1, -1), pixels]))
-facts["an end is what core encodes behind a still"] = float((encoded(8, place="end") - behind[:, :, 2:]).abs().max())
+assert [encoded(count).shape[2] for count in (1, 4, 5, 8)] == [1, 1, 2, 2]
+assert [encoded(count, place="end").shape[2] for count in (1, 3, 4, 5, 8)] == [1, 1, 1, 2, 2]
+behind = vae.encode(torch.cat([pixels[:1].expand(5, -1, -1, -1), pixels]))  # an end is what core encodes behind a still
+assert (encoded(8, place="end") - behind[:, :, 2:]).abs().max() <= 1e-5
 
 # Apply reads the family from the file that another loader has loaded, and keeps the options that are set.
 options = {"backend": "auto", "block": "32", "keep_frames": -1, "keep_sink": 2, "keep_near": -1}
 framewise = comfyui.load("causal_forcing-framewise.safetensors")
-for family in ("auto", "light_forcing_long"):
+for family, expected in (
+    ("auto", ("causal_forcing_framewise", (32, 32), 6, 2, 2)),
+    ("light_forcing_long", ("light_forcing_long", (32, 32), 3, 2, 1)),
+):
     settings = patch.settings_of(loader.LightForcingApply.execute(framewise, family, **options)[0])
     attention = settings.attention
-    kept = [attention.keep_frames, attention.sink_frames, attention.near_frames]
-    facts[f"family {family}"] = [settings.family.id, list(attention.block), kept]
+    kept = attention.keep_frames, attention.sink_frames, attention.near_frames
+    assert (settings.family.id, attention.block, *kept) == expected
 
 # The schedule's presets.
 patched = loader.LightForcingApply.execute(framewise, "auto", **options)[0]
 family = patch.settings_of(patched).family
 made = {name: schedule.schedule_from(81, {"preset": name}, family) for name in ("auto", "dense", "light_forcing_short")}
-facts["presets"] = {name: [s.frames_per_chunk, s.target] for name, s in made.items()}
-facts["auto without a model"] = comfyui.error_of(schedule.schedule_from, 81, {"preset": "auto"}, None)
-facts["family without a model"] = schedule.schedule_from(81, {"preset": "longlive"}, None).window
+assert {name: (one.frames_per_chunk, one.target) for name, one in made.items()} == {
+    "auto": (1, 0.6),
+    "dense": (1, None),
+    "light_forcing_short": (3, 0.88),
+}
+assert "connect the MODEL" in comfyui.error_of(schedule.schedule_from, 81, {"preset": "auto"}, None)
+assert schedule.schedule_from(81, {"preset": "longlive"}, None).window == 12
 
 # Text embeddings: back as they were, whole or not at all.
 node_comfy = comfyui.module("nodes.comfy")
@@ -71,16 +79,13 @@ stored = [[torch.randn(1, 12, 4096), {"pooled_output": None, "attention_mask": t
 path = node_comfy.named_file(folder, "new folder/prompt")
 text_embeds.save_embeds(path, stored)
 ((cond, extras),) = text_embeds.load_embeds(path)
-facts["embeddings return"] = (
-    torch.equal(cond, stored[0][0])
-    and torch.equal(extras["attention_mask"], stored[0][1]["attention_mask"])
-    and extras["pooled_output"] is None
-    and extras["strength"] == 1.0
-)
-facts["embeddings with hooks"] = comfyui.error_of(text_embeds.save_embeds, path, [[cond, {"hooks": object()}]])
+assert torch.equal(cond, stored[0][0])
+assert torch.equal(extras["attention_mask"], stored[0][1]["attention_mask"])
+assert (extras["pooled_output"], extras["strength"]) == (None, 1.0)
+assert "hooks" in comfyui.error_of(text_embeds.save_embeds, path, [[cond, {"hooks": object()}]])
 usage = shutil.disk_usage(folder)._replace(free=1000)
 shutil.disk_usage = lambda *_: usage
 full = folder / "full" / "prompt.safetensors"
-facts["disk full"] = comfyui.error_of(text_embeds.save_embeds, full, stored)
-facts["left on the full disk"] = [file.name for file in full.parent.glob("*")]
-print(json.dumps(facts))
+refused = comfyui.error_of(text_embeds.save_embeds, full, stored)
+assert ("full" in refused, "free" in refused) == (True, True)
+assert list(full.parent.glob("*")) == []

@@ -245,26 +245,3 @@ def test_page_that_stops_playing_gets_the_sheet(client, server):
     one.run(run_of(8))
     assert one.sheets
     assert not one.messages
-
-
-@pytest.fixture(scope="module")
-def facts(run_inside):
-    return run_inside("sampling/live_view")
-
-
-def test_draft_of_a_chunk_that_was_given_up_goes(facts):
-    """A run that ended within its second chunk."""
-    assert facts["cut strips"] == [[[0, 9], [9, 21]], []]
-    assert facts["cut ends"] == [None, 9]
-    before, after = facts["sheet"]
-    assert 0.4 * before < after < 0.6 * before
-
-
-def test_other_packs_previews_see_the_whole_video_and_cost_stays_bounded(facts):
-    assert facts["foreign shapes"] == [[1, 16, 6, 8, 12]] * 8
-    assert facts["foreign filled"] == sorted(facts["foreign filled"])
-    assert facts["ours beside a foreign previewer"] == 0
-    assert facts["shown at first"]
-    assert facts["refused while over budget"]
-    assert facts["shown again when the run has gone on"]
-    assert facts["refused within the pause"]

@@ -1,6 +1,4 @@
-"""The texts of both sampling nodes on a device without a sparse backend; printed as JSON."""
-
-import json
+"""The texts of both sampling nodes on a device without a sparse backend."""
 
 import card_runs as runs
 import torch
@@ -11,10 +9,20 @@ lines = []
 for module in (live_view, sampler_node):
     module.show_text = lines.append
 live_view.LINE_PAUSE = 0.0
+REASON = "dense attention: the attention kernel needs an NVIDIA GPU"
+
+
+def assert_said_once():
+    """The lines of a run of two chunks say once why its attention is dense."""
+    first, *_, last = [line.splitlines() for line in lines if line.startswith("chunk ")]
+    # The first chunk sees only itself, so it is dense anyway.
+    assert not any(REASON in part for part in first)
+    assert (last[0].startswith("chunk 2/2 "), last[0].endswith("density 100 %")) == (True, True), last
+    assert [part.startswith(f"· {REASON}") for part in last] == [False, True, False]
 
 
 def texts_of(backend, *, fails_at=None, node=runs.node):
-    """Lines on the node while it runs, and the text of its result."""
+    """The text of a result; `lines` then holds the node's texts during the run."""
     lines.clear()
     runs.OPTIONS["backend"] = backend
     model = runs.file()
@@ -27,10 +35,18 @@ def texts_of(backend, *, fails_at=None, node=runs.node):
     management.unload_all_models()
     runs.plan_of.graph = False
     output = node.execute(**runs.arguments(model))
-    return {"lines": list(lines), "text": (output.ui or {}).get("text")}
+    return (output.ui or {}).get("text")
 
 
-facts = {"auto": texts_of("auto"), "named": texts_of("reference"), "cut": texts_of("auto", fails_at=5)}
+(text,) = texts_of("auto")
+assert_said_once()
+assert text.startswith(REASON)
+assert text in lines[-1]
+why, dense = texts_of("auto", fails_at=5)
+assert (why.startswith("out of memory"), dense.startswith(REASON)) == (True, True)
+assert lines[-1] == f"{why}\n· {dense}"
+assert texts_of("reference") is None
+assert not any(REASON in line for line in lines)
 
 lines.clear()
 runs.OPTIONS["backend"] = "auto"
@@ -39,5 +55,4 @@ sampler = select.LightForcingSamplerSelect.PREPARE_CLASS_CLONE(
 ).execute()[0]
 noise = torch.randn(1, 16, runs.FRAMES, 4, 6, generator=torch.Generator().manual_seed(1))
 comfyui.sample(runs.file(), sampler, noise, positive=runs.prompt())
-facts["select"] = {"lines": list(lines)}
-print(json.dumps(facts))
+assert_said_once()

@@ -1,6 +1,7 @@
 """Memory that runs out and disks that fill up in the middle of a run, on the sampling node itself; printed as JSON."""
 
 import json
+from types import SimpleNamespace
 
 import comfyui
 import torch
@@ -49,10 +50,18 @@ decode.StreamingDecoder.decode = stream
 
 # A disk that is full when the second chunk's frames, or its state, are written.
 video = video_output.VideoOutput("faults/clip", "mp4", None, 16.0, False)
-encode = core.VideoWriter._encode
-core.VideoWriter._encode = failing(encode, 15, core.av.error.OSError(28, "No space left on device"))
+full = core.av.error.OSError(28, "No space left on device")
+open_writer = core.VideoWriter._open
+
+
+def open_on_a_small_disk(writer):
+    open_writer(writer)
+    writer._stream = SimpleNamespace(encode=failing(writer._stream.encode, 15, full))
+
+
+core.VideoWriter._open = open_on_a_small_disk
 facts["disk full, video"] = run(vae=vae, video_output=video)
-core.VideoWriter._encode = encode
+core.VideoWriter._open = open_writer
 sync = tensor_files.os.fsync
 tensor_files.os.fsync = failing(sync, 2, OSError(28, "No space left on device"))
 facts["disk full, state"] = run(state=state.StateFile(state.state_folder() / "faults"))

@@ -1,7 +1,6 @@
-"""A TAE in ComfyUI: our decode against ComfyUI's, file by file, and in the sampler; printed as JSON."""
+"""TAE files in ComfyUI: each decoded from the latents it was made for, also those that ComfyUI scales wrongly."""
 
 import itertools
-import json
 from pathlib import Path
 
 import comfyui
@@ -13,6 +12,7 @@ import folder_paths  # isort: skip
 import nodes as comfyui_nodes  # isort: skip
 
 decode, streaming = comfyui.module("nodes.vae.decode"), comfyui.module("lightforcing_core.vae.streaming")
+ROUNDING = 1e-5  # the same float32 layers over one frame or several at once
 from_model = comfy.latent_formats.Wan21()
 
 # Random weights under ComfyUI's own names, small enough for colours inside 0…1.
@@ -58,46 +58,55 @@ files = {
     "lighttaew2_1 float16": loaded("vae_approx", "lighttaew2_1.safetensors", half),
 }
 stock = files["taew2_1 float16"].decode(raw)[0]
-facts = {
-    "spread": for_normalised.std().item(),
-    "apart": worst(for_normalised, for_raw),
-    "ComfyUI's own decode of float16 taew2_1": worst(stock, for_normalised),
-    "taew2_1 float16": worst(decoded(files["taew2_1 float16"], raw), for_normalised),
-    "lighttaew2_1 float16": worst(decoded(files["lighttaew2_1 float16"], raw), for_raw),
-    "set to raw": worst(decoded(files["taew2_1 float16"], raw, "raw"), for_raw),
-}
+assert for_normalised.std() > 0.03
+assert worst(for_normalised, for_raw) > 0.05
+assert worst(stock, for_normalised) > 0.05  # ComfyUI's own decode of float16 taew2_1
 bright = loaded("vae", "taew2_1_bf16.safetensors", {name: tensor.bfloat16() for name, tensor in weights.items()})
-facts["taew2_1 bfloat16"] = worst(decoded(bright, raw), for_normalised)
-facts["no name, float16"] = worst(decoded(comfy.sd.VAE(sd=dict(half)), raw), for_normalised)
-unnamed = comfy.sd.VAE(sd=dict(weights))
-facts["no name, float32"] = worst(decoded(unnamed, raw), for_raw)
-facts["ComfyUI's decode of float32"] = worst(decoded(unnamed, raw), unnamed.decode(raw)[0].clamp(0, 1))
-facts["no name, set to normalised"] = worst(decoded(unnamed, raw, "normalised"), for_normalised)
+taehv_file, unnamed = loaded("vae_approx", "taehv.safetensors", half), comfy.sd.VAE(sd=dict(weights))
+for vae, tae_latents, expected in (
+    (files["taew2_1 float16"], "auto", for_normalised),
+    (files["lighttaew2_1 float16"], "auto", for_raw),
+    (comfy.sd.VAE(sd=dict(half)), "auto", for_normalised),
+    (unnamed, "auto", for_raw),
+    (files["taew2_1 float16"], "raw", for_raw),
+    (unnamed, "normalised", for_normalised),
+    (taehv_file, "normalised", for_normalised),
+):
+    found = worst(decoded(vae, raw, tae_latents), expected)
+    assert found <= ROUNDING, (getattr(vae, "patcher", None), tae_latents, found)
+assert worst(decoded(bright, raw), for_normalised) <= 0.03  # by its name, and its weights are rounded
+assert worst(decoded(unnamed, raw), unnamed.decode(raw)[0].clamp(0, 1)) <= ROUNDING  # where ComfyUI is right
 
 # A cut into single frames.
 cut = streaming.StreamingDecoder(plain, tae_latents="normalised")
 whole = cut.decode(normal)
 cut.reset()
 pieces = [cut.decode(piece) for piece in normal.split([1, 2, 3], dim=2)]
-facts["cut on ComfyUI's tree"] = worst(torch.cat(pieces, dim=1), whole)
+assert torch.equal(torch.cat(pieces, dim=1), whole)
 
 # What is refused, and what is asked for.
-taehv_file = loaded("vae_approx", "taehv.safetensors", half)
-facts["taehv.safetensors"] = comfyui.error_of(decoded, taehv_file, raw)
-facts["taehv.safetensors, set to normalised"] = worst(decoded(taehv_file, raw, "normalised"), for_normalised)
+refusal = comfyui.error_of(decoded, taehv_file, raw)
+assert "taehv.safetensors is the TAE of HunyuanVideo; use taew2_1" in refusal
 wan22 = comfy.taesd.taehv.TAEHV(latent_channels=48).state_dict()
-facts["Wan 2.2"] = comfyui.error_of(decoded, comfy.sd.VAE(sd=wan22), raw)
-asked = [decode.FrameDecoder(unnamed, (batch, 16, frames, 4, 6)).bytes_needed
-         for batch, frames in itertools.product((1, 2), (1, 9))]  # fmt: skip
-facts["asked"] = [asked, unnamed.vae_dtype.itemsize * 64 * 4 * 6]
+refusal = comfyui.error_of(decoded, comfy.sd.VAE(sd=wan22), raw)
+assert "48 latent channels instead of 16" in refusal
+assert "VAE Decode" in refusal
+one, one_long, two, two_long = (
+    decode.FrameDecoder(unnamed, (batch, 16, frames, 4, 6)).bytes_needed
+    for batch, frames in itertools.product((1, 2), (1, 9))
+)
+pixel_bytes = unnamed.vae_dtype.itemsize * 64 * 4 * 6
+frames = 16 * 3 * pixel_bytes  # of one call, float32 as the decode is here
+assert one == one_long == 700 * pixel_bytes + frames
+assert two == two_long == 2 * one
 
 # The sampler's own frames are those of its latents.
 model = comfyui.applied(comfyui.load("tiny_wan.safetensors"), "self_forcing")
 latent = {"samples": torch.zeros(1, 16, 6, 8, 12)}
 made = comfyui.sampling_node().execute(model, comfyui.prompt(), latent, 3, 2, vae=files["taew2_1 float16"])
-facts["sampler's frames"] = list(made[1].shape)
-facts["sampler against decode"] = worst(made[1], decoded(files["taew2_1 float16"], made[0]["samples"]))
+assert made[1].shape == (21, 64, 96, 3)
+# Its latents go to the VAE's space and back in float32.
+assert worst(made[1], decoded(files["taew2_1 float16"], made[0]["samples"])) <= 3e-5
 video = from_model.process_in(made[0]["samples"].float())
 with torch.no_grad():
-    facts["sampler against ComfyUI's layers"] = worst(made[1], plain.decode(video)[0].movedim(0, -1).clamp(0, 1))
-print(json.dumps(facts))
+    assert worst(made[1], plain.decode(video)[0].movedim(0, -1).clamp(0, 1)) <= 3e-5

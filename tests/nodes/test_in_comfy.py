@@ -1,0 +1,23 @@
+"""Scripts that assert what only ComfyUI's Python can see; the first line of each says what that is."""
+
+import pytest
+
+SCRIPTS = [
+    "single_nodes",
+    "demo_files",
+    "model/fp8_saved",
+    "model/step_graph",
+    "sampling/live_view",
+    "memory/memory",
+    "memory/low_memory",
+    "memory/dynamic_vram",
+    "memory/no_backend",
+    "vae/overlap",
+    "vae/tae",
+    "vae/vae_against_core",
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_in_comfyui(run_inside, script):
+    run_inside(script, returns=False)
