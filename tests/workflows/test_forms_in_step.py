@@ -1,6 +1,5 @@
 """Each workflow's canvas form and API form say the same, and the canvas form brings its models and looks right."""
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -16,8 +15,6 @@ from lightforcing.lightforcing_core.demo.model import ABOUT, DIT, SHIPPED, TEXT,
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 DEMO = "quickstart_demo"  # runs on the model that comes with the pack, nothing is downloaded
-TITLE = 30  # pixels of a node's title bar, above its position
-MARGIN = 10  # pixels that the frontend leaves around all nodes when it fits them into the page
 CANVAS_ONLY = ("fixed", "increment", "decrement", "randomize", "image")
 DOWNLOADS = re.compile(r"https://(huggingface\.co|civitai\.com)/.+\.(safetensors|sft|ckpt|pth|pt)")
 
@@ -107,16 +104,11 @@ def test_note_and_thumbnail_come_along(name):
     with Image.open(FOLDER / f"{name}.jpg") as thumbnail:
         assert thumbnail.format == "JPEG"
         assert min(thumbnail.size) >= 256
-    assert (FOLDER / f"{name}.jpg").stat().st_size < 50_000
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_thumbnail_shows_pictures_and_no_noise(name):
-    """In a picture colours change along outlines, in noise everywhere."""
-    with Image.open(FOLDER / f"{name}.jpg") as thumbnail:
         colours = np.asarray(thumbnail.convert("YCbCr").resize((192, 108)), dtype=np.float32)[..., 1:]
+    # In a picture colours change along outlines, in noise everywhere.
     changes = np.abs(np.diff(colours, axis=1)).max(axis=2) > 4
     assert sliding_window_view(changes, (24, 36)).mean(axis=(2, 3)).max() < 0.35
+    assert (FOLDER / f"{name}.jpg").stat().st_size < 50_000
 
 
 def test_quickstart_asks_for_what_its_shipped_model_makes():
@@ -130,26 +122,6 @@ def test_quickstart_asks_for_what_its_shipped_model_makes():
     assert by_type["LightForcingModelLoader"]["model_name"] == Path(DIT).name
     assert by_type["VAELoader"]["vae_name"] == Path(VAE).name
     assert sum((SHIPPED / name).stat().st_size for name in (DIT, VAE, TEXT)) < 24_000_000
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_opens_large_enough_to_be_read(name):
-    """ComfyUI fits a template's nodes into three quarters of the page, and hides their text below 57 %."""
-    page = (1440, 900) if name == DEMO else (1600, 1000)  # what is opened first fits a smaller page too
-    nodes = read(f"{name}.json")["nodes"]
-    left, top = (min(node["pos"][axis] for node in nodes) for axis in (0, 1))
-    right, bottom = (max(node["pos"][axis] + node["size"][axis] for node in nodes) for axis in (0, 1))
-    area = (right - left + 2 * MARGIN, bottom - top + TITLE + 2 * MARGIN)
-    assert 0.75 * min(page[0] / area[0], page[1] / area[1]) > 0.6
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_node_covers_another(name):
-    places = [(*node["pos"], *node["size"]) for node in read(f"{name}.json")["nodes"]]
-    for (x, y, width, height), (other_x, other_y, other_width, other_height) in itertools.combinations(places, 2):
-        beside = x + width < other_x or other_x + other_width < x
-        apart = y + height < other_y - TITLE or other_y + other_height < y - TITLE
-        assert beside or apart
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -96,12 +96,11 @@ def test_step_and_decode_are_held_by_turns():
     parts = {"weights": 1, "cache": 20, "prompt": 300, "step": 4000, "vae": 50000, "history": 600000}
     assert MemoryEstimate(**parts, decode=1000).total == 654321
     assert MemoryEstimate(**parts, decode=7000).total == 657321
+    assert MemoryEstimate(**parts, decode=1000, overlapped=True).total == 655321
+    assert MemoryEstimate(**parts, decode=1000, graph=4000).total == 658321
 
 
-def test_overlapped_they_are_held_together_and_a_graph_keeps_its_own():
-    parts = {"weights": 1, "cache": 20, "prompt": 300, "step": 4000, "vae": 50000, "history": 600000, "decode": 1000}
-    assert MemoryEstimate(**parts, overlapped=True).total == 655321
-    assert MemoryEstimate(**parts, graph=4000).total == 658321
+def test_an_overlapped_decode_and_a_graph_are_counted_and_named():
     schedule = Schedule(6)
     plain = tiny(schedule, vae_dim=24)
     beside = plain.sped_up(overlap=True, cuda_graph=True)

@@ -99,23 +99,18 @@ def test_what_only_saves_time_is_given_up_first(estimate_of):
     assert [plan.needed for plan in made[:3]] == [both, beside, plain.total]
 
 
-def test_who_does_not_ask_for_overlap_or_graphs_never_hears_of_them(estimate_of):
-    assert not any("graph" in word or "between" in word for plan in plans(estimate_of) for word in plan.given_up)
-
-
 def test_a_cache_in_host_memory_leaves_no_graph_to_count(estimate_of):
     options = [KVOptions(host=True)]
     plan = plan_memory(estimate_of, 80 << 30, ladder=options, cuda_graph=True)
     assert plan.estimate.graph == 0
 
 
-def test_a_chosen_cache_is_kept(estimate_of):
+def test_a_chosen_cache_is_kept_and_nothing_is_given_up_that_was_not_asked_for(estimate_of):
     for kv in (KVOptions(), KVOptions("fp8"), KVOptions(host=True)):
-        assert {plan.kv for plan in plans(estimate_of, ladder=[kv])} == {kv}
-
-
-def test_where_the_device_is_the_host_latents_are_not_moved(estimate_of):
-    assert all(plan.latents_on_device for plan in plans(estimate_of, latents=0))
+        made = plans(estimate_of, ladder=[kv], latents=0)
+        assert {plan.kv for plan in made} == {kv}
+        assert not any("graph" in word or "between" in word for plan in made for word in plan.given_up)
+        assert all(plan.latents_on_device for plan in made)  # there are none to move
 
 
 def test_what_cannot_fit_says_by_how_much(estimate_of):

@@ -109,40 +109,6 @@ def test_evicting_moves_no_memory():
     assert cache.slot_frames == [12, 13, 14, 15, 16, 17] or cache.slot_frames == [15, 16, 17, 12, 13, 14]
 
 
-def relative_scores(q, keys, positions, q_start, chunk):
-    """q·k with keys roped at their place in the window, as models with an un-roped cache do it."""
-    roped = torch.cat(
-        [RopeTable(p, 1, 1, TOKENS, DIM, dtype=torch.float64).rotate(k) for p, k in zip(positions, keys, strict=True)],
-        dim=1,
-    )
-    q = RopeTable(q_start, chunk, 1, TOKENS, DIM, dtype=torch.float64).rotate(q)
-    return torch.einsum("bqhd,bkhd->bhqk", q, roped)
-
-
-@pytest.mark.parametrize(("sinks", "slots", "chunk"), [(1, 6, 2), (2, 7, 3), (3, 12, 3), (1, 2, 1)])
-def test_following_sinks_equal_roping_the_whole_window_each_time(sinks, slots, chunk):
-    generator = torch.Generator().manual_seed(slots)
-    cache = make_cache(slots, sinks, sink_rope="follow", dtype=torch.float64, layers=1)
-    raw = []
-    for index in range(9):
-        cache.open(chunk)
-        start = index * chunk
-        k = torch.randn(2, chunk * TOKENS, HEADS, DIM, dtype=torch.float64, generator=generator)
-        raw += list(k.split(TOKENS, dim=1))
-        table = RopeTable(start, chunk, 1, TOKENS, DIM, dtype=torch.float64)
-        cache.store(0, table.rotate(k), k)
-        q = torch.randn(2, chunk * TOKENS, HEADS, DIM, dtype=torch.float64, generator=generator)
-        ours = torch.einsum("bqhd,bkhd->bhqk", table.rotate(q), cache.visible(0).keys)
-        order = sorted(range(len(cache.slot_frames)), key=cache.slot_frames.__getitem__)
-        in_time = torch.cat([ours[..., slot * TOKENS : (slot + 1) * TOKENS] for slot in order], dim=-1)
-
-        visible = sorted(cache.slot_frames)
-        window = [raw[frame] for frame in visible]
-        theirs = relative_scores(q, window, range(len(visible)), len(visible) - chunk, chunk)
-        torch.testing.assert_close(in_time, theirs, rtol=0, atol=1e-10)
-        cache.commit()
-
-
 def test_rotation_in_time_shifts_only_the_frame_index():
     k = torch.randn(1, 12, 2, 128, dtype=torch.float64)
     moved = RopeTable(7, 1, 1, 1, 128, dtype=torch.float64, device=k.device).rotate(
