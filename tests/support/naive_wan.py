@@ -33,10 +33,11 @@ def attend(q, k, v, mask=None):
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1)
 
 
-def naive_forward(weights, latents, frame_timesteps, context, frame_mask, layers, frame_positions=None):
-    """Flow of every frame, [C, F, h, w], with attention between frames only where frame_mask [F, F] allows it.
+def naive_forward(weights, latents, frame_timesteps, context, layers, *, frame_mask=None, self_attention=None):
+    """Flow of every frame, [C, F, h, w].
 
-    latents [C, F, h, w], frame_timesteps [F], context [tokens, text_dim].
+    latents [C, F, h, w], frame_timesteps [F], context [tokens, text_dim]. Either frame_mask [F, F] says which frames
+    see which, or self_attention(layer, q, k, v) gives the result of q, k, v [L, H, 128] before RoPE.
     """
     weights = {key: value.double() for key, value in weights.items()}
     _, frames, height, width = latents.shape
@@ -45,16 +46,12 @@ def naive_forward(weights, latents, frame_timesteps, context, frame_mask, layers
     patches = latents.float().unfold(2, 2, 2).unfold(3, 2, 2).permute(1, 2, 3, 0, 4, 5).flatten(3)
     embedding = weights["patch_embedding.weight"].float().flatten(1)
     x = (patches @ embedding.T + weights["patch_embedding.bias"].float()).double().flatten(0, 2)
-    times = torch.arange(frames) if frame_positions is None else torch.as_tensor(frame_positions)
-    positions = torch.stack(
-        [
-            times.repeat_interleave(tokens),
-            torch.arange(rows).repeat_interleave(columns).repeat(frames),
-            torch.arange(columns).repeat(rows * frames),
-        ],
-        dim=1,
-    )
-    mask = frame_mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+    if self_attention is None:
+        positions = torch.cartesian_prod(torch.arange(frames), torch.arange(rows), torch.arange(columns))
+        mask = frame_mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+
+        def self_attention(layer, q, k, v):
+            return attend(rope(q, positions), rope(k, positions), v, mask)
 
     half = weights["time_embedding.0.weight"].shape[1] // 2
     angles = frame_timesteps.double()[:, None] / 10000 ** (torch.arange(half, dtype=torch.float64) / half)
@@ -76,9 +73,8 @@ def naive_forward(weights, latents, frame_timesteps, context, frame_mask, layers
             return y.unflatten(1, (-1, HEAD))
 
         y = F.layer_norm(x, (dim,), eps=1e-6) * (1 + m[1]) + m[0]
-        q = rope(heads(y, "self_attn.q", "self_attn.norm_q"), positions)
-        k = rope(heads(y, "self_attn.k", "self_attn.norm_k"), positions)
-        y = attend(q, k, heads(y, "self_attn.v"), mask)
+        q, k = (heads(y, f"self_attn.{part}", f"self_attn.norm_{part}") for part in "qk")
+        y = self_attention(layer, q, k, heads(y, "self_attn.v"))
         x = x + linear(y, weights, f"{name}.self_attn.o") * m[2]
 
         y = F.layer_norm(x, (dim,), weights[f"{name}.norm3.weight"], weights[f"{name}.norm3.bias"], 1e-6)
