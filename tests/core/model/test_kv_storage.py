@@ -47,6 +47,7 @@ def fill(cache, chunks, seed=0):
 @pytest.mark.parametrize("magnitude", [1e-6, 1.0, 3e4])
 def test_eight_bits_err_by_at_most_half_a_step_of_the_blocks_largest(dtype, magnitude):
     x = magnitude * draw(3, 1)
+    x[:, 4:8] = 0  # a block of zeros comes back as zeros
     stored, scales = quantise_blocks(x, LAYOUT, STORED[dtype])
     assert stored.dtype is STORED[dtype]
     assert scales.shape == (BATCH, 3 * LAYOUT.per_frame, HEADS)
@@ -58,16 +59,6 @@ def test_eight_bits_err_by_at_most_half_a_step_of_the_blocks_largest(dtype, magn
         # int8 steps are even; an e4m3 number has 3 bits of mantissa, and below 2^-6 even steps of 2^-9.
         bound = largest / 254 if dtype == "int8" else torch.maximum(inside / 16, largest / 448 * 2**-10)
         assert (error[:, blocks == block] <= bound * (1 + 1e-5)).all()
-
-
-@pytest.mark.parametrize("dtype", ["int8", "fp8"])
-def test_blocks_of_zeros_come_back_as_zeros(dtype):
-    x = draw(2, 2)
-    x[:, 4:8] = 0
-    stored, scales = quantise_blocks(x, LAYOUT, STORED[dtype])
-    back = dequantise_blocks(stored, scales, LAYOUT, torch.float32)
-    assert (back[:, 4:8] == 0).all()
-    assert torch.isfinite(back).all()
 
 
 @pytest.mark.parametrize("dtype", ["same", "int8", "fp8"])
