@@ -90,7 +90,7 @@ def load_dit_state_dict(
     path: a .safetensors or PyTorch file, a shard, an index.json, or a folder with one model.
     prefer_ema: if the file has several sets of weights, load the EMA unless the family is published to run without it
         (LongLive, MemFlow, One-Forcing, Causal Forcing chunk by chunk); False loads the plain weights.
-    weights: the set to load, "generator_ema" for example; None chooses by `prefer_ema`.
+    weights: the set to load, "generator_ema" for example, or "ema" for any; None chooses by `prefer_ema`.
     family: None reads it from the path.
     lora, lora_strength, lora_adapter: a LoRA to merge into the weights, see `merge_lora`.
     dequantise_all: for use without ComfyUI, convert quantised weights to bfloat16.
@@ -227,9 +227,11 @@ def _choose_weights(
             f"{path}: contains only {name_list(groups)}, not the model's weights; choose another file"
         )
     if weights is not None:
-        if weights not in models:
-            raise CheckpointError(f"{path}: has no weights named {weights!r}; it has {name_list(map(repr, models))}")
-        chosen = weights
+        found = [weights] if weights in models else [name for name in models if weights == "ema" and "ema" in name]
+        if not found:
+            held = name_list(repr(name) if name else "one set without a name" for name in models)
+            raise CheckpointError(f"{path}: has no weights named {weights!r}, but {held}; choose that, or auto")
+        chosen = found[0]
     else:
         ema_first = prefer_ema and family.weights != "generator"
         order = (*_EMA, *_PLAIN) if ema_first else (*_PLAIN, *_EMA)

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ...lightforcing_core.checkpoint.files import CheckpointError
-from ...lightforcing_core.checkpoint.load import inspect_checkpoint, load_dit_state_dict
+from ...lightforcing_core.checkpoint.load import load_dit_state_dict
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS
 from ...lightforcing_core.families import FAMILIES, Family, doubt_of, family_of
 from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path, show_text, with_lora
@@ -105,12 +105,7 @@ def load_checkpoint(
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """A MODEL from a checkpoint file; ComfyUI calls this for second copies too."""
-    prefer_ema, group = weights != "plain", None
-    if weights == "ema":
-        info = inspect_checkpoint(path)
-        group = next((name for name in (info.weights, *info.other_weights) if "ema" in name), None)
-        if group is None:
-            raise CheckpointError(f"{path} holds no EMA weights; set weights to auto")
+    prefer_ema, group = weights != "plain", "ema" if weights == "ema" else None
     state_dict, info = load_dit_state_dict(
         path, prefer_ema=prefer_ema, weights=group, family=family, lora=lora, lora_adapter=with_lora
     )

@@ -29,7 +29,7 @@ def test_import_asks_for_nothing_heavy_and_warns_of_nothing(run_inside):
 
 def test_errors_are_shown_without_the_path_of_the_folder(server):
     prompt_id = server.queue(graph({"model": loader(weights="ema")}))
-    with pytest.raises(Failed, match="holds no EMA weights"):
+    with pytest.raises(Failed, match="has no weights named 'ema', but one set without a name"):
         server.wait(prompt_id)
     messages = dict(server.get(f"/history/{prompt_id}")[prompt_id]["status"]["messages"])
     assert messages["execution_error"]["exception_type"] == "light_forcing.CheckpointError"

@@ -65,6 +65,7 @@ def test_a_single_container_is_opened_whatever_its_name_and_dtype(tmp_path, cont
         ("something.pt", {"prefer_ema": False}, "generator"),
         ("longlive_base.pt", {}, "generator"),
         ("longlive_base.pt", {"weights": "generator_ema"}, "generator_ema"),
+        ("longlive_base.pt", {"weights": "ema"}, "generator_ema"),
         ("causal_forcing.pt", {}, "generator"),
         ("framewise-2step.pt", {}, "generator_ema"),
         ("one_forcing.pt", {}, "generator"),
