@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -37,8 +38,7 @@ def _register(client_id: str, plays: bool, connected: Container[str]) -> None:
 def add_routes(server: Server, schedule_numbers: Callable[[Any], dict[str, Any]]) -> None:
     """Add the pack's routes to ComfyUI's server.
 
-    schedule_numbers: answers the schedule node's plot. Raises TypeError for a request that no node makes, and
-    ValueError for a schedule that cannot be met.
+    schedule_numbers: answers the schedule node's plot. Raises TypeError for a request that no node makes.
     """
 
     def post(path: str, answer: Callable[[Any], Awaitable[dict[str, Any]]]) -> None:
@@ -53,14 +53,6 @@ def add_routes(server: Server, schedule_numbers: Callable[[Any], dict[str, Any]]
             except (TypeError, ValueError, RecursionError) as error:
                 return web.json_response({"error": str(error)}, status=400)
 
-    async def schedule(asked: Any) -> dict[str, Any]:
-        """Numbers of the schedule that a node's inputs describe, or `error` with the remedy."""
-        try:
-            # In a thread, because a very long video would block the event loop.
-            return await asyncio.to_thread(schedule_numbers, asked)
-        except ValueError as error:
-            return {"error": str(error)}
-
     async def page(asked: Any) -> dict[str, Any]:
         """Register a page; `plays` says whether it plays the live view."""
         if not isinstance(asked, dict) or not isinstance(asked.get("client_id"), str):
@@ -68,5 +60,6 @@ def add_routes(server: Server, schedule_numbers: Callable[[Any], dict[str, Any]]
         _register(asked["client_id"], asked.get("plays") is True, server.sockets)
         return {}
 
-    post("/light_forcing/schedule", schedule)
+    # In a thread, because a very long video would block the event loop.
+    post("/light_forcing/schedule", partial(asyncio.to_thread, schedule_numbers))
     post("/light_forcing/page", page)

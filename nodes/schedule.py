@@ -157,16 +157,21 @@ def numbers_per_chunk(text: str, name: str, number: Callable[[str], Number], *, 
 
 
 def plot_numbers(asked: Any) -> dict[str, Any]:
-    """The numbers of the canvas's plot; `follows` if only a run knows the model.
+    """The numbers of the canvas's plot; `follows` if only a run knows the model, `error` if it cannot be met.
 
     asked: `length` and `preset` of the node, and `family` and `file` of the connected model as far as the canvas
-    knows them. Raises TypeError for a request that no node makes, and ValueError for a schedule that cannot be met.
+    knows them. Raises TypeError for a request that no node makes.
     """
-    problem = _wrong_input(asked)
-    if problem:
-        raise TypeError(f"{problem}; these are not the inputs of a Light Forcing Schedule")
-    length, preset, file = asked["length"], asked["preset"], asked.get("file")
-    family = FAMILIES.get(asked.get("family") or "")
+    try:
+        return _plot_numbers(asked["length"], asked["preset"], asked.get("family"), asked.get("file"))
+    except ValueError as error:
+        return {"error": str(error)}
+    except (TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        raise TypeError(f"these are not the inputs of a Light Forcing Schedule: {error!r:.200}") from error
+
+
+def _plot_numbers(length: int, preset: Mapping[str, Any], family_id: str | None, file: str | None) -> dict[str, Any]:
+    family = FAMILIES.get(family_id or "")
     if family is None and file is not None:
         family, _ = family_of(find_model("diffusion_models", file) or file)
     if preset["preset"] in FOLLOWING and family is None:
@@ -184,26 +189,6 @@ def plot_numbers(asked: Any) -> dict[str, Any]:
         "attention_ratio": cost.attention_ratio,
         "model_ratio": cost.model_ratio,
     }
-
-
-def _wrong_input(asked: Any) -> str | None:
-    """The first value of a request for the plot that no node sends, or None."""
-    if not isinstance(asked, dict):
-        return f"the request is {type(asked).__name__}, not an object"
-    kinds: dict[str, Any] = {"length": int, "preset": dict, "family": str | None, "file": str | None}
-    preset = asked.get("preset")
-    if isinstance(preset, dict):
-        kinds["preset.preset"], asked = str, asked | {"preset.preset": preset.get("preset")}
-        if preset.get("preset") == CUSTOM:
-            types = {"INT": int, "FLOAT": int | float}
-            kinds |= {f"preset.{widget.id}": types.get(widget.io_type, str) for widget in custom_inputs()}
-            asked |= {f"preset.{name}": value for name, value in preset.items()}
-    for name, kind in kinds.items():
-        if name not in asked and name not in ("family", "file", "preset.sparsity"):
-            return f"{name} is missing"
-        if name in asked and not isinstance(asked[name], kind):
-            return f"{name} is {asked[name]!r}"
-    return next((f"there is no input {name}" for name in asked if name not in kinds), None)
 
 
 def _chunks_of(schedule: Schedule) -> tuple[list[int], list[float]]:

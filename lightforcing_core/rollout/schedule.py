@@ -251,4 +251,4 @@ def _solve(tops: list[float], slopes: list[float], weights: list[float], target:
     if not abs(spent(values) - budget) <= 1e-9 * total:
         nearest = f"use {spent(values) / total:.6f}, the nearest mean sparsity, or move base"
         raise Refusal("target", f"{target} cannot be met with this curve and base", nearest)
-    return values.tolist()
+    return list(map(float, values))

@@ -54,25 +54,24 @@ def test_presets_that_follow_the_model_do(numbers):
 
 
 @pytest.mark.parametrize(
-    ("asked", "problem"),
+    "asked",
     [
-        ([], "the request is list"),
-        ({}, "preset is missing"),
-        ({"preset": "auto"}, "preset is 'auto'"),
-        ({"preset": {"preset": "auto"}, "colour": "red"}, "no input colour"),
-        ({"preset": {"preset": "auto"}, "file": 5}, "file is 5"),
-        ({"preset": {**CUSTOM, "frames_per_chunk": None}}, "preset.frames_per_chunk is None"),
-        ({"preset": {**CUSTOM, "hue": 3}}, "no input preset.hue"),
+        [],
+        {},
+        {"preset": "auto"},
+        {"preset": {"preset": "auto"}, "file": 5},
+        {"preset": {**CUSTOM, "frames_per_chunk": None}},
+        {"preset": {**CUSTOM, "target": "0.5"}},
+        {"preset": {**CUSTOM, "hue": 3}},
+        {"preset": {"preset": ["auto"]}, "family": {}},
     ],
 )
-def test_request_that_no_node_makes_is_refused_with_the_input(server, asked, problem):
+def test_request_that_no_node_makes_is_refused(server, asked):
     body = {"length": 81, **asked} if isinstance(asked, dict) else asked
     with pytest.raises(HTTPError) as refused:
         server.post("/light_forcing/schedule", body)
     assert refused.value.code == 400
-    error = json.load(refused.value)["error"]
-    assert problem in error
-    assert "not the inputs of a Light Forcing Schedule" in error
+    assert "not the inputs of a Light Forcing Schedule" in json.load(refused.value)["error"]
 
 
 def test_plot_knows_the_nodes_own_limits(numbers):
