@@ -69,10 +69,11 @@ def queue(
         display = Display(complain, single=not is_batch, json=json)
         address = server[0] if server else "http://127.0.0.1:8188"
         with closing(ComfyServer(address, patience=patience)) as comfy, display.progress:
-            info = comfy.object_info() if changes or is_batch else {}
+            classes = [node["class_type"] for node in prompt.values()]
+            info = comfy.object_info(classes) if changes or is_batch else {}
             jobs = make_jobs(prompt, info, overrides=changes, lines=lines, seeds=numbers, prompt_node=prompt_node)
             done = Batch(jobs, comfy, display, out, is_batch, timeout, temp, save_previews).run()
-    except UsageError as error:
+    except (UsageError, ImportError) as error:  # a SOCKS proxy in the environment needs a package
         complain(str(error))
         raise typer.Exit(USAGE) from None
     raise typer.Exit(0 if done and not display.anything_left_out else 1)
@@ -80,4 +81,6 @@ def queue(
 
 def complain(message: str) -> None:
     """Print one line to stderr, under the command's name."""
-    typer.echo(f"lightforcing: {message}", err=True)
+    from .prompt import printable
+
+    typer.echo(f"lightforcing: {printable(message)}", err=True)

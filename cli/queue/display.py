@@ -29,6 +29,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .prompt import printable
+
 
 class Display:
     """Shows events as they come. `progress`, as a context, keeps a progress line on a terminal.
@@ -62,8 +64,8 @@ class Display:
             case "progress":
                 value, total = fields["value"], fields["total"]
                 counted = f" {value:g}/{total:g}" if total > 1 else ""
-                done = fields["nodes_done"] + (value / total if total else 0.0)
-                description = f"{whose}{fields['node']}{counted}"
+                done = fields["nodes_done"] + (min(max(value / total, 0.0), 1.0) if total else 0.0)
+                description = printable(f"{whose}{fields['node']}{counted}")
                 self.progress.update(self._task, description=description, completed=done, total=fields["nodes"])
             case "finished":
                 for file in fields["files"]:
@@ -90,4 +92,4 @@ class Display:
 
     def _print(self, line: str) -> None:
         if not self._json:
-            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+            self._console.print(printable(line), soft_wrap=True, highlight=False, markup=False)

@@ -6,6 +6,7 @@ defaults, so one override is enough.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,7 @@ from ...lightforcing_core.files.json import listing, mapping, read_json, read_te
 
 Prompt = Mapping[str, Mapping[str, Any]]
 
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]")
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}  # as typed; a server takes any text for true
 
@@ -91,6 +93,11 @@ def title_of(prompt: Prompt, node: str) -> str:
     """A node's title for the user: its own, else its class, else its id."""
     entry = mapping(prompt.get(node))
     return str(mapping(entry.get("_meta")).get("title") or entry.get("class_type") or f"node {node}")
+
+
+def printable(text: str) -> str:
+    """Text without characters that steer a terminal, or that no file and no terminal can hold."""
+    return _UNPRINTABLE.sub("?", text)
 
 
 def list_nodes(prompt: Prompt) -> str:

@@ -15,7 +15,7 @@ from .jobs import Job
 from .prompt import Prompt, title_of
 from .server import ComfyServer, QueueError, RemoteFile
 
-IDLE_SECONDS = 2.0  # after this long without an event, ask /history
+ASK_SECONDS = 2.0  # between two questions to /history, whatever the events say
 IMAGE_SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
 
 
@@ -37,40 +37,39 @@ class Run:
     previews: Path | None
     left_out: list[str] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
-    _last_event: float = -math.inf  # so /history is asked first: an earlier command may have sent this run
+    _asked: float = field(default_factory=time.monotonic)
+    _missing: bool = False
     _node: str | None = None
     _done: set[str] = field(default_factory=set)
 
     def follow(self, server: ComfyServer, client_id: str, *, timeout: float | None) -> Mapping[str, Any]:
-        """Listen until /history has the run, through dropped connections; returns its record.
+        """Listen until /history has the run, also without a stream of events; returns its record.
 
         timeout: seconds from now until the run is cancelled, None for no limit. Raises RunVanished if the
         server restarted and no longer knows the run, QueueError if somebody deleted it there.
         """
-        start, openings = time.monotonic(), server.openings
+        start, losses = time.monotonic(), server.losses
         while timeout is None or time.monotonic() - start < timeout:
-            record = server.patiently(lambda: self._listen(server, client_id, openings))
-            if record is not None:
-                return record
-        server.cancel(self.prompt_id)
+            message = server.next_event(client_id)
+            ended = message is not None and self._take(read_event(message))
+            if ended or time.monotonic() - self._asked >= ASK_SECONDS:
+                record = server.patiently(lambda: self._record(server, losses))
+                if record is not None:
+                    return record
+                self._asked = time.monotonic()
+        server.patiently(lambda: server.cancel(self.prompt_id))
         raise QueueError(f"not finished after {timeout:g} s, cancelled; allow more with --timeout")
 
-    def _listen(self, server: ComfyServer, client_id: str, openings: int) -> Mapping[str, Any] | None:
-        """Take one event; after the last one, or a pause, return the record in /history."""
-        message = server.next_event(client_id)
-        if message is not None:
-            self._last_event = time.monotonic()
-        idle = time.monotonic() - self._last_event >= IDLE_SECONDS
-        if not idle and (message is None or not self._take(read_event(message))):
-            return None
-        known = not idle or server.has_queued(self.prompt_id)
+    def _record(self, server: ComfyServer, losses: int) -> Mapping[str, Any] | None:
+        """The record in /history; None while the run is waiting or running."""
+        known = server.has_queued(self.prompt_id)
         record = server.history(self.prompt_id)  # asked last: a run goes from the queue to the history
-        if record is None and not known:
+        was_missing, self._missing = self._missing, record is None and not known
+        if was_missing and self._missing:  # twice, so that a lost connection is noticed in between
             gone = "the run is neither in the server's queue nor in its history"
-            if server.openings > openings:
+            if server.losses > losses:
                 raise RunVanished(f"{gone}: the server restarted")
             raise QueueError(f"{gone}: somebody deleted it there")
-        self._last_event = time.monotonic()
         return record
 
     def _take(self, event: Mapping[str, Any]) -> bool:
@@ -79,6 +78,7 @@ class Run:
         if data.get("prompt_id") != self.prompt_id:
             return False
         node = data.get("display_node") or data.get("node")
+        node = str(node) if isinstance(node, str | int) else None
         if isinstance(data.get("image"), bytes):
             if self.previews is not None:
                 folder = self.previews / self.job.name
@@ -91,7 +91,7 @@ class Run:
             self._done.update(map(str, listing(data.get("nodes"))))
         elif kind == "executing":
             self._done.update([] if self._node is None else [self._node])
-            self._node = None if node is None else str(node)
+            self._node = node
             self._show(0.0, 1.0)
         elif kind == "progress":
             with suppress(TypeError, ValueError):
@@ -108,7 +108,7 @@ class Run:
 def output_files(prompt: Prompt, record: Mapping[str, Any], *, temp: bool) -> list[RemoteFile]:
     """The files of a history record: each object with a filename, under any key (images, gifs, …).
 
-    temp: the files of preview nodes too. Raises QueueError if the record reports a failure.
+    temp: the files of preview nodes too. Raises QueueError if the record reports a failure, or neither work nor files.
     """
     status = mapping(record.get("status"))
     rows = map(listing, listing(status.get("messages")))
@@ -118,7 +118,7 @@ def output_files(prompt: Prompt, record: Mapping[str, Any], *, temp: bool) -> li
             reason = messages[kind].get("exception_message", "the run was interrupted on the server")
             raise QueueError(f"{title_of(prompt, str(messages[kind].get('node_id', '?')))}: {str(reason).strip()}")
     if status.get("status_str", "success") != "success":
-        raise QueueError(f"the server reports {status['status_str']} without a message; see its log")
+        raise QueueError(f"the server reports {status['status_str']!r:.80} without a message; see its log")
     found = {
         RemoteFile(str(item["filename"]), str(item.get("subfolder") or ""), str(item.get("type") or "output")): None
         for outputs in mapping(record.get("outputs")).values()
@@ -126,7 +126,12 @@ def output_files(prompt: Prompt, record: Mapping[str, Any], *, temp: bool) -> li
         for item in map(mapping, listing(items))
         if item.get("filename")
     }
-    return [file for file in found if file.type == "output" or (temp and file.type == "temp")]
+    files = [file for file in found if file.type == "output" or (temp and file.type == "temp")]
+    ran = (listing(record.get("prompt"))[4:5] or [list(prompt)])[0]  # the output nodes, if the record names them
+    cached = listing(mapping(messages.get("execution_cached")).get("nodes"))
+    if cached and not files and {*map(str, listing(ran))} <= {*map(str, cached)}:
+        raise QueueError("nothing ran: the server answered from its cache, and lists no file; change an input")
+    return files
 
 
 def read_event(message: str | bytes) -> Mapping[str, Any]:

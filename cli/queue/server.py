@@ -2,47 +2,64 @@
 
 POST /prompt takes a prompt, the WebSocket /ws sends its progress, /history/{id} holds its outcome (the last event alone
 does not tell success from failure), /view serves files, /queue and /interrupt cancel. Every answer is limited in size
-and time.
+and time. No redirect is followed, so a login stays with its host.
 """
 
+import asyncio
 import base64
 import json
+import math
+import netrc
+import os
 import re
 import ssl
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import anyio
 import httpx
-from websockets.exceptions import WebSocketException
+from websockets.exceptions import InvalidHandshake, InvalidStatus, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from ...lightforcing_core.files.json import listing, mapping, read_object
 from ...lightforcing_core.files.output import free_name, whole_file
-from .prompt import Prompt, UsageError, title_of
+from .prompt import Prompt, UsageError, printable, title_of
 
-MOST_EVENT = 64 << 20  # bytes
-MOST_JSON = 256 << 20  # /object_info of a server with many node packs and models has tens of millions
-MOST_FILE = 1 << 40
-SLOWEST = 4096  # bytes per second
-MOST_FOLDERS, LONGEST_NAME = 32, 200  # of a file on the server; the name in bytes
+MOST_EVENT = 8 << 20  # bytes
+MOST_JSON = 12 << 20
+MOST_QUEUE = 64 << 20  # /queue repeats the whole prompt of every run that waits
+MOST_ERROR = 1 << 20
+MOST_MESSAGE = 10_000  # characters
+MOST_FILE = 16 << 30
+SLOWEST = 16384  # bytes per second of a file
+LONGEST_NAME, LONGEST_PATH = 200, 1000  # of a file on the server, in bytes
 RETRY_SECONDS = 1.0
 TICK_SECONDS = 0.5  # longest wait for one event
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_AWAY = (502, 503, 504)  # a proxy's answers while the server behind it restarts
+_BUSY = (429, 502, 503, 504)  # too many requests, and a proxy's answers while the server behind it restarts
 _UNFIT = re.compile(r"[\x00-\x1f\x7f:\ud800-\udfff]")  # control characters, a drive's colon, halves of characters
+_HEADER = re.compile(r"([\w!#$%&'*+.^`|~-]+): *([!-~][ -~]*)", re.ASCII)
 Result = TypeVar("Result")
 
 
 class QueueError(OSError):
     """A request or a run that failed; each line of the message makes sense alone."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message[:MOST_MESSAGE]))
+
 
 class ServerUnreachable(QueueError):
     """No server, or none that speaks ComfyUI's protocol, answers at the address."""
+
+
+class ServerBusy(ServerUnreachable):
+    """The server, or the proxy in front of it, asks to come back later."""
 
 
 class RemoteFile(NamedTuple):
@@ -59,54 +76,68 @@ class RemoteFile(NamedTuple):
         return Path(*([part for part in parts if part not in ("", ".", "..")] or ["unnamed"]))
 
 
+class _Stream(ClientConnection):
+    """An event stream that follows no redirect: the login would go along."""
+
+    def handshake(self, *arguments: Any, **options: Any) -> None:
+        try:
+            super().handshake(*arguments, **options)
+        except InvalidStatus as error:
+            raise InvalidHandshake(str(error)) from error
+
+
 class ComfyServer:
     """One ComfyUI server.
 
-    url: `host:port` or `http(s)://[user:password@]host:port[/path]`; the attribute `url` is without the password, which
-    goes to the server (or the proxy in front of it) as basic authentication.
-    patience: seconds without an answer after which the server counts as lost.
-    openings: how often the event stream was opened.
+    url: `host:port` or `http(s)://[user:password@]host:port[/path]`; the attribute `url` is without the login. See
+    `login_headers` for other logins.
+    patience: seconds without a whole answer after which the server counts as lost.
+    losses: how often the connection was lost, as it is when the server restarts.
     """
 
     def __init__(self, url: str, *, patience: float = 30.0) -> None:
         try:
             address = httpx.URL(url if "://" in url else f"http://{url}")
-        except httpx.InvalidURL:
+        except (httpx.InvalidURL, ValueError):
             address = httpx.URL()
         if address.scheme not in ("http", "https") or not address.host:
             shown = url.rpartition("@")[2]
             raise UsageError(f"{shown} is not a server address; use one like http://127.0.0.1:8188")
         self.url = f"{address.scheme}://{address.netloc.decode()}{address.path.rstrip('/')}"
-        self._patience, self.openings = patience, 0
+        self._patience, self.losses = patience, 0
         self._socket: ClientConnection | None = None
-        secret = base64.b64encode(f"{address.username}:{address.password}".encode()).decode()
-        self._headers = {"Authorization": f"Basic {secret}"} if address.userinfo else {}
+        self._next_opening = 0.0
+        self._headers = login_headers(address)
         self._direct = address.host in _LOCAL  # the environment's proxy does not serve this machine
         system = ssl.create_default_context()  # httpx alone would not know the certificates of the system's store
-        self._client = httpx.Client(
-            base_url=self.url, headers=self._headers, timeout=patience, verify=system, trust_env=not self._direct
+        headers = [*self._headers.items(), ("Accept-Encoding", "identity")]
+        self._client = httpx.AsyncClient(
+            base_url=self.url, headers=headers, timeout=patience, verify=system, trust_env=not self._direct
         )
+        self._loop = asyncio.new_event_loop()  # the way to limit the time of a whole answer
 
     def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-        self._client.close()
+        self._hang_up()
+        self._loop.run_until_complete(self._client.aclose())
+        self._loop.close()
 
-    def patiently(self, call: Callable[[], Result]) -> Result:
-        """Repeat `call` while the server does not answer, until patience runs out."""
+    def patiently(self, call: Callable[[], Result], error: type[ServerUnreachable] = ServerUnreachable) -> Result:
+        """Repeat `call` while it raises `error`, until patience runs out."""
         deadline = None
         while True:
             try:
                 return call()
-            except ServerUnreachable:
+            except error:
                 deadline = deadline or time.monotonic() + self._patience
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(min(RETRY_SECONDS, self._patience))
 
-    def object_info(self) -> Mapping[str, Any]:
-        """The server's node definitions."""
-        return self._ask("GET", "/object_info")
+    def object_info(self, classes: Iterable[str]) -> dict[str, Any]:
+        """The server's definitions of these node classes, as far as it knows them."""
+        paths = [f"/object_info/{urllib.parse.quote(name, '', errors='replace')}" for name in dict.fromkeys(classes)]
+        answers = [self.patiently(partial(self._ask, "GET", path), ServerBusy) for path in paths]
+        return {name: info for answer in answers for name, info in answer.items()}
 
     def submit(self, prompt: Prompt, prompt_id: str, client_id: str, *, previews: bool) -> list[str]:
         """Queue `prompt`; returns one line per node error in parts that the server will not run.
@@ -129,88 +160,130 @@ class ComfyServer:
 
     def has_queued(self, prompt_id: str) -> bool:
         """Whether the prompt is running or waiting."""
-        queue = self._ask("GET", "/queue")
-        rows = [*listing(queue.get("queue_running")), *listing(queue.get("queue_pending"))]
-        return any(prompt_id in listing(row)[1:2] for row in rows)
+        text = self._read("GET", "/queue", None, MOST_QUEUE)
+        if b'"queue_pending"' not in text:
+            raise self._foreign("/queue")
+        return f'"{prompt_id}"'.encode() in text
 
-    def listen(self, client_id: str) -> ClientConnection:
-        """Open the stream of events about this client's prompts. Raises ServerUnreachable."""
+    def listen(self, client_id: str) -> None:
+        """Open the stream of events about this client's prompts, unless the server has none.
+
+        Raises ServerUnreachable if nothing answers at the address.
+        """
+        self._next_opening = time.monotonic() + RETRY_SECONDS
         try:
-            self._socket = socket = connect(
+            self._socket = connect(
                 f"ws{self.url.removeprefix('http')}/ws?clientId={client_id}",
-                additional_headers=self._headers,
+                additional_headers=dict(self._headers),
                 proxy=None if self._direct else True,
+                compression=None,
                 open_timeout=self._patience,
+                ping_timeout=None,
                 close_timeout=1,
                 max_size=MOST_EVENT,
-            ).__enter__()  # `close` ends it
+                max_queue=1,
+                create_connection=_Stream,
+            ).__enter__()  # `_hang_up` ends it
             # Ask for previews that name their node; ComfyUI reads this in the first message only.
-            socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
-        except (WebSocketException, OSError) as error:
+            self._socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
+        except (WebSocketException, TimeoutError):  # a proxy that passes no WebSocket: /history is enough
+            self._hang_up()
+            self._next_opening = time.monotonic() + self._patience
+        except OSError as error:
             raise ServerUnreachable(f"no ComfyUI server answers at {self.url}: {error}") from error
-        self.openings += 1
-        return socket
 
     def next_event(self, client_id: str) -> str | bytes | None:
-        """The next message of the event stream, None if none came within TICK_SECONDS.
-
-        Raises ServerUnreachable when the stream breaks off; the next call opens it again.
-        """
-        socket = self._socket or self.listen(client_id)
+        """The next message of the event stream; None if none came within TICK_SECONDS, or if there is no stream."""
         try:
-            return socket.recv(timeout=TICK_SECONDS)
+            if self._socket is None and time.monotonic() >= self._next_opening:
+                self.listen(client_id)
+            if self._socket is not None:
+                return self._socket.recv(timeout=TICK_SECONDS)
         except TimeoutError:
             return None
-        except (WebSocketException, OSError) as error:
-            socket.close()
-            self._socket = None
-            raise ServerUnreachable(f"the event stream broke off: {error}") from error
+        except (WebSocketException, OSError):
+            self.losses += self._socket is not None
+            self._hang_up()
+        time.sleep(TICK_SECONDS)
+        return None
 
     def download(self, remote: RemoteFile, folder: Path) -> Path:
         """Fetch a file below `folder`, completely or not at all; an existing file is never overwritten."""
         path = remote.relative_path
-        if len(path.parts) > MOST_FOLDERS or any(len(part.encode()) > LONGEST_NAME for part in path.parts):
+        if len(str(path).encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in path.parts):
             raise QueueError(f"{remote.filename[:80]}… is too long a file name; shorten the save node's prefix")
         target = free_name(folder / path)
         target.parent.mkdir(parents=True, exist_ok=True)
         query = urllib.parse.urlencode(remote._asdict(), errors="replace")
-        answer = self._answer("GET", f"/view?{query}")
-        with whole_file(target) as partial, answer as response, partial.open("wb") as file:
-            file.writelines(self._bounded(response, MOST_FILE))
+        with whole_file(target) as partial, partial.open("wb") as file:
+            self._receive(file.write, "GET", f"/view?{query}", None, MOST_FILE, SLOWEST)
         return target
+
+    def _hang_up(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
         """The JSON object of an answer, an empty one if the answer is empty. Raises ServerUnreachable or QueueError."""
-        with self._answer(method, path, body) as response:
-            text = b"".join(self._bounded(response, MOST_JSON))
+        text = self._read(method, path, body, MOST_JSON)
         answer = read_object(text)
         if text and not answer and text.strip() != b"{}":
-            raise ServerUnreachable(f"{self.url}{path} does not answer as ComfyUI does; is it a ComfyUI server?")
+            raise self._foreign(path)
         return answer
 
-    @contextmanager
-    def _answer(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Iterator[httpx.Response]:
-        """A successful answer, its body unread; any other raises an error with the server's message."""
-        content, headers = b"" if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"}
-        try:
-            with self._client.stream(method, path, content=content, headers=headers) as response:
-                if not response.is_success:
-                    content = b"".join(self._bounded(response, MOST_JSON))
-                    raise self._refusal(path, response, content, mapping(body).get("prompt") or {})
-                yield response
-        except httpx.HTTPError as error:
-            raise ServerUnreachable(f"no ComfyUI server answers at {self.url}: {str(error) or repr(error)}") from error
+    def _foreign(self, path: str) -> ServerUnreachable:
+        return ServerUnreachable(f"{self.url}{path} does not answer as ComfyUI does; is it a ComfyUI server?")
 
-    def _bounded(self, response: httpx.Response, most: int) -> Iterator[bytes]:
-        """The parts of a body. Raises QueueError if it is too large, ServerUnreachable if it arrives too slowly."""
-        start, received = time.monotonic(), 0
-        for part in response.iter_bytes():
-            received += len(part)
+    def _read(self, method: str, path: str, body: Mapping[str, Any] | None, most: int) -> bytes:
+        parts: list[bytes] = []
+        self._receive(parts.append, method, path, body, most)
+        return b"".join(parts)
+
+    def _receive(
+        self,
+        take: Callable[[bytes], object],
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        most: int,
+        slowest: float = math.inf,
+    ) -> None:
+        """Give the parts of a successful answer to `take`.
+
+        Raises QueueError for any other answer, with the server's message, and for one of more than `most` bytes;
+        ServerUnreachable if it is not whole after `patience` seconds and one more for every `slowest` bytes.
+        """
+
+        async def exchange() -> None:
+            content = b"" if body is None else json.dumps(body).encode()
+            headers, received, error = {"Content-Type": "application/json"}, 0, bytearray()
+            with anyio.fail_after(self._patience) as limit:
+                async with self._client.stream(method, path, content=content, headers=headers) as response:
+                    if response.headers.get("Content-Encoding", "identity") != "identity":
+                        raise QueueError(f"{self.url} sends a packed answer, which nobody asked for")
+                    bound, keep = (most, take) if response.is_success else (MOST_ERROR, error.extend)
+                    async for part in response.aiter_raw():
+                        keep(part)
+                        received += len(part)
+                        limit.deadline += len(part) / slowest
+                        if received > bound:
+                            break
+            if not response.is_success:
+                raise self._refusal(path, response, bytes(error), mapping(mapping(body).get("prompt")))
             if received > most:
                 raise QueueError(f"an answer of {self.url} is larger than {most} bytes")
-            if time.monotonic() - start > self._patience + received / SLOWEST:
-                raise ServerUnreachable(f"{self.url} sends less than {SLOWEST} bytes a second")
-            yield part
+
+        task = self._loop.create_task(exchange())
+        try:
+            self._loop.run_until_complete(task)
+        except TimeoutError as error:
+            raise ServerUnreachable(f"{self.url} gives no whole answer within {self._patience:g} s") from error
+        except httpx.HTTPError as error:
+            self.losses += 1
+            raise ServerUnreachable(f"no ComfyUI server answers at {self.url}: {str(error) or repr(error)}") from error
+        finally:
+            task.cancel()  # after Ctrl-C, or the next request would carry on with it
 
     def _refusal(self, path: str, response: httpx.Response, content: bytes, prompt: Prompt) -> QueueError:
         """The server's own message for an HTTP error."""
@@ -221,7 +294,28 @@ class ComfyServer:
             return QueueError("\n".join([str(error.get("message")), *lines] if lines else [_with_details(error)]))
         text = response.headers.get("Location") or content[:300].decode(errors="replace").strip()
         status = f"{self.url}{path} answers HTTP {response.status_code} {response.reason_phrase}: {text}"
-        return ServerUnreachable(status) if response.status_code in _AWAY else QueueError(status)
+        return ServerBusy(status) if response.status_code in _BUSY else QueueError(status)
+
+
+def login_headers(address: httpx.URL) -> httpx.Headers:
+    """The login in the address, LIGHTFORCING_LOGIN or netrc, and the `Name: value` lines of LIGHTFORCING_HEADERS.
+
+    LIGHTFORCING_LOGIN: `user:password`, or a bearer token. netrc: an entry for this very host, in $NETRC or ~/.netrc.
+    """
+    login = os.environ.get("LIGHTFORCING_LOGIN", "").strip()
+    if address.userinfo:
+        login = f"{address.username}:{address.password}"
+    with suppress(OSError, KeyError, ValueError, netrc.NetrcParseError):
+        login = login or "{0}:{2}".format(*netrc.netrc(os.environ.get("NETRC")).hosts[address.host])
+    basic = f"Basic {base64.b64encode(login.encode(errors='surrogateescape')).decode()}"
+    lines = [f"Authorization: {basic if ':' in login else f'Bearer {login}'}"] if login else []
+    headers = httpx.Headers()
+    for line in filter(None, map(str.strip, lines + os.environ.get("LIGHTFORCING_HEADERS", "").splitlines())):
+        header = _HEADER.fullmatch(line)
+        if header is None:  # the line itself is a secret
+            raise UsageError("LIGHTFORCING_LOGIN is not ASCII, or a line of LIGHTFORCING_HEADERS is not Name: value")
+        headers[header[1]] = header[2]
+    return headers
 
 
 def node_error_lines(prompt: Prompt, node_errors: Any) -> list[str]:

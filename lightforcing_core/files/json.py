@@ -11,14 +11,18 @@ from typing import Any
 
 MOST_TEXT = 100_000_000  # bytes of a text file
 MOST_DEPTH = 100  # lists and objects inside each other
+MOST_ITEMS = 1_000_000  # values, each of which takes up to a hundred bytes of memory
 MOST_DIGITS = 300  # of an integer, which a float can hold
 
 
 def read_json(text: str | bytes, *, finite: bool = False) -> Any:
-    """Parse JSON. ValueError if it is malformed, nested deeper than MOST_DEPTH, or has an integer of over MOST_DIGITS.
+    """Parse JSON. ValueError if it is malformed, or beyond MOST_DEPTH, MOST_ITEMS, or MOST_DIGITS of an integer.
 
     finite: refuse NaN and infinity too, which Python and ComfyUI write and read as numbers.
     """
+    marks = ("[", "{", ",") if isinstance(text, str) else (b"[", b"{", b",")
+    if len(text) > MOST_ITEMS and sum(text.count(mark) for mark in marks) > MOST_ITEMS:  # type: ignore[arg-type,misc]
+        raise ValueError(f"more than {MOST_ITEMS} values")
     try:
         value = json.loads(text, parse_int=_integer, **_FINITE if finite else {})
     except RecursionError:

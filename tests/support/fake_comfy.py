@@ -82,7 +82,7 @@ class FakeComfy:
 
         async def start():
             app = web.Application(middlewares=[answer_if_reachable])
-            for name in ("object_info", "ws", "history/{id}", "queue", "view"):
+            for name in ("object_info/{name}", "ws", "history/{id}", "queue", "view"):
                 app.router.add_get(f"/base/{name}", getattr(self, f"_get_{name.partition('/')[0]}"))
             for name in ("prompt", "queue", "interrupt"):
                 app.router.add_post(f"/base/{name}", getattr(self, f"_post_{name}"))
@@ -109,7 +109,8 @@ class FakeComfy:
             loop.close()
 
     async def _get_object_info(self, request):
-        return web.json_response(self.object_info)
+        name = request.match_info["name"]
+        return web.json_response({name: self.object_info[name]} if name in self.object_info else {})
 
     async def _post_prompt(self, request):
         body = await request.json()

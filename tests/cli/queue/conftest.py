@@ -12,7 +12,7 @@ from ...support.queue_samples import render_text
 def comfy(monkeypatch):
     """A server that renders the sample graph, and a client that asks often."""
     monkeypatch.setattr(server, "TICK_SECONDS", 0.05)
-    monkeypatch.setattr(run, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(run, "ASK_SECONDS", 0.2)
     monkeypatch.setattr(server, "RETRY_SECONDS", 0.1)
     fake = FakeComfy()
     render_text(fake)

@@ -112,6 +112,11 @@ def test_single_prompt_has_files_and_events_and_no_ledger(comfy, tmp_path):
     assert (tmp_path / "out" / "video" / "clip_00002_.txt").exists()
 
 
+def test_message_of_a_server_cannot_steer_the_terminal(comfy, tmp_path):
+    comfy.refusal = {"error": {"message": "no\x1b[2J\u202e\ud800\nway"}}
+    assert "lightforcing: no?[2J??\nway" in run(single(tmp_path, comfy)).stderr
+
+
 def test_parts_that_the_server_left_out_are_named_and_exit_1(comfy, tmp_path):
     comfy.node_errors = {"3": {"errors": [{"message": "Bad", "details": "seed"}]}}
     result = run(single(tmp_path, comfy))

@@ -7,7 +7,9 @@ import pytest
 from lightforcing.cli.queue import server as queue_server
 from lightforcing.cli.queue.prompt import UsageError
 from lightforcing.cli.queue.run import output_files
-from lightforcing.cli.queue.server import ComfyServer, QueueError, RemoteFile, ServerUnreachable
+from lightforcing.cli.queue.server import ComfyServer, QueueError, RemoteFile, ServerBusy, ServerUnreachable
+
+from ...support.queue_samples import wait_until
 
 PROMPT = {
     "1": {"class_type": "Load", "inputs": {}, "_meta": {"title": "Load Model"}},
@@ -41,20 +43,47 @@ def test_refusal_names_node_input_and_message(comfy, server):
     ]
 
 
-def test_login_in_the_address_goes_to_the_server_and_nowhere_else(comfy, tmp_path):
-    comfy.authorization = "Basic bWU6YSA6Yg=="  # me, "a :b"
+@pytest.mark.parametrize(
+    ("userinfo", "environment", "netrc", "authorization"),
+    [
+        ("me:a%20%3Ab@", "", "", "Basic bWU6YSA6Yg=="),  # me, "a :b"
+        ("me:a%20%3Ab@", "other:b", "machine 127.0.0.1 login other password b", "Basic bWU6YSA6Yg=="),
+        ("", "me:a :b", "machine 127.0.0.1 login other password b", "Basic bWU6YSA6Yg=="),
+        ("", "abc.DEF-1", "", "Bearer abc.DEF-1"),
+        ("", "", 'machine 127.0.0.1 login me password "a :b"', "Basic bWU6YSA6Yg=="),
+    ],
+)
+def test_login_goes_to_the_server(comfy, tmp_path, monkeypatch, userinfo, environment, netrc, authorization):
+    (tmp_path / "netrc").write_text(netrc)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("LIGHTFORCING_LOGIN", environment)
+    comfy.authorization = authorization
     comfy.files[VIDEO] = b"frames"
-    server = ComfyServer(comfy.url.replace("http://", "http://me:a%20%3Ab@"))
+    server = ComfyServer(comfy.url.replace("http://", f"http://{userinfo}"))
     assert server.url == comfy.url
     submit(server)
     server.listen("client")
+    wait_until(lambda: comfy.connections)
     assert server.download(VIDEO, tmp_path).read_bytes() == b"frames"
+
+
+def test_wrong_login_is_refused_and_not_repeated(comfy, monkeypatch):
+    comfy.authorization = "Bearer right"
+    monkeypatch.setenv("LIGHTFORCING_HEADERS", "X-Key: 7\nAuthorization: Bearer secret")
     with pytest.raises(QueueError, match="HTTP 401") as caught:
-        ComfyServer(comfy.url.replace("http://", "http://me:secret@")).object_info()
+        ComfyServer(comfy.url).object_info(["Load"])
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["ftp://host", "http://", "http://host:port", "http://[::1"])
+@pytest.mark.parametrize("line", ["secret", "Na me: secret", "Name: s\u00e9cret", "Name:", ": secret"])
+def test_header_that_is_none_is_refused_and_not_repeated(monkeypatch, line):
+    monkeypatch.setenv("LIGHTFORCING_HEADERS", line)
+    with pytest.raises(UsageError, match="LIGHTFORCING_HEADERS is not Name: value") as caught:
+        ComfyServer("http://127.0.0.1:8188")
+    assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["ftp://host", "http://", "http://host:port", "http://[::1", "a\udc80b"])
 def test_address_of_another_kind_is_refused(address):
     with pytest.raises(UsageError, match="is not a server address"):
         ComfyServer(address)
@@ -71,28 +100,22 @@ def test_proxy_is_not_asked_for_this_machine(comfy, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "body", "kind", "message"),
     [
-        (301, b"", QueueError, "/queue answers HTTP 301 Moved Permanently: https://elsewhere$"),
-        (404, b"404: Not Found", QueueError, r"/queue answers HTTP 404 Not Found: 404: Not Found$"),
-        (503, b"", ServerUnreachable, "/queue answers HTTP 503"),
+        (301, b"", QueueError, "/history/7f2c answers HTTP 301 Moved Permanently: https://elsewhere$"),
+        (404, b"404: Not Found", QueueError, r"/history/7f2c answers HTTP 404 Not Found: 404: Not Found$"),
+        (503, b"", ServerBusy, "/history/7f2c answers HTTP 503"),
         (200, b"<html>", ServerUnreachable, "does not answer as ComfyUI does; is it a ComfyUI server"),
         (200, b"7", ServerUnreachable, "does not answer as ComfyUI does"),
         (200, b"[" * 200_000, ServerUnreachable, "does not answer as ComfyUI does"),
         (200, b'{"a": "' + b"x" * 2000 + b'"}', QueueError, "an answer of .* is larger than 1000 bytes"),
-        (400, b"x" * 2000, QueueError, "an answer of .* is larger than 1000 bytes"),
+        (400, b"x" * 2000, QueueError, "answers HTTP 400 Bad Request: x{300}$"),
     ],
 )
 def test_answers_of_no_use_are_refused(comfy, server, monkeypatch, status, body, kind, message):
     if b"x" in body:
         monkeypatch.setattr(queue_server, "MOST_JSON", 1000)
-    comfy.answers = {"queue": (status, body)}
+    comfy.answers = {"history": (status, body)}
     with pytest.raises(kind, match=message):
-        server.has_queued("7f2c")
-
-
-def test_answer_that_only_drips_counts_as_none(comfy, server, monkeypatch):
-    server._patience = -1.0  # the time is over when the first byte comes
-    with pytest.raises(ServerUnreachable, match="sends less than 4096 bytes a second"):
-        server.has_queued("7f2c")
+        server.history("7f2c")
 
 
 def test_outputs_are_found_under_any_key_and_once():
