@@ -1,1 +1,1 @@
-"""Measurements of attention, one forward, a rollout and memory, each as a table and raw JSON."""
+"""Measurements of attention, a forward, a rollout and memory: table and raw JSON."""

@@ -1,4 +1,4 @@
-"""`bench attention`: every dense attention of this machine against each sparse backend, chunk by chunk.
+"""`bench attention`: dense attentions against sparse backends, chunk by chunk.
 
 The shapes are one layer's self-attention of the 81-frame short setting (chunks of 3 latent frames, target 0.88,
 base 0.98): q [1, 3 · tokens, H, 128] against k, v [1, 6 … 21 frames · tokens, H, 128].
@@ -102,7 +102,7 @@ def _chunk_row(bench: AttentionBench, chunk: int, layer: LayerAttention, absent:
 
 
 def dense_arms(q: Tensor, k: Tensor, v: Tensor, absent: dict[str, str]) -> dict[str, Arm]:
-    """Every dense attention that runs here, by name; the others are added to `absent` with the reason."""
+    """Dense attentions that run here, by name; `absent` gets reasons of the others."""
     if q.device.type != "cuda":
         return {"sdpa": partial(sdpa, q, k, v)}
     arms: dict[str, Arm] = {}
@@ -125,7 +125,7 @@ def dense_arms(q: Tensor, k: Tensor, v: Tensor, absent: dict[str, str]) -> dict[
 
 
 def _sparse_backends(bench: AttentionBench, q: Tensor, k: Tensor, absent: dict[str, str]) -> list[str]:
-    """The backends to time; a named one that cannot run is an error, any other is added to `absent`."""
+    """The backends to time; `absent` gets reasons of others. A named one must run."""
     choose = partial(choose_backend, q, k, tokens_per_frame=bench.tokens_per_frame, block=bench.block, tail=bench.tail)
     if bench.backend:
         return [choose(backend=name).name for name in bench.backend]

@@ -1,4 +1,4 @@
-"""`lightforcing bench`: dense against sparse on this machine, both in one process. The settings are in `settings.py`.
+"""`lightforcing bench`: dense against sparse on this machine, in one process.
 
 The measurements are imported when a command runs, because they need torch.
 """

@@ -1,4 +1,4 @@
-"""Commands made from settings: an option per field, a table on the terminal, raw JSON in a file."""
+"""Commands made from settings: an option per field, a table, raw JSON in a file."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ def measurement(app: typer.Typer, kind: type[Settings]) -> Callable[[Measure[Set
 def with_options(
     kind: type[Settings], run: Callable[[Settings, Any], None], out: Any, default: Any
 ) -> Callable[..., None]:
-    """A function for typer that calls `run(settings, out)`, with an option for every setting and for `out`.
+    """A function for typer that calls `run(settings, out)`, an option per setting.
 
     kind: a dataclass with a default for every field, annotated with its help and, for a number, its minimum. Fields of
     nested dataclasses become options too; a tuple is written with commas, or the option is repeated.

@@ -1,4 +1,4 @@
-"""One layer's sparse attention over plain tensors: pooled, selected and attended as in a rollout."""
+"""One layer's sparse attention over plain tensors, as a rollout computes it."""
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def published(backend: str, block: tuple[int, int], family: Family = FAMILY) -> 
 
 
 class LayerAttention:
-    """Attention of one chunk, with k and v pooled and quantised in advance, as they are in the cache.
+    """Attention of one chunk, with k and v pooled and quantised as in the cache.
 
     q: [B, Lq, H, D], the chunk.
     k, v: [B, Lk, H, D], all visible frames, those of the chunk last.

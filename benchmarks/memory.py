@@ -35,7 +35,7 @@ SMALL = Model(256, 1536, 4)
 
 @dataclass(frozen=True)
 class MemoryCase:
-    """One run whose peak is estimated and measured; `schedule` is long enough for the cache to fill."""
+    """One run to estimate and measure; `schedule` is long enough to fill the cache."""
 
     name: str
     schedule: Schedule
@@ -94,7 +94,7 @@ CUDA_CASES = (
 
 
 def run_memory(bench: Place, cases: tuple[MemoryCase, ...] = ()) -> dict[str, Any]:
-    """Estimate and measure every case, by default those for this device; returns the record of `bench memory`."""
+    """Estimate and measure cases, by default this device's; returns the record."""
     device, dtype = bench.prepare()
     rows: list[dict[str, Any]] = []
     for case in cases or (CUDA_CASES if device.type == "cuda" else CPU_CASES):

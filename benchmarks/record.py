@@ -1,4 +1,4 @@
-"""The facts of every record: machine, versions, commit and arguments; and the record as JSON."""
+"""The facts of every record: machine, versions, commit and arguments."""
 
 import importlib.util
 import json

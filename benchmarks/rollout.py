@@ -1,4 +1,4 @@
-"""`bench rollout`: seconds and peak memory of whole videos, chunk by chunk, and whether both stay constant.
+"""`bench rollout`: seconds and peak memory of whole videos, chunk by chunk.
 
 The arms are interleaved chunk by chunk in one process. "even" is sparse without growth, so that every chunk takes the
 same work once the window is full.
@@ -100,7 +100,7 @@ def schedule_of(bench: RolloutBench, arm: str, frames: int) -> Schedule:
 
 
 def over_rounds(rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> dict[str, Any]:
-    """Merge one chunk's rows of all rounds: the median of the seconds, the maximum of the memory."""
+    """Merge one chunk's rows of all rounds: median seconds, maximal memory."""
     peak = max(row["peak_bytes"] for row in rows)
     return rows[0] | {arm: medians([row[arm] for row in rows]) for arm in arms} | {"peak_bytes": peak}
 
@@ -151,7 +151,7 @@ def _seconds(
 
 
 class PeakMemory:
-    """Peak memory since `reset`: of torch's allocator on a GPU, else the resident memory of the process."""
+    """Peak memory since `reset`: of torch's allocator on a GPU, else of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None

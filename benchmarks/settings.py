@@ -1,4 +1,4 @@
-"""The settings of each measurement; every field is an option of its command, and its annotation the help text.
+"""The settings of each measurement; each field is an option with its help text.
 
 No module is imported here that needs torch, so that the command line starts without it.
 """

@@ -1,4 +1,4 @@
-"""`bench step`: one forward of one chunk at real shapes with random weights, dense and sparse, stage by stage."""
+"""`bench step`: one forward of one chunk, dense and sparse, stage by stage."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ STAGE_ROUNDS = 3
 
 
 def run_step(bench: StepBench) -> dict[str, Any]:
-    """Measure both arms on one model and one full cache; returns the record of `bench step`."""
+    """Measure both arms on one model and one full cache; returns the record."""
     check_chunk(bench.chunk)
     device, dtype = bench.place.prepare()
     if bench.cuda_graph and (reason := CudaRecorder.why_not(device)):
@@ -99,7 +99,7 @@ def _recorded(device: torch.device) -> Predict:
 def _state_with_history(
     bench: StepBench, cache: KVCache, random: Callable[..., torch.Tensor], device: torch.device
 ) -> ModelState:
-    """A state with an open chunk after random history, with as many frames as in a real run."""
+    """A state with an open chunk after as much random history as a real run has."""
     state = ModelState(cache, published(bench.backend, bench.picture.block))
     rows, columns = bench.picture.grid
     for _ in range(bench.chunk - 1):
@@ -115,7 +115,7 @@ def _state_with_history(
 def _stages(
     arms: dict[str, Any], states: dict[str, ModelState], dit: Any, device: torch.device
 ) -> dict[str, dict[str, float]]:
-    """Median seconds of each stage per arm, measured with hooks; the ratio is timed without them."""
+    """Median seconds of each stage per arm, by hooks; the ratio is timed without."""
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for _ in range(STAGE_ROUNDS):
         for name, run in arms.items():
@@ -150,6 +150,6 @@ def _hooked(clock: StageClock, dit: Any, state: ModelState) -> Iterator[None]:
 
 
 def _scaled(layers: int, seconds: list[float], stages: dict[str, float]) -> float:
-    """Seconds of all 30 layers: the measured layers times 30 / `layers`, and everything outside layers once."""
+    """Seconds of 30 layers: the measured ones times 30 / `layers`, the rest once."""
     outside = stages.get("embedding and head", 0.0)
     return (statistics.median(seconds) - outside) * REAL_LAYERS / layers + outside

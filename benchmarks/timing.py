@@ -1,4 +1,4 @@
-"""Time several arms interleaved in one process, so that a busy machine slows all of them equally."""
+"""Time several arms interleaved, so that a busy machine slows all equally."""
 
 import statistics
 import time
@@ -37,7 +37,7 @@ def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, Any]:
-    """The speed of the second arm relative to the first: median and quartiles of the rounds' ratios."""
+    """The speed of the second arm relative to the first, from the rounds' ratios."""
     return spread([a / b for a, b in zip(slow, fast, strict=True)])
 
 
@@ -60,7 +60,7 @@ def take_turns(
 
 
 class StageClock:
-    """Sum the time of named stages, by events on a GPU, which do not wait, and by the wall clock elsewhere.
+    """The time of named stages, by events on a GPU and by the wall clock elsewhere.
 
     The time of a stage within another one counts for the outer one.
     """
@@ -73,7 +73,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of this block, or of each call of a function that this decorates, to `name`."""
+        """Add the time of this block, or of each call of a decorated function, to `name`."""
         if self._open:
             yield
             return

@@ -1,4 +1,4 @@
-"""The whole method on a small model: growth, selection, rollout and streaming decode, to a video file."""
+"""The whole method on a small model, from growth to a video file."""
 
 import json
 import platform
@@ -38,7 +38,7 @@ def load_demo(
     base: float = Family.base,
     seed: int = 0,
 ) -> tuple[DemoModel, Recipe, dict[str, str]]:
-    """Load the model, on a GPU if there is one, and make the recipe of a video and the facts of its record.
+    """Load the model, and make the recipe of a video and the facts of its record.
 
     models: the folder of a demo model, by default the shipped one. Other arguments that are None take the model's own
     value; target 0 is dense.
@@ -82,7 +82,7 @@ def run_demo(
     folder: str | Path,
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[RunRecord, list[Path]]:
-    """Write demo.mp4, contact_sheet.png and report.json into `folder`; each is complete or absent.
+    """Write demo.mp4, contact_sheet.png and report.json, each complete or absent.
 
     on_progress: called as on_progress(stage, done, total).
 

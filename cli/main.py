@@ -1,4 +1,4 @@
-"""The command `lightforcing`: demo, inspect, quantize, bench, queue. Commands import torch only when they run."""
+"""The command `lightforcing`; its commands import torch only when they run."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ INTERRUPTED = 130  # the exit code of shells for Ctrl-C
 
 
 class _CleanGroup(TyperGroup):
-    """A command group that reports errors which a user can fix, and Ctrl-C, as a line on stderr."""
+    """A command group that reports a user's errors and Ctrl-C as a line on stderr."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

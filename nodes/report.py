@@ -1,4 +1,4 @@
-"""The report node: density, time and reasons for dense attention of a run, as pictures and as text."""
+"""The report node: a run's density, time and reasons for dense attention."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The prompt timeline node: prompts that take over during the video, and which prompts a rollout can follow."""
+"""The prompt timeline node: prompts that take over during the video."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence

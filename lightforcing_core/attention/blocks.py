@@ -1,4 +1,4 @@
-"""How a video's tokens fall into frames and a frame's tokens into attention blocks.
+"""A video's tokens in frames, and a frame's tokens in attention blocks.
 
 Blocks never straddle frames; a frame's last block may be ragged. At 512×768 (1536 tokens) and blocks of 64 or 128 this
 is exactly the published layout.
@@ -18,7 +18,7 @@ def block_pair(block: object) -> tuple[int, int]:
 
 
 def tile_order(height: int, width: int, block: int) -> Tensor:
-    """The order of a frame's `height` × `width` tokens in which runs of `block` are compact patches: int64 [tokens].
+    """The order of tokens in which runs of `block` are patches: int64 [tokens].
 
     Entry i is the row-by-row index of the token that comes i-th. The frame is cut into strips as high as the side of
     a square of `block` tokens, and each strip is read column by column; so no size needs padding.
@@ -33,7 +33,7 @@ def tile_order(height: int, width: int, block: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FrameBlocks:
-    """The block layout of one side of attention: `block` tokens per block inside frames of `tokens_per_frame`."""
+    """The block layout of one side of attention, in tokens."""
 
     tokens_per_frame: int
     block: int
@@ -77,7 +77,7 @@ class FrameBlocks:
         return one.repeat(frames)
 
     def block_of_token(self, frames: int, device: torch.device | str | None = None) -> Tensor:
-        """The block id that each token of `frames` frames belongs to: int64 [frames · tokens_per_frame]."""
+        """The block id of every token of `frames` frames: int64 [tokens]."""
         token = torch.arange(frames * self.tokens_per_frame, device=device)
         frame, within = token // self.tokens_per_frame, token % self.tokens_per_frame
         return frame * self.per_frame + within // self.block
@@ -111,7 +111,7 @@ class FrameBlocks:
         return (sums / lengths[None, :, None, None]).to(x.dtype)
 
     def frame_means(self, block_means: Tensor) -> Tensor:
-        """Mean over the real tokens of each frame, from its block means weighted by their lengths.
+        """Mean over the real tokens of each frame, from its weighted block means.
 
         block_means: [B, frames · per_frame, H, D] → [B, frames, H, D]. For unragged frames this is the published
         mean of the frame's pooled blocks.

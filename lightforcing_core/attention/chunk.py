@@ -1,4 +1,4 @@
-"""One chunk's attention, decided when the chunk opens: the policy's plan, the backend, and the reason if dense."""
+"""One chunk's attention, decided when it opens: plan, backend, reason if dense."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from .policies import POLICIES, Plan, View
 
 @dataclass(frozen=True)
 class ChunkAttention:
-    """One chunk's attention. A chunk without a plan is dense, and then `why_dense` says why.
+    """One chunk's attention; dense without a plan, for the reason `why_dense`.
 
     choice: the backend of a chunk that skips blocks. It may still fail and be replaced while the chunk runs.
     density: the share of visible key blocks that the chunk reads.
@@ -26,14 +26,14 @@ class ChunkAttention:
 
     @property
     def no_backend(self) -> str | None:
-        """Why no sparse backend works, if the chunk is dense for that reason; otherwise None."""
+        """Why no sparse backend works, if the chunk is dense for that reason."""
         return self.choice.reason if self.choice and self.choice.name == DENSE.name else None
 
 
 def plan_chunk(
     options: AttentionOptions, view: View, sparsity: float, head_dim: int, dtype: torch.dtype, stored: torch.dtype
 ) -> ChunkAttention:
-    """Plan the attention of a chunk that skips the share `sparsity` of the key blocks in `view`, in [0, 1).
+    """Plan a chunk that skips the share `sparsity`, in [0, 1), of key blocks.
 
     dtype: of queries. stored: of keys and values in the cache. Raises `BackendUnavailable` if a named backend
     cannot run.

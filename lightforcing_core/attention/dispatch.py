@@ -1,4 +1,4 @@
-"""Sparse attention: check the input, choose a backend, run it, and with "auto" run the next one if it fails."""
+"""Sparse attention: check the input, choose a backend and run it, or the next one."""
 
 import logging
 from dataclasses import replace
@@ -20,7 +20,7 @@ _BY_NAME: dict[str, Backend] = {backend.name: backend for backend in (*BACKENDS,
 
 
 class BackendUnavailable(RuntimeError):
-    """A named backend cannot run here; the message says why, and how to install a missing package."""
+    """A named backend cannot run here; the message says why."""
 
 
 class BackendChoice(NamedTuple):
@@ -97,7 +97,7 @@ def choose_backend(
 
 
 def choose(call: Call, backend: str = "auto") -> BackendChoice:
-    """The backend for `call`, whose tensors need no data. Raises `BackendUnavailable` if a named one cannot run."""
+    """The backend for `call`; raises `BackendUnavailable` if a named one cannot run."""
     if backend != "auto":
         if reason := _BY_NAME[backend].why_not(call):
             raise BackendUnavailable(f"attention backend {backend!r} cannot run: {reason}")
@@ -115,7 +115,7 @@ def choose(call: Call, backend: str = "auto") -> BackendChoice:
 
 
 def attend(call: Call, choice: BackendChoice, backend: str = "auto") -> tuple[Tensor, BackendChoice]:
-    """Run `call` with its chosen backend; returns the result and the backend that computed it.
+    """Run `call`; returns the result and the backend that computed it.
 
     backend: the requested one. With "auto" a backend that fails is replaced by the next one, with a warning.
     """

@@ -1,4 +1,4 @@
-"""Optional fast paths: try one, remember for this run that it failed, and say so once.
+"""Optional fast paths: try one, remember its failure for this run, log it once.
 
 Two kinds of failure are still raised as errors: running out of memory, which says nothing about the path, and a CUDA
 error that makes the device unusable.
@@ -40,11 +40,11 @@ _said: set[str] = set()
 
 
 class DeviceLost(RuntimeError):
-    """A CUDA error after which nothing runs on the device until the process is restarted."""
+    """A CUDA error after which nothing runs until the process is restarted."""
 
 
 class FastPath(NamedTuple):
-    """One way to do one kind of work. Each kind, dtype, block, head dim and device fails by itself.
+    """One way to do one kind of work; each kind, size and device fails by itself.
 
     kind: the name that a warning shows, such as "fused store".
     block: (query, key) tokens per attention block, None if the work has no blocks.
@@ -100,7 +100,7 @@ def say_once(level: int, text: str, *, about: str) -> None:
 
 
 def raise_if_fatal(error: BaseException) -> None:
-    """Raise torch.OutOfMemoryError or `DeviceLost` if `error` means either; otherwise return."""
+    """Raise torch.OutOfMemoryError or `DeviceLost` if `error` means either."""
     if isinstance(error, torch.OutOfMemoryError | DeviceLost):
         raise error
     text = str(error).lower()

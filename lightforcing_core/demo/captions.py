@@ -1,4 +1,4 @@
-"""The captions of the demo model: a scene ⇄ its caption → word ids → context tokens.
+"""The captions of the demo model: scene ⇄ caption → word ids → context tokens.
 
     on a <background> background a <colour> <shape> moves <direction> <speed> [and a <colour> <shape> moves …]
 
@@ -67,7 +67,7 @@ def caption_of(scene: Scene) -> str:
 
 
 def parse(caption: str) -> Scene:
-    """The scene that a caption describes; capitals, commas and full stops do not matter.
+    """The scene that a caption describes; case, commas and full stops do not matter.
 
     Raises ValueError, which names the first wrong word and the words that are allowed there.
     """
@@ -100,7 +100,7 @@ def parse(caption: str) -> Scene:
 
 
 def word_ids(caption: str) -> list[int]:
-    """`SLOTS` ids into `VOCABULARY`, padded at the end. Raises ValueError like `parse`."""
+    """`SLOTS` ids into `VOCABULARY`, padded at the end; raises as `parse` does."""
     words = caption_of(parse(caption)).split()
     return [_IDS[word] for word in words] + [_IDS[PADDING]] * (SLOTS - len(words))
 
@@ -111,5 +111,5 @@ def context_of(table: dict[str, Tensor], ids: Tensor) -> Tensor:
 
 
 def context_of_caption(table: dict[str, Tensor], caption: str) -> Tensor:
-    """A caption → context [1, SLOTS, text_dim], float32. Raises ValueError like `parse`."""
+    """A caption → context [1, SLOTS, text_dim], float32; raises as `parse` does."""
     return context_of(table, torch.tensor([word_ids(caption)], device=table["words"].device))

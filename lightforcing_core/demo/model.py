@@ -1,4 +1,4 @@
-"""Load the demo model: three small files that `laboratory/training` makes and the repository ships.
+"""Load the demo model: three small files made by `laboratory/training`.
 
     diffusion_models/light_forcing_demo.safetensors    Wan layout; ComfyUI and `DemoVideo` read its metadata
     vae/light_forcing_demo_vae.safetensors             Wan VAE layout
@@ -73,7 +73,7 @@ class DemoModel:
 
 
 def demo_video(folder: Path) -> DemoVideo:
-    """The videos of the demo model in `folder`, without loading it. Raises ValueError like `load_demo_model`."""
+    """The videos of the demo model in `folder`; raises as `load_demo_model` does."""
     if missing := [name for name in (DIT, VAE, TEXT) if not (folder / name).is_file()]:
         raise ValueError(
             f"{folder} has no demo model: {', '.join(missing)} is missing; reinstall the pack, which contains one, or "

@@ -1,4 +1,4 @@
-"""Measure the largest input of every quantised layer, for FP8 formats that store an activation scale in the file.
+"""Measure every quantised layer's largest input, for stored activation scales.
 
 ComfyUI's FP8 divides activations by `input_scale`, or by 1 without one, and clips them at ±448. A short video with real
 prompts shows the layers whose inputs exceed 448 or are so small that e4m3 loses digits.
@@ -25,7 +25,7 @@ HEADROOM = 2.0  # other prompts may give larger inputs; e4m3 is a floating-point
 
 
 def read_prompts(path: str | Path, text_dim: int) -> list[Tensor]:
-    """Read the text embeddings [1, tokens, text_dim] from a file of Light Forcing Save Text Embeds.
+    """Read embeddings [1, tokens, text_dim] from Light Forcing Save Text Embeds.
 
     Raises CheckpointError, which names the file, if it has none or they have another width.
     """
@@ -52,7 +52,7 @@ def largest_inputs(
     latent_size: tuple[int, int] = (32, 56),
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Layer → the largest magnitude of its inputs, over a dense video of two chunks for each prompt.
+    """Layer → its largest input magnitude, over a dense two-chunk video per prompt.
 
     dit: a Wan tree (see `wan.py`), which runs on its own device.
     prompts: [1, tokens, text_dim] each.
@@ -98,5 +98,5 @@ def largest_inputs(
 
 
 def input_scales(largest: Mapping[str, float]) -> dict[str, float]:
-    """The divisor of each layer's inputs with which twice the largest measured one still fits e4m3."""
+    """The divisor of each layer's inputs with which twice the largest fits e4m3."""
     return {name: HEADROOM * max(value, SMALLEST) / LARGEST for name, value in largest.items()}

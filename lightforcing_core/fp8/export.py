@@ -1,4 +1,4 @@
-"""Write a checkpoint as FP8 in ComfyUI's format, for its Load Diffusion Model and for our loader.
+"""Write a checkpoint as FP8 in ComfyUI's format, for ComfyUI's loader and ours.
 
 Each matrix of a layer is stored as float8_e4m3fn with one float32 scale, the only kind that ComfyUI's kernels support,
 and a `comfy_quant` key that names the format. On GPUs with FP8 units, ComfyUI 0.27 multiplies such a layer in FP8 and
@@ -57,7 +57,7 @@ def write_fp8_checkpoint(
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> FP8File:
-    """Convert a checkpoint of any published layout to ComfyUI's FP8 format, with one layer in memory at a time.
+    """Convert a checkpoint to ComfyUI's FP8 format, one layer in memory at a time.
 
     source: any file that `load_dit_state_dict` can load, unless it is quantised.
     out: the .safetensors file to write; it is complete or absent.
@@ -169,7 +169,7 @@ def _layout(state_dict: Mapping[str, Tensor], layers: list[str], *, scaled_input
 
 
 def _metadata(info: CheckpointInfo) -> dict[str, str]:
-    """The source's metadata; if the family is known, with ComfyUI's mark of autoregressive models."""
+    """The source's metadata, with ComfyUI's mark of a known autoregressive family."""
     metadata = {"format": "pt", **info.metadata}
     if info.family.id != "unknown" and not info.causal_metadata:
         config = read_object(metadata.get("config", ""))

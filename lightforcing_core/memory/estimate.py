@@ -1,4 +1,4 @@
-"""Estimate a run's memory before it starts: weights, KV cache, one forward's activations, decode.
+"""Estimate a run's memory before it starts: weights, KV cache, step, decode.
 
 Nothing is looked up in a table: one layer's forward and one chunk's decode run on tensors without data while their
 allocations are counted, so the estimate follows the code when the code changes.
@@ -123,7 +123,7 @@ def estimate(
     vae_dtype: torch.dtype = torch.bfloat16,
     decode_tiles: int = 1,
 ) -> MemoryEstimate:
-    """The memory of one `rollout` of `recipe`, whose tensors may be on the meta device.
+    """The memory of a rollout of `recipe`, whose tensors may be on the meta device.
 
     kv: how the KV cache is kept.
     backend: what runs in sparse chunks, as `choose_backend` names it.
@@ -169,7 +169,7 @@ def estimate(
 
 @dataclass(frozen=True)
 class _DryRun:
-    """One run without data: the sizes in a recipe, so that a cached result keeps no tensor alive.
+    """One run without data: a recipe's sizes, so that no cached result keeps tensors.
 
     latents: the shape of the longest chunk's, [B, C, frames, h, w].
     backend: of sparse chunks, None if every chunk is dense.
@@ -209,7 +209,7 @@ class _DryRun:
         return peak.peak - text.nbytes - prompt_bytes, text.nbytes // batch + model.layers * prompt_bytes // layers
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Replace every attention: allocate its output, and the workspace of a sparse backend while that is made."""
+        """Replace attention: allocate its output, and a sparse backend's workspace before."""
         workspace = None
         if self.backend is not None and k.shape[1] != self.text_tokens:
             workspace = torch.empty(self.backend.workspace(self._sparse_call()), dtype=torch.uint8, device="meta")
@@ -230,7 +230,7 @@ class _DryRun:
 def decode_bytes(
     shape: tuple[int, ...], vae_dim: int, vae_dtype: torch.dtype, tiles: int, *, on_host: bool = False
 ) -> tuple[int, int, int]:
-    """Bytes of a Wan VAE's weights, of what its decoder keeps between chunks, and of decoding one chunk.
+    """Bytes of a Wan VAE's weights, its decoder's history, and decoding one chunk.
 
     shape: of the chunk's latents, [B, C, frames, h, w].
     tiles: per side, see `TiledDecoder`.

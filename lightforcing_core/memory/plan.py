@@ -90,7 +90,7 @@ def plan_memory(
     overlap: bool = False,
     cuda_graph: bool = False,
 ) -> MemoryPlan:
-    """The cheapest way to fit a run into `free` bytes; if none fits, all of them together.
+    """The cheapest way to fit a run into `free` bytes, or all ways if none fits.
 
     estimate_of: the estimate for a KV cache and a number of decode tiles per side.
     ladder: the ways in which the cache may be kept, the best first.
@@ -123,7 +123,7 @@ def plan_memory(
 
 
 def describe_memory(model: ModelSize, family: Family, *, height: int, width: int, length: int) -> list[tuple[str, str]]:
-    """(label, value) rows: the memory of `length` video frames on a GPU, for each way to keep the KV cache."""
+    """(label, value) rows: a video's memory on a GPU for each kind of KV cache."""
     check_size(height, width)
     schedule = Schedule.of_family(family, latent_frames_of(length))
     recipe = Recipe(

@@ -1,4 +1,4 @@
-"""The causal forward pass over any Wan-layout module tree: one chunk of frames against the KV cache.
+"""The causal forward pass of a Wan-layout tree: one chunk against the KV cache.
 
 It drives the tree's own submodules by Wan's attribute names and never touches their raw weights, so quantised,
 offloaded and LoRA-patched layers keep working, in ComfyUI as without it.
@@ -37,7 +37,7 @@ Watch = Callable[[int, BlockSelection, BackendChoice], object]
 
 @dataclass(eq=False)
 class OpenChunk:
-    """State of one open chunk. A new object also means that recorded passes are out of date.
+    """State of one open chunk; a new object makes recorded passes out of date.
 
     steps: the number of denoising steps left, from which a `StepGraph` decides whether recording pays.
     given: the number of last frames that are given, and so get `GIVEN_NOISE` of a step's noise.
@@ -55,7 +55,7 @@ class OpenChunk:
 
 @dataclass(eq=False)
 class TextMemory:
-    """The current prompt, [B, tokens, text_dim], and its keys and values in each layer.
+    """The current prompt [B, tokens, text_dim], and its keys and values in each layer.
 
     Keys and values, [B, tokens, H, D], are computed by the first pass that needs them.
     """
@@ -65,7 +65,7 @@ class TextMemory:
 
 
 class TokenOrder(NamedTuple):
-    """An order of a frame's tokens other than row by row, and its inverse: int64 [tokens] each."""
+    """An order of a frame's tokens, and its inverse: int64 [tokens] each."""
 
     order: Tensor
     back: Tensor
@@ -88,7 +88,7 @@ class ModelState:
     def open_chunk(
         self, frames: int, sparsity: float, device: torch.device | str | None, *, steps: int = 0, given: int = 0
     ) -> None:
-        """Begin the next `frames` latent frames, which skip the share `sparsity` of key blocks (0: dense).
+        """Begin the next `frames` latent frames, skipping `sparsity` of the key blocks.
 
         steps, given: see `OpenChunk`.
         """
@@ -125,7 +125,7 @@ class ModelState:
 
 
 def predict(dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Watch | None = None) -> Tensor:
-    """Predict the flow `noise − x0` of the open chunk, and store its keys and values for its own attention.
+    """Predict the flow `noise − x0` of the open chunk, and store its keys and values.
 
     dit: a Wan 2.1 T2V module tree.
     x: [B, C, F, h, w] noisy latents of the open chunk, in the compute dtype.
@@ -148,7 +148,7 @@ def predict(dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Wat
 
 
 def commit(dit: Any, x: Tensor, timestep: Tensor, state: ModelState) -> None:
-    """Store the keys and values of the open chunk's clean latents and keep them as history.
+    """Store keys and values of the open chunk's clean latents as history.
 
     Arguments and errors as those of `predict`. The pass ends once the last layer's keys and values are stored.
     """
@@ -169,7 +169,7 @@ class Pass:
     watch: Watch | None = None
 
     def __call__(self, dit: Any, x: Tensor, timestep: Tensor) -> Tensor:
-        """The flow that `predict` gives; zeros for a commit, because ComfyUI's model wrapper expects a flow."""
+        """The flow of `predict`, or zeros for a commit, since ComfyUI expects a flow."""
         if self.commits:
             commit(dit, x, timestep, self.state)
             return torch.zeros_like(x)
@@ -199,7 +199,7 @@ def _run_layers(
     *,
     only_store: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Run all layers; returns the last one's output [B, L, D] and the embedded timestep [B, F or 1, D].
+    """Run all layers; returns output [B, L, D] and embedded timestep [B, F or 1, D].
 
     only_store: end once the last layer has stored its keys and values; the first result is then not meaningful.
     """
@@ -230,7 +230,7 @@ def _run_layers(
 def _prepare(
     dit: Any, x: Tensor, grid: tuple[int, int, int], state: ModelState
 ) -> tuple[RopeTable, list[tuple[Tensor, Tensor]]]:
-    """Make the chunk's rope and the prompt's keys and values in the first pass, and the order of tokens."""
+    """Make the chunk's rope, the prompt's keys and values, and the order of tokens."""
     chunk, text = state.chunk, state.text
     if text is None:
         raise RuntimeError("no prompt is set; call follow() first")
@@ -285,7 +285,7 @@ def _self_attention(
 
 
 def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer's cross-attention, [B, tokens, H, 128]: once per prompt."""
+    """Keys and values of every layer's cross-attention, [B, tokens, H, 128] each."""
     pairs = []
     for block in dit.blocks:
         attention = block.cross_attn
@@ -318,7 +318,7 @@ def _sinusoid(dim: int, position: Tensor) -> Tensor:
 
 
 def _with_given(timestep: Tensor, frames: int, given: int) -> Tensor:
-    """[B] or [B, F] timesteps → [B, F], those of the `given` last frames lowered to match their noise."""
+    """[B] or [B, F] timesteps → [B, F], lowered for the `given` last frames."""
     each = timestep.reshape(len(timestep), -1).expand(-1, frames)
     return torch.cat([each[:, :-given], GIVEN_NOISE * each[:, -given:]], dim=1)
 

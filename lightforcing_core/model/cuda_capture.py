@@ -37,7 +37,7 @@ class CudaRecorder:
         return None
 
     def record(self, work: Callable[[], Tensor]) -> tuple["CudaRecording", Tensor]:
-        """Capture `work`, which runs on the CPU only; a launch fills the tensor that it returned.
+        """Capture the device work of `work`; a launch fills the tensor that it returned.
 
         `torch.cuda.graph` would wait for the device and empty the allocator's cache each time; neither is needed
         here. Other threads may use the device meanwhile. Raises any error of the capture.
@@ -60,7 +60,7 @@ class CudaRecorder:
         return recording, result
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """End a failed capture, so that the allocator serves ordinary requests again; keep the first error."""
+        """End a failed capture, so that the allocator serves ordinary requests again."""
         with contextlib.suppress(Exception):
             graph.capture_end()
         with contextlib.suppress(Exception):  # a capture that ends with an error can leave the allocator recording

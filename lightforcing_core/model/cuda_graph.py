@@ -1,4 +1,4 @@
-"""A chunk's denoising steps as one CUDA graph: recorded once per chunk, then launched as a whole.
+"""A chunk's denoising steps as one CUDA graph, recorded once per chunk.
 
 Within a chunk every step has the same shapes, cache slots, plan and text; only x and the timestep differ. What a graph
 reads must stay in place: it lives in the open chunk and the prompt's memory, so if either is replaced, the
@@ -47,7 +47,7 @@ def why_no_graph(dit: Any, device: torch.device, *, kv_in_cpu_memory: bool) -> s
 def step_graphs(
     wanted: CudaGraph, why_not: str | None, device: torch.device, states: int, note: Callable[[str], object]
 ) -> Iterator[list[Predict]]:
-    """A `predict` for each of a run's states, which launches its steps as CUDA graphs if wanted and possible.
+    """A `predict` per state of a run, with CUDA graphs if wanted and possible.
 
     why_not: as `why_no_graph` gives it. note: called with a sentence about the graphs for the run's record.
     """
@@ -68,7 +68,7 @@ def step_graphs(
 
 
 class StepGraph:
-    """`predict` for one `ModelState`, whose passes of an open chunk it runs as a graph from the second on.
+    """`predict` for one `ModelState`, as a graph from a chunk's second pass on.
 
     recorder: shared by the states of a run.
     on_stop: called with one sentence if steps turn out not to be recordable.
@@ -111,7 +111,7 @@ class StepGraph:
         self._recorded = self._ran = None
 
     def _launch(self, recorded: "_Recorded", call: "_Call") -> Tensor:
-        """Launch a recorded pass on the inputs of `call`, with the same effects as a normal pass."""
+        """Launch a recorded pass on the inputs of `call`, with all effects of a pass."""
         for held, given in zip(recorded.inputs, (call.x, call.timestep), strict=True):
             held.copy_(given)
         recorded.recording.launch()
@@ -143,7 +143,7 @@ class StepGraph:
         return call.run()
 
     def _record_and_check(self, call: "_Call") -> Tensor:
-        """Record and launch; compare the first launch of its kind in this process with a normal pass."""
+        """Record and launch; compare the first launch of its kind with a normal pass."""
         chunk, passes, kind = call.state.chunk, call.state.chunk.passes, call.kind()
         inputs = call.x.clone(), call.timestep.clone()
         seen: list[tuple[Any, ...]] = []
@@ -180,7 +180,7 @@ class _Call:
 
     @property
     def epoch(self) -> tuple[object, ...]:
-        """All that a recording depends on besides weights; the chunk and the prompt are compared by identity."""
+        """All that a recording depends on besides weights; chunk and prompt by identity."""
         x, timestep, state = self.x, self.timestep, self.state
         inputs = x.shape, x.dtype, x.device, timestep.shape, timestep.dtype
         return state.chunk, state.text, id(self.dit), inputs
@@ -198,7 +198,7 @@ class _Call:
 
 @dataclass(eq=False)
 class _Recorded:
-    """A recorded pass: the x and timestep that it reads, its output, and the addresses of its weights."""
+    """A recorded pass: its x and timestep, its output, and its weights' addresses."""
 
     recording: CudaRecording
     inputs: tuple[Tensor, Tensor]

@@ -19,7 +19,7 @@ INSTEAD = "running the modules"
 
 
 def norm_scale_shift(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """norm(x) · (1 + scale) + shift; x [B, F · tokens, D], per-frame scale and shift [B, F or 1, D]."""
+    """norm(x) · (1 + scale) + shift; x [B, F · tokens, D], others [B, F or 1, D]."""
     is_plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None and not _hooked(norm)
     if is_plain and (fused := _modulated("norm_scale_shift", x, scale, shift, norm.eps)) is not None:
         return fused
@@ -38,7 +38,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 def store(
     attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int, *, with_q: bool = True
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Project x [B, L, D], norm and rotate q and k, write k and v into the open chunk's slots and pool.
+    """Project x [B, L, D], norm and rotate q and k, store and pool k and v.
 
     attention: a layer's self-attention module.
     block_q: query tokens per attention block.
@@ -116,7 +116,7 @@ def _kernels_run(x: Tensor) -> bool:
 
 
 def _plain_weight(norm: Any, x: Tensor) -> tuple[Tensor, float] | None:
-    """(weight, eps) of an RMS norm whose forward does nothing but read its weight, else None."""
+    """(weight, eps) of an RMS norm that does nothing but read its weight, else None."""
     if not isinstance(norm, nn.RMSNorm | RMSNorm) or _hooked(norm):
         return None
     if getattr(norm, "weight_function", ()):  # ComfyUI's LoRA on an offloaded layer

@@ -1,4 +1,4 @@
-"""The rollout's key/value memory: a ring of latent-frame slots with sinks, and the pooled keys that belong to them.
+"""The rollout's key/value memory: a ring of latent-frame slots with sinks.
 
 Evicting a frame is renaming its slot: nothing is shifted, cloned or concatenated, and all bookkeeping is Python
 ints, so nothing waits on the device. Keys are stored roped at their global frame index. Only sinks that follow the
@@ -15,7 +15,7 @@ from .rope import RopeTable
 
 
 class KVCache:
-    """Keys, values and pooled keys of every layer for the frames that the current chunk may see.
+    """Keys, values and pooled keys of all layers for frames that a chunk may see.
 
     All memory is allocated here. A chunk is opened, stored once per layer in each pass (later passes overwrite) and
     committed by its clean pass; opening the next one evicts the oldest frames that are not sinks. Means are always
@@ -40,7 +40,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated on the computing device, pooled keys and sink originals included, bookkeeping not."""
+        """Bytes on the computing device, with pooled keys and sink originals."""
         return self.storage.device_bytes + sum(keys.nbytes for keys in self._sink_keys)
 
     @property
@@ -49,7 +49,7 @@ class KVCache:
         return [self.slot_frames[slot] for slot in self._current]
 
     def open(self, frames: int) -> None:
-        """Prepare slots for the next `frames` latent frames, evicting the oldest that are not sinks.
+        """Prepare slots for the next `frames` frames, evicting the oldest except sinks.
 
         Sinks and chunk must fit into the window, which a `Recipe` checks. RuntimeError when the last chunk is not
         committed.
@@ -74,7 +74,7 @@ class KVCache:
         self._send_slots()
 
     def skip(self, frames: int) -> None:
-        """Skip `frames` latent frames without storing them, and forget all earlier ones except sinks."""
+        """Skip `frames` latent frames, and forget all earlier ones except sinks."""
         self._require_committed()
         sinks = self.shape.sink_frames
         if self._next_frame < sinks:
@@ -84,7 +84,7 @@ class KVCache:
         self.storage.visible = len(self.slot_frames)
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Write the open chunk's keys (roped) and values of one layer, [B, L, H, D], and pool them."""
+        """Write the open chunk's roped keys and values of a layer, [B, L, H, D], and pool."""
         runs, memory = self._runs(), self.storage.at(layer)
         write_tokens(memory.keys, memory.key_scales, k, runs, self.layout)
         write_tokens(memory.values, memory.value_scales, v, runs, self.layout)
@@ -109,7 +109,7 @@ class KVCache:
         return bool(self._sink_keys) and any(frame < self.shape.sink_frames for frame in self.current_frames)
 
     def current_slots(self) -> Tensor:
-        """The slots of the open chunk's frames on the device, in time order: int32 [frames]."""
+        """The open chunk's slots on the device, in time order: int32 [frames]."""
         if self._committed:
             raise RuntimeError("no chunk is open; call open() before storing keys and values")
         return self._slot_index[: len(self._current)]
@@ -128,7 +128,7 @@ class KVCache:
         self._sink_keys.clear()
 
     def _runs(self) -> Runs:
-        """The open chunk's slots in time order, neighbours together. RuntimeError when no chunk is open."""
+        """The open chunk's slots in time order, as runs. RuntimeError if none is open."""
         if self._committed:
             raise RuntimeError("no chunk is open; call open() before storing keys and values")
         runs: list[tuple[int, int, int]] = []
@@ -150,7 +150,7 @@ class KVCache:
         return sorted(movable, key=self.slot_frames.__getitem__)
 
     def _send_slots(self) -> None:
-        """Copy the open chunk's slots to where `current_slots` reads them, without waiting for the device."""
+        """Copy the slots to where `current_slots` reads them, without waiting."""
         index = torch.tensor(self._current, dtype=torch.int32)
         if self._slot_index.is_cuda:
             index = index.pin_memory()

@@ -1,4 +1,4 @@
-"""Memory of the KV cache: keys and values in the model's dtype or 8-bit, on the device or in CPU memory, and means.
+"""Memory of the KV cache: keys, values and means, in 8 bits or in CPU memory.
 
 With keys and values in CPU memory the device holds the layer in use and the next one, which is copied meanwhile.
 """
@@ -133,7 +133,7 @@ class KVStorage:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes on the device that computes; the counters of a fused kernel are not counted."""
+        """Bytes on the computing device, without the counters of a fused kernel."""
         means = sum(_bytes(layer.means) for layer in self._layers)
         return means + sum(_bytes(layer.stored) for layer in self._stage or self._layers)
 
@@ -162,7 +162,7 @@ class KVStorage:
         return memory._replace(keys=keys, values=values, key_scales=key_scales, value_scales=value_scales)
 
     def written(self, layer: int, slots: Sequence[tuple[int, int]]) -> None:
-        """Copy these (first slot, how many) of `layer`, just written, back to CPU memory if they are kept there."""
+        """Copy written (first slot, how many) of `layer` to CPU memory, if kept there."""
         if not self._stage:
             return
         source, target = self._stage[layer % len(self._stage)], self._layers[layer]
@@ -183,7 +183,7 @@ class KVStorage:
         self._stage.clear()
 
     def _bring(self, layer: int) -> None:
-        """Copy the visible slots of `layer` into its staging buffer while the device keeps computing."""
+        """Copy the visible slots of `layer` into its buffer while the device computes."""
         buffer = layer % len(self._stage)
         with self._copying():
             self._copy(self._layers[layer], self._stage[buffer], 0, self.visible)
@@ -202,7 +202,7 @@ class KVStorage:
             yield
 
     def _copy(self, source: LayerMemory, target: LayerMemory, first: int, many: int) -> None:
-        """Copy slots, sample by sample: a piece that is contiguous on both sides is copied directly."""
+        """Copy slots sample by sample, because contiguous pieces are copied directly."""
         tokens, blocks = self._layout.tokens_per_frame, self._layout.per_frame
         for a, b in zip(source.stored, target.stored, strict=True):
             rows = tokens if a.ndim == 4 else blocks

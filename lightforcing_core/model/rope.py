@@ -1,4 +1,4 @@
-"""Wan's three-axis rotary position embedding: tables for any latent frame, and rotation of stored keys in time.
+"""Wan's three-axis rotary position embedding, for tokens and for stored keys.
 
 A head's D/2 pairs (2i, 2i+1) are split into temporal, height and width pairs; each axis has its own frequencies
 `θ_j = 10000^(−2j/d_axis)` over its own width d_axis (Wan 2.1; D = 128 gives 44, 42, 42). Angles are computed in
@@ -24,7 +24,7 @@ def _angles(positions: Tensor, dim: int) -> Tensor:
 
 
 class RopeTable:
-    """cos and sin of the tokens of `frames` latent frames that start at frame `start`, ready for `rotate`.
+    """cos and sin of the tokens of `frames` latent frames from `start` on.
 
     The tokens of a frame are `height` × `width` patches, width fastest, or in `order`, see `blocks.tile_order`.
     cos, sin: [1, L, 1, D/2] in `dtype`.
@@ -56,7 +56,7 @@ class RopeTable:
         self.sin = angles.sin().to(dtype)
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotate x [B, L, H, D] by its tokens' angles, computed in the table's dtype, returned in x's."""
+        """Rotate x [B, L, H, D] by its tokens' angles in the table's dtype; returns x's."""
         pairs = x.to(self.cos.dtype).unflatten(-1, (-1, 2))
         first, second = pairs.unbind(-1)
         rotated = torch.stack(

@@ -1,4 +1,4 @@
-"""The Wan 2.1 text-to-video module tree, for use without ComfyUI: names and shapes of the published weights.
+"""The Wan 2.1 text-to-video module tree without ComfyUI, in the published layout.
 
 The tree holds weights and small submodules only; `causal.predict` drives it, as it drives ComfyUI's own tree.
 """
@@ -13,7 +13,7 @@ EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """`x · rsqrt(mean(x²) + eps) · weight` over the last dimension, normalised in float32 or wider."""
+    """`x · rsqrt(mean(x²) + eps) · weight` over the last dimension, in ≥ float32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections of self- or cross-attention; q and k are normalised over the full width before heads split."""
+    """Projections of attention; q and k are normalised before heads are split."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def random_state_dict(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Tensor]:
-    """A small random model in the published layout, for demos and tests: stable activations, no meaning."""
+    """A random model in the published layout, with stable activations."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         model = Wan(dim=dim, ffn_dim=ffn_dim, num_layers=layers, text_dim=text_dim, freq_dim=freq_dim)

@@ -30,7 +30,7 @@ STAGES = {"denoise": FILL, "clean pass": "#7fb069", "output": "#f2a541", "replay
 
 
 def describe(record: RunRecord) -> str:
-    """The record as text: facts, a line per chunk, layers if they differ, stages, and reasons for dense attention."""
+    """The record as text: facts, chunks, layers if they differ, stages, reasons."""
     lines = [f"{name}: {value}" for name, value in record.facts.items()]
     lines += [_title(record), ""]
     lines.append("chunk  latent frames  sees  to skip   read  steps  seconds")
@@ -67,7 +67,7 @@ def pages(
 
 
 def block_share(chunk: ChunkRecord, layer: int | None, head: int | None) -> Tensor | None:
-    """The share of query blocks that read each key block, float32 [visible frames, blocks per frame].
+    """The share of query blocks that read each key block, float32 [frames, blocks].
 
     Ones if the chunk was dense, None if the record has no map of it. Raises ValueError for a layer or head that the
     model does not have.
@@ -100,7 +100,7 @@ def _layer_lines(record: RunRecord) -> list[str]:
 
 
 def _reasons(record: RunRecord) -> list[str]:
-    """The backends of sparse attention, and every reason for dense attention once, with its chunks."""
+    """The sparse backends, and each reason for dense attention with its chunks."""
     chunks_of: dict[str, list[int]] = {}
     for chunk in record.chunks:
         if chunk.why_dense:
@@ -149,7 +149,7 @@ def _plain(axes: "Axes", **labels: str) -> None:
 
 
 def _density_page(record: RunRecord) -> Image.Image:
-    """Bars of the share read per chunk and the share scheduled, above a picture with every layer."""
+    """Bars of the share read and scheduled per chunk, above a picture of all layers."""
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
@@ -209,7 +209,7 @@ def _time_page(record: RunRecord) -> Image.Image:
 def _map_page(
     record: RunRecord, frames: Tensor | None, chunk: ChunkRecord, layer: int | None, head: int | None
 ) -> Image.Image:
-    """Every visible frame, its key blocks coloured by the share of query blocks that read them."""
+    """Visible frames, key blocks coloured by the share of query blocks that read them."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -271,7 +271,7 @@ def _cells(count: int, grid: tuple[int, int]) -> tuple[int, int, int]:
 
 
 def _token_picture(shares: Tensor, grid: tuple[int, int], chunk: ChunkRecord, size: tuple[int, int]) -> np.ndarray:
-    """One frame's block values [blocks], drawn at the positions of their tokens: float [height, width]."""
+    """One frame's block values [blocks] at their tokens: float [height, width]."""
     of_token = shares[(torch.arange(grid[0] * grid[1]) // chunk.key_block).clamp(max=len(shares) - 1)]
     if chunk.tiles:
         of_token = torch.empty_like(of_token).index_copy_(0, tile_order(*grid, chunk.key_block), of_token)
@@ -280,7 +280,7 @@ def _token_picture(shares: Tensor, grid: tuple[int, int], chunk: ChunkRecord, si
 
 
 def _over_frame(colour: np.ndarray, heat: np.ndarray, frames: Tensor | None, latent_frame: int) -> np.ndarray:
-    """Colours [height, width, 3] over the last video frame of a latent frame in grey, if `frames` contains it.
+    """Colours [height, width, 3] over a latent frame's last video frame in grey.
 
     heat: [height, width] in 0…1; low values let more of the frame through.
     """

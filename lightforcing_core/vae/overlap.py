@@ -30,7 +30,7 @@ class OverlappedDecoder:
         self._coming: deque[Pending] = deque()
 
     def put(self, latents: Tensor, *, normalised: bool = True) -> list[Tensor]:
-        """Decode the clip's next latents [B, 16, f, h, w]; returns the video frames that are ready, oldest first.
+        """Decode the clip's next latents [B, 16, f, h, w]; returns frames that are ready.
 
         With a second stream, returns the frames [B, n, 8h, 8w, 3] of all earlier calls, in CPU memory; without one,
         the frames of these latents on the decoder's device. Raises what `StreamingDecoder.decode` raises; latents that
@@ -55,7 +55,7 @@ class OverlappedDecoder:
         return [self._coming.popleft().frames() for _ in range(len(self._coming))]
 
     def drop(self) -> None:
-        """Discard pending frames; later work on the device waits until their decode has finished."""
+        """Discard pending frames; later work on the device waits for their decode."""
         self._coming.clear()
         if self._stream is not None:
             self._stream.join()
@@ -89,13 +89,13 @@ class SideStream:
 
 @functools.cache
 def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per process: cuBLAS keeps a workspace for every stream that it has seen."""
+    """One stream per process, because cuBLAS keeps a workspace for every stream."""
     return torch.cuda.Stream(device)
 
 
 @dataclass(eq=False)
 class Pending:
-    """Frames being copied to CPU memory; `pixels` and `finite` are valid after the event `done`."""
+    """Frames being copied to the CPU; `pixels` and `finite` are valid after `done`."""
 
     pixels: Tensor
     finite: Tensor
@@ -114,7 +114,7 @@ class Pending:
 
 
 def to_cpu(x: Tensor) -> Tensor:
-    """Start a copy of x to CPU memory; an event recorded after this call says when it is complete."""
+    """Start a copy of x to CPU memory, which an event recorded afterwards completes."""
     try:
         target = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     except RuntimeError:  # no memory left that may be pinned: copy synchronously

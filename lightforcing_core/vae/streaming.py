@@ -1,4 +1,4 @@
-"""Chunk-wise VAE: decode latents as they arrive, and encode a video, one latent frame at a time.
+"""Chunk-wise VAE: decode latents as they arrive, and encode video by pieces.
 
 The layers keep the last frames they saw, so a clip cut into any calls decodes bit for bit as it does in one. They are
 reached by the published attribute names, so ComfyUI's module trees and ours both work.
@@ -141,7 +141,7 @@ class StreamingEncoder:
 
     @torch.no_grad()
     def encode(self, frames: Tensor, *, normalised: bool = True) -> Tensor:
-        """Encode the clip's next frames [B, n, H, W, 3] in 0…1 → latents [B, 16, n / 4, H/8, W/8].
+        """Encode the next frames [B, n, H, W, 3] → latents [B, 16, n / 4, H/8, W/8].
 
         A clip's first call takes 1 + 4k frames. The mean of the posterior, in the DiT's space unless `normalised` is
         False, float32 (float64 from a float64 module). Raises ValueError for another frame count, a size that is not
@@ -161,7 +161,7 @@ class StreamingEncoder:
 
 
 class _Stack:
-    """Layers that run over a clip piece by piece, with the past frames that each of them needs."""
+    """Layers that run over a clip piece by piece, with the past frames that they need."""
 
     def __init__(self, layers: Iterable[Tree]) -> None:
         self._layers = tuple(layers)
@@ -176,7 +176,7 @@ class _CausalStack(_Stack):
     """The layers of a Wan VAE."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The next frames [B, C, T, H, W] of the clip; its first call must bring exactly one."""
+        """The clip's next frames [B, C, T, H, W]; its first call must bring exactly one."""
         for layer in self._layers:
             x = self._run(layer, x)
         self.at_start = False
@@ -231,7 +231,7 @@ class _TaeStack(_Stack):
         self._layers, self._tail = self._layers[:end], nn.Sequential(*self._layers[end:])
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The next latent frame [B, C, 1, h, w] → [B, 3, T, 8h, 8w]: T is 4, and 1 for a clip's first."""
+        """The next latent frame [B, C, 1, h, w] → [B, 3, T, 8h, 8w], T 1 at first, then 4."""
         batch = z.shape[0]
         x: Tensor = z.squeeze(2)
         for layer in self._layers:
@@ -244,7 +244,7 @@ class _TaeStack(_Stack):
         return frames
 
     def _remembered(self, block: Tree, x: Tensor, batch: int) -> Tensor:
-        """A memory block over consecutive frames [B · T, C, H, W], behind the last one it saw."""
+        """A memory block over the next frames [B · T, C, H, W], with the one before them."""
         framed = x.unflatten(0, (batch, -1))
         before = self.past[block] if block in self.past else torch.zeros_like(framed[:, :1])
         past = torch.cat([before, framed[:, :-1]], dim=1).flatten(0, 1)
@@ -275,7 +275,7 @@ def _check_wan_vae(vae: Tree, way_out: str) -> None:
 
 
 def _check_frames(frames: Tensor, *, first: int) -> None:
-    """Raise ValueError unless frames are [B, first + 4k, H, W, 3] with sizes in multiples of 8."""
+    """ValueError unless frames are [B, first + 4k, H, W, 3], sizes multiples of 8."""
     shape = tuple(frames.shape)
     if len(shape) != 5 or shape[-1] != 3 or 0 in shape:
         raise ValueError(f"frames of shape {shape} are not [B, frames, H, W, 3]")

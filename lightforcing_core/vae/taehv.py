@@ -1,4 +1,4 @@
-"""The tiny autoencoders (TAE) of Wan 2.1, `taew2_1` and `lighttaew2_1`: how to recognise one, and its latents.
+"""The tiny autoencoders of Wan 2.1, taew2_1 and lighttaew2_1, and their latents.
 
 ComfyUI brings the module tree; `streaming.py` drives it. Both files' tensors have the same names and shapes.
 """

@@ -1,4 +1,4 @@
-"""Decode in overlapping tiles, so that a picture fits that is too large to decode at once.
+"""Decode in overlapping tiles, for pictures that are too large to decode at once.
 
 Neighbouring tiles are blended. A tile sees only itself, so frames are close but not equal to those of one decode.
 """
@@ -28,7 +28,7 @@ def tile_spans(length: int, tiles: int) -> list[tuple[int, int]]:
 
 
 class TiledDecoder:
-    """Decode one clip over any number of calls, tile by tile, with the interface of `StreamingDecoder`.
+    """Decode one clip tile by tile, with the interface of `StreamingDecoder`.
 
     make: makes a decoder for one tile, whose cache is in CPU memory while other tiles decode.
     tiles: tiles along the height and along the width; fewer if the picture is too small.
@@ -48,7 +48,7 @@ class TiledDecoder:
         return sum(decoder.cache_bytes for decoder in self._decoders.values())
 
     def decode(self, latents: Tensor, *, normalised: bool = True) -> Tensor:
-        """Decode the clip's next latents [B, 16, f, h, w] → frames [B, n, 8h, 8w, 3] in 0…1."""
+        """Decode the next latents [B, 16, f, h, w] → frames [B, n, 8h, 8w, 3] in 0…1."""
         rows, columns = (tile_spans(size, self._tiles) for size in latents.shape[-2:])
         frames = None
         for row, row_weights in zip(rows, _fades(rows), strict=True):
@@ -71,7 +71,7 @@ class TiledDecoder:
 
 
 def _fades(spans: list[tuple[int, int]]) -> list[Tensor]:
-    """Every tile's weight per pixel along one side, float32 [8 · length]: ramps over shared pixels, 1 elsewhere."""
+    """Weights per pixel along a side, float32: ramps over shared pixels, 1 elsewhere."""
     fades = []
     for i, (start, stop) in enumerate(spans):
         fade = torch.ones(8 * (stop - start))

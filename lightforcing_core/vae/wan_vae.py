@@ -1,4 +1,4 @@
-"""The Wan 2.1 VAE as a plain module tree, for use without ComfyUI: full (dim 96), LightVAE (dim 24), any dim.
+"""The Wan 2.1 VAE (dim 96) and LightVAE (dim 24) as a module tree without ComfyUI.
 
 `streaming.py` drives it. Names and shapes are those of `Wan2.1_VAE.pth` and `lightvaew2_1.safetensors`: 194 tensors.
 """
@@ -56,7 +56,7 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2), **options)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """x [B, C, T, H, W] → T frames; `past` holds up to kernel − 1 earlier frames; missing ones are zeros.
+        """x [B, C, T, H, W] → T frames; `past`: up to kernel − 1 frames, the rest zeros.
 
         With a stride in time, x brings its own past and nothing is padded.
         """
@@ -121,7 +121,7 @@ class AttentionBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size, half the channels; with `time_conv` also twice the frames (its outputs interleave)."""
+    """Twice the size, half the channels; with `time_conv` twice the frames."""
 
     def __init__(self, channels: int, grows_time: bool) -> None:
         super().__init__()
@@ -249,7 +249,7 @@ def _not_a_wan_vae(state_dict: Mapping[str, Tensor]) -> str | None:
 
 
 def random_vae_state_dict(*, dim: int = 24, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A whole random Wan VAE of width `dim` under the published names, for demonstrations and tests.
+    """A random Wan VAE of width `dim` under the published names, to measure and test.
 
     Kernels are smooth in space, so that it paints soft colour fields well inside 0…1 instead of noise.
     """

@@ -1,4 +1,4 @@
-"""Live view of a run on its node: decoded frames, the current chunk as a draft, and a line of text.
+"""Live view of a run on its node: decoded frames, a draft, and a line of text.
 
 A page with the pack's JavaScript receives every new picture once and plays them. Any other client gets ComfyUI's own
 preview: one sheet of the whole video, whose cells fill up. Pictures take at most `SHARE` of the run's time.
@@ -53,7 +53,7 @@ class Stretch:
 
 @dataclass
 class Draft:
-    """A chunk's pictures while they are copied to the CPU; `ready`: the event at the end of the copy."""
+    """A chunk's pictures while they are copied to the CPU, until the event `ready`."""
 
     start: int
     stop: int

@@ -1,4 +1,4 @@
-"""Attention backends, one object each. The order of `BACKENDS` is the order in which "auto" prefers them.
+"""Attention backends, one object each, in the order in which "auto" prefers them.
 
 If none of them runs on a device other than a CPU, "auto" takes `DENSE`.
 """

@@ -21,7 +21,7 @@ DenseAttention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call with matching tensors. To choose a backend, shapes and dtypes are enough.
+    """One attention call with matching tensors; shapes are enough to choose a backend.
 
     q: [B, Lq, H, D].
     k, v: [B, Lk, H, D], in q's dtype, int8 or float8_e4m3fn.
@@ -112,7 +112,7 @@ class Backend(ABC):
         """One sentence of why this backend cannot run `call`, or None."""
 
     def why_not_auto(self, call: Call) -> str | None:
-        """Why "auto" does not choose this backend for `call` although it can run it, or None."""
+        """Why "auto" does not choose this backend although it can run `call`, or None."""
         return None
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Dense attention as ComfyUI or torch computes it, for "auto" on a device without a sparse backend."""
+"""Dense attention by ComfyUI or torch, for devices without a sparse backend."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Dense(Backend):
-    """Reads every block and ignores the selection. 8-bit keys are widened one head at a time."""
+    """Reads every block; 8-bit keys are widened one head at a time."""
 
     name = "dense"
 

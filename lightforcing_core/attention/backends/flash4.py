@@ -1,4 +1,4 @@
-"""Block-sparse attention by FlashAttention-4. Written against flash-attn-4 4.0.0b36."""
+"""Block-sparse attention by FlashAttention-4, as of flash-attn-4 4.0.0b36."""
 
 import importlib.metadata
 
@@ -12,7 +12,7 @@ BLOCKS = {9: (128, 128), 10: (256, 128)}
 
 
 class Flash4(Backend):
-    """FlashAttention-4's block-sparse kernel on sm_90 and sm_100, for blocks that divide a frame."""
+    """FlashAttention-4's kernel on sm_90 and sm_100, for blocks that divide a frame."""
 
     name = "flash4"
     automatic = False  # its speed has not been measured here

@@ -136,7 +136,7 @@ def _attend(call: Call) -> Tensor:
 
 @functools.cache
 def _mask_options() -> dict[str, Any]:
-    """Leave out the lists of query blocks, which only a backward pass reads, if PyTorch allows it (from 2.9 on)."""
+    """Leave out lists for the backward pass if PyTorch allows it (from 2.9 on)."""
     from torch.nn.attention.flex_attention import BlockMask
 
     parameters = inspect.signature(BlockMask.from_kv_blocks).parameters
@@ -174,7 +174,7 @@ def _compiled(*kind: object) -> Callable[..., Tensor]:
 def split_ragged(
     selection: BlockSelection, layout: FrameBlocks, k_blocks: int
 ) -> tuple[BlockSelection, BlockSelection]:
-    """The listed blocks that are full, and those that are a frame's ragged last one, each k_blocks wide."""
+    """The listed blocks that are full, and a frame's ragged last ones, k_blocks wide."""
     blocks, counts = selection
     if not layout.ragged:
         # flex on CPU requires contiguous lists as wide as there are key blocks, although it reads only the first
@@ -206,7 +206,7 @@ def followed_by(x: Tensor, means: Tensor, block: int) -> Tensor:
 def with_tail(
     whole: BlockSelection, masked: BlockSelection, k_blocks: int, all_blocks: int
 ) -> tuple[BlockSelection, BlockSelection]:
-    """Both lists as wide as there are blocks with the tail, whose blocks are all masked."""
+    """Both lists as wide as the blocks with the tail, whose blocks are all masked."""
     tail = torch.arange(k_blocks, all_blocks, dtype=torch.int32, device=whole.blocks.device)
     blocks = torch.cat([tail.expand(*masked.counts.shape, -1), masked.blocks], dim=-1)
     wide = torch.nn.functional.pad(whole.blocks, (0, len(tail)))
@@ -216,7 +216,7 @@ def with_tail(
 def tail_rules(
     selection: BlockSelection, layout: FrameBlocks, k_blocks: int, keys: int, block_q: int
 ) -> tuple[MaskMod, Tensor]:
-    """Which keys of masked blocks a query block sees, as a flex mask_mod, and the bias of each key's scores.
+    """A flex mask_mod for keys of masked blocks, and the bias of each key's scores.
 
     A key is of kind 0, a real token, of kind 1 + b, the mean of block b, or of the last kind, padding. The bias is
     float32 [keys], log(count) of means.

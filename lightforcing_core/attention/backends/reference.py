@@ -1,4 +1,4 @@
-"""Block-sparse attention in plain PyTorch, in float32 or wider; the other backends are tested against it."""
+"""Block-sparse attention in plain PyTorch, to test the other backends against."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ REFERENCE_CHUNK = 1 << 24
 
 
 class Reference(Backend):
-    """Gathers each query block's keys and values and attends to them densely, a few query blocks at a time."""
+    """Gathers and attends to each query block's keys, a few query blocks at a time."""
 
     name = "reference"
     automatic = False  # except on a CPU, if nothing else can run
@@ -42,7 +42,7 @@ class Reference(Backend):
 
 
 def _elements_per_pair(call: Call) -> int:
-    """Elements that are gathered for one query block and one key block: keys, values, scores and weights."""
+    """Elements for one query block and one key block: keys, values, scores, weights."""
     return call.k_layout.block * (2 * call.q.shape[-1] + 2 * call.q_layout.block)
 
 

@@ -1,4 +1,4 @@
-"""Block-sparse attention by our Triton kernel: NVIDIA GPUs from sm_80 on, or Triton's interpreter."""
+"""Block-sparse attention by our Triton kernel, on NVIDIA GPUs from sm_80 on."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from .base import Backend, Call
 
 
 class Triton(Backend):
-    """The kernel in `kernels/block_sparse.py`, which reads 8-bit keys and values as they are stored."""
+    """The kernel in `kernels/block_sparse.py`, which reads 8-bit keys and values."""
 
     name = "triton"
 
