@@ -1,4 +1,4 @@
-"""The device code of block-sparse attention: the work of one program on the rows that it owns.
+"""The device code of block-sparse attention: one program's work on its rows.
 
 A unit of work is up to TILE_Q rows of one query block of one head. Most units are one program each; those that would
 leave the last wave half empty are cut into parts, programs of their own that each walk a share of the list and leave
@@ -8,13 +8,15 @@ their sums for `combine`, which adds the parts up in their order.
 import triton
 import triton.language as tl
 
+from .device import IS_INTERPRETED
+
 LOWEST = tl.constexpr(-1e30)  # below any score, and finite
 
 
 @triton.jit
-def _dot(a, b, total, UPCAST: tl.constexpr):
+def _dot(a, b, total):
     """a · b + total; b may be stored in any dtype."""
-    if UPCAST:
+    if IS_INTERPRETED:  # its tl.dot multiplies the raw bits of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b.to(a.dtype), total, input_precision="tf32x3")  # float32 keeps its precision on tensor cores
 
@@ -28,7 +30,7 @@ def _load(base, offsets, dim_is_real, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _attend(v, scores, factor, v_scale, row_max, row_sum, total, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+def _attend(v, scores, factor, v_scale, row_max, row_sum, total, DTYPE: tl.constexpr):
     """One step of the online softmax in base 2: rescale the sums so far and add this tile. Some score must exceed −inf.
 
     Scores are still to be multiplied by `factor`, which is positive; in the exponent's subtraction this costs nothing.
@@ -39,13 +41,13 @@ def _attend(v, scores, factor, v_scale, row_max, row_sum, total, DTYPE: tl.const
     row_sum = row_sum * fade + tl.sum(weights, 1)
     if v_scale is not None:
         weights = weights * v_scale
-    total = _dot(weights.to(DTYPE), v, total * fade[:, None], UPCAST)
+    total = _dot(weights.to(DTYPE), v, total * fade[:, None])
     return new_max, row_sum, total
 
 
 @triton.jit
 def _place(unit, heads, q_blocks, q_frame, order_ptr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr):
-    """A unit's row of the lists, its batch, head and first token, and that token's number in its frame."""
+    """A unit's list row, batch, head, first token, and the token's place in its frame."""
     list_row = unit // (BLOCK_Q // TILE_Q)
     if order_ptr is not None:
         list_row = tl.load(order_ptr + list_row)
@@ -62,7 +64,7 @@ def _write(
     out_ptr, total, row_sum, batch, head, first, within, rows, heads, q_blocks, q_frame,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, RAGGED_Q: tl.constexpr,
 ):  # fmt: skip
-    """Rows of the output; the first row is token `first` and number `within` of its frame."""
+    """Store output rows; the first is token `first`, number `within` of its frame."""
     dims = tl.arange(0, PADDED_DIM)
     # A query block that attends to nothing returns zeros.
     out = total / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -89,7 +91,7 @@ def forward(
     heads, q_blocks, k_blocks, width, q_frame, k_frame, whole, parts, scale_log2,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):
     """Attention of one unit, or of one part of it.
 
@@ -174,7 +176,7 @@ def forward(
             v = _load(v_base + k_first * v_stride_l, v_offsets, dim_is_real[None, :], PADDED)
         v_scale = None
         factor = scale_log2
-        scores = _dot(q, k, None, UPCAST)
+        scores = _dot(q, k, None)
         if k_scales_ptr is not None:
             factor *= tl.load(k_scale_ptr + k_block * heads)
             v_scale = tl.load(v_scale_ptr + k_block * heads)
@@ -183,7 +185,7 @@ def forward(
             if not BRANCHES or k_within + TILE_K > k_frame:
                 scores = tl.where((k_within + columns < k_frame)[None, :], scores, float("-inf"))
         # Every block's first tile holds a real key, so the running maximum is finite from there on.
-        row_max, row_sum, total = _attend(v, scores, factor, v_scale, row_max, row_sum, total, WEIGHTS, UPCAST)
+        row_max, row_sum, total = _attend(v, scores, factor, v_scale, row_max, row_sum, total, WEIGHTS)
 
     if bias_ptr is not None:
         # A whole unit's maximum is finite here, or its list was empty and every mean takes part. A part may have seen
@@ -204,8 +206,8 @@ def forward(
             v = _load(v_means_ptr + mean_base, ids[:, None] * mean_stride + dims[None, :], dim_is_real[None, :], PADDED)
             bias = tl.load(bias_ptr + list_row.to(tl.int64) * k_blocks + ids)
             bias = tl.where(first + columns < k_blocks, bias, float("-inf"))
-            scores = _dot(q, k, None, UPCAST) * scale_log2 + bias[None, :]
-            row_max, row_sum, total = _attend(v, scores, 1.0, None, row_max, row_sum, total, v.dtype, UPCAST)
+            scores = _dot(q, k, None) * scale_log2 + bias[None, :]
+            row_max, row_sum, total = _attend(v, scores, 1.0, None, row_max, row_sum, total, v.dtype)
 
     if totals_ptr is not None and program >= whole:
         at = (program - whole).to(tl.int64) * TILE_Q + rows
@@ -226,7 +228,7 @@ def combine(
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr,
     ROWS: tl.constexpr, RAGGED_Q: tl.constexpr,
 ):
-    """ROWS rows of a unit that was cut: the softmax over all its parts, always added up in the same order."""
+    """ROWS rows of a cut unit: the softmax over its parts, always added in one order."""
     # fmt: on
     cut = tl.program_id(0) // (TILE_Q // ROWS)
     _, batch, head, q_first, q_within = _place(whole + cut, heads, q_blocks, q_frame, order_ptr, BLOCK_Q, TILE_Q)
@@ -256,7 +258,7 @@ def combine(
 def tail_bias(
     bias_ptr, blocks_ptr, counts_ptr, k_blocks, width, tokens_per_frame, BLOCK_K: tl.constexpr, TILE: tl.constexpr
 ):
-    """One row of the tail's bias: log2 of each block's real tokens, −inf for the blocks in the list."""
+    """One row of the tail's bias: log2 of a block's real tokens, −inf if it is listed."""
     row = tl.program_id(0).to(tl.int64)
     bias_row = bias_ptr + row * k_blocks
     per_frame = tl.cdiv(tokens_per_frame, BLOCK_K)

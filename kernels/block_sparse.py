@@ -1,4 +1,4 @@
-"""Block-sparse attention in Triton: each query block reads only the key blocks in its list.
+"""Block-sparse attention in Triton: query blocks read the key blocks in a list.
 
 One program owns up to 128 rows of one query block of one head and walks the block's list with an online softmax, as
 FlashAttention does (arXiv 2205.14135, 2307.08691). Blocks are aligned to frames: block `b` of a side with `n` blocks
@@ -62,7 +62,7 @@ class Work(NamedTuple):
 
 
 def why_not(q: Tensor, block: tuple[int, int], stored: torch.dtype | None = None) -> str | None:
-    """Why this kernel cannot run on q [B, L, H, D] with (query, key) blocks of `block` tokens, or None.
+    """Why this kernel cannot run on q [B, L, H, D] with these block sizes, or None.
 
     stored: the dtype of keys and values if it is not q's.
     """
@@ -92,14 +92,10 @@ def block_sparse_attention(
 ) -> Tensor:
     """Attention of every query block over its listed key blocks only, or over all.
 
-    q: [B, Lq, H, D].
-    k, v: [B, Lk, H, D]; all in whole frames, any strides if D is contiguous.
-    blocks: int32 [B, H, q_blocks, width]; the first `counts` entries of each row are read.
-    counts: int32 [B, H, q_blocks]; with both None every query attends to all keys.
-    scale: multiplies the scores, 1/√D if None.
-    scales: for int8 or float8_e4m3fn k and v their scales, positive, float32 [B, k_blocks, H] each.
-    tail: the block means of k and v, [B, k_blocks, H, D] in q's dtype: each block that is not listed takes part once,
-    as its mean with log(its real tokens) added to the score.
+    q [B, Lq, H, D], k, v [B, Lk, H, D]: whole frames, any strides if D is contiguous.
+    blocks, counts: int32 [B, H, q_blocks, width] and, how many entries of each row are read, [B, H, q_blocks]; with
+    both None every query attends to all keys.
+    scale, scales, tail: as in `sparse_attention` of the core.
     uneven: counts differ; the longest lists then start first, which costs a sort of the counts.
 
     Returns a contiguous [B, Lq, H, D] in q's dtype. A query block with an empty list and no tail gives zeros. Nothing
@@ -153,7 +149,7 @@ def block_sparse_attention(
 def prepared(
     work: Work, launch: Launch, multiprocessors: int
 ) -> list[tuple[Any, tuple[int], list[Any], dict[str, Any]]]:
-    """Kernel, grid, arguments and constants of each launch that does the work; buffers for parts are allocated here."""
+    """Kernel, grid, arguments and constants of each launch, with buffers for parts."""
     kind, q, k = work.kind, work.q, work.k
     batch, q_tokens, heads, head_dim = q.shape
     # Without lists frames matter only to scales: queries, and keys without scales, are one long frame.
@@ -183,8 +179,6 @@ def prepared(
         "TILE_K": launch.tile_k,
         "RAGGED_K": kind.ragged[1],
         "DESCRIPTORS": described,
-        # The interpreter's tl.dot multiplies the raw bits of bfloat16.
-        "UPCAST": INTERPRETED and (q.dtype == torch.bfloat16 or work.scales is not None),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
@@ -246,7 +240,7 @@ def _launch_for(kind: Kind, q: Tensor, run: Callable[[Launch], None]) -> Launch:
 
 
 def takes_descriptors(kind: Kind, capability: tuple[int, int]) -> bool:
-    """Whether TMA is worth timing: the chip has it and, compiled for it, the kernel stays in registers."""
+    """Whether TMA is worth timing: the chip has it, and the kernel stays in registers."""
     plain = kind.stored not in EIGHT_BIT and not kind.tail and kind.block_q <= 64
     spills = capability >= ONLY_PLAIN_DESCRIPTORS and not plain
     return TensorDescriptor is not None and capability >= device.MIN_CAPABILITY_DESCRIPTORS and not spills

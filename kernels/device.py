@@ -2,6 +2,7 @@
 
 import torch
 import triton
+import triton.language as tl
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_CAPABILITY = (8, 0)
@@ -16,6 +17,7 @@ def _nothing() -> None:
 
 # Whether TRITON_INTERPRET was set when kernels were first imported: then they run on any device, slowly.
 INTERPRETED = not isinstance(_nothing, triton.JITFunction)
+IS_INTERPRETED = tl.constexpr(INTERPRETED)  # for device code
 
 
 def why_not(kernel: str, x: torch.Tensor, *, float8: bool = False) -> str | None:
@@ -41,7 +43,7 @@ def why_not(kernel: str, x: torch.Tensor, *, float8: bool = False) -> str | None
 
 
 def current(device: torch.device) -> torch.cuda.device:
-    """A context that makes `device` the one that Triton launches on; it changes nothing for CPU tensors."""
+    """A context in which Triton launches on `device`; no change for CPU tensors."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 

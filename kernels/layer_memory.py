@@ -1,4 +1,4 @@
-"""One layer's KV cache, as the cache keeps it and the kernels read and write it; needs no Triton."""
+"""One layer's KV cache, as the cache and the kernels share it; needs no Triton."""
 
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ class LayerMemory(NamedTuple):
 
     @property
     def tail(self) -> tuple[Tensor, Tensor] | None:
-        """The means of all key and value blocks, if both are kept: what attention reads of skipped blocks."""
+        """The means of key and value blocks, if both are kept, to replace skipped blocks."""
         return None if self.key_means is None or self.value_means is None else (self.key_means, self.value_means)
 
     @property

@@ -1,4 +1,4 @@
-"""The element-wise steps around a layer's parts, one launch each: norm with scale and shift, and the gated sum.
+"""Element-wise steps of a layer, one launch each: modulated norm and gated sum.
 
 One program owns one token, or a few of one frame, with whole rows in registers: x is read once and written once.
 Scale, shift and gate differ from frame to frame, as an autoregressive rollout's time steps do.
@@ -19,7 +19,7 @@ MAX_WIDTH = 8192
 
 @triton.jit
 def _place(tokens_per_frame, frames, ROWS: tl.constexpr):
-    """This program's first token of all tokens, its place in the frame, its frame and its batch row."""
+    """This program's first token, its place in the frame, its frame and batch row."""
     per_frame = tl.cdiv(tokens_per_frame, ROWS)
     program = tl.program_id(0)
     frame = program // per_frame
@@ -30,7 +30,7 @@ def _place(tokens_per_frame, frames, ROWS: tl.constexpr):
 
 @triton.jit
 def _tile(first, within, tokens_per_frame, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr):
-    """Offsets of the program's values, [ROWS, PADDED], a mask of the real ones, and their columns."""
+    """Offsets of the program's values [ROWS, PADDED], mask of the real ones, columns."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, PADDED)
     real = (within + rows < tokens_per_frame)[:, None] & (columns < WIDTH)[None, :]
     return first * WIDTH + rows[:, None] * WIDTH + columns[None, :], real, columns
@@ -53,7 +53,6 @@ def _norm_scale_shift(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     first, within, frame, batch = _place(tokens_per_frame, frames, ROWS)
     tile, real, columns = _tile(first, within, tokens_per_frame, WIDTH, PADDED, ROWS)
@@ -65,7 +64,7 @@ def _norm_scale_shift(
     x = tl.where(real, x - mean[:, None], 0.0)
     inverse = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
     y = x * inverse[:, None] * (1.0 + scale.to(tl.float32))[None, :] + shift.to(tl.float32)[None, :]
-    tl.store(out_ptr + tile, cast(y, out_ptr.dtype.element_ty, INTERPRETED), mask=real)
+    tl.store(out_ptr + tile, cast(y, out_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit(do_not_specialize=["frames", "tokens_per_frame"])
@@ -81,7 +80,6 @@ def _gated_add(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     first, within, frame, batch = _place(tokens_per_frame, frames, ROWS)
     tile, real, columns = _tile(first, within, tokens_per_frame, WIDTH, PADDED, ROWS)
@@ -90,11 +88,11 @@ def _gated_add(
     y = tl.load(y_ptr + tile, mask=real, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + batch * gate_stride_b + frame * gate_stride_f + columns, mask=column_is_real)
     out = x + y * gate.to(tl.float32)[None, :]
-    tl.store(out_ptr + tile, cast(out, out_ptr.dtype.element_ty, INTERPRETED), mask=real)
+    tl.store(out_ptr + tile, cast(out, out_ptr.dtype.element_ty), mask=real)
 
 
 def launch_options(width: int) -> dict[str, int]:
-    """Padded width, rows and warps of one program: 4,096 values or one row, 16 values of it a thread."""
+    """Padded width, rows and warps: 4,096 values or one row, 16 values a thread."""
     padded = triton.next_power_of_2(width)
     rows = max(1, 4096 // padded)
     return {"PADDED": padded, "ROWS": rows, "num_warps": rows * padded // 512}
@@ -123,7 +121,7 @@ def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def _launch(kernel: Any, tokens: tuple[Tensor, ...], modulations: tuple[Tensor, ...], *numbers: float) -> Tensor:
-    """Check the tensors, then run the kernel on whole tokens and on modulations of one token per frame."""
+    """Check the tensors, then run the kernel on tokens and per-frame modulations."""
     x = tokens[0]
     if reason := why_not(x):
         raise ValueError(reason)
@@ -143,5 +141,5 @@ def _launch(kernel: Any, tokens: tuple[Tensor, ...], modulations: tuple[Tensor, 
     arguments = [*(y.contiguous() for y in tokens), *modulations, out, *strides, length // frames, frames, *numbers]
     with device.current(x.device):
         programs = batch * frames * triton.cdiv(length // frames, options["ROWS"])
-        kernel[(programs,)](*arguments, WIDTH=width, INTERPRETED=device.INTERPRETED, **options)
+        kernel[(programs,)](*arguments, WIDTH=width, **options)
     return out

@@ -1,8 +1,8 @@
-"""Hierarchical block selection in Triton: scores, frame choice, block choice and the compact list in two launches.
+"""Hierarchical block selection in Triton: from means to lists in two launches.
 
 The first launch multiplies query means with key and frame means, or with the means of parts of blocks, whose
 log-sum-exp are the scores of blocks and frames then. In the second, one program owns one query block:
-it holds the row's scores in registers and searches, bit by bit, for the highest bar that still leaves as many
+it holds the row's scores in registers and searches, bit by bit, for the highest threshold that still leaves as many
 candidates as needed. Nothing is sorted; prefix sums resolve ties, and the list is written in id order.
 """
 
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
-from .device import INTERPRETED
+from .device import IS_INTERPRETED
 
 MAX_BLOCKS = 16384
 MAX_FRAMES = 4096
@@ -26,7 +26,7 @@ HIGHEST_INT = tl.constexpr(2**31 - 1)  # higher than the order of any score: a t
 
 
 class Parts(NamedTuple):
-    """Means of parts of key blocks, [B, frames · parts per frame, H, D], and how they tile frames.
+    """Means of parts of key blocks, [B, frames · parts per frame, H, D], and sizes.
 
     A frame of `tokens_per_frame` tokens is cut into parts of `tokens`, the last one ragged, and `per_block` parts
     (a power of two) make a block, fewer at a frame's end.
@@ -38,21 +38,27 @@ class Parts(NamedTuple):
     per_block: int
 
 
+@triton.jit
+def _add_products(scores, q_tile, k_tile, q_is_real, k_is_real, HEAD_DIM: tl.constexpr, TILE_DIM: tl.constexpr):
+    """scores + q · k, of rows and columns whose first values are at q_tile and k_tile."""
+    for start in range(0, HEAD_DIM, TILE_DIM):
+        dims = start + tl.arange(0, TILE_DIM)
+        q = tl.load(q_tile + dims[None, :], mask=q_is_real[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+        k = tl.load(k_tile + dims[:, None], mask=k_is_real[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
+        if IS_INTERPRETED:  # its tl.dot multiplies the raw bits of bfloat16
+            q, k = q.to(tl.float32), k.to(tl.float32)
+        scores = tl.dot(q, k, scores, input_precision="ieee")
+    return scores
+
+
 @triton.jit(do_not_specialize=["q_blocks", "k_blocks", "frames"])
 def _score(
     q_ptr,
     k_ptr,
     frame_ptr,
     scores_ptr,
-    q_stride_b,
-    q_stride_l,
-    q_stride_h,
     k_stride_b,
-    k_stride_l,
-    k_stride_h,
     frame_stride_b,
-    frame_stride_l,
-    frame_stride_h,
     heads,
     q_blocks,
     k_blocks,
@@ -61,23 +67,20 @@ def _score(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     TILE_DIM: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
-    """One tile of q_means · [k_means, frame_means]; a row of scores holds the k_blocks and then the frames."""
+    """One tile of q_means · [k_means, frame_means]; a row's blocks come first."""
     tile = tl.program_id(0)
     head_row = tl.program_id(2)
     batch = (head_row // heads).to(tl.int64)
     head = (head_row % heads).to(tl.int64)
     k_tiles = tl.cdiv(k_blocks, TILE_K)
     if tile < k_tiles:
-        base = k_ptr + batch * k_stride_b + head * k_stride_h
-        stride = k_stride_l
+        base = k_ptr + batch * k_stride_b
         first = tile * TILE_K
         length = k_blocks
         column = first
     else:
-        base = frame_ptr + batch * frame_stride_b + head * frame_stride_h
-        stride = frame_stride_l
+        base = frame_ptr + batch * frame_stride_b
         first = (tile - k_tiles) * TILE_K
         length = frames
         column = k_blocks + first
@@ -86,23 +89,17 @@ def _score(
     columns = tl.arange(0, TILE_K)
     row_is_real = rows < q_blocks
     column_is_real = first + columns < length
-    q_tile = (q_ptr + batch * q_stride_b + head * q_stride_h + rows.to(tl.int64) * q_stride_l)[:, None]
-    k_tile = (base + (first + columns).to(tl.int64) * stride)[None, :]
+    q_tile = (q_ptr + ((batch * q_blocks + rows) * heads + head) * HEAD_DIM)[:, None]
+    k_tile = (base + ((first + columns).to(tl.int64) * heads + head) * HEAD_DIM)[None, :]
     scores = tl.zeros([TILE_Q, TILE_K], tl.float32)
-    for start in range(0, HEAD_DIM, TILE_DIM):
-        dims = start + tl.arange(0, TILE_DIM)
-        q = tl.load(q_tile + dims[None, :], mask=row_is_real[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-        k = tl.load(k_tile + dims[:, None], mask=column_is_real[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
-        if UPCAST:
-            q, k = q.to(tl.float32), k.to(tl.float32)
-        scores = tl.dot(q, k, scores, input_precision="ieee")
+    scores = _add_products(scores, q_tile, k_tile, row_is_real, column_is_real, HEAD_DIM, TILE_DIM)
     row_ptr = scores_ptr + (head_row.to(tl.int64) * q_blocks + rows) * (k_blocks + frames) + column
     tl.store(row_ptr[:, None] + columns[None, :], scores, mask=row_is_real[:, None] & column_is_real[None, :])
 
 
 @triton.jit
 def _shifted(largest):
-    """The number subtracted from scores before exp: the largest of them, or 0 if that is infinite."""
+    """The number to subtract from scores before exp: the largest, or 0 if infinite."""
     return tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
 
 
@@ -111,12 +108,7 @@ def _score_parts(
     q_ptr,
     parts_ptr,
     scores_ptr,
-    q_stride_b,
-    q_stride_l,
-    q_stride_h,
     part_stride_b,
-    part_stride_l,
-    part_stride_h,
     heads,
     q_blocks,
     frames,
@@ -130,7 +122,6 @@ def _score_parts(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     TILE_DIM: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """One frame's scores in rows like those of `_score`.
 
@@ -144,9 +135,8 @@ def _score_parts(
     columns = tl.arange(0, TILE_K)
     blocks = tl.arange(0, TILE_K // PER_BLOCK)
     row_is_real = rows < q_blocks
-    q_tile = (q_ptr + batch * q_stride_b + head * q_stride_h + rows.to(tl.int64) * q_stride_l)[:, None]
-    base = parts_ptr + batch * part_stride_b + head * part_stride_h
-    base += frame.to(tl.int64) * parts_per_frame * part_stride_l
+    q_tile = (q_ptr + ((batch * q_blocks + rows) * heads + head) * HEAD_DIM)[:, None]
+    base = parts_ptr + batch * part_stride_b + (frame.to(tl.int64) * parts_per_frame * heads + head) * HEAD_DIM
     row_ptr = scores_ptr + (head_row.to(tl.int64) * q_blocks + rows) * (frames * per_frame + frames)
 
     frame_max = tl.full([TILE_Q], float("-inf"), tl.float32)
@@ -154,15 +144,9 @@ def _score_parts(
     for first in range(0, per_frame, TILE_K // PER_BLOCK):
         parts = first * PER_BLOCK + columns
         is_real = parts < parts_per_frame
-        k_tile = (base + parts.to(tl.int64) * part_stride_l)[None, :]
+        k_tile = (base + parts.to(tl.int64) * heads * HEAD_DIM)[None, :]
         scores = tl.zeros([TILE_Q, TILE_K], tl.float32)
-        for start in range(0, HEAD_DIM, TILE_DIM):
-            dims = start + tl.arange(0, TILE_DIM)
-            q = tl.load(q_tile + dims[None, :], mask=row_is_real[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-            k = tl.load(k_tile + dims[:, None], mask=is_real[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
-            if UPCAST:
-                q, k = q.to(tl.float32), k.to(tl.float32)
-            scores = tl.dot(q, k, scores, input_precision="ieee")
+        scores = _add_products(scores, q_tile, k_tile, row_is_real, is_real, HEAD_DIM, TILE_DIM)
         tokens = tl.maximum(tl.minimum(tokens_per_frame - parts * TOKENS, TOKENS), 1).to(tl.float32)
         scores = tl.where(is_real[None, :], scores * scale + tl.log(tokens)[None, :], float("-inf"))
         scores = tl.reshape(scores, [TILE_Q, TILE_K // PER_BLOCK, PER_BLOCK])
@@ -187,19 +171,19 @@ def _order(score):
 
 
 @triton.jit
-def _bar(keys, wanted, start, BITS: tl.constexpr):
+def _threshold(keys, wanted, start, BITS: tl.constexpr):
     """The highest int32 from `start` to start + 2^BITS − 1 that at least `wanted` keys reach, as `start` itself is."""
-    bar = start
+    threshold = start
     for i in range(BITS):
-        higher = bar + (1 << (BITS - 1 - i))
-        bar = tl.where(tl.sum((keys >= higher).to(tl.int32)) >= wanted, higher, bar)
-    return bar
+        higher = threshold + (1 << (BITS - 1 - i))
+        threshold = tl.where(tl.sum((keys >= higher).to(tl.int32)) >= wanted, higher, threshold)
+    return threshold
 
 
 @triton.jit
-def _signed_bar(keys, wanted):
+def _signed_threshold(keys, wanted):
     """The highest int32 that at least `wanted` of the keys reach."""
-    return _bar(keys, wanted, tl.where(tl.sum((keys >= 0).to(tl.int32)) >= wanted, 0, LOWEST_INT), 31)
+    return _threshold(keys, wanted, tl.where(tl.sum((keys >= 0).to(tl.int32)) >= wanted, 0, LOWEST_INT), 31)
 
 
 @triton.jit(do_not_specialize=["k_blocks", "frames", "per_frame", "choose", "kept"])
@@ -220,32 +204,32 @@ def _select(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = scores_ptr + row * (k_blocks + frames)
 
-    # A competing frame is chosen when its score is above the bar, or at it and its rank not above `last_rank`.
-    frame_bar = tl.full((), HIGHEST_INT, tl.int32)
+    # A competing frame is chosen if its score is above the threshold, or equals it and its rank is at most `last_rank`.
+    frame_threshold = tl.full((), HIGHEST_INT, tl.int32)
     last_rank = tl.full((), -1, tl.int32)
     if choose > 0:
         slots = tl.arange(0, FRAMES)
         slot_rank = tl.load(ranks_ptr + slots, mask=slots < frames, other=-1)
         frame_keys = _order(tl.load(row_ptr + k_blocks + slots, mask=slots < frames, other=0.0))
         frame_keys = tl.where(slot_rank >= 0, frame_keys, LOWEST_INT)
-        frame_bar = _signed_bar(frame_keys, choose)
-        missing = choose - tl.sum((frame_keys > frame_bar).to(tl.int32))
-        backwards = tl.where(frame_keys == frame_bar, FRAMES - 1 - slot_rank, -1)
-        last_rank = FRAMES - 1 - _bar(backwards, missing, tl.full((), 0, tl.int32), FRAME_BITS)
+        frame_threshold = _signed_threshold(frame_keys, choose)
+        missing = choose - tl.sum((frame_keys > frame_threshold).to(tl.int32))
+        backwards = tl.where(frame_keys == frame_threshold, FRAMES - 1 - slot_rank, -1)
+        last_rank = FRAMES - 1 - _threshold(backwards, missing, tl.full((), 0, tl.int32), FRAME_BITS)
 
     ids = tl.arange(0, COLUMNS)
     is_real = ids < k_blocks
     slot = ids // per_frame
     rank = tl.load(ranks_ptr + slot, mask=is_real, other=0)
-    # Where no frame is chosen their scores were never written; nothing can reach the bar then.
+    # If no frame is chosen, their scores were never written; nothing reaches the threshold then.
     frame_key = _order(tl.load(row_ptr + k_blocks + slot, mask=is_real & (rank >= 0), other=0.0))
-    chosen = (frame_key > frame_bar) | ((frame_key == frame_bar) & (rank <= last_rank))
+    chosen = (frame_key > frame_threshold) | ((frame_key == frame_threshold) & (rank <= last_rank))
     eligible = is_real & ((rank < 0) | chosen)
     keys = tl.where(eligible, _order(tl.load(row_ptr + ids, mask=is_real, other=0.0)), LOWEST_INT)
 
-    bar = _signed_bar(keys, kept)
-    above = (keys > bar).to(tl.int32)
-    tied = (keys == bar).to(tl.int32)
+    threshold = _signed_threshold(keys, kept)
+    above = (keys > threshold).to(tl.int32)
+    tied = (keys == threshold).to(tl.int32)
     missing = kept - tl.sum(above)
     # Both prefix sums in one scan: `above` in the low half of each int, `tied` in the high half.
     sums = tl.cumsum(above + (tied << 16), 0)
@@ -258,7 +242,7 @@ def _select(
 
 
 def why_not(q_means: Tensor, k_blocks: int, frames: int) -> str | None:
-    """Why these kernels cannot select for q_means [B, q_blocks, H, D] among `k_blocks` blocks, or None."""
+    """Why these kernels cannot select for q_means [B, q_blocks, H, D], or None."""
     if k_blocks > MAX_BLOCKS:
         return f"the selection kernel holds up to {MAX_BLOCKS:,} key blocks in registers, not {k_blocks:,}"
     if frames > MAX_FRAMES:
@@ -276,10 +260,10 @@ def select_blocks(
     kept: int,
     parts: Parts | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The key blocks that each query block keeps: the `kept` best of those whose frame is eligible.
+    """Select for each query block the `kept` best key blocks of eligible frames.
 
-    q_means [B, q_blocks, H, D], k_means [B, k_blocks, H, D], frame_means [B, frames, H, D]: one dtype, any strides
-    if D is contiguous; scores are inner products in float32. frame_ranks: int32 [frames], −1 for a frame
+    q_means [B, q_blocks, H, D], k_means [B, k_blocks, H, D], frame_means [B, frames, H, D]: one dtype; scores are
+    inner products in float32. frame_ranks: int32 [frames], −1 for a frame
     that is always eligible, otherwise its rank, unique and below `frames`, among those that compete for `choose`
     places; the lowest rank wins a tie. Of equal blocks the lowest id wins. NaN counts as the lowest finite score,
     an infinite score as the nearest finite one. At least `choose` frames must compete and `kept` blocks be eligible.
@@ -339,22 +323,22 @@ def _write_scores(
     constants = {"HEAD_DIM": head_dim, "TILE_Q": 64, "TILE_K": 64, "TILE_DIM": 32 if wide else 64}
     numbers: list[float] = [heads, q_blocks]
     if parts is None:
-        kernel, means = _score, [q_means, k_means, frame_means]
+        kernel, means = _score, [q_means.contiguous(), k_means, frame_means]
         tiles = triton.cdiv(k_blocks, 64) + (triton.cdiv(frames, 64) if with_frames else 0)
         numbers += [k_blocks, frames]
     else:
-        kernel, means, tiles = _score_parts, [q_means, parts.means], frames
+        kernel, means, tiles = _score_parts, [q_means.contiguous(), parts.means], frames
         constants |= {"TILE_Q": 32 if wide else 64, "TOKENS": parts.tokens, "PER_BLOCK": parts.per_block}
         parts_per_frame = triton.cdiv(parts.tokens_per_frame, parts.tokens)
         numbers += [frames, k_blocks // frames, parts_per_frame, parts.tokens_per_frame, head_dim**-0.5]
-    means = [x if x.stride(-1) == 1 else x.contiguous() for x in means]
+    # Of a cache that is not full each sample is contiguous.
+    means = [x if x.stride()[1:] == (heads * head_dim, head_dim, 1) else x.contiguous() for x in means]
     kernel[(tiles, triton.cdiv(q_blocks, constants["TILE_Q"]), batch * heads)](
         *means,
         scores,
-        *(stride for x in means for stride in x.stride()[:3]),
+        *(x.stride(0) for x in means[1:]),
         *numbers,
         **constants,
-        UPCAST=INTERPRETED and q_means.dtype == torch.bfloat16,  # its tl.dot multiplies the raw bits of bfloat16
         num_warps=4,
         num_stages=2,
     )

@@ -1,4 +1,4 @@
-"""Everything between the q, k, v projections and attention in one launch: norm, RoPE, ring write, pooling, 8-bit.
+"""From projections to attention in one launch: norm, RoPE, ring, pooling, 8-bit.
 
 One program owns one block of tokens of one part (q, k or v) and a group of its heads. The RMS of a token spans all
 heads, so a q or k program first sums squares over whole rows and then walks its heads, one [tokens, head dim] tile
@@ -19,10 +19,10 @@ from .rounding import cast
 
 BLOCK_SIZES = (16, 32, 64, 128)
 HEAD_DIMS = (16, 32, 64, 128)
-# The largest value that each 8-bit dtype holds, to which a block's largest is scaled.
-LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
+EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 # Parts of a key block that have means of their own, for selection that looks inside blocks.
 SUB_BLOCKS = 4
+PARTS = tl.constexpr(SUB_BLOCKS)  # for device code
 # Programs that a launch should have: two for each of the 132 multiprocessors of an H100 or H200.
 PROGRAMS = 264
 
@@ -39,7 +39,7 @@ def _inverse_rms(tile, heads, row_is_real, eps, HEAD_DIM: tl.constexpr, BLOCK: t
 
 @triton.jit
 def _rotate(x, cos, sin, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Each pair of channels (2i, 2i + 1) of x [BLOCK, HEAD_DIM] turned by the angles of cos, sin [BLOCK, D/2]."""
+    """Turn channels (2i, 2i + 1) of x by the angles of cos and sin [BLOCK, D/2]."""
     first, second = tl.split(tl.reshape(x, [BLOCK, HEAD_DIM // 2, 2]))
     turned = tl.join(first * cos - second * sin, first * sin + second * cos)
     return tl.reshape(turned, [BLOCK, HEAD_DIM])
@@ -49,19 +49,7 @@ def _rotate(x, cos, sin, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
 def _write_part(
     program,
     x_ptr,
-    stride_b,
-    stride_l,
-    weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    eps,
-    slots_ptr,
     out_ptr,
-    scales_ptr,
-    means_ptr,
-    frame_means_ptr,
-    arrivals_ptr,
-    sub_means_ptr,
     heads,
     heads_per_program,
     frames,
@@ -69,12 +57,19 @@ def _write_part(
     tokens_per_frame,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SUB_BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    weight_ptr=None,
+    cos_ptr=None,
+    sin_ptr=None,
+    eps=None,
+    slots_ptr=None,
+    scales_ptr=None,
+    means_ptr=None,
+    frame_means_ptr=None,
+    arrivals_ptr=None,
+    sub_means_ptr=None,
 ):
-    """One program's share of q, k or v; pointers that a part does not have are None."""
+    """One program's share of q, k or v."""
     groups = tl.cdiv(heads, heads_per_program)
     per_frame = tl.cdiv(tokens_per_frame, BLOCK)
     group = program % groups  # neighbours share their rows
@@ -82,6 +77,7 @@ def _write_part(
     frame = program // groups // per_frame % frames
     batch = (program // groups // per_frame // frames).to(tl.int64)
     within = block * BLOCK
+    x_frame = batch * frames + frame
     out_frame = batch * out_frames + (frame if slots_ptr is None else tl.load(slots_ptr + frame))
     out_block = out_frame * per_frame + block
     length = tl.minimum(BLOCK, tokens_per_frame - within)
@@ -89,52 +85,52 @@ def _write_part(
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, HEAD_DIM)
     row_is_real = rows < length
-    token = frame.to(tl.int64) * tokens_per_frame + within
-    tile = x_ptr + batch * stride_b + token * stride_l + rows[:, None] * stride_l + dims[None, :]
-    out_row = (out_frame * tokens_per_frame + within) * heads
-    out_tile = out_ptr + out_row * HEAD_DIM + rows[:, None] * (heads * HEAD_DIM) + dims[None, :]
+    offsets = rows[:, None] * (heads * HEAD_DIM) + dims[None, :]
+    tile = x_ptr + (x_frame * tokens_per_frame + within) * heads * HEAD_DIM + offsets
+    out_tile = out_ptr + (out_frame * tokens_per_frame + within) * heads * HEAD_DIM + offsets
 
     if weight_ptr is not None:
         inverse_rms = _inverse_rms(tile, heads, row_is_real, eps, HEAD_DIM, BLOCK, STAGES)
-        pairs = rows[:, None] * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM // 2)[None, :]
-        pairs += token.to(tl.int32) * (HEAD_DIM // 2)
+        tokens = frame * tokens_per_frame + within + rows
+        pairs = tokens[:, None] * (HEAD_DIM // 2) + tl.arange(0, HEAD_DIM // 2)[None, :]
         cos = tl.load(cos_ptr + pairs, mask=row_is_real[:, None], other=0.0)
         sin = tl.load(sin_ptr + pairs, mask=row_is_real[:, None], other=0.0)
 
     first_head = group * heads_per_program
     last_head = tl.minimum(first_head + heads_per_program, heads)
     compute: tl.constexpr = x_ptr.dtype.element_ty
+    largest: tl.constexpr = 127.0 if out_ptr.dtype.element_ty == tl.int8 else 448.0
     for head in tl.range(first_head, last_head, num_stages=STAGES):
         x = tl.load(tile + head * HEAD_DIM, mask=row_is_real[:, None], other=0.0)
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + head * HEAD_DIM + dims).to(tl.float32)
             x = x.to(tl.float32) * inverse_rms[:, None] * weight[None, :]
-            x = cast(x, compute, INTERPRETED).to(tl.float32)
-            x = cast(_rotate(x, cos, sin, HEAD_DIM, BLOCK), compute, INTERPRETED)
+            x = cast(x, compute).to(tl.float32)
+            x = cast(_rotate(x, cos, sin, HEAD_DIM, BLOCK), compute)
         if sub_means_ptr is not None:
-            size: tl.constexpr = BLOCK // SUB_BLOCKS
+            size: tl.constexpr = BLOCK // PARTS
             total = tl.zeros([HEAD_DIM], tl.float32)
-            for part in tl.static_range(SUB_BLOCKS):
+            for part in tl.static_range(PARTS):
                 partial = tl.sum(tl.where((rows // size == part)[:, None], x.to(tl.float32), 0.0), 0)
                 total += partial
                 count = tl.minimum(length - part * size, size)
                 if count > 0:
-                    sub = out_frame * tl.cdiv(tokens_per_frame, size) + block * SUB_BLOCKS + part
+                    sub = out_frame * tl.cdiv(tokens_per_frame, size) + block * PARTS + part
                     mean = tl.div_rn(partial, count.to(tl.float32))
                     place = sub_means_ptr + (sub * heads + head) * HEAD_DIM + dims
-                    tl.store(place, cast(mean, compute, INTERPRETED))
+                    tl.store(place, cast(mean, compute))
         elif means_ptr is not None:
             total = tl.sum(x.to(tl.float32), 0)
         if means_ptr is not None:
             mean = tl.div_rn(total, length.to(tl.float32))
-            tl.store(means_ptr + (out_block * heads + head) * HEAD_DIM + dims, cast(mean, compute, INTERPRETED))
+            tl.store(means_ptr + (out_block * heads + head) * HEAD_DIM + dims, cast(mean, compute))
         if scales_ptr is not None:
             wide = x.to(tl.float32)
-            scale = tl.div_rn(tl.max(tl.max(tl.abs(wide), 1), 0), LARGEST * 1.0)
+            scale = tl.div_rn(tl.max(tl.max(tl.abs(wide), 1), 0), largest)
             scale = tl.where(scale == 0.0, 1.0, scale)
             tl.store(scales_ptr + out_block * heads + head, scale)
-            x = tl.clamp(tl.div_rn(wide, scale), -LARGEST * 1.0, LARGEST * 1.0)
-            x = cast(x, out_ptr.dtype.element_ty, INTERPRETED)
+            x = tl.clamp(tl.div_rn(wide, scale), -largest, largest)
+            x = cast(x, out_ptr.dtype.element_ty)
         tl.store(out_tile + head * HEAD_DIM, x, mask=row_is_real[:, None])
 
     if frame_means_ptr is not None:
@@ -159,7 +155,7 @@ def _write_part(
                     shares = tl.div_rn(lengths, tl.zeros([32], tl.float32) + tokens_per_frame)
                     total += tl.sum(means.to(tl.float32) * shares[:, None], 0)
                 place = frame_means_ptr + (out_frame * heads + head) * HEAD_DIM + dims
-                tl.store(place, cast(total, compute, INTERPRETED))
+                tl.store(place, cast(total, compute))
 
 
 # Frames and the split over programs change from call to call; unspecialised, they cost no new compilation.
@@ -184,12 +180,6 @@ def _store(
     arrivals_ptr,
     value_means_ptr,
     sub_means_ptr,
-    q_stride_b,
-    q_stride_l,
-    k_stride_b,
-    k_stride_l,
-    v_stride_b,
-    v_stride_l,
     eps,
     batch,
     heads,
@@ -200,10 +190,7 @@ def _store(
     HEAD_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    LARGEST: tl.constexpr,
-    SUB_BLOCKS: tl.constexpr,
     STAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     program = tl.program_id(0)
     lanes = batch * frames * tl.cdiv(heads, heads_per_program)
@@ -214,19 +201,7 @@ def _store(
             _write_part(
                 program,
                 q_ptr,
-                q_stride_b,
-                q_stride_l,
-                q_weight_ptr,
-                cos_ptr,
-                sin_ptr,
-                eps,
-                None,
                 q_out_ptr,
-                None,
-                q_means_ptr,
-                None,
-                None,
-                None,
                 heads,
                 heads_per_program,
                 frames,
@@ -234,75 +209,59 @@ def _store(
                 tokens_per_frame,
                 HEAD_DIM,
                 BLOCK_Q,
-                LARGEST,
-                SUB_BLOCKS,
                 STAGES,
-                INTERPRETED,
-            )
-    if k_ptr is not None:
-        k_programs = lanes * tl.cdiv(tokens_per_frame, BLOCK_K)
-        if (program >= q_programs) & (program < q_programs + k_programs):
-            _write_part(
-                program - q_programs,
-                k_ptr,
-                k_stride_b,
-                k_stride_l,
-                k_weight_ptr,
+                q_weight_ptr,
                 cos_ptr,
                 sin_ptr,
                 eps,
-                slots_ptr,
-                keys_ptr,
-                key_scales_ptr,
-                key_means_ptr,
-                frame_means_ptr,
-                arrivals_ptr,
-                sub_means_ptr,
-                heads,
-                heads_per_program,
-                frames,
-                slots,
-                tokens_per_frame,
-                HEAD_DIM,
-                BLOCK_K,
-                LARGEST,
-                SUB_BLOCKS,
-                STAGES,
-                INTERPRETED,
+                means_ptr=q_means_ptr,
             )
-        if program >= q_programs + k_programs:
-            _write_part(
-                program - q_programs - k_programs,
-                v_ptr,
-                v_stride_b,
-                v_stride_l,
-                None,
-                None,
-                None,
-                eps,
-                slots_ptr,
-                values_ptr,
-                value_scales_ptr,
-                value_means_ptr,
-                None,
-                None,
-                None,
-                heads,
-                heads_per_program,
-                frames,
-                slots,
-                tokens_per_frame,
-                HEAD_DIM,
-                BLOCK_K,
-                LARGEST,
-                SUB_BLOCKS,
-                STAGES,
-                INTERPRETED,
-            )
+    k_programs = lanes * tl.cdiv(tokens_per_frame, BLOCK_K)
+    if (program >= q_programs) & (program < q_programs + k_programs):
+        _write_part(
+            program - q_programs,
+            k_ptr,
+            keys_ptr,
+            heads,
+            heads_per_program,
+            frames,
+            slots,
+            tokens_per_frame,
+            HEAD_DIM,
+            BLOCK_K,
+            STAGES,
+            k_weight_ptr,
+            cos_ptr,
+            sin_ptr,
+            eps,
+            slots_ptr,
+            key_scales_ptr,
+            key_means_ptr,
+            frame_means_ptr,
+            arrivals_ptr,
+            sub_means_ptr,
+        )
+    if program >= q_programs + k_programs:
+        _write_part(
+            program - q_programs - k_programs,
+            v_ptr,
+            values_ptr,
+            heads,
+            heads_per_program,
+            frames,
+            slots,
+            tokens_per_frame,
+            HEAD_DIM,
+            BLOCK_K,
+            STAGES,
+            slots_ptr=slots_ptr,
+            scales_ptr=value_scales_ptr,
+            means_ptr=value_means_ptr,
+        )
 
 
 def launch_options(block_q: int, block_k: int, itemsize: int, sub_means: bool) -> dict[str, int]:
-    """Warps, registers and load-ahead for the larger of two tiles; `itemsize` is bytes per element.
+    """Warps, registers and load-ahead for the larger tile; `itemsize` is in bytes.
 
     Eight tokens a warp (four if parts of blocks are pooled too, which takes registers) and at most 128 registers
     a thread let 16 warps live on every multiprocessor. Parts of 128 tokens and float32 spill then: twice of both. Two
@@ -316,12 +275,12 @@ def launch_options(block_q: int, block_k: int, itemsize: int, sub_means: bool) -
 
 
 def why_not(x: Tensor, head_dim: int, block: tuple[int, int], cache_dtype: torch.dtype | None = None) -> str | None:
-    """Why this kernel cannot take a projection x [B, L, H · D] of heads of `head_dim`, or None.
+    """Why this kernel cannot take a projection x [B, L, H · D], or None.
 
     block: (query, key) tokens per block. cache_dtype: of stored keys and values, x's dtype if None.
     """
     cache_dtype = cache_dtype or x.dtype
-    if cache_dtype != x.dtype and cache_dtype not in LARGEST:
+    if cache_dtype != x.dtype and cache_dtype not in EIGHT_BIT:
         return f"the fused store keeps {x.dtype} as it is, as int8 or as float8_e4m3fn, not as {cache_dtype}"
     if head_dim not in HEAD_DIMS:
         return f"the fused store takes head dims of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
@@ -346,13 +305,13 @@ def fused_store(
     head_dim: int,
     block: tuple[int, int],
 ) -> tuple[Tensor, Tensor] | None:
-    """Norm, rotate and pool q; norm and rotate k; write and pool k and v into the ring: one launch.
+    """Norm and rotate q and k, pool all three, and write k and v, in one launch.
 
-    q, k, v: raw projections [B, L, H · D] of whole frames, any strides if channels are contiguous; q may be
-    None. q_weight, k_weight: [H · D], of the RMS norms over the full width, with `eps`.
+    q, k, v: raw projections [B, L, H · D] of whole frames; q may be None.
+    q_weight, k_weight: [H · D], of the RMS norms over the full width, with `eps`.
     cos, sin: float32, L · D/2 values in the order of `RopeTable`'s.
-    slots: int32 [frames] on the device, the slot of `ring` that each frame goes to, no two the same; the caller
-    vouches for their range.
+    ring: as `KVStorage` in the core makes it. slots: int32 [frames] on the device, the slot of `ring` that each frame
+    goes to, no two the same; the caller vouches for their range.
     block: (query, key) tokens per block; the last block of a frame may be ragged.
 
     Returns q normed and rotated, [B, L, H, D], and its block means [B, frames · query blocks per frame, H, D]; None
@@ -366,34 +325,34 @@ def fused_store(
 
     Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
     """
-    parts, q_weight = ([k, v], None) if q is None else ([q, k, v], q_weight)
-    like = parts[0]
-    if reason := why_not(like, head_dim, block, ring.keys.dtype):
+    if reason := why_not(k, head_dim, block, ring.keys.dtype):
         raise ValueError(reason)
-    batch, tokens, width = like.shape
+    batch, tokens, width = k.shape
     frames, heads = tokens // tokens_per_frame, width // head_dim
     if tokens % tokens_per_frame or width % head_dim or not frames:
         raise ValueError(
-            f"{tuple(like.shape)} is not [B, frames · {tokens_per_frame} tokens per frame, heads · {head_dim}]"
+            f"{tuple(k.shape)} is not [B, frames · {tokens_per_frame} tokens per frame, heads · {head_dim}]"
         )
-    for x in parts:
-        if x.shape != like.shape or x.dtype != like.dtype or x.stride(-1) != 1:
-            raise ValueError(
-                f"q, k and v must be of one shape and dtype with contiguous channels; "
-                f"{tuple(x.shape)} {x.dtype} with strides {x.stride()} is not like {tuple(like.shape)} {like.dtype}"
-            )
+    for x in (v,) if q is None else (q, v):
+        device.require("q, k and v", x, tuple(k.shape), k.dtype, k.device)
     for name, weight in {"k": k_weight, **({} if q is None else {"q": q_weight})}.items():
         if weight is None or weight.shape != (width,) or not weight.is_contiguous():
-            raise ValueError(
-                f"the norm of {name} needs a contiguous weight of {width} values, not {_described(weight)}"
-            )
+            raise ValueError(f"the norm of {name} needs a contiguous weight of {width} values")
     for table in (cos, sin):
         if table.dtype != torch.float32 or table.numel() != tokens * head_dim // 2 or not table.is_contiguous():
             raise ValueError(
                 f"cos and sin must be contiguous float32 of {tokens} · {head_dim // 2} values, "
                 f"not {table.dtype} {tuple(table.shape)}"
             )
-    ring_slots = _require_ring(ring, k.unflatten(-1, (heads, head_dim)), slots, tokens_per_frame, block[1])
+    device.require("slots", slots, (frames,), torch.int32, k.device)
+    ring_slots = ring.keys.shape[1] // tokens_per_frame
+    for name, x in (("keys", ring.keys), ("values", ring.values)):
+        rows = batch, ring_slots * tokens_per_frame, heads, head_dim
+        device.require(f"the ring's {name}", x, rows, ring.keys.dtype, k.device)
+    if (ring.scales is None) != (ring.keys.dtype not in EIGHT_BIT):
+        raise ValueError(f"the ring's {ring.keys.dtype} keys come {'with' if ring.scales else 'without'} scales")
+    if ring_slots < frames:
+        raise ValueError(f"{frames} frames do not fit into a ring of {ring_slots} slots")
 
     out = means = None
     q_blocks, k_blocks = (frames * triton.cdiv(tokens_per_frame, size) for size in block)
@@ -403,52 +362,16 @@ def fused_store(
         means = torch.empty(batch, q_blocks, heads, head_dim, dtype=q.dtype, device=q.device)
         blocks += batch * q_blocks
     heads_per_program = triton.cdiv(heads, min(heads, triton.cdiv(PROGRAMS, blocks)))
-    strides = [stride for x in (q, k, v) for stride in ((0, 0) if x is None else x.stride()[:2])]
-    arguments: list[Any] = [q, k, v, q_weight, k_weight, cos, sin, slots, out, means, *ring, *strides]
+    projections = [None if x is None else x.contiguous() for x in (q, k, v)]
+    q_weight = None if q is None else q_weight
+    arguments: list[Any] = [*projections, q_weight, k_weight, cos, sin, slots, out, means, *ring]
     arguments += [eps, batch, heads, heads_per_program, frames, ring_slots, tokens_per_frame]
-    with device.current(like.device):
+    with device.current(k.device):
         _store[(blocks * triton.cdiv(heads, heads_per_program),)](
             *arguments,
             HEAD_DIM=head_dim,
             BLOCK_Q=block[0],
             BLOCK_K=block[1],
-            LARGEST=LARGEST.get(ring.keys.dtype, 0),
-            SUB_BLOCKS=SUB_BLOCKS,
-            INTERPRETED=device.INTERPRETED,
-            **launch_options(*block, like.element_size(), ring.sub_means is not None),
+            **launch_options(*block, k.element_size(), ring.sub_means is not None),
         )
     return None if out is None or means is None else (out, means)
-
-
-def _described(x: Tensor | None) -> str:
-    if x is None:
-        return "None"
-    return f"{'contiguous' if x.is_contiguous() else 'strided'} {x.dtype} {tuple(x.shape)} on {x.device}"
-
-
-def _require_ring(ring: LayerMemory, k: Tensor, slots: Tensor, tokens_per_frame: int, block_k: int) -> int:
-    """The number of slots of `ring`; ValueError if its tensors do not fit k [B, L, H, D], each other, or `slots`."""
-    batch, tokens, heads, head_dim = k.shape
-    frames = tokens // tokens_per_frame
-    device.require("slots", slots, (frames,), torch.int32, k.device)
-    count, stored = ring.keys.shape[1] // tokens_per_frame, ring.keys.dtype
-    per_frame, parts = (triton.cdiv(tokens_per_frame, size) for size in (block_k, block_k // SUB_BLOCKS))
-    scaled, pooled = stored in LARGEST, ring.key_means is not None
-    each, mean = ((head_dim,), stored), ((head_dim,), k.dtype)
-    for name, kept, rows, dims, dtype in (
-        ("keys", True, tokens_per_frame, *each),
-        ("values", True, tokens_per_frame, *each),
-        ("key_scales", scaled, per_frame, (), torch.float32),
-        ("value_scales", scaled, per_frame, (), torch.float32),
-        ("key_means", pooled, per_frame, *mean),
-        ("frame_means", pooled, 1, *mean),
-        ("arrivals", pooled, 1, (), torch.int32),
-        ("value_means", ring.value_means is not None, per_frame, *mean),
-        ("sub_means", ring.sub_means is not None, parts, *mean),
-    ):
-        wanted = f"contiguous {dtype} {(batch, count * rows, heads, *dims)} on {k.device}" if kept else "None"
-        if (found := _described(getattr(ring, name))) != wanted:
-            raise ValueError(f"the ring's {name} must be {wanted}, not {found}")
-    if count < frames:
-        raise ValueError(f"{frames} frames do not fit into a ring of {count} slots")
-    return count

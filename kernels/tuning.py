@@ -1,4 +1,4 @@
-"""Launch parameters of the attention kernel: safe defaults, candidates, and the fastest on this GPU.
+"""Launch parameters of the attention kernel: defaults, candidates, the fastest.
 
 The tests compile the defaults for every chip and allow no register spills in 16 bits. On a GPU the candidates are
 timed once per kind of work; the winner is stored on disk for later runs.
@@ -29,7 +29,7 @@ _read: set[Path] = set()
 
 
 class Launch(NamedTuple):
-    """How one kind of work is cut and run: rows and columns per step, warps, and stages of the load pipeline.
+    """How work is cut and run: rows and columns of a step, warps, load stages.
 
     descriptors: key and value tiles come through tensor descriptors. per_sm: units that one multiprocessor is taken
     to work on at once; those of an unfilled last wave are cut into parts, see `cut`. 0 cuts none.
@@ -49,7 +49,7 @@ Round = Callable[[Launch], list[Launch]]
 
 @dataclass(frozen=True)
 class Kind:
-    """The properties that need separate code: blocks, head dim, q's dtype, the keys' dtype, ragged (q, k), variant."""
+    """The properties that need separate code. stored: of keys. ragged: of q and k."""
 
     block_q: int
     block_k: int
@@ -59,12 +59,6 @@ class Kind:
     ragged: tuple[bool, bool]
     tail: bool = False
     dense: bool = False
-
-    def __str__(self) -> str:
-        dtypes = [str(x).removeprefix("torch.") for x in dict.fromkeys((self.dtype, self.stored))]
-        variant = [name for name in ("tail", "dense") if getattr(self, name)]
-        ragged = [f"ragged {side}" for side, is_ragged in zip("qk", self.ragged, strict=True) if is_ragged]
-        return " ".join([f"{self.block_q}×{self.block_k}×{self.head_dim}", *dtypes, *ragged, *variant])
 
 
 def padded(head_dim: int) -> int:
@@ -90,7 +84,7 @@ def shared_bytes(kind: Kind, launch: Launch) -> int:
 
 
 def default_launch(kind: Kind) -> Launch:
-    """The launch without timing: it fits every supported chip and, compiled for each, stays in registers.
+    """The launch without timing: it fits every supported chip and stays in registers.
 
     Key tiles of 128 spill, and so do 128 query rows with a pooled tail: both are cut in two. float32 takes three
     products for one and a quarter of the tile, an eighth with an 8-bit cache and a tail.
@@ -124,7 +118,7 @@ def is_tuned(kind: Kind) -> bool:
 
 
 def candidates(kind: Kind, shared_limit: int, *, wide: bool = True) -> list[Launch]:
-    """The launches worth timing if one program may use `shared_limit` bytes; the default is the first.
+    """The launches worth timing that fit `shared_limit` bytes, the default first.
 
     Fewer query rows per program fill the last wave better, which dense work hardly has, more read each key tile for
     more rows. Launches that were seen to spill are left out: 128 rows with a tail, and with an 8-bit cache other
@@ -144,7 +138,7 @@ def candidates(kind: Kind, shared_limit: int, *, wide: bool = True) -> list[Laun
 
 
 def cut(units: int, at_once: int, blocks: int) -> tuple[int, int]:
-    """How many of the units run whole, and into how many parts each of the others is cut.
+    """The number of units that run whole, and of parts of each other unit.
 
     at_once: units that the chip works on at once, 0 for no cut; blocks: the key blocks that a unit walks. 864 units on
     132 multiprocessors of two units each are 3.27 waves and take the time of 4; with the last 72 units cut in three
@@ -168,7 +162,7 @@ def _launch(tile_q: int, tile_k: int, stages: int) -> Launch:
 
 
 def fastest(key: str, default: Launch, rounds: Iterable[Round], time: Callable[[Launch], float]) -> Launch:
-    """The launch that won under `key`: remembered, read from disk, or timed now and stored.
+    """The launch that won under `key`: remembered, read from disk, or timed now.
 
     Each of `rounds` names launches to time, given the winner so far; the default is taken if nothing else runs.
     `time` returns milliseconds and may raise: a launch that does not compile or does not fit is no candidate.
@@ -193,7 +187,7 @@ def fastest(key: str, default: Launch, rounds: Iterable[Round], time: Callable[[
 
 
 def known(key: str) -> Launch | None:
-    """The launch that won under `key` in this process or, by the file on disk, in an earlier one."""
+    """The launch that won under `key` in this process or in an earlier one, or None."""
     if (path := cache_file()) not in _read:
         _read.add(path)
         _known.update(_stored(path) | _known)
@@ -201,7 +195,7 @@ def known(key: str) -> Launch | None:
 
 
 def cache_file() -> Path:
-    """Where winners are kept: $LIGHTFORCING_CACHE_DIR, or the platform's folder for caches."""
+    """The file of winners, in $LIGHTFORCING_CACHE_DIR or the platform's cache folder."""
     if folder := os.environ.get("LIGHTFORCING_CACHE_DIR"):
         return Path(folder) / "launches.json"
     if os.name == "nt":
@@ -226,7 +220,7 @@ def _stored(path: Path) -> dict[str, Launch]:
 
 
 def _keep(key: str, winner: Launch) -> None:
-    """Add one winner to the file, which is replaced whole: a reader sees the old one or the new one.
+    """Add one winner to the file, which is replaced whole for the sake of readers.
 
     If two processes add one at the same moment, the later wins; the other launch is timed again when it is needed.
     """

@@ -225,25 +225,11 @@ def test_a_dense_run_pools_nothing():
     assert torch.equal(bits(pooled.values), bits(bare.values))
 
 
-@pytest.mark.parametrize("layout", ["one fused projection", "rows and batches of others between"])
-def test_strided_projections_are_read_in_place(layout):
+def test_parts_of_one_fused_projection_give_the_same():
     case = Case(torch.float32, batch=2, grid=(1, 3, 7), block=(32, 32), seed=11)
     packed, strided = case.ring(), case.ring()
     want = case.run(packed)
-    if layout == "one fused projection":
-        case.q, case.k, case.v = torch.cat((case.q, case.k, case.v), -1).chunk(3, -1)
-    else:
-        around = [
-            torch.full((3, x.shape[1] + i, x.shape[2] + 8 * i), torch.nan)
-            for i, x in enumerate("qkv")
-            for x in [case.q]
-        ]
-        for space, name in zip(around, "qkv", strict=True):
-            x = getattr(case, name)
-            view = space.to(DEVICE, case.dtype)[::2, : x.shape[1], : x.shape[2]]
-            view.copy_(x)
-            setattr(case, name, view)
-        assert len({x.stride() for x in (case.q, case.k, case.v)}) == 3
+    case.q, case.k, case.v = torch.cat((case.q, case.k, case.v), -1).chunk(3, -1)
     assert all(map(torch.equal, case.run(strided), want))
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(packed, strided, strict=True) if a is not None)
 
@@ -279,17 +265,13 @@ def test_slots_beyond_two_billion_values_are_reached():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(1, 80, 64, dtype=torch.float64)}, "keeps torch.float64 as it is, as int8"),
+        ({"k": torch.zeros(1, 80, 64, dtype=torch.float64)}, "keeps torch.float64 as it is, as int8"),
         ({"head_dim": 48}, "head dims of 16, 32, 64, 128, not 48"),
         ({"block": (8, 16)}, r"blocks of 16, 32, 64, 128 tokens, not \(8, 16\)"),
         ({"tokens_per_frame": 33}, r"\(1, 80, 64\) is not \[B, frames · 33 tokens per frame, heads · 32\]"),
-        ({"k": torch.zeros(1, 40, 64)}, r"\(1, 40, 64\) torch.float32 .* is not like \(1, 80, 64\)"),
-        ({"v": torch.zeros(1, 80, 128)[:, :, ::2]}, r"contiguous channels; \(1, 80, 64\) .* \(10240, 128, 2\)"),
-        (
-            {"k_weight": torch.zeros(63)},
-            r"norm of k needs a contiguous weight of 64 values, not contiguous torch.float32 \(63,\)",
-        ),
-        ({"q_weight": None}, "norm of q needs a contiguous weight of 64 values, not None"),
+        ({"v": torch.zeros(1, 40, 64)}, r"q, k and v must be .* \(1, 80, 64\) on .*, not .* \(1, 40, 64\)"),
+        ({"k_weight": torch.zeros(63)}, "norm of k needs a contiguous weight of 64 values"),
+        ({"q_weight": None}, "norm of q needs a contiguous weight of 64 values"),
         ({"cos": torch.zeros(80, 16, dtype=torch.float64)}, r"float32 of 80 · 16 values, not torch.float64 \(80, 16\)"),
         ({"sin": torch.zeros(40, 16)}, r"float32 of 80 · 16 values, not torch.float32 \(40, 16\)"),
         ({"slots": torch.zeros(2)}, r"slots must be torch.int32 \(2,\) .* not torch.float32 \(2,\)"),
@@ -302,34 +284,14 @@ def test_launcher_refuses_with_the_value(change, message):
         case.run(case.ring(), **change)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"keys": lambda x: x[:, :40]}, r"ring's values must be contiguous .* \(1, 40, 2, 32\)"),
-        (
-            {"values": lambda x: x.half()},
-            "ring's values must be contiguous torch.float32 .* not contiguous torch.float16",
-        ),
-        ({"values": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3)}, "ring's values must be contiguous"),
-        ({"key_scales": lambda x: torch.ones(1, 15, 2)}, "ring's key_scales must be None"),
-        ({"frame_means": lambda x: None}, "ring's frame_means must be .* not None"),
-        ({"key_means": lambda x: x[:, :10]}, r"ring's key_means must be .* \(1, 15, 2, 32\)"),
-        ({"sub_means": lambda x: x[:, 1:]}, r"ring's sub_means must be .* \(1, 50, 2, 32\)"),
-        ({"arrivals": lambda x: x.long()}, "ring's arrivals must be contiguous torch.int32"),
-    ],
-)
-def test_launcher_refuses_a_ring_that_does_not_fit(change, message):
-    case = Case()
-    ring = case.ring()
-    ring = ring._replace(**{name: to(getattr(ring, name)) for name, to in change.items()})
-    with pytest.raises(ValueError, match=message):
-        case.run(ring)
-
-
 def test_an_eight_bit_ring_needs_scales_and_frames_need_slots():
     case = Case()
-    with pytest.raises(ValueError, match=r"ring's key_scales must be .* not None"):
+    with pytest.raises(ValueError, match=r"ring's torch\.int8 keys come without"):
         case.run(case.ring(torch.int8)._replace(key_scales=None))
+    with pytest.raises(ValueError, match=r"ring's torch\.float32 keys come with scales"):
+        case.run(case.ring()._replace(key_scales=torch.ones(1), value_scales=torch.ones(1)))
+    with pytest.raises(ValueError, match=r"the ring's values must be .*, not torch.float16"):
+        case.run(case.ring()._replace(values=case.ring().values.half()))
     case.slot_count = 1
     with pytest.raises(ValueError, match="2 frames do not fit into a ring of 1 slots"):
         case.run(case.ring())

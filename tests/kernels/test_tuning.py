@@ -225,12 +225,3 @@ def test_the_published_shape_is_cut_as_the_arithmetic_says():
     assert cut(864, 132, 60) == (864, 1)  # 72 of 132: no two parts of each fit into one wave
     assert cut(432, 132, 60) == (396, 3)
     assert cut(864, 0, 60) == (864, 1)
-
-
-def test_kinds_that_need_code_of_their_own_have_names_of_their_own():
-    assert str(kind(stored=torch.int8, tail=True)) == "64×64×128 bfloat16 int8 tail"
-    names = {str(each) for each in KINDS} | {str(kind(dense=True))}
-    names |= {
-        str(Kind(64, 64, 128, torch.bfloat16, torch.bfloat16, ragged)) for ragged in ((True, False), (False, True))
-    }
-    assert len(names) == len(KINDS) + 3
