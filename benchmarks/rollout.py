@@ -156,18 +156,19 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
         holder = "torch's CUDA allocator" if self._cuda else "the process's resident memory"
-        start = "the chunk began" if self.reset() else "the process began"
-        self.rule = f"peak of {holder} since {start}, all arms together"
+        self.rule = (
+            f"peak of {holder} since the chunk began, or the process if a reset is not allowed; all arms together"
+        )
+        self.reset()
         self.before = self.peak()
 
-    def reset(self) -> bool:
-        """Reset the peak; False if the system does not allow it. The peak then only grows, which hides no leak."""
+    def reset(self) -> None:
+        """Reset the peak if the system allows it; else it only grows, which hides no leak."""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._cuda)
-            return True
+            return
         with suppress(OSError):  # not Linux, or not allowed
-            return bool(Path("/proc/self/clear_refs").write_text("5", encoding="ascii"))
-        return False
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def peak(self) -> int:
         """Bytes."""

@@ -4,13 +4,14 @@ Names and layouts are the published ones. The DiT's text width is not Wan's; Com
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lightforcing.lightforcing_core.demo.captions import SLOTS, VOCABULARY
-from lightforcing.lightforcing_core.demo.model import DIT, TEXT, VAE, DemoVideo
+from lightforcing.lightforcing_core.demo.model import ABOUT, DIT, TEXT, VAE, DemoVideo
 from lightforcing.lightforcing_core.files.tensors import write_tensors
 from lightforcing.lightforcing_core.model.wan import Wan
 from lightforcing.lightforcing_core.vae.wan_vae import WanVAE
@@ -29,7 +30,7 @@ def export(folder: Path, dit: Wan, vae: WanVAE, table: dict[str, Tensor], video:
     """The three files in `folder`, bfloat16. Raises ValueError when they are larger than the repository may carry."""
     transformer = {"causal_ar": True, "text_dim": dit.text_embedding[0].in_features}
     files = {
-        DIT: (_bfloat16(dit), {"config": json.dumps({"transformer": transformer}), **video.metadata()}),
+        DIT: (_bfloat16(dit), {"config": json.dumps({"transformer": transformer}), ABOUT: json.dumps(asdict(video))}),
         VAE: (_bfloat16(vae), {}),
         TEXT: (table, {"vocabulary": json.dumps(VOCABULARY)}),
     }

@@ -8,7 +8,7 @@ The folders are named like ComfyUI's.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ SHIPPED = Path(__file__).resolve().parents[2] / "workflows" / "models"
 DIT = "diffusion_models/light_forcing_demo.safetensors"
 VAE = "vae/light_forcing_demo_vae.safetensors"
 TEXT = "light_forcing_demo_text.safetensors"
-ABOUT = "light_forcing_demo"  # the metadata entry that holds a DemoVideo
+ABOUT = "light_forcing_demo"  # the metadata entry that holds a DemoVideo as JSON
 FPS = 16
 DEFAULT_CAPTION = "on a plain background a red circle moves right slowly"  # every demo model was trained on it
 
@@ -56,10 +56,6 @@ class DemoVideo:
     @property
     def latent_frames(self) -> int:
         return latent_frames_of(self.frames)
-
-    def metadata(self) -> dict[str, str]:
-        """The entry in the metadata of the model's file."""
-        return {ABOUT: json.dumps(asdict(self))}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ prompts shows the layers whose inputs exceed 448 or are so small that e4m3 loses
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -74,8 +75,9 @@ def largest_inputs(
         if on_step:
             on_step(before * event.total + event.done, len(prompts) * event.total)
 
-    hooks = [dit.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in names]
-    try:
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.callback(dit.get_submodule(name).register_forward_pre_hook(partial(record, name)).remove)
         for index, prompt in enumerate(prompts):
             recipe = Recipe(
                 latent_shape=(1, 16, CHUNKS * family.frames_per_chunk, *latent_size),
@@ -86,9 +88,6 @@ def largest_inputs(
             )
             for _ in rollout(dit, recipe, Runtime(on_step=partial(stepped, index))):
                 pass
-    finally:
-        for hook in hooks:
-            hook.remove()
     found = {name: value.item() for name, value in largest.items()}
     if broken := [name for name, value in found.items() if not isfinite(value)]:
         raise ValueError(

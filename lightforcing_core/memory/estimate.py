@@ -220,8 +220,8 @@ class _DryRun:
     def _sparse_call(self) -> Call:
         """The shapes of sparse attention when every slot of the cache is visible."""
         shape = self.shape
-        layouts = (FrameBlocks(shape.tokens_per_frame, size) for size in self.options.block)
-        view = View(range(shape.slots), self.latents[2], *layouts, shape.batch, shape.heads, "meta")
+        q_layout = FrameBlocks(shape.tokens_per_frame, self.options.block[0])
+        view = View(range(shape.slots), self.latents[2], q_layout, shape.layout, shape.batch, shape.heads, "meta")
         stored = STORED.get(self.kv.dtype, shape.dtype)
         return shapes_of(self.options, view, shape.head_dim, shape.dtype, stored)
 

@@ -28,7 +28,7 @@ def tile_spans(length: int, tiles: int) -> list[tuple[int, int]]:
 
 
 class TiledDecoder:
-    """Decode one clip tile by tile, with the interface of `StreamingDecoder`.
+    """Decode one clip tile by tile, called as a `StreamingDecoder` is.
 
     make: makes a decoder for one tile, whose cache is in CPU memory while other tiles decode.
     tiles: tiles along the height and along the width; fewer if the picture is too small.
@@ -36,10 +36,6 @@ class TiledDecoder:
 
     def __init__(self, make: Callable[[], StreamingDecoder], tiles: int) -> None:
         self._make, self._tiles = make, tiles
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the clip; the next latent frame is a first one."""
         self._decoders: dict[tuple[tuple[int, int], tuple[int, int]], StreamingDecoder] = {}
 
     @property

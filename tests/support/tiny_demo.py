@@ -1,13 +1,14 @@
 """A demo model of a few thousand numbers, untrained, in the files that a trained one has."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from laboratory.training.export import new_table
 from lightforcing.lightforcing_core.demo.captions import VOCABULARY
-from lightforcing.lightforcing_core.demo.model import DIT, TEXT, VAE, DemoVideo
+from lightforcing.lightforcing_core.demo.model import ABOUT, DIT, TEXT, VAE, DemoVideo
 from lightforcing.lightforcing_core.files.tensors import write_tensors
 from lightforcing.lightforcing_core.model.wan import random_state_dict
 from lightforcing.lightforcing_core.vae.wan_vae import random_vae_state_dict
@@ -21,7 +22,7 @@ def write_tiny_demo(folder: Path, video: DemoVideo = TINY_VIDEO, layers: int = 2
     config = {"config": json.dumps({"transformer": {"causal_ar": True, "text_dim": TEXT_DIM}})}
     dit = random_state_dict(dim=128, ffn_dim=64, layers=layers, text_dim=TEXT_DIM, seed=1)
     files = {
-        DIT: (dit, config | video.metadata()),
+        DIT: (dit, config | {ABOUT: json.dumps(asdict(video))}),
         VAE: (random_vae_state_dict(dim=2, seed=2), {}),
         TEXT: (new_table(TEXT_DIM, 3), {"vocabulary": json.dumps(VOCABULARY)}),
     }
