@@ -40,6 +40,7 @@ raise_if_interrupted: Callable[[], None] = comfy.model_management.throw_exceptio
 # The device and dtype with which results are passed on.
 result_device: Callable[[], torch.device] = comfy.model_management.intermediate_device
 result_dtype: Callable[[], torch.dtype] = comfy.model_management.intermediate_dtype
+calc_cond_batch: Callable[..., list[Tensor]] = comfy.samplers.calc_cond_batch  # each prompt's x0; None is not run
 # By kind of model, such as "loras": the names of its files, and a file's path, which may be missing.
 model_files: Callable[[str], list[str]] = folder_paths.get_filename_list
 model_path: Callable[[str, str], str] = folder_paths.get_full_path_or_raise
@@ -85,6 +86,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 WAN_T2V = (comfy.model_base.WAN21, comfy.model_base.WAN21_CausalAR)
 STEP_CACHES = ("easycache", "lazycache")  # ComfyUI's own: they skip forwards that the KV cache needs
+MODEL_CALLS = {"calc_cond_batch", "calc_cond_uncond_batch", "sampling_function", "apply_model"}
 FORWARD_PATCH = re.compile(r"^diffusion_model(\..*forward\w*|\.blocks\.\d+(\.(self|cross)_attn)?)?$")
 
 
@@ -127,19 +129,57 @@ def file_of(patcher: ModelPatcher) -> str:
     return next((part for part in made_by[1] if isinstance(part, str)), "") if made_by else ""
 
 
-def flow_sampling(model: ModelPatcher, shift: float) -> Any:
-    """Flow matching with `shift`, built as ComfyUI's own model-sampling nodes do."""
-
-    class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
-        pass
-
-    sampling = FlowSampling(model.model.model_config)
-    sampling.set_parameters(shift=shift, multiplier=1000)
-    return sampling
+class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """Flow matching with a family's shift, as ComfyUI's own model-sampling nodes set theirs."""
 
 
-def forward_patches(model: ModelPatcher, model_options: Mapping[str, Any], own: str) -> Iterator[str]:
-    """Describe the patches on a MODEL, or a run's options, inside its forward.
+def set_shift(model: ModelPatcher, shift: float) -> None:
+    """Give a MODEL a flow shift, unless a node has set its sampling."""
+    if isinstance(model.object_patches.get("model_sampling"), FlowSampling | None):
+        sampling = FlowSampling(model.model.model_config)
+        sampling.set_parameters(shift=shift, multiplier=1000)
+        model.add_object_patch("model_sampling", sampling)
+
+
+def flow_shift(model: ModelPatcher) -> float:
+    """The shift of a MODEL's flow matching. Raises ValueError if its sampling is another than Wan's."""
+    sampling = model.get_model_object("model_sampling")
+    kinds = comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST
+    if not all(isinstance(sampling, kind) for kind in kinds):
+        problem = f"{name_of(sampling).partition('.')[0]}, which is not Wan's flow matching"
+    elif sampling.multiplier != 1000:
+        problem = f"timesteps up to {sampling.multiplier:g} (ModelSamplingAuraFlow), and Wan takes them up to 1000"
+    elif (scale := getattr(sampling, "noise_scale", 1.0)) != 1.0:
+        problem = f"noise of {scale:g} times the usual strength (ModelNoiseScale), which a rollout cannot follow"
+    elif not sampling.shift > 0.0:
+        problem = f"shift {sampling.shift:g}, which leaves no noise to start from"
+    else:
+        return float(sampling.shift)
+    raise ValueError(f"this MODEL samples with {problem}; remove the node that sets it, or use ModelSamplingSD3")
+
+
+def ar_start(model_options: Mapping[str, Any]) -> Tensor | None:
+    """The latents [1, 16, 1, h, w], in the VAE's space, that ARVideoI2V sets as a video's start."""
+    return model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
+
+
+def name_of(patch: Any) -> str:
+    """A function's or an object's name, which begins with its node's for most of ComfyUI's nodes."""
+    return str(getattr(patch, "__qualname__", type(patch).__qualname__))
+
+
+def guidance_of(model_options: Mapping[str, Any]) -> list[Any]:
+    """The functions in a run's options that change how a step's predictions are mixed."""
+    wrappers = model_options.get("transformer_options", {}).get("wrappers", {}).get(WrappersMP.PREDICT_NOISE, {})
+    found = [function for functions in wrappers.values() for function in functions]
+    for name in ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function"):
+        functions = model_options.get(name, [])
+        found += functions if isinstance(functions, list) else [functions]
+    return found
+
+
+def conflicting_patches(model: ModelPatcher, model_options: Mapping[str, Any], own: str) -> Iterator[str]:
+    """Describe the patches on a MODEL, or a run's options, that a rollout cannot follow.
 
     own: the key of this pack's wrappers, which are left out.
     """
@@ -151,22 +191,27 @@ def forward_patches(model: ModelPatcher, model_options: Mapping[str, Any], own: 
         for kind, by_key in table.items():
             for key, functions in by_key.items():
                 if functions and key != own and (kind == WrappersMP.DIFFUSION_MODEL or key in STEP_CACHES):
-                    name = getattr(functions[0], "__qualname__", type(functions[0]).__name__)
-                    yield f"another patch of the model's forward ({key or name})"
+                    yield f"another patch of the model's forward ({key or ''} {name_of(functions[0])})"
     if model.get_additional_models_with_key("multigpu"):
         yield "a split over several GPUs (multigpu)"
     if "context_handler" in model_options:
         yield "context windows (context_handler)"
     if options.get("rope_options"):
         yield "scaled RoPE (rope_options)"
-    for name in ("attn1_patch", "attn2_patch"):
-        if options.get("patches", {}).get(name):
-            yield f"an attention patch ({name})"
+    for name, patches in options.get("patches", {}).items():
+        if patches:
+            yield f"a patch inside the layers ({name}: {name_of(patches[0])})"
     for name, replaced in options.get("patches_replace", {}).items():
-        if replaced:
-            yield f"replaced blocks ({name} {', '.join(str(block) for block in list(replaced)[:3])})"
+        for block, patch in list(replaced.items())[:1]:
+            yield f"replaced blocks ({name} {block}: {name_of(patch)})"
     if "optimized_attention_override" in options:
         yield "an attention override (optimized_attention_override)"
+    if other := model_options.get("sampler_calc_cond_batch_function"):
+        yield f"another way to call the model ({name_of(other)})"
+    for function in guidance_of(model_options):
+        names = getattr(getattr(function, "__code__", None), "co_names", ())
+        if not MODEL_CALLS.isdisjoint(names):
+            yield f"guidance that runs the model again ({name_of(function)})"
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -76,11 +76,13 @@ class ModelState:
     """State of one rollout: the cache, the prompt, the open chunk.
 
     dense_attention: runs dense chunks and cross-attention. order: made by the first pass, if `attention` asks for one.
+    guide: the index of its prompt in `Recipe.guides`.
     """
 
     cache: KVCache
     attention: AttentionOptions
     dense_attention: DenseAttention = sdpa
+    guide: int = 0
     text: TextMemory | None = None
     order: TokenOrder | None = None
     chunk: OpenChunk = field(default_factory=OpenChunk)

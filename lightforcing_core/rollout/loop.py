@@ -78,9 +78,9 @@ class ChunkLoop:
         done = 0
         self.recorder.start(self.dit, self.shape, self.device)
         try:
-            for _ in self.guides:
+            for guide in range(len(self.guides)):
                 cache = KVCache(self.cache, self.runtime.kv, self.device)
-                states.append(ModelState(cache, self.recipe.attention, self.runtime.dense_attention))
+                states.append(ModelState(cache, self.recipe.attention, self.runtime.dense_attention, guide))
             note = partial(self.recorder.fact, "CUDA graphs")
             with step_graphs(self.runtime.cuda_graph, self.why_no_graphs, self.device, len(states), note) as runs:
                 for index, length in enumerate(self.lengths):
@@ -174,10 +174,9 @@ class ChunkLoop:
             if end is not None:
                 less = GIVEN_NOISE * sigma
                 x = _with_end(x, (1.0 - less) * end + less * noise[:, :, -end.shape[2] :])
-            x0 = self._run(x, sigma, Pass(states[0], predict=runs[0], watch=watch))
-            for state, run in zip(states[1:], runs[1:], strict=True):
-                unguided = self._run(x, sigma, Pass(state, predict=run))
-                x0 = unguided + self.recipe.guidance.cfg * (x0 - unguided)
+            passes = [Pass(states[0], predict=runs[0], watch=watch)]
+            passes += [Pass(state, predict=run) for state, run in zip(states[1:], runs[1:], strict=True)]
+            x0 = self._guided(x, sigma, passes)
             if end is not None:
                 x0 = _with_end(x0, end)
             done += 1
@@ -208,6 +207,15 @@ class ChunkLoop:
         """Commit clean latents as history."""
         self._run(latents, self.recipe.noise_options.context_noise / 1000.0, Pass(state, commits=True))
         state.cache.commit()  # even if a `denoise` function did not run the model
+
+    def _guided(self, x: Tensor, sigma: float, passes: Sequence[Pass]) -> Tensor:
+        """x0 of a step, from the prompt's prediction and, with guidance, the negative one's."""
+        if self.runtime.denoise_step is not None:
+            return self.runtime.denoise_step(x, sigma, passes)
+        x0, *others = (self._run(x, sigma, one) for one in passes)
+        for unguided in others:
+            x0 = unguided + self.recipe.guidance.cfg * (x0 - unguided)
+        return x0
 
     def _run(self, x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
         if self.runtime.denoise is not None:

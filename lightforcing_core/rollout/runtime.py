@@ -1,6 +1,6 @@
 """How a rollout runs on this machine, and its reports; nothing here is saved with a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,7 @@ from .recipe import Noise
 from .record import RunRecorder
 
 Denoise = Callable[[Tensor, float, Pass], Tensor]
+DenoiseStep = Callable[[Tensor, float, Sequence[Pass]], Tensor]
 Replay = Literal["all", "window"]
 
 
@@ -66,6 +67,8 @@ class Runtime:
         after denoising step s. None draws the recipe's own.
     denoise: denoise(x, sigma, model_pass) → x0, for callers that run the model themselves; x is float32
         [B, C, f, h, w], and model_pass(dit, x, timestep) gives the model's flow, see `causal.Pass`.
+    denoise_step: denoise_step(x, sigma, passes) → x0 of a whole step, one pass for each of the recipe's guides, for
+        callers that do the guidance too. `denoise` then only commits.
     replay: how a continued video is read again. "all" feeds every frame, so that the result equals one long run;
         "window" only the sinks and the frames still visible, at a cost that does not grow with the video.
     on_step: called after every denoising step.
@@ -80,6 +83,7 @@ class Runtime:
     dense_attention: DenseAttention = sdpa
     noise: Noise | None = None
     denoise: Denoise | None = None
+    denoise_step: DenoiseStep | None = None
     replay: Replay = "all"
     on_step: Callable[[StepEvent], object] | None = None
     recorder: RunRecorder | None = None

@@ -4,27 +4,42 @@ ComfyUI calls a sampler, and the sampler calls the model through ComfyUI, so tha
 patch adds two ways from the sampler into the model, both as wrappers that chain with others and belong to the clone:
 
 1. Before sampling, `CausalSampler.prepare` checks the inputs and requests memory, while no weights are loaded yet.
-2. In each forward, a `Pass` of the rollout arrives in `transformer_options`, the one argument that ComfyUI hands from
-   a sampler to the model unchanged (`call_model` puts it there, `_forward` takes it out). The text comes from that
+2. In each forward, the passes of the rollout arrive in `transformer_options`, the one argument that ComfyUI hands from
+   a sampler to the model unchanged (`_running` puts them there, `_forward` takes them out). The text comes from the
    pass, because prompts change during a run; ComfyUI's own conditioning is computed as usual, and not used.
 
-Without our sampler neither way is taken, and bypassing or deleting the node gives the stock model back. A patch that
-the causal forward would silently drop is refused by name.
+ComfyUI mixes the predictions of a step, so guidance patches act as with other samplers. Without our sampler neither
+way is taken, and bypassing or deleting the node gives the stock model back. A patch that a rollout cannot follow is
+refused by name.
 """
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...lightforcing_core.attention.options import AttentionOptions
 from ...lightforcing_core.families import Family
 from ...lightforcing_core.model.causal import Pass
-from ..comfy import WAN_T2V, ModelPatcher, Sampler, WrappersMP, flow_sampling, forward_patches
+from ..comfy import (
+    WAN_T2V,
+    ModelPatcher,
+    Sampler,
+    WrappersMP,
+    calc_cond_batch,
+    conflicting_patches,
+    flow_shift,
+    guidance_of,
+    name_of,
+    set_shift,
+)
 
 KEY = "light_forcing"
-RUN = "light_forcing_run"  # the key in transformer_options of the pass that a sampler runs
+RUN = "light_forcing_run"  # the key in transformer_options of the passes that a sampler runs
 LATENT_CHANNELS = 16
 log = logging.getLogger(__name__)
 
@@ -54,7 +69,7 @@ def required_settings(model: ModelPatcher) -> Settings:
 
 
 def patched(model: ModelPatcher, settings: Settings) -> ModelPatcher:
-    """A clone with the patch and the family's shift; ValueError if unsuitable."""
+    """A clone with the patch and, unless a node set another, the family's shift; ValueError if unsuitable."""
     reason = conflicting_patch(model, model.model_options) or unsuitable_model(model)
     if reason:
         raise ValueError(reason)
@@ -63,7 +78,8 @@ def patched(model: ModelPatcher, settings: Settings) -> ModelPatcher:
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
     clone.set_attachments(KEY, settings)
-    clone.add_object_patch("model_sampling", flow_sampling(clone, settings.family.shift))
+    set_shift(clone, settings.family.shift)
+    flow_shift(clone)
     return clone
 
 
@@ -87,9 +103,9 @@ def unsuitable_model(model: ModelPatcher) -> str | None:
 
 
 def conflicting_patch(model: ModelPatcher, model_options: dict[str, Any]) -> str | None:
-    """Why the causal forward would drop a patch on a MODEL or a run, or None."""
-    found = next(forward_patches(model, model_options, KEY), None)
-    return found and f"this MODEL has {found}, which Light Forcing would silently drop; remove the node that adds it"
+    """Why a rollout cannot follow a patch on a MODEL or a run, or None."""
+    found = next(conflicting_patches(model, model_options, KEY), None)
+    return found and f"this MODEL has {found}, which Light Forcing cannot follow; remove the node that adds it"
 
 
 class CausalSampler(Sampler):
@@ -125,12 +141,39 @@ def _outer_sample(
     return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **named)
 
 
-def call_model(model_wrap: Any, x: Tensor, sigma: float, model_pass: Pass, extra_args: dict[str, Any]) -> Tensor:
-    """x0 of the open chunk [B, 16, f, h, w]; ComfyUI's model runs `model_pass`."""
-    options = extra_args["model_options"]["transformer_options"]
-    options[RUN] = model_pass
+def run_passes(model_wrap: Any, x: Tensor, sigma: float, passes: Sequence[Pass], extra_args: dict[str, Any]) -> Tensor:
+    """x0 of the open chunk [B, 16, f, h, w]: ComfyUI runs the model's passes and mixes their predictions.
+
+    A commit has no prediction, so no guidance sees it.
+    """
+    options, levels, guide = extra_args["model_options"], x.new_full((x.shape[0],), sigma), passes[0].state.guide
+    with _running(passes, options):
+        if not passes[0].commits:
+            return model_wrap(x, levels, **extra_args)
+        prompts = [None, model_wrap.conds["negative"]] if guide else [model_wrap.conds["positive"]]
+        return calc_cond_batch(model_wrap.inner_model, prompts, x, levels, options)[guide]
+
+
+@contextmanager
+def _running(passes: Sequence[Pass], model_options: dict[str, Any]) -> Iterator[None]:
+    """Make the model run each of these passes once, when ComfyUI calls it for the pass's prompt."""
+    left = {model_pass.state.guide: model_pass for model_pass in passes}
+
+    def run(dit: Any, x: Tensor, timestep: Tensor, guides: Sequence[int]) -> Tensor:
+        if not left.keys() >= set(guides):
+            names = ", ".join(map(name_of, guidance_of(model_options)))
+            problem = "for the negative prompt at cfg 1" if len(passes) == 1 and 1 in guides else "twice in one step"
+            raise ValueError(
+                f"this MODEL has a patch that runs it {problem}, which Light Forcing cannot follow; remove the node "
+                f"that adds it, one of: {names}"
+            )
+        parts = zip(guides, x.chunk(len(guides)), timestep.chunk(len(guides)), strict=True)
+        return torch.cat([left.pop(guide)(dit, part, at) for guide, part, at in parts])
+
+    options = model_options["transformer_options"]
+    options[RUN] = run
     try:
-        return model_wrap(x, x.new_full((x.shape[0],), sigma), **extra_args)
+        yield
     finally:
         del options[RUN]
 
@@ -146,7 +189,7 @@ def _forward(
     **named: Any,
 ) -> Tensor:
     """The DIFFUSION_MODEL wrapper, around the model's forward: the second way in."""
-    model_pass = (transformer_options or {}).get(RUN)
-    if model_pass is None:
-        return executor(x, timestep, context, clip_fea, time_dim_concat, transformer_options or {}, **named)
-    return model_pass(executor.class_obj, x, timestep)
+    options = transformer_options or {}
+    if RUN not in options:
+        return executor(x, timestep, context, clip_fea, time_dim_concat, options, **named)
+    return options[RUN](executor.class_obj, x, timestep, options["cond_or_uncond"])

@@ -29,7 +29,7 @@ from ..comfy import (
     raise_if_interrupted,
     request_memory,
 )
-from ..model.patch import KEY, CausalSampler, call_model, conflicting_patch, required_settings
+from ..model.patch import KEY, CausalSampler, conflicting_patch, required_settings, run_passes
 from ..vae.decode import FrameDecoder
 from .memory import plan_of
 from .observer import Observer
@@ -101,7 +101,8 @@ class ChunkSampler(CausalSampler):
         if self.saved is not None:
             self.saved.check_model(model_text(model))
             return self.saved
-        recipe = self.request.recipe(guider, required_settings(model), sigmas.tolist(), shape, seed)
+        request = self.request.started_by(guider.model_options)
+        recipe = request.recipe(guider, required_settings(model), sigmas.tolist(), shape, seed)
         return RunState(recipe, model_text(model))
 
     def sample(
@@ -130,9 +131,9 @@ class ChunkSampler(CausalSampler):
             start = video.starts[index]
             return fresh(index, number, shape) if number else noise[:, :, start : start + shape[2]]
 
-        def denoise(x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
+        def denoise(x: Tensor, sigma: float, passes: Sequence[Pass]) -> Tensor:
             raise_if_interrupted()
-            return call_model(model_wrap, x, sigma, model_pass, extra_args)
+            return run_passes(model_wrap, x, sigma, passes, extra_args)
 
         def on_step(event: StepEvent) -> None:
             video.update(event)
@@ -150,13 +151,16 @@ class ChunkSampler(CausalSampler):
             kv=plan.kv,
             dense_attention=dense_attention,
             noise=draw,
-            denoise=denoise,
+            denoise=lambda x, sigma, commit: denoise(x, sigma, [commit]),
+            denoise_step=denoise,
             replay=self.request.replay,
             on_step=on_step,
             recorder=recorder,
             cuda_graph="auto" if plan.cuda_graph else "off",
         )
-        cfg, model_wrap.cfg = model_wrap.cfg, 1.0  # each call runs one prompt; the rollout mixes their results
+        # A saved run has its own guidance; its prompts come with the passes, so any other serves as the negative one.
+        cfg, model_wrap.cfg = model_wrap.cfg, run.recipe.guidance.cfg
+        model_wrap.conds.setdefault("negative", model_wrap.conds["positive"])
         begun = time.perf_counter()
         try:
             with named_for_the_canvas():

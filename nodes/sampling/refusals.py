@@ -21,8 +21,8 @@ def unsuitable_guider(guider: Any) -> str | None:
             f"the guider {type(guider).__name__} calls the model in its own way, which the KV cache cannot follow; use "
             f"BasicGuider or CFGGuider"
         )
-    if guider.model_options.get("disable_cfg1_optimization") and guider.conds.get("negative"):
-        return "a patch forces the negative prompt at cfg 1 (disable_cfg1_optimization); remove the node that adds it"
+    if guider.cfg == 1.0 and guider.model_options.get("disable_cfg1_optimization"):
+        return "a patch needs the negative prompt at cfg 1 (disable_cfg1_optimization); remove the node that adds it"
     if guider.cfg != 1.0:
         check_guidance(guider.cfg, guider.conds.get("negative") or None)
         reason = unsuitable_prompt("negative prompt", guider.conds["negative"], may_be_empty=True)

@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ...lightforcing_core.refusal import Refusal
 from ...lightforcing_core.rollout.recipe import Guidance, NoiseOptions, Recipe, check_given, few_step_sigmas
 from ...lightforcing_core.rollout.runtime import Replay
 from ...lightforcing_core.rollout.schedule import Schedule, video_frames_of
-from ..comfy import ModelPatcher
+from ..comfy import ModelPatcher, ar_start, flow_shift
 from ..model.patch import Settings
 from ..schedule import numbers_per_chunk
 from ..timeline import PromptChange, prompts_of
@@ -79,6 +79,16 @@ class Request:
     def initial_frames(self) -> int:
         return 0 if self.initial_latents is None else self.initial_latents.shape[2]
 
+    def started_by(self, model_options: Mapping[str, Any]) -> "Request":
+        """The request with the start that ARVideoI2V gave to a MODEL; ValueError if it has one of its own."""
+        start = ar_start(model_options)
+        if start is None or start is self.initial_latents:
+            return self
+        if self.start_latent:
+            problem = "start_latent is connected, and ARVideoI2V has given this MODEL a start image too"
+            raise ValueError(f"{problem}; disconnect start_latent, or take the MODEL from before ARVideoI2V")
+        return replace(self, start_latent={"samples": start})
+
     @property
     def seeds(self) -> dict[int, int]:
         """Chunk index → seed of its own."""
@@ -97,7 +107,7 @@ class Request:
         self, guider: Any, settings: Settings, sigmas: Sequence[float], shape: Sequence[int], seed: int
     ) -> Recipe:
         """The recipe for a guider's model and prompts; shape: of the latents."""
-        family = settings.family
+        family, shift = settings.family, flow_shift(guider.model_patcher)
         schedule = self.schedule_of(family, shape[2])
         _check_schedule(schedule, family, shape[2])
         given: dict[str, Any] = {}
@@ -117,7 +127,7 @@ class Request:
             seed=seed,
             attention=settings.attention,
             guidance=Guidance(guider.cfg, negative),
-            noise_options=NoiseOptions(_first_levels(family, sigmas), self.seeds, self.context_noise),
+            noise_options=NoiseOptions(_first_levels(family, sigmas, shift), self.seeds, self.context_noise),
             **given,
             **schedule.arguments(self.initial_frames),
         )
@@ -139,15 +149,15 @@ def _check_schedule(schedule: Schedule, family: Family, latent_frames: int) -> N
         )
 
 
-def _first_levels(family: Family, levels: Sequence[float]) -> tuple[float, ...] | None:
-    """The first chunk's noise levels if `levels` are the family's, or None."""
+def _first_levels(family: Family, levels: Sequence[float], shift: float) -> tuple[float, ...] | None:
+    """The first chunk's noise levels if `levels` are the family's steps, or None."""
     if family.first_denoising_steps is None:
         return None
-    usual = few_step_sigmas(family.denoising_steps, family.shift)
+    usual = few_step_sigmas(family.denoising_steps, shift)
     if len(usual) != len(levels) or any(abs(a - b) > 1e-3 for a, b in zip(usual, levels, strict=True)):
         return None
     # In float32, as ComfyUI's own lists are.
-    return tuple(torch.tensor(few_step_sigmas(family.first_denoising_steps, family.shift)).tolist())
+    return tuple(torch.tensor(few_step_sigmas(family.first_denoising_steps, shift)).tolist())
 
 
 def model_text(model: ModelPatcher) -> str:

@@ -15,6 +15,7 @@ from ..comfy import (
     ExecutionBlocker,
     ModelPatcher,
     empty_latents,
+    flow_shift,
     guider_for,
     progress_bars_hidden,
     result_device,
@@ -110,7 +111,10 @@ class LightForcingSampler(io.ComfyNode):
         **inputs: Any,
     ) -> io.NodeOutput:
         family = required_settings(model).family
-        request, latents = Request(**inputs), empty_latents(model, latent)
+        if vae is None and (user := user_of_images(cls.hidden)):
+            raise ValueError(f"IMAGE is connected to {user}, but vae to nothing; connect Load VAE, or disconnect IMAGE")
+        request = Request(**inputs).started_by(model.model_options)
+        latents = empty_latents(model, latent)
         saved = state.continued(latents.shape) if state else None
         if saved is not None:
             saved.check_model(model_text(model))
@@ -138,13 +142,13 @@ class LightForcingSampler(io.ComfyNode):
                     decoder.load()
                     frames.add_before(latents.shape[0])
             else:
-                levels = saved.recipe.sigmas if saved else few_step_sigmas(denoising_steps(family, steps), family.shift)
+                levels = few_step_sigmas(denoising_steps(family, steps), flow_shift(model))
                 guider = guider_for(model, vae, positive, negative, cfg if saved is None else 1.0, KEY)
                 video = guider.sample(
                     starting_noise(latents, seed, saved or request, family),
                     latents,
                     sampler,
-                    torch.tensor(levels),
+                    torch.tensor(saved.recipe.sigmas if saved else levels),
                     denoise_mask=latent.get("noise_mask"),
                     callback=live.callback,
                     disable_pbar=progress_bars_hidden(),
@@ -193,11 +197,14 @@ def shown(files: VideoFiles | None, notes: Sequence[str]) -> dict[str, Any] | No
     return found or None
 
 
+def user_of_images(hidden: Any) -> str | None:
+    """The kind of a node that is connected to IMAGE, or None."""
+    nodes, link = (hidden.prompt or {}).values(), [hidden.unique_id, 1]
+    return next((node["class_type"] for node in nodes if link in node["inputs"].values()), None)
+
+
 def images_of(decoder: FrameDecoder | None) -> Any:
     """The frames as IMAGE, or a blocker that says why there are none."""
-    if decoder is None:
-        return ExecutionBlocker("Light Forcing Sampler makes frames only with a vae connected")
-    images = decoder.images()
-    if images is None:
-        return ExecutionBlocker("IMAGE is empty: turn on keep_images of Light Forcing Video Output")
-    return images
+    images = decoder.images() if decoder else None
+    why = "IMAGE is empty: connect a vae, and turn on keep_images of Light Forcing Video Output if that is connected"
+    return ExecutionBlocker(why) if images is None else images

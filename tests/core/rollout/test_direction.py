@@ -147,6 +147,25 @@ def test_guidance_with_the_prompt_itself_changes_nothing(dit):
     assert torch.equal(plain, video(run(dit, text(1), growth=[0.0, 0.5], cfg=1.0, negative=text(2))))
 
 
+def test_a_caller_may_mix_the_predictions_of_a_step(dit):
+    options = {"growth": [0.0, 0.5], "cfg": 3.0, "negative": text(2)}
+    committed = []
+
+    def mix(x, sigma, passes):
+        timestep = torch.full((1,), 1000.0 * sigma)
+        alone, negative = (x - sigma * one(dit, x, timestep) for one in passes)
+        assert [one.state.guide for one in passes] == [0, 1]
+        return negative + 3.0 * (alone - negative)
+
+    def commit(x, sigma, one):
+        committed.append(one.state.guide)
+        return one(dit, x, torch.full((1,), 1000.0 * sigma))
+
+    mixed = video(run(dit, text(1), denoise=commit, denoise_step=mix, **options))
+    assert torch.equal(mixed, video(run(dit, text(1), **options)))
+    assert committed == [0, 1] * 3
+
+
 def test_guidance_without_a_negative_prompt_is_refused(dit):
     with pytest.raises(ValueError, match=r"cfg 2 needs a negative prompt"):
         run(dit, text(1), cfg=2.0)

@@ -138,6 +138,34 @@ def with_state(state, **options):
     return {**graph({"model": loader()}, state=link("state"), **options), "state": state}
 
 
+def start_image_twice():
+    nodes = {
+        "vae": {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}},
+        "image": {"class_type": "EmptyImage", "inputs": {"width": 96, "height": 64, "batch_size": 1, "color": 0}},
+        "start": {"class_type": "VAEEncode", "inputs": {"pixels": link("image"), "vae": link("vae")}},
+        "unet": loader(),
+    }
+    inputs = {"model": link("unet"), "vae": link("vae"), "start_image": link("image"), "batch_size": 1}
+    size = {"width": 96, "height": 64, "length": 21}
+    nodes["model"] = {"class_type": "ARVideoI2V", "inputs": {**inputs, **size}}
+    return graph(nodes, start_latent=link("start"))
+
+
+def create_video():
+    inputs = {"images": link("sampler", 1), "fps": 16.0}
+    prompt = {**graph({"model": loader()}), "video": {"class_type": "CreateVideo", "inputs": inputs}}
+    prompt["file"] = {
+        "class_type": "SaveVideo",
+        "inputs": {"video": link("video"), "filename_prefix": "a", "format": "auto", "codec": "auto"},
+    }
+    return prompt
+
+
+def no_shift():
+    inputs = {"model": link("unet"), "shift": 0.0}
+    return graph({"unet": loader(), "model": {"class_type": "ModelSamplingSD3", "inputs": inputs}})
+
+
 def saved_as(name):
     save = {"class_type": "LightForcingSaveTextEmbeds", "inputs": {"conditioning": link("text"), "name": name}}
     return {"text": text(EMBEDS), "save": save}
@@ -219,6 +247,9 @@ CASES = {
     "state name outside the folder": (lambda: with_state(save_state("../../escape")), ["../../escape"]),
     "state that is none": (lambda: with_state(load_state("bad/foreign.safetensors")), ["foreign", "no run state"]),
     "state cut in two": (lambda: with_state(load_state("bad/cut.safetensors")), ["cut.safetensors", "cut short"]),
+    "two start images": (start_image_twice, ["start_latent", "ARVideoI2V"]),
+    "frames without a VAE": (create_video, ["IMAGE", "CreateVideo", "vae"]),
+    "a shift of 0": (no_shift, ["shift 0", "ModelSamplingSD3"]),
     "partial denoise": (partial_denoise, ["sigmas", "denoise 1"]),
 }
 

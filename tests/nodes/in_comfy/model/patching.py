@@ -103,9 +103,6 @@ for name, add in conflicts.items():
     m = model.clone()
     add(m)
     facts["conflicts after"][name] = comfyui.error_of(lambda m=m: comfyui.sample(m, ours(), noise))
-facts["linear layers may be replaced"] = comfyui.error_of(
-    lambda: patch.conflicting_patch(stock, {"transformer_options": {"patches": {"input_block_patch": [count]}}})
-)
 
 # Memory of a run is gone after success, an error and an interrupt; the cache alone would be this large.
 cache = 2 * 2 * SHAPE[2] * 24 * 2 * 128 * 4  # keys and values of 2 layers with 2 heads, float32

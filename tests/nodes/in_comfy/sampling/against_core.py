@@ -4,16 +4,21 @@ import json
 
 import comfyui
 import torch
+from comfy_extras import nodes_ar_video
 
 patch, chunk_sampler = comfyui.module("nodes.model.patch"), comfyui.module("nodes.sampling.chunk_sampler")
 schedules = comfyui.module("lightforcing_core.rollout.schedule")
-SEED, SHAPE = 7, (1, 16, 6, 8, 12)
+SEED, SHAPE, WITH_IMAGE = 7, (1, 16, 6, 8, 12), (1, 16, 7, 8, 12)
 
 
-def core_noise(chunk_index, draw, shape):
-    """The noise that core draws after step `draw`, from its global seed per block."""
-    generator = torch.Generator().manual_seed(SEED + chunk_index * 1000 + draw - 1)
-    return torch.randn(shape, generator=generator)
+def core_noise(given_chunks):
+    """The noise that core draws after each step, from its global seed per block that it generates."""
+
+    def draw(chunk_index, number, shape):
+        generator = torch.Generator().manual_seed(SEED + (chunk_index - given_chunks) * 1000 + number - 1)
+        return torch.randn(shape, generator=generator)
+
+    return draw
 
 
 settings = comfyui.settings_of("unknown")
@@ -26,7 +31,26 @@ for frames_per_chunk in (3, 1, 4):
     worst["spread of the latents"] = float(expected.std())
     for name, model in (("core's causal model", causal), ("a plain Wan model", plain)):
         schedule = schedules.Schedule(SHAPE[2], frames_per_chunk)
-        ours = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedule), fresh_noise=core_noise)
+        ours = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedule), fresh_noise=core_noise(0))
         actual = comfyui.sample(patch.patched(model, settings), ours, noise, seed=SEED)
         worst[f"{frames_per_chunk} per chunk, {name}"] = float((actual - expected).abs().max())
+
+# Image to video: the start image that ARVideoI2V sets, before and after Apply.
+vae, image = comfyui.small_vae(), torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(3))
+
+
+def animated(model):
+    return nodes_ar_video.ARVideoI2V.execute(model, vae, image, 96, 64, 25, 1)[0]
+
+
+noise = comfyui.noise_of(WITH_IMAGE, seed=1)
+for frames_per_chunk in (3, 1):
+    core = comfyui.comfy.samplers.ksampler("ar_video", {"num_frame_per_block": frames_per_chunk})
+    expected = comfyui.sample(animated(causal), core, noise, seed=SEED)
+    schedule = schedules.Schedule(WITH_IMAGE[2], frames_per_chunk)
+    places = {"before": patch.patched(animated(causal), settings), "after": animated(patch.patched(plain, settings))}
+    for place, model in places.items():
+        ours = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedule), fresh_noise=core_noise(1))
+        actual = comfyui.sample(model, ours, noise, seed=SEED)
+        worst[f"{frames_per_chunk} per chunk, image {place} Apply"] = float((actual - expected).abs().max())
 print(json.dumps(worst))

@@ -1,0 +1,187 @@
+"""What every node of ComfyUI that takes a MODEL and gives one does to a rollout; printed as JSON.
+
+A node comes before Light Forcing Apply, or after our loader. Videos of one chunk are compared with those of a plain
+sampling loop over the same MODEL without our patch: there the causal forward equals the stock one.
+"""
+
+import asyncio
+import json
+from types import SimpleNamespace
+from unittest.mock import MagicMock
+
+import comfyui
+import torch
+from comfyui import comfy
+
+import nodes
+
+SHAPE = (1, 16, 3, 8, 12)
+samplers = comfyui.module("nodes.sampling.chunk_sampler")
+schedules = comfyui.module("lightforcing_core.rollout.schedule")
+comfyui.infer()
+asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
+
+generator = torch.Generator().manual_seed(1)
+image, vae = torch.rand(1, 64, 96, 3, generator=generator), comfyui.small_vae()
+positive = comfyui.prompt()
+negative = [[torch.randn(1, 12, 4096, generator=generator), {}]]
+fresh = torch.randn(5, *SHAPE, generator=generator)
+stock = comfyui.load("tiny_wan.safetensors")
+other = comfyui.with_lora(stock)
+(ours,) = (
+    comfyui.module("nodes.model.loader")
+    .LightForcingModelLoader.execute(
+        "tiny_wan.safetensors",
+        *("default", "auto", "none", "unknown"),
+        **{"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1},
+    )
+    .args
+)
+# Values by the type of an input, for those without a default.
+VALUES = {
+    "IMAGE": image,
+    "VAE": vae,
+    "CONDITIONING": positive,
+    "LATENT": {"samples": torch.zeros(SHAPE)},
+    "LATENT_OPERATION": lambda latent, **_: 1.5 * latent,
+    "LORA_MODEL": comfy.utils.load_torch_file(f"{comfyui.BASE}/models/loras/tiny_lora.safetensors"),
+    "MODEL_PATCH": MagicMock(),
+    "CLIP_VISION_OUTPUT": MagicMock(),
+    "AUDIO_ENCODER_OUTPUT": MagicMock(),
+    "AUDIO": {"waveform": torch.zeros(1, 1, 400), "sample_rate": 44100},
+}
+# Values with which a node does something to this model, where its defaults do not.
+SPECIAL = {
+    "ARVideoI2V": {"width": 96, "height": 64, "length": 9},
+    "CFGOverride": {"cfg": 2.0},
+    "ChromaRadianceOptions": {"nerf_tile_size": 1},
+    "FreSca": {"freq_cutoff": 1},
+    "LTXVReferenceAudio": {
+        "audio_vae": SimpleNamespace(encode=lambda _: torch.zeros(1, 8, 4, 4), audio_sample_rate=44100)
+    },
+    "LTXVSpatioTemporalGuidance": {"blocks": "0"},
+    "LoraLoader": {"clip": None},
+    "LoraLoaderBypass": {"clip": None},
+    "ModelComputeDtype": {"dtype": "bf16"},
+    "ModelNoiseScale": {"noise_scale": 2.0},
+    "SkipLayerGuidanceDiT": {"double_layers": "0", "start_percent": 0.0, "end_percent": 1.0},
+    "SkipLayerGuidanceDiTSimple": {"double_layers": "0"},
+    "SkipLayerGuidanceSD3": {"layers": "0", "start_percent": 0.0, "end_percent": 1.0},
+}
+
+
+def inputs_of(node):
+    """Types and options of a node's inputs by name."""
+    kinds = node.INPUT_TYPES()
+    return {name: spec for part in ("required", "optional") for name, spec in kinds.get(part, {}).items()}
+
+
+def through(name, model):
+    """The MODEL that a node of ComfyUI makes of one."""
+    node, models, given = nodes.NODE_CLASS_MAPPINGS[name], iter((model, other)), {}
+    for key, (kind, *options) in inputs_of(node).items():
+        options = options[0] if options else {}
+        if key in SPECIAL.get(name, {}):
+            given[key] = SPECIAL[name][key]
+        elif kind == "MODEL":
+            given[key] = next(models)
+        elif name.startswith("ModelMerge") and kind == "FLOAT":
+            given[key] = 0.5
+        elif "default" in options:
+            given[key] = options["default"]
+        elif isinstance(kind, list) or "options" in options:
+            given[key] = (options.get("options") or kind)[0]
+        elif kind in VALUES:
+            given[key] = VALUES[kind]
+    made = node.execute(**given) if hasattr(node, "execute") else getattr(node(), node.FUNCTION)(**given)
+    return made[list(node.RETURN_TYPES).index("MODEL")]
+
+
+def plain(model, x, sigmas, extra_args=None, callback=None, disable=None):
+    """The few-step loop of a single chunk, with the bidirectional model."""
+    for step, sigma in enumerate(sigmas[:-1]):
+        x0 = model(x, sigma * x.new_ones(len(x)), **extra_args)
+        x = (1 - sigmas[step + 1]) * x0 + sigmas[step + 1] * fresh[step + 1]
+    return x0
+
+
+def video_of(model, sampler, cfg):
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 2)
+    return guider.sample(fresh[0], torch.zeros(SHAPE), sampler, sigmas, disable_pbar=True, seed=0)
+
+
+def of_chunk(model, cfg):
+    request = samplers.Request(schedules.Schedule(SHAPE[2], SHAPE[2]))
+    sampler = samplers.ChunkSampler(request, fresh_noise=lambda _, draw, shape: fresh[draw][:, :, : shape[2]])
+    return video_of(model, sampler, cfg)
+
+
+def of_loop(model, cfg):
+    return video_of(model, comfy.samplers.KSAMPLER(plain), cfg)
+
+
+def made(action):
+    """A result, or the message of its error."""
+    try:
+        return action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def difference(video, reference):
+    """The largest difference of two videos; the message of the first that has failed."""
+    failed = next((one for one in (video, reference) if isinstance(one, str)), None)
+    return failed or float((video - reference).abs().max())
+
+
+shifted = stock.clone()
+comfyui.module("nodes.comfy").set_shift(shifted, 5.0)
+base = {cfg: (of_loop(shifted, cfg), of_chunk(ours, cfg)) for cfg in (1.0, 3.0)}
+TOO_SLOW = ("TorchCompileModel",)  # half a minute of tracing, for the same numbers
+facts, walked = {"without": {cfg: difference(*both) for cfg, both in base.items()}, "nodes": {}}, {}
+for name, node in sorted(nodes.NODE_CLASS_MAPPINGS.items()):
+    takes_model = any(kind[0] == "MODEL" for kind in inputs_of(node).values())
+    if "MODEL" not in node.RETURN_TYPES or not takes_model or name in TOO_SLOW:
+        continue
+    code = getattr(node, "execute", None) or getattr(node, node.FUNCTION)
+    if (same := walked.setdefault(getattr(code, "__func__", code), name)) != name:
+        facts["nodes"][name] = {"the code of": same}
+        continue
+    facts["nodes"][name] = rows = {}
+    reference = made(lambda name=name: through(name, shifted))
+    if isinstance(reference, str):
+        rows["stock"] = reference
+        continue
+    before = made(lambda name=name: comfyui.applied(through(name, stock)))
+    after = made(lambda name=name: through(name, ours))
+    for cfg, (plain_video, our_video) in base.items():
+        expected = made(lambda cfg=cfg, model=reference: of_loop(model, cfg))
+        rows[f"stock, cfg {cfg:g}"] = difference(expected, plain_video)
+        for place, model in (("before", before), ("after", after)):
+            video = model if isinstance(model, str) else made(lambda cfg=cfg, model=model: of_chunk(model, cfg))
+            rows[f"{place}, cfg {cfg:g}"] = {"acts": difference(video, our_video), "off": difference(video, expected)}
+# Patches by which nodes act that need files of other kinds of model.
+facts["refused"] = {}
+for kind in (
+    *("attn1_patch", "attn2_patch", "double_block", "middle_block_after_patch"),
+    *("noise_refiner", "output_block_patch", "post_input"),
+):
+    model = ours.clone()
+    model.set_model_patch(plain, kind)
+    facts["refused"][kind] = made(lambda model=model: of_chunk(model, 1.0))
+# The noise levels of two frame-wise chunks, and of the clean pass between them, with another shift behind Apply.
+levels, model = [], through("ModelSamplingSD3", comfyui.applied(stock, "causal_forcing_2step"))
+
+
+def spy(executor, x, sigma, *arguments, **named):
+    levels.append(round(float(sigma), 4))
+    return executor(x, sigma, *arguments, **named)
+
+
+model.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, spy)
+comfyui.sampling_node().execute(model, positive, {"samples": torch.zeros(1, 16, 2, 8, 12)}, 5, 0)
+facts["levels"] = levels
+print(json.dumps(facts))
