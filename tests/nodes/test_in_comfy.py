@@ -5,7 +5,10 @@ import pytest
 SCRIPTS = [
     "single_nodes",
     "demo_files",
+    "output_files",
     "model/fp8_saved",
+    "model/lora_kinds",
+    "model/published_formats",
     "model/step_graph",
     "sampling/live_view",
     "memory/memory",

@@ -1,6 +1,5 @@
-"""Files and links of other people in the output folder: the nodes that list, name and write there; printed as JSON."""
+"""Files and links of other people in the output folder: the nodes that list, name and write there."""
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -28,31 +27,35 @@ for number, path in enumerate(
 (states / "linked").symlink_to(elsewhere / "runs", target_is_directory=True)
 (states / "loop").symlink_to(states, target_is_directory=True)
 os.mkfifo(states / "pipe.safetensors")
-facts = {"listed": state.state_files()}
-facts["options"] = state.LightForcingLoadState.INPUT_TYPES()["required"]["file"][1]["options"]
+assert state.state_files() == ["linked/two.safetensors", "one.safetensors"]
+assert state.LightForcingLoadState.INPUT_TYPES()["required"]["file"][1]["options"] == state.state_files()
 
 
 def refusal(file):
     return comfyui.error_of(state.LightForcingLoadState.execute, file)
 
 
-facts["outside"] = [refusal("../../secret.safetensors"), refusal(str(elsewhere / "runs" / "two.safetensors"))]
-facts["pipe"], facts["dangling"] = refusal("pipe.safetensors"), refusal("dangling.safetensors")
+for file in ("../../secret.safetensors", str(elsewhere / "runs" / "two.safetensors")):
+    assert "choose one from the list" in refusal(file)
+assert "a pipe or device, not a file" in refusal("pipe.safetensors")
+assert "No such file" in refusal("dangling.safetensors")
 
 
 def named(name):
     return str(state.LightForcingSaveState.execute(name)[0].path.relative_to(states))
 
 
-facts["named"] = [named("run"), named(" a/../b/run.v2.safetensors "), named("linked.in/run")]
-facts["bad names"] = [
-    comfyui.error_of(state.LightForcingSaveState.execute, name) for name in ("../x", "/etc/x", "", ".x", "a\0b")
+assert [named(name) for name in ("run", " a/../b/run.v2.safetensors ", "linked.in/run")] == [
+    "run",
+    "b/run.v2",
+    "linked.in/run",
 ]
+for name in ("../x", "/etc/x", "", ".x", "a\0b"):
+    assert "is not a file name inside" in comfyui.error_of(state.LightForcingSaveState.execute, name)
 
 # A linked subfolder counts as it does in ComfyUI's own nodes of this version; kept stays, made folders go.
 (home / "output" / "outside").symlink_to(elsewhere, target_is_directory=True)
 (home / "output" / "inside").symlink_to(real / "kept", target_is_directory=True)
-facts["as in core"] = {}
 for name in ("outside", "inside", "plain", "../output/back", str(home / "output" / "absolute")):
     prefix = f"{name}/clip"
     core = comfyui.error_of(folder_paths.get_save_image_path, prefix, folder_paths.get_output_directory())
@@ -62,11 +65,12 @@ for name in ("outside", "inside", "plain", "../output/back", str(home / "output"
             files.write(comfyui.torch.zeros(1, 1, 32, 48, 3))
         return files.shown()
 
-    shown = comfyui.error_of(write) or write()
-    facts["as in core"][name.removeprefix(str(home))] = [core is None, shown if isinstance(shown, str) else shown[0]]
+    if core is None:
+        assert write()[0]["subfolder"] == Path(name).name
+    else:
+        assert "outside the output folder" in comfyui.error_of(write), name
 try:
     with videos.open_videos(videos.VideoOutput("new/below/clip", "mp4", None, 16, False), [1, 16, 1, 4, 6], None):
         raise InterruptedError
 except InterruptedError:
-    facts["left of a failed run"] = (home / "output" / "new").exists()
-print(json.dumps(facts))
+    assert not (home / "output" / "new").exists()

@@ -1,10 +1,7 @@
-"""Files in LightX2V's formats, and others that ComfyUI does not read by itself, in our loader; printed as JSON.
+"""Files in LightX2V's formats, and others that ComfyUI does not read by itself, in our loader.
 
 Each is compared, weights and latents, with the same numbers in a form that ComfyUI or our loader makes itself.
 """
-
-import json
-import sys
 
 import comfy_kitchen
 import comfyui
@@ -14,14 +11,14 @@ from safetensors.torch import save_file
 
 loader, patch = comfyui.modules("nodes", "model.loader", "model.patch")
 linear, scaled = comfyui.modules("lightforcing_core", "fp8.linear", "checkpoint.scaled")
-PLAIN = sys.argv[4]
+PLAIN = "tiny_wan.safetensors"
+ROWWISE, INT8, NVFP4 = "LightForcingRowwiseFP8Layout", "TensorWiseINT8Layout", "TensorCoreNVFP4Layout"
 FOLDER = f"{comfyui.BASE}/models/diffusion_models"
 SHAPE = (1, 16, 6, 8, 12)
 settings = comfyui.settings_of("self_forcing")
 noise = comfyui.noise_of(SHAPE)
 weights = comfy.utils.load_torch_file(f"{FOLDER}/{PLAIN}")
 LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in linear.LAYER_LINEARS]
-facts = {}
 comfyui.infer()
 
 
@@ -45,21 +42,18 @@ def held_by(model):
     return held, [weight.dequantize() if hasattr(weight, "_layout_cls") else weight.data for weight in held]
 
 
-def compare(name, model, expected):
+def compare(model, expected, layouts, most):
+    """Both hold the same numbers in these layouts and sample alike; no layer is further than `most` from the file."""
     sample = [
         comfyui.sample(patch.patched(one, settings), comfyui.chunk_sampler(SHAPE[2]), noise)
         for one in (model, expected)
     ]
     (held, plain), (_, wanted) = held_by(model), held_by(expected)
-    errors = [
-        float((new - weights[f"{layer}.weight"]).norm() / new.norm()) for layer, new in zip(LAYERS, plain, strict=True)
-    ]
-    facts[name] = {
-        "layouts": sorted({getattr(weight, "_layout_cls", "plain") for weight in held}),
-        "same weights": all(map(torch.equal, plain, wanted)),
-        "difference": float((sample[0] - sample[1]).abs().max()),
-        "error": max(errors),
-    }
+    errors = [(new - weights[f"{layer}.weight"]).norm() / new.norm() for layer, new in zip(LAYERS, plain, strict=True)]
+    assert {getattr(weight, "_layout_cls", "plain") for weight in held} == layouts
+    assert all(map(torch.equal, plain, wanted))
+    assert (sample[0] - sample[1]).abs().max() < 1e-5
+    assert max(errors) < most, (layouts, max(errors))
 
 
 def by_rows(weight):
@@ -101,12 +95,12 @@ def marked(maker, kind):
 legacy = {"scaled_fp8": torch.zeros(2).to(torch.float8_e5m2)}
 choice = {"blocks.0.self_attn.comfy_attention.config": torch.tensor(list(b"{}"), dtype=torch.uint8)}
 comfy_int8 = marked(int8, "int8_tensorwise")
-compare("fp8", ours(saved("fp8_lightx2v", by_rows)), ours(PLAIN, "fp8_rowwise"))
-compare("int8", ours(saved("int8_lightx2v", int8)), comfyui.load(saved("int8_comfy", comfy_int8)))
-compare("nvfp4", ours(saved("nvfp4_lightx2v", lightx2v_nvfp4)), comfyui.load(saved("nvfp4_comfy", nvfp4)))
-compare("e5m2", ours(saved("e5m2_scaled", e5m2, **legacy)), ours(saved("e5m2_plain", e5m2_product)))
-compare("attention mark", ours(saved("attention_mark", lambda weight: {}, **choice)), ours(PLAIN))
+compare(ours(saved("fp8_lightx2v", by_rows)), ours(PLAIN, "fp8_rowwise"), {ROWWISE}, 0.03)
+compare(ours(saved("int8_lightx2v", int8)), comfyui.load(saved("int8_comfy", comfy_int8)), {INT8}, 0.01)
+compare(ours(saved("nvfp4_lightx2v", lightx2v_nvfp4)), comfyui.load(saved("nvfp4_comfy", nvfp4)), {NVFP4}, 0.12)
+compare(ours(saved("e5m2_scaled", e5m2, **legacy)), ours(saved("e5m2_plain", e5m2_product)), {"plain"}, 0.06)
+compare(ours(saved("attention_mark", lambda weight: {}, **choice)), ours(PLAIN), {"plain"}, 1e-6)
 mixed = ours(saved("mixed", by_rows, int8, nvfp4))
-compare("mixed", mixed, mixed)
-facts["unknown"] = comfyui.error_of(ours, saved("unknown", marked(by_rows, "float3_of_tomorrow")))
-print(json.dumps(facts))
+compare(mixed, mixed, {ROWWISE, INT8, NVFP4}, 0.12)
+refusal = comfyui.error_of(ours, saved("unknown", marked(by_rows, "float3_of_tomorrow")))
+assert "'float3_of_tomorrow', which this ComfyUI does not know; update ComfyUI" in refusal
