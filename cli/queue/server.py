@@ -32,8 +32,8 @@ from .prompt import Prompt, UsageError, printable, title_of
 
 MOST_EVENT = 8 << 20  # bytes
 MOST_JSON = 12 << 20
+MOST_INFO = 5 << 20  # of all node classes of a prompt
 MOST_QUEUE = 64 << 20  # /queue repeats the whole prompt of every run that waits
-MOST_ERROR = 1 << 20
 MOST_MESSAGE = 10_000  # characters
 MOST_FILE = 16 << 30
 SLOWEST = 16384  # bytes per second of a file
@@ -119,6 +119,7 @@ class ComfyServer:
     def close(self) -> None:
         self._hang_up()
         self._loop.run_until_complete(self._client.aclose())
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())  # of answers that were not read to their end
         self._loop.close()
 
     def patiently(self, call: Callable[[], Result], error: type[ServerUnreachable] = ServerUnreachable) -> Result:
@@ -135,9 +136,14 @@ class ComfyServer:
 
     def object_info(self, classes: Iterable[str]) -> dict[str, Any]:
         """The server's definitions of these node classes, as far as it knows them."""
-        paths = [f"/object_info/{urllib.parse.quote(name, '', errors='replace')}" for name in dict.fromkeys(classes)]
-        answers = [self.patiently(partial(self._ask, "GET", path), ServerBusy) for path in paths]
-        return {name: info for answer in answers for name, info in answer.items()}
+        found: dict[str, Any] = {}
+        left = MOST_INFO
+        for name in dict.fromkeys(classes):
+            path = f"/object_info/{urllib.parse.quote(name, '', errors='replace')}"
+            text = self.patiently(partial(self._read, "GET", path, None, left), ServerBusy)
+            left -= len(text)
+            found |= self._object(path, text)
+        return found
 
     def submit(self, prompt: Prompt, prompt_id: str, client_id: str, *, previews: bool) -> list[str]:
         """Queue `prompt`; returns one line per node error in parts that the server will not run.
@@ -226,7 +232,9 @@ class ComfyServer:
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
         """The JSON object of an answer, an empty one if the answer is empty. Raises ServerUnreachable or QueueError."""
-        text = self._read(method, path, body, MOST_JSON)
+        return self._object(path, self._read(method, path, body, MOST_JSON))
+
+    def _object(self, path: str, text: bytes) -> Mapping[str, Any]:
         answer = read_object(text)
         if text and not answer and text.strip() != b"{}":
             raise self._foreign(path)
@@ -262,7 +270,7 @@ class ComfyServer:
                 async with self._client.stream(method, path, content=content, headers=headers) as response:
                     if response.headers.get("Content-Encoding", "identity") != "identity":
                         raise QueueError(f"{self.url} sends a packed answer, which nobody asked for")
-                    bound, keep = (most, take) if response.is_success else (MOST_ERROR, error.extend)
+                    bound, keep = (most, take) if response.is_success else (MOST_JSON, error.extend)
                     async for part in response.aiter_raw():
                         keep(part)
                         received += len(part)

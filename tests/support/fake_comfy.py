@@ -31,7 +31,6 @@ class FakeComfy:
         self.refusal = None
         self.node_errors = {}
         self.files = {}
-        self.truncate_downloads = False
         self.hold, self.hold_after, self.render, self.held_prompt = False, 0, None, None
         self.prompts, self.interrupts, self.deleted, self.connections = [], [], [], 0
         self.rendered, self.client_messages, self.requests = [], [], []
@@ -204,11 +203,4 @@ class FakeComfy:
         key = tuple(request.query[name] for name in ("filename", "subfolder", "type"))
         if key not in self.files:
             return web.Response(status=404)
-        content = self.files[key]
-        if not self.truncate_downloads:
-            return web.Response(body=content)
-        response = web.StreamResponse(headers={"Content-Length": str(len(content) + 10)})
-        await response.prepare(request)
-        await response.write(content)
-        request.transport.close()
-        return response
+        return web.Response(body=self.files[key])

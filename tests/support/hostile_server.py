@@ -11,6 +11,8 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
@@ -25,11 +27,13 @@ OUTPUT = {"filename": "clip.txt", "subfolder": "video", "type": "output"}
 
 @dataclass
 class Play:
-    """What one way was asked: the times by endpoint, and the id of its prompt."""
+    """What one way was asked: the last endpoint, all by how often, the id of its prompt, and the stream's key."""
 
     elsewhere: str
-    asked: dict = field(default_factory=dict)
+    endpoint: str = ""
+    asked: Counter = field(default_factory=Counter)
     prompt_id: str = ""
+    key: str = ""
 
 
 def head(status="200 OK", *lines):
@@ -57,58 +61,40 @@ def parts(before, pieces, pause=0.0):
     return answer
 
 
-def once(*answers):
-    """These answers, then ComfyUI's."""
-
-    async def answer(writer, play, endpoint):
-        number = play.asked[endpoint] - 1
-        await (answers[number] if number < len(answers) else GOOD[endpoint])(writer, play)
-
-    return answer
+def once(answer):
+    """This answer twice, then ComfyUI's."""
+    return lambda writer, play: (answer if play.asked[play.endpoint] < 3 else GOOD[play.endpoint])(writer, play)
 
 
-async def redirect(writer, play):
-    await whole(b"", "302 Found", f"Location: {play.elsewhere}")(writer, play)
-
-
-async def silence(writer, play):
-    await asyncio.sleep(3600)
+def redirect(writer, play):
+    return whole(b"", "302 Found", f"Location: {play.elsewhere}")(writer, play)
 
 
 async def reset(writer, play):
     writer.transport.abort()
 
 
-async def record(writer, play, **changes):
-    entry = {"outputs": {"4": {"images": [OUTPUT]}}, "status": {"status_str": "success", "messages": []}}
-    finished = play.asked["history"] > 3 and play.prompt_id
-    await whole({play.prompt_id: {**entry, **changes}} if finished else {})(writer, play)
-
-
 def records(**changes):
-    return lambda writer, play: record(writer, play, **changes)
+    def answer(writer, play):
+        entry = {"outputs": {"4": {"images": [OUTPUT]}}, "status": {"status_str": "success", "messages": []}}
+        finished = play.asked["history"] > 3 and play.prompt_id
+        return whole({play.prompt_id: {**entry, **changes}} if finished else {})(writer, play)
+
+    return answer
 
 
-def listed(*items, **more):
-    return records(outputs={"4": {"images": [{**OUTPUT, **item} for item in items]}}, **more)
-
-
-async def accept(writer, play):
-    await whole({"prompt_id": play.prompt_id, "node_errors": {}})(writer, play)
-
-
-async def stream(writer, play):
-    await socket([])(writer, play)
+def listed(*items):
+    return records(outputs={"4": {"images": [{**OUTPUT, **item} for item in items]}})
 
 
 GOOD = {
     "object_info": whole(OBJECT_INFO),
-    "prompt": accept,
-    "history": record,
+    "prompt": lambda writer, play: whole({"prompt_id": play.prompt_id, "node_errors": {}})(writer, play),
+    "history": records(),
     "queue": lambda writer, play: whole({"queue_running": [[0, play.prompt_id]], "queue_pending": []})(writer, play),
     "view": whole(b"frames"),
     "interrupt": whole(b""),
-    "ws": stream,
+    "ws": lambda writer, play: socket([])(writer, play),
 }
 
 
@@ -165,7 +151,7 @@ FAULTS = {
     "drip 500": parts(head("500 Oops"), repeat(b" "), PAUSE),
     "dripping head": parts(b"HTTP/1.1 200 OK\r\nX: ", repeat(b"x"), PAUSE),
     "heads": parts(b"", repeat(b"HTTP/1.1 100 Continue\r\n\r\n"), PAUSE),
-    "silence": silence,
+    "silence": lambda writer, play: asyncio.sleep(3600),
     "reset": reset,
     "no HTTP": parts(b"SSH-2.0-OpenSSH_9.0\r\n", []),
     "odd length": whole(b"{}", "200 OK", "Content-Length: many"),
@@ -177,7 +163,7 @@ FAULTS = {
     "403": whole(b"\xff\x1b[2Jno", "403 Forbidden"),
     "busy": whole(b"", "503 Service Unavailable"),
 }
-ONCE = {str(status): once(*[whole(b"", f"{status} Later", "Retry-After: 1")] * 2) for status in (429, 502, 503, 504)}
+ONCE = {str(status): once(whole(b"", f"{status} Later", "Retry-After: 1")) for status in (429, 502, 503, 504)}
 SOCKETS = {
     **{name: FAULTS[name] for name in ("endless", "drip", "dripping head", "silence", "reset", "no HTTP", "redirect")},
     **{name: FAULTS[name] for name in ("odd length", "403", "busy")},
@@ -212,20 +198,14 @@ RECORDS = {  # each with the run's end
     "odd items": (records(outputs={"4": {"images": [1, None, [OUTPUT], {"filename": ["x"]}]}}), "done"),
     "status text": (records(status="text"), "done"),
     "odd messages": (records(status={"messages": [1, [], ["execution_error"], [["x"], 1], {"a": 1}]}), "done"),
-    "odd error": (
-        records(status={"messages": [["execution_error", {"node_id": {}, "exception_message": [1]}]]}),
-        "failed",
-    ),
+    "odd error": (records(status={"messages": [["execution_error", {"exception_message": [1]}]]}), "failed"),
     "error list": (records(status={"status_str": ["x"]}), "failed"),
     "equal outputs": (listed(*[{}] * 5000), "done"),
     "long name": (listed({"filename": "x" * 300}), "failed"),
     "long path": (listed({"subfolder": "x/" * 600}), "failed"),
     "surrogate": (listed({"filename": "a\ud800.txt"}), "done"),
     "outside": (listed({"filename": "../../evil", "subfolder": "/etc/.."}, {"filename": "C:\\x\0"}), "done"),
-    "cached": (
-        records(outputs={}, status={"messages": [["execution_cached", {"nodes": ["1", "2", "3", "4"]}]]}),
-        "failed",
-    ),
+    "cached": (records(outputs={}, status={"messages": [["execution_cached", {"nodes": [*"1234"]}]]}), "failed"),
 }
 MODES = {"good": ({}, "done")}
 REFUSED = {"items", "long", "wide", "endless", "endless 500", "packed", "redirect", "400 list", "400 text", "403"}
@@ -253,26 +233,21 @@ MODES |= {
 @contextmanager
 def hostile_server():
     """Yield its address, and the requests that came to the other host that it sends logins to."""
-    plays, strayed, loop = {}, [], asyncio.new_event_loop()
-    servers = []
+    plays, strayed, started = {}, [], Future()
 
     async def respond(reader, writer):
-        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError):
+        with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             request = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-            fields = dict(line.split(": ", 1) for line in request.lower().splitlines()[1:] if ": " in line)
-            body = await reader.readexactly(int(fields.get("content-length", 0)))
+            body = await reader.readexactly(int(re.search(r"(?i)Content-Length: (\d+)|$", request)[1] or 0))
             mode, endpoint = request.split(" ")[1].partition("?")[0].split("/")[1:3]
-            play = plays.setdefault(mode, Play(f"http://localhost:{strangers.sockets[0].getsockname()[1]}/x"))
-            play.asked[endpoint] = play.asked.get(endpoint, 0) + 1
-            play.key = re.search(r"(?i)Sec-WebSocket-Key: (\S*)|$", request)[1]
+            play = plays.setdefault(mode, Play(started.result()[1]))
+            play.endpoint = endpoint
+            play.asked[endpoint] += 1
+            if endpoint == "ws":
+                play.key = re.search(r"(?i)Sec-WebSocket-Key: (\S*)", request)[1]
             if endpoint == "prompt":
                 play.prompt_id = json.loads(body)["prompt_id"]
-            answers, _ = list(MODES.values())[int(mode)]
-            answer = answers.get(endpoint) or GOOD[endpoint]
-            if answer in ONCE.values():
-                await answer(writer, play, endpoint)
-            else:
-                await answer(writer, play)
+            await (list(MODES.values())[int(mode)][0].get(endpoint) or GOOD[endpoint])(writer, play)
             await writer.drain()
         writer.close()
 
@@ -280,27 +255,18 @@ def hostile_server():
         strayed.append(await reader.read(65536))
         writer.close()
 
-    async def start():
-        for handler in (respond, stray):
-            servers.append(await asyncio.start_server(handler, "127.0.0.1", 0))
-        return servers
+    async def serve():
+        servers = [await asyncio.start_server(handler, "127.0.0.1", 0) for handler in (respond, stray)]
+        url, elsewhere = (f"http://127.0.0.1:{one.sockets[0].getsockname()[1]}" for one in servers)
+        ended = asyncio.Event()
+        started.set_result((url, elsewhere.replace("127.0.0.1", "localhost"), asyncio.get_running_loop(), ended))
+        await ended.wait()
 
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
     thread.start()
-    server, strangers = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
-
-    async def stop():
-        for one in servers:
-            one.close()
-        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
+    url, _, loop, ended = started.result(10)
     try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", strayed
+        yield url, strayed
     finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(ended.set)
         thread.join(10)
-        loop.close()

@@ -1,7 +1,5 @@
 """The client against a real HTTP server that plays ComfyUI's part, well and badly."""
 
-import os
-
 import pytest
 
 from lightforcing.cli.queue import server as queue_server
@@ -104,8 +102,6 @@ def test_proxy_is_not_asked_for_this_machine(comfy, monkeypatch):
         (404, b"404: Not Found", QueueError, r"/history/7f2c answers HTTP 404 Not Found: 404: Not Found$"),
         (503, b"", ServerBusy, "/history/7f2c answers HTTP 503"),
         (200, b"<html>", ServerUnreachable, "does not answer as ComfyUI does; is it a ComfyUI server"),
-        (200, b"7", ServerUnreachable, "does not answer as ComfyUI does"),
-        (200, b"[" * 200_000, ServerUnreachable, "does not answer as ComfyUI does"),
         (200, b'{"a": "' + b"x" * 2000 + b'"}', QueueError, "an answer of .* is larger than 1000 bytes"),
         (400, b"x" * 2000, QueueError, "answers HTTP 400 Bad Request: x{300}$"),
     ],
@@ -138,16 +134,6 @@ def test_download_is_whole_and_overwrites_nothing(comfy, server, tmp_path):
     assert (tmp_path / paths[1]).read_bytes() == b"frames" * 1000
 
 
-@pytest.mark.parametrize("limit", [1 << 20, 3])
-def test_broken_or_huge_download_leaves_nothing(comfy, server, tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(queue_server, "MOST_FILE", limit)
-    comfy.files["clip.mp4", "", "output"] = b"frames"
-    comfy.truncate_downloads = True
-    with pytest.raises(QueueError):
-        server.download(RemoteFile("clip.mp4", "", "output"), tmp_path)
-    assert os.listdir(tmp_path) == []
-
-
 @pytest.mark.parametrize(
     ("filename", "subfolder", "expected"),
     [
@@ -161,10 +147,3 @@ def test_broken_or_huge_download_leaves_nothing(comfy, server, tmp_path, monkeyp
 )
 def test_server_cannot_write_outside_the_folder(filename, subfolder, expected):
     assert RemoteFile(filename, subfolder, "output").relative_path.as_posix() == expected
-
-
-@pytest.mark.parametrize("filename", ["x" * 300, "漢" * 90 + ".mp4", "a/" * 500 + "a.mp4"])
-def test_name_that_no_disk_takes_fails_its_prompt_alone(server, tmp_path, filename):
-    with pytest.raises(QueueError, match="is too long a file name; shorten the save node's prefix"):
-        server.download(RemoteFile(filename, "", "output"), tmp_path)
-    assert os.listdir(tmp_path) == []
