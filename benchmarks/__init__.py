@@ -1,1 +1,1 @@
-"""Measurements of attention, a forward, a rollout and memory: table and raw JSON."""
+"""Measurements of attention, a forward and a rollout, as tables and raw JSON."""

@@ -6,7 +6,7 @@ The measurements are imported when a command runs, because they need torch.
 import typer
 
 from .console import Measured, measurement, milliseconds, new_table, ratio_text
-from .settings import REAL_LAYERS, AttentionBench, Place, RolloutBench, Say, StepBench
+from .settings import REAL_LAYERS, AttentionBench, RolloutBench, Say, StepBench
 
 app = typer.Typer(no_args_is_help=True, help="Measure dense against sparse on this machine, both in one process.")
 
@@ -75,16 +75,3 @@ def rollout(bench: RolloutBench, say: Say) -> Measured:
         for arm in bench.arm:
             lines.append(f"{arm}, seconds of the last 10 chunks / chunks 10-20: {flatness[f'{arm}_seconds']:.3f}")
     return result, table, lines
-
-
-@measurement(app, Place)
-def memory(bench: Place, say: Say) -> Measured:
-    """Estimated memory against the measured peak, for several configurations."""
-    from .memory import run_memory
-
-    result = run_memory(bench)
-    table = new_table("peak memory", "run", "attention", "error", "estimated MB", "measured MB")
-    for row in result["cases"]:
-        sizes = (f"{row[size] / 1e6:.1f}" for size in ("estimated_bytes", "measured_bytes"))
-        table.add_row(row["case"]["name"], row["backend"], f"{row['error']:+.1%}", *sizes)
-    return result, table, []

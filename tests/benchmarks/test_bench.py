@@ -8,13 +8,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lightforcing.benchmarks import attention, layer, memory, step
+from lightforcing.benchmarks import attention, layer, step
 from lightforcing.benchmarks.rollout import EARLY, over_rounds, summarise
 from lightforcing.benchmarks.settings import AttentionBench, Machine, Model, Picture, Place, StepBench
 from lightforcing.benchmarks.timing import StageClock, ratio, take_turns
 from lightforcing.cli.main import app
 from lightforcing.lightforcing_core.model import cuda_graph
-from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
 from ..support.tape import TapeRecorder
 
@@ -169,17 +168,6 @@ def test_flatness_compares_chunks_of_full_length():
     assert "flatness" not in summarise(rows[: 2 * EARLY - 1], ("sparse",))
 
 
-def test_memory_prints_estimate_beside_measurement(tmp_path, monkeypatch):
-    sizes = Picture(32, 32), Model(128, 128, 1)
-    case = memory.MemoryCase("small", Schedule(6), *sizes, text_tokens=8, text_dim=16)
-    monkeypatch.setattr(memory, "CPU_CASES", (case,))
-    result, output = record(tmp_path, "memory")
-    (row,) = result["cases"]
-    assert row["error"] == pytest.approx(row["estimated_bytes"] / row["measured_bytes"] - 1)
-    assert result["largest_error"] == abs(row["error"])
-    assert "small" in output
-
-
 def test_arms_take_turns_after_their_warm_up():
     calls = []
     samples = take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3, device=CPU)
@@ -218,7 +206,7 @@ def test_a_stage_inside_a_stage_is_counted_once():
         (["rollout", "--cuda-graph", "yes"], "cuda_graph 'yes' is not known; use auto, on, off"),
         (["rollout", "--cuda-graph", "on", "--device", "cpu"], "CUDA graphs are for NVIDIA GPUs, not for cpu"),
         (["step", "--cuda-graph", "--device", "cpu"], "CUDA graphs are for NVIDIA GPUs, not for cpu"),
-        (["memory", "--device", "mps"], "device 'mps' cannot be measured"),
+        (["rollout", "--device", "mps"], "device 'mps' cannot be measured"),
     ],
 )
 def test_impossible_requests_are_one_line_on_stderr(arguments, message):

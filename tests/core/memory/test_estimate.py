@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lightforcing.benchmarks.memory import MemoryCase, estimated, measured_peak
+from laboratory.memory import MemoryCase, estimated, measured_peak
 from lightforcing.benchmarks.settings import Model, Picture
 from lightforcing.lightforcing_core.memory.estimate import AllocationPeak, MemoryEstimate, ModelSize, estimate
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict

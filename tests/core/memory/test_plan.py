@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lightforcing.benchmarks.memory import MemoryCase
+from laboratory.memory import MemoryCase
 from lightforcing.benchmarks.settings import Picture
 from lightforcing.lightforcing_core.memory.estimate import ModelSize, estimate
 from lightforcing.lightforcing_core.memory.plan import HEADROOM, plan_memory

@@ -1,4 +1,4 @@
-"""`bench memory`: the estimate made before a run against the measured peak.
+"""The memory estimate before a run against the measured peak: python -m laboratory.memory.
 
 The peak is that of torch's allocator: its statistics on a GPU, its profiler's allocation events on a CPU. Both are
 exact; resident memory is not.
@@ -13,22 +13,24 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+import typer
 from torch.profiler import ProfilerActivity, profile
 
-from ..lightforcing_core.attention.dispatch import choose_backend
-from ..lightforcing_core.attention.options import AttentionOptions
-from ..lightforcing_core.memory.estimate import MemoryEstimate, ModelSize, estimate
-from ..lightforcing_core.model.kv_storage import KVOptions
-from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
-from ..lightforcing_core.rollout.loop import rollout
-from ..lightforcing_core.rollout.recipe import Guidance, Recipe, few_step_sigmas
-from ..lightforcing_core.rollout.runtime import Runtime
-from ..lightforcing_core.rollout.schedule import Schedule
-from ..lightforcing_core.vae.streaming import StreamingDecoder
-from ..lightforcing_core.vae.tiled import TiledDecoder
-from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
-from .record import facts
-from .settings import REAL_LAYERS, Model, Picture, Place
+from lightforcing.benchmarks.console import Measured, measurement, new_table
+from lightforcing.benchmarks.record import facts
+from lightforcing.benchmarks.settings import REAL_LAYERS, Model, Picture, Place, Say
+from lightforcing.lightforcing_core.attention.dispatch import choose_backend
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
+from lightforcing.lightforcing_core.memory.estimate import MemoryEstimate, ModelSize, estimate
+from lightforcing.lightforcing_core.model.kv_storage import KVOptions
+from lightforcing.lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.rollout.loop import rollout
+from lightforcing.lightforcing_core.rollout.recipe import Guidance, Recipe, few_step_sigmas
+from lightforcing.lightforcing_core.rollout.runtime import Runtime
+from lightforcing.lightforcing_core.rollout.schedule import Schedule
+from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
+from lightforcing.lightforcing_core.vae.tiled import TiledDecoder
+from lightforcing.lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
 
 SMALL = Model(256, 1536, 4)
 
@@ -170,3 +172,21 @@ def measured_peak(case: MemoryCase, device: torch.device, dtype: torch.dtype) ->
     results: Any = record.profiler.kineto_results if record.profiler else None
     changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
     return max(accumulate(change for _, change in sorted(changes, key=itemgetter(0))), default=0)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@measurement(app, Place)
+def memory(bench: Place, say: Say) -> Measured:
+    """Estimated memory against the measured peak, for several configurations."""
+    result = run_memory(bench)
+    table = new_table("peak memory", "run", "attention", "error", "estimated MB", "measured MB")
+    for row in result["cases"]:
+        sizes = (f"{row[size] / 1e6:.1f}" for size in ("estimated_bytes", "measured_bytes"))
+        table.add_row(row["case"]["name"], row["backend"], f"{row['error']:+.1%}", *sizes)
+    return result, table, []
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m laboratory.memory")
