@@ -57,7 +57,7 @@ class Spec(NamedTuple):
     def read(self, typed: str) -> Any:
         """A typed value: a text or a choice as it is (a text may be in JSON's quotes), else JSON if it is JSON."""
         try:
-            value = read_json(typed, finite=True)
+            value = read_json(typed)
         except ValueError:
             value = typed
         if self.kind == "STRING":

@@ -52,23 +52,16 @@ def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     """
     groups: dict[str, dict[str, Tensor]] = {}
 
-    def visit(value: Mapping[Any, Any], name: str, depth: int) -> None:
-        tensors = {
-            key: item.detach() for key, item in value.items() if isinstance(key, str) and isinstance(item, Tensor)
-        }
-        tensors |= {  # some LoRAs store alpha as a number
-            key: torch.tensor(float(max(-1e300, min(item, 1e300))))
-            for key, item in value.items()
-            if isinstance(key, str) and key.endswith(".alpha") and isinstance(item, int | float)
-        }
+    def visit(value: Mapping[str, Any], name: str) -> None:
+        tensors = {key: item for key, item in value.items() if isinstance(item, Tensor)}
         if any("." in key for key in tensors):
             groups[name] = tensors
-        elif depth:
-            for key, item in value.items():
-                if isinstance(item, Mapping):
-                    visit(item, f"{name}.{key}" if name else str(key), depth - 1)
+            return
+        for key, item in value.items():
+            if isinstance(item, Mapping):
+                visit(item, f"{name}.{key}" if name else key)
 
-    visit(contents, "", 3)
+    visit(contents, "")
     if not groups and (loose := {name: item for name, item in contents.items() if isinstance(item, Tensor)}):
         return {"": loose}
     flat = groups.get("", {})
@@ -202,18 +195,21 @@ def _read_torch(file: Path, size: int, *, zipped: bool) -> dict[str, Any]:
     left = MOST_TENSORS  # counted at every visit: a small file can hold one dict a thousand times
 
     def plain(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
-        """The tensors, numbers and dicts of them that have a text for a name."""
+        """The tensors, and dicts of them, that have a text for a name."""
         nonlocal left
         left -= len(value)
         if left < 0:
             raise ValueError(f"more than {MOST_TENSORS} entries")
-        named = {key: item for key, item in value.items() if isinstance(key, str)}
-        for key, item in named.items():
-            if isinstance(item, Tensor):
+        kept: dict[str, Any] = {}
+        for key, item in value.items():
+            if isinstance(key, str) and isinstance(item, Tensor):
                 check_tensor(key, item)
-        dicts = {key: item for key, item in named.items() if isinstance(item, Mapping) and depth}
-        kept = {key: item for key, item in named.items() if isinstance(item, Tensor | int | float)}
-        return kept | {key: plain(item, depth - 1) for key, item in dicts.items()}
+                kept[key] = item.detach()
+            elif isinstance(key, str) and isinstance(item, Mapping) and depth:
+                kept[key] = plain(item, depth - 1)
+            elif isinstance(item, int | float) and str(key).endswith(".alpha"):  # some LoRAs store it as a number
+                kept[key] = torch.tensor(float(max(-1e300, min(item, 1e300))))
+        return kept
 
     try:
         return plain(stored, depth=3)

@@ -132,7 +132,7 @@ def _add_alphas(path: Path, metadata: Mapping[str, str], layers: Mapping[str, Te
         if text is None:
             source = "adapter_config.json"
             text = read_text((path if path.is_dir() else path.parent) / source)
-        settings = {key.removeprefix("transformer."): value for key, value in read_json(text, finite=True).items()}
+        settings = {key.removeprefix("transformer."): value for key, value in read_json(text).items()}
         usual = float(settings["lora_alpha"])
         own = {f".{name}": float(alpha) for name, alpha in (settings.get("alpha_pattern") or {}).items()}
         ranks = {int(settings["r"]), *map(int, (settings.get("rank_pattern") or {}).values())}

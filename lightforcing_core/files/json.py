@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -15,16 +14,13 @@ MOST_ITEMS = 1_000_000  # values, each of which takes up to a hundred bytes of m
 MOST_DIGITS = 300  # of an integer, which a float can hold
 
 
-def read_json(text: str | bytes, *, finite: bool = False) -> Any:
-    """Parse JSON. ValueError if it is malformed, or beyond MOST_DEPTH, MOST_ITEMS, or MOST_DIGITS of an integer.
-
-    finite: refuse NaN and infinity too, which Python and ComfyUI write and read as numbers.
-    """
+def read_json(text: str | bytes) -> Any:
+    """Parse JSON, NaN and infinity too. ValueError if it is malformed or beyond the limits above."""
     marks = ("[", "{", ",") if isinstance(text, str) else (b"[", b"{", b",")
     if len(text) > MOST_ITEMS and sum(text.count(mark) for mark in marks) > MOST_ITEMS:  # type: ignore[arg-type,misc]
         raise ValueError(f"more than {MOST_ITEMS} values")
     try:
-        value = json.loads(text, parse_int=_integer, **_FINITE if finite else {})
+        value = json.loads(text, parse_int=_integer)
     except RecursionError:
         raise ValueError(f"nested deeper than {MOST_DEPTH} levels") from None
     level: Iterable[Any] = [value]
@@ -39,15 +35,6 @@ def _integer(digits: str) -> int:
     if len(digits.lstrip("-")) > MOST_DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits, over {MOST_DIGITS}")
     return int(digits)
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(number := float(digits)):
-        raise ValueError(f"{digits[:20]} where a finite number is needed")
-    return number
-
-
-_FINITE: Mapping[str, Any] = {"parse_float": _finite, "parse_constant": _finite}
 
 
 def mapping(value: Any) -> Mapping[str, Any]:

@@ -99,18 +99,17 @@ def abandoned(folder: Path, *, growing: bool) -> Iterator[tuple[str, Path]]:
     """
     for path in list(folder.iterdir()):
         match = _HIDDEN.fullmatch(path.name)
-        if not match or (match["kind"] == "growing") != growing:
+        if not match or (match["kind"] == "growing") != growing or path.is_symlink():
             continue
-        with suppress(OSError):  # its writer is alive, or another process has cleaned it
-            if not stat.S_ISREG(path.lstat().st_mode):
-                continue
-            with FileIO(os.open(path, os.O_RDWR | NO_LINKS)) as file:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                unlock_on_windows(file)
-                if path.lstat().st_nlink == 1:
-                    os.rename(path, path)  # refused by Windows if it is open
-                    yield match["stem"], path
+        # OSError: its writer is alive, or another process has cleaned it.
+        with suppress(OSError), FileIO(os.open(path, os.O_RDWR | NO_LINKS)) as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            status = os.fstat(file.fileno())  # not of the path, which may be another file by now
+            unlock_on_windows(file)
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                os.rename(path, path)  # refused by Windows if it is open
+                yield match["stem"], path
 
 
 def clean(folder: Path) -> None:

@@ -253,7 +253,7 @@ def _shape(latent_shape: Sequence[int]) -> tuple[int, ...]:
 
 def _levels(name: str, sigmas: Sequence[float]) -> tuple[float, ...]:
     levels, remedy = tuple(map(float, sigmas)), f"use a list like {few_step_sigmas()}"
-    if len(levels) < 2 or levels[-1] != 0.0 or any(a <= b for a, b in pairwise(levels)):
+    if len(levels) < 2 or levels[-1] != 0.0 or not all(a > b for a, b in pairwise(levels)):
         raise Refusal(name, f"{list(levels)} does not fall from step to step to 0", remedy)
     if not 0.0 < levels[0] <= 1.0:
         raise Refusal(name, f"starts at {levels[0]}, outside (0, 1]", remedy)

@@ -4,12 +4,12 @@ A loaded state continues the video as if it had never stopped, bit for bit on th
 """
 
 import json
+import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ..attention.options import AttentionOptions
 from ..attention.quantised import KVDtype
 from ..files.json import read_json
 from ..files.tensors import read_tensors, write_tensors
+from ..refusal import check_choice
 from .recipe import Guidance, NoiseOptions, Recipe
 from .runtime import Chunk
 from .timeline import Prompt
@@ -139,7 +140,7 @@ def load_run_state(path: str | Path) -> RunState:
         ) from error
     _check_kind(path, metadata)
     try:
-        facts = read_json(metadata["state"], finite=True)
+        facts = read_json(metadata["state"])
         sums: dict[str, int] = facts.pop("checksums")
         if missing := sums.keys() - tensors.keys():
             raise StateError(f"{path}: {', '.join(sorted(missing)[:3])} is missing; use an older copy of the state")
@@ -147,7 +148,7 @@ def load_run_state(path: str | Path) -> RunState:
             if _checksum(tensors[name]) != expected:
                 raise StateError(f"{path}: {name} is damaged (wrong checksum); use an older copy of the state")
         return _unpacked(tensors, facts)
-    except StateError:
+    except (StateError, MemoryError):
         raise
     except Exception as error:  # a damaged header can fail anywhere; to the user it means the same
         raise StateError(f"{path}: its header is damaged ({error!s:.200}); use an older copy of the state") from error
@@ -190,29 +191,15 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
         **facts,
     )
     run = RunState(recipe, finished=finished, **state)
-    for part in (run, recipe, recipe.attention, recipe.noise_options, recipe.guidance, *recipe.prompts):
-        for name, hint in get_type_hints(type(part)).items():
-            if not _fits(value := getattr(part, name), hint):
-                raise TypeError(f"{name} {value!r:.80}")
+    # JSON has other types than these fields need, and their users would stumble over them much later.
+    integers = [recipe.window or 0, recipe.sink_frames, recipe.seed, *recipe.noise_options.chunk_seeds.values()]
+    integers += [number for prompt in recipe.prompts for number in (prompt.start_chunk, prompt.blend_chunks)]
+    if not all(type(number) is int and abs(number) < 1 << 64 for number in integers):
+        raise TypeError(f"{integers!s:.80} where whole numbers are needed")
+    if not math.isfinite(recipe.guidance.cfg) or not all(map(Tensor.is_floating_point, tensors.values())):
+        raise TypeError("a number or tensor of another type than it needs")
+    check_choice("kv_dtype", run.kv_dtype, KVDtype)
     return run
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a file has the type of its field; JSON has other types than the field may need."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind in (Union, UnionType):
-        return any(_fits(value, one) for one in inner)
-    if kind is Literal:
-        return value in inner
-    if kind in (tuple, Sequence):
-        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
-    if kind is Mapping:
-        return all(_fits(one, hint) for pair in value.items() for one, hint in zip(pair, inner, strict=True))
-    if hint is Tensor:
-        return isinstance(value, Tensor) and value.is_floating_point()
-    if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool) and abs(value) < 1 << 64
-    return isinstance(value, hint)
 
 
 def _checksum(tensor: Tensor) -> int:

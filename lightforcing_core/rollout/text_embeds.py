@@ -53,7 +53,7 @@ def load_embeds(path: Path) -> list[Any]:
         parts.setdefault(index, {})[name] = tensor
     conditioning: list[Any] = []
     try:
-        for number, entry in enumerate(read_json(metadata["entries"], finite=True)):
+        for number, entry in enumerate(read_json(metadata["entries"])):
             own = parts[str(number)]
             cond = own.pop("cond")
             plain = all(isinstance(value, _SCALARS) for value in entry.values()) and not entry.get("pooled_output")

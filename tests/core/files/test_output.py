@@ -9,6 +9,7 @@ import pytest
 
 from lightforcing.lightforcing_core.files.output import (
     OutputError,
+    clean,
     free_name,
     numbered_path,
     prepare_folder,
@@ -106,6 +107,21 @@ def test_a_claim_that_was_cleaned_before_its_lock_is_made_again(tmp_path, monkey
     with whole_file(tmp_path / "clip") as partial:
         partial.write_text("whole")
     assert (tmp_path / "clip").read_text() == "whole"
+
+
+def test_a_reservation_made_while_an_old_one_is_cleaned_stays(tmp_path, monkeypatch):
+    lock, reservation = fcntl.flock, tmp_path / ".clip_00001.reserved"
+    reservation.touch()
+
+    def replaced(file, flags):
+        reservation.unlink()
+        reservation.touch()  # by another process, which has cleaned the old one first
+        monkeypatch.setattr("fcntl.flock", lock)
+        lock(file, flags)
+
+    monkeypatch.setattr("fcntl.flock", replaced)
+    clean(tmp_path)
+    assert os.listdir(tmp_path) == [".clip_00001.reserved"]
 
 
 def test_a_link_under_the_final_name_is_replaced_and_not_followed(tmp_path):

@@ -286,16 +286,16 @@ UNREADABLE = [
         (lambda path, fact=fact: with_fact(path, *fact), f"header is damaged.*{reason}")
         for fact, reason in (
             (("frames_per_chunk", "three"), ""),
-            (("sink_frames", 0.0), r"sink_frames 0\.0"),
+            (("sink_frames", 0.0), "whole numbers"),
             (("latent_shape", [1, 16]), ""),
             (("latent_shape", [1, 16, 6_000_000_000, *SIZE]), "6000000000.*over 1000000"),
-            (("sigmas", [1.0, float("nan"), 0.0]), "finite number"),
+            (("sigmas", [1.0, float("nan"), 0.0]), "does not fall"),
+            (("cfg", float("inf")), ""),
             (("seed", 10**400), "401 digits"),
-            (("seed", 2**65), "seed"),
+            (("seed", 2**65), "whole numbers"),
             (("kv_dtype", "int3"), "kv_dtype 'int3'"),
             (("prompts", 7), ""),
-            (("model", [[]] * 3), "model"),
-            (("chunk_seeds", [[0, "7"]]), "chunk_seeds"),
+            (("chunk_seeds", [[0, "7"]]), "whole numbers"),
             (("extra", 1), "extra"),
         )
     ),
