@@ -1,6 +1,7 @@
 """The family that a checkpoint's path suggests."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +90,14 @@ def test_the_published_inference_settings(family, steps, window, sinks, rope, we
     it = FAMILIES[family]
     assert (it.denoising_steps, it.window, it.sink_frames, it.sink_rope) == (steps, window, sinks, rope)
     assert (it.weights, it.shift, it.frames_per_chunk) == (weights, 5.0, 1 if family == "one_forcing" else 3)
+
+
+def test_the_documented_table_is_that_of_the_code():
+    page = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text(encoding="utf-8")
+    for it in FAMILIES.values():
+        sinks = f", sinks {it.sink_frames}, {it.sink_rope}" if it.sink_frames else ""
+        steps = ", ".join(map(str, it.denoising_steps))
+        row = next(line.split(" | ") for line in page.splitlines() if line.startswith(f"| `{it.id}` |"))
+        assert (int(row[2]), row[3].split(" (")[0]) == (it.frames_per_chunk, steps)
+        assert row[4] == (f"{it.window}{sinks}" if it.window else "all")
+        assert row[5] == {"generator": "plain |", "generator_ema": "EMA |"}[it.weights]
