@@ -25,6 +25,10 @@ class Refusal(ValueError):
         return Refusal(field, self.problem, self.remedy)
 
 
+class NotFinite(Refusal):
+    """A run made NaN or infinity; what it made before is good."""
+
+
 def check_size(height: int, width: int) -> None:
     """Refusal unless a video can have this size in pixels: latents are an eighth of it, and patches 2×2 latents."""
     for side, pixels in (("height", height), ("width", width)):

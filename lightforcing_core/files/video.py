@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..refusal import check_finite
 from .output import (
     NO_LINKS,
     OutputError,
@@ -136,6 +137,8 @@ class VideoWriter:
             raise ValueError(f"frames have shape {tuple(frames.shape)}; expected [n, {self.height}, {self.width}, 3]")
         if not (frames.dtype == torch.uint8 or frames.is_floating_point()):
             raise ValueError(f"frames are {frames.dtype}; expected uint8, or floating point in 0…1")
+        if frames.is_floating_point():
+            check_finite("the video", frames, "it would be black; decode it again")
         for frame in frames:
             if frame.is_floating_point():
                 frame = frame.float().mul(255.0).round_().clamp_(0.0, 255.0).to(torch.uint8)

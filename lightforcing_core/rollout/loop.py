@@ -16,7 +16,7 @@ from ..model.causal import GIVEN_NOISE, ModelState, Pass, Predict
 from ..model.cuda_graph import step_graphs, why_no_graph
 from ..model.kv_cache import KVCache
 from ..pinned import to_device
-from ..refusal import Refusal
+from ..refusal import NotFinite, Refusal, check_finite, is_finite
 from .recipe import Recipe
 from .record import RunRecorder
 from .runtime import Chunk, Runtime, StepEvent
@@ -58,6 +58,8 @@ class ChunkLoop:
             raise Refusal("finished", problem, "ask for a longer video")
         self.total = sum(len(recipe.levels(index)) - 1 for index in range(self.first_index, len(self.lengths)))
         self.known = recipe.latents_with(made)
+        if self.known is not None:
+            check_finite("finished", self.known, "start a new video")
         self.noise = runtime.noise or recipe.noise()
         self.dtype = runtime.dtype or dit.dtype
         self.device = torch.device(runtime.device or recipe.prompts[0].context.device)
@@ -96,6 +98,10 @@ class ChunkLoop:
                         latents = self._given(index)
                     else:
                         latents, done = self._denoise_chunk(states, runs, index, done)
+                        if not is_finite(latents):  # waits for the device, once per chunk
+                            problem = f"of the video holds NaN or infinity; the model computes in {self.dtype}"
+                            remedy = "use another dtype of its weights, or its LoRA at a lower strength or not at all"
+                            raise NotFinite(f"chunk {index}", problem, remedy)
                         self.recorder.lap(index, "denoise")
                         yield Chunk(index, self.starts[index], latents)
                         self.recorder.lap(index, "output")

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .streaming import NOT_FINITE
-
 
 class OverlappedDecoder:
     """Decode one clip chunk by chunk, concurrently with other work on the device.
@@ -33,26 +31,35 @@ class OverlappedDecoder:
         """Decode the clip's next latents [B, 16, f, h, w]; returns frames that are ready.
 
         With a second stream, returns the frames [B, n, 8h, 8w, 3] of all earlier calls, in CPU memory; without one,
-        the frames of these latents on the decoder's device. Raises what `StreamingDecoder.decode` raises; latents that
-        are not finite are reported together with their frames.
+        the frames of these latents on the decoder's device. Raises what `StreamingDecoder.decode` raises; frames that
+        are not finite are reported when they are ready.
         """
         if self._stream is None:
             return [self._decoder.decode(latents, normalised=normalised)]
         earlier = len(self._coming)
-        decode = functools.partial(self._decoder.decode, latents, normalised=normalised, trusted=True)
+
+        def decode() -> tuple[Tensor, Tensor]:
+            frames = self._decoder.decode(latents, normalised=normalised, trusted=True)
+            return frames, self._decoder.extremes
+
         self._coming.append(self._stream.start(decode, latents))
-        return [self._coming.popleft().frames() for _ in range(earlier)]
+        return [self._next() for _ in range(earlier)]
 
     def arrived(self) -> list[Tensor]:
         """Return the frames that are ready, without waiting."""
         frames = []
         while self._coming and self._coming[0].is_there():
-            frames.append(self._coming.popleft().frames())
+            frames.append(self._next())
         return frames
 
     def rest(self) -> list[Tensor]:
         """Wait for all remaining frames and return them."""
-        return [self._coming.popleft().frames() for _ in range(len(self._coming))]
+        return [self._next() for _ in range(len(self._coming))]
+
+    def _next(self) -> Tensor:
+        frames, extremes = self._coming.popleft().wait()
+        self._decoder.check(extremes)
+        return frames
 
     def drop(self) -> None:
         """Discard pending frames; later work on the device waits for their decode."""
@@ -68,19 +75,17 @@ class SideStream:
         self._device = device
         self._stream = _second_stream(device)
 
-    def start(self, decode: Callable[[], Tensor], latents: Tensor) -> "Pending":
-        """Queue `decode` after all work submitted so far; `latents` is its input."""
+    def start(self, decode: Callable[[], tuple[Tensor, Tensor]], latents: Tensor) -> "Pending":
+        """Queue `decode`, which returns frames and their extremes, after all earlier work; `latents` is its input."""
         stream = self._stream
         stream.wait_stream(torch.cuda.current_stream(self._device))
         if latents.is_cuda:
             latents.record_stream(stream)  # keep its memory until the decoder has read it
         with torch.cuda.stream(stream):
-            # Checked with the frames: reading the result here would wait for the device.
-            finite = to_cpu(torch.isfinite(latents).all())
-            frames = to_cpu(decode())
+            frames, extremes = map(to_cpu, decode())
             done = torch.cuda.Event()
             done.record(stream)
-        return Pending(frames, finite, done)
+        return Pending(frames, extremes, done)
 
     def join(self) -> None:
         """Make later work on the current stream wait for this one."""
@@ -95,22 +100,20 @@ def _second_stream(device: torch.device) -> torch.cuda.Stream:
 
 @dataclass(eq=False)
 class Pending:
-    """Frames being copied to the CPU; `pixels` and `finite` are valid after `done`."""
+    """Frames and their extremes being copied to the CPU; valid after `done`."""
 
-    pixels: Tensor
-    finite: Tensor
+    frames: Tensor
+    extremes: Tensor
     done: torch.cuda.Event
 
     def is_there(self) -> bool:
-        """Whether `frames` returns without waiting."""
+        """Whether `wait` returns at once."""
         return bool(self.done.query())
 
-    def frames(self) -> Tensor:
-        """Wait for the frames. Raises ValueError if the latents were not finite, and any error of the device."""
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Wait for frames and extremes. Raises any error of the device."""
         self.done.synchronize()
-        if not self.finite:
-            raise ValueError(NOT_FINITE)
-        return self.pixels
+        return self.frames, self.extremes
 
 
 def to_cpu(x: Tensor) -> Tensor:

@@ -12,14 +12,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..refusal import is_finite
+from ..refusal import check_finite
 from .taehv import TaeLatents, check_tae, is_mem_block, is_tae
 from .wan_vae import LATENT_CHANNELS, denormalise_latents, normalise_latents
 
 Tree: TypeAlias = Any  # a module tree with the published attribute names: ComfyUI's or ours
 
 PAST_FRAMES = 2  # a causal kernel of 3 looks back at two frames
-NOT_FINITE = "latents hold NaN or infinity, which would spread to every later frame; sample them again"
 
 
 class StreamingDecoder:
@@ -78,8 +77,9 @@ class StreamingDecoder:
 
         [B, 16, f, h, w] → [B, video frames, 8h, 8w, 3] in 0…1, float32 (float64 from a float64 module). A clip's first
         latent frame gives 1 video frame, each later one 4. normalised: latents are in the DiT's space, not the VAE's
-        own. trusted: skip the check that latents are finite, which waits for the device. Raises ValueError for a wrong
-        or changing shape, RuntimeError if an earlier call of the clip failed.
+        own. trusted: skip the checks that latents and frames are finite, which wait for the device; `check` does the
+        latter with `extremes`. Raises ValueError for a wrong or changing shape, and for NaN and infinity, RuntimeError
+        if an earlier call of the clip failed.
         """
         self._accept(latents, trusted)
         dtype, device = self._place
@@ -99,11 +99,18 @@ class StreamingDecoder:
                 new = frames[:, done : done + pixels.shape[2]]
                 new.copy_(rearrange(pixels, "b c t h w -> b t h w c"))
                 done += pixels.shape[2]
+            self.extremes = torch.stack(frames.aminmax())  # of the last call's frames, before they are clamped
+            if not trusted:
+                self.check(self.extremes)
         except BaseException:
             self.reset()
             self._broken = True
             raise
         return frames.sub_(self._lowest).div_(1 - self._lowest).clamp_(0, 1)
+
+    def check(self, extremes: Tensor) -> None:
+        """Raise ValueError unless the `extremes` of frames are finite."""
+        check_finite("the decoded video", extremes, _remedy(self._place[0]))
 
     def _accept(self, latents: Tensor, trusted: bool) -> None:
         """Raise unless `latents` can continue the clip."""
@@ -112,8 +119,8 @@ class StreamingDecoder:
         shape = tuple(latents.shape)
         if len(shape) != 5 or shape[1] != LATENT_CHANNELS or 0 in shape:
             raise ValueError(f"latents of shape {shape} are not [B, {LATENT_CHANNELS}, frames, h, w], or are empty")
-        if not trusted and not is_finite(latents):
-            raise ValueError(NOT_FINITE)
+        if not trusted:
+            check_finite("the latent", latents, "it would spread to every later frame; sample it again")
         batch, _, _, height, width = shape
         if self._shape not in (None, (batch, height, width)):
             raise ValueError(
@@ -145,7 +152,7 @@ class StreamingEncoder:
 
         A clip's first call takes 1 + 4k frames. The mean of the posterior, in the DiT's space unless `normalised` is
         False, float32 (float64 from a float64 module). Raises ValueError for another frame count, a size that is not
-        a multiple of 8, or a wrong shape.
+        a multiple of 8, a wrong shape, NaN or infinity.
         """
         first = [1] if self._stack.at_start else []
         _check_frames(frames, first=len(first))
@@ -157,6 +164,7 @@ class StreamingEncoder:
             mean, _ = self._exit(self._stack(pixels.to(dtype))).chunk(2, dim=1)
             means.append(mean.to(wide))
         latents = torch.cat(means, dim=2)
+        check_finite("the encoded video", latents, f"check its frames; {_remedy(dtype)}")
         return normalise_latents(latents) if normalised else latents
 
 
@@ -256,6 +264,10 @@ class _TaeStack(_Stack):
 def _last_frames(x: Tensor, count: int) -> Tensor:
     """The last `count` frames, copied if a view would keep more frames alive."""
     return x[:, :, -count:].clone() if x.shape[2] > count else x
+
+
+def _remedy(dtype: torch.dtype) -> str:
+    return f"the VAE computes in {dtype}: use float32 (--fp32-vae in ComfyUI), or download the VAE again"
 
 
 def _place(vae: Tree, dtype: torch.dtype | None, device: torch.device | str | None) -> tuple[torch.dtype, torch.device]:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.model.causal import Pass
+from ...lightforcing_core.refusal import NotFinite
 from ...lightforcing_core.rollout.loop import rollout
 from ...lightforcing_core.rollout.recipe import Noise
 from ...lightforcing_core.rollout.record import RunRecord, RunRecorder
@@ -204,19 +205,19 @@ class ChunkSampler(CausalSampler):
 
     def _accept_end(self, error: BaseException, video: "_Video", run: RunState, plan: MemoryPlan) -> None:
         """Accept the finished chunks of a run that `error` ended, or raise it."""
-        interrupted = isinstance(error, Interrupted)
-        if not interrupted and not is_out_of_memory(error):
+        interrupted, broken = isinstance(error, Interrupted), isinstance(error, NotFinite)
+        if not interrupted and not broken and not is_out_of_memory(error):
             raise error
         decoding = video.in_output is not None
         if interrupted:
             video.drop_output()  # so that LATENT and the frames end together
-        reason = f"cancelled after {video.progress}"
-        if not interrupted:
+        reason = f"{error}; stopped after {video.progress}" if broken else f"cancelled after {video.progress}"
+        if not interrupted and not broken:
             advice = memory_advice(run.recipe, plan, decoding=decoding)
             doing = "decoding" if decoding else "sampling"
             reason = f"out of memory while {doing} a chunk, after {video.progress}; {advice}"
         if not (self.request.keep_finished and video.finished):
-            raise error if interrupted else out_of_memory(reason) from error
+            raise error if interrupted or broken else out_of_memory(reason) from error
         log.warning("[Light Forcing] %s", reason)
         for observer in self.observers:
             observer.cut(reason)

@@ -257,6 +257,8 @@ def test_what_cannot_be_encoded_is_refused_at_once(tmp_path, name, options, mess
         (noise(1)[0], r"shape \(48, 64, 3\); expected \[n, 48, 64, 3\]"),
         (noise(1)[:, :, :32], r"shape \(1, 48, 32, 3\)"),
         (noise(1).astype(np.int32), "int32; expected uint8, or floating"),
+        (np.full((1, 48, 64, 3), np.nan, np.float32), "the video holds NaN or infinity"),
+        (np.full((1, 48, 64, 3), np.inf, np.float16), "the video holds NaN or infinity"),
     ],
 )
 def test_frames_of_another_shape_or_kind_are_refused(tmp_path, frames, message):

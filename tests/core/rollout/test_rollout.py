@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.refusal import NotFinite
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 
 from ...support.rollouts import roll, video
@@ -202,6 +203,21 @@ def test_steps_are_reported_with_chunk_and_density(dit, context):
 def test_bad_requests_fail_before_anything_runs(dit, context, options, message):
     with pytest.raises(ValueError, match=message):
         run(dit, **{"context": context, **options})
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_a_run_stops_at_the_first_chunk_that_is_not_finite(dit, context, bad):
+    made = []
+
+    def denoise(x, sigma, model_pass):
+        return torch.full_like(x, bad) if made else x
+
+    chunks = run(dit, context, denoise=denoise)
+    made.append(next(chunks))
+    with pytest.raises(NotFinite, match=r"chunk 1 .* NaN or infinity; the model computes in torch\.float32; .* LoRA"):
+        next(chunks)
+    with pytest.raises(ValueError, match="finished holds NaN or infinity; start a new video"):
+        run(dit, context, finished=[torch.full((1, 16, 3, *SIZE), bad)])
 
 
 def test_noise_of_another_shape_is_named(dit, context):

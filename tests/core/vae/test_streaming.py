@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder, StreamingEncoder
+from lightforcing.lightforcing_core.vae.tiled import TiledDecoder
 from lightforcing.lightforcing_core.vae.wan_vae import (
     LATENT_MEAN,
     LATENT_STD,
@@ -227,6 +228,28 @@ def test_a_call_that_broke_off_ends_the_clip_until_reset():
         decoder.decode(latents[:, :, 1:])
     decoder.reset()
     assert torch.equal(decoder.decode(latents), expected)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["decoder.head.2.bias", "decoder.conv1.bias", "encoder.head.2.bias"])
+def test_a_vae_that_makes_nan_or_infinity_is_named_with_its_dtype(bad, name):
+    state_dict = weights(torch.float32)
+    state_dict[name][1] = bad
+    vae = vae_from_state_dict(state_dict)
+    runs = [lambda: StreamingEncoder(vae).encode(torch.rand(1, 1, 16, 16, 3))]
+    if name.startswith("decoder"):
+        tiled = TiledDecoder(lambda: StreamingDecoder(vae), 2)
+        latents = clip(1, dtype=torch.float32, width=24)
+        runs = [lambda: StreamingDecoder(vae).decode(latents), lambda: tiled.decode(latents)]
+    for run in runs:
+        with pytest.raises(ValueError, match=r"video holds NaN or infinity; .*the VAE computes in torch\.float32"):
+            run()
+
+
+def test_nan_in_the_frames_to_encode_is_named():
+    frames = torch.full((1, 1, 16, 16, 3), torch.nan)
+    with pytest.raises(ValueError, match="the encoded video holds NaN or infinity; check its frames"):
+        StreamingEncoder(vae_from_state_dict(weights(torch.float32))).encode(frames)
 
 
 def test_encode_cut_into_calls_equals_one_call():

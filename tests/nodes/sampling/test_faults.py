@@ -50,6 +50,28 @@ def test_run_with_nothing_left_to_lower_is_told_what_else_helps(facts):
     assert decoding.startswith(f"{sampling}; LightVAE (lightvaew2_1) decodes in")
 
 
+@pytest.mark.parametrize("case", ["NaN", "infinity without a VAE"])
+def test_a_model_that_makes_nan_is_an_error_at_the_first_chunk(facts, case):
+    assert facts[case]["kind"] == "NotFinite"
+    assert "chunk 0 of the video holds NaN or infinity; the model computes in torch.float32" in facts[case]["error"]
+    assert "another dtype of its weights, or its LoRA" in facts[case]["error"]
+    assert facts["NaN leaves"] == []
+
+
+def test_a_vae_that_makes_nan_is_an_error_at_the_first_chunk(facts):
+    for text in (facts["NaN of the VAE"]["error"], facts["NaN of the encoder"]):
+        assert "holds NaN or infinity" in text
+        assert "the VAE computes in torch.float32" in text
+
+
+def test_nan_in_a_later_chunk_returns_the_finished_ones(facts):
+    assert (facts["NaN later"]["latent"], facts["NaN later"]["frames"]) == (3, 9)
+    (text,) = facts["NaN later"]["ui"]["text"]
+    assert "chunk 1 of the video holds NaN" in text
+    assert "stopped after 1 of 3 chunks: 9 of 33 frames" in text
+    assert facts["NaN later, not kept"]["kind"] == "NotFinite"
+
+
 def test_other_errors_go_on_as_they_are(facts):
     assert facts["another error"] == {"error": "boom", "kind": "RuntimeError", "to ComfyUI": False}
 

@@ -42,6 +42,37 @@ facts["CPU memory"] = run(
     model=model_failing(model, 5, RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"))
 )
 facts["another error"] = run(model=model_failing(model, 5, RuntimeError("boom")))
+
+
+def model_with(forward, answer):
+    """The MODEL, whose forwards from number `forward` on predict `answer` everywhere."""
+    clone, count = model.clone(), iter(range(1, 10000))
+
+    def maybe(execute, x, *rest, **named):
+        made = execute(x, *rest, **named)
+        return made.fill_(answer) if next(count) >= forward else made
+
+    clone.add_wrapper(comfy.patcher_extension.WrappersMP.APPLY_MODEL, maybe)
+    return clone
+
+
+# NaN and infinity: from the model at once or from the second chunk on, and from the VAE.
+video = video_output.VideoOutput("not_finite/clip", "mp4", None, 16.0, False)
+saved = {"state": state.StateFile(state.state_folder() / "not_finite")}
+nan = float("nan")
+facts["NaN"] = run(model=model_with(1, nan), vae=vae, video_output=video, **saved)
+facts["infinity without a VAE"] = run(model=model_with(1, float("inf")), **saved)
+broken = comfyui.small_vae()
+with torch.no_grad():
+    broken.first_stage_model.decoder.head[-1].bias[0] = nan
+    broken.first_stage_model.encoder.head[-1].bias[0] = nan
+facts["NaN of the VAE"] = run(vae=broken, video_output=video)
+facts["NaN of the encoder"] = comfyui.error_of(
+    comfyui.module("nodes.vae.encode").LightForcingEncode.execute, torch.zeros(1, 32, 48, 3), broken
+)
+facts["NaN leaves"] = [path.name for folder in (OUTPUT, state.state_folder()) for path in folder.rglob("*finite*/*")]
+facts["NaN later"] = run(model=model_with(4, nan), vae=vae)
+facts["NaN later, not kept"] = run(model=model_with(4, nan), keep_finished=False)
 stream = decode.StreamingDecoder.decode
 for name, calls in (("decode", 2), ("first decode", 1)):
     decode.StreamingDecoder.decode = failing(stream, calls, oom)

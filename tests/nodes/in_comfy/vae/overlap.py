@@ -42,7 +42,7 @@ class LateFrames:
     def is_there(self):
         return not slow
 
-    def frames(self):
+    def wait(self):
         log.append("frames")
         return self.work()
 
