@@ -138,7 +138,7 @@ def _add_alphas(path: Path, metadata: Mapping[str, str], layers: Mapping[str, Te
         ranks = {int(settings["r"]), *map(int, (settings.get("rank_pattern") or {}).values())}
     except (FileNotFoundError, KeyError):  # none, or of another kind
         return ""
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: {source} is not readable ({error!s:.120}); download it again") from error
     for layer, parts in layers.items():
         rank = parts["lora_down"].shape[:1] if "lora_down" in parts else torch.Size()
