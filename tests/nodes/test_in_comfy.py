@@ -10,6 +10,7 @@ SCRIPTS = [
     "model/lora_kinds",
     "model/published_formats",
     "model/step_graph",
+    "sampling/against_core",
     "sampling/live_view",
     "memory/memory",
     "memory/low_memory",

@@ -43,7 +43,7 @@ ALIASES = {
     "SkipLayerGuidanceSD3": "SkipLayerGuidanceDiT",
     "WanContextWindowsManual": "context windows",
 }
-STARTS = "ARVideoI2V"  # acts in samplers for autoregressive video alone; see test_against_ar_video
+STARTS = "ARVideoI2V"  # acts in samplers for autoregressive video alone; see against_core.py
 ROUNDS = "ModelComputeDtype"  # to 16 bits, which makes a batch of two prompts differ from one at a time
 
 
