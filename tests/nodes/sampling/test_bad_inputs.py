@@ -12,6 +12,7 @@ from ...support.graphs import (
     apply,
     change,
     core_loader,
+    custom_graph,
     empty,
     graph,
     link,
@@ -36,13 +37,10 @@ class Payload:
 
 @pytest.fixture(scope="module")
 def bad_files(models):
-    """Broken and foreign files beside the good ones; the path that the malicious one would write."""
+    """More broken and foreign files than `models` has; the path that the malicious one would write."""
     folder = models / "models" / "diffusion_models"
     good = load_file(folder / "tiny_wan.safetensors")
     whole = (folder / "tiny_wan.safetensors").read_bytes()
-    (folder / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
-    save_file({"a.weight": torch.zeros(4, 4)}, folder / "no_wan.safetensors")
-    save_file({**good, "patch_embedding.weight": torch.zeros(256, 36, 1, 2, 2)}, folder / "wan_i2v.safetensors")
     save_file({**good, "vace_patch_embedding.weight": torch.zeros(256, 96, 1, 2, 2)}, folder / "wan_vace.safetensors")
     wide = {"patch_embedding.weight": torch.zeros(256, 48, 1, 2, 2)}
     wide |= {"head.head.weight": torch.zeros(192, 256), "head.head.bias": torch.zeros(192)}
@@ -94,30 +92,13 @@ def masked():
 
 
 def two_strengths():
-    prompt = graph({"model": loader()})
     conds = {"cond1": link("text"), "cond2": link("text"), "negative": link("text")}
-    strengths = {"cfg_conds": 3.0, "cfg_cond2_negative": 2.0, "style": "regular"}
-    prompt["guider"] = {"class_type": "DualCFGGuider", "inputs": {"model": link("model"), **conds, **strengths}}
-    prompt["noise"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": 1}}
-    prompt["select"] = {"class_type": "LightForcingSamplerSelect", "inputs": {}}
-    prompt["sigmas"] = {
-        "class_type": "BasicScheduler",
-        "inputs": {"model": link("model"), "scheduler": "simple", "steps": 4, "denoise": 1.0},
-    }
-    wired = {"noise": "noise", "guider": "guider", "sampler": "select", "sigmas": "sigmas", "latent_image": "latent"}
-    prompt["sampler"] = {
-        "class_type": "SamplerCustomAdvanced",
-        "inputs": {name: link(node) for name, node in wired.items()},
-    }
-    return prompt
+    inputs = {"model": link("model"), **conds, "cfg_conds": 3.0, "cfg_cond2_negative": 2.0, "style": "regular"}
+    return custom_graph({"model": loader()}) | {"guider": {"class_type": "DualCFGGuider", "inputs": inputs}}
 
 
 def partial_denoise():
-    prompt = two_strengths()
-    prompt["guider"] = {
-        "class_type": "BasicGuider",
-        "inputs": {"model": link("model"), "conditioning": link("text")},
-    }
+    prompt = custom_graph({"model": loader()})
     prompt["sigmas"]["inputs"]["denoise"] = 0.5
     return prompt
 
