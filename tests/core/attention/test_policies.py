@@ -78,7 +78,6 @@ def test_window_reads_whole_frames_own_then_sinks_then_newest_within_the_budget(
     ]
     assert plan.fixed is plan.select(*means(view, 0))
     assert plan.kept == len(want)
-    assert plan.kept == len(want)
     assert plan.fixed.blocks.shape == (view.batch, view.heads, view.q_blocks, len(want))
     assert (plan.fixed.blocks == torch.tensor(want)).all()
     assert (plan.fixed.counts == len(want)).all()

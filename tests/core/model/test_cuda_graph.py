@@ -198,28 +198,20 @@ def test_a_launch_that_gives_another_result_is_found_out_at_once(dit, events, mo
     assert [kind for kind, _ in events] == ["record", "launch", "free"]
 
 
-def test_the_first_launch_is_compared_once_in_a_process(dit, events, monkeypatch):
-    passes = []
-    monkeypatch.setattr(dit.head.head, "forward", counted(dit.head.head.forward, passes))
-    list(run(dit, "on"))
-    first, passes[:] = len(passes), []
-    list(run(dit, "on"))
-    # Twelve steps, of which nine are launched, and each recording runs the modules once. Dense and sparse, and of
-    # the sparse chunks the one with frames to choose from, are kinds of their own; replayed operations are no calls.
-    assert len(passes) == 3 + 3
-    assert first == len(passes) + 3
-
-
-@pytest.mark.parametrize("how", ["off", "on"])
-def test_clean_passes_run_as_they_are_and_skip_what_only_the_output_needs(dit, events, monkeypatch, how):
-    calls = {}
-    for layer in (0, 1):
-        ffn, calls[layer] = dit.blocks[layer].ffn, []
-        monkeypatch.setattr(ffn, "forward", counted(ffn.forward, calls[layer]))
-    list(run(dit, how))
-    clean = 2  # of three chunks all but the last
-    assert len(calls[0]) - len(calls[1]) == clean
-    assert len(calls[1]) == (12 if how == "off" else 3 + 3 + 3)  # first steps, recordings, and the checks of those
+def test_only_first_steps_recordings_and_the_first_check_of_a_kind_run_the_modules(dit, events, monkeypatch):
+    heads, layers = [], ([], [])
+    monkeypatch.setattr(dit.head.head, "forward", counted(dit.head.head.forward, heads))
+    for layer, calls in enumerate(layers):
+        ffn = dit.blocks[layer].ffn
+        monkeypatch.setattr(ffn, "forward", counted(ffn.forward, calls))
+    # Twelve steps, of which nine are launched; replayed operations are no calls. Kinds are dense, sparse, and sparse
+    # with frames to choose from; each is compared once in a process.
+    for how, steps in (("off", 12), ("on", 3 + 3 + 3), ("on", 3 + 3)):
+        list(run(dit, how))
+        assert len(heads) == len(layers[1]) == steps
+        assert len(layers[0]) == steps + 2  # clean passes of all but the last chunk skip what only the output needs
+        for calls in (heads, *layers):
+            calls.clear()
 
 
 def counted(function, calls):
