@@ -71,31 +71,20 @@ def test_units_cut_into_parts_equal_brute_force(tokens_per_frame, with_tail, des
         assert programs[0] > units
 
 
-def test_parts_that_find_no_key_change_nothing():
-    """One block listed and 6 parts; the tail's 3 tiles leave parts without a mean, or with listed blocks only."""
-    case = Case(16, (16, 16), 1, 5, 1, 1, 32, torch.float32, None, seed=0)
-    blocks, counts = every_query_block_reads([4], 1, 1, 1)
-    mask = torch.zeros_like(case.mask)
-    mask[..., 4] = True
-    for means in (None, case.means):
-        want = case.want(mask, means)
-        with launched(per_sm=6), mock.patch.object(tuning, "cut", return_value=(0, 6)):
-            got = case.attend(blocks, counts, tail=means)
-        case.check(got, want)
-    none = torch.zeros_like(counts)
-    with launched(per_sm=6), mock.patch.object(tuning, "cut", return_value=(0, 6)):
-        case.check(case.attend(blocks, none), case.want(torch.zeros_like(mask)))
-
-
-def test_a_part_that_meets_nothing_but_listed_means_changes_nothing():
-    """Of 16 blocks and 17 tiles of means in 17 parts the first part gets no block, and the tile of the listed ones."""
-    case = Case(16, (16, 16), 1, 271, 1, 1, 16, torch.float32, None, seed=0)
-    blocks, counts = every_query_block_reads(list(range(16)), 1, 1, 1)
-    mask = torch.zeros_like(case.mask)
-    mask[..., :16] = True
-    want = case.want(mask, case.means)
-    with launched(), mock.patch.object(tuning, "cut", return_value=(0, 17)):
-        got = case.attend(blocks, counts, tail=case.means)
+# One block listed and 6 parts: the tail's 3 tiles leave parts without a mean, or with listed blocks only. Of 16 blocks
+# and 17 tiles of means in 17 parts the first part gets no block, and the tile of the listed ones.
+@pytest.mark.parametrize(
+    ("past", "listed", "parts", "with_tail"),
+    [(5, [4], 6, False), (5, [4], 6, True), (5, [], 6, False), (271, list(range(16)), 17, True)],
+)
+def test_parts_that_find_no_key_change_nothing(past, listed, parts, with_tail):
+    case = Case(16, (16, 16), 1, past, 1, 1, 32, torch.float32, None, seed=0)
+    blocks, counts = every_query_block_reads(listed, 1, 1, 1, width=16)
+    mask, means = torch.zeros_like(case.mask), case.means if with_tail else None
+    mask[..., listed] = True
+    want = case.want(mask, means)
+    with launched(per_sm=parts), mock.patch.object(tuning, "cut", return_value=(0, parts)):
+        got = case.attend(blocks, counts, tail=means)
     case.check(got, want)
 
 
