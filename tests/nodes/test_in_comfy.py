@@ -8,6 +8,7 @@ SCRIPTS = [
     "output_files",
     "model/fp8_saved",
     "model/lora_kinds",
+    "model/patching",
     "model/published_formats",
     "model/step_graph",
     "sampling/against_core",

@@ -1,6 +1,4 @@
-"""What the patch leaves behind, what it refuses and what a run frees; printed as JSON."""
-
-import json
+"""The patch stays on its clone, refuses what it would drop, and a run gives its memory back."""
 
 import comfyui
 import torch
@@ -14,7 +12,6 @@ settings = comfyui.settings_of("unknown")
 stock = comfyui.load("tiny_wan.safetensors")
 noise = comfyui.noise_of(SHAPE)
 euler = comfy.samplers.sampler_object("euler")
-facts = {}
 
 
 def ours(*observers, **options):
@@ -25,18 +22,14 @@ def ours(*observers, **options):
 before = comfyui.sample(stock, euler, noise)
 model = patch.patched(stock, settings)
 first = comfyui.sample(model, ours(), noise)
-facts["stock result unchanged"] = torch.equal(before, comfyui.sample(stock, euler, noise))
-facts["run repeats"] = torch.equal(first, comfyui.sample(model, ours(), noise))
+assert torch.equal(before, comfyui.sample(stock, euler, noise))
+assert torch.equal(first, comfyui.sample(model, ours(), noise))
 shifted = stock.clone()
 shifted.add_object_patch("model_sampling", model.get_model_object("model_sampling"))
-facts["patched model under a stock sampler is stock"] = torch.equal(
-    comfyui.sample(shifted, euler, noise), comfyui.sample(model, euler, noise)
-)
-facts["shift"] = [stock.get_model_object("model_sampling").shift, model.get_model_object("model_sampling").shift]
-facts["settings survive clones"] = patch.settings_of(model.clone().clone()) == settings
-facts["patching twice adds one wrapper"] = len(
-    patch.patched(model, settings).get_all_wrappers(WrappersMP.DIFFUSION_MODEL)
-)
+assert torch.equal(comfyui.sample(shifted, euler, noise), comfyui.sample(model, euler, noise))
+assert [one.get_model_object("model_sampling").shift for one in (stock, model)] == [8.0, 5.0]
+assert patch.settings_of(model.clone().clone()) == settings
+assert len(patch.patched(model, settings).get_all_wrappers(WrappersMP.DIFFUSION_MODEL)) == 1
 
 # A wrapper around the whole model, such as a timer or torch.compile's, still runs: chunks x (steps + clean), less one.
 calls = []
@@ -49,17 +42,17 @@ def count(executor, *args, **kwargs):
 
 counted = model.clone()
 counted.add_wrapper(WrappersMP.APPLY_MODEL, count)
-facts["wrapped result unchanged"] = torch.equal(first, comfyui.sample(counted, ours(), noise))
-facts["forwards"] = len(calls)
+assert torch.equal(first, comfyui.sample(counted, ours(), noise))
+assert len(calls) == 2 * 4 + 1
 
-facts["forwards to continue"] = {}
-for replay in ("all", "window"):
+# Four given chunks and one new: all of them, or the sink's, the last and the one that is partly visible.
+for replay, forwards in (("all", 4 + 4), ("window", 3 + 4)):
     calls.clear()
     plan = schedules.Schedule(15, 3, window=6, sink_frames=1)
     given = comfyui.noise_of((1, 16, 12, 8, 12))
     sampler = chunk_sampler.ChunkSampler(chunk_sampler.Request(plan, {"samples": given}, replay=replay))
     comfyui.sample(counted, sampler, comfyui.noise_of((1, 16, 15, 8, 12)))
-    facts["forwards to continue"][replay] = len(calls)
+    assert len(calls) == forwards, replay
 
 
 # Patches that would be dropped, each refused by its name; when applied, and when they come later.
@@ -95,22 +88,20 @@ conflicts = {
 }
 
 
-facts["conflicts before"], facts["conflicts after"] = {}, {}
 for name, add in conflicts.items():
     m = stock.clone()
     add(m)
-    facts["conflicts before"][name] = comfyui.error_of(lambda m=m: patch.patched(m, settings))
+    assert name in comfyui.error_of(patch.patched, m, settings)
     m = model.clone()
     add(m)
-    facts["conflicts after"][name] = comfyui.error_of(lambda m=m: comfyui.sample(m, ours(), noise))
+    assert name in comfyui.error_of(comfyui.sample, m, ours(), noise)
 
 # Memory of a run is gone after success, an error and an interrupt; the cache alone would be this large.
 cache = 2 * 2 * SHAPE[2] * 24 * 2 * 128 * 4  # keys and values of 2 layers with 2 heads, float32
-facts["cache bytes"] = cache
 comfyui.sample(model, ours(), noise)
 start = comfyui.tensor_bytes()
 comfyui.sample(model, ours(), noise)
-facts["left after success"] = comfyui.tensor_bytes() - start
+assert comfyui.tensor_bytes() == start
 
 
 class Fails(chunk_sampler.Observer):
@@ -119,21 +110,23 @@ class Fails(chunk_sampler.Observer):
 
 
 def interrupt(step, x0, x, total):
-    facts.setdefault("callback", [list(x0.shape), list(x.shape), total])
+    assert (tuple(x0.shape), tuple(x.shape), total) == (SHAPE, SHAPE, 2 * 4)  # the whole video in one shape
     if step == 2:
         comfy.model_management.interrupt_current_processing(True)
 
 
-for name, observers, callback in (("error", [Fails()], None), ("interrupt", [], interrupt)):
+Interrupted = comfy.model_management.InterruptProcessingException
+for kind, observers, callback in ((RuntimeError, [Fails()], None), (Interrupted, [], interrupt)):
+    held = None
     try:
         comfyui.sample(model, ours(*observers), noise, callback=callback)
-    except (RuntimeError, comfy.model_management.InterruptProcessingException) as error:
+    except kind as error:
         held = error  # as a server holds the exception while it reports it
-        facts[f"left after {name}, exception held"] = comfyui.tensor_bytes() - start
-        facts[f"{name} is"] = type(held).__name__
+    assert held is not None
+    assert comfyui.tensor_bytes() - start < cache, kind
     held = None
-    facts[f"left after {name}"] = comfyui.tensor_bytes() - start
-facts["run after interrupt repeats"] = torch.equal(first, comfyui.sample(model, ours(), noise))
+    assert comfyui.tensor_bytes() == start, kind
+assert torch.equal(first, comfyui.sample(model, ours(), noise))
 
 # The memory request: what reaches ComfyUI's estimate is one chunk of activations or decode, and the whole cache.
 spied = []
@@ -143,10 +136,7 @@ vae = comfy.sd.VAE(sd=comfyui.module("lightforcing_core.vae.wan_vae").random_vae
 decoder = comfyui.module("nodes.vae.decode").FrameDecoder(vae, SHAPE)
 comfyui.sample(model, ours(decoder=decoder), noise)
 chunk = stock.model.memory_required([1, 16, 3, 8, 12])
-facts["asked"] = stock.model.memory_required(spied[-1])
+asked, one_frame = (stock.model.memory_required(shape) for shape in (spied[-1], [1, 16, 1, 8, 12]))
 decode = decoder.bytes_of(1)
-facts["needed"] = [
-    max(chunk, decode["decode"]) + decode["history"] + cache,
-    stock.model.memory_required([1, 16, 1, 8, 12]),
-]
-print(json.dumps(facts))
+needed = max(chunk, decode["decode"]) + decode["history"] + cache
+assert needed <= asked < needed + 0.1 * cache + one_frame
