@@ -162,7 +162,11 @@ class ComfyServer:
 
     def history(self, prompt_id: str) -> Mapping[str, Any] | None:
         """The record of a finished prompt, None while it has none."""
-        return mapping(self._ask("GET", f"/history/{prompt_id}").get(prompt_id)) or None
+        path = f"/history/{prompt_id}"
+        record = self._ask("GET", path).get(prompt_id) or None
+        if record is not None and not isinstance(record, dict):
+            raise self._foreign(path)
+        return record
 
     def has_queued(self, prompt_id: str) -> bool:
         """Whether the prompt is running or waiting."""
