@@ -54,40 +54,17 @@ for replay, forwards in (("all", 4 + 4), ("window", 3 + 4)):
     comfyui.sample(counted, sampler, comfyui.noise_of((1, 16, 15, 8, 12)))
     assert len(calls) == forwards, replay
 
-
-# Patches that would be dropped, each refused by its name; when applied, and when they come later.
-def easycache(m):
-    m.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "easycache", count)
-
-
-def lazycache(m):
-    m.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "lazycache", count)
-
-
-def override(m):
-    m.model_options["transformer_options"]["optimized_attention_override"] = count
-
-
-def replace(m):
-    m.set_model_patch_replace(count, "dit", "double_block", 1)
-
-
+# Patches beyond those of ComfyUI's own nodes, each refused by its name; when applied, and when they come later.
 conflicts = {
-    "easycache": easycache,
-    "lazycache": lazycache,
-    "optimized_attention_override": override,
-    "double_block": replace,
-    "attn1_patch": lambda m: m.set_model_attn1_patch(count),
-    "attn2_patch": lambda m: m.set_model_attn2_patch(count),
-    "rope_options": lambda m: m.set_model_rope_options(2.0, 0.0, 2.0, 0.0, 1.0, 0.0),
+    "optimized_attention_override": lambda m: m.model_options["transformer_options"].update(
+        optimized_attention_override=count
+    ),
+    "double_block": lambda m: m.set_model_patch_replace(count, "dit", "double_block", 1),
     "diffusion_model.forward": lambda m: m.add_object_patch("diffusion_model.forward", count),
     "diffusion_model.blocks.0.self_attn.forward": lambda m: m.add_object_patch(
         "diffusion_model.blocks.0.self_attn.forward", count
     ),
-    "context_handler": lambda m: m.model_options.update(context_handler=object()),
 }
-
-
 for name, add in conflicts.items():
     m = stock.clone()
     add(m)
@@ -95,6 +72,19 @@ for name, add in conflicts.items():
     m = model.clone()
     add(m)
     assert name in comfyui.error_of(comfyui.sample, m, ours(), noise)
+
+
+# Guidance whose second run of the model cannot be read from its code.
+def again(args):
+    names = ("model", "conds", "input", "sigma", "model_options")
+    return comfy.samplers.calc_cond_batch(*(args[name] for name in names))
+
+
+m = model.clone()
+m.set_model_sampler_pre_cfg_function(lambda args: again(args))
+refusal = comfyui.error_of(comfyui.sample, m, ours(), noise)
+assert "twice in one step" in refusal
+assert refusal.endswith("one of: <lambda>")
 
 # Memory of a run is gone after success, an error and an interrupt; the cache alone would be this large.
 cache = 2 * 2 * SHAPE[2] * 24 * 2 * 128 * 4  # keys and values of 2 layers with 2 heads, float32
