@@ -158,11 +158,6 @@ def flow_shift(model: ModelPatcher) -> float:
     raise ValueError(f"this MODEL samples with {problem}; remove the node that sets it, or use ModelSamplingSD3")
 
 
-def ar_start(model_options: Mapping[str, Any]) -> Tensor | None:
-    """The latents [1, 16, 1, h, w], in the VAE's space, that ARVideoI2V sets as a video's start."""
-    return model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
-
-
 def name_of(patch: Any) -> str:
     """A function's or an object's name, which begins with its node's for most of ComfyUI's nodes."""
     return str(getattr(patch, "__qualname__", type(patch).__qualname__))
@@ -192,20 +187,19 @@ def conflicting_patches(model: ModelPatcher, model_options: Mapping[str, Any], o
             for key, functions in by_key.items():
                 if functions and key != own and (kind == WrappersMP.DIFFUSION_MODEL or key in STEP_CACHES):
                     yield f"another patch of the model's forward ({key or ''} {name_of(functions[0])})"
-    if model.get_additional_models_with_key("multigpu"):
-        yield "a split over several GPUs (multigpu)"
-    if "context_handler" in model_options:
-        yield "context windows (context_handler)"
-    if options.get("rope_options"):
-        yield "scaled RoPE (rope_options)"
+    whole = {
+        "a split over several GPUs (multigpu)": model.get_additional_models_with_key("multigpu"),
+        "context windows (context_handler)": model_options.get("context_handler"),
+        "scaled RoPE (rope_options)": options.get("rope_options"),
+        "an attention override (optimized_attention_override)": options.get("optimized_attention_override"),
+    }
+    yield from (description for description, is_set in whole.items() if is_set)
     for name, patches in options.get("patches", {}).items():
         if patches:
             yield f"a patch inside the layers ({name}: {name_of(patches[0])})"
     for name, replaced in options.get("patches_replace", {}).items():
         for block, patch in list(replaced.items())[:1]:
             yield f"replaced blocks ({name} {block}: {name_of(patch)})"
-    if "optimized_attention_override" in options:
-        yield "an attention override (optimized_attention_override)"
     if other := model_options.get("sampler_calc_cond_batch_function"):
         yield f"another way to call the model ({name_of(other)})"
     for function in guidance_of(model_options):

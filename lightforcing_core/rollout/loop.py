@@ -180,8 +180,8 @@ class ChunkLoop:
             if end is not None:
                 less = GIVEN_NOISE * sigma
                 x = _with_end(x, (1.0 - less) * end + less * noise[:, :, -end.shape[2] :])
-            passes = [Pass(states[0], predict=runs[0], watch=watch)]
-            passes += [Pass(state, predict=run) for state, run in zip(states[1:], runs[1:], strict=True)]
+            pairs = zip(states, runs, strict=True)
+            passes = [Pass(state, predict=run, watch=None if state.guide else watch) for state, run in pairs]
             x0 = self._guided(x, sigma, passes)
             if end is not None:
                 x0 = _with_end(x0, end)

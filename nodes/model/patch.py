@@ -5,7 +5,7 @@ patch adds two ways from the sampler into the model, both as wrappers that chain
 
 1. Before sampling, `CausalSampler.prepare` checks the inputs and requests memory, while no weights are loaded yet.
 2. In each forward, the passes of the rollout arrive in `transformer_options`, the one argument that ComfyUI hands from
-   a sampler to the model unchanged (`_running` puts them there, `_forward` takes them out). The text comes from the
+   a sampler to the model unchanged (`run_passes` puts them there, `_forward` takes them out). The text comes from the
    pass, because prompts change during a run; ComfyUI's own conditioning is computed as usual, and not used.
 
 ComfyUI mixes the predictions of a step, so guidance patches act as with other samplers. Without our sampler neither
@@ -14,8 +14,7 @@ refused by name.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,38 +141,30 @@ def _outer_sample(
 
 
 def run_passes(model_wrap: Any, x: Tensor, sigma: float, passes: Sequence[Pass], extra_args: dict[str, Any]) -> Tensor:
-    """x0 of the open chunk [B, 16, f, h, w]: ComfyUI runs the model's passes and mixes their predictions.
+    """x0 of the open chunk [B, 16, f, h, w]: ComfyUI runs the model's passes, each once, and mixes their predictions.
 
     A commit has no prediction, so no guidance sees it.
     """
-    options, levels, guide = extra_args["model_options"], x.new_full((x.shape[0],), sigma), passes[0].state.guide
-    with _running(passes, options):
-        if not passes[0].commits:
-            return model_wrap(x, levels, **extra_args)
-        prompts = [None, model_wrap.conds["negative"]] if guide else [model_wrap.conds["positive"]]
-        return calc_cond_batch(model_wrap.inner_model, prompts, x, levels, options)[guide]
-
-
-@contextmanager
-def _running(passes: Sequence[Pass], model_options: dict[str, Any]) -> Iterator[None]:
-    """Make the model run each of these passes once, when ComfyUI calls it for the pass's prompt."""
-    left = {model_pass.state.guide: model_pass for model_pass in passes}
+    model_options, levels = extra_args["model_options"], x.new_full((x.shape[0],), sigma)
+    options, left = model_options["transformer_options"], {one.state.guide: one for one in passes}
 
     def run(dit: Any, x: Tensor, timestep: Tensor, guides: Sequence[int]) -> Tensor:
         if not left.keys() >= set(guides):
             names = ", ".join(map(name_of, guidance_of(model_options)))
-            problem = "for the negative prompt at cfg 1" if len(passes) == 1 and 1 in guides else "twice in one step"
             raise ValueError(
-                f"this MODEL has a patch that runs it {problem}, which Light Forcing cannot follow; remove the node "
-                f"that adds it, one of: {names}"
+                f"this MODEL has a patch that runs it twice in one step, or for the negative prompt at cfg 1, which "
+                f"Light Forcing cannot follow; remove the node that adds it, one of: {names}"
             )
         parts = zip(guides, x.chunk(len(guides)), timestep.chunk(len(guides)), strict=True)
         return torch.cat([left.pop(guide)(dit, part, at) for guide, part, at in parts])
 
-    options = model_options["transformer_options"]
     options[RUN] = run
     try:
-        yield
+        if not passes[0].commits:
+            return model_wrap(x, levels, **extra_args)
+        prompts = [model_wrap.conds["positive"], model_wrap.conds["negative"]]
+        prompts = [prompt if guide in left else None for guide, prompt in enumerate(prompts)]
+        return calc_cond_batch(model_wrap.inner_model, prompts, x, levels, model_options)[passes[0].state.guide]
     finally:
         del options[RUN]
 

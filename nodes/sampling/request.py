@@ -15,7 +15,7 @@ from ...lightforcing_core.refusal import Refusal
 from ...lightforcing_core.rollout.recipe import Guidance, NoiseOptions, Recipe, check_given, few_step_sigmas
 from ...lightforcing_core.rollout.runtime import Replay
 from ...lightforcing_core.rollout.schedule import Schedule, video_frames_of
-from ..comfy import ModelPatcher, ar_start, flow_shift
+from ..comfy import ModelPatcher, flow_shift
 from ..model.patch import Settings
 from ..schedule import numbers_per_chunk
 from ..timeline import PromptChange, prompts_of
@@ -81,7 +81,7 @@ class Request:
 
     def started_by(self, model_options: Mapping[str, Any]) -> "Request":
         """The request with the start that ARVideoI2V gave to a MODEL; ValueError if it has one of its own."""
-        start = ar_start(model_options)
+        start = model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
         if start is None or start is self.initial_latents:
             return self
         if self.start_latent:
