@@ -165,22 +165,17 @@ def dense_attention_8bit(
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor] | None) -> None:
-    if q.dim() != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together; "
-            f"pass [B, L, H, D] with the same B, H and D, and k and v of one length"
-        )
+    if q.dim() != 4 or k.dim() != 4:
+        raise ValueError(f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}; pass [B, L, H, D]")
     if not q.is_floating_point() or q.dtype.itemsize == 1:
         raise ValueError(f"q is {q.dtype}; attention needs queries in a floating-point dtype of 16 bits or more")
     if k.dtype in EIGHT_BIT and scales is None:
         raise ValueError(f"k and v are {k.dtype} without scales; pass scales=(k_scales, v_scales) or dequantise them")
     if k.dtype not in EIGHT_BIT and scales is not None:
         raise ValueError(f"scales are for int8 or float8_e4m3fn keys and values, and k is {k.dtype}; leave them out")
-    wanted = q.dtype if scales is None else k.dtype
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != wanted or x.device != q.device:
-            other = f"q is {q.dtype}" if scales is None else f"k is {k.dtype} and q"
-            raise ValueError(f"{name} is {x.dtype} on {x.device} but {other} on {q.device}; move or cast one of them")
+    shape, dtype = (q.shape[0], k.shape[1], *q.shape[2:]), q.dtype if scales is None else k.dtype
+    for name, x in (("k is", k), ("v is", v)):
+        _check(name, x, shape, dtype, q.device)
 
 
 def _check(what: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
