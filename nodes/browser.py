@@ -4,7 +4,6 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -60,6 +59,9 @@ def add_routes(server: Server, schedule_numbers: Callable[[Any], dict[str, Any]]
         _register(asked["client_id"], asked.get("plays") is True, server.sockets)
         return {}
 
-    # In a thread, because a very long video would block the event loop.
-    post("/light_forcing/schedule", partial(asyncio.to_thread, schedule_numbers))
+    async def schedule(asked: Any) -> dict[str, Any]:
+        # In a thread, because a very long video would block the event loop.
+        return await asyncio.to_thread(schedule_numbers, asked)
+
+    post("/light_forcing/schedule", schedule)
     post("/light_forcing/page", page)
