@@ -52,7 +52,7 @@ def merge_lora(
     """
     path = Path(path)
     layers, left, note = _read(path, state_dict)
-    merged, ranks, count = dict(state_dict), set(), 0
+    merged, count = dict(state_dict), 0
     for layer, parts in layers.items():
         try:
             for name, weight in _changed(layer, parts, state_dict, strength, adapter).items():
@@ -64,13 +64,10 @@ def merge_lora(
             left[str(reason)].append(layer)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}; the LoRA or the model is damaged, download it again") from error
-        if "lora_down" in parts:
-            ranks.add(str(parts["lora_down"].shape[0]))
     reasons = [f"{len(names)} {reason} ({name_list(names)})" for reason, names in left.items()]
     if not count:
         raise CheckpointError(f"{path}: the LoRA is for another model; of its weights, {'; '.join(reasons)}")
-    rank = f", rank {', '.join(sorted(ranks))}" if ranks else ""
-    note = f"LoRA {path.name} added to {count} weights{rank}, strength {strength:g}{note}"
+    note = f"LoRA {path.name} added to {count} weights, strength {strength:g}{note}"
     return merged, [note, *(f"LoRA {path.name}, left out: {reason}" for reason in reasons)]
 
 

@@ -106,7 +106,7 @@ def test_every_naming_adds_the_same_product(tmp_path, model, naming, strength):
         down, up = made[layer]
         expected = weight.double() + strength * scale * up.double() @ down.double()
         torch.testing.assert_close(loaded[name].double(), expected, atol=1e-5, rtol=1e-6)
-    assert f"added to 20 weights, rank {RANK}, strength {strength:g}" in info.notes[-1]
+    assert f"added to 20 weights, strength {strength:g}" in info.notes[-1]
 
 
 SETTINGS = {"r": RANK, "lora_alpha": 8}
@@ -260,6 +260,10 @@ ALPHA = "blocks.0.ffn.0.alpha"
         (changed(lambda down, up: (down[:0], up[:, :0])), "are no pair (up (128, 0), down (0, 128))"),
         (changed(lambda down, up: (down[0], up[:, 0])), "are no pair (up (128,), down (128,))"),
         (changed(lambda down, up: (torch.tensor(1.0), up)), "are no pair"),
+        (
+            lambda made: {f"{LAYERS[0]}.lora_A": torch.tensor(1.0), f"{LAYERS[0]}.dora_scale": torch.ones(1)},
+            "1 are DoRA, which cannot be merged here",
+        ),
         (lambda made: {"blocks.0.norm3.diff": torch.tensor(1.0)}, "do not have the model's size"),
         (changed(lambda down, up: (down.index_fill(1, torch.tensor(5), torch.nan), up)), "q.weight NaN or infinite"),
         (lambda made: {"blocks.1.norm3.diff_b": torch.full((128,), torch.inf)}, "norm3.bias NaN or infinite"),
