@@ -126,7 +126,7 @@ def folder(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def little_memory(one_thread):
+def little_memory():
     """A limit on the address space of this process: what it has, and a gigabyte."""
     former = resource.getrlimit(resource.RLIMIT_AS)
     own = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

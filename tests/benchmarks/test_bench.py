@@ -17,8 +17,6 @@ from lightforcing.lightforcing_core.model import cuda_graph
 
 from ..support.tape import TapeRecorder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 ON_CPU = Place(Machine("cpu"))
 MACHINE = {"machine", "threads", "torch", "triton", "commit", "arguments", "gpu", "bench"}

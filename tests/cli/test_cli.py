@@ -46,7 +46,6 @@ def test_demo_writes_video_contact_sheet_and_report(tmp_path):
         assert words in result.output
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_demo_shows_its_caption(tmp_path, shipped):
     def made(name, *arguments):
         result = run("demo", "--out", tmp_path / name, *arguments)

@@ -3,11 +3,4 @@
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_tensors(one_thread):
-    """Everything here is tiny."""

@@ -10,7 +10,6 @@ from lightforcing.benchmarks.settings import Model, Picture
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_an_estimate_is_printed_beside_its_measurement(tmp_path, monkeypatch):
     sizes = Picture(32, 32), Model(128, 128, 1)
     case = memory.MemoryCase("small", Schedule(6), *sizes, text_tokens=8, text_dim=16)

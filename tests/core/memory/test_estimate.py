@@ -13,8 +13,6 @@ from lightforcing.lightforcing_core.refusal import Refusal
 from lightforcing.lightforcing_core.rollout.recipe import Guidance, Recipe, few_step_sigmas
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = ModelSize.of_wan(dim=256, ffn_dim=512, layers=3, text_dim=64)
 SPARSE = {"target": 0.5, "base": 0.7}
 WINDOW = Schedule(9, window=6, sink_frames=1, sink_rope="follow", **SPARSE)

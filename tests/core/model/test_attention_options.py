@@ -14,8 +14,6 @@ from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 
 from ...support.rollouts import roll
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LAYERS, CHUNKS = 2, 4
 
 

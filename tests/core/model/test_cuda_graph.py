@@ -26,8 +26,6 @@ from ...support import tape
 from ...support.rollouts import roll, video
 from ...support.tape import TapeRecorder
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXT = 32
 CPU = torch.device("cpu")
 FOUR, SIX = few_step_sigmas(), few_step_sigmas((1000, 850, 700, 550, 400, 250))

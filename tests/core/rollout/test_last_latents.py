@@ -12,8 +12,6 @@ from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
 from ...support.rollouts import FINE, roll, video
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXT, SIZE = 32, (4, 6)
 SIGMAS = few_step_sigmas((1000, 750, 500))
 

@@ -13,8 +13,6 @@ from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
 from ...support.rollouts import FINE, roll
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXT, SIZE = 32, (12, 8)  # 6 × 4 = 24 tokens per frame: a block of 16 and a ragged one of 8
 SIGMAS = few_step_sigmas((1000, 500))
 GROWTH = [0.0, 0.4, 0.6, 0.7, 0.7]

@@ -26,8 +26,6 @@ from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
 from ...support.rollouts import recipe_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXT, SIZE = 32, (4, 4)
 SIGMAS = (1.0, 0.6, 0.0)
 MODEL = "wan, 2 layers of 2 heads, width 256"

@@ -12,8 +12,6 @@ from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
 from lightforcing.lightforcing_core.vae.tiled import TiledDecoder
 from lightforcing.lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CUDA = torch.device("cuda", 0)
 
 

@@ -14,8 +14,6 @@ from lightforcing.lightforcing_core.vae.wan_vae import (
     vae_from_state_dict,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DIM = 4
 
 

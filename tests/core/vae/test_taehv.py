@@ -12,8 +12,6 @@ from lightforcing.lightforcing_core.vae.wan_vae import denormalise_latents
 
 from ...support.tae import random_tae_state_dict, tae_from_state_dict
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def weights():

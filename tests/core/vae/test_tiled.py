@@ -9,8 +9,6 @@ from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
 from lightforcing.lightforcing_core.vae.tiled import OVERLAP, SMALLEST, TiledDecoder, _fades, most_tiles, tile_spans
 from lightforcing.lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def vae():
