@@ -241,22 +241,8 @@ def test_slots_beyond_two_billion_values_are_reached():
     shape = (1, case.slot_count * 16, 2, 128)
     keys, values = (torch.empty(shape, dtype=torch.int8, device=DEVICE) for _ in range(2))
     scales = [torch.empty(1, case.slot_count, 2, device=DEVICE) for _ in range(2)]
-    ring = LayerMemory(keys, values, *scales)
-    fused_store(
-        None,
-        case.k,
-        case.v,
-        q_weight=None,
-        k_weight=case.k_weight,
-        eps=EPS,
-        cos=case.rope.cos,
-        sin=case.rope.sin,
-        ring=ring,
-        slots=torch.tensor([last], dtype=torch.int32, device=DEVICE),
-        tokens_per_frame=16,
-        head_dim=128,
-        block=(16, 16),
-    )
+    slots = torch.tensor([last], dtype=torch.int32, device=DEVICE)
+    case.run(LayerMemory(keys, values, *scales), with_q=False, slots=slots)
     want, want_scales = quantise_blocks(case.v.unflatten(-1, (2, 128)), case.layout, torch.int8)
     assert torch.equal(values[:, -16:], want)
     assert torch.equal(scales[1][:, last:], want_scales)
