@@ -74,9 +74,9 @@ class Timeline:
         if index == 0 or prompt.switch != "blend" or step >= prompt.blend_chunks:
             return prompt.context
         # Padded to the longer one's tokens; Wan reads zeros as "no more text".
-        both = self.prompts[index - 1].context, prompt.context
-        tokens = max(context.shape[1] for context in both)
-        old, new = (pad(context, (0, 0, 0, tokens - context.shape[1])) for context in both)
+        both = self.prompts[index - 1].context.to(prompt.context.device), prompt.context
+        tokens, wide = max(context.shape[1] for context in both), torch.promote_types(*(x.dtype for x in both))
+        old, new = (pad(context.to(wide), (0, 0, 0, tokens - context.shape[1])) for context in both)
         return torch.lerp(old, new, step / prompt.blend_chunks)
 
     def changes_at(self, chunk: int) -> Switch | None:

@@ -52,6 +52,9 @@ class TestTimeline:
         for chunk, share in ((2, 0.25), (3, 0.5), (4, 0.75)):
             torch.testing.assert_close(timeline.text(chunk), (1 - share) * padded + share * b)
         assert timeline.text(5) is b
+        for dtypes in ((torch.float16, torch.float32), (torch.bfloat16, torch.float16)):
+            mixed = Timeline([Prompt(a.to(dtypes[0])), Prompt(b.to(dtypes[1]), 2, "blend", 4)])
+            torch.testing.assert_close(mixed.text(3), timeline.text(3), rtol=0, atol=0.02)
         assert [timeline.changes_at(k) for k in range(7)] == [None, None, "soft", "soft", "soft", "soft", None]
 
     @pytest.mark.parametrize(
