@@ -102,7 +102,7 @@ class ModelState:
         self.chunk = OpenChunk(frames, self.cache.current_frames[0], attention, steps, given)
 
     def reopen_visible(self) -> None:
-        """Begin a dense pass that recomputes all visible frames except sinks at once."""
+        """Begin a dense pass that recomputes visible frames at once, see `KVCache.reopen`."""
         self.cache.reopen()
         frames = self.cache.current_frames
         self.chunk = OpenChunk(len(frames), frames[0] if frames else 0)

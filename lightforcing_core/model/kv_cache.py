@@ -67,9 +67,11 @@ class KVCache:
         self._move_sinks()
 
     def reopen(self) -> None:
-        """Reopen all visible frames except sinks, so that one pass can recompute them."""
+        """Reopen all visible frames, so that one pass can recompute them; without sinks once a frame was evicted."""
         self._require_committed()
-        self._current = self._movable_slots()
+        # As LongLive does: sinks keep their values only if the frames that follow them are gone.
+        is_whole = self._next_frame == len(self.slot_frames)
+        self._current = list(range(self._next_frame)) if is_whole else self._movable_slots()
         self._committed = not self._current
         self._send_slots()
 
