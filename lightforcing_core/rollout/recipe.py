@@ -13,7 +13,7 @@ from ..attention.options import AttentionOptions
 from ..families import SinkRope
 from ..model.kv_storage import CacheShape
 from ..refusal import Refusal, check_finite, check_size
-from .schedule import check_sparsity, check_window, chunk_lengths, first_chunk_length, video_frames_of
+from .schedule import check_sparsity, check_window, chunk_lengths, first_chunk_length, opening_chunk, video_frames_of
 from .timeline import Prompt, Timeline, check_text
 
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]
@@ -71,7 +71,7 @@ def check_guidance(cfg: float, negative: object | None) -> None:
 class NoiseOptions:
     """Noise of single chunks and of the past, beyond a recipe's `sigmas` and `seed`.
 
-    first_sigmas: noise levels of the video's first chunk, if it has its own.
+    first_sigmas: noise levels of the chunk that opens the video, see `opening_chunk`, if it has its own.
     chunk_seeds: chunk index → seed of its own.
     context_noise: the timestep, 0…1000, at which finished chunks are committed.
     """
@@ -194,7 +194,8 @@ class Recipe:
 
     def levels(self, index: int) -> Sequence[float]:
         """The noise levels of chunk `index`."""
-        return self.noise_options.first_sigmas or self.sigmas if index == 0 else self.sigmas
+        opens = index == opening_chunk(self.frames_per_chunk, self.initial_frames)
+        return self.noise_options.first_sigmas or self.sigmas if opens else self.sigmas
 
     def cache_shape(self, *, layers: int, heads: int, head_dim: int, dtype: torch.dtype) -> CacheShape:
         """The KV cache that a model of these sizes needs for one prompt."""

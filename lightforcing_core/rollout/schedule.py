@@ -51,6 +51,14 @@ def first_chunk_length(frames_per_chunk: int, initial_frames: int = 0) -> int:
     return initial_frames % max(frames_per_chunk, 1) or frames_per_chunk
 
 
+def opening_chunk(frames_per_chunk: int, initial_frames: int = 0) -> int:
+    """The index of the chunk that opens a video: the one after a given image, else the first.
+
+    An image is one given frame, or given frames that do not fill chunks; whole given chunks continue a video.
+    """
+    return int(initial_frames == 1 or initial_frames % max(frames_per_chunk, 1) > 0)
+
+
 def check_window(window: int | None, sink_frames: int, sink_rope: str, longest_chunk: int) -> None:
     """Refusal unless a window of latent frames holds the sinks and the longest chunk; None holds everything."""
     check_choice("sink_rope", sink_rope, SinkRope)
@@ -78,7 +86,8 @@ class Schedule:
     window: visible latent frames, sinks and the current chunk included; None sees everything.
     sink_frames: the first latent frames, which stay visible.
     sink_rope: the position of sinks once the window has moved on, see `KVCache`.
-    target, base, curve, dense_chunks: as in `chunk_sparsities`; target None is dense throughout.
+    target, base, curve: as in `chunk_sparsities`; target None is dense throughout.
+    dense_chunks: chunks that skip nothing, from the one on that opens the video.
     title: its origin, for display.
     overrides: (chunk index, sparsity) pairs that replace the curve's values; the target holds for the curve alone.
 
@@ -128,7 +137,7 @@ class Schedule:
                 target=self.target,
                 base=self.base,
                 window=self.window,
-                dense_chunks=self.dense_chunks,
+                dense_chunks=self.dense_chunks + opening_chunk(self.frames_per_chunk, initial_frames),
                 curve=self.curve,
                 first_chunk=first_chunk_length(self.frames_per_chunk, initial_frames),
             )

@@ -178,14 +178,22 @@ def test_guidance_without_a_negative_prompt_is_refused(dit):
         run(dit, text(1), cfg=2.0)
 
 
-def test_the_first_chunk_may_take_other_steps(dit):
-    events = []
-    first = few_step_sigmas()
-    list(run(dit, text(1), first_sigmas=first, sigmas=few_step_sigmas((1000,)), on_step=events.append))
-    assert [(e.chunk, e.step, e.steps) for e in events] == [(0, s, 4) for s in range(4)] + [
-        (c, 0, 1) for c in range(1, 4)
+@pytest.mark.parametrize(
+    ("per_chunk", "given", "steps"),
+    [
+        *((3, 0, [4, 1, 1, 1]), (1, 0, [4, *[1] * 11])),
+        *((1, 1, [4, *[1] * 10]), (3, 1, [4, 1, 1, 1]), (3, 2, [4, 1, 1, 1])),  # an image is no chunk of a run
+        *((3, 3, [1, 1, 1]), (3, 4, [1, 1, 1]), (1, 2, [1] * 10)),  # and a run that is continued has had its first
+    ],
+)
+def test_the_first_generated_chunk_may_take_other_steps(dit, per_chunk, given, steps):
+    events, options = [], {"first_sigmas": few_step_sigmas(), "sigmas": few_step_sigmas((1000,))}
+    initial = torch.zeros(1, 16, given, *SIZE) if given else None
+    list(run(dit, text(1), frames_per_chunk=per_chunk, initial_latents=initial, on_step=events.append, **options))
+    assert [(e.chunk, e.step) for e in events] == [
+        (chunk, step) for chunk, of in enumerate(steps) for step in range(of)
     ]
-    assert [(e.done, e.total) for e in events] == [(1 + i, 7) for i in range(7)]
+    assert [(e.done, e.total) for e in events] == [(1 + i, sum(steps)) for i in range(sum(steps))]
 
 
 def test_one_chunk_may_have_its_own_seed(dit):
