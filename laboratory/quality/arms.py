@@ -59,7 +59,7 @@ def all_arms(
         arms.append(published)
         arms.append(Arm(f"uniform {sparsity:g}", growth_of(short, sparsity, "constant"), attention))
         one_stage = replace(attention, keep_frames=EVERY_FRAME)
-        arms.append(Arm(f"one-stage {sparsity:g}", as_dense_as_hsa(short, growth, attention), one_stage))
+        arms.append(Arm(f"one-stage {sparsity:g}", growth, one_stage))
         for name, changes in OPTIONS.items():
             options = replace(attention, **changes)  # type: ignore[arg-type]
             arms.append(replace(published, name=f"{name} {sparsity:g}", attention=options))
@@ -99,20 +99,6 @@ def growth_of(schedule: Schedule, target: float, curve: str = "inverse_sqrt") ->
     """Chunk-Aware Growth to this target, or the "constant" curve; both skip the same FLOPs, the first chunk none."""
     base = max(target, min(target + STEP_TO_BASE, HIGHEST_BASE))
     return tuple(replace(schedule, target=target, base=base, curve=curve).sparsities() or ())
-
-
-def as_dense_as_hsa(schedule: Schedule, growth: Sequence[float], attention: AttentionOptions) -> tuple[float, ...]:
-    """Sparsities under which one-stage selection keeps as many blocks as HSA does at `growth`.
-
-    HSA never keeps more than its eligible frames hold, which at low sparsities is less than the sparsity allows.
-    """
-    lengths = schedule.chunk_lengths()
-    matched = []
-    for sparsity, frames, end in zip(growth, lengths, accumulate(lengths), strict=True):
-        eligible = min(attention.keep_frames + frames, end)
-        # A hair less, so that the truncation of the kept blocks cannot lose one to rounding.
-        matched.append(max(sparsity, 1.0 - eligible / end - 1e-9) if sparsity else 0.0)
-    return tuple(matched)
 
 
 def halves(lengths: Sequence[int], sparsity: float) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -29,8 +29,8 @@ class AttentionOptions:
 
     backend: "auto" or one of `BACKEND_NAMES`.
     block: (query, key) tokens per block, powers of two from 16 on.
-    keep_frames, sink_frames, near_frames: the past latent frames that stay eligible for selection, and how many of
-    them are the first and the nearest ones.
+    keep_frames, sink_frames, near_frames: the past latent frames that stay eligible for selection (more if those
+    hold too few blocks for a chunk's density), and how many of them are the first and the nearest ones.
     policy: one of `POLICIES`.
 
     Options beyond the published method:

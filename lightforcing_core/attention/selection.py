@@ -57,7 +57,7 @@ class BlockSelection(NamedTuple):
 
 
 class FrameBudget(NamedTuple):
-    """Past latent frames that a rule may favour: the number it keeps, and how many of them are first or nearest."""
+    """Past latent frames that a rule may favour: the fewest it keeps, and how many of them are first or nearest."""
 
     keep: int = 6
     sinks: int = 1
@@ -103,6 +103,11 @@ class View(NamedTuple):
         return len(self.slot_frames) * self.k_layout.per_frame
 
 
+def kept_blocks(sparsity: float, k_blocks: int) -> int:
+    """The key blocks of `k_blocks` that each query block keeps; truncated, as the published code does."""
+    return max(1, int((1.0 - sparsity) * k_blocks))
+
+
 @dataclass(frozen=True)
 class SelectionPlan:
     """Rules by which blocks compete in one chunk; made once per chunk, read by every layer and step.
@@ -131,15 +136,15 @@ class SelectionPlan:
         slots_by_time = sorted(range(len(slot_frames)), key=slot_frames.__getitem__)
         past = slots_by_time[: -view.current]
         ranks = torch.full((len(slot_frames),), -1, dtype=torch.int32)
-        middle_slots, choose, eligible = None, 0, k_blocks
-        if len(past) > budget.keep:
+        middle_slots, choose = None, 0
+        kept = kept_blocks(sparsity, k_blocks) if past else k_blocks
+        # The budget holds at any length: more frames than `budget.keep` are chosen if fewer do not hold `kept` blocks.
+        keep = max(budget.keep, -(-kept // layout.per_frame) - view.current)
+        if len(past) > keep:
             middle = past[budget.sinks : len(past) - budget.near]
-            choose = budget.keep - budget.sinks - budget.near
+            choose = keep - budget.sinks - budget.near
             ranks[middle] = torch.arange(len(middle), dtype=torch.int32)
             middle_slots = to_device(torch.tensor(middle), view.device)
-            eligible = (budget.keep + view.current) * layout.per_frame
-        # Without a past the chunk is dense; the float product is truncated as the published code does.
-        kept = max(1, min(int((1.0 - sparsity) * k_blocks), eligible)) if past else k_blocks
         ranks = to_device(ranks, view.device)
         always = (ranks < 0).repeat_interleave(layout.per_frame)
         return cls(layout, always, middle_slots, ranks, choose, kept)
@@ -288,13 +293,14 @@ def hierarchical_block_mask(
     q: [B, Lq, H, D], the current chunk; k: [B, Lk, H, D], history followed by the current chunk, both after RoPE
     and in whole frames of `tokens_per_frame` tokens. `block` is (query, key) tokens per block. `sparsity` in
     [0, 1) is the share of all key blocks that a query block skips; `keep_frames` past frames stay eligible, among
-    them the first `sink_frames` and the last `near_frames`.
+    them the first `sink_frames` and the last `near_frames`, and more if those do not hold the blocks to keep.
 
     Returns bool [B, H, q_blocks, k_blocks], blocks aligned to frames. Without history every block is kept; with
     `keep_frames` or fewer past frames every block competes. Raises ValueError for lengths that are not whole
     frames, a sparsity outside [0, 1) and impossible frame counts.
 
-    Source: Light Forcing, arXiv 2602.04789; equal to the released selection if blocks divide the frame.
+    Source: Light Forcing, arXiv 2602.04789; equal to the released selection if blocks divide the frame. If
+    `keep_frames` hold too few blocks, the release adds any blocks of other frames instead of the next best frames.
     """
     q_layout, k_layout = (FrameBlocks(tokens_per_frame, size) for size in block_pair(block))
     q_frames, k_frames = q_layout.frames(q.shape[1]), k_layout.frames(k.shape[1])

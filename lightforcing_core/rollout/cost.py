@@ -1,8 +1,13 @@
 """The FLOPs of a schedule against dense attention, for the 1.3B model at 480×832 by default."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+
+from ..attention.blocks import FrameBlocks
+from ..attention.policies import POLICIES, View
+from ..attention.selection import kept_blocks
+from .recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -18,16 +23,36 @@ class ChunkCost:
         return self.frames * self.kv_frames * (1.0 if dense else self.density)
 
 
-def schedule_costs(sparsities: Sequence[float], chunk_lengths: Sequence[int], window: int | None) -> list[ChunkCost]:
-    """The cost of a schedule: one `ChunkCost` per chunk, its density the complement of its sparsity.
+def schedule_costs(
+    sparsities: Sequence[float], chunk_lengths: Sequence[int], window: int | None, blocks_per_frame: int | None = None
+) -> list[ChunkCost]:
+    """The cost of a schedule: one `ChunkCost` per chunk. A chunk that sees nothing but itself is dense.
 
-    chunk_lengths and window: latent frames (window None: every frame is visible). Raises ValueError when the two
-    lists differ in length.
+    chunk_lengths and window: latent frames (window None: every frame is visible).
+    blocks_per_frame: key blocks in a frame, of which a chunk reads whole ones; if None, the size is not known and a
+        density is the complement of a sparsity.
+    Raises ValueError when the two lists differ in length.
     """
-    return [
-        ChunkCost(frames, min(end, window or end), 1.0 - sparsity)
-        for sparsity, frames, end in zip(sparsities, chunk_lengths, accumulate(chunk_lengths), strict=True)
-    ]
+    costs = []
+    for sparsity, frames, end in zip(sparsities, chunk_lengths, accumulate(chunk_lengths), strict=True):
+        visible = min(end, window or end)
+        blocks = visible * (blocks_per_frame or 0)
+        density = kept_blocks(sparsity, blocks) / blocks if blocks else 1.0 - sparsity
+        costs.append(ChunkCost(frames, visible, density if visible > frames else 1.0))
+    return costs
+
+
+def recipe_costs(recipe: Recipe) -> list[ChunkCost]:
+    """The cost of every chunk that a run of `recipe` generates, by the blocks that its policy keeps at its size."""
+    rule, lengths = POLICIES[recipe.attention.policy].selection, recipe.chunk_lengths()
+    tokens = recipe.latent_shape[3] // 2 * (recipe.latent_shape[4] // 2)
+    q_layout, k_layout = (FrameBlocks(tokens, size) for size in recipe.attention.block)
+    costs = schedule_costs([0.0] * len(lengths), lengths, recipe.window)
+    for index, cost in enumerate(costs):
+        view, sparsity = View(range(cost.kv_frames), cost.frames, q_layout, k_layout, 1, 1), recipe.sparsity(index)
+        if rule is not None and sparsity and cost.kv_frames > cost.frames:
+            costs[index] = replace(cost, density=rule.kept(view, sparsity) / view.k_blocks)
+    return costs[recipe.first_index :]
 
 
 def flops_ratio(chunks: Iterable[ChunkCost]) -> float:

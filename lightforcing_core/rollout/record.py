@@ -100,7 +100,7 @@ class RunRecorder:
 
     facts: text to keep in the record.
     map_bytes: the most memory that block maps may take.
-    reads_blocks: whether to record the blocks that each layer reads; if not, every density in the record is 1.
+    reads_blocks: whether to record the blocks that each layer reads; if not, densities are those of the plans.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class RunRecorder:
             chunk.frames,
             visible=tuple(sorted(slot_frames)),
             sparsity=sparsity,
-            layer_density=(1.0,) * self._layers,
+            layer_density=(chunk.attention.density,) * self._layers,
             steps=steps,
             seconds={},
             why_dense=chunk.attention.why_dense,

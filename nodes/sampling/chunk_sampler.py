@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.model.causal import Pass
 from ...lightforcing_core.refusal import NotFinite
+from ...lightforcing_core.rollout.cost import flops_ratio, recipe_costs
 from ...lightforcing_core.rollout.loop import rollout
 from ...lightforcing_core.rollout.recipe import Noise
 from ...lightforcing_core.rollout.record import RunRecord, RunRecorder
@@ -197,7 +198,7 @@ class ChunkSampler(CausalSampler):
         return {
             "model": f"{required_settings(model).family.title}, {run.model}",
             "video": f"{videos}{video_frames_of(frames)} frames ({frames} latent) at {8 * width}×{8 * height}",
-            "schedule": self._title,
+            "schedule": f"{self._title}, {flops_ratio(recipe_costs(recipe)):.1%} of dense attention FLOPs planned",
             "sees": "everything" if recipe.window is None else f"{recipe.window} latent frames{sinks}",
             "seed": str(recipe.seed),
             "memory": str(plan.kv),

@@ -34,6 +34,7 @@ def brute_force(q_means, k_means, frame_means, slot_frames, current, keep, sinks
     per_frame = k.shape[1] // f.shape[1]
     by_age = sorted(range(len(slot_frames)), key=slot_frames.__getitem__)
     past, now = by_age[:-current], by_age[-current:]
+    keep = max(keep, math.ceil(kept / per_frame) - current)  # as many frames as hold `kept` blocks
     rows = []
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
@@ -119,7 +120,8 @@ def test_picks_equal_brute_force_with_many_ties(seed, dtype):
         ([4, 5, 2, 3], 1, 2, 0, 1, 1),
         ([4, 5, 2, 3], 1, 2, 1, 0, 1),
         (RING, 3, 9, 1, 2, 0),
-        (list(range(40)), 1, 6, 1, 2, 3),
+        (list(range(40)), 1, 8, 1, 2, 5),
+        (list(range(40)), 1, 6, 1, 2, 4),  # 32 of 160 blocks are to be kept, and 7 frames hold 28
     ],
 )
 def test_picks_equal_brute_force_for_any_frame_budget(slot_frames, current, keep, sinks, near, chosen):

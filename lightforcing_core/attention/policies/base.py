@@ -40,6 +40,9 @@ class SelectionRule(Protocol):
     def needs_means(self) -> bool:
         """Whether its plans read block and frame means, which the cache must then keep."""
 
+    def kept(self, view: View, sparsity: float) -> int:
+        """Key blocks that each query block reads in the plan for these arguments."""
+
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> Plan:
         """The plan of a chunk that skips the share `sparsity` of key blocks, in (0, 1), and has a past."""
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...pinned import to_device
-from ..selection import BlockSelection, FrameBudget, SelectionPlan, View
+from ..selection import BlockSelection, FrameBudget, SelectionPlan, View, kept_blocks
 from .light_forcing import Hierarchical
 
 
@@ -43,16 +43,18 @@ class Window:
 
     needs_means = False
 
+    def kept(self, view: View, sparsity: float) -> int:
+        per_frame = view.k_layout.per_frame
+        return max(view.current, kept_blocks(sparsity, view.k_blocks) // per_frame) * per_frame
+
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> WindowPlan:
         slots = sorted(range(len(view.slot_frames)), key=view.slot_frames.__getitem__)
-        per_frame = view.k_layout.per_frame
+        per_frame, kept = view.k_layout.per_frame, self.kept(view, sparsity)
         past, own = slots[: -view.current], slots[-view.current :]
-        affordable = int((1.0 - sparsity) * view.k_blocks) // per_frame - view.current
         by_rank = past[: budget.sinks] + past[budget.sinks :][::-1]
-        read = sorted(by_rank[: max(0, affordable)] + own)
+        read = sorted(by_rank[: kept // per_frame - view.current] + own)
         blocks = torch.tensor([slot * per_frame + block for slot in read for block in range(per_frame)])
         rows = (view.batch, view.heads, view.q_blocks)
-        kept = len(blocks)
         counts = torch.full(rows, kept, dtype=torch.int32, device=view.device)
         listed = to_device(blocks.to(torch.int32), view.device).expand(*rows, kept)
         return WindowPlan(BlockSelection(listed, counts), kept)

@@ -21,7 +21,8 @@ def brute_force_mask(q, k, tokens_per_frame, block, sparsity, keep, sinks, near)
     q_spans = spans(q.shape[1] // tokens_per_frame, tokens_per_frame, block[0])
     k_spans = spans(k.shape[1] // tokens_per_frame, tokens_per_frame, block[1])
     frames, current = k.shape[1] // tokens_per_frame, q.shape[1] // tokens_per_frame
-    past = frames - current
+    past, count = frames - current, max(1, int((1.0 - sparsity) * len(k_spans)))
+    keep = max(keep, math.ceil(count * frames / len(k_spans)) - current)  # as many frames as hold `count` blocks
     mask = torch.zeros(q.shape[0], q.shape[2], len(q_spans), len(k_spans), dtype=torch.bool)
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
@@ -41,7 +42,6 @@ def brute_force_mask(q, k, tokens_per_frame, block, sparsity, keep, sinks, near)
                     best = sorted(middle, key=scores.get, reverse=True)[: keep - sinks - near]
                     kept_frames = {*range(sinks), *range(past - near, past), *range(past, frames), *best}
                 candidates = [j for j, (start, _) in enumerate(k_spans) if start // tokens_per_frame in kept_frames]
-                count = max(1, min(int((1.0 - sparsity) * len(k_spans)), len(candidates)))
                 ranked = sorted(candidates, key=lambda j: float(q_mean @ k_means[j]), reverse=True)
                 mask[b, h, i, ranked[:count]] = True
     return mask

@@ -143,7 +143,7 @@ def test_reasons_name_why_a_chunk_or_a_call_ran_dense(dit, context, record):
         sink_frames=0,
     )
     assert mixed.chunks[1].why_dense == "its scheduled sparsity is 0"
-    assert mixed.chunks[2].density == pytest.approx(10 / 12), "three of four past frames are eligible"
+    assert mixed.chunks[2].density == pytest.approx(11 / 12)
     assert mixed.notes == ("the hard prompt switch at chunk 2 read 4 frames again",)
     assert mixed.seconds["recompute"] > 0
     whole = recorded(dit, context, growth=None)
