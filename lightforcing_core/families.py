@@ -20,6 +20,7 @@ class SparseDefaults:
     keep_frames, keep_sink, keep_near: parameters of the frame selection.
     estimator: the estimate of a block's attention mass.
     tail: whether skipped blocks count as their mean.
+    reference: latent frames of the video over which Chunk-Aware Growth meets the family's target.
 
     The defaults of estimator and tail suit models that were trained without sparse attention.
     """
@@ -29,6 +30,7 @@ class SparseDefaults:
     keep_near: int = 2
     estimator: Literal["mean", "lse"] = "lse"
     tail: bool = True
+    reference: int = 21
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ FAMILIES: dict[str, Family] = {
             sink_rope="follow",
             target=0.85,
             base=0.95,
-            sparse=SparseDefaults(keep_frames=3, keep_sink=1, keep_near=1, estimator="mean", tail=False),
+            sparse=SparseDefaults(keep_frames=3, keep_sink=1, keep_near=1, estimator="mean", tail=False, reference=63),
             name_hints=("longvideogen", "lightforcinglong"),
         ),
         Family(

@@ -28,6 +28,7 @@ MOST_FRAMES = 16001
 MOST_NUMBERS = latent_frames_of(MOST_FRAMES)  # one per chunk
 MOST_TEXT = 1 << 17  # characters of all of them
 NO_PRESET = f"this preset does not exist; use {AUTO}, {DENSE}, {GENTLE}, {CUSTOM} or a family"
+PLOTTED_BLOCKS = 25  # key blocks of 64 tokens in a frame of 480×832
 ANY_LONG_VIDEO = 961  # checks a schedule whose length is not known before the graph runs
 Number = TypeVar("Number", int, float)
 
@@ -159,6 +160,8 @@ def numbers_per_chunk(text: str, name: str, number: Callable[[str], Number], *, 
 def plot_numbers(asked: Any) -> dict[str, Any]:
     """The numbers of the canvas's plot; `follows` if only a run knows the model, `error` if it cannot be met.
 
+    The size is not known. FLOPs are those of 480×832 in blocks of 64; at another size, and in the sparsities and their
+    mean, each chunk differs from a run by less than one block.
     asked: `length` and `preset` of the node, and `family` and `file` of the connected model as far as the canvas
     knows them. Raises TypeError for a request that no node makes.
     """
@@ -178,12 +181,13 @@ def _plot_numbers(length: int, preset: Mapping[str, Any], family_id: str | None,
         return {"follows": "the connected model decides when the graph runs"}
     schedule = schedule_from(length, preset, family)
     lengths, sparsities = _chunks_of(schedule)
-    cost = clip_cost(schedule_costs(sparsities, lengths, schedule.window))
+    cost = clip_cost(schedule_costs(sparsities, lengths, schedule.window, PLOTTED_BLOCKS))
     return {
         "title": schedule.title,
         "lengths": lengths,
         "sparsities": sparsities,
         "target": schedule.target,
+        "mean": _mean_of(schedule),
         "window": schedule.window,
         "sink_frames": schedule.sink_frames,
         "attention_ratio": cost.attention_ratio,
@@ -197,7 +201,16 @@ def _chunks_of(schedule: Schedule) -> tuple[list[int], list[float]]:
     return lengths, schedule.sparsities() or [0.0] * len(lengths)
 
 
+def _mean_of(schedule: Schedule) -> float | None:
+    """The mean sparsity of all chunks but the dense ones, weighted as for a target; None if nothing is skipped."""
+    lengths, sparsities = _chunks_of(schedule)
+    costs = schedule_costs(sparsities, lengths, schedule.window)[max(1, schedule.dense_chunks) :]
+    skipped = sum((1.0 - cost.density) * cost.kv_frames for cost in costs)
+    return skipped / sum(cost.kv_frames for cost in costs) if skipped else None
+
+
 def _listed(schedule: Schedule) -> str:
     """The schedule as text, for clients that do not draw the plot."""
-    lengths, sparsities = _chunks_of(schedule)
-    return f"{schedule.title}: {len(lengths)} chunks, sparsity {', '.join(f'{one:.3f}' for one in sparsities)}"
+    _, sparsities = _chunks_of(schedule)
+    each, mean = ", ".join(f"{one:.3f}" for one in sparsities), _mean_of(schedule) or 0.0
+    return f"{schedule.title}: {len(sparsities)} chunks, sparsity {each}; mean of the sparse chunks {mean:.3f}"

@@ -138,7 +138,7 @@ def estimate(
     named = {one.name: one for one in (*BACKENDS, DENSE)}
     if backend not in named:
         raise Refusal("backend", f"{backend!r} is not known", f"use one of {', '.join(map(repr, named))}")
-    has_sparse_chunks = POLICIES[recipe.attention.policy].selection is not None and any(recipe.growth or ())
+    has_sparse_chunks = POLICIES[recipe.attention.policy].selection is not None and recipe.is_sparse
     batch, channels, _, height, width = recipe.latent_shape
     run = _DryRun(
         model,

@@ -90,6 +90,9 @@ class Schedule:
     dense_chunks: chunks that skip nothing, from the one on that opens the video.
     title: its origin, for display.
     overrides: (chunk index, sparsity) pairs that replace the curve's values; the target holds for the curve alone.
+    reference: latent frames of the video over which the target holds. Every video takes that one's sparsities by
+        `start // frames_per_chunk`, as published, and its last one for all later chunks, so that a longer video starts
+        the same; its own mean then differs from the target. None: the target holds over this video.
 
     Raises Refusal when created with values that cannot be met.
     """
@@ -105,6 +108,7 @@ class Schedule:
     dense_chunks: int = 1
     title: str = "custom"
     overrides: tuple[tuple[int, float], ...] = ()
+    reference: int | None = None
 
     def __post_init__(self) -> None:
         check_window(self.window, self.sink_frames, self.sink_rope, max(self.chunk_lengths()))
@@ -114,7 +118,8 @@ class Schedule:
     def of_family(cls, family: Family, latent_frames: int) -> "Schedule":
         """The defaults of a checkpoint family."""
         shared = ("frames_per_chunk", "window", "sink_frames", "sink_rope", "target", "base", "title")
-        return cls(latent_frames, **{name: getattr(family, name) for name in shared})
+        values = {name: getattr(family, name) for name in shared}
+        return cls(latent_frames, reference=family.sparse.reference, **values)
 
     def dense(self) -> "Schedule":
         """The same chunks and window, dense throughout."""
@@ -129,18 +134,19 @@ class Schedule:
         """One sparsity in [0, 1) per chunk, or None for dense."""
         if self.target is None and not self.overrides:
             return None
-        values = [0.0] * len(self.chunk_lengths(initial_frames))
+        lengths, per_chunk = self.chunk_lengths(initial_frames), self.frames_per_chunk
+        values = [0.0] * len(lengths)
+        dense = self.dense_chunks + opening_chunk(per_chunk, initial_frames)
         if self.target is not None:
-            values = chunk_sparsities(
-                self.latent_frames,
-                self.frames_per_chunk,
-                target=self.target,
-                base=self.base,
-                window=self.window,
-                dense_chunks=self.dense_chunks + opening_chunk(self.frames_per_chunk, initial_frames),
-                curve=self.curve,
-                first_chunk=first_chunk_length(self.frames_per_chunk, initial_frames),
-            )
+            curve: dict[str, Any] = {name: getattr(self, name) for name in ("target", "base", "window", "curve")}
+            if self.reference is None:
+                curve |= {"dense_chunks": dense, "first_chunk": lengths[0]}
+                values = chunk_sparsities(self.latent_frames, per_chunk, **curve)
+            else:
+                known = chunk_sparsities(self.reference, per_chunk, dense_chunks=self.dense_chunks, **curve)
+                starts = accumulate(lengths[:-1], initial=0)
+                values = [known[min(start // per_chunk, len(known) - 1)] for start in starts]
+                values[:dense] = [0.0] * len(values[:dense])
         for chunk, sparsity in self.overrides:
             if not 0 <= chunk < len(values):
                 raise Refusal("sparsity", f"names chunk {chunk}", f"this video has chunks 0 to {len(values) - 1}")
@@ -151,7 +157,9 @@ class Schedule:
     def arguments(self, initial_frames: int = 0) -> dict[str, Any]:
         """The fields of a `Recipe` for a video that starts with `initial_frames`, by name."""
         same = ("frames_per_chunk", "window", "sink_frames", "sink_rope")
-        return {"growth": self.sparsities(initial_frames), **{name: getattr(self, name) for name in same}}
+        # A short video holds the growth of the whole reference, since it may be lengthened later.
+        planned = replace(self, latent_frames=max(self.latent_frames, self.reference or 0))
+        return {"growth": planned.sparsities(initial_frames), **{name: getattr(self, name) for name in same}}
 
     def visible_frames(self) -> int:
         """Latent frames that the KV cache must hold."""

@@ -83,11 +83,11 @@ class RunState:
         return replace(self, finished=(*self.finished, latents))
 
     def lengthened(self, latent_frames: int) -> "RunState":
-        """The same run for a longer video, equal to a run that had this length from the start.
+        """The same run for a longer video, equal to a run of the same growth that had this length from the start.
 
         A short last chunk would be longer in the longer video, so it is dropped and generated again. The same applies
-        to a last chunk with given last latents, because now the longer video ends with them. `growth` stays; its
-        last value applies to the added chunks.
+        to a last chunk with given last latents, because now the longer video ends with them. `growth` stays: that
+        of a family's schedule suits any length, another one's last value applies to the added chunks.
         """
         recipe = self.recipe
         batch, channels, frames, height, width = recipe.latent_shape

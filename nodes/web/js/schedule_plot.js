@@ -1,4 +1,4 @@
-// The schedule node's plot: sparsity per chunk, its target, and FLOPs relative to dense; it follows the widgets.
+// The schedule node's plot: sparsity per chunk, its mean, and FLOPs relative to dense; it follows the widgets.
 // The server computes the numbers, as it does for the run.
 
 import { api } from "../../../scripts/api.js";
@@ -111,7 +111,7 @@ function colours() {
     faint: of("--descrip-text", "#999999"),
     grid: of("--border-color", "#4e4e4e"),
     fill: "#3b7dd8",
-    budget: "#e2707f",
+    mean: "#e2707f",
     error: of("--error-text", "#ff6666"),
   };
 }
@@ -157,14 +157,14 @@ function draw(ctx, width, height, numbers) {
     ctx.fillRect(left + gap / 2, top - 1, right - left - gap, 2);
     frame += length;
   });
-  if (numbers.target !== null) {
-    ctx.strokeStyle = ink.budget;
+  if (numbers.mean !== null) {
+    ctx.strokeStyle = ink.mean;
     ctx.setLineDash([5, 4]);
-    line(ctx, x(0), y(numbers.target), x(total), y(numbers.target));
+    line(ctx, x(0), y(numbers.mean), x(total), y(numbers.mean));
     ctx.setLineDash([]);
-    ctx.fillStyle = ink.budget;
+    ctx.fillStyle = ink.mean;
     ctx.textAlign = "left";
-    ctx.fillText(`budget ${percent(numbers.target)}`, x(0) + 3, y(numbers.target) - 8);
+    ctx.fillText(`mean ${percent(numbers.mean)}`, x(0) + 3, y(numbers.mean) - 8);
   }
   ctx.textAlign = "left";
 }

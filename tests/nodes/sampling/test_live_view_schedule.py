@@ -1,6 +1,7 @@
 """The numbers behind the schedule's plot, and what is refused when a prompt is queued."""
 
 import json
+from itertools import accumulate
 from urllib.error import HTTPError
 
 import pytest
@@ -33,6 +34,10 @@ def test_plot_shows_what_the_run_will_do(numbers, preset):
     assert found["sparsities"] == pytest.approx(made.sparsities())
     assert (found["lengths"], found["window"]) == (made.chunk_lengths(), made.window)
     assert 0 < found["attention_ratio"] < found["model_ratio"] < 1
+    weights = [min(end, made.window or end) for end in accumulate(made.chunk_lengths())][1:]
+    mean = sum(a * b for a, b in zip(weights, made.sparsities()[1:], strict=True)) / sum(weights)
+    assert found["mean"] == pytest.approx(mean)
+    assert (found["mean"] == pytest.approx(found["target"])) == (preset == "light_forcing_long")
 
 
 @pytest.mark.parametrize(("preset", "length"), PUBLISHED_H100)
