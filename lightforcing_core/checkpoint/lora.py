@@ -160,12 +160,11 @@ def _changed(
         return changed.get(name, weight.float())
 
     if kinds := {kind for start, kind in _OTHER_KINDS.items() if any(part.startswith(start) for part in parts)}:
-        made = None
         if adapter is not None and own in weights and _is_bounded(parts, weights[own]):
             made = adapter(weights[own].float(), parts, strength)
-        if made is None:
-            raise _Unfit(f"are {' with '.join(sorted(kinds))}, which cannot be merged here")
-        return {own: made}
+            if made is not None:
+                return {own: made}
+        raise _Unfit(f"are {' with '.join(sorted(kinds))}, which cannot be merged here")
     if "lora_down" in parts or "lora_up" in parts:
         if not {"lora_down", "lora_up"} <= parts.keys():
             raise ValueError(f"{layer} has only one matrix of its pair")
@@ -174,7 +173,7 @@ def _changed(
         if not 0 < rank == prod(up.shape[1:]) or (alpha is not None and alpha.numel() != 1):
             raise ValueError(f"the matrices of {layer} are no pair (up {tuple(up.shape)}, down {tuple(down.shape)})")
         weight = old(own, up.shape[0], *down.shape[1:])
-        scale = 1.0 if alpha is None else float(alpha) / rank
+        scale = 1.0 if alpha is None else alpha.float().item() / rank
         product = scale * (up.float().flatten(1) @ down.float().flatten(1))
         changed[own] = weight + strength * product.reshape(weight.shape)
     for part, name in (("diff", own), ("diff_b", f"{layer}.bias")):
