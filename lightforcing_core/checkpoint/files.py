@@ -184,10 +184,9 @@ def _read_torch(file: Path, size: int, *, zipped: bool) -> dict[str, Any]:
         else:
             with file.open("rb") as stream:
                 stored = torch.load(stream, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     except Exception as error:  # a damaged pickle can raise anything; to the user it means the same
-        raise CheckpointError(f"{file}: {_why_torch_refused(file, str(error))}") from error
+        reason = _why_torch_refused(file, str(error) or type(error).__name__)
+        raise CheckpointError(f"{file}: {reason}") from error
     if not isinstance(stored, Mapping):
         raise CheckpointError(
             f"{file}: contains a {type(stored).__name__}, not a dict of weights; choose a checkpoint file"

@@ -194,4 +194,6 @@ def other_file(keys: Iterable[str]) -> str:
     for pattern, title in _OTHER_FILES.items():
         if any(re.search(pattern, key) for key in keys):
             return f"contains no Wan transformer; this is {title}"
-    return f"contains no Wan transformer ({len(keys)} weights, such as {', '.join(sorted(keys)[:3])})"
+    return (
+        f"contains no Wan transformer ({len(keys)} weights, such as {', '.join(key[:80] for key in sorted(keys)[:3])})"
+    )

@@ -111,11 +111,12 @@ def _layer_of(name: str, known: Mapping[str, str]) -> str | None:
     """The layer in `known` that `name` ends with, in Kohya's, Wan's or diffusers' naming; None if there is none."""
     if name.startswith("lora_unet_"):  # Wan Fun has two underscores, and some files keep dots
         return known.get(name.replace("lora_unet__", "lora_unet_").replace(".", "_"))
-    while name:
+    parts = name.split(".")[-6:]  # the longest layer has five; a file may have names of hundreds
+    for start in range(len(parts)):
+        name = ".".join(parts[start:])
         for candidate in (name, original_name(name, diffusers=True)):
             if candidate in known:
                 return candidate
-        name = name.partition(".")[2]
     return None
 
 

@@ -14,7 +14,7 @@ from .json import regular_size
 from .output import prepare_folder, whole_file
 
 # Limits on files from outside; published ones have a few thousand tensors of 5 dimensions, with names of 100 letters.
-MOST_TENSORS, MOST_DIMS, LONGEST_NAME = 200_000, 8, 1000
+MOST_TENSORS, MOST_DIMS, LONGEST_NAME = 50_000, 8, 1000
 
 # What the format calls each dtype: https://github.com/huggingface/safetensors#format
 _NAMES = {
