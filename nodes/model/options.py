@@ -34,11 +34,11 @@ def option_inputs() -> list[io.Input]:
 
 def settings_from(
     family: Family,
-    backend: str,
-    block: str,
-    keep_frames: int,
-    keep_sink: int,
-    keep_near: int,
+    backend: str = AUTO,
+    block: str = "64",
+    keep_frames: int = AS_FAMILY,
+    keep_sink: int = AS_FAMILY,
+    keep_near: int = AS_FAMILY,
     estimator: str = AUTO,
     tail: str = AUTO,
     reuse_steps: int = 1,

@@ -8,20 +8,23 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ...lightforcing_core.families import Family
+from ...lightforcing_core.families import Family, family_of
 from ...lightforcing_core.rollout.recipe import check_guidance, few_step_sigmas, seeded_noise
 from ...lightforcing_core.rollout.state import RunState
 from ..comfy import (
     ExecutionBlocker,
     ModelPatcher,
     empty_latents,
+    file_of,
     flow_shift,
     guider_for,
     progress_bars_hidden,
     result_device,
     show_text,
 )
-from ..model.patch import KEY, required_settings
+from ..model.loader import LightForcingApply
+from ..model.options import AUTO
+from ..model.patch import KEY, required_settings, settings_of
 from ..report import RECORD
 from ..schedule import ScheduleType, numbers_per_chunk
 from ..state import StateFile, StateType
@@ -110,6 +113,9 @@ class LightForcingSampler(io.ComfyNode):
         cfg: float = 1.0,
         **inputs: Any,
     ) -> io.NodeOutput:
+        # A MODEL of ComfyUI's own loader, as in its template for Causal Forcing, if its file shows the family.
+        if settings_of(model) is None and family_of(file_of(model))[1]:
+            model = LightForcingApply.execute(model, AUTO)[0]
         family = required_settings(model).family
         if vae is None and (user := user_of_images(cls.hidden)):
             raise ValueError(f"IMAGE is connected to {user}, but vae to nothing; connect Load VAE, or disconnect IMAGE")

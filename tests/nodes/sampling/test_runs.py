@@ -166,19 +166,17 @@ def test_cancelled_run_leaves_a_healthy_server(server):
 def test_core_template_runs_with_our_sampler_and_its_start_image(server):
     """ComfyUI's image-to-video template for Causal Forcing; a start latent of the same image gives the same video."""
 
+    template = {
+        "unet": core_loader("causal_forcing-framewise.safetensors"),
+        "vae": {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}},
+        "image": {
+            "class_type": "EmptyImage",
+            "inputs": {"width": WIDTH, "height": HEIGHT, "batch_size": 1, "color": 0x40A0C0},
+        },
+    }
+
     def video(models, latent, **select):
-        prompt = custom_graph(
-            {
-                "unet": core_loader("causal_forcing-framewise.safetensors"),
-                "vae": {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}},
-                "image": {
-                    "class_type": "EmptyImage",
-                    "inputs": {"width": WIDTH, "height": HEIGHT, "batch_size": 1, "color": 0x40A0C0},
-                },
-                **models,
-            },
-            **select,
-        )
+        prompt = custom_graph({**template, **models}, **select)
         prompts = {"positive": link("text"), "negative": link("text")}
         prompt["guider"] = {"class_type": "CFGGuider", "inputs": {"model": link("model"), **prompts, "cfg": 1.0}}
         prompt["sampler"]["inputs"]["latent_image"] = latent
@@ -194,3 +192,8 @@ def test_core_template_runs_with_our_sampler_and_its_start_image(server):
     )
     assert (theirs == ours).all()
     assert theirs[:, :, 0].std() < theirs[:, :, 1].std()
+
+    # The sampling node needs no Apply, because the file's name shows the family.
+    both = {"start": start, "model": apply(link("start"))}, {"model": start}
+    applied, alone = (latents_of(server, graph({**template, **models}, latent=empty(13))) for models in both)
+    assert (applied == alone).all()
