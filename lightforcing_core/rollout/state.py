@@ -129,14 +129,9 @@ def load_run_state(path: str | Path) -> RunState:
     try:
         # Copies, because the rounding of a matrix product can depend on alignment, and the file gives none.
         tensors, metadata = read_tensors(path, copy=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise StateError(
-            f"{path}: {error.strerror}; run states are .safetensors files written by save_run_state"
-        ) from error
-    except ValueError as error:
-        raise StateError(
-            f"{path}: is cut short or no safetensors file ({error}); use an older copy of the state, or a file that "
-            f"save_run_state wrote"
+            f"{path}: is cut short or no safetensors file ({error}); use an older copy, or a file of save_run_state"
         ) from error
     _check_kind(path, metadata)
     try:
