@@ -9,6 +9,7 @@ from card_runs import CARD, card, comfyui, decode, management, new_vae, run, sam
 from comfyui import comfy
 
 encode = comfyui.module("nodes.vae.encode")
+gc.disable()  # memory that a cycle keeps must show
 
 
 @contextmanager
