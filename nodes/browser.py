@@ -8,8 +8,6 @@ from typing import Any
 
 from aiohttp import web
 
-from .comfy import Server
-
 
 @dataclass(frozen=True, eq=False)
 class Page:
@@ -22,7 +20,7 @@ MOST_BODY = 1 << 18  # bytes of a request
 _PAGES: dict[str, Page] = {}  # by client id
 
 
-def watching_page(server: Server | None) -> Page | None:
+def watching_page(server: Any) -> Page | None:
     """The page that queued the running prompt, None without our JavaScript."""
     return None if server is None else _PAGES.get(server.client_id or "")
 
@@ -34,7 +32,7 @@ def _register(client_id: str, plays: bool, connected: Container[str]) -> None:
     _PAGES[client_id] = Page(plays)
 
 
-def add_routes(server: Server, schedule_numbers: Callable[[Any], dict[str, Any]]) -> None:
+def add_routes(server: Any, schedule_numbers: Callable[[Any], dict[str, Any]]) -> None:
     """Add the pack's routes to ComfyUI's server.
 
     schedule_numbers: answers the schedule node's plot. Raises TypeError for a request that no node makes.

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import comfy.ldm.modules.attention
 import comfy.lora
@@ -77,7 +77,6 @@ def untested_speedups_wanted() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether GPU or CPU memory ran out."""
     cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
     return cpu or isinstance(error, MemoryError) or comfy.model_management.is_oom(error)
 
@@ -261,7 +260,6 @@ def request_memory(guider: Any, key: str, memory: Callable[[int], int]) -> None:
 
 
 def progress_bars_hidden() -> bool:
-    """Whether ComfyUI's progress bars in the terminal are turned off."""
     return not comfy.utils.PROGRESS_BAR_ENABLED
 
 
@@ -303,17 +301,7 @@ class Preview:
 # --- server
 
 
-class Server(Protocol):
-    """The parts of ComfyUI's PromptServer that this pack uses."""
-
-    client_id: str | None  # of the page that queued the running prompt
-    sockets: Mapping[str, Any]  # by client id
-    routes: Any
-
-    def send_sync(self, event: str, data: Any, sid: str | None = None) -> None: ...
-
-
-def running_server() -> Server | None:
+def running_server() -> Any:
     """ComfyUI's server, None in a script that uses the nodes without one."""
     from server import PromptServer  # imported late: without a server the module may not exist
 
@@ -327,9 +315,7 @@ def executing_node() -> tuple[str, str] | None:
 
 
 def show_text(text: str) -> None:
-    """Show a line on the running node."""
-    server: Any = running_server()
-    node = executing_node()
+    server, node = running_server(), executing_node()
     if server is not None and node is not None:
         server.send_progress_text(text, node[0], server.client_id)
 

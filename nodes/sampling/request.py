@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from comfy_api.latest import io
 from torch import Tensor
 
 from ...lightforcing_core.families import Family
@@ -42,6 +43,17 @@ SOCKETS = {
 }
 
 
+def run_inputs() -> list[io.Input]:
+    """The inputs at the end of both sampling nodes."""
+    return [
+        io.Combo.Input("replay", options=["all", "window"], default="all", optional=True, advanced=True),
+        io.Boolean.Input("keep_finished", default=True, optional=True, advanced=True),
+        io.Combo.Input("kv_cache", options=list(KV_CACHES), default="auto", optional=True, advanced=True),
+        io.Float.Input("context_noise", default=0.0, min=0.0, max=1000.0, step=1.0, optional=True, advanced=True),
+        io.Latent.Input("end_latent", optional=True),
+    ]
+
+
 @contextmanager
 def named_for_the_canvas() -> Iterator[None]:
     """Raise the core's refusals under the names of the sockets that they concern."""
@@ -72,7 +84,6 @@ class Request:
 
     @property
     def initial_latents(self) -> Tensor | None:
-        """The latents that the video starts with."""
         return self.start_latent["samples"] if self.start_latent else None
 
     @property
@@ -95,12 +106,10 @@ class Request:
         return numbers_per_chunk(self.chunk_seeds, "chunk_seeds", int, lists=False)
 
     def schedule_of(self, family: Family, latent_frames: int) -> Schedule:
-        """The given schedule, or the family's."""
         return self.schedule or Schedule.of_family(family, latent_frames)
 
     @property
     def title(self) -> str:
-        """The schedule's title, for the log and the report."""
         return self.schedule.title if self.schedule else "the family's schedule"
 
     def recipe(

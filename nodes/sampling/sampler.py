@@ -34,10 +34,9 @@ from ..vae.decode import FrameDecoder
 from ..video_output import VideoFiles, VideoOutput, VideoOutputType, graph_metadata, open_videos
 from .chunk_sampler import ChunkSampler
 from .frames import FrameOutput
-from .inputs import run_inputs
 from .live_view import LiveView, ProgressLine
 from .observer import CutShort, Observer, StateWriter, runs_cut_short
-from .request import Request, model_text
+from .request import Request, model_text, run_inputs
 
 MAX_SEED, MAX_CFG = 0xFFFFFFFFFFFFFFFF, 30.0
 OPEN = object()  # the value of an input that is not connected

@@ -8,10 +8,9 @@ from ..schedule import ScheduleType
 from ..texts import node_schema
 from ..timeline import TimelineType
 from .chunk_sampler import ChunkSampler
-from .inputs import run_inputs
 from .live_view import ProgressLine
 from .observer import CutShort, runs_cut_short
-from .request import Request
+from .request import Request, run_inputs
 
 
 class LightForcingSamplerSelect(io.ComfyNode):
