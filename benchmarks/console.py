@@ -126,7 +126,6 @@ def new_console() -> Console:
 
 
 def show(console: Console, result: dict[str, Any], table: Table, lines: list[str]) -> None:
-    """Print the table, the machine and the lines."""
     console.print(table)
     gpu = f", {result['gpu']['name']}" if result["gpu"] else ""
     place = f"{result['machine']}{gpu}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"

@@ -18,7 +18,6 @@ SPARSITIES = chunk_sparsities(CHUNKS * FRAMES, FRAMES, target=FAMILY.target, bas
 
 
 def check_chunk(chunk: int) -> None:
-    """Raise ValueError for a chunk without a sparse arm."""
     if not 2 <= chunk <= CHUNKS:
         raise ValueError(f"chunk {chunk} has no sparse arm; use 2 to {CHUNKS}")
 

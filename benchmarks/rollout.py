@@ -92,7 +92,6 @@ def family_of(bench: RolloutBench) -> Family:
 
 
 def schedule_of(bench: RolloutBench, arm: str, frames: int) -> Schedule:
-    """The schedule of one arm for `frames` video frames."""
     schedule = Schedule.of_family(family_of(bench), latent_frames_of(frames))
     if arm == "even":
         return replace(schedule, curve="constant", base=schedule.target)

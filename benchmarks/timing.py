@@ -22,17 +22,14 @@ def warm_up_rule(repeats: int) -> str:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """The median, and the first and third quartile."""
     return {"median": statistics.median(values), "quartiles": list(map(float, np.quantile(values, (0.25, 0.75))))}
 
 
 def samples_of(arms: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The spread and every sample of each arm, for the record."""
     return {name: spread(seconds) | {"seconds": seconds} for name, seconds in arms.items()}
 
 
 def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The median over rounds of every entry."""
     return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
 
 

@@ -41,7 +41,6 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line."""
     app()
 
 

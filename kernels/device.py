@@ -48,6 +48,5 @@ def current(device: torch.device) -> torch.cuda.device:
 
 
 def require(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """ValueError unless x has this shape and dtype on this device."""
     if x.shape != shape or x.dtype != dtype or x.device != device:
         raise ValueError(f"{name} must be {dtype} {shape} on {device}, not {x.dtype} {tuple(x.shape)} on {x.device}")

@@ -29,7 +29,6 @@ class LayerMemory(NamedTuple):
 
     @property
     def scales(self) -> tuple[Tensor, Tensor] | None:
-        """The scales of 8-bit keys and values, else None."""
         return None if self.key_scales is None or self.value_scales is None else (self.key_scales, self.value_scales)
 
     @property
@@ -39,12 +38,10 @@ class LayerMemory(NamedTuple):
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
-        """Keys and values, and for 8-bit ones their scales."""
         return self.keys, self.values, *(self.scales or ())
 
     @property
     def means(self) -> tuple[Tensor, ...]:
-        """All means that are kept."""
         kept = self.key_means, self.frame_means, self.value_means, self.sub_means
         return tuple(x for x in kept if x is not None)
 

@@ -21,7 +21,6 @@ class Refusal(ValueError):
         return f"{self.field} {self.problem}; {self.remedy}"
 
     def named(self, field: str) -> "Refusal":
-        """The same refusal under another name for the field."""
         return Refusal(field, self.problem, self.remedy)
 
 
@@ -44,12 +43,10 @@ def is_finite(x: Tensor) -> bool:
 
 
 def check_finite(field: str, x: Tensor, remedy: str) -> None:
-    """Refusal unless x is finite."""
     if not is_finite(x):
         raise Refusal(field, "holds NaN or infinity", remedy)
 
 
 def check_choice(field: str, value: str, kind: Any) -> None:
-    """Refusal unless `value` is one of the strings of the Literal type `kind`."""
     if value not in get_args(kind):
         raise Refusal(field, f"{value!r} is not known", f"use one of {', '.join(get_args(kind))}")

@@ -56,7 +56,6 @@ class LightForcingReport(io.ComfyNode):
 
 
 def record_of(samples: dict[str, Any], sampler: Any) -> RunRecord:
-    """The record of the run that made a LATENT. Raises ValueError when there is none."""
     record = getattr(sampler, "record", None) or samples.get(RECORD)
     if not isinstance(record, RunRecord):
         raise ValueError(

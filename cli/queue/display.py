@@ -49,7 +49,6 @@ class Display:
         self._task = self.progress.add_task("connecting")
 
     def __call__(self, name: str, **fields: Any) -> None:
-        """Show one event."""
         if self._json:
             event = {"event": name, "time": round(time.time(), 3), **fields}
             print(json.dumps(event), flush=True)  # ASCII, because a pipe may not be UTF-8 (Windows)

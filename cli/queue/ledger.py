@@ -66,7 +66,6 @@ class Ledger:
         self._db.close()
 
     def states(self) -> dict[str, str]:
-        """Every job's state by its name."""
         return dict(self._db.execute("SELECT name, state FROM jobs"))
 
     def _add(self, jobs: Sequence[Job]) -> None:

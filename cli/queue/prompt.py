@@ -123,7 +123,6 @@ def find_input(prompt: Prompt, target: str) -> tuple[str, str | None]:
 
 
 def read_override(text: str) -> Override:
-    """`node.input=value` as an Override."""
     target, equals, value = text.partition("=")
     if not equals:
         raise UsageError(f"--set {text}: no '=' in it; write NODE.INPUT=VALUE, for example 4.seed=7")

@@ -156,7 +156,6 @@ class ComfyServer:
         return node_error_lines(prompt, self._ask("POST", "/prompt", body).get("node_errors"))
 
     def cancel(self, prompt_id: str) -> None:
-        """Take the prompt out of the queue, and interrupt it if it is running."""
         self._ask("POST", "/queue", {"delete": [prompt_id]})
         self._ask("POST", "/interrupt", {"prompt_id": prompt_id})
 
@@ -169,7 +168,6 @@ class ComfyServer:
         return record
 
     def has_queued(self, prompt_id: str) -> bool:
-        """Whether the prompt is running or waiting."""
         text = self._read("GET", "/queue", None, MOST_QUEUE)
         if b'"queue_pending"' not in text:
             raise self._foreign("/queue")
@@ -298,7 +296,6 @@ class ComfyServer:
             task.cancel()  # after Ctrl-C, or the next request would carry on with it
 
     def _refusal(self, path: str, response: httpx.Response, content: bytes, prompt: Prompt) -> QueueError:
-        """The server's own message for an HTTP error."""
         answer = read_object(content)
         error = mapping(answer.get("error"))
         if error:

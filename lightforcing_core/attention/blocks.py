@@ -56,7 +56,6 @@ class FrameBlocks:
 
     @property
     def padded_tokens_per_frame(self) -> int:
-        """Tokens per frame once its last block is padded to full length."""
         return self.per_frame * self.block
 
     def frames(self, tokens: int) -> int:

@@ -179,7 +179,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor
 
 
 def _check(what: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    """ValueError that begins with `what` unless x has this shape, dtype and device."""
     if x.shape != shape or x.dtype != dtype or x.device != device:
         raise ValueError(
             f"{what} {x.dtype} {tuple(x.shape)} on {x.device}; "
@@ -188,7 +187,6 @@ def _check(what: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, dev
 
 
 def _checked_selection(mask: Tensor | None, selection: BlockSelection | None, call: Call) -> BlockSelection:
-    """The selection, from whichever form was given."""
     if (mask is None) == (selection is None):
         given = "neither" if mask is None else "both"
         raise ValueError(f"pass exactly one of mask and selection, not {given}")

@@ -60,7 +60,6 @@ class FastPath(NamedTuple):
 
     @property
     def failure(self) -> str | None:
-        """Why it failed in this run, or None."""
         return _failures.get(self)
 
     def attempt(self, run: Callable[[], T], instead: str) -> T | None:
@@ -129,7 +128,6 @@ def recording() -> Iterator[None]:
 
 
 def is_recording() -> bool:
-    """Whether this thread is recording a CUDA graph."""
     return getattr(_thread, "recording", False)
 
 

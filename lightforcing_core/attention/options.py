@@ -75,7 +75,6 @@ class AttentionOptions:
 
     @property
     def budget(self) -> FrameBudget:
-        """The past frames that the policy may favour."""
         return FrameBudget(self.keep_frames, self.sink_frames, self.near_frames)
 
     def pools(self, *, sparse: bool) -> Pools:
@@ -87,13 +86,11 @@ class AttentionOptions:
 
 
 def check_backend(backend: str) -> None:
-    """ValueError unless `backend` is "auto" or the name of one."""
     if backend != "auto" and backend not in BACKEND_NAMES:
         raise ValueError(f"unknown attention backend {backend!r}; use 'auto', {', '.join(map(repr, BACKEND_NAMES))}")
 
 
 def check_block(block: tuple[int, int]) -> None:
-    """ValueError unless both sides of a block are powers of two from 16 on."""
     for side, size in zip(("query", "key"), block_pair(block), strict=True):
         if size < 16 or size & (size - 1):
             raise ValueError(f"{side} block of {size} tokens is not a power of two from 16 on; use 64 or 128")

@@ -141,7 +141,6 @@ def read_layout(keys: Iterable[str]) -> Layout | None:
 
 
 def without_wrappers(name: str) -> str:
-    """`name` without the components that FSDP, torch.compile and other wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 

@@ -33,7 +33,6 @@ class _Unfit(ValueError):
 
 
 def looks_like_lora(names: Mapping[str, object]) -> bool:
-    """Whether any of these weights is of a LoRA."""
     return any((match := _match(name)) and match["part"] not in ("alpha", "rescale") for name in names)
 
 

@@ -60,7 +60,6 @@ def missing_folders(folder: Path) -> list[Path]:
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove the empty folders among `folders`."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

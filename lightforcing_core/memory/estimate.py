@@ -46,7 +46,6 @@ class ModelSize:
 
     @classmethod
     def of_module(cls, dit: Any) -> "ModelSize":
-        """The sizes of a loaded module tree, ours or ComfyUI's."""
         block = dit.blocks[0]
         return cls(
             dim=dit.dim,
@@ -92,7 +91,6 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The peak, in bytes."""
         work = self.step + self.decode if self.overlapped else max(self.step, self.decode)
         return self.weights + self.vae + self.cache + self.prompt + self.history + self.graph + work
 
@@ -101,7 +99,6 @@ class MemoryEstimate:
         return replace(self, overlapped=overlap, graph=self.step if cuda_graph else 0)
 
     def __str__(self) -> str:
-        """One line for a log, a node or the command line."""
         parts = {"weights": self.weights, "KV cache": self.cache, "one step": self.step + self.prompt}
         if self.vae:
             parts |= {"VAE": self.vae, "overlapped decode" if self.overlapped else "decode": self.decode + self.history}
@@ -307,5 +304,4 @@ class AllocationPeak(TorchDispatchMode):
 
 
 def gib(size: int) -> str:
-    """Bytes in GiB, for a sentence."""
     return f"{size / 2**30:.2f}"

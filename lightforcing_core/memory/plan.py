@@ -49,12 +49,10 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """The peak in bytes, latents included."""
         return self.estimate.total + (self.latents if self.latents_on_device else 0)
 
     @property
     def fits(self) -> bool:
-        """Whether the peak and the headroom for an allocator's waste are free."""
         return self.needed * (1 + HEADROOM) <= self.free
 
     @property
@@ -70,7 +68,6 @@ class MemoryPlan:
         return [words for words, differs in choices.items() if differs]
 
     def __str__(self) -> str:
-        """One line: the bytes needed and free, and the choices made."""
         line = f"{self.estimate}, {gib(self.free)} GiB free"
         if self.given_up:
             line += f": {', '.join(self.given_up)} (without: {gib(self.before.total + self.latents)} GiB)"

@@ -251,7 +251,6 @@ def _prepare(
 def _self_attention(
     attention: Any, x: Tensor, layer: int, rope: RopeTable, state: ModelState, watch: Watch | None
 ) -> Tensor:
-    """Self-attention of the chunk over all visible frames."""
     options, chunk, layout = state.attention, state.chunk, state.cache.layout
     plan, chosen = chunk.attention.plan, chunk.attention.choice
     q, q_means = fused.store(attention, x, layer, state.cache, rope, options.block[0])

@@ -106,7 +106,6 @@ class CudaRecording:
         self._done.record(torch.cuda.current_stream(self._device))
 
     def free(self) -> None:
-        """Give its memory back to the pool."""
         self._done.synchronize()  # a running graph must not be destroyed; this one ended about a pass ago
         self._graph.reset()
         self._alive.discard(self)

@@ -99,7 +99,6 @@ class StepGraph:
         return self._first_launch(call)
 
     def free(self) -> None:
-        """Free all memory."""
         self._forget()
         self._free_spent()
 
@@ -208,5 +207,4 @@ class _Recorded:
 
 
 def _addresses(tree: nn.Module) -> tuple[int, ...]:
-    """The addresses of all weights and buffers."""
     return tuple(tensor.data_ptr() for tensor in itertools.chain(tree.parameters(), tree.buffers()))

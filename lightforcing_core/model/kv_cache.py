@@ -45,7 +45,6 @@ class KVCache:
 
     @property
     def current_frames(self) -> list[int]:
-        """Global indices of the current chunk's frames."""
         return [self.slot_frames[slot] for slot in self._current]
 
     def open(self, frames: int) -> None:
@@ -125,7 +124,6 @@ class KVCache:
         self._committed = True
 
     def free(self) -> None:
-        """Free all memory; the cache cannot be used afterwards."""
         self.storage.free()
         self._sink_keys.clear()
 

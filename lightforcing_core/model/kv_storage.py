@@ -70,7 +70,6 @@ class CacheShape:
 
     @property
     def layout(self) -> FrameBlocks:
-        """How a frame's keys fall into blocks."""
         return FrameBlocks(self.tokens_per_frame, self.block_k)
 
     def rows(self, per_slot: int) -> tuple[int, int, int, int]:
@@ -139,7 +138,6 @@ class KVStorage:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of pinned CPU memory."""
         return sum(_bytes(layer.stored) for layer in self._layers) if self._stage else 0
 
     def at(self, layer: int) -> LayerMemory:
@@ -174,7 +172,6 @@ class KVStorage:
             self._ready[layer % len(self._stage)] = self._copier.record_event()
 
     def free(self) -> None:
-        """Free all memory."""
         self._layers.clear()
         if self._host is not None:
             if self._copier is not None:

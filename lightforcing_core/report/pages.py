@@ -91,7 +91,6 @@ def _title(record: RunRecord) -> str:
 
 
 def _layer_lines(record: RunRecord) -> list[str]:
-    """Density per layer if layers differ."""
     if all(max(chunk.layer_density) - min(chunk.layer_density) < 1e-6 for chunk in record.chunks):
         return [f"all {record.layers} layers read the same share"]
     layers = enumerate(zip(*(chunk.layer_density for chunk in record.chunks), strict=True))
@@ -129,7 +128,6 @@ def _figure(title: str) -> "Figure":
 
 
 def _image_of(figure: "Figure") -> Image.Image:
-    """A matplotlib figure as an RGB image, without a window or a file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)

@@ -53,7 +53,6 @@ class OverlappedDecoder:
         return frames
 
     def rest(self) -> list[Tensor]:
-        """Wait for all remaining frames and return them."""
         return [self._next() for _ in range(len(self._coming))]
 
     def _next(self) -> Tensor:
@@ -107,11 +106,9 @@ class Pending:
     done: torch.cuda.Event
 
     def is_there(self) -> bool:
-        """Whether `wait` returns at once."""
         return bool(self.done.query())
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """Wait for frames and extremes. Raises any error of the device."""
         self.done.synchronize()
         return self.frames, self.extremes
 

@@ -109,11 +109,9 @@ class StreamingDecoder:
         return frames.sub_(self._lowest).div_(1 - self._lowest).clamp_(0, 1)
 
     def check(self, extremes: Tensor) -> None:
-        """Raise ValueError unless the `extremes` of frames are finite."""
         check_finite("the decoded video", extremes, _remedy(self._place[0]))
 
     def _accept(self, latents: Tensor, trusted: bool) -> None:
-        """Raise unless `latents` can continue the clip."""
         if self._broken:
             raise RuntimeError("an earlier decode() of this clip failed; call reset() and decode from its first frame")
         shape = tuple(latents.shape)
@@ -276,7 +274,6 @@ def _place(vae: Tree, dtype: torch.dtype | None, device: torch.device | str | No
 
 
 def _check_wan_vae(vae: Tree, way_out: str) -> None:
-    """Raise ValueError unless the module tree is a Wan 2.1 VAE's."""
     if not isinstance(getattr(vae, "conv2", None), nn.Conv3d) or not hasattr(vae.decoder, "upsamples"):
         raise ValueError(f"{type(vae).__name__} is not a Wan VAE (no conv2, decoder.upsamples); {way_out}")
     channels, colours = vae.conv2.in_channels, vae.decoder.head[-1].out_channels

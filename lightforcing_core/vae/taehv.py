@@ -42,7 +42,6 @@ def is_tae(module: nn.Module) -> bool:
 
 
 def check_tae(tae: Any) -> None:
-    """Raise ValueError unless a TAE is one of Wan 2.1."""
     convolutions = [layer for layer in tae.decoder if isinstance(layer, nn.Conv2d)]
     latent, colours = convolutions[0].in_channels, convolutions[-1].out_channels
     if latent != LATENT_CHANNELS:

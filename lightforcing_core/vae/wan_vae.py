@@ -110,7 +110,6 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, T, H, W] → the same shape."""
         frames, height = x.shape[2], x.shape[3]
         flat = rearrange(x, "b c t h w -> (b t) c h w")
         # The fused attention kernels want each token's channels side by side in memory.

@@ -52,12 +52,10 @@ class Settings:
 
 
 def settings_of(model: ModelPatcher) -> Settings | None:
-    """The patch's settings on a MODEL, None on one without the patch."""
     return model.get_attachment(KEY)
 
 
 def required_settings(model: ModelPatcher) -> Settings:
-    """The patch's settings on a MODEL. Raises ValueError for one without the patch."""
     settings = settings_of(model)
     if settings is None:
         raise ValueError(

@@ -214,7 +214,6 @@ class Budget:
         self._begun, self._shown, self.spent = time.perf_counter(), -math.inf, 0.0
 
     def allows(self) -> bool:
-        """Whether a picture may be made now."""
         now = time.perf_counter()
         return now - self._shown >= PAUSE and self.spent <= SHARE * (now - self._begun)
 

@@ -170,11 +170,9 @@ class FrameDecoder:
         return [self._kept(pixels) for pixels in self._line.put(latents, normalised=normalised)]
 
     def arrived(self) -> list[Tensor]:
-        """Video frames that have become ready since the last call."""
         return [self._kept(pixels) for pixels in self._line.arrived()] if self._line else []
 
     def rest(self) -> list[Tensor]:
-        """All video frames that are still being decoded; waits for them."""
         return [self._kept(pixels) for pixels in self._line.rest()] if self._line else []
 
     def drop(self) -> None:

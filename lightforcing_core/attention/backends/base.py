@@ -53,22 +53,18 @@ class Call:
 
     @property
     def q_blocks(self) -> int:
-        """Query blocks per head."""
         return self.q_layout.frames(self.q.shape[1]) * self.q_layout.per_frame
 
     @property
     def k_blocks(self) -> int:
-        """Key blocks per head."""
         return self.k_layout.frames(self.k.shape[1]) * self.k_layout.per_frame
 
     @property
     def score_scale(self) -> float:
-        """The factor of the scores."""
         return float(self.q.shape[-1] ** -0.5) if self.scale is None else self.scale
 
     @property
     def needs_grad(self) -> bool:
-        """Whether autograd needs a backward pass."""
         return torch.is_grad_enabled() and any(x.requires_grad for x in (self.q, self.k, self.v))
 
     @property
@@ -79,12 +75,10 @@ class Call:
         return self.selection
 
     def path(self, kind: str) -> FastPath:
-        """The fast path of one kind for this call."""
         detail = (self.k.dtype, self.tail is not None)
         return FastPath(f"attention: {kind}", self.q.device, self.q.dtype, self.block, self.q.shape[-1], detail)
 
     def heads(self, heads: slice) -> "Call":
-        """The same call for some of the heads."""
 
         def cut(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
             return None if pair is None else (pair[0][:, :, heads], pair[1][:, :, heads])
