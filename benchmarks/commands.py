@@ -6,7 +6,7 @@ The measurements are imported when a command runs, because they need torch.
 import typer
 
 from .console import Measured, measurement, milliseconds, new_table, ratio_text
-from .settings import REAL_LAYERS, AttentionBench, RolloutBench, Say, StepBench
+from .settings import AttentionBench, RolloutBench, Say, StepBench
 
 app = typer.Typer(no_args_is_help=True, help="Measure dense against sparse on this machine, both in one process.")
 
@@ -48,9 +48,6 @@ def step(bench: StepBench, say: Say) -> Measured:
     lines = [f"sparse forward: {ratio_text(result['ratio'])} as fast as dense"]
     for name, found in result["graph_ratio"].items():
         lines.append(f"{name} forward as a CUDA graph: {ratio_text(found)} as fast as without")
-    if layers != REAL_LAYERS:
-        dense, sparse = (f"{arm} {result['scaled_to_30_layers'][arm]:.2f} s" for arm in arms)
-        lines.append(f"extrapolated from {layers} to {REAL_LAYERS} layers, not measured: {dense}, {sparse}")
     return result, table, lines
 
 

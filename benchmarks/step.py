@@ -1,6 +1,5 @@
 """`bench step`: one forward of one chunk, dense and sparse, stage by stage."""
 
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -83,7 +82,6 @@ def run_step(bench: StepBench) -> dict[str, Any]:
         "graph_ratio": {name: ratio(samples[name], samples[f"{name}, graph"]) for name in graphs},
         "arms": samples_of(samples),
         "stages": stages,
-        "scaled_to_30_layers": {name: _scaled(layers, samples[name], stages[name]) for name in arms},
     }
 
 
@@ -147,9 +145,3 @@ def _hooked(clock: StageClock, dit: Any, state: ModelState) -> Iterator[None]:
         for module in (dit.patch_embedding, dit.time_embedding, dit.time_projection, dit.head.head):
             hook(module, "forward", "embedding and head")
         yield
-
-
-def _scaled(layers: int, seconds: list[float], stages: dict[str, float]) -> float:
-    """Seconds of 30 layers: the measured ones times 30 / `layers`, the rest once."""
-    outside = stages.get("embedding and head", 0.0)
-    return (statistics.median(seconds) - outside) * REAL_LAYERS / layers + outside
