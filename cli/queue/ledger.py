@@ -15,7 +15,6 @@ from .jobs import Job
 from .prompt import UsageError
 
 FILE_NAME = "queue.sqlite3"
-OLD_FILE_NAME = "queue.jsonl"  # of version 0.2
 TABLE = """CREATE TABLE IF NOT EXISTS jobs (
     name TEXT PRIMARY KEY, digest TEXT NOT NULL, state TEXT NOT NULL,
     prompt_id TEXT, client_id TEXT, error TEXT
@@ -39,11 +38,6 @@ class Ledger:
     def __init__(self, folder: Path | None, jobs: Sequence[Job]) -> None:
         self.path = None if folder is None else folder / FILE_NAME
         if folder is not None and not (folder / FILE_NAME).exists():
-            if (folder / OLD_FILE_NAME).exists():
-                raise UsageError(
-                    f"{folder / OLD_FILE_NAME} is the journal of a batch that only version 0.2 can continue; "
-                    f"finish it with 0.2, or choose another --out to run all of its prompts again"
-                )
             _check_free(folder / job.name for job in jobs)
         self._db = sqlite3.connect(self.path or ":memory:", timeout=0, isolation_level=None)
         try:

@@ -50,12 +50,3 @@ def test_foreign_folder_in_the_way_is_refused(tmp_path, state):
     with pytest.raises(UsageError, match="exists already and is not from this batch; choose another --out"):
         Ledger(tmp_path, [DOG])
     assert (tmp_path / "queue.sqlite3").exists() == (state == "failed")
-
-
-def test_batch_of_version_0_2_is_neither_gone_on_with_nor_done_again(tmp_path):
-    (tmp_path / "queue.jsonl").write_text('{"journal": 1, "client": "c", "digests": {}}\n')
-    with pytest.raises(UsageError) as caught:
-        Ledger(tmp_path, [DOG])
-    assert "is the journal of a batch that only version 0.2 can continue" in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["queue.jsonl"]
