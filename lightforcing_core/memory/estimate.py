@@ -55,13 +55,6 @@ class ModelSize:
             weight_bytes=sum(tensor.nbytes for tensor in (*dit.parameters(), *dit.buffers())),
         )
 
-    @classmethod
-    def of_wan(
-        cls, *, dim: int, ffn_dim: int, layers: int, text_dim: int = 4096, dtype: torch.dtype = torch.bfloat16
-    ) -> "ModelSize":
-        """A Wan 2.1 T2V model of these widths, all weights in `dtype` but the patch embedding, which is float32."""
-        return cls.of_module(_meta_wan(dim, ffn_dim, layers, text_dim, dtype))
-
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -189,7 +182,7 @@ class _DryRun:
         """Bytes of one forward's activations, and of the prompt's keys and values."""
         layers = 2  # the second call finds the memory that the first one keeps
         model, dtype, batch = self.model, self.shape.dtype, self.latents[0]
-        dit = _meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, dtype)
+        dit = meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, dtype)
         state = _DryState(self.cache(layers), self.options, self._attend)
         state.open_chunk(self.latents[2], 0.0, "meta")
         timestep = torch.empty(batch, device="meta")
@@ -259,7 +252,7 @@ class _DryState(ModelState):
         return out
 
 
-def _meta_wan(dim: int, ffn_dim: int, layers: int, text_dim: int, dtype: torch.dtype) -> Wan:
+def meta_wan(dim: int, ffn_dim: int, layers: int, text_dim: int, dtype: torch.dtype) -> Wan:
     with torch.device("meta"):
         tree = Wan(dim=dim, ffn_dim=ffn_dim, num_layers=layers, text_dim=text_dim).to(dtype)
         tree.patch_embedding.float()

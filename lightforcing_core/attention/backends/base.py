@@ -79,7 +79,6 @@ class Call:
         return FastPath(f"attention: {kind}", self.q.device, self.q.dtype, self.block, self.q.shape[-1], detail)
 
     def heads(self, heads: slice) -> "Call":
-
         def cut(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
             return None if pair is None else (pair[0][:, :, heads], pair[1][:, :, heads])
 

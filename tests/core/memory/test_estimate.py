@@ -7,13 +7,19 @@ import torch
 
 from laboratory.memory import MemoryCase, estimated, measured_peak
 from lightforcing.benchmarks.settings import Model, Picture
-from lightforcing.lightforcing_core.memory.estimate import AllocationPeak, MemoryEstimate, ModelSize, estimate
+from lightforcing.lightforcing_core.memory.estimate import (
+    AllocationPeak,
+    MemoryEstimate,
+    ModelSize,
+    estimate,
+    meta_wan,
+)
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.refusal import Refusal
 from lightforcing.lightforcing_core.rollout.recipe import Guidance, Recipe, few_step_sigmas
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
-TINY = ModelSize.of_wan(dim=256, ffn_dim=512, layers=3, text_dim=64)
+TINY = ModelSize.of_module(meta_wan(256, 512, 3, 64, torch.bfloat16))
 SPARSE = {"target": 0.5, "base": 0.7}
 WINDOW = Schedule(9, window=6, sink_frames=1, sink_rope="follow", **SPARSE)
 
@@ -82,7 +88,7 @@ def test_weights_are_those_of_the_module():
 
 
 def test_real_model_is_known_from_its_widths_alone():
-    size = ModelSize.of_wan(dim=1536, ffn_dim=8960, layers=30)
+    size = ModelSize.of_module(meta_wan(1536, 8960, 30, 4096, torch.bfloat16))
     case = MemoryCase("real", Schedule(21, target=0.88, base=0.98), Picture(480, 832))
     expected = estimate(size, case.recipe(case.schedule, torch.bfloat16, "meta"), vae_dim=24)
     assert size.weight_bytes == pytest.approx(2 * 1.419e9, rel=0.001)  # 1.3B's 1,418,996,800 parameters

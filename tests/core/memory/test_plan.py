@@ -10,12 +10,12 @@ import torch
 
 from laboratory.memory import MemoryCase
 from lightforcing.benchmarks.settings import Picture
-from lightforcing.lightforcing_core.memory.estimate import ModelSize, estimate
+from lightforcing.lightforcing_core.memory.estimate import ModelSize, estimate, meta_wan
 from lightforcing.lightforcing_core.memory.plan import HEADROOM, plan_memory
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
-WAN = ModelSize.of_wan(dim=1536, ffn_dim=8960, layers=30)
+WAN = ModelSize.of_module(meta_wan(1536, 8960, 30, 4096, torch.bfloat16))
 
 
 @pytest.fixture(scope="module")
