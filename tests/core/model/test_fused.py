@@ -41,12 +41,12 @@ def ran(monkeypatch):
     return calls
 
 
-def video(dit, *, growth=(0.0, 0.5, 0.6), kv=None, window=None, sinks=0, sink_rope="fixed", **options):
-    """Latents of three chunks of 2 frames; 35 tokens per frame in blocks of 16, so blocks are ragged."""
+def video(dit, *, growth=(0.0, 0.5, 0.6), size=(10, 14), kv=None, window=None, sinks=0, sink_rope="fixed", **options):
+    """Latents of three chunks of 2 frames; 35 tokens per frame by default, in blocks of 16, so blocks are ragged."""
     chunks = roll(
         dit,
         torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1)),
-        latent_shape=(1, 16, 6, 10, 14),
+        latent_shape=(1, 16, 6, *size),
         frames_per_chunk=2,
         sigmas=few_step_sigmas((1000,)),
         growth=growth,
@@ -101,7 +101,7 @@ def test_weights_of_another_dtype_are_left_alone(dit, ran):
 
 @pytest.mark.parametrize(("kernel", "function"), [(store, "fused_store"), (modulation, "gated_add")])
 def test_a_kernel_that_fails_is_replaced_for_the_run_with_one_warning(dit, ran, monkeypatch, caplog, kernel, function):
-    want = video(dit)
+    want = video(dit, size=(4, 10))
     tries = []
 
     def broken(*arguments, **options):
@@ -110,7 +110,7 @@ def test_a_kernel_that_fails_is_replaced_for_the_run_with_one_warning(dit, ran, 
 
     monkeypatch.setattr(kernel, function, broken)
     with caplog.at_level(logging.WARNING):
-        got = video(dit)
+        got = video(dit, size=(4, 10))
     assert len(tries) == 1
     (record,) = [record for record in caplog.records if "fused" in record.message]
     assert "unsupported toolchain" in record.message
