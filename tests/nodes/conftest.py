@@ -62,8 +62,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     i2v["patch_embedding.weight"] = torch.randn(256, 36, 1, 2, 2) * 0.1
     save_file(i2v, folders["diffusion_models"] / "wan_i2v.safetensors")
     save_file({"a.weight": torch.zeros(4, 4)}, folders["diffusion_models"] / "no_wan.safetensors")
-    whole = (folders["diffusion_models"] / "tiny_wan.safetensors").read_bytes()
-    (folders["diffusion_models"] / "truncated.safetensors").write_bytes(whole[: len(whole) // 2])
     save_file(random_vae_state_dict(dim=8, seed=3), folders["vae"] / "tiny_lightvae.safetensors")
     metadata = {"format": "light_forcing_text_embeds", "entries": json.dumps([{"pooled_output": None}])}
     for seed, name in ((5, EMBEDS), (6, OTHER_EMBEDS)):

@@ -71,8 +71,7 @@ class FakeComfy:
                 raise web.HTTPUnauthorized
             if self.requests[-1] in self.answers:
                 status, body = self.answers[self.requests[-1]]
-                headers = {"Location": "https://elsewhere"} if status == 301 else {}
-                return web.Response(status=status, body=body, headers=headers)
+                return web.Response(status=status, body=body)
             answer = await handler(request)
             if self.lose_next_answer_to == self.requests[-1]:
                 self.lose_next_answer_to = None

@@ -203,8 +203,13 @@ RECORDS = {  # each with the run's end
     "equal outputs": (listed(*[{}] * 5000), "done"),
     "long name": (listed({"filename": "x" * 300}), "failed"),
     "long path": (listed({"subfolder": "x/" * 600}), "failed"),
-    "surrogate": (listed({"filename": "a\ud800.txt"}), "done"),
-    "outside": (listed({"filename": "../../evil", "subfolder": "/etc/.."}, {"filename": "C:\\x\0"}), "done"),
+    "outside": (
+        listed(
+            *({"filename": name} for name in ("C:\\x\0", "..", "a\ud800\n.txt")),
+            {"filename": "../../evil", "subfolder": "/etc/.."},
+        ),
+        "done",
+    ),
     "cached": (records(outputs={}, status={"messages": [["execution_cached", {"nodes": [*"1234"]}]]}), "failed"),
 }
 MODES = {"good": ({}, "done")}

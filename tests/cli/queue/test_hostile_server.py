@@ -85,7 +85,7 @@ def test_every_run_ends_in_time_with_clear_messages_and_inside_its_folder(monkey
     assert strayed == []
     assert os.listdir(tmp_path) == ["out"]
     written = {path.name for mode in os.listdir(out) for path in (out / mode / "0001").rglob("*") if path.is_file()}
-    assert written == {"clip.txt", "a_.txt", "evil", "x_", "['x']"}
+    assert written == {"clip.txt", "a__.txt", "evil", "x_", "unnamed", "['x']"}
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="measures as Linux does")

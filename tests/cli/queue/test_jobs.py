@@ -108,7 +108,6 @@ def test_prompt_file_has_a_prompt_per_line(tmp_path, name, content, lines):
         ("a.jsonl", b'{"seed": "1"}', "line 1: 'seed' may not be '1'"),
         ("a.jsonl", b'{"seed": true}', "line 1: 'seed' may not be True"),
         ("a.jsonl", b"a dog", "line 1: Expecting value"),
-        ("a.jsonl", b'["a dog"]', "line 1: not an object with any of text, name, seed, set"),
         ("a.txt", "a dog".encode("utf-16"), "as UTF-8 text"),
     ],
 )
@@ -201,7 +200,6 @@ def test_workflow_is_read_from_the_api_form_and_its_envelope(tmp_path, document)
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[" * 200_000, "is not JSON"),
         ("{}", "is no ComfyUI workflow"),
         ('{"1": {"class_type": 7}}', "is no ComfyUI workflow"),
         ('{"nodes": [{"id": 1}], "links": []}', r"choose File → Export Workflow \(API\), and queue that file"),

@@ -2,7 +2,6 @@
 
 import pytest
 
-from lightforcing.cli.queue import server as queue_server
 from lightforcing.cli.queue.prompt import UsageError
 from lightforcing.cli.queue.run import output_files
 from lightforcing.cli.queue.server import ComfyServer, QueueError, RemoteFile, ServerBusy, ServerUnreachable
@@ -98,17 +97,13 @@ def test_proxy_is_not_asked_for_this_machine(comfy, monkeypatch):
 @pytest.mark.parametrize(
     ("status", "body", "kind", "message"),
     [
-        (301, b"", QueueError, "/history/7f2c answers HTTP 301 Moved Permanently: https://elsewhere$"),
         (404, b"404: Not Found", QueueError, r"/history/7f2c answers HTTP 404 Not Found: 404: Not Found$"),
         (503, b"", ServerBusy, "/history/7f2c answers HTTP 503"),
         (200, b"<html>", ServerUnreachable, "does not answer as ComfyUI does; is it a ComfyUI server"),
-        (200, b'{"a": "' + b"x" * 2000 + b'"}', QueueError, "an answer of .* is larger than 1000 bytes"),
         (400, b"x" * 2000, QueueError, "answers HTTP 400 Bad Request: x{300}$"),
     ],
 )
-def test_answers_of_no_use_are_refused(comfy, server, monkeypatch, status, body, kind, message):
-    if b"x" in body:
-        monkeypatch.setattr(queue_server, "MOST_JSON", 1000)
+def test_answers_of_no_use_are_refused(comfy, server, status, body, kind, message):
     comfy.answers = {"history": (status, body)}
     with pytest.raises(kind, match=message):
         server.history("7f2c")
@@ -134,16 +129,3 @@ def test_download_is_whole_and_overwrites_nothing(comfy, server, tmp_path):
     assert (tmp_path / paths[1]).read_bytes() == b"frames" * 1000
 
 
-@pytest.mark.parametrize(
-    ("filename", "subfolder", "expected"),
-    [
-        ("../../etc/passwd", "", "etc/passwd"),
-        ("a.mp4", "/root/..", "root/a.mp4"),
-        ("a.mp4", "C:\\x", "C_/x/a.mp4"),
-        ("..", "", "unnamed"),
-        ("a\0b\n.mp4", "", "a_b_.mp4"),
-        ("a\ud800.mp4", "", "a_.mp4"),
-    ],
-)
-def test_server_cannot_write_outside_the_folder(filename, subfolder, expected):
-    assert RemoteFile(filename, subfolder, "output").relative_path.as_posix() == expected

@@ -13,48 +13,29 @@ from ...support.graphs import (
     change,
     core_loader,
     custom_graph,
-    empty,
     graph,
     link,
     load_state,
     loader,
-    save_state,
     schedule,
     text,
-    video_output,
 )
-
-
-class Payload:
-    """A pickle that would create a file where it is loaded carelessly."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 @pytest.fixture(scope="module")
 def bad_files(models):
-    """More broken and foreign files than `models` has; the path that the malicious one would write."""
+    """More broken and foreign files than `models` has."""
     folder = models / "models" / "diffusion_models"
     good = load_file(folder / "tiny_wan.safetensors")
-    whole = (folder / "tiny_wan.safetensors").read_bytes()
-    save_file({**good, "vace_patch_embedding.weight": torch.zeros(256, 96, 1, 2, 2)}, folder / "wan_vace.safetensors")
     wide = {"patch_embedding.weight": torch.zeros(256, 48, 1, 2, 2)}
     wide |= {"head.head.weight": torch.zeros(192, 256), "head.head.bias": torch.zeros(192)}
     save_file({**good, **wide}, folder / "wan_ti2v_5b.safetensors")
-    trap = models / "owned"
-    torch.save({"generator": Payload(trap)}, folder / "malicious.pt")
-
     embeds = models / "models" / "text_embeds"
     cond = torch.zeros(1, 512, 4096)
     cond[:, 0] = 1.0
     metadata = {"format": "light_forcing_text_embeds", "entries": json.dumps([{}])}
     save_file({"0.cond": cond}, embeds / "empty.safetensors", metadata=metadata)
     save_file({"weight": torch.zeros(2)}, embeds / "foreign.safetensors")
-    (embeds / "cut.safetensors").write_bytes((embeds / EMBEDS).read_bytes()[:1000])
     for name, value in (("nan", float("nan")), ("full", 1.0)):
         latent = {"latent_tensor": torch.full((1, 16, 6, 8, 12), value), "latent_format_version_0": torch.zeros(0)}
         save_file(latent, models / "input" / f"{name}.latent")
@@ -63,8 +44,6 @@ def bad_files(models):
     states = models / "output" / "light_forcing" / "bad"
     states.mkdir(parents=True)
     save_file({"weight": torch.zeros(2)}, states / "foreign.safetensors")
-    (states / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    return trap
 
 
 def load_latent(name):
@@ -115,10 +94,6 @@ def with_end(name, model=None, **options):
     return {**graph({"model": model or loader()}, end_latent=link("end"), **options), "end": load_latent(name)}
 
 
-def with_state(state, **options):
-    return {**graph({"model": loader()}, state=link("state"), **options), "state": state}
-
-
 def start_image_twice():
     nodes = {
         "vae": {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}},
@@ -154,35 +129,18 @@ def saved_as(name):
 
 CASES = {
     "no Wan at all": (lambda: with_file("no_wan.safetensors"), ["no_wan.safetensors"]),
-    "truncated file": (lambda: with_file("truncated.safetensors"), ["truncated.safetensors"]),
-    "malicious pickle": (lambda: with_file("malicious.pt"), ["malicious.pt"]),
     "Wan I2V": (lambda: with_file("wan_i2v.safetensors"), ["wan_i2v.safetensors", "36"]),
-    "Wan VACE": (lambda: with_file("wan_vace.safetensors"), ["wan_vace.safetensors", "VACE"]),
-    "Wan 2.2 5B": (lambda: with_file("wan_ti2v_5b.safetensors"), ["wan_ti2v_5b.safetensors", "48"]),
     "Wan I2V through Apply": (lambda: through_apply("wan_i2v.safetensors"), ["36 channels"]),
     "Wan 2.2 5B through Apply": (lambda: through_apply("wan_ti2v_5b.safetensors"), ["Wan 2.1 text-to-video"]),
     "unpatched model": (lambda: graph({"model": core_loader("tiny_wan.safetensors")}), ["Light Forcing Apply"]),
-    "height not a multiple of 16": (
-        lambda: graph({"model": loader()}, latent=empty(height=72)),
-        ["height 72", "64 or 80"],
-    ),
     "schedule for another length": (lambda: with_schedule(33), ["33 video frames", "21"]),
-    "length not 1 + 4k": (lambda: with_schedule(20), ["length 20", "17 or 21"]),
-    "zero frames": (lambda: with_schedule(0), ["length"]),
-    "zero latent frames": (lambda: graph({"model": loader()}, latent=empty(length=0)), ["length"]),
     "chunks of another kind of checkpoint": (
         lambda: with_schedule(models={"model": loader(family="causal_forcing_framewise")}),
         ["chunks of 3", "frame by frame", "unknown"],
     ),
-    "target above 1": (lambda: with_schedule(target=1.5), ["target", "1.5"]),
-    "target above base": (lambda: with_schedule(target=0.8, base=0.7), ["base 0.7", "0.8"]),
-    "window shorter than a chunk": (lambda: with_schedule(window=2), ["window 2", "3"]),
-    "unknown backend": (lambda: graph({"model": loader(backend="magic")}), ["backend", "magic"]),
     "backend that cannot run": (lambda: graph({"model": loader(backend="triton")}), ["triton"]),
     "empty prompt": (lambda: {**graph({"model": loader()}), "text": text("empty.safetensors")}, ["prompt is empty"]),
-    "damaged embeddings": (lambda: {**graph({"model": loader()}), "text": text("cut.safetensors")}, ["cut.safetens"]),
     "foreign embeddings": (lambda: {**graph({"model": loader()}), "text": text("foreign.safetensors")}, ["foreign"]),
-    "name outside the folder": (lambda: saved_as("../../escape"), ["../../escape"]),
     "NaN latent": (lambda: graph({"model": loader()}, latent=load_latent("nan.latent")), ["latent", "NaN"]),
     "NaN start": (
         lambda: {**graph({"model": loader()}, start_latent=link("start")), "start": load_latent("nan.latent")},
@@ -196,38 +154,23 @@ CASES = {
         lambda: {**graph({"model": loader()}, start_latent=link("start")), "start": load_latent("full.latent")},
         ["6", "longer"],
     ),
-    "start of another size": (
-        lambda: {
-            **graph({"model": loader()}, latent=empty(width=64), start_latent=link("start")),
-            "start": load_latent("full.latent"),
-        },
-        ["96×64", "64×64"],
-    ),
     "NaN end": (lambda: with_end("nan.latent"), ["end_latent", "NaN"]),
-    "end of another size": (lambda: with_end("end.latent", latent=empty(width=64)), ["96×64", "64×64", "resize"]),
     "end longer than a chunk": (lambda: with_end("full.latent"), ["6 latent frames", "at most 2", "last 8 frames"]),
     "end for a frame-wise model": (
         lambda: with_end("end.latent", loader(family="causal_forcing_framewise")),
         ["end_latent", "frame-wise", "chunk-wise checkpoint"],
     ),
-    "no room before the end": (lambda: with_end("end.latent", latent=empty(25)), ["25 frames", "33 frames long"]),
     "noise mask": (masked, ["mask"]),
     "a guider with two strengths": (two_strengths, ["DualCFG", "CFGGuider"]),
-    "cfg without a negative prompt": (lambda: graph({"model": loader()}, cfg=3.0), ["cfg 3", "negative prompt"]),
     "two prompts on one chunk": (lambda: with_timeline(0.6, 0.8), ["0.8 s", "chunk 1 (0.56 to 1.31 s)", "0.6 s"]),
     "a prompt on the first chunk": (lambda: with_timeline(0.2), ["0.2 s", "chunk 0", "own prompt"]),
     "a prompt behind the end": (lambda: with_timeline(9.0), ["9 s", "ends at 1.31 s", "longer"]),
-    "seeds that are no numbers": (lambda: graph({"model": loader()}, chunk_seeds="1: x"), ["chunk_seeds", "'1: x'"]),
     "seed without a chunk": (lambda: graph({"model": loader()}, chunk_seeds="12"), ["chunk_seeds", "4: 123"]),
-    "sparsity of a chunk that is not there": (lambda: with_schedule(sparsity="7: 0.5"), ["chunk 7", "0 to 1"]),
     "sparsity above 1": (lambda: with_schedule(sparsity="1: 1.5"), ["sparsity 1.5", "chunk 1"]),
-    "video file without a VAE": (
-        lambda: {**graph({"model": loader()}, video_output=link("video")), "video": video_output("video/x")},
-        ["video_output", "connect Load VAE"],
+    "state that is none": (
+        lambda: {**graph({"model": loader()}, state=link("state")), "state": load_state("bad/foreign.safetensors")},
+        ["foreign", "no run state"],
     ),
-    "state name outside the folder": (lambda: with_state(save_state("../../escape")), ["../../escape"]),
-    "state that is none": (lambda: with_state(load_state("bad/foreign.safetensors")), ["foreign", "no run state"]),
-    "state cut in two": (lambda: with_state(load_state("bad/cut.safetensors")), ["cut.safetensors", "cut short"]),
     "two start images": (start_image_twice, ["start_latent", "ARVideoI2V"]),
     "frames without a VAE": (create_video, ["IMAGE", "CreateVideo", "vae"]),
     "a shift of 0": (no_shift, ["shift 0", "ModelSamplingSD3"]),
@@ -243,10 +186,9 @@ def test_message_names_the_thing_and_the_way_out(server, bad_files, case):
         assert part in message, message
     assert len(message) < 600, message
     assert "Traceback" not in message
-    assert not bad_files.exists()
 
 
 def test_nothing_half_written_stays(server, bad_files, models):
-    server.error_of(saved_as("../../escape"))
+    assert "../../escape" in server.error_of(saved_as("../../escape"))
     assert not list(models.glob("**/*escape*"))
     assert not list((models / "models" / "text_embeds").rglob(".*"))
