@@ -77,6 +77,8 @@ def in_diffusers_names(weights):
                 for attention in ("attn1", "attn2")
                 for letter in "qkv"
             ),
+            ("attn2.k_img.", "attn2.add_k_proj."),
+            ("img_emb.", "condition_embedder.image_embedder."),
             ("attn1.o.", "attn1.to_out.0."),
             ("attn2.o.", "attn2.to_out.0."),
         ):

@@ -122,12 +122,3 @@ def test_quickstart_asks_for_what_its_shipped_model_makes():
     assert by_type["LightForcingModelLoader"]["model_name"] == Path(DIT).name
     assert by_type["VAELoader"]["vae_name"] == Path(VAE).name
     assert sum((SHIPPED / name).stat().st_size for name in (DIT, VAE, TEXT)) < 24_000_000
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_reads_from_the_note_at_the_left_to_the_right(name):
-    document = read(f"{name}.json")
-    columns = {node["id"]: node["pos"][0] for node in document["nodes"]}
-    (note,) = [node["id"] for node in document["nodes"] if node["type"] == "MarkdownNote"]
-    assert all(columns[note] < x for node, x in columns.items() if node != note)
-    assert all(columns[source] <= columns[target] for _, source, _, target, _, _ in document["links"])

@@ -127,5 +127,3 @@ def test_download_is_whole_and_overwrites_nothing(comfy, server, tmp_path):
     paths = [server.download(VIDEO, tmp_path).relative_to(tmp_path).as_posix() for _ in range(2)]
     assert paths == ["video/clip_00001_.mp4", "video/clip_00001_-2.mp4"]
     assert (tmp_path / paths[1]).read_bytes() == b"frames" * 1000
-
-

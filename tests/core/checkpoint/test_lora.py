@@ -111,6 +111,7 @@ def test_every_naming_adds_the_same_product(tmp_path, model, naming, strength):
 
 SETTINGS = {"r": RANK, "lora_alpha": 8}
 OTHERS = {"alpha_pattern": {"blocks.1.ffn.0": 2}, "rank_pattern": {"blocks.1.ffn.2": 9}}
+OWN = "base_model.model.blocks.0.ffn.0.alpha"
 
 
 @pytest.mark.parametrize(
@@ -130,27 +131,17 @@ def test_alpha_that_is_stored_apart_counts(tmp_path, model, settings, scale, of_
     folder = tmp_path / "adapter"
     folder.mkdir()
     metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": one for key, one in settings.items()})}
-    save_file(peft(made), folder / "adapter_model.safetensors", metadata=metadata if place == "metadata" else None)
+    stored = peft(made) | {OWN: torch.tensor(5.0)}  # counts before all others
+    save_file(stored, folder / "adapter_model.safetensors", metadata=metadata if place == "metadata" else None)
     if place != "metadata":
         (folder / "adapter_config.json").write_text(json.dumps(settings))
     lora = folder if place == "adapter_config.json" else folder / "adapter_model.safetensors"
     loaded, info = load_dit_state_dict(path, lora=lora)
     for layer, (down, up) in made.items():
-        own = of_one_layer if layer == "blocks.1.ffn.0" else scale
+        own = {"blocks.0.ffn.0": 5 / RANK, "blocks.1.ffn.0": of_one_layer}.get(layer, scale)
         expected = weights[f"{layer}.weight"] + own * up @ down
         torch.testing.assert_close(loaded[f"{layer}.weight"], expected, atol=1e-5, rtol=1e-6)
     assert ("alpha from" in info.notes[-1]) == (scale != 1.0)
-
-
-def test_a_pairs_own_alpha_comes_first(tmp_path, model):
-    path, weights = model
-    made = pairs(weights, LAYERS[:1])
-    (tmp_path / "adapter_config.json").write_text(json.dumps(SETTINGS))
-    save_file(down_up(made, alpha=1), tmp_path / "lora.safetensors")
-    loaded, info = load_dit_state_dict(path, lora=tmp_path / "lora.safetensors")
-    ((layer, (down, up)),) = made.items()
-    torch.testing.assert_close(loaded[f"{layer}.weight"], weights[f"{layer}.weight"] + up @ down / RANK)
-    assert "alpha from" not in info.notes[-1]
 
 
 def test_the_sum_is_rounded_once_in_a_bfloat16_model(tmp_path):

@@ -177,14 +177,6 @@ def test_other_kinds_of_wan_are_refused_by_name(tmp_path, kind, stored_as):
     assert "text-to-video checkpoint" in message
 
 
-def test_diffusers_image_to_video_names_are_understood(tmp_path):
-    weights = in_diffusers_names(tiny_wan(layers=1, in_dim=36))
-    weights["condition_embedder.image_embedder.norm1.weight"] = torch.zeros(8)
-    weights["blocks.0.attn2.add_k_proj.weight"] = torch.zeros(8, 8)
-    torch.save(weights, tmp_path / "x.pt")
-    assert "Wan 2.1 I2V" in refusal(tmp_path / "x.pt")
-
-
 @pytest.mark.parametrize(
     ("names", "expected"),
     [

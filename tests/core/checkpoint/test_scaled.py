@@ -12,6 +12,7 @@ from ...support.checkpoint_samples import LINEARS, assert_same, in_diffusers_nam
 
 BY_ROWS = "fp8_rowwise of Light Forcing Model Loader"
 LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in LINEARS]
+NAMINGS = {"prefixed": lambda w: prefixed(w, "model.diffusion_model."), "diffusers": in_diffusers_names}
 
 
 def quantised(weights, scale_name, scale_shape, dtype=torch.float8_e4m3fn, top=448.0):
@@ -123,47 +124,46 @@ def test_parts_of_an_nvfp4_layer_are_refused(tmp_path, leaf):
         load_dit_state_dict(tmp_path / "x.safetensors")
 
 
-def test_legacy_scaled_fp8_keys_are_unchanged(tmp_path):
-    stored, _ = quantised(tiny_wan(), "scale_weight", "tensor")
-    stored |= {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), "blocks.0.ffn.0.scale_input": torch.ones(())}
+def comfyui_file(kind):
+    """Stored tensors in a format of ComfyUI, and their numbers."""
+    weights = tiny_wan(dtype=torch.bfloat16)
+    if kind == "cast":
+        stored = {name: value.to(torch.float8_e4m3fn) for name, value in weights.items()}
+        return stored, {name: value.bfloat16() for name, value in stored.items()}
+    stored, product = quantised(weights, "scale_weight" if kind == "scaled_fp8" else "weight_scale", "tensor")
+    if kind == "scaled_fp8":
+        stored |= {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), "blocks.0.ffn.0.scale_input": torch.ones(())}
+    else:
+        stored |= {f"{layer}.comfy_quant": comfy_quant("float8_e4m3fn") for layer in LAYERS}
+    return stored, as_bfloat16(product, weights)
+
+
+@pytest.mark.parametrize(
+    ("kind", "called"),
+    [("scaled_fp8", "ComfyUI"), ("comfy_quant", "ComfyUI"), ("cast", "without scales")],
+)
+def test_comfyuis_keys_are_unchanged_and_become_plain_on_request(tmp_path, kind, called):
+    stored, plain = comfyui_file(kind)
     save_file(prefixed(stored, "model.diffusion_model."), tmp_path / "x.safetensors")
     loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
     assert_same(loaded, stored)
-    assert "ComfyUI" in info.quantised
+    assert called in info.quantised
     assert info.size.parameters == sum(value.numel() for value in tiny_wan().values())
+    assert_same(load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)[0], plain)
 
 
-def test_comfy_quant_keys_are_unchanged_and_become_plain_on_request(tmp_path):
-    weights = tiny_wan(dtype=torch.bfloat16)
-    stored, product = quantised(weights, "weight_scale", "tensor")
-    stored |= {f"{layer}.comfy_quant": comfy_quant("float8_e4m3fn") for layer in LAYERS}
-    save_file(stored, tmp_path / "x.safetensors")
-    assert_same(load_dit_state_dict(tmp_path / "x.safetensors")[0], stored)
-    plain, _ = load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)
-    assert_same(plain, as_bfloat16(product, weights))
-
-
-@pytest.mark.parametrize("naming", ["prefixed", "diffusers"])
+@pytest.mark.parametrize("naming", NAMINGS)
 def test_quantisation_in_the_metadata_is_renamed_with_the_layers(tmp_path, naming):
     stored, _ = quantised(tiny_wan(), "weight_scale", "tensor")
     marks = {f"{layer}.weight_scale_2": torch.ones(1) for layer in LAYERS}  # one tensor per layer gives its stored name
-    rename = in_diffusers_names if naming == "diffusers" else lambda w: prefixed(w, "model.diffusion_model.")
-    their_layers = [name.removesuffix(".weight_scale_2") for name in rename(marks)]
+    their_layers = [name.removesuffix(".weight_scale_2") for name in NAMINGS[naming](marks)]
     header = {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in their_layers}}
-    save_file(rename(stored), tmp_path / "x.safetensors", metadata={"_quantization_metadata": json.dumps(header)})
+    save_file(
+        NAMINGS[naming](stored), tmp_path / "x.safetensors", metadata={"_quantization_metadata": json.dumps(header)}
+    )
     loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
     assert_same(loaded, stored)
     assert set(json.loads(info.metadata["_quantization_metadata"])["layers"]) == set(LAYERS)
-
-
-def test_weights_cast_to_fp8_become_plain_on_request_only(tmp_path):
-    weights = {name: value.to(torch.float8_e4m3fn) for name, value in tiny_wan().items()}
-    save_file(weights, tmp_path / "x.safetensors")
-    loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
-    assert_same(loaded, weights)
-    assert info.quantised == "float8_e4m3fn without scales"
-    plain, _ = load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)
-    assert_same(plain, {name: value.bfloat16() for name, value in weights.items()})
 
 
 def test_packed_comfyui_formats_are_unchanged_and_cannot_become_plain(tmp_path):
@@ -183,31 +183,28 @@ def test_packed_comfyui_formats_are_unchanged_and_cannot_become_plain(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "metadata", "expected"),
+    ("changes", "expected"),
     [
         (
             {"weight": torch.zeros(192, 64, dtype=torch.uint8), "weight_scale": torch.zeros(192, 8)},
-            {},
             r"blocks\.0\.ffn\.0\.weight has shape \(192, 64\)",
         ),
-        ({"weight_scale": torch.ones(2, 1)}, {}, r"scales of shape \(2, 1\); use a file with one scale per row"),
-        ({}, {"_quantization_metadata": "broken"}, "_quantization_metadata is not readable"),
+        ({"weight_scale": torch.ones(2, 1)}, r"scales of shape \(2, 1\); use a file with one scale per row"),
     ],
 )
-def test_packed_weights_block_scales_and_broken_metadata_are_refused(tmp_path, changes, metadata, expected):
+def test_packed_weights_and_block_scales_are_refused(tmp_path, changes, expected):
     stored, _ = quantised(tiny_wan(), "weight_scale", "row")
     stored |= {f"blocks.0.ffn.0.{leaf}": tensor for leaf, tensor in changes.items()}
-    save_file(stored, tmp_path / "x.safetensors", metadata=metadata)
+    save_file(stored, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=expected):
         load_dit_state_dict(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("naming", ["prefixed", "diffusers"])
+@pytest.mark.parametrize("naming", NAMINGS)
 def test_comfyuis_choice_of_attention_is_passed_on(tmp_path, naming):
     weights = tiny_wan(layers=1)
     marked = weights | {"blocks.0.self_attn.comfy_attention.config": torch.tensor(list(b"{}"), dtype=torch.uint8)}
-    rename = in_diffusers_names if naming == "diffusers" else lambda w: prefixed(w, "model.diffusion_model.")
-    save_file(rename(marked), tmp_path / "x.safetensors")
+    save_file(NAMINGS[naming](marked), tmp_path / "x.safetensors")
     loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
     assert_same(loaded, marked)
     assert info.quantised is None

@@ -49,18 +49,6 @@ def test_guidance_of_one_is_none(server, plain):
     assert (steered(server, negative, negative=link("other"), cfg=3.0) - plain).abs().max() > 0.05
 
 
-def test_guider_and_sampler_guide_alike(server, run_custom):
-    """The same prompt on both sides cancels out, whatever the strength; another one does not."""
-    inputs = {"positive": link("text"), "cfg": 3.0, "model": link("model")}
-    other = {"other": text(OTHER_EMBEDS)}
-    plain, same, guided = (
-        run_custom(nodes={**other, **({"guider": {"class_type": "CFGGuider", "inputs": inputs | n}} if n else {})})
-        for n in ({}, {"negative": link("text")}, {"negative": link("other")})
-    )
-    assert (same - plain).abs().max() < 1e-4
-    assert (guided - plain).abs().max() > 0.05
-
-
 def test_chunk_seed_changes_its_chunk_and_what_follows(server, plain):
     video = steered(server, chunk_seeds="1: 99")
     assert (video[:, :, FIRST] == plain[:, :, FIRST]).all()

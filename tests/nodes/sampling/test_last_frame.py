@@ -33,22 +33,12 @@ def end(models):
     return latents
 
 
-def ended(**options):
-    return {**graph({"model": loader()}, end_latent=link("end"), **options), "end": load_latent("end.latent")}
-
-
-def test_video_ends_with_the_given_latent_and_starts_as_ever(server, end):
-    plain, video = latents_of(server, graph({"model": loader()})), latents_of(server, ended())
-    assert video.shape == plain.shape
-    assert (video[:, :, -1:] - end).abs().max() <= CLOSE
-    assert (video[:, :, :3] == plain[:, :, :3]).all()
-    assert (video[:, :, 3:5] - plain[:, :, 3:5]).abs().max() > 0.01
-
-
-def test_custom_sampler_ends_with_it_too(server, end):
-    plain = latents_of(server, custom_graph({"model": loader()}))
+@pytest.mark.parametrize("sampler", [graph, custom_graph])
+def test_video_ends_with_the_given_latent_and_starts_as_ever(server, end, sampler):
+    plain = latents_of(server, sampler({"model": loader()}))
     nodes = {"end": load_latent("end.latent")}
-    video = latents_of(server, {**custom_graph({"model": loader()}, end_latent=link("end")), **nodes})
+    video = latents_of(server, {**sampler({"model": loader()}, end_latent=link("end")), **nodes})
+    assert video.shape == plain.shape
     assert (video[:, :, -1:] - end).abs().max() <= CLOSE
     assert (video[:, :, :3] == plain[:, :, :3]).all()
     assert (video[:, :, 3:5] - plain[:, :, 3:5]).abs().max() > 0.01

@@ -21,6 +21,16 @@ PUBLISHED_H100 = {
 }
 
 
+def refusal(server, prompt, node):
+    """The one message with which a prompt is refused, which is this node's."""
+    with pytest.raises(Refused) as refused:
+        server.queue(prompt)
+    ((named, errors),) = refused.value.errors["node_errors"].items()
+    assert named == node
+    (error,) = errors["errors"]
+    return error["details"]
+
+
 @pytest.fixture
 def numbers(server):
     return lambda **asked: json.loads(server.post("/light_forcing/schedule", {"length": 81, **asked}))
@@ -116,10 +126,7 @@ def test_wrong_schedule_is_refused_once_when_it_is_queued(server, changes, way_o
     prompt = graph({"model": loader(), "schedule": schedule(**{"length": 81, **changes})})
     prompt["schedule"]["inputs"]["preset.sparsity"] = changes.get("sparsity", "")
     prompt["sampler"]["inputs"]["schedule"] = link("schedule")
-    with pytest.raises(Refused) as refused:
-        server.queue(prompt)
-    (error,) = refused.value.errors["node_errors"]["schedule"]["errors"]
-    assert way_out in error["details"]
+    assert way_out in refusal(server, prompt, "schedule")
 
 
 def test_linked_length_is_not_held_against_a_schedule(server):
@@ -146,15 +153,7 @@ def test_seed_for_a_chunk_that_the_video_does_not_have_is_refused(server):
     ],
 )
 def test_wrong_sampler_inputs_are_refused_when_they_are_queued(server, inputs, way_out):
-    out = {
-        "class_type": "LightForcingVideoOutput",
-        "inputs": {"filename_prefix": "a", "format": "mp4", "crf": -1, "fps": 16.0, "keep_images": False},
-    }
-    prompt = graph({"model": loader(), "out": out}, **inputs)
-    with pytest.raises(Refused) as refused:
-        server.queue(prompt)
-    (error,) = refused.value.errors["node_errors"]["sampler"]["errors"]
-    assert way_out in error["details"]
+    assert way_out in refusal(server, graph({"model": loader(), "out": video_output("a")}, **inputs), "sampler")
 
 
 @pytest.mark.parametrize(
@@ -172,7 +171,4 @@ def test_wrong_video_file_is_refused_when_it_is_queued(server, inputs, way_out):
     prompt = graph({"model": loader(), "out": video_output(**{"prefix": "a", **inputs})}, video_output=link("out"))
     prompt["sampler"]["inputs"]["vae"] = link("vae")
     prompt["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}}
-    with pytest.raises(Refused) as refused:
-        server.queue(prompt)
-    (error,) = refused.value.errors["node_errors"]["out"]["errors"]
-    assert way_out in error["details"]
+    assert way_out in refusal(server, prompt, "out")

@@ -7,7 +7,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ...support.graphs import (
-    EMBEDS,
     HEIGHT,
     LENGTH,
     WIDTH,
@@ -42,22 +41,11 @@ def test_every_way_to_the_same_model_gives_the_same_video(server):
 
 def test_lora_changes_the_video_the_same_through_node_and_loader(server):
     without = latents_of(server, graph({"model": loader()}))
-    node = {"class_type": "LoraLoaderModelOnly", "inputs": {"lora_name": "tiny_lora.safetensors"}}
-
-    def lora(model):
-        return {**node, "inputs": {**node["inputs"], "model": model, "strength_model": 1.0}}
-
-    behind = latents_of(server, graph({"unet": loader(), "model": lora(link("unet"))}))
-    before = latents_of(
-        server,
-        graph(
-            {
-                "unet": core_loader("tiny_wan.safetensors"),
-                "lora": lora(link("unet")),
-                "model": apply(link("lora")),
-            }
-        ),
-    )
+    inputs = {"lora_name": "tiny_lora.safetensors", "model": link("unet"), "strength_model": 1.0}
+    lora = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
+    behind = latents_of(server, graph({"unet": loader(), "model": lora}))
+    stock = {"unet": core_loader("tiny_wan.safetensors"), "lora": lora, "model": apply(link("lora"))}
+    before = latents_of(server, graph(stock))
     merged = latents_of(server, graph({"model": loader(lora_name="tiny_lora.safetensors")}))
     assert (behind - without).abs().max() > 0.05
     assert (behind - before).abs().max() <= 1e-5
@@ -92,36 +80,11 @@ def test_frames_decoded_while_sampling_equal_those_decoded_later(server):
 
 
 def test_sampler_select_runs_in_the_custom_sampler(server):
-    prompt = {
-        "model": loader(),
-        "text": {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": EMBEDS}},
-        "latent": empty(),
-        "schedule": schedule(window=6, sink_frames=1, sink_rope="follow"),
-        "noise": {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}},
-        "guider": {"class_type": "BasicGuider", "inputs": {"model": link("model"), "conditioning": link("text")}},
-        "sampler": {"class_type": "LightForcingSamplerSelect", "inputs": {"schedule": link("schedule")}},
-        "sigmas": {
-            "class_type": "BasicScheduler",
-            "inputs": {"model": link("model"), "scheduler": "simple", "steps": 4, "denoise": 1.0},
-        },
-        "run": {
-            "class_type": "SamplerCustomAdvanced",
-            "inputs": {
-                "noise": link("noise"),
-                "guider": link("guider"),
-                "sampler": link("sampler"),
-                "sigmas": link("sigmas"),
-                "latent_image": link("latent"),
-            },
-        },
-        "save": {"class_type": "SaveLatent", "inputs": {"samples": link("run"), "filename_prefix": "latents/run"}},
-        "save denoised": {
-            "class_type": "SaveLatent",
-            "inputs": {"samples": link("run", 1), "filename_prefix": "latents/denoised"},
-        },
-    }
-    entry = server.run(prompt)
-    latents = sorted((path for path in server.files(entry) if path.suffix == ".latent"), reverse=True)
+    prompt = custom_graph({"model": loader()}, schedule=link("schedule"))
+    prompt["schedule"] = schedule(window=6, sink_frames=1, sink_rope="follow")
+    save = {"samples": link("sampler", 1), "filename_prefix": "latents/denoised"}
+    prompt["save denoised"] = {"class_type": "SaveLatent", "inputs": save}
+    latents = [path for path in server.files(server.run(prompt)) if path.suffix == ".latent"]
     saved, denoised = (load_file(path)["latent_tensor"] for path in latents)
     assert saved.shape == (1, 16, 6, HEIGHT // 8, WIDTH // 8)
     assert (saved - denoised).abs().max() <= 1e-4
