@@ -30,11 +30,12 @@ from .support.rollouts import recipe_of
 
 INPUTS = int(os.environ.get("LIGHTFORCING_FUZZ", "2000"))
 MOST_BYTES = 1 << 30
-DIT = {name: weight.to(torch.float8_e4m3fn) for name, weight in tiny_wan(layers=1, ffn_dim=128).items()}
+DIT = {name: weight.to(torch.float8_e4m3fn) for name, weight in tiny_wan(layers=1, ffn_dim=128, text_dim=32).items()}
 SCALED = DIT | {"blocks.0.ffn.0.weight_scale": torch.ones(128), "blocks.0.ffn.2.weight_scale": torch.ones(1)}
 SCALED["blocks.0.ffn.2.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
 FORMATS = json.dumps({"layers": {"blocks.0.ffn.0": {"format": "float8_e4m3fn"}}})
-DIT_METADATA = {"_quantization_metadata": FORMATS, "config": json.dumps({"transformer": {"causal_ar": True}})}
+CONFIG = {"transformer": {"causal_ar": True, "text_dim": 32}}
+DIT_METADATA = {"_quantization_metadata": FORMATS, "config": json.dumps(CONFIG)}
 LAYER = "blocks.0.self_attn.q"
 LORA = {f"{LAYER}.lora_A.weight": torch.ones(2, 128), f"{LAYER}.lora_B.weight": torch.ones(128, 2)}
 LORA |= {f"{LAYER}.alpha": torch.tensor(2.0), "blocks.0.norm3.diff_b": torch.ones(128)}

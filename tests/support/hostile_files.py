@@ -90,15 +90,14 @@ def as_safetensors(tensors, metadata, changes):
     metadata = metadata | {key: as_json(value, group[0]) for key, value in inner.items()}
     tensors = edited(dict(tensors), group[1], ODD_TENSORS)
     tensors = {name: value for name, value in tensors.items() if is_plain(value)}
-    header, data = {"__metadata__": metadata} if metadata else {}, b""
+    header, data, end = {"__metadata__": metadata} if metadata else {}, [], 0
     for name, value in tensors.items():
-        stored = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        offsets = [len(data), len(data) + len(stored)]
+        data.append(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        offsets, end = [end, end + len(data[-1])], end + len(data[-1])
         name = name.encode(errors="replace").decode()
         header[name] = {"dtype": CODES[value.dtype], "shape": list(value.shape), "data_offsets": offsets}
-        data += stored
     text = as_json(header, group[2]).encode()
-    return damaged(len(text).to_bytes(8, "little") + text + data, changes)
+    return damaged(len(text).to_bytes(8, "little") + text + b"".join(data), changes)
 
 
 def as_torch(stored, changes):

@@ -144,15 +144,10 @@ def test_full_disk_names_the_file(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_too_little_space_is_an_error_before_the_work(tmp_path):
-    with pytest.raises(OutputError, match=r"MB are needed; free some space"):
-        prepare_folder(tmp_path, bytes_needed=1 << 60)
-
-
 def test_refused_folder_is_not_left_behind(tmp_path):
     (tmp_path / "mine").mkdir()
     for folder in (tmp_path / "new" / "below", tmp_path / "mine"):
-        with pytest.raises(OutputError, match="are needed"):
+        with pytest.raises(OutputError, match="MB are needed; free some space"):
             prepare_folder(folder, bytes_needed=1 << 60)
     assert os.listdir(tmp_path) == ["mine"]
 

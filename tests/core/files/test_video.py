@@ -150,12 +150,6 @@ def test_an_interrupted_video_is_kept_beside_the_name_and_an_earlier_part_never_
     assert sorted(os.listdir(tmp_path)) == sorted([target.name, *names])
 
 
-def test_an_interrupted_video_may_leave_nothing(tmp_path):
-    video = interrupted(tmp_path / "clip.mp4", noise(0))
-    assert video.partial is None
-    assert os.listdir(tmp_path) == []
-
-
 def test_a_full_disk_keeps_what_plays(tmp_path, target, little_space):
     video, suffix = writer(target), target.suffix
     pieces = [noise(20)] * 40
@@ -227,9 +221,12 @@ def test_an_error_that_was_dealt_with_is_not_raised_twice(tmp_path, little_space
     assert not video.path.exists()
 
 
-def test_a_video_without_frames_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no frame was written"), writer(tmp_path / "clip.mp4"):
-        pass
+@pytest.mark.parametrize(("end", "error"), [(None, ValueError), (Stop(), Stop)])
+def test_a_video_without_frames_leaves_nothing(tmp_path, end, error):
+    video = writer(tmp_path / "clip.mp4")
+    with pytest.raises(error, match=None if end else "no frame was written"):
+        feed(video, [noise(0)], end)
+    assert video.partial is None
     assert os.listdir(tmp_path) == []
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from lightforcing.lightforcing_core.model.wan import wan_from_state_dict
 from ...support.checkpoint_samples import LINEARS, assert_same, prefixed, tiny_wan
 
 LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in LINEARS]
-Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture
@@ -98,19 +97,10 @@ def test_the_file_is_marked_as_autoregressive_only_if_that_is_known(tmp_path, na
         assert "config" not in stored
 
 
-def test_a_lora_is_merged_before_rounding(tmp_path):
-    save_file(tiny_wan(), tmp_path / "longlive_base.safetensors")
-    up, down = torch.randn(128, 4), torch.randn(4, 128)
-    lora = {
-        "diffusion_model.blocks.1.self_attn.q.lora_A.weight": down,
-        "diffusion_model.blocks.1.self_attn.q.lora_B.weight": up,
-    }
-    save_file(lora, tmp_path / "lora.safetensors")
-    written = write_fp8_checkpoint(
-        tmp_path / "longlive_base.safetensors",
-        tmp_path / "longlive_fp8.safetensors",
-        lora=tmp_path / "lora.safetensors",
-    )
+def test_a_lora_is_merged_before_rounding(source, tmp_path):
+    up, down, layer = torch.randn(128, 4), torch.randn(4, 128), "diffusion_model.blocks.1.self_attn.q"
+    save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, tmp_path / "lora.safetensors")
+    written = write_fp8_checkpoint(source, tmp_path / "x.safetensors", lora=tmp_path / "lora.safetensors")
     plain, _ = load_dit_state_dict(written.path, dequantise_all=True)
     merged = tiny_wan()["blocks.1.self_attn.q.weight"] + up @ down
     assert (plain["blocks.1.self_attn.q.weight"].float() - merged).norm() / merged.norm() < 0.03
@@ -160,16 +150,12 @@ def test_impossible_requests_are_refused_in_one_line_and_write_nothing(tmp_path)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_any_work(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     save_file({"0.cond": torch.randn(1, 7, 4096)}, tmp_path / "prompts.safetensors")
     work = []
+    options = {"prompts": tmp_path / "prompts.safetensors", "on_progress": lambda *step: work.append(step)}
     with pytest.raises(OutputError, match="free some space"):
-        write_fp8_checkpoint(
-            source,
-            tmp_path / "x.safetensors",
-            prompts=tmp_path / "prompts.safetensors",
-            on_progress=lambda *step: work.append(step),
-        )
+        write_fp8_checkpoint(source, tmp_path / "x.safetensors", **options)
     assert work == []
 
 

@@ -41,6 +41,7 @@ CASES = {
     "a short last chunk": {"frames": 8},
     "a start image": {"frames": 7, "initial_latents": latents(1, seed=8)},
     "all but the last chunk given": {"initial_latents": latents(6, seed=8)},
+    "a single chunk": {"frames": 3, "first_sigmas": few_step_sigmas()},
 }
 
 
@@ -60,12 +61,6 @@ def test_the_video_ends_with_what_was_given_and_only_its_last_chunk_changes(dit,
 def test_two_latent_frames_and_one_for_each_video_of_a_batch(dit):
     given = latents(2, batch=2)
     assert torch.equal(video(run(dit, batch=2, last_latents=given))[:, :, -2:], given)
-
-
-def test_the_only_chunk_can_end_with_what_is_given(dit):
-    given = latents(1)
-    (chunk,) = run(dit, frames=3, first_sigmas=few_step_sigmas(), last_latents=given)
-    assert torch.equal(chunk.latents[:, :, -1:], given)
 
 
 def test_given_frames_are_seen_with_less_noise_than_the_others(dit):

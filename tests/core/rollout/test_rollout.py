@@ -98,13 +98,6 @@ def test_sparse_growth_changes_only_what_it_may(dit, context):
     assert not torch.allclose(dense[:, :, 3:], sparse[:, :, 3:], atol=1e-3)
 
 
-def test_the_last_sparsity_holds_beyond_the_list(dit, context):
-    assert torch.equal(
-        video(run(dit, context, frames=12, growth=[0.0, 0.6])),
-        video(run(dit, context, frames=12, growth=[0.0, 0.6, 0.6, 0.6])),
-    )
-
-
 def test_batch_items_equal_single_runs(dit):
     context = torch.randn(2, 7, TEXT)
     draws = seeded_noise(0)
