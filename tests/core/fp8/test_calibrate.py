@@ -10,6 +10,7 @@ from lightforcing.lightforcing_core.fp8.calibrate import input_scales, largest_i
 from lightforcing.lightforcing_core.fp8.export import write_fp8_checkpoint
 from lightforcing.lightforcing_core.fp8.linear import LAYER_LINEARS
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.refusal import NotFinite
 
 TEXT, SMALL = 4096, (4, 6)
 FAMILY = FAMILIES["self_forcing"]
@@ -58,7 +59,7 @@ def test_inputs_that_are_not_finite_are_an_error_and_leave_no_hook():
     weights = random_state_dict(dim=128, ffn_dim=192, layers=1, text_dim=TEXT)
     weights["blocks.0.ffn.0.bias"][3] = float("inf")
     dit = wan_from_state_dict(weights)
-    with pytest.raises(ValueError, match="are not finite"):
+    with pytest.raises(NotFinite, match="chunk 0 of the video holds NaN or infinity"):
         largest_inputs(dit, [text(1)], FAMILY, latent_size=SMALL)
     assert not dit.blocks[0].ffn[0]._forward_pre_hooks
 
