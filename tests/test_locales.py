@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from lightforcing.lightforcing_core.demo.captions import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SPEEDS
 from lightforcing.tools import help_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,13 +60,6 @@ def test_no_message_holds_what_the_frontend_would_interpret(language):
                 assert not set("{}@|") & set(text), f"{name}: {path}"
 
 
-def test_caption_lists_the_words_of_the_demo_model():
-    words = [*BACKGROUNDS, *COLOURS, *SHAPES, *DIRECTIONS, *SPEEDS]
-    for language in ("en", *OTHERS):
-        tooltip = texts(language, "nodeDefs")["LightForcingDemoPrompt/inputs/caption/tooltip"]
-        assert set(words) <= set(re.findall(r"[a-z-]+", tooltip))
-
-
 def test_settings_are_those_of_the_page():
     page = (ROOT / "nodes" / "web" / "js" / "page.js").read_text(encoding="utf-8")
     identity = re.search(r'SETTING = "([\w.]+)"', page).group(1).replace(".", "_")
@@ -84,16 +76,6 @@ def test_every_node_has_a_help_page_in_each_language_and_no_page_is_left_over():
     nodes = json.loads((LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
     wanted = {f"{node}.md" for node in nodes} | {f"{node}/{language}.md" for node in nodes for language in OTHERS}
     assert {path.relative_to(help_tables.PAGES).as_posix() for path in help_tables.PAGES.rglob("*.*")} == wanted
-
-
-def test_help_pages_name_the_same_start_options_of_the_host():
-    """In the order of the page; `--disable-dynamic-vram` and the like have to be typed as they are."""
-    option = re.compile(r"--[a-z][a-z-]+")
-    for page in help_tables.PAGES.glob("*.md"):
-        english = option.findall(page.read_text(encoding="utf-8"))
-        for language in OTHERS:
-            translated = (help_tables.PAGES / page.stem / f"{language}.md").read_text(encoding="utf-8")
-            assert option.findall(translated) == english, f"{page.stem}/{language}.md"
 
 
 @pytest.mark.parametrize("language", help_tables.HEADS)

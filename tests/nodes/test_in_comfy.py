@@ -12,6 +12,7 @@ SCRIPTS = [
     "model/published_formats",
     "model/step_graph",
     "sampling/against_core",
+    "sampling/faults",
     "sampling/live_view",
     "memory/memory",
     "memory/low_memory",

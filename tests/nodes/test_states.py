@@ -71,13 +71,6 @@ def test_finished_run_is_lengthened(server, folder):
     assert (run(33, load_state("short_00001.safetensors")) == run(33)).all()
 
 
-def test_two_runs_under_one_name_keep_two_files(server, folder):
-    for seed in (1, 2):
-        server.run({**graph({"model": loader()}, seed=seed, state=link("state")), "state": save_state("twice")})
-    assert sorted(path.name for path in folder.glob("twice*")) == ["twice_00001.safetensors", "twice_00002.safetensors"]
-    assert not list(folder.rglob(".*"))
-
-
 @pytest.fixture(scope="module")
 def stored(server, folder):
     server.run({**graph({"model": loader()}, state=link("state")), "state": save_state("stored")})

@@ -1,5 +1,7 @@
 """The demo model: captions and files, and their errors."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,9 +16,9 @@ from lightforcing.lightforcing_core.demo.captions import (
     context_of_caption,
     parse,
 )
-from lightforcing.lightforcing_core.demo.model import DIT, TEXT, load_demo_model, load_table
+from lightforcing.lightforcing_core.demo.model import DIT, TEXT, load_demo_model
 
-from ...support.tiny_demo import TINY_VIDEO, write_tiny_demo
+from ...support.tiny_demo import TEXT_DIM, TINY_VIDEO, write_tiny_demo
 
 
 @pytest.mark.parametrize(
@@ -59,31 +61,29 @@ def test_files_load_as_a_model_in_float32(tmp_path):
     assert model.dit.text_embedding[0].in_features == model.table["words"].shape[1]
 
 
-def test_missing_files_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("words", "has no embeddings for these captions"),
+        ("rows", "has no embeddings for these captions"),
+        ("bytes", "cannot be read"),
+        ("file", f"has no demo model: {TEXT} is missing"),
+        ("description", "export it again"),
+    ],
+)
+def test_files_of_another_kind_are_refused(tmp_path, spoil, message):
     write_tiny_demo(tmp_path)
-    (tmp_path / TEXT).unlink()
-    with pytest.raises(ValueError, match=f"has no demo model: {TEXT} is missing"):
-        load_demo_model(tmp_path)
-
-
-def test_a_model_without_a_description_of_its_videos_is_refused(tmp_path):
-    write_tiny_demo(tmp_path)
-    save_file(load_file(tmp_path / DIT), tmp_path / DIT)
-    with pytest.raises(ValueError, match="export it again"):
-        load_demo_model(tmp_path)
-
-
-@pytest.mark.parametrize("spoil", ["words", "rows", "bytes"])
-def test_embeddings_of_another_kind_are_refused(tmp_path, spoil):
-    path = tmp_path / TEXT
-    table = new_table(8, 0)
+    path, table = tmp_path / TEXT, load_file(tmp_path / TEXT)
+    words = [*VOCABULARY[:-1], "foggy"] if spoil == "words" else VOCABULARY
     if spoil == "rows":
         del table["slots"]
-    words = [*VOCABULARY[:-1], "foggy"] if spoil == "words" else VOCABULARY
-    save_file(table, path, metadata={"vocabulary": str(list(words)).replace("'", '"')})
+    save_file(table, path, metadata={"vocabulary": json.dumps(words)})
     if spoil == "bytes":
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(
-        ValueError, match="cannot be read" if spoil == "bytes" else "has no embeddings for these captions"
-    ):
-        load_table(path)
+    if spoil == "file":
+        path.unlink()
+    if spoil == "description":
+        config = {"config": json.dumps({"transformer": {"text_dim": TEXT_DIM}})}
+        save_file(load_file(tmp_path / DIT), tmp_path / DIT, metadata=config)
+    with pytest.raises(ValueError, match=message):
+        load_demo_model(tmp_path)

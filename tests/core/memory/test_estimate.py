@@ -114,11 +114,6 @@ def test_an_overlapped_decode_and_a_graph_are_counted_and_named():
     assert "CUDA graph" not in str(plain)
 
 
-def test_summary_is_one_line_with_the_total():
-    line = str(MemoryEstimate(weights=2**30, cache=2**29, prompt=0, step=2**28))
-    assert line == "needs about 1.75 GiB (weights 1.00, KV cache 0.50, one step 0.25)"
-
-
 def test_peak_counts_what_is_alive_and_no_views():
     with AllocationPeak() as peak:
         first = torch.zeros(1000)

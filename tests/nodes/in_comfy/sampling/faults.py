@@ -1,6 +1,5 @@
-"""Memory that runs out and disks that fill up in the middle of a run, on the sampling node itself; printed as JSON."""
+"""Memory that runs out, disks that fill up and NaN in the middle of a run, on the sampling node itself."""
 
-import json
 from types import SimpleNamespace
 
 import comfyui
@@ -17,31 +16,55 @@ recipe = comfyui.module("lightforcing_core.rollout.recipe")
 model, vae = comfyui.applied(comfyui.load("tiny_wan.safetensors")), comfyui.small_vae()
 latent = {"samples": torch.zeros(1, 16, 9, 4, 6)}
 node = comfyui.sampling_node()
+OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+NAN = float("nan")
 OUTPUT = comfyui.module("nodes.comfy").output_folder()
 
 
 def run(**inputs):
-    """What a run of three chunks gives: latent and video frames and the node's words, or its error."""
+    """What a run of three chunks gives: latent and video frames, and the node's words."""
     arguments = {"model": model, "positive": comfyui.prompt(), "latent": latent, "seed": 1, "steps": 2, **inputs}
-    try:
-        output = node.execute(**arguments)
-    except Exception as error:
-        return {"error": str(error), "kind": type(error).__name__, "to ComfyUI": comfy.model_management.is_oom(error)}
+    output = node.execute(**arguments)
     frames = output[1].shape[0] if isinstance(output[1], torch.Tensor) else None
-    return {"latent": output[0]["samples"].shape[2], "frames": frames, "ui": output.ui}
+    return output[0]["samples"].shape[2], frames, (output.ui or {}).get("text", ("",))[0]
 
 
-facts = {"whole": run(vae=vae)}
-oom = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-facts["step"] = run(
-    model=model_failing(model, 5, oom), vae=vae
-)  # two steps, the clean pass, then the second chunk's second
-facts["step, not kept"] = run(model=model_failing(model, 5, oom), keep_finished=False)
-facts["first step"] = run(model=model_failing(model, 1, oom))
-facts["CPU memory"] = run(
-    model=model_failing(model, 5, RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"))
-)
-facts["another error"] = run(model=model_failing(model, 5, RuntimeError("boom")))
+def refused(kind, *parts, **inputs):
+    """A run ends with an error of this kind, whose message has these parts."""
+    errors = []
+    try:
+        run(**inputs)
+    except Exception as raised:
+        errors.append(raised)
+    (error,) = errors
+    assert type(error).__name__ == kind
+    assert comfy.model_management.is_oom(error) == (kind == "OutOfMemoryError")
+    assert all(part in str(error) for part in parts), error
+
+
+# Out of memory in a step: five forwards are two steps, the clean pass, then the second chunk's second.
+assert run(vae=vae)[:2] == (9, 33)
+of_the_cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")
+for error, given, made in ((OOM, {"vae": vae}, (3, 9)), (of_the_cpu, {}, (3, None))):
+    *found, text = run(model=model_failing(model, 5, error), **given)
+    assert tuple(found) == made
+    assert "out of memory while sampling a chunk, after 1 of 3 chunks: 9 of 33 frames" in text
+    assert "window from 9 to 6 latent frames" in text
+    assert "size from 48×32 to 32×16" in text
+smaller = "lower the size from 48×32 to 32×16"
+refused("OutOfMemoryError", smaller, model=model_failing(model, 5, OOM), keep_finished=False)
+refused("OutOfMemoryError", smaller, model=model_failing(model, 1, OOM))
+refused("RuntimeError", "boom", model=model_failing(model, 5, RuntimeError("boom")))
+
+# Out of memory in decoding: all latents so far, and the frames so far.
+stream = decode.StreamingDecoder.decode
+for calls, made in ((2, (6, 9)), (1, (3, None))):
+    decode.StreamingDecoder.decode = failing(stream, calls, OOM)
+    *found, text = run(vae=vae)
+    assert tuple(found) == made
+    assert "while decoding" in text
+    assert "LightVAE" in text
+decode.StreamingDecoder.decode = stream
 
 
 def model_with(forward, answer):
@@ -59,25 +82,23 @@ def model_with(forward, answer):
 # NaN and infinity: from the model at once or from the second chunk on, and from the VAE.
 video = video_output.VideoOutput("not_finite/clip", "mp4", None, 16.0, False)
 saved = {"state": state.StateFile(state.state_folder() / "not_finite")}
-nan = float("nan")
-facts["NaN"] = run(model=model_with(1, nan), vae=vae, video_output=video, **saved)
-facts["infinity without a VAE"] = run(model=model_with(1, float("inf")), **saved)
+words = "chunk 0 of the video holds NaN or infinity; the model computes in torch.float32", "its LoRA"
+refused("NotFinite", *words, model=model_with(1, NAN), vae=vae, video_output=video, **saved)
+refused("NotFinite", *words, model=model_with(1, float("inf")), **saved)
 broken = comfyui.small_vae()
 with torch.no_grad():
-    broken.first_stage_model.decoder.head[-1].bias[0] = nan
-    broken.first_stage_model.encoder.head[-1].bias[0] = nan
-facts["NaN of the VAE"] = run(vae=broken, video_output=video)
-facts["NaN of the encoder"] = comfyui.error_of(
-    comfyui.module("nodes.vae.encode").LightForcingEncode.execute, torch.zeros(1, 32, 48, 3), broken
-)
-facts["NaN leaves"] = [path.name for folder in (OUTPUT, state.state_folder()) for path in folder.rglob("*finite*/*")]
-facts["NaN later"] = run(model=model_with(4, nan), vae=vae)
-facts["NaN later, not kept"] = run(model=model_with(4, nan), keep_finished=False)
-stream = decode.StreamingDecoder.decode
-for name, calls in (("decode", 2), ("first decode", 1)):
-    decode.StreamingDecoder.decode = failing(stream, calls, oom)
-    facts[name] = run(vae=vae)
-decode.StreamingDecoder.decode = stream
+    broken.first_stage_model.decoder.head[-1].bias[0] = NAN
+    broken.first_stage_model.encoder.head[-1].bias[0] = NAN
+words = "holds NaN or infinity", "the VAE computes in torch.float32"
+refused("Refusal", *words, vae=broken, video_output=video)
+encode = comfyui.module("nodes.vae.encode").LightForcingEncode.execute
+assert all(part in comfyui.error_of(encode, torch.zeros(1, 32, 48, 3), broken) for part in words)
+assert not [path for folder in (OUTPUT, state.state_folder()) for path in folder.rglob("*finite*/*")]
+*found, text = run(model=model_with(4, NAN), vae=vae)
+assert found == [3, 9]
+assert "chunk 1 of the video holds NaN" in text
+assert "stopped after 1 of 3 chunks: 9 of 33 frames" in text
+refused("NotFinite", model=model_with(4, NAN), keep_finished=False)
 
 # A disk that is full when the second chunk's frames, or its state, are written.
 video = video_output.VideoOutput("faults/clip", "mp4", None, 16.0, False)
@@ -91,17 +112,17 @@ def open_on_a_small_disk(writer):
 
 
 core.VideoWriter._open = open_on_a_small_disk
-facts["disk full, video"] = run(vae=vae, video_output=video)
+refused("OutputError", "No space left on device", "clip_00001.partial.mp4", vae=vae, video_output=video)
 core.VideoWriter._open = open_writer
 sync = tensor_files.os.fsync
 tensor_files.os.fsync = failing(sync, 2, OSError(28, "No space left on device"))
-facts["disk full, state"] = run(state=state.StateFile(state.state_folder() / "faults"))
+refused("OutputError", "No space left on device", state=state.StateFile(state.state_folder() / "faults"))
 tensor_files.os.fsync = sync
 (kept,) = state.state_folder().glob("faults*")
-facts["chunks in the state"] = len(run_state.load_run_state(kept).finished)
-facts["left"] = sorted(path.name for path in (OUTPUT / "faults").iterdir())
+assert len(run_state.load_run_state(kept).finished) == 1
+assert [path.name for path in (OUTPUT / "faults").iterdir()] == ["clip_00001.partial.mp4"]
 with core.av.open(str(OUTPUT / "faults" / "clip_00001.partial.mp4")) as container:
-    facts["frames in the partial file"] = len(list(container.decode(video=0)))
+    assert 1 <= len(list(container.decode(video=0))) <= 14
 
 
 def advice(width, height, *, decoding=False, host_memory=False):
@@ -113,7 +134,15 @@ def advice(width, height, *, decoding=False, host_memory=False):
     return refusals.memory_advice(wanted, plan, decoding=decoding)
 
 
-facts["advice"] = {f"{width}×{height}": advice(width, height) for width, height in ((832, 480), (48, 32), (64, 16))}
-facts["advice at the least size"] = advice(16, 16)
-facts["no advice left"] = [advice(16, 16, host_memory=True, decoding=decoding) for decoding in (False, True)]
-print(json.dumps(facts))
+for size, smaller in (
+    ((832, 480), "832×480 to 720×416 (2.00 GiB less)"),
+    ((48, 32), "48×32 to 32×16 (5.33 GiB less)"),
+    ((64, 16), "64×16 to 48×16 (2.00 GiB less)"),
+):
+    assert f"lower the size from {smaller}" in advice(*size)
+assert advice(16, 16).startswith("lower kv_cache to int8_host (")
+assert "16×16" not in advice(16, 16)
+nothing_left = "every setting is at its lowest; close other programs"
+assert advice(16, 16, host_memory=True) == nothing_left
+decoding = advice(16, 16, host_memory=True, decoding=True)
+assert decoding.startswith(f"{nothing_left}; LightVAE (lightvaew2_1) decodes in")
