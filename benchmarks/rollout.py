@@ -155,9 +155,7 @@ class PeakMemory:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
         holder = "torch's CUDA allocator" if self._cuda else "the process's resident memory"
-        self.rule = (
-            f"peak of {holder} since the chunk began, or the process if a reset is not allowed; all arms together"
-        )
+        self.rule = f"peak of {holder} since the chunk began, or the process if it cannot be reset; all arms together"
         self.reset()
         self.before = self.peak()
 

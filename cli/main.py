@@ -63,7 +63,7 @@ def options(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for demo.mp4, contact_sheet.png and report.json.")],
     caption: Annotated[
-        str | None, typer.Option(help="The content of the video, in words that the demo model knows.")
+        str | None, typer.Option(help="The video's content, in words that the demo model knows.")
     ] = None,
     chunks: Annotated[int | None, typer.Option(help="Chunks of 3 latent frames (12 video frames) each.", min=1)] = None,
     height: Annotated[int | None, typer.Option(help="Video height in pixels, a multiple of 16.")] = None,
@@ -128,12 +128,8 @@ def inspect(
 def quantize(
     file: Annotated[Path, typer.Argument(help="A checkpoint: .safetensors, .pt, a shard, an index or a folder.")],
     out: Annotated[Path, typer.Argument(help="The .safetensors file to write, in a folder that exists.")],
-    weights: Annotated[
-        str | None, typer.Option(help="The set of weights to use if the file has several (inspect lists them).")
-    ] = None,
-    lora: Annotated[
-        Path | None, typer.Option(help="A LoRA of the checkpoint, such as LongLive's, to merge first.")
-    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Which of several sets of weights; inspect lists them.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="A LoRA of the model, such as LongLive's, to merge first.")] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(

@@ -330,20 +330,14 @@ def fused_store(
     batch, tokens, width = k.shape
     frames, heads = tokens // tokens_per_frame, width // head_dim
     if tokens % tokens_per_frame or width % head_dim or not frames:
-        raise ValueError(
-            f"{tuple(k.shape)} is not [B, frames · {tokens_per_frame} tokens per frame, heads · {head_dim}]"
-        )
+        raise ValueError(f"{tuple(k.shape)} is not [B, frames · {tokens_per_frame} tokens, heads · {head_dim}]")
     for x in (v,) if q is None else (q, v):
         device.require("q, k and v", x, tuple(k.shape), k.dtype, k.device)
     for name, weight in {"k": k_weight, **({} if q is None else {"q": q_weight})}.items():
         if weight is None or weight.shape != (width,) or not weight.is_contiguous():
             raise ValueError(f"the norm of {name} needs a contiguous weight of {width} values")
     for table in (cos, sin):
-        if table.dtype != torch.float32 or table.numel() != tokens * head_dim // 2 or not table.is_contiguous():
-            raise ValueError(
-                f"cos and sin must be contiguous float32 of {tokens} · {head_dim // 2} values, "
-                f"not {table.dtype} {tuple(table.shape)}"
-            )
+        device.require("cos and sin", table.flatten(), (tokens * head_dim // 2,), torch.float32, k.device)
     device.require("slots", slots, (frames,), torch.int32, k.device)
     ring_slots = ring.keys.shape[1] // tokens_per_frame
     for name, x in (("keys", ring.keys), ("values", ring.values)):
@@ -364,7 +358,8 @@ def fused_store(
     heads_per_program = triton.cdiv(heads, min(heads, triton.cdiv(PROGRAMS, blocks)))
     projections = [None if x is None else x.contiguous() for x in (q, k, v)]
     q_weight = None if q is None else q_weight
-    arguments: list[Any] = [*projections, q_weight, k_weight, cos, sin, slots, out, means, *ring]
+    arguments: list[Any] = [*projections, q_weight, k_weight, cos.contiguous(), sin.contiguous()]
+    arguments += [slots, out, means, *ring]
     arguments += [eps, batch, heads, heads_per_program, frames, ring_slots, tokens_per_frame]
     with device.current(k.device):
         _store[(blocks * triton.cdiv(heads, heads_per_program),)](

@@ -223,9 +223,7 @@ def empty_latents(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
     return comfy.sample.fix_empty_latent_channels(model, latent["samples"], spatial, temporal)
 
 
-def guider_for(
-    model: ModelPatcher, vae: Any, positive: list[Any], negative: list[Any] | None, cfg: float, key: str
-) -> Any:
+def guider_for(model: ModelPatcher, vae: Any, positive: list, negative: list | None, cfg: float, key: str) -> Any:
     """A guider that loads the VAE, if any, with the model; `key` names it there."""
     if vae is not None:
         model = model.clone()

@@ -28,16 +28,12 @@ def queue(
         typer.Option(metavar="NODE[.INPUT]", help="Input for the text; default: the node that feeds positive."),
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Batch: every prompt once per seed, like 1,2,5-8; without it the seed stays.")
+        str | None, typer.Option(help="Batch: every prompt with each of these seeds, like 1,2,5-8.")
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which a prompt is cancelled as failed.")] = None,
-    patience: Annotated[
-        float, typer.Option(min=1.0, help="Seconds without an answer after which the server counts as lost.")
-    ] = 30.0,
+    patience: Annotated[float, typer.Option(min=1.0, help="Seconds without an answer that end the batch.")] = 30.0,
     temp: Annotated[bool, typer.Option("--temp", help="Download the files of preview nodes too.")] = False,
-    save_previews: Annotated[
-        Path | None, typer.Option(help="Folder for the previews that the server sends while it samples.")
-    ] = None,
+    save_previews: Annotated[Path | None, typer.Option(help="Folder for the previews of the sampling.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Events on stdout, one JSON object per line.")] = False,
 ) -> None:
     """Run a workflow on a ComfyUI server and download its results. Ctrl-C cancels it there and exits 130.

@@ -55,9 +55,7 @@ class Display:
         whose = "" if self._single or "prompt" not in fields else f"{fields['prompt']}: "
         match name:
             case "batch" if fields["done"]:
-                self._print(
-                    f"{fields['done']} of {fields['prompts']} prompts are done already, see {fields['journal']}"
-                )
+                self._print("{done} of {prompts} prompts are done already, see {journal}".format(**fields))
             case "submitted":
                 self.progress.update(self._task, description=f"{whose}waiting in the server's queue", completed=0)
             case "progress":
@@ -81,11 +79,8 @@ class Display:
             case "server_lost":
                 self._complain(fields["reason"])
             case "summary" if not self._single:
-                self._print(
-                    "{done} of {prompts} prompts done, {failed} failed, {left} left, in {seconds:.0f} s".format(
-                        **fields
-                    )
-                )
+                line = "{done} of {prompts} prompts done, {failed} failed, {left} left, in {seconds:.0f} s"
+                self._print(line.format(**fields))
                 if fields["left"]:
                     self._complain("start the same command again to continue the batch")
 

@@ -51,9 +51,7 @@ class Ledger:
             self.close()  # rolls the transaction back
             if not isinstance(error, sqlite3.Error):
                 raise
-            reason = (
-                "another command is working on it; wait" if "locked" in str(error) else f"{error}; empty the folder"
-            )
+            reason = "another command uses it; wait" if "locked" in str(error) else f"{error}; empty the folder"
             raise UsageError(f"cannot use {self.path}: {reason}, or choose another --out") from error
 
     def close(self) -> None:

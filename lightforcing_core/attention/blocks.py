@@ -63,8 +63,7 @@ class FrameBlocks:
         frames, rest = divmod(tokens, self.tokens_per_frame)
         if rest or not frames:
             raise ValueError(
-                f"{tokens} tokens are not whole frames of {self.tokens_per_frame} tokens; "
-                f"pass a multiple of tokens_per_frame"
+                f"{tokens} tokens are not whole frames of {self.tokens_per_frame} tokens; pass whole frames"
             )
         return frames
 

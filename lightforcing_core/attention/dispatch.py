@@ -180,10 +180,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, scales: tuple[Tensor, Tensor
 
 def _check(what: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if x.shape != shape or x.dtype != dtype or x.device != device:
-        raise ValueError(
-            f"{what} {x.dtype} {tuple(x.shape)} on {x.device}; "
-            f"these tensors and blocks need {dtype} {shape} on {device}"
-        )
+        raise ValueError(f"{what} {x.dtype} {tuple(x.shape)} on {x.device}; expected {dtype} {shape} on {device}")
 
 
 def _checked_selection(mask: Tensor | None, selection: BlockSelection | None, call: Call) -> BlockSelection:

@@ -37,9 +37,7 @@ def open_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, str], int]
     for file in files:
         stored, notes = _read_one(file)
         if twice := contents.keys() & stored.keys():
-            raise CheckpointError(
-                f"{path}: {name_list(twice)} is in several shards, so they are not of one model; download them again"
-            )
+            raise CheckpointError(f"{path}: {name_list(twice)} is in several shards; download them again")
         contents.update(stored)
         metadata.update(notes)
     return contents, metadata, sum(map(regular_size, files))
@@ -115,13 +113,9 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(read_json(read_text(index))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{index}: not an index of weight shards (no readable weight_map); pass a weight file"
-        ) from error
+        raise CheckpointError(f"{index}: not an index of shards (no weight_map); pass a weight file") from error
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise CheckpointError(
-            f"{index}: points outside its own folder ({str(outside[0])[:80]}); its shards must be inside that folder"
-        )
+        raise CheckpointError(f"{index}: points outside its folder ({str(outside[0])[:80]}); its shards must be inside")
     return _shards(index, index.parent, names)
 
 
@@ -188,9 +182,7 @@ def _read_torch(file: Path, size: int, *, zipped: bool) -> dict[str, Any]:
         reason = _why_torch_refused(file, str(error) or type(error).__name__)
         raise CheckpointError(f"{file}: {reason}") from error
     if not isinstance(stored, Mapping):
-        raise CheckpointError(
-            f"{file}: contains a {type(stored).__name__}, not a dict of weights; choose a checkpoint file"
-        )
+        raise CheckpointError(f"{file}: contains a {type(stored).__name__}, not a dict of weights; choose a checkpoint")
     left = MOST_TENSORS  # counted at every visit: a small file can hold one dict a thousand times
 
     def plain(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:

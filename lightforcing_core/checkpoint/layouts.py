@@ -120,9 +120,7 @@ def read_layout(keys: Iterable[str]) -> Layout | None:
         return None
     if len(prefixes) > 1:
         found = ", ".join(prefix[:80] for prefix in sorted(prefixes)[:3])
-        raise ValueError(
-            f"contains {len(prefixes)} models, with the prefixes {found}; save one of them as its own file"
-        )
+        raise ValueError(f"contains {len(prefixes)} models, with the prefixes {found}; save one as its own file")
     prefix = prefixes.pop()
     diffusers = any(name.startswith(f"{prefix}condition_embedder.") or ".attn1." in name for name in bare.values())
     stored: dict[str, str] = {}

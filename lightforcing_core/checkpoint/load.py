@@ -223,9 +223,7 @@ def _choose_weights(
             "(in ComfyUI: with the LoRA loader)"
         )
     if not models:
-        raise CheckpointError(
-            f"{path}: contains only {name_list(groups)}, not the model's weights; choose another file"
-        )
+        raise CheckpointError(f"{path}: contains only {name_list(groups)}, not a model's weights; choose another file")
     if weights is not None:
         found = [weights] if weights in models else [name for name in models if weights == "ema" and "ema" in name]
         if not found:
@@ -269,10 +267,7 @@ def _expected_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[st
     if layers > min(len(shapes), MOST_LAYERS):
         missing.append(f"most of {layers} layers")
     if missing:
-        raise ValueError(
-            f"incomplete, it has {len(shapes)} weights but not {name_list(missing)}; download it again, with all its "
-            "shards"
-        )
+        raise ValueError(f"incomplete, it has {len(shapes)} weights but not {name_list(missing)}; download it again")
     dim, ffn_dim = (shapes[name][-1] for name in sized_by)
     if dim % HEAD_DIM:
         raise ValueError(
@@ -324,10 +319,7 @@ def _notes(info: CheckpointInfo) -> list[str]:
     notes = []
     name, size = info.path.name.lower(), info.size
     if _WAN_22.search(name):
-        notes.append(
-            "the name suggests Wan 2.2, whose text-to-video experts have the shapes of Wan 2.1 but are not "
-            "autoregressive"
-        )
+        notes.append("the name suggests Wan 2.2, whose experts have the shapes of Wan 2.1 but are not autoregressive")
     elif info.family is FAMILIES["unknown"] and not info.causal_metadata:
         plain = "this is the name of plain Wan 2.1; " if _PLAIN_WAN.search(name) else ""
         notes.append(
@@ -336,7 +328,5 @@ def _notes(info: CheckpointInfo) -> list[str]:
         )
     title, usual = _PUBLISHED.get(size.dim, ("", size.layers))
     if size.layers != usual:
-        notes.append(
-            f"{size.layers} layers; Wan 2.1 {title} has {usual}, so it is pruned or its last layers are missing"
-        )
+        notes.append(f"{size.layers} layers; Wan 2.1 {title} has {usual}, so it is pruned or lacks its last layers")
     return notes

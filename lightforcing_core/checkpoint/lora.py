@@ -80,9 +80,7 @@ def _read(path: Path, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     stored = tensor_groups(contents)
     groups = {name: group for name, group in stored.items() if looks_like_lora(group)}
     if not groups:
-        raise CheckpointError(
-            f"{path}: not a LoRA (no lora_A/lora_B, lora_down/lora_up or diff); a model is loaded as the model itself"
-        )
+        raise CheckpointError(f"{path}: not a LoRA (no lora_A/lora_B, lora_down/lora_up or diff); choose a LoRA")
     groups = {name: group for name, group in groups.items() if "critic" not in name} or groups
     if len(groups) > 1 and "generator_lora" not in groups:
         raise CheckpointError(f"{path}: contains several LoRAs ({name_list(groups)}); save one of them as its own file")

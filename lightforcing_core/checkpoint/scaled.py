@@ -63,9 +63,7 @@ def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, s
         titles.append(f"{name_list(set(comfyui.values()))} in ComfyUI's format, {len(comfyui)} layers")
     if other:
         dtypes = _dtypes(state_dict[f"{layer}.weight"] for layer in other)
-        titles.append(
-            f"{dtypes} with scales (LightX2V), {len(other)} layers; loads as {name_list(set(other.values()))}"
-        )
+        titles.append(f"{dtypes} with scales (LightX2V), {len(other)} layers; read as {name_list(set(other.values()))}")
     elif not comfyui and (dtypes := _dtypes(value for value in state_dict.values() if value.dtype in FP8)):
         titles.append(f"{dtypes} without scales")
     return Quantisation("; ".join(titles), comfyui, other)

@@ -77,9 +77,7 @@ def demo_video(folder: Path) -> DemoVideo:
         )
     about = inspect_checkpoint(folder / DIT).metadata.get(ABOUT)
     if about is None:
-        raise ValueError(
-            f"{folder / DIT} does not describe its videos in the metadata; export it again with laboratory/training"
-        )
+        raise ValueError(f"{folder / DIT} has no metadata about its videos; export it again with laboratory/training")
     try:
         return DemoVideo(**read_json(about))
     except (TypeError, ValueError) as error:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import av
@@ -151,9 +150,7 @@ class VideoWriter:
                 raise self._failure(error) from error
             self.frames += 1
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None or self._container is None:  # None: write() already reported a failure
             self._abandon()
             return

@@ -32,10 +32,7 @@ def read_prompts(path: str | Path, text_dim: int) -> list[Tensor]:
     contents, *_ = open_weights(path)
     prompts = [value for name, value in sorted(contents.items()) if name.endswith(".cond")]
     if not prompts or any(not isinstance(prompt, Tensor) or prompt.ndim != 3 for prompt in prompts):
-        raise CheckpointError(
-            f"{path}: contains no text embeddings; encode a prompt in ComfyUI and save it with Light Forcing Save "
-            "Text Embeds"
-        )
+        raise CheckpointError(f"{path}: contains no text embeddings; save a prompt with Light Forcing Save Text Embeds")
     if odd := {prompt.shape[-1] for prompt in prompts} - {text_dim}:
         raise CheckpointError(
             f"{path}: its embeddings have a width of {min(odd)} and the model needs {text_dim}; encode the prompt with "

@@ -78,10 +78,7 @@ def write_fp8_checkpoint(
     _check_out(source, out, overwrite)
     info = inspect_checkpoint(source, weights=weights)
     if info.quantised is not None:
-        raise CheckpointError(
-            f"{source}: is quantised already ({info.quantised}), and rounding twice adds to the error; use the bf16 or "
-            "fp32 file"
-        )
+        raise CheckpointError(f"{source}: is quantised already ({info.quantised}); use the bf16 or fp32 file")
     texts = [] if prompts is None else read_prompts(prompts, info.size.text_dim)
     state_dict, _ = load_dit_state_dict(source, weights=weights, dequantise_all=True)  # drops ComfyUI's marks
     names = [f"blocks.{i}.{linear}" for i in range(info.size.layers) for linear in LAYER_LINEARS]
@@ -103,9 +100,7 @@ def write_fp8_checkpoint(
             weight = state_dict[f"{name}.weight"].float()
             stored, scale = quantize_rows(weight.reshape(1, -1))
             if not scale.isfinite():
-                raise CheckpointError(
-                    f"{source}: {name}.weight has values that are not finite; download the file again"
-                )
+                raise CheckpointError(f"{source}: {name}.weight has values that are not finite; download it again")
             rounded = dequantize_rows(stored, scale, torch.float32).view_as(weight)
             squares[name] = (rounded - weight).square().sum().item(), weight.square().sum().item()
             yield f"{name}.weight", stored.view_as(weight)

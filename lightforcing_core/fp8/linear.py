@@ -74,9 +74,7 @@ def scaled_product(
     dtype: of the result, which is rounded to bfloat16 first, the only output that torch has for row-wise scales.
     """
     bias = None if bias is None else bias.to(torch.bfloat16)
-    y = torch._scaled_mm(
-        x, weight.t(), scale_a=x_scales, scale_b=weight_scales.t(), bias=bias, out_dtype=torch.bfloat16
-    )
+    y = torch._scaled_mm(x, weight.T, scale_a=x_scales, scale_b=weight_scales.T, bias=bias, out_dtype=torch.bfloat16)
     return y.to(dtype)
 
 

@@ -182,9 +182,7 @@ def _grid(x: Tensor, state: ModelState) -> tuple[int, int, int]:
     """Frames, rows and columns of the tokens of x; ValueError unless they fit the open chunk."""
     _, _, frames, height, width = x.shape
     if frames != state.chunk.frames:
-        raise ValueError(
-            f"x holds {frames} latent frames but the open chunk has {state.chunk.frames}; open_chunk() first"
-        )
+        raise ValueError(f"x holds {frames} latent frames, the open chunk has {state.chunk.frames}; open_chunk() first")
     tokens = state.cache.layout.tokens_per_frame
     if height % 2 or width % 2 or height * width != 4 * tokens:
         raise ValueError(f"latents of {height}×{width} are not {tokens} tokens per frame of 2×2 patches")

@@ -168,10 +168,8 @@ def _density_page(record: RunRecord) -> Image.Image:
     values = np.array([chunk.layer_density for chunk in record.chunks]).T
     extent = (index[0] - 0.5, index[-1] + 0.5, record.layers - 0.5, -0.5)
     most = values[values < 1].max(initial=0.0) or 1.0
-    colours = colormaps["viridis"].with_extremes(over=GRID)
-    shown = layers.imshow(
-        values, aspect="auto", extent=extent, cmap=colours, vmin=0, vmax=most, interpolation="nearest"
-    )
+    cmap = colormaps["viridis"].with_extremes(over=GRID)
+    shown = layers.imshow(values, aspect="auto", extent=extent, cmap=cmap, vmin=0, vmax=most, interpolation="nearest")
     _plain(layers, xlabel="chunk", ylabel="layer")
     layers.yaxis.set_major_locator(MaxNLocator(integer=True))
     # Dense chunks are grey, outside the scale, so that the colours separate the sparse ones.

@@ -29,10 +29,7 @@ def save_embeds(path: Path, conditioning: list[Any]) -> None:
             elif isinstance(value, _SCALARS):
                 entry[key] = value
             else:
-                raise ValueError(
-                    f"the prompt has {key} ({type(value).__name__}), which cannot be stored; save the output of "
-                    f"CLIP Text Encode itself"
-                )
+                raise ValueError(f"the prompt has {key} ({type(value).__name__}); save CLIP Text Encode's own output")
         entries.append(entry)
     if not tensors:
         raise ValueError("the prompt holds no text embedding; connect the output of CLIP Text Encode")

@@ -179,9 +179,8 @@ class ChunkSampler(CausalSampler):
             model_wrap.cfg = cfg
             bar.close()
             seconds = time.perf_counter() - begun
-            log.info(
-                "[Light Forcing] %s, %d of %d chunks in %.1f s", self._title, video.finished, video.wanted, seconds
-            )
+            counts = video.finished, video.wanted, seconds
+            log.info("[Light Forcing] %s, %d of %d chunks in %.1f s", self._title, *counts)
         self.record = recorder.finish(frames=video.end)
         return video.result()
 

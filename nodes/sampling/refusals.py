@@ -17,10 +17,7 @@ from ..timeline import unsuitable_prompt
 def unsuitable_guider(guider: Any) -> str | None:
     """Why the guider's prompts or strength cannot drive a rollout, or None."""
     if not is_plain_guider(guider):
-        return (
-            f"the guider {type(guider).__name__} calls the model in its own way, which the KV cache cannot follow; use "
-            f"BasicGuider or CFGGuider"
-        )
+        return f"the KV cache cannot follow the guider {type(guider).__name__}; use BasicGuider or CFGGuider"
     if guider.cfg == 1.0 and guider.model_options.get("disable_cfg1_optimization"):
         return "a patch needs the negative prompt at cfg 1 (disable_cfg1_optimization); remove the node that adds it"
     if guider.cfg != 1.0:
@@ -40,20 +37,14 @@ def unsuitable_latents(latents: Tensor) -> str | None:
         )
     check_finite("the latent", latents, "create it again")
     if torch.count_nonzero(latents):
-        return (
-            "the latent is not empty, but a rollout starts from noise; connect an empty video latent here and "
-            "the encoded frames to start_latent"
-        )
+        return "the latent is not empty; connect an empty one here, and the encoded frames to start_latent"
     return None
 
 
 def unsuitable_sigmas(sigmas: Tensor) -> str | None:
     """Why noise levels do not start at pure noise, or None."""
     if len(sigmas) and float(sigmas[0]) < 0.999:
-        return (
-            f"sigmas start at {float(sigmas[0]):.4f}, not at 1; use BasicScheduler with simple, 4 steps and denoise 1 "
-            f"on the patched MODEL"
-        )
+        return f"sigmas start at {float(sigmas[0]):.4f}, not at 1; use BasicScheduler with simple, 4 steps, denoise 1"
     return None
 
 

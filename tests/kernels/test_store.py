@@ -254,12 +254,15 @@ def test_slots_beyond_two_billion_values_are_reached():
         ({"k": torch.zeros(1, 80, 64, dtype=torch.float64)}, "keeps torch.float64 as it is, as int8"),
         ({"head_dim": 48}, "head dims of 16, 32, 64, 128, not 48"),
         ({"block": (8, 16)}, r"blocks of 16, 32, 64, 128 tokens, not \(8, 16\)"),
-        ({"tokens_per_frame": 33}, r"\(1, 80, 64\) is not \[B, frames · 33 tokens per frame, heads · 32\]"),
+        ({"tokens_per_frame": 33}, r"\(1, 80, 64\) is not \[B, frames · 33 tokens, heads · 32\]"),
         ({"v": torch.zeros(1, 40, 64)}, r"q, k and v must be .* \(1, 80, 64\) on .*, not .* \(1, 40, 64\)"),
         ({"k_weight": torch.zeros(63)}, "norm of k needs a contiguous weight of 64 values"),
         ({"q_weight": None}, "norm of q needs a contiguous weight of 64 values"),
-        ({"cos": torch.zeros(80, 16, dtype=torch.float64)}, r"float32 of 80 · 16 values, not torch.float64 \(80, 16\)"),
-        ({"sin": torch.zeros(40, 16)}, r"float32 of 80 · 16 values, not torch.float32 \(40, 16\)"),
+        (
+            {"cos": torch.zeros(80, 16, dtype=torch.float64)},
+            r"cos and sin must be torch.float32 \(1280,\) .* not torch.float64",
+        ),
+        ({"sin": torch.zeros(40, 16)}, r"cos and sin must be .* \(1280,\) .* not torch.float32 \(640,\)"),
         ({"slots": torch.zeros(2)}, r"slots must be torch.int32 \(2,\) .* not torch.float32 \(2,\)"),
     ],
 )

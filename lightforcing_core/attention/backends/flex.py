@@ -82,9 +82,8 @@ class Flex(Backend):
 @functools.cache
 def cpp_compiler() -> str | None:
     """A C++ compiler that torch.compile can call, or None."""
-    return next(
-        (found for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if (found := shutil.which(name or ""))), None
-    )
+    names = os.environ.get("CXX", ""), "g++", "clang++", "cl"
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def widens_on_cpu(dtype: torch.dtype) -> bool:

@@ -203,7 +203,7 @@ def test_killed_command_goes_on_with_what_its_server_did_meanwhile(comfy, comman
     finally:
         second.kill()
     assert (refused.exit_code, second.returncode) == (2, 0), errors
-    assert "another command is working on" in refused.stderr
+    assert "another command uses" in refused.stderr
     assert texts_below(tmp_path / "out") == complete(3)
     assert Counter(map(text_of, comfy.rendered)) == Counter(complete(3).values())
     assert still_at_work in [event["prompt_id"] for event in events_of(output) if event["event"] == "finished"]

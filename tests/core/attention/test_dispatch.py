@@ -279,15 +279,15 @@ IN_8_BITS = {"k": STORED, "v": STORED, "scales": (torch.ones(1, 6, 1),) * 2}
         ({"mask": torch.ones(1, 1, 2, 2, dtype=torch.bool)}, r"mask is torch.bool \(1, 1, 2, 2\).*\(1, 1, 3, 6\)"),
         ({"mask": torch.ones(1, 1, 3, 6)}, "mask is torch.float32"),
         ({"k": torch.zeros(1, 80, 64)}, r"k \(1, 80, 64\); pass \[B, L, H, D\]"),
-        ({"k": torch.zeros(1, 80, 2, 64)}, r"k is torch.float32 \(1, 80, 2, 64\) on cpu; .* need .*\(1, 80, 1, 64\)"),
-        ({"k": torch.zeros(1, 80, 1, 64, dtype=torch.float16)}, "k is torch.float16 .* on cpu; .* need torch.float32"),
+        ({"k": torch.zeros(1, 80, 2, 64)}, r"k is torch.float32 \(1, 80, 2, 64\) on cpu; expected .*\(1, 80, 1, 64\)"),
+        ({"k": torch.zeros(1, 80, 1, 64, dtype=torch.float16)}, "k is torch.float16 .* on cpu; expected torch.float32"),
         (
             {"mask": None, "selection": BlockSelection(torch.zeros(1, 1, 3, 6), torch.ones(1, 1, 3))},
-            "selection.blocks is torch.float32 .* on cpu; these tensors and blocks need torch.int32",
+            "selection.blocks is torch.float32 .* on cpu; expected torch.int32",
         ),
         (
             {"mask": None, "selection": BlockSelection(torch.zeros(1, 1, 4, 6).int(), torch.ones(1, 1, 4).int())},
-            r"selection.blocks is torch.int32 \(1, 1, 4, 6\) on cpu; .* need torch.int32 \(1, 1, 3, 6\)",
+            r"selection.blocks is torch.int32 \(1, 1, 4, 6\) on cpu; expected torch.int32 \(1, 1, 3, 6\)",
         ),
         ({"q": torch.zeros(1, 40, 1, 64).char()}, "q is torch.int8; attention needs queries in a floating-point dtype"),
         ({"tail": (torch.zeros(1, 6, 1, 64), torch.zeros(1, 3, 1, 64))}, r"tail of v are .*\(1, 3, 1.*\(1, 6, 1, 64\)"),
@@ -300,7 +300,7 @@ IN_8_BITS = {"k": STORED, "v": STORED, "scales": (torch.ones(1, 6, 1),) * 2}
         (IN_8_BITS | {"scales": (torch.ones(1, 6, 1), torch.ones(1, 5, 1))}, r"of v are .*\(1, 5, 1\).* \(1, 6, 1\)"),
         (IN_8_BITS | {"scales": (torch.ones(1, 6, 1).half(),) * 2}, "scales of k are torch.float16"),
         (IN_8_BITS | {"scales": (torch.ones(1, 6, 1),)}, "argument 2 is shorter|shorter than"),
-        (IN_8_BITS | {"v": torch.zeros(1, 80, 1, 64)}, "v is torch.float32 .* on cpu; .* need torch.int8"),
+        (IN_8_BITS | {"v": torch.zeros(1, 80, 1, 64)}, "v is torch.float32 .* on cpu; expected torch.int8"),
     ],
 )
 def test_bad_input_is_refused_with_its_values(change, message):

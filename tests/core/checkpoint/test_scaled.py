@@ -52,7 +52,7 @@ def test_scaled_weights_keep_their_numbers_and_become_bfloat16_on_request(tmp_pa
         scale, rows = stored[f"{layer}.weight_scale"], len(stored[f"{layer}.weight"])
         stored |= {f"{layer}.weight_scale": scale.broadcast_to(rows, 1), f"{layer}.comfy_quant": comfy_quant(kind)}
     assert_same(loaded, stored)
-    assert info.quantised.endswith(f"20 layers; loads as {kind}")
+    assert info.quantised.endswith(f"20 layers; read as {kind}")
     assert "LightX2V" in info.quantised
     plain, _ = load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)
     assert_same(plain, as_bfloat16(product, weights))
@@ -112,7 +112,7 @@ def test_nvfp4_of_lightx2v_becomes_that_of_comfyui_without_loss(tmp_path, older)
     }
     assert made["weight"][0, 0] == 0x39
     assert_same(loaded, weights | prefixed(made, layer))
-    assert info.quantised == "uint8 with scales (LightX2V), 1 layers; loads as nvfp4"
+    assert info.quantised == "uint8 with scales (LightX2V), 1 layers; read as nvfp4"
 
 
 @pytest.mark.parametrize("leaf", ["alpha", "input_global_scale", "weight_scale", "weight"])

@@ -144,7 +144,7 @@ def test_wrong_frames_and_sizes_are_named(weights):
     dit = wan_from_state_dict(weights)
     state = make_state(6)
     state.open_chunk(3, 0.0, "cpu")
-    with pytest.raises(ValueError, match="2 latent frames but the open chunk has 3"):
+    with pytest.raises(ValueError, match="2 latent frames, the open chunk has 3"):
         predict(dit, torch.randn(1, 16, 2, HEIGHT, WIDTH), torch.zeros(1), state)
     with pytest.raises(ValueError, match="8×6 are not 6 tokens"):
         commit(dit, torch.randn(1, 16, 3, 8, WIDTH), torch.zeros(1), state)
