@@ -172,16 +172,6 @@ class ComfyServer:
             return "; ".join(details) or refused.errors["error"]["message"]
         raise AssertionError(f"the prompt ran: {entry['outputs']}")
 
-    def wait_for_log(self, *parts: str, seconds: float = 60) -> None:
-        """Wait until a line of the log that was not there before holds all `parts`."""
-        start, deadline = len(self.log()), time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            lines = self.log()[start:].replace("\r", "\n").splitlines()
-            if any(all(part in line for part in parts) for line in lines):
-                return
-            time.sleep(0.1)
-        raise TimeoutError(f"no line with {parts} within {seconds} s:\n{self.log()[start:][-2000:]}")
-
     def wait_for_steps(self, least: int, total: int, since: int, seconds: float = 120) -> None:
         """Wait until a progress bar that came after position `since` of the log shows `least` of `total` steps."""
         deadline = time.monotonic() + seconds
@@ -191,11 +181,3 @@ class ComfyServer:
                 return
             time.sleep(0.1)
         raise TimeoutError(f"fewer than {least} of {total} steps within {seconds} s:\n{self.log()[since:][-2000:]}")
-
-    def was_interrupted(self, prompt_id: str) -> bool:
-        """Wait for the prompt's end; whether an interrupt ended it."""
-        try:
-            self.wait(prompt_id)
-        except Interrupted:
-            return True
-        return False

@@ -15,8 +15,8 @@ class FakeComfy:
     Prompts run one after another. events: sent when a prompt starts, each given the prompt's id; the string "drop"
     closes the event stream, bytes go out as a binary preview. record: what /history then holds, None for never;
     `render`, where set, makes it from the submitted body instead. With `hold` a run waits after its events until
-    /interrupt or `release`, being the `held_prompt`; `hold_after` lets so many prompts through first. `cut_off` makes
-    the server unreachable while it keeps working, until `come_back`; `crash` makes it forget everything as well.
+    /interrupt or `release`, being the `held_prompt`; `hold_after` lets so many prompts through first. `crash` makes the
+    server forget everything and unreachable until `come_back`.
     authorization: the header of that name that every request must have, None for none.
     answers: by the first part of a path, an (HTTP status, body) to answer with instead.
     lose_next_answer_to: the first part of a path; the next such request is carried out, but its answer does not arrive.
@@ -32,7 +32,7 @@ class FakeComfy:
         self.node_errors = {}
         self.files = {}
         self.hold, self.hold_after, self.render, self.held_prompt = False, 0, None, None
-        self.prompts, self.interrupts, self.deleted, self.connections = [], [], [], 0
+        self.prompts, self.interrupts, self.connections = [], [], 0
         self.rendered, self.client_messages, self.requests = [], [], []
         self.lose_next_answer_to, self.authorization, self.answers, self.previews = None, None, {}, None
         self.url = ""
@@ -43,10 +43,6 @@ class FakeComfy:
     def release(self):
         self._released.set()
 
-    def cut_off(self):
-        self._reachable = False
-        asyncio.run_coroutine_threadsafe(self._hang_up(), self._loop).result(10)
-
     def come_back(self):
         self._reachable = True
 
@@ -54,10 +50,10 @@ class FakeComfy:
         async def forget():
             self._crashes += 1
             self._queued, self._history = [], {}
+            await self._hang_up()
 
         self._reachable = False
         asyncio.run_coroutine_threadsafe(forget(), self._loop).result(10)
-        self.cut_off()
 
     @contextmanager
     def running(self):
@@ -188,8 +184,8 @@ class FakeComfy:
         )
 
     async def _post_queue(self, request):
-        self.deleted += (await request.json())["delete"]
-        self._queued[1:] = [body for body in self._queued[1:] if body["prompt_id"] not in self.deleted]
+        deleted = (await request.json())["delete"]
+        self._queued[1:] = [body for body in self._queued[1:] if body["prompt_id"] not in deleted]
         return web.Response()
 
     async def _post_interrupt(self, request):

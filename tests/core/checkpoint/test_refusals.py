@@ -125,13 +125,10 @@ def test_missing_shards_are_named(tmp_path):
     [
         ("not json", "not an index"),
         ("[]", "not an index"),
-        ("{}", "not an index"),
         (json.dumps({"weight_map": {"a": "../../etc/passwd"}}), "outside its folder"),
         (json.dumps({"weight_map": {"a": "gone.safetensors"}}), "1 of its 1 shards are missing"),
         (json.dumps({"weight_map": {}}), "shards are missing"),
         (json.dumps({"weight_map": {"a": 3}}), "outside its folder"),
-        (json.dumps({"weight_map": {"a": "x" * 260}}), "1 of its 1 shards are missing"),
-        ('{"weight_map": ' + '{"a":' * 2000 + "}" * 2001, "not an index"),
     ],
 )
 def test_an_index_without_usable_shards(tmp_path, index, expected):
@@ -268,8 +265,6 @@ for _ in range(3):
     SHARED = {str(number): SHARED for number in range(1000)}
 ODD_CONTENTS = {
     "stride 0": (tiny_wan() | {"head.head.bias": HUGE}, "without all of its elements"),
-    "sparse": (tiny_wan() | {"head.head.bias": torch.zeros(64).to_sparse()}, "without all of its elements"),
-    "meta": (tiny_wan() | {"head.head.bias": torch.zeros(64, device="meta")}, "without all of its elements"),
     "one dict a thousand times": (SHARED, "more than 50000 entries"),
     "a long name": (tiny_wan() | {"a." * 1000: torch.zeros(1)}, "a name of 2000 letters"),
 }
@@ -290,22 +285,12 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
     assert "it is compressed" in refusal(tmp_path / "x.pt")
 
 
-@pytest.mark.parametrize(
-    "marker",
-    [
-        torch.tensor(12_000_000_000),
-        torch.tensor([0.5, 0.25]),
-        torch.tensor(list(b"[" * 5000), dtype=torch.uint8),
-        torch.zeros(20_000, dtype=torch.uint8),
-    ],
-)
-def test_a_marker_that_names_no_format_is_refused(tmp_path, marker):
-    weights = tiny_wan() | {"blocks.0.ffn.0.comfy_quant": marker}
-    save_file(weights, tmp_path / "x.safetensors")
+def test_a_marker_that_names_no_format_is_refused(tmp_path):
+    save_file(tiny_wan() | {"blocks.0.ffn.0.comfy_quant": torch.tensor([0.5, 0.25])}, tmp_path / "x.safetensors")
     assert "blocks.0.ffn.0.comfy_quant does not name a format" in refusal(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("text", ["[" * 2000 + "]" * 2000, '{"a": ' + "9" * 5000 + "}", "[]", '{"layers": {"a": 1}}'])
+@pytest.mark.parametrize("text", ["broken", "[" * 2000 + "]" * 2000, "[]", '{"layers": {"a": 1}}'])
 def test_metadata_beyond_the_limits_is_refused_or_ignored(tmp_path, text):
     save_file(tiny_wan(), tmp_path / "x.safetensors", metadata={"_quantization_metadata": text})
     assert "_quantization_metadata is not readable" in refusal(tmp_path / "x.safetensors")

@@ -113,30 +113,25 @@ def test_only_dense_layers_are_grey_on_the_density_page():
     assert grey(chunk_of(0, dense="it has no past frames"), chunk_of(1)) == pytest.approx(0.5, abs=0.02)
 
 
-def test_the_map_paints_a_read_block_at_its_frame_and_position(record):
-    """Four frames in two rows of two; only the lower half of the last one is bright."""
+@pytest.mark.parametrize("tiles", [False, True])
+def test_the_map_paints_a_read_block_at_its_frame_and_position(record, tiles):
+    """Four frames in two rows of two; the read block is the lower half of the last, of 4 by 4 tokens its right half."""
+    record = replace(record, chunks=(record.chunks[0], replace(record.chunks[1], tiles=tiles)))
     page = np.asarray(pages(record, layer=1, head=2)[2]).astype(int)
     heat = page[: 512 - 110]  # above the colour bar
-    bright = (heat[..., 0] > 230) & (heat[..., 1] > 230) & (heat[..., 2] < 190)
-    dark = heat.sum(-1) < 60
-    rows, columns = np.nonzero(bright)
-    frame_rows, frame_columns = np.nonzero(dark)
+    rows, columns = np.nonzero((heat[..., 0] > 230) & (heat[..., 1] > 230) & (heat[..., 2] < 190))
+    height, width = np.ptp(rows), np.ptp(columns)
+    if tiles:
+        assert columns.min() > 256 + 90
+        assert 100 < width < 140
+        assert height > 100
+        return
+    frame_rows, frame_columns = np.nonzero(heat.sum(-1) < 60)
     assert columns.min() > 256 - 10, "the last frame is the right one"
-    assert columns.max() - columns.min() > 200
-    height = rows.max() - rows.min()
+    assert width > 200
     assert 50 < height < 70, "half a frame of about 120"
     assert frame_columns.min() < 20
     assert rows.min() > frame_rows[frame_columns > 266].max() - 3, "below the dark upper half, nothing dark below"
-
-
-def test_the_map_paints_tiles_at_their_positions(record):
-    """With blocks of 4 by 4 tokens the second one is the right half of a frame."""
-    tiled = replace(record, chunks=(record.chunks[0], replace(record.chunks[1], tiles=True)))
-    page = np.asarray(pages(tiled, layer=1, head=2)[2]).astype(int)[: 512 - 110]
-    rows, columns = np.nonzero((page[..., 0] > 230) & (page[..., 1] > 230) & (page[..., 2] < 190))
-    assert columns.min() > 256 + 90
-    assert 100 < columns.max() - columns.min() < 140
-    assert rows.max() - rows.min() > 100
 
 
 def test_given_frames_are_visible_in_the_map(record):

@@ -25,9 +25,7 @@ def test_conditioning_survives_the_file(tmp_path):
     ("entries", "reason"),
     [
         (None, "entries"),
-        ("{", "is damaged"),
         ("[" * 2000, "nested deeper"),
-        ("5", "is damaged"),
         ("[5]", "is damaged"),
         ("[{}, {}]", "is damaged"),
         ('[{"pooled_output": "a cat"}]', "another value where a tensor belongs"),
