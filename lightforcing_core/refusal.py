@@ -28,12 +28,12 @@ class NotFinite(Refusal):
     """A run made NaN or infinity; what it made before is good."""
 
 
-def check_size(height: int, width: int) -> None:
-    """Refusal unless a video can have this size in pixels: latents are an eighth of it, and patches 2×2 latents."""
+def check_size(height: int, width: int, multiple: int = 16) -> None:
+    """Refusal unless both sides are multiples: latents are an eighth of a video's pixels, and patches 2×2 latents."""
     for side, pixels in (("height", height), ("width", width)):
-        if pixels < 16 or pixels % 16:
-            below = max(16, pixels // 16 * 16)
-            raise Refusal(side, f"{pixels} is not a multiple of 16", f"use {below} or {below + 16}")
+        if pixels < multiple or pixels % multiple:
+            below = max(multiple, pixels // multiple * multiple)
+            raise Refusal(side, f"{pixels} is not a multiple of {multiple}", f"use {below} or {below + multiple}")
 
 
 def is_finite(x: Tensor) -> bool:

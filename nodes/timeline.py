@@ -89,10 +89,7 @@ def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: li
         frame = latent_frame_at(int(change.start * FRAMES_PER_SECOND))
         if frame >= total:
             seconds = video_frames_of(total) / FRAMES_PER_SECOND
-            raise ValueError(
-                f"a prompt starts at {change.start:g} s, but the video ends at {seconds:.2f} s; start it earlier or "
-                f"make the video longer"
-            )
+            raise ValueError(f"a prompt at {change.start:g} s is after the end at {seconds:.2f} s; start it earlier")
         chunk = bisect_right(starts, frame) - 1
         if chunk in taken:
             frames = (max(0, video_frames_of(starts[chunk] + latents)) for latents in (0, chunk_lengths[chunk]))

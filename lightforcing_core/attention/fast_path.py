@@ -107,8 +107,7 @@ def raise_if_fatal(error: BaseException) -> None:
         raise torch.OutOfMemoryError(one_line(error)) from error
     if any(sign in text for sign in _CONTEXT_LOST):
         raise DeviceLost(
-            f"the GPU stopped with an error that it cannot recover from ({one_line(error)}); "
-            f"restart ComfyUI, or the Python process"
+            f"the GPU cannot recover from an error ({one_line(error)}); restart ComfyUI or Python"
         ) from error
 
 

@@ -119,10 +119,7 @@ def _by_rows(layer: str, parts: Mapping[str, Tensor], kind: str, plain: bool) ->
     if kind not in _PLAIN_SCALED or weight is None or scale is None or weight.dtype == torch.uint8:
         raise ValueError(f"{layer} is packed as {kind}; load the file in ComfyUI, which alone reads that format")
     if weight.ndim != 2 or scale.numel() not in (1, len(weight)):
-        raise ValueError(
-            f"{layer}.weight {tuple(weight.shape)} has scales of shape {tuple(scale.shape)}; "
-            "use a file with one scale per row or per tensor"
-        )
+        raise ValueError(f"{layer}.weight {tuple(weight.shape)} has scales {tuple(scale.shape)}; use the bf16 file")
     scales = scale.float().reshape(-1, 1).repeat(len(weight) // scale.numel(), 1)
     if plain or kind == "bfloat16":
         return {"weight": (weight.float() * scales).bfloat16()}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..refusal import check_finite
+from ..refusal import check_finite, check_size
 from .output import (
     NO_LINKS,
     OutputError,
@@ -93,10 +93,7 @@ class VideoWriter:
             known = " or ".join(FORMATS)
             raise ValueError(f"{self.path.name}: suffix {suffix!r} is not a supported video format; use {known}")
         self._format = FORMATS[suffix]
-        for side, pixels in (("height", height), ("width", width)):
-            if pixels < 2 or pixels % 2:
-                even = max(2, pixels // 2 * 2)
-                raise ValueError(f"{side} {pixels} is not an even number of pixels; use {even} or {even + 2}")
+        check_size(height, width, multiple=2)
         if not 0.01 <= fps <= 1000:
             raise ValueError(f"fps {fps} is outside 0.01 … 1000 frames per second")
         self._crf = self._format.crf if crf is None else crf

@@ -108,10 +108,7 @@ def wan_from_state_dict(
             "num_layers": 1 + max(int(key.split(".")[1]) for key in state_dict if key.startswith("blocks.")),
         }
     except KeyError as missing:
-        raise ValueError(
-            f"{missing.args[0]} is missing, so this is no Wan 2.1 state dict in original names; "
-            f"load files with checkpoint.load_dit_state_dict"
-        ) from None
+        raise ValueError(f"{missing.args[0]} is missing; load files with checkpoint.load_dit_state_dict") from None
     if dim % HEAD_DIM:
         raise ValueError(f"width {dim} is not a multiple of {HEAD_DIM}, Wan's head width")
     with torch.device("meta"):

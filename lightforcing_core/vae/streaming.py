@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..refusal import check_finite
+from ..refusal import check_finite, check_size
 from .taehv import TaeLatents, check_tae, is_mem_block, is_tae
 from .wan_vae import LATENT_CHANNELS, denormalise_latents, normalise_latents
 
@@ -122,8 +122,7 @@ class StreamingDecoder:
         batch, _, _, height, width = shape
         if self._shape not in (None, (batch, height, width)):
             raise ValueError(
-                f"latents with batch, h, w {(batch, height, width)} do not continue a clip of {self._shape}; "
-                f"call reset() before another clip"
+                f"latents of {(batch, height, width)} do not continue a clip of {self._shape}; call reset()"
             )
         self._shape = (batch, height, width)
 
@@ -292,7 +291,4 @@ def _check_frames(frames: Tensor, *, first: int) -> None:
     if (count - first) % 4:
         below = count - (count - first) % 4
         raise ValueError(f"{count} video frames are not {first} + 4k; use {max(below, first or 4)} or {below + 4}")
-    for name, size in (("height", shape[2]), ("width", shape[3])):
-        if size % 8:
-            below = max(8, size // 8 * 8)
-            raise ValueError(f"{name} {size} is not a multiple of 8; use {below} or {below + 8}")
+    check_size(shape[2], shape[3], multiple=8)

@@ -58,10 +58,7 @@ def settings_of(model: ModelPatcher) -> Settings | None:
 def required_settings(model: ModelPatcher) -> Settings:
     settings = settings_of(model)
     if settings is None:
-        raise ValueError(
-            "this MODEL has no Light Forcing patch; load it with Light Forcing Model Loader, or put Light Forcing "
-            "Apply after its loader"
-        )
+        raise ValueError("this MODEL has no Light Forcing patch; put Light Forcing Apply after its loader")
     return settings
 
 

@@ -31,10 +31,7 @@ def unsuitable_guider(guider: Any) -> str | None:
 def unsuitable_latents(latents: Tensor) -> str | None:
     """Why a rollout cannot fill the latents, or None; Refusal if not finite."""
     if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS:
-        return (
-            f"the latent has shape {list(latents.shape)}, not [batch, {LATENT_CHANNELS}, frames, height, width]; "
-            f"use Empty AR Video Latent"
-        )
+        return f"the latent is {list(latents.shape)}, not [batch, 16, frames, height, width]; use Empty AR Video Latent"
     check_finite("the latent", latents, "create it again")
     if torch.count_nonzero(latents):
         return "the latent is not empty; connect an empty one here, and the encoded frames to start_latent"

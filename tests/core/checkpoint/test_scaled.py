@@ -189,7 +189,7 @@ def test_packed_comfyui_formats_are_unchanged_and_cannot_become_plain(tmp_path):
             {"weight": torch.zeros(192, 64, dtype=torch.uint8), "weight_scale": torch.zeros(192, 8)},
             r"blocks\.0\.ffn\.0\.weight has shape \(192, 64\)",
         ),
-        ({"weight_scale": torch.ones(2, 1)}, r"scales of shape \(2, 1\); use a file with one scale per row"),
+        ({"weight_scale": torch.ones(2, 1)}, r"scales \(2, 1\); use the bf16 file"),
     ],
 )
 def test_packed_weights_and_block_scales_are_refused(tmp_path, changes, expected):

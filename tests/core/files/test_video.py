@@ -233,7 +233,7 @@ def test_a_video_without_frames_leaves_nothing(tmp_path, end, error):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("clip.mp4", {"height": 481, "width": 64}, "height 481 is not an even number of pixels; use 480 or 482"),
+        ("clip.mp4", {"height": 481, "width": 64}, "height 481 is not a multiple of 2; use 480 or 482"),
         ("clip.mp4", {"height": 64, "width": 0}, "width 0 .* use 2 or 4"),
         ("clip.avi", {}, r"suffix '\.avi' is not a supported video format; use \.mp4 or \.webm"),
         ("clip", {}, "suffix ''"),

@@ -164,7 +164,7 @@ CASES = {
     "a guider with two strengths": (two_strengths, ["DualCFG", "CFGGuider"]),
     "two prompts on one chunk": (lambda: with_timeline(0.6, 0.8), ["0.8 s", "chunk 1 (0.56 to 1.31 s)", "0.6 s"]),
     "a prompt on the first chunk": (lambda: with_timeline(0.2), ["0.2 s", "chunk 0", "own prompt"]),
-    "a prompt behind the end": (lambda: with_timeline(9.0), ["9 s", "ends at 1.31 s", "longer"]),
+    "a prompt behind the end": (lambda: with_timeline(9.0), ["9 s", "end at 1.31 s", "earlier"]),
     "seed without a chunk": (lambda: graph({"model": loader()}, chunk_seeds="12"), ["chunk_seeds", "4: 123"]),
     "sparsity above 1": (lambda: with_schedule(sparsity="1: 1.5"), ["sparsity 1.5", "chunk 1"]),
     "state that is none": (
