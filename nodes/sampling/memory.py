@@ -45,8 +45,8 @@ def plan_of(
         torch.empty(1, dtype=dtype, device=device).expand(batch, length * tokens, size.dim // HEAD_DIM, HEAD_DIM)
         for length in (max(recipe.chunk_lengths()), visible)
     )
-    attention = recipe.attention
-    backend = choose_backend(q, k, tokens_per_frame=tokens, block=attention.block, backend=attention.backend).name
+    backend, block, tail = recipe.attention.backend, recipe.attention.block, recipe.attention.tail
+    backend = choose_backend(q, k, tokens_per_frame=tokens, block=block, backend=backend, tail=tail).name
 
     def needed_with(kv: KVOptions, tiles: int) -> MemoryEstimate:
         with torch.inference_mode(False):  # inference mode hides the operations that others consist of

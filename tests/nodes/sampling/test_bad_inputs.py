@@ -139,6 +139,7 @@ CASES = {
         ["chunks of 3", "frame by frame", "unknown"],
     ),
     "backend that cannot run": (lambda: graph({"model": loader(backend="triton")}), ["triton"]),
+    "backend without a tail": (lambda: graph({"model": loader(backend="flash4", tail="on")}), ["pooled tail"]),
     "empty prompt": (lambda: {**graph({"model": loader()}), "text": text("empty.safetensors")}, ["prompt is empty"]),
     "foreign embeddings": (lambda: {**graph({"model": loader()}), "text": text("foreign.safetensors")}, ["foreign"]),
     "NaN latent": (lambda: graph({"model": loader()}, latent=load_latent("nan.latent")), ["latent", "NaN"]),
