@@ -14,6 +14,7 @@ SCRIPTS = [
     "sampling/against_core",
     "sampling/faults",
     "sampling/live_view",
+    "sampling/other_patches",
     "memory/memory",
     "memory/low_memory",
     "memory/dynamic_vram",
