@@ -118,8 +118,9 @@ def wan_from_state_dict(
         wanted = torch.float32 if key.startswith("patch_embedding.") else dtype or tensor.dtype
         return tensor.to(device=device, dtype=wanted)
 
+    weights = {key: placed(key, tensor) for key, tensor in state_dict.items()}  # memory may run out here
     try:
-        model.load_state_dict({key: placed(key, tensor) for key, tensor in state_dict.items()}, assign=True)
+        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the tensors do not fit Wan 2.1 T2V: {str(error).splitlines()[1].strip():.300}") from None
     return model.requires_grad_(False).eval()

@@ -219,8 +219,9 @@ def vae_from_state_dict(
     dtype = dtype or state_dict["conv2.weight"].dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ValueError(f"the VAE's tensors are {dtype}, which cannot be computed in; pass dtype=torch.bfloat16")
+    weights = {name: tensor.to(device=device, dtype=dtype) for name, tensor in state_dict.items()}  # memory may run out
     try:
-        vae.load_state_dict({name: t.to(device=device, dtype=dtype) for name, t in state_dict.items()}, assign=True)
+        vae.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip()
         raise ValueError(f"not a whole Wan VAE of dim {dim}: {problem:.300}; {_GET_THE_FILE}") from None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.vae.wan_vae import (
     LATENT_MEAN,
     LATENT_STD,
@@ -49,6 +50,22 @@ def test_dtype_and_device_are_taken_from_the_file_or_from_the_caller():
     assert {p.dtype for p in vae_from_state_dict(state_dict).parameters()} == {torch.bfloat16}
     vae = vae_from_state_dict(state_dict, dtype=torch.float16, device="cpu")
     assert {(p.dtype, p.device.type) for p in vae.parameters()} == {(torch.float16, "cpu")}
+
+
+@pytest.mark.parametrize(
+    ("build", "weights"),
+    [
+        (vae_from_state_dict, random_vae_state_dict(dim=2)),
+        (wan_from_state_dict, random_state_dict(dim=128, ffn_dim=8, layers=1, text_dim=8)),
+    ],
+)
+def test_memory_that_runs_out_is_reported_as_such(build, weights, monkeypatch):
+    def full(self, **_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        build(weights)
 
 
 def test_latent_statistics_are_wan_2_1s():
