@@ -18,6 +18,7 @@ from lightforcing.cli.queue.prompt import UsageError, read_workflow
 from lightforcing.lightforcing_core.checkpoint.files import CheckpointError, open_weights, tensor_groups
 from lightforcing.lightforcing_core.checkpoint.load import describe, load_dit_state_dict
 from lightforcing.lightforcing_core.checkpoint.lora import merge_lora
+from lightforcing.lightforcing_core.checkpoint.scaled import read_quantisation
 from lightforcing.lightforcing_core.files.tensors import read_tensors
 from lightforcing.lightforcing_core.rollout.state import RunState, StateError, load_run_state, save_run_state
 from lightforcing.lightforcing_core.rollout.text_embeds import FORMAT, load_embeds
@@ -66,7 +67,13 @@ def read_state(path):
 
 
 def read_model(path):
-    describe(load_dit_state_dict(path, dequantise_all=True)[1])
+    state_dict, info = load_dit_state_dict(path)
+    describe(info)
+    kinds = read_quantisation(state_dict, info.metadata).comfyui_layers
+    scaled = [layer for layer, kind in kinds.items() if kind == "float8_e4m3fn" and f"{layer}.weight" in state_dict]
+    assert all({f"{layer}.weight_scale", f"{layer}.scale_weight"} & state_dict.keys() for layer in scaled)
+    assert isinstance(json.loads(info.metadata.get("config", "{}")).get("transformer", {}), dict)
+    load_dit_state_dict(path, dequantise_all=True)
 
 
 def read_batch(path):

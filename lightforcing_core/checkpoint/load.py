@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..model.wan import HEAD_DIM, Wan
 from .files import CheckpointError, name_list, open_weights, tensor_groups
 from .layouts import Layout, original_name, other_file, other_wan, read_layout
 from .lora import Adapter, looks_like_lora, merge_lora
-from .scaled import LAYER_FORMATS, Quantisation, convert, is_scale, read_quantisation
+from .scaled import LAYER_FORMATS, Quantisation, convert, format_in, is_scale, read_quantisation
 
 MOST_LAYERS = 1000
 _PUBLISHED = {1536: ("1.3B", 30), 5120: ("14B", 40)}  # dim → name and layers
@@ -27,6 +28,8 @@ _EMA = ("generator_ema", "model_ema", "ema")
 _PLAIN = ("generator", "model", "state_dict", "module")
 # Weights for training, and LoRAs.
 _NOT_THE_MODEL = re.compile(r"critic|discriminator|optimizer|scheduler|real_score|fake_score|teacher|lora")
+# Sizes that the metadata `config` may state, which ComfyUI then uses instead of those of the weights.
+_SIZES = ("dim", "ffn_dim", "num_layers", "num_heads", "in_dim", "out_dim", "text_dim", "freq_dim")
 _PLAIN_WAN = re.compile(r"wan[-_. ]?2[._]1.*t2v|^diffusion_pytorch_model")
 _WAN_22 = re.compile(r"wan[-_. ]?2[._]2|(high|low)[-_]?noise")
 
@@ -247,11 +250,13 @@ def _rename_layers(metadata: Mapping[str, str], layout: Layout) -> dict[str, str
     try:
         formats = read_json(metadata[LAYER_FORMATS])
         formats["layers"] = {
-            original_name(layer, layout.prefix, layout.diffusers): dict(entry)
+            original_name(layer, layout.prefix, layout.diffusers): entry
             for layer, entry in formats.get("layers", {}).items()
         }
+        for entry in formats["layers"].values():
+            format_in(entry)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"its {LAYER_FORMATS} is not readable; download the file again") from error
+        raise ValueError(f"its {LAYER_FORMATS} is not readable ({error!s:.80}); download the file again") from error
     return {**metadata, LAYER_FORMATS: json.dumps(formats)}
 
 
@@ -277,10 +282,22 @@ def _expected_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[st
     with torch.device("meta"):
         wan = Wan(dim=dim, ffn_dim=ffn_dim, num_layers=layers)
     expected = {name: tuple(tensor.shape) for name, tensor in wan.state_dict().items()}
-    stated = mapping(read_object(metadata.get("config", "")).get("transformer"))
+    stated = _stated_sizes(metadata.get("config", "{}"))
     for name, width in (("text_embedding.0.weight", "text_dim"), ("time_embedding.0.weight", "freq_dim")):
         expected[name] = (dim, stated.get(width, expected[name][1]))
     return expected
+
+
+def _stated_sizes(config: str) -> Mapping[str, Any]:
+    """`transformer` in the metadata `config`; ValueError unless it is an object whose sizes ComfyUI can use."""
+    try:
+        stated = read_json(config).get("transformer", {})
+        wrong = [name for name in _SIZES if type(stated.get(name, 0)) is not int]
+    except (ValueError, AttributeError):
+        wrong = ["transformer"]
+    if wrong:
+        raise ValueError(f"its metadata `config` has no usable {wrong[0]} ({config!r:.80}); download the file again")
+    return stated  # type: ignore[no-any-return]
 
 
 def _check_complete(

@@ -40,10 +40,14 @@ class Quantisation:
 def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Quantisation:
     """The quantisation of `state_dict` (original names, in the metadata too)."""
     stated = mapping(read_object(metadata.get(LAYER_FORMATS, "")).get("layers"))
-    comfyui = {layer: _format_in(entry) for layer, entry in stated.items() if f"{layer}.weight" in state_dict}
+    comfyui = {layer: format_in(entry) for layer, entry in stated.items() if f"{layer}.weight" in state_dict}
     for name, value in state_dict.items():
         if name.endswith(".comfy_quant"):
             comfyui[name.removesuffix(".comfy_quant")] = marked_format(name, value)
+    for layer, kind in comfyui.items():
+        scales = {f"{layer}.weight_scale", f"{layer}.scale_weight"}
+        if kind in _PLAIN_SCALED and f"{layer}.weight" in state_dict and not scales & state_dict.keys():
+            raise ValueError(f"{layer} is marked as {kind} but has no scale; download the file again")
     other: dict[str, str] = {}
     for name, scale in state_dict.items():
         layer, _, leaf = name.rpartition(".")
@@ -103,14 +107,18 @@ def marked_format(name: str, marker: Tensor) -> str:
     try:
         if marker.dtype != torch.uint8 or marker.ndim != 1 or len(marker) > MOST_MARKER:
             raise ValueError(f"{marker.dtype} of shape {list(marker.shape)}")
-        return _format_in(mapping(read_json(bytes(marker.tolist()))))
+        return format_in(read_json(bytes(marker.tolist())))
     except ValueError as error:
         raise ValueError(f"{name} does not name a format ({error}); download the file again") from error
 
 
-def _format_in(entry: Mapping[str, Any]) -> str:
-    rotated = entry.get("convrot") or mapping(entry.get("params")).get("convrot")
-    return f"{entry.get('format', 'unnamed')}{' with convrot' if rotated else ''}"
+def format_in(entry: Any) -> str:
+    """The format that a layer's JSON object names; ValueError for any other value."""
+    fields = mapping(entry)
+    if not isinstance(fields.get("format"), str):
+        raise ValueError(f"{entry!r:.80} is no object with a format")
+    rotated = fields.get("convrot") or mapping(fields.get("params")).get("convrot")
+    return f"{fields['format']}{' with convrot' if rotated else ''}"
 
 
 def _by_rows(layer: str, parts: Mapping[str, Tensor], kind: str, plain: bool) -> dict[str, Tensor]:

@@ -243,15 +243,24 @@ def test_weights_of_another_shape_are_refused(tmp_path, name, shape):
 
 
 @pytest.mark.parametrize(
-    ("stated", "fits"), [({"text_dim": 32}, True), ({"text_dim": 64}, False), ({"text_dim": "32"}, False), ([], False)]
+    ("config", "problem"),
+    [
+        ({"transformer": {"text_dim": 32}}, None),
+        ({"transformer": {"text_dim": 64}}, "text_embedding.0.weight has shape (128, 32)"),
+        ({"transformer": {"text_dim": "32"}}, "no usable text_dim"),
+        ({"transformer": {"text_dim": 32, "dim": "128"}}, "no usable dim"),
+        ({"transformer": {"text_dim": 32, "num_layers": None}}, "no usable num_layers"),
+        ({"transformer": []}, "no usable transformer"),
+        ({"transformer": 3}, "no usable transformer"),
+        ([1], "no usable transformer"),
+    ],
 )
-def test_the_metadata_may_state_another_text_width(tmp_path, stated, fits):
-    metadata = {"config": json.dumps({"transformer": stated})}
-    save_file(tiny_wan(text_dim=32), tmp_path / "x.safetensors", metadata=metadata)
-    if fits:
+def test_the_metadata_may_state_another_text_width(tmp_path, config, problem):
+    save_file(tiny_wan(text_dim=32), tmp_path / "x.safetensors", metadata={"config": json.dumps(config)})
+    if problem is None:
         assert load_dit_state_dict(tmp_path / "x.safetensors")[1].size.text_dim == 32
     else:
-        assert "text_embedding.0.weight has shape (128, 32)" in refusal(tmp_path / "x.safetensors")
+        assert problem in refusal(tmp_path / "x.safetensors")
 
 
 def test_layers_with_unknown_parts_are_refused_rather_than_run_without_them(tmp_path):
@@ -285,17 +294,33 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
     assert "it is compressed" in refusal(tmp_path / "x.pt")
 
 
-def test_a_marker_that_names_no_format_is_refused(tmp_path):
-    save_file(tiny_wan() | {"blocks.0.ffn.0.comfy_quant": torch.tensor([0.5, 0.25])}, tmp_path / "x.safetensors")
+@pytest.mark.parametrize("mark", [b"[1]", b"{}", b'{"format": ["a"]}', b'{"format": null}', None])
+def test_a_marker_that_names_no_format_is_refused(tmp_path, mark):
+    marker = torch.tensor([0.5, 0.25]) if mark is None else torch.tensor(list(mark), dtype=torch.uint8)
+    save_file(tiny_wan() | {"blocks.0.ffn.0.comfy_quant": marker}, tmp_path / "x.safetensors")
     assert "blocks.0.ffn.0.comfy_quant does not name a format" in refusal(tmp_path / "x.safetensors")
 
 
-@pytest.mark.parametrize("text", ["broken", "[" * 2000 + "]" * 2000, "[]", '{"layers": {"a": 1}}'])
-def test_metadata_beyond_the_limits_is_refused_or_ignored(tmp_path, text):
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2", "int8_tensorwise"])
+def test_a_marked_layer_without_a_scale_is_refused(tmp_path, kind):
+    marker = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+    save_file(tiny_wan() | {"blocks.0.ffn.0.comfy_quant": marker}, tmp_path / "x.safetensors")
+    assert f"blocks.0.ffn.0 is marked as {kind} but has no scale" in refusal(tmp_path / "x.safetensors")
+
+
+ONE_LAYER = '{"layers": {"blocks.0.ffn.0": %s}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["broken", "[" * 2000 + "]" * 2000, "[]", ONE_LAYER % "1", ONE_LAYER % "{}", ONE_LAYER % '{"format": {"a": 1}}'],
+)
+def test_metadata_beyond_the_limits_is_refused(tmp_path, text):
     save_file(tiny_wan(), tmp_path / "x.safetensors", metadata={"_quantization_metadata": text})
     assert "_quantization_metadata is not readable" in refusal(tmp_path / "x.safetensors")
-    save_file(tiny_wan(), tmp_path / "x.safetensors", metadata={"config": text})
-    assert not load_dit_state_dict(tmp_path / "x.safetensors")[1].causal_metadata
+    if "layers" not in text:
+        save_file(tiny_wan(), tmp_path / "x.safetensors", metadata={"config": text})
+        assert "no usable transformer" in refusal(tmp_path / "x.safetensors")
 
 
 def test_names_that_are_numbers_are_left_out(tmp_path):
