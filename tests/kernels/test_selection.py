@@ -14,42 +14,9 @@ from lightforcing.kernels.selection import Parts, _order, select_blocks, why_not
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.selection import SUB_BLOCKS, sub_block_layout
 
-from ..support.attention_problems import selection_plan
+from ..support.attention_problems import DEVICE, LARGEST, RING, brute_force_selection, selection_plan
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log")  # of what is masked
-
-RING = [0, 10, 11, 12, 4, 5, 6, 7, 8, 9]  # the frame that each slot holds: a sink, then a window that has wrapped
-LARGEST = torch.finfo(torch.float32).max
-
-
-def finite(score):
-    """A score as the selection counts it."""
-    return -LARGEST if math.isnan(score) else min(max(score, -LARGEST), LARGEST)
-
-
-def brute_force(q_means, k_means, frame_means, slot_frames, current, keep, sinks, near, kept):
-    """The rule of HSA for one query block at a time, over float64 scores: lists of ascending ids [B][H][q_blocks]."""
-    q, k, f = (x.cpu().double() for x in (q_means, k_means, frame_means))
-    per_frame = k.shape[1] // f.shape[1]
-    by_age = sorted(range(len(slot_frames)), key=slot_frames.__getitem__)
-    past, now = by_age[:-current], by_age[-current:]
-    keep = max(keep, math.ceil(kept / per_frame) - current)  # as many frames as hold `kept` blocks
-    rows = []
-    for b in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            for i in range(q.shape[1]):
-                slots = past + now
-                if len(past) > keep:
-                    middle = past[sinks : len(past) - near]
-                    value = {slot: finite(float(q[b, i, h] @ f[b, slot, h])) for slot in middle}
-                    # Python's sort is stable and `middle` starts with the oldest frame.
-                    best = sorted(middle, key=lambda slot: -value[slot])[: keep - sinks - near]
-                    slots = past[:sinks] + best + past[len(past) - near :] + now
-                ids = sorted(slot * per_frame + j for slot in slots for j in range(per_frame))
-                value = {j: finite(float(q[b, i, h] @ k[b, j, h])) for j in ids}
-                rows.append(sorted(sorted(ids, key=lambda j: -value[j])[:kept]))
-    return torch.tensor(rows, dtype=torch.int32).view(q.shape[0], q.shape[2], q.shape[1], kept)
 
 
 def means(per_frame, q_blocks, frames, batch=1, heads=1, dim=16, seed=0, values=2, dtype=torch.float32):
@@ -93,7 +60,7 @@ def check(inputs, slot_frames, current=3, sparsity=0.7, keep=6, sinks=1, near=2)
     per_frame = inputs[1].shape[1] // inputs[2].shape[1]
     plan = plan_for(per_frame, slot_frames, current, sparsity, keep, sinks, near)
     blocks, counts = run(plan, *inputs)
-    want = brute_force(*inputs, slot_frames, current, keep, sinks, near, plan.kept)
+    want = brute_force_selection(*inputs, slot_frames, current, keep, sinks, near, plan.kept)
     assert blocks.dtype == counts.dtype == torch.int32
     assert torch.equal(blocks.cpu(), want)
     assert (counts == plan.kept).all()
@@ -240,16 +207,11 @@ def test_scores_that_are_not_finite_have_their_place(bad):
 
 @pytest.mark.parametrize(
     ("per_frame", "q_blocks", "frames", "dim"),
-    [(1, 1, 7, 1), (25, 2, 21, 128), (57, 1, 10, 80), (13, 66, 8, 16), (2, 2, 150, 16)],
+    [(1, 1, 7, 1), (25, 2, 21, 128), (57, 1, 10, 80), (13, 66, 8, 16), (2, 2, 150, 16), (60, 1, 20, 4)],
 )
 def test_picks_equal_brute_force_on_other_shapes(per_frame, q_blocks, frames, dim):
-    """More than one tile of blocks, of frames, of query blocks and of the head dimension; odd lengths everywhere."""
+    """More than one tile of blocks, frames, query blocks and head dimension; odd lengths; rows beyond one warp."""
     check(means(per_frame, q_blocks, frames, dim=dim), list(range(frames)), sparsity=0.85)
-
-
-def test_rows_longer_than_one_warp_holds():
-    """1,200 key blocks: 21 frames of 57 blocks and a bit, padded to 2,048."""
-    check(means(60, 1, 20, dim=4, values=4), list(range(20)), sparsity=0.9)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -259,7 +221,7 @@ def test_random_picks_differ_from_float64_by_rounding_only(seed):
     inputs = [torch.randn(1, rows, 2, 64, generator=generator).to(DEVICE, torch.bfloat16) for rows in sizes]
     plan = plan_for(8, list(range(21)), 3, 0.88)
     got = run(plan, *inputs)[0].cpu()
-    want = brute_force(*inputs, list(range(21)), 3, 6, 1, 2, plan.kept)
+    want = brute_force_selection(*inputs, list(range(21)), 3, 6, 1, 2, plan.kept)
     scores = torch.einsum("bqhd,bkhd->bhqk", *(x.cpu().double() for x in inputs[:2]))
     gap = scores.gather(-1, got.long()).sort(-1).values - scores.gather(-1, want.long()).sort(-1).values
     assert gap.abs().max() <= 1e-4

@@ -1,5 +1,7 @@
 """Random problems for sparse attention, what they mean in float64, and brute force."""
 
+import math
+
 import torch
 
 from lightforcing.lightforcing_core.attention import fast_path
@@ -12,6 +14,8 @@ from lightforcing.lightforcing_core.attention.selection import BlockSelection, F
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EIGHT_BIT = [torch.int8, torch.float8_e4m3fn]
 SHAPES = [(40, (32, 16), 1, 3), (64, (16, 32), 2, 2), (100, (64, 64), 1, 2)]
+RING = [0, 10, 11, 12, 4, 5, 6, 7, 8, 9]  # the frame that each slot holds: a sink, then a window that has wrapped
+LARGEST = torch.finfo(torch.float32).max
 
 
 def spans(frames, tokens_per_frame, block):
@@ -139,3 +143,32 @@ def selection_plan(slot_frames, current, layout, sparsity, *, keep_frames=6, sin
     """The plan of a chunk of `current` frames, with the published budget."""
     view = View(slot_frames, current, layout, layout, 1, 1, device)
     return SelectionPlan.build(view, sparsity, FrameBudget(keep_frames, sink_frames, near_frames))
+
+
+def finite(score):
+    """A score as the selection counts it."""
+    return -LARGEST if math.isnan(score) else min(max(score, -LARGEST), LARGEST)
+
+
+def brute_force_selection(q_means, k_means, frame_means, slot_frames, current, keep, sinks, near, kept):
+    """The rule of HSA for one query block at a time, over float64 scores: lists of ascending ids [B][H][q_blocks]."""
+    q, k, f = (x.cpu().double() for x in (q_means, k_means, frame_means))
+    per_frame = k.shape[1] // f.shape[1]
+    by_age = sorted(range(len(slot_frames)), key=slot_frames.__getitem__)
+    past, now = by_age[:-current], by_age[-current:]
+    keep = max(keep, math.ceil(kept / per_frame) - current)  # as many frames as hold `kept` blocks
+    rows = []
+    for b in range(q.shape[0]):
+        for h in range(q.shape[2]):
+            for i in range(q.shape[1]):
+                slots = past + now
+                if len(past) > keep:
+                    middle = past[sinks : len(past) - near]
+                    value = {slot: finite(float(q[b, i, h] @ f[b, slot, h])) for slot in middle}
+                    # Python's sort is stable and `middle` starts with the oldest frame.
+                    best = sorted(middle, key=lambda slot: -value[slot])[: keep - sinks - near]
+                    slots = past[:sinks] + best + past[len(past) - near :] + now
+                ids = sorted(slot * per_frame + j for slot in slots for j in range(per_frame))
+                value = {j: finite(float(q[b, i, h] @ k[b, j, h])) for j in ids}
+                rows.append(sorted(sorted(ids, key=lambda j: -value[j])[:kept]))
+    return torch.tensor(rows, dtype=torch.int32).view(q.shape[0], q.shape[2], q.shape[1], kept)

@@ -1,5 +1,7 @@
 """When `SelectionPlan.select` takes the fused kernel, what it says if it does not, and what a failing kernel does."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -11,9 +13,7 @@ pytest.importorskip("triton")
 
 from lightforcing.kernels import selection as kernel
 
-from ...support.attention_problems import selection_plan
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from ...support.attention_problems import DEVICE, selection_plan
 
 
 class OnCuda(torch.Tensor):
@@ -28,47 +28,31 @@ def problem(seed=0):
     return plan, [torch.randn(1, rows, 1, 8, generator=generator).to(DEVICE) for rows in (3, 30, 10)]
 
 
-def that_raises(error):
-    calls = []
-
-    def fail(*arguments, **options):
-        calls.append(options)
-        raise error
-
-    return fail, calls
-
-
-def test_the_fused_kernel_runs_if_nothing_is_against_it(monkeypatch):
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_the_fused_kernel_runs_if_nothing_is_against_it(monkeypatch, by_parts):
     plan, inputs = problem()
+    by_means = plan.select(*inputs)
+    if by_parts:  # 10 to a frame of 20
+        inputs.append(torch.randn(1, 100, 1, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE))
     want = plan.select(*inputs)
     monkeypatch.setattr(selection_module, "why_not_fused", lambda *arguments: None)
     monkeypatch.setattr(selection_module, "_best", None)  # the torch path cannot run
     got = plan.select(*inputs)
     assert torch.equal(got.blocks, want.blocks)
     assert torch.equal(got.counts, want.counts)
-
-
-def test_the_fused_kernel_scores_by_parts_if_asked(monkeypatch):
-    plan, inputs = problem()
-    parts = torch.randn(1, 100, 1, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)  # 10 to a frame of 20
-    want, by_means = plan.select(*inputs, parts), plan.select(*inputs)
-    monkeypatch.setattr(selection_module, "why_not_fused", lambda *arguments: None)
-    monkeypatch.setattr(selection_module, "_best", None)  # the torch path cannot run
-    got = plan.select(*inputs, parts)
-    assert torch.equal(got.blocks, want.blocks)
-    assert not torch.equal(got.blocks, by_means.blocks)
+    assert torch.equal(got.blocks, by_means.blocks) != by_parts
 
 
 def test_a_kernel_that_fails_is_replaced_for_the_run(monkeypatch, caplog):
     plan, inputs = problem()
     want = plan.select(*inputs)
-    fail, calls = that_raises(RuntimeError("no such luck\nat all"))
+    fail = mock.Mock(side_effect=RuntimeError("no such luck\nat all"))
     monkeypatch.setattr(kernel, "select_blocks", fail)
     on_gpu = [inputs[0].as_subclass(OnCuda), *inputs[1:]]
     for _ in range(3):
         got = plan.select(*on_gpu)
         assert torch.equal(got.blocks.as_subclass(torch.Tensor), want.blocks)
-    assert calls == [{"choose": 3, "kept": plan.kept, "parts": None}]
+    fail.assert_called_once()
     parts = torch.zeros(1, 100, 1, 8, device=DEVICE)
     assert why_not_fused(*on_gpu).startswith("selection kernel failed")
     assert why_not_fused(*on_gpu, parts) is None  # another kernel, not yet tried

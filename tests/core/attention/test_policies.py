@@ -10,7 +10,6 @@ from lightforcing.lightforcing_core.attention.chunk import ChunkAttention, plan_
 from lightforcing.lightforcing_core.attention.dispatch import BackendUnavailable
 from lightforcing.lightforcing_core.attention.options import AttentionOptions, Pools
 from lightforcing.lightforcing_core.attention.policies import POLICIES, FrameBudget, View
-from lightforcing.lightforcing_core.attention.selection import SelectionPlan
 
 BUDGET = FrameBudget(keep=3, sinks=1, near=1)
 
@@ -81,15 +80,6 @@ def test_window_reads_whole_frames_own_then_sinks_then_newest_within_the_budget(
     assert plan.fixed.blocks.shape == (view.batch, view.heads, view.q_blocks, len(want))
     assert (plan.fixed.blocks == torch.tensor(want)).all()
     assert (plan.fixed.counts == len(want)).all()
-
-
-@given(view=views(), sparsity=st.floats(0.0, 0.99), seed=st.integers(0, 9))
-def test_light_forcing_is_hierarchical_selection(view, sparsity, seed):
-    plan = POLICIES["light_forcing"].selection.plan(view, sparsity, BUDGET)
-    same = SelectionPlan.build(view, sparsity, BUDGET)
-    got, want = (one.select(*means(view, seed)) for one in (plan, same))
-    assert torch.equal(got.blocks, want.blocks)
-    assert plan.fixed is None
 
 
 # ------------------------------------------------------------------------------------------- planning a chunk

@@ -11,40 +11,20 @@ from lightforcing.lightforcing_core.attention.selection import (
     sub_block_layout,
 )
 
-from ...support.attention_problems import selection_plan, spans
-
-RING = [0, 10, 11, 12, 4, 5, 6, 7, 8, 9]  # the frame that each slot holds: a sink, then a window that has wrapped
+from ...support.attention_problems import RING, brute_force_selection, selection_plan, spans
 
 
-def brute_force_mask(q, k, tokens_per_frame, block, sparsity, keep, sinks, near):
-    """The rule of HSA, one query block at a time."""
-    q_spans = spans(q.shape[1] // tokens_per_frame, tokens_per_frame, block[0])
-    k_spans = spans(k.shape[1] // tokens_per_frame, tokens_per_frame, block[1])
-    frames, current = k.shape[1] // tokens_per_frame, q.shape[1] // tokens_per_frame
-    past, count = frames - current, max(1, int((1.0 - sparsity) * len(k_spans)))
-    keep = max(keep, math.ceil(count * frames / len(k_spans)) - current)  # as many frames as hold `count` blocks
-    mask = torch.zeros(q.shape[0], q.shape[2], len(q_spans), len(k_spans), dtype=torch.bool)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[2]):
-            k_means = torch.stack([k[b, start:end, h].mean(0) for start, end in k_spans])
-            for i, (start, end) in enumerate(q_spans):
-                if past == 0:
-                    mask[b, h, i] = True
-                    continue
-                q_mean = q[b, start:end, h].mean(0)
-                kept_frames = set(range(frames))
-                if past > keep:
-                    middle = list(range(sinks, past - near))
-                    scores = {
-                        f: float(q_mean @ k[b, f * tokens_per_frame : (f + 1) * tokens_per_frame, h].mean(0))
-                        for f in middle
-                    }
-                    best = sorted(middle, key=scores.get, reverse=True)[: keep - sinks - near]
-                    kept_frames = {*range(sinks), *range(past - near, past), *range(past, frames), *best}
-                candidates = [j for j, (start, _) in enumerate(k_spans) if start // tokens_per_frame in kept_frames]
-                ranked = sorted(candidates, key=lambda j: float(q_mean @ k_means[j]), reverse=True)
-                mask[b, h, i, ranked[:count]] = True
-    return mask
+def brute_force_mask(q, k, tokens, block, sparsity, *budget):
+    """The rule of HSA over means of the tokens themselves; a chunk without past frames keeps everything."""
+    current, frames = (x.shape[1] // tokens for x in (q, k))
+    q_spans, k_spans = (spans(count, tokens, size) for count, size in zip((current, frames), block, strict=True))
+    means = [
+        torch.stack([x[:, start:end].mean(1) for start, end in parts], dim=1)
+        for x, parts in ((q, q_spans), (k, k_spans), (k, spans(frames, tokens, tokens)))
+    ]
+    kept = max(1, int((1.0 - sparsity) * len(k_spans))) if frames > current else len(k_spans)
+    ids = brute_force_selection(*means, range(frames), current, *budget, kept)
+    return torch.zeros(*ids.shape[:3], len(k_spans), dtype=torch.bool).scatter_(-1, ids.long(), True)
 
 
 @pytest.mark.parametrize(
@@ -90,29 +70,6 @@ def test_block_counts_of_the_published_short_setting(block, counts):
         for chunk, sparsity in enumerate(sparsities)
     ]
     assert kept == counts
-
-
-def test_at_least_one_block_is_kept():
-    q, k = torch.randn(1, 20, 1, 8), torch.randn(1, 60, 1, 8)
-    mask = hierarchical_block_mask(q, k, tokens_per_frame=20, block=(32, 32), sparsity=0.999)
-    assert (mask.sum(-1) == 1).all()
-
-
-def test_slot_order_does_not_change_what_is_selected():
-    layout, generator = FrameBlocks(20, 8), torch.Generator().manual_seed(0)
-    frames = 12
-    k_means = torch.randn(1, frames * layout.per_frame, 2, 8, generator=generator)
-    q_means = torch.randn(1, 3 * layout.per_frame, 2, 8, generator=generator)
-    options = {"sparsity": 0.8}
-    in_order = selection_plan(range(frames), 3, layout, **options)
-    expected = in_order.select(q_means, k_means, layout.frame_means(k_means)).to_mask(k_means.shape[1])
-
-    ring = [0, 10, 11, 3, 4, 5, 6, 7, 8, 9, 1, 2]  # the frame that each slot holds
-    blocks = torch.tensor([frame * layout.per_frame + j for frame in ring for j in range(layout.per_frame)])
-    shuffled = k_means[:, blocks]
-    plan = selection_plan(ring, 3, layout, **options)
-    mask = plan.select(q_means, shuffled, layout.frame_means(shuffled)).to_mask(k_means.shape[1])
-    assert torch.equal(mask, expected[..., blocks])
 
 
 def test_list_and_mask_forms_are_inverse():
