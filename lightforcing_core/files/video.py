@@ -134,7 +134,7 @@ class VideoWriter:
         if not (frames.dtype == torch.uint8 or frames.is_floating_point()):
             raise ValueError(f"frames are {frames.dtype}; expected uint8, or floating point in 0…1")
         if frames.is_floating_point():
-            check_finite("the video", frames, "it would be black; decode it again")
+            check_finite("the video", frames, "decode it again: NaN would show as black")
         for frame in frames:
             if frame.is_floating_point():
                 frame = frame.float().mul(255.0).round_().clamp_(0.0, 255.0).to(torch.uint8)

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..refusal import check_finite, check_size
+from ..refusal import NotFinite, check_finite, check_size, is_finite
 from .taehv import TaeLatents, check_tae, is_mem_block, is_tae
 from .wan_vae import LATENT_CHANNELS, denormalise_latents, normalise_latents
 
@@ -29,6 +29,8 @@ class StreamingDecoder:
 
     Raises ValueError if the module is none of these, or a TAE without `tae_latents`.
     """
+
+    extremes: Tensor  # of the last call's frames, before they were clamped
 
     def __init__(
         self,
@@ -78,8 +80,8 @@ class StreamingDecoder:
         [B, 16, f, h, w] → [B, video frames, 8h, 8w, 3] in 0…1, float32 (float64 from a float64 module). A clip's first
         latent frame gives 1 video frame, each later one 4. normalised: latents are in the DiT's space, not the VAE's
         own. trusted: skip the checks that latents and frames are finite, which wait for the device; `check` does the
-        latter with `extremes`. Raises ValueError for a wrong or changing shape, and for NaN and infinity, RuntimeError
-        if an earlier call of the clip failed.
+        latter with `extremes`. Raises ValueError for a wrong or changing shape, and for NaN and infinity (NotFinite if
+        they are the VAE's own), RuntimeError if an earlier call of the clip failed.
         """
         self._accept(latents, trusted)
         dtype, device = self._place
@@ -99,7 +101,7 @@ class StreamingDecoder:
                 new = frames[:, done : done + pixels.shape[2]]
                 new.copy_(rearrange(pixels, "b c t h w -> b t h w c"))
                 done += pixels.shape[2]
-            self.extremes = torch.stack(frames.aminmax())  # of the last call's frames, before they are clamped
+            self.extremes = torch.stack(frames.aminmax())
             if not trusted:
                 self.check(self.extremes)
         except BaseException:
@@ -109,7 +111,8 @@ class StreamingDecoder:
         return frames.sub_(self._lowest).div_(1 - self._lowest).clamp_(0, 1)
 
     def check(self, extremes: Tensor) -> None:
-        check_finite("the decoded video", extremes, _remedy(self._place[0]))
+        if not is_finite(extremes):
+            raise NotFinite("the decoded video", "holds NaN or infinity", _remedy(self._place[0]))
 
     def _accept(self, latents: Tensor, trusted: bool) -> None:
         if self._broken:
@@ -118,7 +121,7 @@ class StreamingDecoder:
         if len(shape) != 5 or shape[1] != LATENT_CHANNELS or 0 in shape:
             raise ValueError(f"latents of shape {shape} are not [B, {LATENT_CHANNELS}, frames, h, w], or are empty")
         if not trusted:
-            check_finite("the latent", latents, "it would spread to every later frame; sample it again")
+            check_finite("the latent", latents, "sample it again: NaN would spread to every later frame")
         batch, _, _, height, width = shape
         if self._shape not in (None, (batch, height, width)):
             raise ValueError(

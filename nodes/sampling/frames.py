@@ -1,10 +1,12 @@
 """Frames of finished chunks while a run continues: decoded, then sent to the video file and the live view."""
 
+import contextlib
 import logging
 
 from torch import Tensor
 
 from ...lightforcing_core.memory.plan import MemoryPlan
+from ...lightforcing_core.refusal import NotFinite
 from ...lightforcing_core.rollout.runtime import Chunk, StepEvent
 from ...lightforcing_core.rollout.state import RunState
 from ..comfy import raise_if_interrupted
@@ -59,6 +61,10 @@ class FrameOutput(Observer):
         self.add_before(chunk.latents.shape[0])
         self._add(chunk.latents, normalised=True)
         if is_last:  # no step follows that could collect its frames
+            self.finish()
+
+    def cut(self, reason: str) -> None:
+        with contextlib.suppress(NotFinite):  # the run has its reason, and its latents are kept
             self.finish()
 
     def add_before(self, batch: int) -> None:

@@ -59,7 +59,7 @@ class LightForcingDecode(io.ComfyNode):
         latents = samples["samples"]
         if latents.ndim != 5:
             raise ValueError(f"the latent has shape {list(latents.shape)}; expected [batch, 16, frames, height, width]")
-        check_finite("the latent", latents, "it would decode to black: sample it again")
+        check_finite("the latent", latents, "sample it again: NaN would decode to black")
         frames = FrameDecoder(vae, latents.shape, tae_latents=tae_latents)
         frames.load()
         progress = ProgressBar(latents.shape[2])

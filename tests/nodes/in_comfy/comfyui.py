@@ -6,6 +6,7 @@ Scripts are called as `SCRIPT.py CHECKOUT PACK BASE`; BASE/models holds tiny wei
 import gc
 import importlib
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 
@@ -101,6 +102,19 @@ def sampling_node():
 def small_vae(dim=8):
     """A VAE of random weights."""
     return comfy.sd.VAE(sd=module("lightforcing_core.vae.wan_vae").random_vae_state_dict(dim=dim))
+
+
+def vae_with_nan(frame):
+    """A VAE that decodes to NaN from latent frame number `frame` (from 1) on."""
+    broken, count = small_vae(), itertools.count(1)
+    last = broken.first_stage_model.decoder.head[-1]
+    forward = last.forward
+
+    def late(*given):  # not a hook, with which the VAE would not overlap
+        return forward(*given) * (float("nan") if next(count) >= frame else 1.0)
+
+    last.forward = late
+    return broken
 
 
 def with_lora(model):

@@ -90,7 +90,15 @@ with torch.no_grad():
     broken.first_stage_model.decoder.head[-1].bias[0] = NAN
     broken.first_stage_model.encoder.head[-1].bias[0] = NAN
 words = "holds NaN or infinity", "the VAE computes in torch.float32"
-refused("Refusal", *words, vae=broken, video_output=video)
+refused("NotFinite", *words, vae=broken, video_output=video, keep_finished=False)
+for given, made, cut in (
+    (broken, [3, None], "1 of 3 chunks: 9 of 33 frames"),
+    (comfyui.vae_with_nan(4), [6, 9], "2 of 3 chunks: 21 of 33 frames"),
+    (comfyui.vae_with_nan(9), [9, 21], "3 of 3 chunks: 33 of 33 frames"),
+):
+    *found, text = run(vae=given)
+    assert found == made
+    assert all(part in text for part in (*words, f"stopped after {cut}")), text
 encode = comfyui.module("nodes.vae.encode").LightForcingEncode.execute
 assert all(part in comfyui.error_of(encode, torch.zeros(1, 32, 48, 3), broken) for part in words)
 assert not [path for folder in (OUTPUT, state.state_folder()) for path in folder.rglob("*finite*/*")]

@@ -125,6 +125,9 @@ for way in ("at once", "beside", "beside, slow"):
     start, Late.start = Late.start, failing(Late.start, 2, oom)
     ends["decode fails"] = sizes(run())
     decode.StreamingDecoder.decode, Late.start = stream, start
+    for more in ({}, {"model": model_failing(model, 8, stop)}):  # NaN of the second chunk's frames, alone or not
+        latent, frames, _ = sizes(run(vae=comfyui.vae_with_nan(4), **more))
+        assert (latent, frames) == (9 if slow and not more else 6, 9), (way, latent, frames)
     live_view.LiveView.add_frames = failing(seen, 2, stop)
     latent, frames, _ = sizes(run())  # cancelled while a chunk is handed on: both still tell the same video
     assert way == "at once" or frames == 4 * latent - 3, (way, latent, frames)
