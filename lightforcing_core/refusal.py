@@ -39,7 +39,7 @@ def check_size(height: int, width: int, multiple: int = 16) -> None:
 def is_finite(x: Tensor) -> bool:
     """Whether x holds neither NaN nor infinity; a tensor on the meta device has no values and so holds neither."""
     # The extremes pass NaN on, and cost no copy of x.
-    return x.is_meta or bool(torch.isfinite(torch.stack(x.aminmax())).all())
+    return x.is_meta or not x.numel() or bool(torch.isfinite(torch.stack(x.aminmax())).all())
 
 
 def check_finite(field: str, x: Tensor, remedy: str) -> None:
