@@ -129,7 +129,9 @@ def load_run_state(path: str | Path) -> RunState:
     try:
         # Copies, because the rounding of a matrix product can depend on alignment, and the file gives none.
         tensors, metadata = read_tensors(path, copy=True)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise StateError(f"{path}: cannot be read ({error.strerror}); choose another file") from error
+    except ValueError as error:
         raise StateError(
             f"{path}: is cut short or no safetensors file ({error}); use an older copy, or a file of save_run_state"
         ) from error
@@ -173,9 +175,12 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
         raise ValueError(f"latent_shape {facts['latent_shape']!s:.80}, over {MOST_FRAMES}")
     attention = facts.pop("attention")
     prompts = [Prompt(tensors[f"prompt.{i}"], **one) for i, one in enumerate(facts.pop("prompts"))]
-    finished = tuple(tensors[f"chunk.{i:05d}"] for i in range(facts.pop("finished")))
+    count = facts.pop("finished")
+    finished = tuple(tensors[f"chunk.{i:05d}"] for i in range(count))
     state = {name: facts.pop(name) for name in ("model", "kv_dtype") if name in facts}
     noise = {name: facts.pop(name) for name in ("first_sigmas", "context_noise") if name in facts}
+    lists = facts["sigmas"], facts.get("growth"), noise.get("first_sigmas")
+    numbers = [number for some in lists for number in some or ()]
     recipe = Recipe(
         context=prompts,
         initial_latents=tensors.get("given"),
@@ -186,11 +191,14 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
         **facts,
     )
     run = RunState(recipe, finished=finished, **state)
-    # JSON has other types than these fields need, and their users would stumble over them much later.
-    integers = [recipe.window or 0, recipe.sink_frames, recipe.seed, *recipe.noise_options.chunk_seeds.values()]
+    # JSON has other types than these fields need, and and would fail later.
+    integers = [count, recipe.frames_per_chunk, recipe.window or 0, recipe.sink_frames, recipe.seed]
+    integers += recipe.noise_options.chunk_seeds.values()
     integers += [number for prompt in recipe.prompts for number in (prompt.start_chunk, prompt.blend_chunks)]
-    if not all(type(number) is int and abs(number) < 1 << 64 for number in integers):
+    if count < 0 or not all(type(number) is int and abs(number) < 1 << 64 for number in integers):
         raise TypeError(f"{integers!s:.80} where whole numbers are needed")
+    if type(run.model) is not str or not all(type(number) in (int, float) for number in numbers):
+        raise TypeError("model is no text, or a noise level or sparsity no number")
     if not math.isfinite(recipe.guidance.cfg) or not all(map(Tensor.is_floating_point, tensors.values())):
         raise TypeError("a number or tensor of another type than it needs")
     check_choice("kv_dtype", run.kv_dtype, KVDtype)

@@ -41,7 +41,8 @@ def load_embeds(path: Path) -> list[Any]:
     try:
         tensors, metadata = read_tensors(path, copy=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}; save the prompt again") from error
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{path} cannot be read: {problem}; save the prompt again") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} holds no text embeddings; save the prompt with Light Forcing Save Text Embeds")
     parts: dict[str, dict[str, Tensor]] = {}
