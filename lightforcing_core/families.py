@@ -10,7 +10,8 @@ SinkRope = Literal["fixed", "follow"]
 Weights = Literal["generator", "generator_ema"]
 
 _MODEL_FOLDERS = ("models", "diffusion_models", "unet", "checkpoints")  # ComfyUI's: folders above name no family
-_LONGLIVE_2 = re.compile(r"longlive[\W_]*v?2(?!\d)")  # based on Wan 2.2 TI2V 5B, so no family here
+# Based on Wan 2.2 TI2V 5B, so no family here.
+_LONGLIVE_2 = re.compile(r"longlive[\W_]*(v2(?!\d)|2[._]0|2[\W_]+5b|2(\.[a-z]+)?$)")
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def family_of(path: str | PurePath) -> tuple[Family, str]:
 def doubt_of(path: str | PurePath, family: Family) -> str | None:
     """Why `path` does not settle `family`, which it suggests; None if it does."""
     own, other = _ONE_NAME.get(family.id, ("", ""))
-    if any(own in name for name in _names(path).values()):
+    if not own or any(own in name for name in _names(path).values()):
         return None
     return (
         f"assumed to be {family.title}, but files of another family have the same name: set the family, or put {own} "

@@ -25,6 +25,11 @@ from lightforcing.lightforcing_core.families import FAMILIES, doubt_of, family_o
         ("LongLive2.0-5B.pt", "unknown"),  # another base, Wan 2.2 TI2V 5B
         ("longlive/LongLive-2.0-5B/model_bf16.pt", "unknown"),
         ("longlive_v2_te.pt", "unknown"),
+        ("longlive-2-5b.pt", "unknown"),
+        ("LongLive-2/model.pt", "unknown"),
+        ("longlive2.safetensors", "unknown"),
+        ("longlive-2-step.pt", "longlive"),
+        ("Longlive-2B.pt", "longlive"),
         ("checkpoints/rolling_forcing_dmd.pt", "rolling_forcing"),
         ("Causal-Forcing/chunkwise/longvideo.pt", "rolling_forcing"),
         ("CausalForcing-Long-Wan2.1-T2V-1.3B-Diffusers/transformer", "rolling_forcing"),
@@ -67,6 +72,7 @@ def test_every_hint_finds_its_family():
         ("WaveForcing-1.3B.safetensors", "5step or 4step"),
         ("waveforcing_5step.safetensors", None),
         ("self_forcing_dmd.pt", None),
+        ("LongLive2.0-5B.pt", None),
     ],
 )
 def test_a_file_name_that_two_families_share_leaves_a_doubt(path, named):
