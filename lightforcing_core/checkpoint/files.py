@@ -180,6 +180,8 @@ def _read_torch(file: Path, size: int, *, zipped: bool) -> dict[str, Any]:
                 stored = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything; to the user it means the same
         reason = _why_torch_refused(file, str(error) or type(error).__name__)
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):
+            reason = f"memory ran out reading its {size:,} bytes; free some, or use a .safetensors version of it"
         raise CheckpointError(f"{file}: {reason}") from error
     if not isinstance(stored, Mapping):
         raise CheckpointError(f"{file}: contains a {type(stored).__name__}, not a dict of weights; choose a checkpoint")

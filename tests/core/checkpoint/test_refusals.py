@@ -286,6 +286,13 @@ def test_a_small_file_never_becomes_large_in_memory(tmp_path, kind):
     assert message in refusal(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_file_too_large_for_memory_says_so(tmp_path, monkeypatch, error):
+    torch.save(tiny_wan(layers=1), tmp_path / "x.pt")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(error))
+    assert "memory ran out" in refusal(tmp_path / "x.pt")
+
+
 def test_a_compressed_checkpoint_is_refused(tmp_path):
     torch.save({"a.b": torch.zeros(1_000_000)}, tmp_path / "plain.pt")
     with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "x.pt", "w") as packed:
