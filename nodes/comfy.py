@@ -117,7 +117,9 @@ def with_lora(weight: Tensor, parts: Mapping[str, Tensor], strength: float) -> T
         if lora.keys() - patch.loaded_keys:
             return None
         made = comfy.lora.calculate_weight([(strength, patch, 1.0, None, None)], weight.clone(), "x")
-    except Exception:  # parts that do not fit together can raise anything
+    except Exception as error:  # parts that do not fit together can raise anything
+        if is_out_of_memory(error):
+            raise
         return None
     return None if torch.equal(made, weight) else made  # ComfyUI only logs most of its failures
 
