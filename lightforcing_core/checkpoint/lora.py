@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..files.json import read_json, read_text
 from ..refusal import is_finite
-from .files import CheckpointError, name_list, open_weights, tensor_groups
+from .files import SUFFIXES, CheckpointError, name_list, open_weights, tensor_groups
 from .layouts import original_name, without_wrappers
 
 # A layer's float32 weight, the LoRA's parts for it by name, and the strength → the new weight, None if unknown.
@@ -55,9 +55,9 @@ def merge_lora(
     for layer, parts in layers.items():
         try:
             for name, weight in _changed(layer, parts, state_dict, strength, adapter).items():
-                if not is_finite(weight):
+                merged[name] = weight.to(state_dict[name].dtype)  # which may overflow
+                if not is_finite(merged[name].float()):
                     raise ValueError(f"makes {name} NaN or infinite")
-                merged[name] = weight.to(state_dict[name].dtype)
                 count += 1
         except _Unfit as reason:
             left[str(reason)].append(layer)
@@ -65,7 +65,7 @@ def merge_lora(
             raise CheckpointError(f"{path}: {error}; the LoRA or the model is damaged, download it again") from error
     reasons = [f"{len(names)} {reason} ({name_list(names)})" for reason, names in left.items()]
     if not count:
-        raise CheckpointError(f"{path}: the LoRA is for another model; of its weights, {'; '.join(reasons)}")
+        raise CheckpointError(f"{path}: no layer of this LoRA fits: {'; '.join(reasons)}; choose a LoRA for this model")
     note = f"LoRA {path.name} added to {count} weights, strength {strength:g}{note}"
     return merged, [note, *(f"LoRA {path.name}, left out: {reason}" for reason in reasons)]
 
@@ -92,7 +92,7 @@ def _read(path: Path, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
         match = _match(key)
         layer = match and _layer_of(match["layer"], known)
         if not match or not layer:
-            left["match nothing in this model"].append(key)
+            left["keys match nothing in this model"].append(key)
             continue
         if match["part"] == "diff_m" and layer not in state_dict:
             layer += ".modulation"
@@ -122,11 +122,17 @@ def _add_alphas(path: Path, metadata: Mapping[str, str], layers: Mapping[str, Te
 
     names: layer → its name in the LoRA.
     """
+    if all("alpha" in parts for parts in layers.values() if "lora_down" in parts):
+        return ""
     text, source, note = metadata.get("lora_adapter_metadata"), "the metadata", ""
     try:
         if text is None:
             source = "adapter_config.json"
-            text = read_text((path if path.is_dir() else path.parent) / source)
+            folder = path if path.is_dir() else path.parent
+            others = [file for file in folder.glob("*") if file.suffix in SUFFIXES and file != path]
+            if others and path != folder and path.stem != "adapter_model":
+                return f", {source} ignored, as it can be of another file" if (folder / source).exists() else ""
+            text = read_text(folder / source)
         settings = {key.removeprefix("transformer."): value for key, value in read_json(text).items()}
         usual = float(settings["lora_alpha"])
         own = {f".{name}": float(alpha) for name, alpha in (settings.get("alpha_pattern") or {}).items()}
@@ -137,7 +143,7 @@ def _add_alphas(path: Path, metadata: Mapping[str, str], layers: Mapping[str, Te
         raise CheckpointError(f"{path}: {source} is not readable ({error!s:.120}); download it again") from error
     for layer, parts in layers.items():
         rank = parts["lora_down"].shape[:1] if "lora_down" in parts else torch.Size()
-        if "alpha" not in parts and ranks.intersection(rank):  # in a folder of many LoRAs the file can be of another
+        if "alpha" not in parts and ranks.intersection(rank):
             alpha = next((alpha for end, alpha in own.items() if f".{names[layer]}".endswith(end)), usual)
             parts["alpha"] = torch.tensor(alpha * rank[0] ** 0.5 if settings.get("use_rslora") else alpha)
             note = f", alpha from {source}"

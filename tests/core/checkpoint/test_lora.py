@@ -202,7 +202,7 @@ def test_layers_that_do_not_fit_are_left_out_by_name(tmp_path, model):
     loaded, info = load_dit_state_dict(path, lora=tmp_path / "lora.pt")
     assert any("LoRA lora.pt added to 18 weights" in note for note in info.notes)
     for left_out in (
-        "4 match nothing in this model (base_model.model.blocks.0.cross_attn.k_img.lora_A.weight, ",
+        "4 keys match nothing in this model (base_model.model.blocks.0.cross_attn.k_img.lora_A.weight, ",
         "1 do not have the model's size (blocks.0.ffn.0)",
         "1 are DoRA, which cannot be merged here (blocks.1.ffn.2)",
         "1 are LoKr, which cannot be merged here (head.head)",
@@ -262,7 +262,7 @@ ALPHA = "blocks.0.ffn.0.alpha"
         (lambda made: peft(made) | {ALPHA: torch.ones(2)}, "the matrices of blocks.0.ffn.0 are no pair"),
         (
             lambda made: peft({layer.replace("blocks.", "blocks.9"): pair for layer, pair in made.items()}),
-            "for another model; of its weights, 40 match nothing",
+            "no layer of this LoRA fits: 40 keys match nothing",
         ),
         (lambda made: {"blocks.0.ffn.0.lokr_w1": torch.ones(1, 1)}, "1 are LoKr, which cannot be merged here"),
         (lambda made: {"blocks.0.ffn.0.hada_w1_a": torch.ones(1, 1)}, "1 are LoHa, which cannot be merged here"),
@@ -289,6 +289,31 @@ def test_settings_that_cannot_be_read_are_named(tmp_path, model, settings):
     (tmp_path / "adapter_config.json").write_text(settings)
     with pytest.raises(CheckpointError, match=r"lora\.safetensors: adapter_config\.json is not readable"):
         load_dit_state_dict(path, lora=tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "settings"), [(8, "{"), (8, '{"lora_alpha": null, "r": 4}'), (None, '{"lora_alpha": 8, "r": 4}')]
+)
+def test_settings_of_another_file_in_the_folder_are_ignored(tmp_path, model, alpha, settings):
+    path, weights = model
+    made = pairs(weights)
+    for name in ("lora", "other"):
+        save_file(down_up(made, alpha=alpha), tmp_path / f"{name}.safetensors")
+    (tmp_path / "adapter_config.json").write_text(settings)
+    loaded, info = load_dit_state_dict(path, lora=tmp_path / "lora.safetensors")
+    for layer, (down, up) in made.items():
+        expected = weights[f"{layer}.weight"] + (alpha or RANK) / RANK * up @ down
+        torch.testing.assert_close(loaded[f"{layer}.weight"], expected, atol=1e-5, rtol=1e-6)
+    assert ("adapter_config.json ignored" in info.notes[-1]) == (alpha is None)
+
+
+def test_a_sum_beyond_float16_is_refused(tmp_path):
+    weights = tiny_wan(dtype=torch.float16)
+    save_file(weights, tmp_path / "self_forcing.safetensors")
+    made = {layer: (down * 1e3, up * 1e3) for layer, (down, up) in pairs(weights, LAYERS[:1]).items()}
+    save_file(down_up(made), tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match=r"q\.weight NaN or infinite"):
+        load_dit_state_dict(tmp_path / "self_forcing.safetensors", lora=tmp_path / "lora.safetensors")
 
 
 def test_other_kinds_go_to_the_adapter_if_they_are_bounded(tmp_path, model):
