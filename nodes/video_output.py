@@ -52,6 +52,8 @@ class LightForcingVideoOutput(io.ComfyNode):
         """Refuse an impossible file before anything runs; a linked input is None."""
         if filename_prefix is not None and (Path(filename_prefix[:4096]).name in ("", "..") or "\0" in filename_prefix):
             raise ValueError(f"filename_prefix {filename_prefix!r:.80} names no file; use one such as video/clip")
+        if format is not None and f".{format}" not in FORMATS:  # ComfyUI leaves the list of choices to this check
+            raise ValueError(f"format {format!r:.80} is not known; use {' or '.join(FORMATS)}")
         if format is not None:  # with a linked format, the sampler checks crf before it begins
             VideoWriter(f"video.{format}", height=2, width=2, crf=None if crf == -1 else crf)
         return True

@@ -161,10 +161,11 @@ def numbered_path(folder: str | Path, prefix: str, suffix: str) -> Iterator[Path
 
     Numbers continue from the highest one of the prefix with any suffix, as in ComfyUI. The reservation is a hidden
     empty file. A folder that was created for a file that was never written is removed again. Raises ValueError for a
-    prefix that is not a plain file name, OutputError if the folder cannot be written.
+    prefix, or one with the suffix, that is not a plain file name, OutputError if the folder cannot be written.
     """
-    if not prefix or Path(prefix).name != prefix or "\0" in prefix:
-        raise ValueError(f"prefix {prefix!r} is not a plain file name; pass folders in `folder`")
+    for name in (prefix, prefix + suffix):
+        if not name or Path(name).name != name or "\0" in name:
+            raise ValueError(f"{name!r:.80} is not a plain file name; pass folders in `folder`")
     made = missing_folders(Path(folder))
     folder = prepare_folder(folder)
     clean(folder)

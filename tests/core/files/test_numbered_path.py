@@ -61,7 +61,10 @@ def test_folder_made_for_a_file_that_never_came_goes_again(tmp_path):
     assert os.listdir(tmp_path) == ["mine"]
 
 
-@pytest.mark.parametrize("prefix", ["", "a/b", "../a", "/a", "a\0"])
-def test_prefixes_that_are_no_file_names_are_refused(tmp_path, prefix):
-    with pytest.raises(ValueError, match="not a plain file name"), numbered_path(tmp_path, prefix, ".mp4"):
+@pytest.mark.parametrize(
+    ("prefix", "suffix"),
+    [*((prefix, ".mp4") for prefix in ("", "a/b", "../a", "/a", "a\0")), ("a", ".b/../../c.mp4"), ("a", ".mp4\0")],
+)
+def test_prefixes_and_suffixes_that_are_no_file_names_are_refused(tmp_path, prefix, suffix):
+    with pytest.raises(ValueError, match="not a plain file name"), numbered_path(tmp_path, prefix, suffix):
         pass
