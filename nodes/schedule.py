@@ -98,12 +98,14 @@ def custom_inputs() -> list[io.Input]:
 def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None) -> Schedule:
     """The schedule of the node's inputs; `family`: the connected model's, if any.
 
-    Raises ValueError for one that cannot be met.
+    Raises ValueError for one that cannot be met, TypeError for an input that a custom schedule does not have.
     """
     frames = _latent_frames_of(length)
     settings = dict(preset)
     name = settings.pop("preset")
     if name == CUSTOM:
+        if foreign := settings.keys() - {one.id for one in custom_inputs()}:
+            raise TypeError(f"{min(foreign)!r:.80} is not an input of a custom schedule")
         target, window = settings.pop("target"), settings.pop("window")
         own = numbers_per_chunk(settings.pop("sparsity", None) or "", "sparsity", float, lists=True)
         overrides = tuple(sorted(own.items()))
@@ -153,7 +155,7 @@ def numbers_per_chunk(text: str, name: str, number: Callable[[str], Number], *, 
             raise ValueError(f"{name}: {part!r:.80} is not a chunk and its number; write it like {example}") from None
         if chunk < 0 or found_before:
             problem = "is given twice" if found_before else "is negative; the first chunk is 0"
-            raise ValueError(f"{name}: {part!r:.80} cannot be used, chunk {chunk} {problem}")
+            raise ValueError(f"{name}: {part!r:.80} cannot be used, chunk {chunk!s:.80} {problem}")
     return found
 
 

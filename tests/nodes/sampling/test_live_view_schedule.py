@@ -77,7 +77,7 @@ def test_presets_that_follow_the_model_do(numbers):
         {"preset": {"preset": "auto"}, "file": 5},
         {"preset": {**CUSTOM, "frames_per_chunk": None}},
         {"preset": {**CUSTOM, "target": "0.5"}},
-        {"preset": {**CUSTOM, "hue": 3}},
+        {"preset": {**CUSTOM, "reference": 30}},
         {"preset": {"preset": ["auto"]}, "family": {}},
     ],
 )
@@ -163,6 +163,7 @@ def test_wrong_sampler_inputs_are_refused_when_they_are_queued(server, inputs, w
         ({"crf": 64, "format": "webm"}, "outside 0 … 63 of .webm"),
         ({"crf": -2}, "outside 0 … 51"),
         ({"format": "avi"}, "use .mp4 or .webm"),
+        ({"format": "a/../../../../evil.mp4"}, "use .mp4 or .webm"),
         ({"prefix": ""}, "use one such as video/clip"),
         ({"prefix": "video/.."}, "use one such as video/clip"),
     ],
