@@ -280,10 +280,8 @@ def test_command_writes_rows_table_and_plots(models, tmp_path):
     [
         (["--models", "nowhere"], "nowhere has no demo model"),
         (["--seeds", "3-x"], "seeds '3-x' is not a list of numbers"),
-        (["--seeds", "1,1"], "each once"),
         (["--keep", "6,1"], "keep '6,1' is not a list of 3 numbers"),
         (["--arms", "magic"], "no arm is called 'magic'"),
-        (["--batch", "0"], "batch 0 is not positive"),
         (["--long-frames", "80"], "length 80 is not 1 + 4·k"),
     ],
 )

@@ -1,7 +1,6 @@
 """The whole training at its tiniest: its files load, and an interrupted run equals an uninterrupted one."""
 
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -11,11 +10,10 @@ from safetensors.torch import load_file
 
 from laboratory.training.__main__ import run
 from laboratory.training.evaluate import evaluation_scenes
-from laboratory.training.export import export, new_table
-from laboratory.training.recipe import PRESETS, FewRecipe
+from laboratory.training.recipe import PRESETS
 from laboratory.training.shapes import PASSING, draw_clip
-from laboratory.training.stage import Paused, Session, Stage
-from laboratory.training.train_ar import CACHES, TRAIN_SEED_OFFSET, new_model
+from laboratory.training.stage import Session
+from laboratory.training.train_ar import TRAIN_SEED_OFFSET
 from laboratory.training.train_vae import new_vae
 from lightforcing.lightforcing_core.checkpoint.load import load_dit_state_dict
 from lightforcing.lightforcing_core.demo.captions import VOCABULARY
@@ -73,21 +71,6 @@ def test_every_stage_changes_the_weights_a_little(uninterrupted):
         assert 0 < change.abs().max() < 0.02
 
 
-def test_later_stages_can_be_left_out_or_start_from_exported_models(uninterrupted, tmp_path):
-    recipe = replace(TINY, few=FewRecipe(steps=0))
-    run(replace(recipe, second=None), Session(tmp_path / "first", CPU), last="few")
-    assert not any((tmp_path / "first" / name).exists() for name in ("few.pt", "second.pt"))
-    shipped, _ = load_dit_state_dict(tmp_path / "first" / "models" / DIT)
-    torch.testing.assert_close(shipped[WEIGHT], checkpoint(tmp_path / "first", "ar")["ema"][WEIGHT].bfloat16())
-    known = uninterrupted[0] / "models"
-    run(recipe, Session(tmp_path / "second", CPU), last="few", start=known)
-    assert not any((tmp_path / "second" / name).exists() for name in ("vae.pt", "ar.pt", CACHES["ar"]))
-    before, after = (load_file(models / DIT)[WEIGHT] for models in (known, tmp_path / "second" / "models"))
-    assert 0 < (after.float() - before.float()).abs().max() < 0.02
-    kept = load_file(tmp_path / "second" / "models" / VAE)
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in load_file(known / VAE).items())
-
-
 def test_interrupted_run_equals_the_uninterrupted_one(uninterrupted, tmp_path):
     # Before a first checkpoint, between two, and in the stages that continue from another.
     stops = {("vae", 1), ("ar", 3), ("second", 1), ("few", 1)}
@@ -108,46 +91,6 @@ def test_interrupted_run_equals_the_uninterrupted_one(uninterrupted, tmp_path):
     for name in (DIT, VAE, TEXT):
         mine, theirs = (load_file(folder / "models" / name) for folder in (tmp_path, uninterrupted[0]))
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
-
-
-def stage_of(folder, value=1.0, **options):
-    """A stage of a tiny module, and its loss."""
-    torch.manual_seed(0)
-    module = torch.nn.Linear(2, 1)
-    session = Session(folder, CPU, deadline=options.pop("deadline", None))
-    stage = Stage(session, "x", module, rate=0.1, save_every=100, **options)
-    return stage, lambda step: (module(torch.full((1, 2), value + step)).square().sum(), {})
-
-
-def test_stage_pauses_at_its_deadline_ends_with_its_minutes_and_refuses_nan(tmp_path):
-    first, loss = stage_of(tmp_path, steps=3, deadline=time.monotonic())
-    with pytest.raises(Paused, match="x paused after step 1"):
-        first.run(loss)
-    second, loss = stage_of(tmp_path, steps=3)
-    assert second.step == 1
-    second.run(loss)
-    assert [row["step"] for row in rows(tmp_path, "x")] == [1, 2, 3]
-    spent, loss = stage_of(tmp_path.joinpath("spent"), steps=10**6, minutes=1e-6)
-    tmp_path.joinpath("spent").mkdir()
-    spent.run(loss)
-    assert spent.step == 1
-    diverged, loss = stage_of(tmp_path.joinpath("nan"), torch.nan, steps=3)
-    tmp_path.joinpath("nan").mkdir()
-    with pytest.raises(RuntimeError, match="loss of step 0 is nan"):
-        diverged.run(loss)
-    assert not (tmp_path / "nan" / "x.pt").exists()
-
-
-def test_full_recipe_fits_the_limit_that_export_holds(tmp_path):
-    recipe = PRESETS["h200"]
-    larger = replace(recipe, model=replace(recipe.model, layers=12))
-    table, vae = new_table(recipe.model.text_dim, 0), new_vae(recipe.vae.dim, 0)
-    with pytest.raises(ValueError, match="use fewer layers"):
-        export(tmp_path, new_model(larger), vae, table, recipe.video)
-    assert not list(tmp_path.iterdir())
-    files = export(tmp_path, new_model(recipe), vae, table, recipe.video)
-    assert sum(file.stat().st_size for file in files) < 24_000_000
-    assert load_demo_model(tmp_path).video == recipe.video
 
 
 def test_evaluation_scenes_are_not_those_of_training():
