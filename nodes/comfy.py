@@ -15,6 +15,7 @@ import comfy.lora
 import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
+import comfy.quant_ops
 import comfy.sample
 import comfy.samplers
 import comfy.sd
@@ -83,6 +84,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 # --- models
 
+FORMATS: Mapping[str, Any] = comfy.quant_ops.QUANT_ALGOS  # by name, those of quantised weights
 WAN_T2V = (comfy.model_base.WAN21, comfy.model_base.WAN21_CausalAR)
 STEP_CACHES = ("easycache", "lazycache")  # ComfyUI's own: they skip forwards that the KV cache needs
 MODEL_CALLS = {"calc_cond_batch", "calc_cond_uncond_batch", "sampling_function", "apply_model"}

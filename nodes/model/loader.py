@@ -7,11 +7,21 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ...lightforcing_core.checkpoint.files import CheckpointError
+from ...lightforcing_core.checkpoint.files import CheckpointError, name_list
 from ...lightforcing_core.checkpoint.load import load_dit_state_dict
-from ...lightforcing_core.checkpoint.scaled import BY_ROWS
+from ...lightforcing_core.checkpoint.scaled import BY_ROWS, read_quantisation
 from ...lightforcing_core.families import FAMILIES, Family, doubt_of, family_of
-from ..comfy import ModelPatcher, file_of, load_model, model_files, model_path, show_text, with_lora
+from ..comfy import (
+    FORMATS,
+    ModelPatcher,
+    file_of,
+    is_out_of_memory,
+    load_model,
+    model_files,
+    model_path,
+    show_text,
+    with_lora,
+)
 from ..texts import node_schema
 from .options import AUTO, option_inputs, settings_from
 from .patch import patched
@@ -118,6 +128,14 @@ def load_checkpoint(
         from .rowwise import quantized, restored, use_rows  # needs comfy-kitchen, which not every ComfyUI has
 
         state_dict = restored(quantized(state_dict, info.size.layers) if weight_dtype == ROWWISE else state_dict)
+    formats = {
+        kind.removesuffix(" with convrot")
+        for kind in read_quantisation(state_dict, info.metadata).comfyui_layers.values()
+    }
+    if unknown := formats - FORMATS.keys():
+        raise CheckpointError(
+            f"{path} needs {name_list(map(repr, unknown))}, which this ComfyUI does not know; update ComfyUI"
+        )
     try:
         model = load_model(
             state_dict,
@@ -126,8 +144,11 @@ def load_checkpoint(
             disable_dynamic=disable_dynamic,
             again=(load_checkpoint, (path, weights, lora, weight_dtype, family)),
         )
-    except KeyError as name:  # of a format, in ComfyUI's table of them
-        raise CheckpointError(f"{path} needs {name}, which this ComfyUI does not know; update ComfyUI") from name
+    except Exception as error:  # a damaged file can raise anything in ComfyUI
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error!s:.300}"
+        raise CheckpointError(f"{path}: ComfyUI cannot load it ({reason}); download it again or use bf16") from error
     if model is None:
         raise CheckpointError(f"{path} is Wan 2.1 in a form that this ComfyUI does not load; update ComfyUI")
     if by_rows:

@@ -3,6 +3,8 @@
 Each is compared, weights and latents, with the same numbers in a form that ComfyUI or our loader makes itself.
 """
 
+import json
+
 import comfy_kitchen
 import comfyui
 import torch
@@ -104,3 +106,13 @@ mixed = ours(saved("mixed", by_rows, int8, nvfp4))
 compare(mixed, mixed, {ROWWISE, INT8, NVFP4}, 0.12)
 refusal = comfyui.error_of(ours, saved("unknown", marked(by_rows, "float3_of_tomorrow")))
 assert "'float3_of_tomorrow', which this ComfyUI does not know; update ComfyUI" in refusal
+
+# Other errors of ComfyUI's loader name the file; running out of memory is still seen as such.
+rotation = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": "many"}
+mark = torch.tensor(list(json.dumps(rotation).encode()), dtype=torch.uint8)
+broken = saved("broken", lambda weight: int8(weight) | {"comfy_quant": mark.clone()})
+refusal = comfyui.error_of(ours, broken)
+assert (broken in refusal, "ComfyUI cannot load it (ValueError" in refusal) == (True, True)
+for error, expected in ((KeyError("weight"), "cannot load it (KeyError: 'weight')"), (MemoryError("full"), "full")):
+    loader.load_model = comfyui.failing(loader.load_model, 1, error)
+    assert expected in comfyui.error_of(ours, PLAIN)
