@@ -12,8 +12,8 @@ pytest.importorskip("triton")
 
 import triton
 
-from lightforcing.kernels import block_sparse, device, tuning
-from lightforcing.kernels.block_sparse import block_sparse_attention, why_not
+from lightforcing.kernels import block_sparse, tuning
+from lightforcing.kernels.block_sparse import block_sparse_attention
 
 from ..support.attention_problems import DEVICE, EIGHT_BIT, brute_force, spans
 from .attention_cases import (
@@ -94,13 +94,6 @@ def test_scores_are_scaled_by_any_number(scale, stored):
     case = Case(40, (16, 32), 1, 2, 1, 2, 16, torch.float32, stored, seed=7)
     want = brute_force(case.q * scale * 16**0.5, *case.exact, case.mask, 40, case.block, case.means)
     case.check(case.attend(scale=scale, tail=case.means), want)
-
-
-def test_cut_units_give_the_same_bits_every_time():
-    case = Case(70, (32, 32), 1, 2, 1, 1, 16, torch.float32, None, seed=4)
-    with launched(per_sm=7):
-        one, other = (case.attend() for _ in "ab")
-    assert torch.equal(one, other)
 
 
 def test_longest_lists_are_begun_first():
@@ -228,18 +221,6 @@ def test_launcher_refuses_with_the_value(change, message):
     }
     with pytest.raises(ValueError, match=message):
         block_sparse_attention(**(arguments | change))
-
-
-@pytest.mark.parametrize(("capability", "declines"), [((8, 0), True), ((8, 6), True), ((8, 9), False), ((9, 0), False)])
-def test_fp8_is_declined_where_the_chip_cannot_widen_it(monkeypatch, capability, declines):
-    monkeypatch.setattr(device, "INTERPRETED", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    q = SimpleNamespace(dtype=torch.bfloat16, shape=(1, 64, 1, 128), device=SimpleNamespace(type="cuda"))
-    assert why_not(q, (64, 64), torch.int8) is None
-    reason = why_not(q, (64, 64), torch.float8_e4m3fn)
-    assert (reason is not None) == declines
-    if reason:
-        assert f"sm_{capability[0]}{capability[1]}; keep the cache in int8" in reason
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ pytest.importorskip("triton")
 
 from lightforcing.kernels.modulation import gated_add, norm_scale_shift
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from ..support.attention_problems import DEVICE
+
 EPS = 1e-6
 
 

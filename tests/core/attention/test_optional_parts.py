@@ -21,10 +21,14 @@ def check(got, want):
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("backend", "shape"), [("triton", SHAPES[0]), *(("reference", shape) for shape in SHAPES)])
+@pytest.mark.parametrize(
+    ("backend", "shape"), [("triton", SHAPES[0]), ("flex", SHAPES[1]), *(("reference", shape) for shape in SHAPES)]
+)
 @pytest.mark.parametrize("stored", [None, *EIGHT_BIT])
 @pytest.mark.parametrize("with_tail", [False, True])
-def test_backend_equals_brute_force(backend, stored, with_tail, shape):
+def test_backend_equals_brute_force(request, backend, stored, with_tail, shape):
+    if backend == "flex":
+        request.getfixturevalue("flex_runs")  # skips if it cannot run here
     problem = Problem(*shape, stored, batch=2)
     means = problem.means if with_tail else None
     check(problem.attend(backend, tail=means), problem.brute_force(means=means))
@@ -81,15 +85,6 @@ def test_no_wider_copy_of_an_8bit_cache_is_made(stored, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------------- flex
-
-
-@pytest.mark.usefixtures("flex_runs")
-@pytest.mark.parametrize("with_tail", [False, True])
-@pytest.mark.parametrize("stored", EIGHT_BIT)
-def test_flex_with_8bit_keys_and_values_equals_brute_force(stored, with_tail):
-    problem = Problem(64, (16, 32), 2, 2, stored, batch=2)
-    means = problem.means if with_tail else None
-    check(problem.attend("flex", tail=means), problem.brute_force(means=means))
 
 
 @pytest.mark.usefixtures("flex_runs")
