@@ -61,9 +61,12 @@ def test_attention_compares_both_arms_of_each_chunk(tmp_path):
         assert words in output
 
 
-def test_attention_refuses_to_time_a_wrong_result(monkeypatch):
-    monkeypatch.setattr(layer, "sparse_attention", lambda q, k, v, **rest: torch.zeros_like(q))
+def test_attention_takes_other_options_and_refuses_to_time_a_wrong_result(monkeypatch):
     bench = AttentionBench(24, 1, (16, 16), chunks=(2,), backend=("reference",), repeats=1, place=ON_CPU)
+    options = replace(bench, estimator="lse", tail=True, kv="int8")
+    published, changed = (attention.run_attention(one, print)["chunks"][0] for one in (bench, options))
+    assert changed["largest_error"]["reference"] > published["largest_error"]["reference"]  # rounding to 8 bits
+    monkeypatch.setattr(layer, "sparse_attention", lambda q, k, v, **rest: torch.zeros_like(q))
     with pytest.raises(RuntimeError, match="differs from the reference"):
         attention.run_attention(bench, print)
 
@@ -77,13 +80,6 @@ def test_attention_takes_every_backend_that_can_run_but_not_the_reference():
     assert set(able).isdisjoint(absent)
     assert "triton" in absent  # its interpreter is no backend to be timed
     assert "reference" not in able or able == ["reference"]
-
-
-def test_attention_takes_options_beyond_the_published_method():
-    bench = AttentionBench(24, 1, (16, 16), chunks=(2,), backend=("reference",), repeats=1, place=ON_CPU)
-    options = replace(bench, estimator="lse", tail=True, kv="int8")
-    published, changed = (attention.run_attention(one, print)["chunks"][0] for one in (bench, options))
-    assert changed["largest_error"]["reference"] > published["largest_error"]["reference"]  # rounding to 8 bits
 
 
 def test_step_times_both_arms_and_their_stages(tmp_path):
@@ -126,13 +122,6 @@ def test_step_measures_each_arm_as_a_graph_too(monkeypatch):
     assert set(result["stages"]) == {"dense", "sparse"}
 
 
-def test_rollout_times_sampling_and_decoding_as_one_where_they_overlap(tmp_path):
-    options = ("--frames", 21, "--arm", "sparse", "--decode", "--overlap", "--vae-dim", 4)
-    result, _ = record(tmp_path, "rollout", *TINY_MODEL, *options)
-    assert [set(row["sparse"]) for row in result["chunks"]] == [{"both"}, {"both"}]
-    assert result["seconds"]["sparse"] == pytest.approx(sum(row["sparse"]["both"] for row in result["chunks"]))
-
-
 def test_rounds_give_the_median_and_the_most_memory(tmp_path):
     result, _ = record(tmp_path, "rollout", *TINY_MODEL, "--frames", 9, "--rounds", 3)
     assert len(result["chunks"]) == 1
@@ -145,7 +134,10 @@ def test_rounds_give_the_median_and_the_most_memory(tmp_path):
 
 def test_rollout_of_one_arm_has_no_ratio_and_says_what_became_of_cuda_graphs(tmp_path):
     options = ("--arm", "sparse", "--setting", "long", "--frames", 21, "--cuda-graph", "auto")
-    result, output = record(tmp_path, "rollout", *TINY_MODEL, *options)
+    overlap = ("--decode", "--overlap", "--vae-dim", 4)  # times sampling and decoding as one
+    result, output = record(tmp_path, "rollout", *TINY_MODEL, *options, *overlap)
+    assert [set(row["sparse"]) for row in result["chunks"]] == [{"both"}, {"both"}]
+    assert result["seconds"]["sparse"] == pytest.approx(sum(row["sparse"]["both"] for row in result["chunks"]))
     assert result["cuda_graphs"] == {"sparse": "not used: CUDA graphs are for NVIDIA GPUs, not for cpu"}
     assert "CUDA graphs, sparse: not used: CUDA graphs are for NVIDIA GPUs" in output
     assert "dense_over_sparse" not in result
@@ -164,14 +156,12 @@ def test_flatness_compares_chunks_of_full_length():
     assert "flatness" not in summarise(rows[: 2 * EARLY - 1], ("sparse",))
 
 
-def test_arms_take_turns_after_their_warm_up():
+def test_arms_take_turns_after_their_warm_up_and_a_ratio_is_made_of_rounds():
     calls = []
     samples = take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3, device=CPU)
     assert "".join(calls) == "aabb" + "ab" + "ba" + "ab"
     assert [len(seconds) for seconds in samples.values()] == [3, 3]
-
-
-def test_ratio_is_the_median_of_the_rounds_and_not_of_the_medians():
+    # The median of the rounds, not of the medians.
     assert ratio((1.0, 8.0, 4.0), (1.0, 2.0, 2.0)) == {"median": 2.0, "quartiles": [1.5, 3.0]}
 
 
