@@ -27,7 +27,7 @@ def partial_folder(folder: Path, name: str) -> Path:
 
 
 class Ledger:
-    """The ledger in `folder`, made or continued; in memory if folder is None, for a run that nobody resumes.
+    """The ledger in `folder`, made or continued; in memory if folder is None, for a run that is not resumable.
 
     client_id: for sending prompts and receiving their events; if some are `sent` already, theirs is used.
     sent: the prompt ids of jobs that an earlier start sent.

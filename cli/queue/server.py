@@ -98,9 +98,11 @@ class ComfyServer:
     def __init__(self, url: str, *, patience: float = 30.0) -> None:
         try:
             address = httpx.URL(url if "://" in url else f"http://{url}")
+            address.raw_host.decode().encode("idna")  # as sockets do: parts of 1 to 63 letters
+            usable = address.scheme in ("http", "https") and address.host and (address.port or 0) < 65536
         except (httpx.InvalidURL, ValueError):
-            address = httpx.URL()
-        if address.scheme not in ("http", "https") or not address.host:
+            usable = False
+        if not usable:
             shown = url.rpartition("@")[2]
             raise UsageError(f"{shown} is not a server address; use one like http://127.0.0.1:8188")
         self.url = f"{address.scheme}://{address.netloc.decode()}{address.path.rstrip('/')}"
@@ -271,7 +273,7 @@ class ComfyServer:
             with anyio.fail_after(self._patience) as limit:
                 async with self._client.stream(method, path, content=content, headers=headers) as response:
                     if response.headers.get("Content-Encoding", "identity") != "identity":
-                        raise QueueError(f"{self.url} sends a packed answer, which nobody asked for")
+                        raise QueueError(f"{self.url} sends a compressed answer, which was not requested")
                     bound, keep = (most, take) if response.is_success else (MOST_JSON, error.extend)
                     async for part in response.aiter_raw():
                         keep(part)
@@ -293,7 +295,7 @@ class ComfyServer:
             self.losses += 1
             raise ServerUnreachable(f"no ComfyUI server answers at {self.url}: {str(error) or repr(error)}") from error
         finally:
-            task.cancel()  # after Ctrl-C, or the next request would carry on with it
+            task.cancel()  # after Ctrl-C, or the next request would resume it
 
     def _refusal(self, path: str, response: httpx.Response, content: bytes, prompt: Prompt) -> QueueError:
         answer = read_object(content)

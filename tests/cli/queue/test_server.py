@@ -80,7 +80,13 @@ def test_header_that_is_none_is_refused_and_not_repeated(monkeypatch, line):
     assert "cret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("address", ["ftp://host", "http://", "http://host:port", "http://[::1", "a\udc80b"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("ftp://host", "http://", "http://host:port", "http://[::1", "a\udc80b", "host:99999"),
+        *("http://xn--", "a" * 300, "http://..", "http://a..b"),
+    ],
+)
 def test_address_of_another_kind_is_refused(address):
     with pytest.raises(UsageError, match="is not a server address"):
         ComfyServer(address)
