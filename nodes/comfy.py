@@ -7,6 +7,7 @@ The rest of nodes/ imports ComfyUI through this file, so a change in ComfyUI is 
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,13 @@ WAN_T2V = (comfy.model_base.WAN21, comfy.model_base.WAN21_CausalAR)
 STEP_CACHES = ("easycache", "lazycache")  # ComfyUI's own: they skip forwards that the KV cache needs
 MODEL_CALLS = {"calc_cond_batch", "calc_cond_uncond_batch", "sampling_function", "apply_model"}
 FORWARD_PATCH = re.compile(r"^diffusion_model(\..*forward\w*|\.blocks\.\d+(\.(self|cross)_attn)?)?$")
+
+
+def why_no_rows() -> str | None:
+    """The reason why FP8 with a scale per row cannot be used, or None."""
+    if find_spec("comfy_kitchen") is None:
+        return "comfy_kitchen is not installed"
+    return "MPS has no float8" if comfy.model_management.get_torch_device().type == "mps" else None
 
 
 def load_model(

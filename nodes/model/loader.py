@@ -1,6 +1,7 @@
 """Nodes that make a patched MODEL: from a checkpoint file of any published layout, or from another loader's MODEL."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..comfy import (
     model_files,
     model_path,
     show_text,
+    why_no_rows,
     with_lora,
 )
 from ..texts import node_schema
@@ -116,14 +118,24 @@ def load_checkpoint(
 ) -> ModelPatcher:
     """A MODEL from a checkpoint file; ComfyUI calls this for second copies too."""
     prefer_ema, group = weights != "plain", "ema" if weights == "ema" else None
-    state_dict, info = load_dit_state_dict(
-        path, prefer_ema=prefer_ema, weights=group, family=family, lora=lora, lora_adapter=with_lora
+    load = partial(
+        load_dit_state_dict,
+        path,
+        prefer_ema=prefer_ema,
+        weights=group,
+        family=family,
+        lora=lora,
+        lora_adapter=with_lora,
     )
+    state_dict, info = load()
     for note in info.notes:
         log.info("[Light Forcing] %s: %s", Path(path).name, note)
     if weight_dtype == ROWWISE and info.quantised is not None:
         raise CheckpointError(f"{path} is quantised already ({info.quantised}); set weight_dtype to default")
     by_rows = weight_dtype == ROWWISE or BY_ROWS in (info.quantised or "")
+    if by_rows and weight_dtype != ROWWISE and (reason := why_no_rows()):
+        log.warning("[Light Forcing] %s: its FP8 layers are read as bfloat16, because %s", Path(path).name, reason)
+        by_rows, (state_dict, info) = False, load(dequantise_all=True)
     if by_rows:
         from .rowwise import quantized, restored, use_rows  # needs comfy-kitchen, which not every ComfyUI has
 

@@ -4,6 +4,7 @@ Each is compared, weights and latents, with the same numbers in a form that Comf
 """
 
 import json
+import sys
 
 import comfy_kitchen
 import comfyui
@@ -102,6 +103,18 @@ compare(ours(saved("int8_lightx2v", int8)), comfyui.load(saved("int8_comfy", com
 compare(ours(saved("nvfp4_lightx2v", lightx2v_nvfp4)), comfyui.load(saved("nvfp4_comfy", nvfp4)), {NVFP4}, 0.12)
 compare(ours(saved("e5m2_scaled", e5m2, **legacy)), ours(saved("e5m2_plain", e5m2_product)), {"plain"}, 0.06)
 compare(ours(saved("attention_mark", lambda weight: {}, **choice)), ours(PLAIN), {"plain"}, 1e-6)
+fp8, (kitchen, torch_device) = (
+    ours("fp8_lightx2v.safetensors"),
+    (comfy_kitchen, comfy.model_management.get_torch_device),
+)
+sys.modules["comfy_kitchen"] = None  # as if it were not installed
+plain = ours("fp8_lightx2v.safetensors")
+sys.modules["comfy_kitchen"] = comfy_kitchen
+assert {type(weight) for weight in held_by(plain)[0]} == {torch.nn.Parameter}
+assert all((a - b).abs().max() < 0.01 * b.abs().max() for a, b in zip(held_by(plain)[1], held_by(fp8)[1], strict=True))
+comfy.model_management.get_torch_device = lambda: torch.device("mps")
+assert comfyui.module("nodes.comfy").why_no_rows() == "MPS has no float8"
+comfy.model_management.get_torch_device = torch_device
 mixed = ours(saved("mixed", by_rows, int8, nvfp4))
 compare(mixed, mixed, {ROWWISE, INT8, NVFP4}, 0.12)
 refusal = comfyui.error_of(ours, saved("unknown", marked(by_rows, "float3_of_tomorrow")))
