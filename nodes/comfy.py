@@ -32,7 +32,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
-from ..lightforcing_core.files.output import remove_empty
+from ..lightforcing_core.files.output import missing_folders, remove_empty
 
 Interrupted: type[BaseException] = comfy.model_management.InterruptProcessingException
 out_of_memory: type[Exception] = comfy.model_management.OOM_EXCEPTION  # after it ComfyUI frees its memory
@@ -378,7 +378,8 @@ def output_folder() -> Path:
 def numbered_output(prefix: str, *, width: int = 0, height: int = 0) -> tuple[Path, str]:
     """Folder, which may not exist, and file name of a prefix with %fields% filled in, by ComfyUI's rules."""
     root = output_folder()
+    missing = missing_folders(Path(os.path.normpath(root / prefix[:4096])))
     folder, name, *_ = folder_paths.get_save_image_path(prefix, str(root), width, height)
     path = Path(os.path.normpath(folder))
-    remove_empty(one for one in (path, *path.parents) if root in one.parents)  # ComfyUI makes them for any prefix
+    remove_empty(one for one in (path, *path.parents) if one in missing)  # ComfyUI makes them for any prefix
     return path, name

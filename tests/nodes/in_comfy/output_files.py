@@ -74,3 +74,6 @@ try:
         raise InterruptedError
 except InterruptedError:
     assert not (home / "output" / "new").exists()
+(home / "output" / "mine" / "empty").mkdir(parents=True)
+comfyui.module("nodes.comfy").numbered_output("mine/empty/clip")
+assert (home / "output" / "mine" / "empty").is_dir()
