@@ -24,8 +24,8 @@ from lightforcing.lightforcing_core.rollout.state import RunState, StateError, l
 from lightforcing.lightforcing_core.rollout.text_embeds import FORMAT, load_embeds
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
+from .hostile_files import as_json, as_safetensors, as_torch, at_most, damaged, edits
 from .support.checkpoint_samples import tiny_wan
-from .support.hostile_files import as_json, as_safetensors, as_torch, at_most, damaged, edits
 from .support.queue_samples import GRAPH, OBJECT_INFO
 from .support.rollouts import recipe_of
 

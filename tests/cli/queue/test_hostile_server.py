@@ -19,8 +19,8 @@ from lightforcing.cli.queue.jobs import Line, make_jobs
 from lightforcing.cli.queue.prompt import UsageError, read_override
 from lightforcing.cli.queue.server import ComfyServer, QueueError
 
-from ...support.hostile_server import MODES, hostile_server
 from ...support.queue_samples import GRAPH
+from .hostile_server import MODES, hostile_server
 
 SECRET = "secret-of-this-host"
 DEADLINE = 60.0  # seconds for a run that waits for a few silent answers of at most 3 s each

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 
-from .queue_samples import OBJECT_INFO
+from ...support.queue_samples import OBJECT_INFO
 
 PAUSE = 0.02  # seconds between two drops
 NESTED = b"[" * 10_000 + b"]" * 10_000
