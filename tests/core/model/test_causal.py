@@ -115,42 +115,16 @@ def test_frame_indices_beyond_1024_work(weights):
     torch.testing.assert_close(late, early, rtol=0, atol=1e-3)
 
 
-def test_cross_attention_keys_are_computed_once_per_prompt(weights):
+def test_keys_of_a_prompt_are_computed_once_and_commits_skip_what_only_the_output_needs(weights):
     dit = wan_from_state_dict(weights)
     calls = []
-    dit.blocks[0].cross_attn.k.register_forward_hook(lambda *_: calls.append(1))
+    for name, module in (("prompt", dit.blocks[0].cross_attn.k), ("output", dit.blocks[-1].ffn)):
+        module.register_forward_hook(lambda *_, name=name: calls.append(name))
     run_cached(dit, torch.randn(1, 16, 9, HEIGHT, WIDTH), [3, 3, 3], 500.0, torch.randn(1, 7, TEXT), make_state(9))
-    assert len(calls) == 1
+    assert calls == ["prompt", "output"]  # the output is of the denoising pass alone
 
 
-def test_commit_skips_what_only_the_output_needs(weights):
-    dit = wan_from_state_dict(weights)
-    calls = []
-    dit.blocks[-1].ffn.register_forward_hook(lambda *_: calls.append(1))
-    run_cached(dit, torch.randn(1, 16, 6, HEIGHT, WIDTH), [3, 3], 500.0, torch.randn(1, 7, TEXT), make_state(6))
-    assert len(calls) == 1  # the denoising pass alone
-
-
-def test_sparse_chunks_report_their_density(weights):
-    state = make_state(9, keep_frames=6)
-    for _ in range(2):
-        state.open_chunk(3, 0.5, "cpu")
-        state.cache.commit()
-    # 6 tokens make one block per frame: half of 6 blocks.
-    assert state.chunk.attention.density == 0.5
-
-
-def test_wrong_frames_and_sizes_are_named(weights):
-    dit = wan_from_state_dict(weights)
-    state = make_state(6)
-    state.open_chunk(3, 0.0, "cpu")
-    with pytest.raises(ValueError, match="2 latent frames, the open chunk has 3"):
-        predict(dit, torch.randn(1, 16, 2, HEIGHT, WIDTH), torch.zeros(1), state)
-    with pytest.raises(ValueError, match="8×6 are not 6 tokens"):
-        commit(dit, torch.randn(1, 16, 3, 8, WIDTH), torch.zeros(1), state)
-
-
-def test_passes_without_a_chunk_or_a_prompt_are_refused(weights):
+def test_wrong_frames_and_sizes_and_passes_without_a_chunk_or_a_prompt_are_named(weights):
     dit, state = wan_from_state_dict(weights), make_state(6)
     x = torch.randn(1, 16, 3, HEIGHT, WIDTH)
     with pytest.raises(ValueError, match="the open chunk has 0; open_chunk"):
@@ -158,6 +132,10 @@ def test_passes_without_a_chunk_or_a_prompt_are_refused(weights):
     state.open_chunk(3, 0.0, "cpu")
     with pytest.raises(RuntimeError, match="no prompt is set; call follow"):
         predict(dit, x, torch.zeros(1), state)
+    with pytest.raises(ValueError, match="2 latent frames, the open chunk has 3"):
+        predict(dit, torch.randn(1, 16, 2, HEIGHT, WIDTH), torch.zeros(1), state)
+    with pytest.raises(ValueError, match="8×6 are not 6 tokens"):
+        commit(dit, torch.randn(1, 16, 3, 8, WIDTH), torch.zeros(1), state)
 
 
 def test_state_dicts_that_do_not_fit_are_named(weights):

@@ -285,23 +285,17 @@ def test_weights_that_comfyui_begins_to_cast_are_no_longer_recorded_in_this_run(
 # ------------------------------------------------------------------------------------------- where it cannot work
 
 
-def test_a_cpu_has_no_cuda_graphs_and_says_so(dit):
+@pytest.mark.parametrize(("host", "reason"), [(False, "for NVIDIA GPUs, not for cpu"), (True, "CPU memory")])
+def test_a_cpu_and_a_cache_in_its_memory_have_no_graphs_and_say_so(dit, request, host, reason):
+    events = request.getfixturevalue("events") if host else []
     recorder = RunRecorder()
-    list(run(dit, "auto", recorder=recorder, latent_shape=(1, 16, 2, 10, 14)))
-    assert recorder.finish().facts["CUDA graphs"] == "not used: CUDA graphs are for NVIDIA GPUs, not for cpu"
-    with pytest.raises(ValueError, match=r"cuda_graph 'on' cannot run: CUDA graphs are for NVIDIA GPUs, not for cpu"):
-        run(dit, "on")
+    list(run(dit, "auto", recorder=recorder, kv=KVOptions(host=host), latent_shape=(1, 16, 2, 10, 14)))
+    assert reason in recorder.finish().facts["CUDA graphs"]
+    assert not events
+    with pytest.raises(ValueError, match=f"'on' cannot run: .*{reason}"):
+        run(dit, "on", kv=KVOptions(host=host))
     with pytest.raises(ValueError, match=r"cuda_graph 'maybe' is not known; use one of auto, on, off"):
         run(dit, "maybe")
-
-
-def test_a_cache_in_cpu_memory_cannot_be_recorded(dit, events):
-    recorder = RunRecorder()
-    list(run(dit, "auto", recorder=recorder, kv=KVOptions(host=True)))
-    assert "CPU memory" in recorder.finish().facts["CUDA graphs"]
-    assert not events
-    with pytest.raises(ValueError, match="CPU memory"):
-        run(dit, "on", kv=KVOptions(host=True))
 
 
 class Packed(torch.Tensor):

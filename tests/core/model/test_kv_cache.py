@@ -15,13 +15,14 @@ def make_cache(slots, sinks=0, **options):
     return KVCache(CacheShape(slots=slots, sink_frames=sinks, **{**shape, **options}))
 
 
-def stamped(frames, layer, pass_index):
-    """Keys that say which frame, layer and pass they come from, [2, frames · TOKENS, HEADS, DIM]."""
-    generator = torch.Generator().manual_seed(1000 * layer + pass_index)
-    k = torch.randn(2, len(frames) * TOKENS, HEADS, DIM, generator=generator)
-    for position, frame in enumerate(frames):
-        k[:, position * TOKENS : (position + 1) * TOKENS, :, 0] = frame
-    return k
+def stored(cache, frames, pass_index):
+    """Random keys of one pass, after they are stored: {(layer, frame): [2, TOKENS, HEADS, DIM]}."""
+    generator, keys = torch.Generator().manual_seed(pass_index), {}
+    for layer in range(2):
+        k = torch.randn(2, len(frames) * TOKENS, HEADS, DIM, generator=generator)
+        cache.store(layer, k, -k)
+        keys |= {(layer, frame): part for frame, part in zip(frames, k.split(TOKENS, dim=1), strict=True)}
+    return keys
 
 
 @st.composite
@@ -43,11 +44,8 @@ def test_visible_frames_are_sinks_and_the_newest_and_pooling_equals_repooling(ru
             before = sorted(cache.slot_frames)
             cache.reopen()
             again = cache.current_frames
-            for layer in range(2 if again else 0):
-                k = stamped(again, layer, 1000 + index)
-                cache.store(layer, k, -k)
-                for position, frame in enumerate(again):
-                    cache_keys[layer, frame] = k[:, position * TOKENS : (position + 1) * TOKENS]
+            if again:
+                cache_keys |= stored(cache, again, 1000 + index)
             cache.commit()
             assert sorted(cache.slot_frames) == before
             is_whole = before == list(range(written))
@@ -55,11 +53,7 @@ def test_visible_frames_are_sinks_and_the_newest_and_pooling_equals_repooling(ru
         cache.open(length)
         frames = list(range(written, written + length))
         for repeat in range(2):  # a later pass overwrites the earlier one
-            for layer in range(2):
-                k = stamped(frames, layer, 2 * index + repeat)
-                cache.store(layer, k, -k)
-                for position, frame in enumerate(frames):
-                    cache_keys[layer, frame] = k[:, position * TOKENS : (position + 1) * TOKENS]
+            cache_keys |= stored(cache, frames, 2 * index + repeat)
         cache.commit()
         written += length
 
