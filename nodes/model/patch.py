@@ -39,6 +39,7 @@ from ..comfy import (
 
 KEY = "light_forcing"
 RUN = "light_forcing_run"  # the key in transformer_options of the passes that a sampler runs
+MODEL_WRAPPERS = (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL)  # these may run the model more than once
 LATENT_CHANNELS = 16
 log = logging.getLogger(__name__)
 
@@ -145,7 +146,10 @@ def run_passes(model_wrap: Any, x: Tensor, sigma: float, passes: Sequence[Pass],
 
     def run(dit: Any, x: Tensor, timestep: Tensor, guides: Sequence[int]) -> Tensor:
         if not left.keys() >= set(guides):
-            names = ", ".join(map(name_of, guidance_of(model_options)))
+            wrappers = [by_key for kind, by_key in options.get("wrappers", {}).items() if kind in MODEL_WRAPPERS]
+            found = [one for by_key in wrappers for functions in by_key.values() for one in functions]
+            found += filter(None, [model_options.get("model_function_wrapper")])
+            names = ", ".join(map(name_of, guidance_of(model_options) + found))
             raise ValueError(
                 f"this MODEL has a patch that runs it twice in one step, or for the negative prompt at cfg 1, which "
                 f"Light Forcing cannot follow; remove the node that adds it, one of: {names}"

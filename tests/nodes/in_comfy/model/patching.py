@@ -86,6 +86,15 @@ refusal = comfyui.error_of(comfyui.sample, m, ours(), noise)
 assert "twice in one step" in refusal
 assert refusal.endswith("one of: <lambda>")
 
+
+def twice(apply, args):
+    return [apply(args["input"], args["timestep"], **args["c"]) for _ in range(2)][1]
+
+
+m = model.clone()
+m.set_model_unet_function_wrapper(twice)
+assert comfyui.error_of(comfyui.sample, m, ours(), noise).endswith("one of: twice")
+
 # Memory of a run is gone after success, an error and an interrupt; the cache alone would be this large.
 cache = 2 * 2 * SHAPE[2] * 24 * 2 * 128 * 4  # keys and values of 2 layers with 2 heads, float32
 comfyui.sample(model, ours(), noise)
