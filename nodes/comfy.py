@@ -170,8 +170,8 @@ def flow_shift(model: ModelPatcher) -> float:
 
 
 def name_of(patch: Any) -> str:
-    """A function's or an object's name, which begins with its node's for most of ComfyUI's nodes."""
-    return str(getattr(patch, "__qualname__", type(patch).__qualname__))
+    """A function's or an object's name; most of ComfyUI's nodes define theirs inside the node, which is named then."""
+    return str(getattr(patch, "__qualname__", type(patch).__qualname__)).partition(".")[0]
 
 
 def guidance_of(model_options: Mapping[str, Any]) -> list[Any]:

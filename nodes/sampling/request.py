@@ -106,7 +106,10 @@ class Request:
         return numbers_per_chunk(self.chunk_seeds, "chunk_seeds", int, lists=False)
 
     def schedule_of(self, family: Family, latent_frames: int) -> Schedule:
-        return self.schedule or Schedule.of_family(family, latent_frames)
+        """The chunks of a video. Raises ValueError for a schedule of another length or kind of checkpoint."""
+        schedule = self.schedule or Schedule.of_family(family, latent_frames)
+        _check_schedule(schedule, family, latent_frames)
+        return schedule
 
     @property
     def title(self) -> str:
@@ -118,7 +121,6 @@ class Request:
         """The recipe for a guider's model and prompts; shape: of the latents."""
         family, shift = settings.family, flow_shift(guider.model_patcher)
         schedule = self.schedule_of(family, shape[2])
-        _check_schedule(schedule, family, shape[2])
         given: dict[str, Any] = {}
         for name, latent in (("initial_latents", self.start_latent), ("last_latents", self.end_latent)):
             if latent:

@@ -134,6 +134,7 @@ CASES = {
     "Wan 2.2 5B through Apply": (lambda: through_apply("wan_ti2v_5b.safetensors"), ["Wan 2.1 text-to-video"]),
     "unpatched model": (lambda: graph({"model": core_loader("tiny_wan.safetensors")}), ["Light Forcing Apply"]),
     "schedule for another length": (lambda: with_schedule(33), ["33 video frames", "21"]),
+    "schedule for a shorter video": (lambda: with_schedule(13), ["13 video frames", "21"]),
     "chunks of another kind of checkpoint": (
         lambda: with_schedule(models={"model": loader(family="causal_forcing_framewise")}),
         ["chunks of 3", "frame by frame", "unknown"],
