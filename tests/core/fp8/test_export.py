@@ -118,12 +118,14 @@ def test_layers_with_unsuitable_sizes_stay_in_16_bits_and_are_noted(tmp_path):
 
 
 def refusals(folder):
-    """(arguments, words of the message) for everything that is refused; `folder` is filled with what they need."""
+    """{words of the message: arguments}; `folder` is filled with what they need."""
     save_file(tiny_wan(), folder / "self_forcing.safetensors")
     save_file({"a.weight": torch.zeros(4, 4)}, folder / "no_wan.safetensors")
     (folder / "there.safetensors").write_bytes(b"mine")
     fp8 = {n: v.to(torch.float8_e4m3fn) for n, v in tiny_wan().items()}
     save_file(fp8, folder / "cast.safetensors")
+    save_file({"0.cond": torch.randn(1, 7, 48)}, folder / "prompts.safetensors")
+    prompts = "--prompts", folder / "prompts.safetensors"
     source = folder / "self_forcing.safetensors"
     return {
         "exists already; choose another name, or replace it with --force": (source, folder / "there.safetensors"),
@@ -134,6 +136,7 @@ def refusals(folder):
         "no_wan.safetensors: ": (folder / "no_wan.safetensors", folder / "x.safetensors"),
         "no such file": (folder / "absent.pt", folder / "x.safetensors"),
         "has no weights named 'ema'": (source, folder / "x.safetensors", "--weights", "ema"),
+        "width of 48 and the model needs 4096": (source, folder / "x.safetensors", *prompts),
     }
 
 

@@ -56,38 +56,29 @@ def test_estimate_is_within_ten_percent_of_what_the_allocator_held(case):
     assert expected.total == pytest.approx(measured_peak(case, *place), rel=0.10)
 
 
-def test_cache_is_the_stated_formula_plus_pooled_keys():
+def test_cache_is_the_stated_formula_plus_pooled_keys_and_sink_originals_of_a_window_that_moves():
     dense, sparse = tiny(), tiny(Schedule(12, **SPARSE))
     keys_and_values = 2 * 3 * 12 * 24 * 2 * 128 * 2  # layers, frames, tokens, heads, head dim, bytes
     assert dense.cache == keys_and_values
     assert sparse.cache == keys_and_values + 3 * 12 * (1 + 1) * 2 * 128 * 2  # a block mean and a frame mean per frame
-
-
-def test_cache_counts_sink_originals_of_a_window_that_moves():
     window = {"window": 6, "sink_frames": 2}
     fixed, follow = (tiny(Schedule(12, sink_rope=rope, **window)) for rope in ("fixed", "follow"))
     assert follow.cache - fixed.cache == 3 * 2 * 24 * 2 * 128 * 2
     assert tiny(Schedule(6, sink_rope="follow", **window)).cache == tiny(Schedule(6)).cache  # nothing is evicted
 
 
-def test_length_costs_nothing_once_the_window_is_full():
+def test_guidance_keeps_a_second_cache_and_prompt_and_length_costs_nothing_once_the_window_is_full():
     long, longer = (tiny(Schedule(frames, window=6, sink_frames=1)) for frames in (12, 1200))
     assert long == longer
-
-
-def test_guidance_keeps_a_second_cache_and_prompt():
     plain, guided = tiny(), tiny(cfg=2.0)
     assert (guided.cache, guided.prompt) == (2 * plain.cache, 2 * plain.prompt)
     assert (guided.step, guided.weights) == (plain.step, plain.weights)
 
 
-def test_weights_are_those_of_the_module():
+def test_weights_are_those_of_the_module_and_a_real_model_is_known_from_its_widths_alone():
     dit = wan_from_state_dict(random_state_dict(dim=256, ffn_dim=512, layers=3, text_dim=64), dtype=torch.bfloat16)
     assert ModelSize.of_module(dit) == TINY
     assert TINY.weight_bytes == sum(tensor.nbytes for tensor in dit.state_dict().values())
-
-
-def test_real_model_is_known_from_its_widths_alone():
     size = ModelSize.of_module(meta_wan(1536, 8960, 30, 4096, torch.bfloat16))
     case = MemoryCase("real", Schedule(21, target=0.88, base=0.98), Picture(480, 832))
     expected = estimate(size, case.recipe(case.schedule, torch.bfloat16, "meta"), vae_dim=24)
@@ -102,16 +93,6 @@ def test_step_and_decode_are_held_by_turns():
     assert MemoryEstimate(**parts, decode=7000).total == 657321
     assert MemoryEstimate(**parts, decode=1000, overlapped=True).total == 655321
     assert MemoryEstimate(**parts, decode=1000, graph=4000).total == 658321
-
-
-def test_an_overlapped_decode_and_a_graph_are_counted_and_named():
-    schedule = Schedule(6)
-    plain = tiny(schedule, vae_dim=24)
-    beside = plain.sped_up(overlap=True, cuda_graph=True)
-    assert beside.total == plain.total + min(plain.step, plain.decode) + plain.step
-    assert "overlapped decode" in str(beside)
-    assert "CUDA graph" in str(beside)
-    assert "CUDA graph" not in str(plain)
 
 
 def test_peak_counts_what_is_alive_and_no_views():
