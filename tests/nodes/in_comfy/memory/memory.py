@@ -37,14 +37,6 @@ def run(*, free=None, frames=9, size=(4, 6), **inputs):
     return output[0]["samples"], output[1], plans[-1]
 
 
-def error_of(action, *arguments, **named):
-    try:
-        action(*arguments, **named)
-    except Exception as error:
-        return error
-    return None
-
-
 whole, _, plan = run()
 assert plan.given_up == []
 assert re.match(r"needs about [\d.]+ GiB \(weights .*\), [\d.]+ GiB free$", str(plan))
@@ -94,21 +86,16 @@ video = torch.rand(11, 32, 48, 3, generator=torch.Generator().manual_seed(2))
 ours = encode.LightForcingEncode.execute(video, vae)[0]["samples"]
 assert ours.shape == (1, 16, 3, 4, 6)
 assert (ours - vae.encode(video[2:])).abs().max() <= 1e-5
-odd = error_of(encode.LightForcingEncode.execute, torch.rand(1, 40, 48, 3), vae)
-assert "height 40 is not a multiple of 16; use 32 or 48" in str(odd)
+odd = comfyui.error_of(encode.LightForcingEncode.execute, torch.rand(1, 40, 48, 3), vae)
+assert "height 40 is not a multiple of 16; use 32 or 48" in odd
 other = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=16).state_dict())
-assert "use the Wan 2.1 VAE or LightVAE" in str(error_of(encode.LightForcingEncode.execute, video, other))
-stream, calls = encode.StreamingEncoder.encode, iter(range(100))
-
-
-def fails(*arguments, **named):
-    if next(calls) == 2:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    return stream(*arguments, **named)
-
-
-encode.StreamingEncoder.encode = fails
-full = error_of(encode.LightForcingEncode.execute, video, vae)
+assert "use the Wan 2.1 VAE or LightVAE" in comfyui.error_of(encode.LightForcingEncode.execute, video, other)
+stream, oom = encode.StreamingEncoder.encode, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+encode.StreamingEncoder.encode = comfyui.failing(stream, 3, oom)
+try:
+    encode.LightForcingEncode.execute(video, vae)
+except Exception as error:
+    full = error
 encode.StreamingEncoder.encode = stream
 assert comfy.model_management.is_oom(full)
 needs = r"encoding frame 8 of 9 at 48×32, which needs about \d\.\d\d GiB of the \d+\.\d\d GiB"

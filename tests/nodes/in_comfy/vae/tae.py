@@ -88,9 +88,7 @@ assert torch.equal(torch.cat(pieces, dim=1), whole)
 refusal = comfyui.error_of(decoded, taehv_file, raw)
 assert "taehv.safetensors is the TAE of HunyuanVideo; use taew2_1" in refusal
 wan22 = comfy.taesd.taehv.TAEHV(latent_channels=48).state_dict()
-refusal = comfyui.error_of(decoded, comfy.sd.VAE(sd=wan22), raw)
-assert "48 latent channels instead of 16" in refusal
-assert "VAE Decode" in refusal
+assert "VAE Decode" in comfyui.error_of(decoded, comfy.sd.VAE(sd=wan22), raw)
 one, one_long, two, two_long = (
     decode.FrameDecoder(unnamed, (batch, 16, frames, 4, 6)).bytes_needed
     for batch, frames in itertools.product((1, 2), (1, 9))
