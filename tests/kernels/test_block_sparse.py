@@ -96,6 +96,13 @@ def test_scores_are_scaled_by_any_number(scale, stored):
     case.check(case.attend(scale=scale, tail=case.means), want)
 
 
+def test_cut_units_give_the_same_bits_every_time():
+    case = Case(70, (32, 32), 1, 2, 1, 1, 16, torch.float32, None, seed=4)
+    with launched(per_sm=7):
+        one, other = (case.attend() for _ in "ab")
+    assert torch.equal(one, other)
+
+
 def test_longest_lists_are_begun_first():
     case = Case(40, (16, 32), 1, 2, 2, 2, 16, torch.float32, None, seed=4)
     with launched() as calls:
