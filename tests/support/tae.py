@@ -9,8 +9,6 @@ _DOUBLES_TIME = (False, True, True)  # which of the three up-samplings also doub
 
 
 class SoftClamp(nn.Module):
-    """Bends values beyond ±3 back, so that no latent is out of range."""
-
     def forward(self, x):
         return torch.tanh(x / 3) * 3
 
@@ -20,13 +18,8 @@ class MemBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-
-        def convolution(width: int) -> nn.Conv2d:
-            return nn.Conv2d(width, channels, 3, padding=1)
-
-        self.conv = nn.Sequential(
-            convolution(2 * channels), nn.ReLU(), convolution(channels), nn.ReLU(), convolution(channels)
-        )
+        first, *others = (nn.Conv2d(width, channels, 3, padding=1) for width in (2 * channels, channels, channels))
+        self.conv = nn.Sequential(first, nn.ReLU(), others[0], nn.ReLU(), others[1])
         self.skip = nn.Identity()
         self.act = nn.ReLU()
 
@@ -44,7 +37,6 @@ class TGrow(nn.Module):
         self.conv = nn.Conv2d(channels, stride * channels, 1, bias=False)
 
     def forward(self, x):
-        """[N, C, H, W] → [N · stride, C, H, W], the frames of one side by side."""
         return self.conv(x).unflatten(1, (self.stride, -1)).flatten(0, 1)
 
 
@@ -75,10 +67,8 @@ def random_tae_state_dict(seed=0):
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in TaeDecoder().state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, shape in shapes.items():
-        values = torch.randn(shape, generator=generator)
-        gain = 0.05 if name.endswith("bias") else shape[1:].numel() ** -0.5
-        made[name] = (0.2 * gain if name.startswith("decoder.22") else gain) * values
+    gains = {name: 0.05 if name.endswith("bias") else shape[1:].numel() ** -0.5 for name, shape in shapes.items()}
+    made = {name: gains[name] * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    made["decoder.22.weight"] *= 0.2
     made["decoder.22.bias"] += 0.5
     return made
