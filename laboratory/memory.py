@@ -125,7 +125,9 @@ def run_memory(bench: Place, cases: tuple[MemoryCase, ...] = ()) -> dict[str, An
 def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tuple[MemoryEstimate, str]:
     """The estimate, and the backend that it assumes."""
     tokens, heads = math.prod(case.picture.grid), case.model.dim // HEAD_DIM
-    frames = max(case.schedule.chunk_lengths()), case.schedule.visible_frames()
+    schedule = case.schedule
+    visible = min(schedule.window or schedule.latent_frames, schedule.latent_frames)
+    frames = max(schedule.chunk_lengths()), visible
     q, k = (torch.empty(case.batch, n * tokens, heads, HEAD_DIM, dtype=dtype, device=device) for n in frames)
     backend = choose_backend(q, k, tokens_per_frame=tokens, backend=case.backend).name
     expected = estimate(

@@ -185,10 +185,7 @@ def guidance_of(model_options: Mapping[str, Any]) -> list[Any]:
 
 
 def conflicting_patches(model: ModelPatcher, model_options: Mapping[str, Any], own: str) -> Iterator[str]:
-    """Describe the patches on a MODEL, or a run's options, that a rollout cannot follow.
-
-    own: the key of this pack's wrappers, which are left out.
-    """
+    """Describe patches on a MODEL, or a run's options, that a rollout cannot follow; wrappers under `own` can stay."""
     options = model_options.get("transformer_options", {})
     for name in model.object_patches:
         if FORWARD_PATCH.search(name):

@@ -158,10 +158,7 @@ def original_name(name: str, prefix: str = "", diffusers: bool = False) -> str |
 
 
 def other_wan(shapes: Mapping[str, Shape]) -> str | None:
-    """The kind of a Wan transformer other than Wan 2.1 text-to-video, and the remedy; None for Wan 2.1 T2V.
-
-    shapes: original name → shape.
-    """
+    """The kind of a Wan transformer, by original name → shape, and the remedy; None for Wan 2.1 text-to-video."""
     for pattern, title in _OTHER_WANS.items():
         if any(re.match(pattern, name) for name in shapes):
             return f"this is {title}; {_USE_CORE}"

@@ -63,10 +63,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Write a safetensors file; an existing one stays until the new one is complete.
-
-    Raises OutputError if the folder cannot be written or the disk is full.
-    """
+    """Write a safetensors file completely or not at all; OutputError if the folder or the disk cannot take it."""
     return stream_tensors(path, tensors, tensors.items(), metadata)
 
 

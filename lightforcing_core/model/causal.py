@@ -55,10 +55,7 @@ class OpenChunk:
 
 @dataclass(eq=False)
 class TextMemory:
-    """The current prompt [B, tokens, text_dim], and its keys and values in each layer.
-
-    Keys and values, [B, tokens, H, D], are computed by the first pass that needs them.
-    """
+    """The prompt [B, tokens, text_dim], and each layer's keys and values [B, tokens, H, D], made when first needed."""
 
     embeds: Tensor
     keys_values: list[tuple[Tensor, Tensor]] = field(default_factory=list)

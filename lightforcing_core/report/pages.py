@@ -1,7 +1,4 @@
-"""A run's record as text and as three pictures of 512 × 512.
-
-The pictures: density per chunk and layer; seconds per stage and reasons for dense attention; the map of read blocks.
-"""
+"""A run's record as text and three 512 × 512 pictures: densities; seconds and dense reasons; the map of read blocks."""
 
 import textwrap
 from collections.abc import Sequence

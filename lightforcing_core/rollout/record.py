@@ -187,10 +187,7 @@ class RunRecorder:
             self._every *= 2
 
     def finish(self, *, frames: int | None = None) -> RunRecord:
-        """The record of all chunks that were denoised, or of those within the first `frames` latent frames.
-
-        Waits for the device.
-        """
+        """Wait for the device; the record of all denoised chunks, or those within the first `frames` latent frames."""
         if isinstance(self._last, torch.cuda.Event):
             self._last.synchronize()
         per_chunk: dict[int, dict[str, float]] = {}

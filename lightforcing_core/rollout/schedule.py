@@ -161,10 +161,6 @@ class Schedule:
         planned = replace(self, latent_frames=max(self.latent_frames, self.reference or 0))
         return {"growth": planned.sparsities(initial_frames), **{name: getattr(self, name) for name in same}}
 
-    def visible_frames(self) -> int:
-        """Latent frames that the KV cache must hold."""
-        return self.latent_frames if self.window is None else min(self.window, self.latent_frames)
-
 
 def chunk_sparsities(
     latent_frames: int,

@@ -1,7 +1,4 @@
-"""A run that survives a restart: its recipe and finished chunks, as one safetensors file.
-
-A loaded state continues the video as if it had never stopped, bit for bit on the same machine.
-"""
+"""A run that survives a restart, bit for bit on one machine: its recipe and finished chunks as a safetensors file."""
 
 import json
 import math
@@ -110,10 +107,7 @@ class RunState:
 
 
 def save_run_state(state: RunState, path: str | Path) -> Path:
-    """Write the state completely or not at all; an existing file stays until the new one is complete.
-
-    Raises OutputError if the folder cannot take the file or the disk is full.
-    """
+    """Write the state completely or not at all; OutputError if the folder or the disk cannot take the file."""
     tensors, facts = _packed(state)
     facts["checksums"] = {name: _checksum(tensor) for name, tensor in tensors.items()}
     version = 1 if state.recipe.last_latents is None else VERSION
@@ -121,10 +115,7 @@ def save_run_state(state: RunState, path: str | Path) -> Path:
 
 
 def load_run_state(path: str | Path) -> RunState:
-    """Read a state back, its tensors on the CPU.
-
-    Raises StateError for a file that is missing, damaged, of another kind, or from a newer version.
-    """
+    """Read a state to the CPU; StateError for a file that is missing, damaged, of another kind or a newer version."""
     path = Path(path)
     try:
         # Copies, because the rounding of a matrix product can depend on alignment, and the file gives none.

@@ -1,7 +1,4 @@
-"""Text embeddings on disk: ComfyUI's CONDITIONING in one safetensors file.
-
-The file holds a tensor `INDEX.NAME` for every tensor of entry INDEX; its metadata, the entries' other values as JSON.
-"""
+"""ComfyUI's CONDITIONING as a safetensors file: tensors `INDEX.NAME`, an entry's other values as JSON metadata."""
 
 import json
 from pathlib import Path

@@ -49,10 +49,7 @@ def check_text(field: str, context: Tensor) -> None:
 
 
 class Timeline:
-    """The prompts of one video in order of their start; the first one holds from the beginning.
-
-    Raises Refusal for prompts that do not make one timeline.
-    """
+    """A video's prompts in order of start, the first from the beginning; Refusal if they make no timeline."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self.prompts = sorted(prompts, key=lambda prompt: prompt.start_chunk)

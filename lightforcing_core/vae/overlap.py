@@ -1,7 +1,4 @@
-"""Decode on a second CUDA stream while sampling continues.
-
-On a CPU every chunk is decoded at once: the same calls return the same frames.
-"""
+"""Decode on a second CUDA stream while sampling continues; on a CPU the same calls decode at once."""
 
 import functools
 from collections import deque

@@ -1,7 +1,4 @@
-"""Decode in overlapping tiles, for pictures that are too large to decode at once.
-
-Neighbouring tiles are blended. A tile sees only itself, so frames are close but not equal to those of one decode.
-"""
+"""Decode a picture too large for one pass in blended tiles; each sees only itself, so frames are close, not equal."""
 
 from collections.abc import Callable
 

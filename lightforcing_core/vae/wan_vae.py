@@ -249,10 +249,7 @@ def _not_a_wan_vae(state_dict: Mapping[str, Tensor]) -> str | None:
 
 
 def random_vae_state_dict(*, dim: int = 24, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """A random Wan VAE of width `dim` under the published names, to measure and test.
-
-    Kernels are smooth in space, so that it paints soft colour fields well inside 0…1 instead of noise.
-    """
+    """A random Wan VAE of width `dim`, smooth in space: it paints soft colours well inside 0…1 instead of noise."""
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in WanVAE(dim).state_dict().items()}
     generator = torch.Generator().manual_seed(seed)

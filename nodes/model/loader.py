@@ -117,16 +117,9 @@ def load_checkpoint(
     disable_dynamic: bool = False,
 ) -> ModelPatcher:
     """A MODEL from a checkpoint file; ComfyUI calls this for second copies too."""
-    prefer_ema, group = weights != "plain", "ema" if weights == "ema" else None
-    load = partial(
-        load_dit_state_dict,
-        path,
-        prefer_ema=prefer_ema,
-        weights=group,
-        family=family,
-        lora=lora,
-        lora_adapter=with_lora,
-    )
+    group = "ema" if weights == "ema" else None
+    options: dict[str, Any] = {"weights": group, "family": family, "lora": lora, "lora_adapter": with_lora}
+    load = partial(load_dit_state_dict, path, prefer_ema=weights != "plain", **options)
     state_dict, info = load()
     for note in info.notes:
         log.info("[Light Forcing] %s: %s", Path(path).name, note)
@@ -140,14 +133,10 @@ def load_checkpoint(
         from .rowwise import quantized, restored, use_rows  # needs comfy-kitchen, which not every ComfyUI has
 
         state_dict = restored(quantized(state_dict, info.size.layers) if weight_dtype == ROWWISE else state_dict)
-    formats = {
-        kind.removesuffix(" with convrot")
-        for kind in read_quantisation(state_dict, info.metadata).comfyui_layers.values()
-    }
-    if unknown := formats - FORMATS.keys():
-        raise CheckpointError(
-            f"{path} needs {name_list(map(repr, unknown))}, which this ComfyUI does not know; update ComfyUI"
-        )
+    stored = read_quantisation(state_dict, info.metadata).comfyui_layers.values()
+    if unknown := {kind.removesuffix(" with convrot") for kind in stored} - FORMATS.keys():
+        names = name_list(map(repr, unknown))
+        raise CheckpointError(f"{path} needs {names}, which this ComfyUI does not know; update ComfyUI")
     try:
         model = load_model(
             state_dict,

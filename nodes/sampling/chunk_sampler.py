@@ -118,10 +118,7 @@ class ChunkSampler(CausalSampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        """The whole video [B, 16, frames, h, w], normalised; draw 0 is `noise`.
-
-        A run that was cut short gives fewer frames.
-        """
+        """The video [B, 16, frames, h, w], normalised, or its start if the run was cut short; draw 0 is `noise`."""
         required_settings(model_wrap.model_patcher)
         assert self._prepared is not None  # with the patch, ComfyUI has called `prepare` before
         (run, plan), self._prepared = self._prepared, None

@@ -229,10 +229,7 @@ class Budget:
 
 
 class Strips:
-    """Sends a page each picture once, in strips; later stretches replace earlier.
-
-    A reloaded page gets all of them with the next one.
-    """
+    """Sends a page each picture once, in strips; later stretches replace earlier, and a reloaded page gets all."""
 
     def __init__(self, server: Any, frames: int) -> None:
         self._server, self._frames, self._unsent = server, frames, list[Stretch]()

@@ -47,10 +47,7 @@ def _elements_per_pair(call: Call) -> int:
 
 
 def _attend_rows(call: Call, b: int, h: int, q: Tensor, rows: BlockSelection, lengths: Tensor) -> Tensor:
-    """Attention of some query blocks q [n, block_q, D] of one head.
-
-    lengths: the real tokens of every key block, int64 [k_blocks].
-    """
+    """Attention of query blocks q [n, block_q, D] of one head; lengths: real tokens per key block, int64 [k_blocks]."""
     block = call.k_layout.block
     within = torch.arange(block, device=q.device)
     ids, counts = rows.blocks.long(), rows.counts

@@ -49,9 +49,6 @@ class SelectionRule(Protocol):
 
 @dataclass(frozen=True)
 class Policy:
-    """How a video's chunks attend to their past.
-
-    selection: the rule that chooses key blocks; None reads all of them.
-    """
+    """How a video's chunks attend to their past; `selection` chooses key blocks, None reads all of them."""
 
     selection: SelectionRule | None

@@ -27,7 +27,7 @@ def test_published_families_give_their_published_values():
     long = Schedule.of_family(FAMILIES["light_forcing_long"], 63)
     assert long.sparsities()[:4] == pytest.approx([0, 0.734473, 0.774023, 0.797599], abs=1e-6)
     assert long.sparsities()[-1] == pytest.approx(0.883487, abs=1e-6)
-    assert (long.visible_frames(), long.sink_frames, long.sink_rope) == (12, 1, "follow")
+    assert (long.window, long.sink_frames, long.sink_rope) == (12, 1, "follow")
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -37,7 +37,6 @@ def test_every_family_takes_every_length(family, frames):
     lengths = schedule.chunk_lengths()
     assert sum(lengths) == frames
     assert len(schedule.sparsities()) == len(lengths)
-    assert schedule.visible_frames() == min(frames, family.window or frames)
 
 
 def test_dense_keeps_chunks_and_window_and_skips_nothing():
@@ -45,7 +44,7 @@ def test_dense_keeps_chunks_and_window_and_skips_nothing():
     dense = sparse.dense()
     assert dense.sparsities() is None
     assert dense.chunk_lengths() == sparse.chunk_lengths()
-    assert dense.visible_frames() == 12
+    assert dense.window == 12
 
 
 @pytest.mark.parametrize(("initial", "lengths"), [(0, [3, 3, 1]), (1, [1, 3, 3]), (3, [3, 3, 1]), (5, [2, 3, 2])])
