@@ -169,6 +169,8 @@ def _read_torch(file: Path, size: int, *, zipped: bool) -> dict[str, Any]:
     try:
         if zipped:
             with zipfile.ZipFile(file) as entries:
+                if any("/code/" in name for name in entries.namelist()):  # whose debug entries are compressed
+                    raise ValueError("a TorchScript program")
                 if sum(entry.file_size for entry in entries.infolist()) > size:
                     raise ValueError("it is compressed, as torch.save never does it")
         # Only the zip format of torch ≥ 1.6 can be mapped, and only by path; a path with the suffix
