@@ -140,7 +140,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# Families of one file name: the assumed one → the fragments of the path that settle for it, and for the other.
+# Families of one file name: the assumed one → the fragments of the path that decide for it, and for the other.
 _ONE_NAME = {"causal_forcing": ("chunkwise", "framewise"), "wave_forcing_5step": ("5step", "4step")}
 
 
@@ -161,7 +161,7 @@ def family_of(path: str | PurePath) -> tuple[Family, str]:
 
 
 def doubt_of(path: str | PurePath, family: Family) -> str | None:
-    """Why `path` does not settle `family`, which it suggests; None if it does."""
+    """Why `path` suggests `family` without deciding for it; None if it decides."""
     own, other = _ONE_NAME.get(family.id, ("", ""))
     if not own or any(own in name for name in _names(path).values()):
         return None

@@ -25,7 +25,7 @@ class Refusal(ValueError):
 
 
 class NotFinite(Refusal):
-    """A run made NaN or infinity; what it made before is good."""
+    """A run made NaN or infinity; its earlier chunks are good."""
 
 
 def check_size(height: int, width: int, multiple: int = 16) -> None:

@@ -157,7 +157,7 @@ def flow_shift(model: ModelPatcher) -> float:
     sampling = model.get_model_object("model_sampling")
     kinds = comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST
     if not all(isinstance(sampling, kind) for kind in kinds):
-        problem = f"{name_of(sampling).partition('.')[0]}, which is not Wan's flow matching"
+        problem = f"{name_of(sampling)}, which is not Wan's flow matching"
     elif sampling.multiplier != 1000:
         problem = f"timesteps up to {sampling.multiplier:g} (ModelSamplingAuraFlow), and Wan takes them up to 1000"
     elif (scale := getattr(sampling, "noise_scale", 1.0)) != 1.0:

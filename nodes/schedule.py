@@ -189,7 +189,7 @@ def _plot_numbers(length: int, preset: Mapping[str, Any], family_id: str | None,
         "lengths": lengths,
         "sparsities": sparsities,
         "target": schedule.target,
-        "mean": _mean_of(schedule),
+        "mean": _mean_of(schedule, lengths, sparsities),
         "window": schedule.window,
         "sink_frames": schedule.sink_frames,
         "attention_ratio": cost.attention_ratio,
@@ -203,9 +203,8 @@ def _chunks_of(schedule: Schedule) -> tuple[list[int], list[float]]:
     return lengths, schedule.sparsities() or [0.0] * len(lengths)
 
 
-def _mean_of(schedule: Schedule) -> float | None:
+def _mean_of(schedule: Schedule, lengths: list[int], sparsities: list[float]) -> float | None:
     """The mean sparsity of all chunks but the dense ones, weighted as for a target; None if nothing is skipped."""
-    lengths, sparsities = _chunks_of(schedule)
     costs = schedule_costs(sparsities, lengths, schedule.window)[max(1, schedule.dense_chunks) :]
     skipped = sum((1.0 - cost.density) * cost.kv_frames for cost in costs)
     return skipped / sum(cost.kv_frames for cost in costs) if skipped else None
@@ -213,6 +212,6 @@ def _mean_of(schedule: Schedule) -> float | None:
 
 def _listed(schedule: Schedule) -> str:
     """The schedule as text, for clients that do not draw the plot."""
-    _, sparsities = _chunks_of(schedule)
-    each, mean = ", ".join(f"{one:.3f}" for one in sparsities), _mean_of(schedule) or 0.0
+    lengths, sparsities = _chunks_of(schedule)
+    each, mean = ", ".join(f"{one:.3f}" for one in sparsities), _mean_of(schedule, lengths, sparsities) or 0.0
     return f"{schedule.title}: {len(sparsities)} chunks, sparsity {each}; mean of the sparse chunks {mean:.3f}"

@@ -182,7 +182,7 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
         **facts,
     )
     run = RunState(recipe, finished=finished, **state)
-    # JSON has other types than these fields need, and and would fail later.
+    # JSON has other types than these fields need, and a wrong one would fail much later.
     integers = [count, recipe.frames_per_chunk, recipe.window or 0, recipe.sink_frames, recipe.seed]
     integers += recipe.noise_options.chunk_seeds.values()
     integers += [number for prompt in recipe.prompts for number in (prompt.start_chunk, prompt.blend_chunks)]

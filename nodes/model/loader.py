@@ -93,7 +93,7 @@ def chosen_family(family: str, path: str) -> Family:
 
 
 def assumed(family: Family, widget: str, path: str) -> ui.PreviewText | None:
-    """The assumed defaults, shown and logged, if no name settles the family; or None."""
+    """The assumed defaults, shown and logged, if no name decides the family; or None."""
     text = doubt_of(path, family)
     if family.id == "unknown":
         steps = ", ".join(map(str, family.denoising_steps))
@@ -125,16 +125,16 @@ def load_checkpoint(
         log.info("[Light Forcing] %s: %s", Path(path).name, note)
     if weight_dtype == ROWWISE and info.quantised is not None:
         raise CheckpointError(f"{path} is quantised already ({info.quantised}); set weight_dtype to default")
-    by_rows = weight_dtype == ROWWISE or BY_ROWS in (info.quantised or "")
+    formats = set(read_quantisation(state_dict, info.metadata).comfyui_layers.values())
+    by_rows = weight_dtype == ROWWISE or BY_ROWS in formats
     if by_rows and weight_dtype != ROWWISE and (reason := why_no_rows()):
         log.warning("[Light Forcing] %s: its FP8 layers are read as bfloat16, because %s", Path(path).name, reason)
-        by_rows, (state_dict, info) = False, load(dequantise_all=True)
+        by_rows, formats, (state_dict, info) = False, set(), load(dequantise_all=True)
     if by_rows:
         from .rowwise import quantized, restored, use_rows  # needs comfy-kitchen, which not every ComfyUI has
 
         state_dict = restored(quantized(state_dict, info.size.layers) if weight_dtype == ROWWISE else state_dict)
-    stored = read_quantisation(state_dict, info.metadata).comfyui_layers.values()
-    if unknown := {kind.removesuffix(" with convrot") for kind in stored} - FORMATS.keys():
+    if unknown := {kind.removesuffix(" with convrot") for kind in formats - {BY_ROWS}} - FORMATS.keys():
         names = name_list(map(repr, unknown))
         raise CheckpointError(f"{path} needs {names}, which this ComfyUI does not know; update ComfyUI")
     try:

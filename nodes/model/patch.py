@@ -14,6 +14,7 @@ refused by name.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,14 +104,14 @@ def conflicting_patch(model: ModelPatcher, model_options: dict[str, Any]) -> str
     return found and f"this MODEL has {found}, which Light Forcing cannot follow; remove the node that adds it"
 
 
-class CausalSampler(Sampler):
+class CausalSampler(Sampler, ABC):
     """A ComfyUI SAMPLER that runs the causal forward of a patched MODEL."""
 
+    @abstractmethod
     def prepare(
         self, guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor, denoise_mask: Tensor | None, seed: int
     ) -> None:
         """Check the inputs and request memory before weights load. Raises ValueError."""
-        raise NotImplementedError
 
 
 def _outer_sample(

@@ -9,7 +9,7 @@ from ...lightforcing_core.memory.estimate import gib
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.refusal import check_finite
 from ...lightforcing_core.rollout.recipe import Recipe, check_guidance
-from ..comfy import is_plain_guider
+from ..comfy import guidance_of, is_plain_guider, name_of
 from ..model.patch import LATENT_CHANNELS
 from ..timeline import unsuitable_prompt
 
@@ -19,7 +19,8 @@ def unsuitable_guider(guider: Any) -> str | None:
     if not is_plain_guider(guider):
         return f"the KV cache cannot follow the guider {type(guider).__name__}; use BasicGuider or CFGGuider"
     if guider.cfg == 1.0 and guider.model_options.get("disable_cfg1_optimization"):
-        return "a patch needs the negative prompt at cfg 1 (disable_cfg1_optimization); remove the node that adds it"
+        names = ", ".join(map(name_of, guidance_of(guider.model_options))) or "an unknown node"
+        return f"a patch needs the negative prompt at cfg 1 (disable_cfg1_optimization, by {names}); remove that node"
     if guider.cfg != 1.0:
         check_guidance(guider.cfg, guider.conds.get("negative") or None)
         reason = unsuitable_prompt("negative prompt", guider.conds["negative"], may_be_empty=True)
