@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import fast_path
+from .. import fast_path
+from ..fast_path import raise_if_fatal
 from .backends import BACKENDS, DENSE, REFERENCE, TRITON
 from .backends.base import EIGHT_BIT, Backend, Call
 from .blocks import FrameBlocks
-from .fast_path import raise_if_fatal
 from .options import check_backend, check_block
 from .selection import BlockSelection
 

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..fast_path import FastPath, why_no_kernels
 from ..pinned import to_device
 from .blocks import FrameBlocks, block_pair
-from .fast_path import FastPath, why_no_kernels
 
 # How a block's share of attention is estimated: by the product of means, or by the log-sum-exp over sub-blocks.
 ESTIMATORS = ("mean", "lse")

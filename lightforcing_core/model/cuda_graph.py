@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..attention.fast_path import FastPath, one_line, recording
+from ..fast_path import FastPath, one_line, recording
 from ..pinned import why_not_resident
 from .causal import ModelState, Predict, Watch, predict
 from .cuda_capture import CudaRecorder, CudaRecording

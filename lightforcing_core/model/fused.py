@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.fast_path import FastPath, why_no_kernels
+from ..fast_path import FastPath, why_no_kernels
 from .kv_cache import KVCache
 from .rope import RopeTable
 from .wan import EPS, RMSNorm

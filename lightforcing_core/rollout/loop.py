@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import fast_path
+from .. import fast_path
 from ..model.causal import GIVEN_NOISE, ModelState, Pass, Predict
 from ..model.cuda_graph import step_graphs, why_no_graph
 from ..model.kv_cache import KVCache

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from lightforcing.lightforcing_core.attention import fast_path
+from lightforcing.lightforcing_core import fast_path
 from lightforcing.lightforcing_core.attention.backends import BACKENDS, flex
 from lightforcing.lightforcing_core.attention.backends.base import Call
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks

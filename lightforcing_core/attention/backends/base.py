@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...fast_path import FastPath
 from ..blocks import FrameBlocks
-from ..fast_path import FastPath
 from ..quantised import STORED
 from ..selection import BlockSelection
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..fast_path import why_no_kernels
+from ...fast_path import why_no_kernels
 from .base import Backend, Call
 
 

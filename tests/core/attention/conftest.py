@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightforcing.lightforcing_core.attention import fast_path
+from lightforcing.lightforcing_core import fast_path
 from lightforcing.lightforcing_core.attention.dispatch import BackendUnavailable, choose_backend
 
 from ...support.attention_problems import DEVICE

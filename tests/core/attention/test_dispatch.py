@@ -21,9 +21,9 @@ from lightforcing.lightforcing_core.attention.dispatch import (
     choose_backend,
     sparse_attention,
 )
-from lightforcing.lightforcing_core.attention.fast_path import why_no_kernels
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.attention.selection import BlockSelection
+from lightforcing.lightforcing_core.fast_path import why_no_kernels
 
 from ...support.attention_problems import DEVICE, Problem, let_flex_fail
 

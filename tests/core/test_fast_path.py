@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from lightforcing.lightforcing_core.attention import fast_path
-from lightforcing.lightforcing_core.attention.fast_path import DeviceLost, FastPath, begin_run, recording
+from lightforcing.lightforcing_core import fast_path
+from lightforcing.lightforcing_core.fast_path import DeviceLost, FastPath, begin_run, recording
 
 PATH = FastPath("fused store", torch.device("cpu"), torch.float32, (64, 64), 128)
 OTHERS = [

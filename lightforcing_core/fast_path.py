@@ -136,7 +136,7 @@ def why_no_kernels() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; install it with `pip install triton` (Linux) or `pip install triton-windows`"
     try:
-        from ...kernels import block_sparse, modulation, selection, store  # noqa: F401
+        from ..kernels import block_sparse, modulation, selection, store  # noqa: F401
     except (ImportError, OSError, AttributeError, RuntimeError) as error:  # a triton that is broken or too old
         return f"triton is installed but does not import ({one_line(error)}); reinstall it"
     return None
