@@ -6,6 +6,7 @@ If none of them runs on a device other than a CPU, "auto" takes `DENSE`.
 from .base import Backend
 from .dense import Dense
 from .flash4 import Flash4
+from .flashinfer import FlashInfer
 from .flex import Flex
 from .reference import Reference
 from .triton import Triton
@@ -13,5 +14,5 @@ from .triton import Triton
 TRITON = Triton()
 REFERENCE = Reference()
 DENSE = Dense()
-BACKENDS: tuple[Backend, ...] = (TRITON, Flex(), Flash4(), REFERENCE)
+BACKENDS: tuple[Backend, ...] = (TRITON, Flex(), FlashInfer(), Flash4(), REFERENCE)
 BACKEND_NAMES = tuple(backend.name for backend in BACKENDS)

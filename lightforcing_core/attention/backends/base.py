@@ -1,7 +1,8 @@
 """The interface of an attention backend, and the call that every backend takes."""
 
+import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -115,3 +116,36 @@ class Backend(ABC):
     @abstractmethod
     def run(self, call: Call) -> Tensor:
         """Compute `call`, for which `why_not` returned None: [B, Lq, H, D] in q's dtype."""
+
+
+def why_not_package(
+    call: Call, name: str, package: str, blocks: Mapping[int, tuple[int, int]], head_dims: tuple[int, ...]
+) -> str | None:
+    """Why another project's kernel for 16-bit inference cannot run `call`, or None.
+
+    package: what pip installs. blocks: (query, key) tokens per block that it takes, by major compute capability.
+    """
+    q = call.q
+    if call.needs_grad:
+        return f"{name} is not set up for gradients"
+    if call.tail is not None:
+        return f"{name} is not set up for a pooled tail"
+    if call.k.dtype != q.dtype:
+        return f"{name} is not set up for {call.k.dtype} keys"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"{name} takes bfloat16 or float16, not {q.dtype}"
+    if q.shape[-1] not in head_dims:
+        return f"{name} takes head dims of {' or '.join(map(str, head_dims))}, not {q.shape[-1]}"
+    if q.device.type != "cuda":
+        return f"{name} runs on NVIDIA GPUs, not on {q.device.type}"
+    major, minor = torch.cuda.get_device_capability(q.device)
+    if major not in blocks:
+        chips = " and ".join(f"sm_{capability}x" for capability in blocks)
+        return f"{name} has block sparsity on {chips}, not on sm_{major}{minor}"
+    if call.block != blocks[major]:
+        return f"{name} takes (query, key) blocks of {blocks[major]} on sm_{major}{minor}, not {call.block}"
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return f"{name} is not installed; install it with `pip install --pre {package}`"
+    return None

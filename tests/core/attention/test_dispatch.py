@@ -262,7 +262,10 @@ IN_8_BITS = {"k": STORED, "v": STORED, "scales": (torch.ones(1, 6, 1),) * 2}
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"backend": "magic"}, "attention backend 'magic'; use 'auto', 'triton', 'flex', 'flash4', 'reference'"),
+        (
+            {"backend": "magic"},
+            "attention backend 'magic'; use 'auto', 'triton', 'flex', 'flashinfer', 'flash4', 'reference'",
+        ),
         ({"block": (64, 48)}, "key block of 48 tokens is not a power of two"),
         ({"tokens_per_frame": 30}, "40 tokens are not whole frames of 30"),
         ({"mask": None}, "exactly one of mask and selection, not neither"),
