@@ -18,7 +18,11 @@ def _dot(a, b, total):
     """a · b + total; b may be stored in any dtype."""
     if IS_INTERPRETED:  # its tl.dot multiplies the raw bits of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b.to(a.dtype), total, input_precision="tf32x3")  # float32 keeps its precision on tensor cores
+    # float32 keeps its precision on tensor cores. Triton before 3.4 takes no None for a total.
+    if total is None:
+        return tl.dot(a, b.to(a.dtype), input_precision="tf32x3")
+    else:
+        return tl.dot(a, b.to(a.dtype), total, input_precision="tf32x3")
 
 
 @triton.jit
@@ -103,12 +107,16 @@ def forward(
     program = tl.program_id(0)
     unit = program
     part = 0
-    if totals_ptr is not None and program >= whole:
-        unit = whole + (program - whole) // parts
-        part = (program - whole) % parts
+    pieces = 1
+    if totals_ptr is not None:  # noqa: SIM102 (Triton before 3.4 evaluates both sides of `and`)
+        if program >= whole:
+            unit = whole + (program - whole) // parts
+            part = (program - whole) % parts
+            pieces = parts
     list_row, batch, head, q_first, q_within = _place(unit, heads, q_blocks, q_frame, order_ptr, BLOCK_Q, TILE_Q)
-    if RAGGED_Q and TILE_Q != BLOCK_Q and q_within >= q_frame:
-        return  # a tile of padding alone
+    if RAGGED_Q and TILE_Q != BLOCK_Q:  # noqa: SIM102
+        if q_within >= q_frame:
+            return  # a tile of padding alone
 
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
     SPLIT: tl.constexpr = BLOCK_K // TILE_K
@@ -133,14 +141,12 @@ def forward(
         k_offsets = columns[None, :] * k_stride_l + dims[:, None]
         v_offsets = columns[:, None] * v_stride_l + dims[None, :]
 
-    start = 0
     end = k_blocks
     if blocks_ptr is not None:
         list_ptr = blocks_ptr + list_row.to(tl.int64) * width
         end = tl.load(counts_ptr + list_row)
-    if totals_ptr is not None and program >= whole:  # parts begin and end with a block, whose first key is real
-        start = end * part // parts
-        end = end * (part + 1) // parts
+    start = end * part // pieces  # parts begin and end with a block, whose first key is real
+    end = end * (part + 1) // pieces
     if blocks_ptr is not None:
         next_block = tl.load(list_ptr + tl.minimum(start, width - 1))
     if k_scales_ptr is not None:
@@ -194,12 +200,8 @@ def forward(
             row_max = tl.maximum(row_max, LOWEST)
         mean_stride = heads * HEAD_DIM
         mean_base = (batch.to(tl.int64) * k_blocks * heads + head) * HEAD_DIM
-        start = 0
-        end = tl.cdiv(k_blocks, TILE_K)
-        if totals_ptr is not None and program >= whole:
-            start = end * part // parts
-            end = end * (part + 1) // parts
-        for tile in tl.range(start, end, num_stages=2):
+        tiles = tl.cdiv(k_blocks, TILE_K)
+        for tile in tl.range(tiles * part // pieces, tiles * (part + 1) // pieces, num_stages=2):
             first = tile * TILE_K
             ids = tl.minimum(first + columns, k_blocks - 1)
             k = _load(k_means_ptr + mean_base, ids[None, :] * mean_stride + dims[:, None], dim_is_real[:, None], PADDED)
@@ -209,16 +211,17 @@ def forward(
             scores = _dot(q, k, None) * scale_log2 + bias[None, :]
             row_max, row_sum, total = _attend(v, scores, 1.0, None, row_max, row_sum, total, v.dtype)
 
-    if totals_ptr is not None and program >= whole:
-        at = (program - whole).to(tl.int64) * TILE_Q + rows
-        tl.store(maxima_ptr + at, row_max)
-        tl.store(sums_ptr + at, row_sum)
-        tl.store(totals_ptr + at[:, None] * PADDED_DIM + dims[None, :], total)
-    else:
-        _write(
-            out_ptr, total, row_sum, batch, head, q_first, q_within, rows, heads, q_blocks, q_frame,
-            HEAD_DIM, PADDED_DIM, BLOCK_Q, RAGGED_Q,
-        )  # fmt: skip
+    if totals_ptr is not None:  # noqa: SIM102
+        if program >= whole:
+            at = (program - whole).to(tl.int64) * TILE_Q + rows
+            tl.store(maxima_ptr + at, row_max)
+            tl.store(sums_ptr + at, row_sum)
+            tl.store(totals_ptr + at[:, None] * PADDED_DIM + dims[None, :], total)
+            return
+    _write(
+        out_ptr, total, row_sum, batch, head, q_first, q_within, rows, heads, q_blocks, q_frame,
+        HEAD_DIM, PADDED_DIM, BLOCK_Q, RAGGED_Q,
+    )  # fmt: skip
 
 
 # fmt: off
@@ -232,8 +235,9 @@ def combine(
     # fmt: on
     cut = tl.program_id(0) // (TILE_Q // ROWS)
     _, batch, head, q_first, q_within = _place(whole + cut, heads, q_blocks, q_frame, order_ptr, BLOCK_Q, TILE_Q)
-    if RAGGED_Q and TILE_Q != BLOCK_Q and q_within >= q_frame:
-        return  # its parts stored nothing
+    if RAGGED_Q and TILE_Q != BLOCK_Q:  # noqa: SIM102
+        if q_within >= q_frame:
+            return  # its parts stored nothing
     rows = (tl.program_id(0) % (TILE_Q // ROWS)) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, PADDED_DIM)
     at = cut.to(tl.int64) * parts * TILE_Q + rows

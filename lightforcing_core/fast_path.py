@@ -33,6 +33,8 @@ _CONTEXT_LOST = (
     "context is destroyed",
 )
 
+MIN_TRITON = (3, 3)  # that of torch 2.7; older ones order the attention's loads wrongly
+
 _log = logging.getLogger(__name__)
 _thread = threading.local()
 _failures: dict["FastPath", str] = {}
@@ -136,6 +138,10 @@ def why_no_kernels() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; install it with `pip install triton` (Linux) or `pip install triton-windows`"
     try:
+        import triton
+
+        if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
+            return f"the kernels need triton 3.3 or newer, not {triton.__version__}; install torch 2.7 or newer"
         from ..kernels import block_sparse, modulation, selection, store  # noqa: F401
     except (ImportError, OSError, AttributeError, RuntimeError) as error:  # a triton that is broken or too old
         return f"triton is installed but does not import ({one_line(error)}); reinstall it"

@@ -170,6 +170,11 @@ def test_auto_without_a_compiler_or_triton_takes_the_reference_and_says_why():
         shapes(96, backend="flex")
 
 
+def test_triton_that_orders_loads_wrongly_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("triton"), "__version__", "3.2.0+git1")
+    assert "need triton 3.3 or newer, not 3.2.0+git1; install torch 2.7" in why_no_kernels.__wrapped__()
+
+
 @pytest.mark.usefixtures("no_compilers")
 def test_auto_without_triton_on_another_device_is_dense_with_one_warning(caplog):
     q = torch.empty(1, 128, 2, 64, device="meta")
