@@ -7,6 +7,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is first imported
 
+# A test that measured could choose otherwise than the next run of it.
+os.environ.setdefault("LIGHTFORCING_PROFILE", "off")
+
 from hypothesis import settings
 
 # The tests run in several processes, and tensors this small gain nothing from threads.
