@@ -13,6 +13,14 @@ from lightforcing.lightforcing_core.rollout.runtime import Runtime
 FINE = AttentionOptions(backend="reference", block=(16, 16), keep_frames=3, sink_frames=1, near_frames=1)
 
 
+TEXT = 32  # the width of a text
+
+
+def text(seed, tokens=7):
+    """The embedding of a text, one for each seed."""
+    return torch.randn(1, tokens, TEXT, generator=torch.Generator().manual_seed(seed))
+
+
 def _taken(kind, options):
     """The part of `options` that names fields of `kind`, taken out of it."""
     taken = {field.name: options.pop(field.name, None) for field in fields(kind)}

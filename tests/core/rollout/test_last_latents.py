@@ -10,14 +10,10 @@ from lightforcing.lightforcing_core.model.causal import GIVEN_NOISE
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
-from ...support.rollouts import FINE, roll, video
+from ...support.rollouts import FINE, roll, text, video
 
-TEXT, SIZE = 32, (4, 6)
+SIZE = (4, 6)
 SIGMAS = few_step_sigmas((1000, 750, 500))
-
-
-def text(seed):
-    return torch.randn(1, 7, TEXT, generator=torch.Generator().manual_seed(seed))
 
 
 def latents(frames, batch=1, seed=4):
@@ -38,6 +34,7 @@ CASES = {
     "context noise": {"context_noise": 125.0},
     "a prompt that changes hard at the last chunk": {"context": [Prompt(text(1)), Prompt(text(2), 2, "hard")]},
     "two videos": {"batch": 2},
+    "two frames for each video of a batch": {"batch": 2, "last_latents": latents(2, batch=2)},
     "a short last chunk": {"frames": 8},
     "a start image": {"frames": 7, "initial_latents": latents(1, seed=8)},
     "all but the last chunk given": {"initial_latents": latents(6, seed=8)},
@@ -47,20 +44,14 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_the_video_ends_with_what_was_given_and_only_its_last_chunk_changes(dit, case):
-    given = latents(1)
-    plain, ended = list(run(dit, **case)), list(run(dit, last_latents=given, **case))
-    assert [(chunk.index, chunk.start_frame) for chunk in ended] == [
-        (chunk.index, chunk.start_frame) for chunk in plain
-    ]
+    case = {"last_latents": latents(1), **case}
+    given = case["last_latents"]
+    plain, ended = list(run(dit, **case | {"last_latents": None})), list(run(dit, **case))
+    assert [chunk.start_frame for chunk in ended] == [chunk.start_frame for chunk in plain]
     assert all(torch.equal(one.latents, other.latents) for one, other in zip(plain[:-1], ended[:-1], strict=True))
-    last = ended[-1].latents
-    assert torch.equal(last[:, :, -1:], given.expand(last.shape[0], -1, -1, -1, -1))
-    assert not torch.allclose(last[:, :, :-1], plain[-1].latents[:, :, :-1], atol=1e-2)
-
-
-def test_two_latent_frames_and_one_for_each_video_of_a_batch(dit):
-    given = latents(2, batch=2)
-    assert torch.equal(video(run(dit, batch=2, last_latents=given))[:, :, -2:], given)
+    last, end = ended[-1].latents, given.shape[2]
+    assert torch.equal(last[:, :, -end:], given.expand(last.shape[0], -1, -1, -1, -1))
+    assert not torch.allclose(last[:, :, :-end], plain[-1].latents[:, :, :-end], atol=1e-2)
 
 
 def test_given_frames_are_seen_with_less_noise_than_the_others(dit):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.refusal import Refusal
 from lightforcing.lightforcing_core.rollout.loop import rollout
 from lightforcing.lightforcing_core.rollout.recipe import Guidance, Recipe
@@ -37,8 +36,7 @@ def test_tensors_without_data_are_enough_for_a_recipe():
     assert len(recipe.guides) == 2
 
 
-def test_finished_chunks_are_not_made_again_as_chunks_or_as_latents():
-    dit = wan_from_state_dict(random_state_dict(dim=128, ffn_dim=128, layers=1, text_dim=32))
+def test_finished_chunks_are_not_made_again_as_chunks_or_as_latents(dit):
     recipe = recipe_of(latent_shape=SHAPE, frames_per_chunk=3, sigmas=SIGMAS, context=TEXT, growth=[0.0, 0.5])
     whole = list(rollout(dit, recipe))
     for finished in (whole[:2], [chunk.latents for chunk in whole[:2]]):

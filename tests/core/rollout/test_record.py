@@ -8,14 +8,13 @@ import torch
 from lightforcing.lightforcing_core.attention.selection import SelectionPlan
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout import record as run_record
-from lightforcing.lightforcing_core.rollout.cost import flops_ratio
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 from lightforcing.lightforcing_core.rollout.record import RunRecorder
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
-from ...support.rollouts import FINE, roll
+from ...support.rollouts import FINE, TEXT, roll, text
 
-TEXT, SIZE = 32, (12, 8)  # 6 × 4 = 24 tokens per frame: a block of 16 and a ragged one of 8
+SIZE = (12, 8)  # 6 × 4 = 24 tokens per frame: a block of 16 and a ragged one of 8
 SIGMAS = few_step_sigmas((1000, 500))
 GROWTH = [0.0, 0.4, 0.6, 0.7, 0.7]
 
@@ -23,11 +22,6 @@ GROWTH = [0.0, 0.4, 0.6, 0.7, 0.7]
 @pytest.fixture(scope="module")
 def dit():
     return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=3, text_dim=TEXT))
-
-
-@pytest.fixture(scope="module")
-def context():
-    return torch.randn(1, 7, TEXT, generator=torch.Generator().manual_seed(1))
 
 
 def run(dit, context, recorder=None, *, frames=12, batch=1, chunk=2, **options):
@@ -76,9 +70,6 @@ def test_density_is_the_share_of_blocks_that_the_plan_keeps(record):
     kept = [blocks[0], *(int((1 - s) * n) for s, n in zip([*GROWTH[1:], 0.7], blocks[1:], strict=True))]
     for chunk, n, k in zip(record.chunks, blocks, kept, strict=True):
         assert chunk.layer_density == pytest.approx([k / n] * 3)
-    pairs = [2 * len(chunk.visible) for chunk in record.chunks]
-    expected = sum(p * c.density for p, c in zip(pairs, record.chunks, strict=True)) / sum(pairs)
-    assert flops_ratio(chunk.cost for chunk in record.chunks) == pytest.approx(expected)
 
 
 def test_maps_are_the_selections_of_the_last_step(dit, context, monkeypatch):
@@ -135,10 +126,9 @@ def test_reasons_name_why_a_chunk_or_a_call_ran_dense(dit, context, record):
     assert record.chunks[0].why_dense == "it has no past frames"
     assert [chunk.why_dense for chunk in record.chunks[1:]] == [None] * 5
     assert record.attention == ("reference (reference was asked for)",)
-    second = torch.randn(1, 7, TEXT)
     mixed = recorded(
         dit,
-        [Prompt(context), Prompt(second, start_chunk=2, switch="hard")],
+        [Prompt(context), Prompt(text(2), start_chunk=2, switch="hard")],
         growth=[0.0, 0.0, 0.01, 0.6],
         frames=8,
         window=None,
@@ -226,8 +216,6 @@ def test_maps_of_long_runs_are_thinned_to_a_bound(dit, context):
 def test_chunks_are_found_by_their_index(record):
     assert record.chunk(3) is record.chunks[3]
     assert record.chunk(-1) is record.chunks[5]
-    with pytest.raises(ValueError, match="chunk 6 is not in the record; it holds chunks 0 to 5, and -1"):
-        record.chunk(6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

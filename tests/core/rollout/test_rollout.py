@@ -8,15 +8,10 @@ from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.refusal import NotFinite
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 
-from ...support.rollouts import roll, video
+from ...support.rollouts import TEXT, roll, video
 
-TEXT, SIZE = 32, (8, 8)
+SIZE = (8, 8)
 SIGMAS = few_step_sigmas()
-
-
-@pytest.fixture(scope="module")
-def context():
-    return torch.randn(1, 7, TEXT, generator=torch.Generator().manual_seed(1))
 
 
 def run(dit, context, frames=9, batch=1, **options):

@@ -1,11 +1,11 @@
 """A saved run continues as if it had never stopped, and a file that cannot be used says why."""
 
-import errno
 import json
 import os
 import resource
 from dataclasses import fields, is_dataclass, replace
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,15 +24,11 @@ from lightforcing.lightforcing_core.rollout.runtime import Chunk, Runtime
 from lightforcing.lightforcing_core.rollout.state import RunState, StateError, load_run_state, save_run_state
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
-from ...support.rollouts import recipe_of
+from ...support.rollouts import recipe_of, text
 
-TEXT, SIZE = 32, (4, 4)
+SIZE = (4, 4)
 SIGMAS = (1.0, 0.6, 0.0)
 MODEL = "wan, 2 layers of 2 heads, width 256"
-
-
-def text(seed, tokens=5):
-    return torch.randn(1, tokens, TEXT, generator=torch.Generator().manual_seed(seed))
 
 
 def start(frames=8, *, kv_dtype="same", batch=1, **options):
@@ -107,6 +103,19 @@ CASES = (
     start(8, initial_latents=torch.zeros(1, 16, 1, *SIZE)),
     start(8, last_latents=torch.ones(1, 16, 1, *SIZE), cfg=3.0, negative=text(9)),
     start(9, last_latents=torch.ones(1, 16, 2, *SIZE), growth=(0.0, 0.5), window=5, sink_frames=1),
+    start(context=[Prompt(first := text(1)), Prompt(text(2), 1), Prompt(first, 2)]),
+    filled(
+        start(
+            8,
+            sigmas=few_step_sigmas(),
+            first_sigmas=(0.1 + 0.2, 0.0),
+            growth=(0.0, 1 / 3),
+            seed=2**64 - 1,
+            chunk_seeds={2: 5},
+            initial_latents=torch.randn(1, 16, 5, *SIZE).bfloat16(),
+            context=[Prompt(text(1).half()), Prompt(text(2).half(), 1, "blend", 3)],
+        )
+    ),
 )
 
 
@@ -124,6 +133,8 @@ def same(one, other):
 @given(runs())
 @example(CASES[0])
 @example(CASES[3])
+@example(CASES[5])
+@example(CASES[6])
 def test_every_recipe_survives_the_file(tmp_path_factory, state):
     loaded = load_run_state(save_run_state(state, tmp_path_factory.getbasetemp() / "recipe.safetensors"))
     assert same(loaded.recipe.prompts, state.recipe.prompts)
@@ -171,35 +182,12 @@ def test_a_finished_run_says_how_to_go_on(dit):
         start(8).lengthened(8)
 
 
-def test_numbers_and_dtypes_survive_the_file(tmp_path):
-    state = filled(
-        start(
-            8,
-            sigmas=few_step_sigmas(),
-            first_sigmas=(0.1 + 0.2, 0.0),
-            growth=(0.0, 1 / 3),
-            seed=2**64 - 1,
-            chunk_seeds={2: 5},
-            initial_latents=torch.randn(1, 16, 5, *SIZE).bfloat16(),
-            context=[Prompt(text(1).half()), Prompt(text(2).half(), 1, "blend", 3)],
-        )
-    )
-    assert same(load_run_state(save_run_state(state, tmp_path / "state.safetensors")), state)
-
-
 def test_loaded_tensors_are_aligned_like_any_other(tmp_path):
     """Matrix products of tensors at odd addresses may round differently, and the video would not be the same."""
     state = filled(start(context=text(1, 3)[:, :, :31], negative=text(2, 3)[:, :, :31]))
     loaded = load_run_state(save_run_state(state, tmp_path / "state.safetensors"))
     tensors = (*loaded.finished, loaded.recipe.guidance.negative, loaded.recipe.prompts[0].context)
     assert [tensor.data_ptr() % 64 for tensor in tensors] == [0] * 5
-
-
-def test_a_prompt_may_return(tmp_path):
-    first = text(1)
-    state = start(context=[Prompt(first), Prompt(text(2), 1), Prompt(first, 2)])
-    loaded = load_run_state(save_run_state(state, tmp_path / "state.safetensors"))
-    assert torch.equal(loaded.recipe.prompts[2].context, first)
 
 
 def test_a_batch_may_start_from_one_image(tmp_path):
@@ -333,34 +321,24 @@ def test_only_a_given_end_needs_the_newer_version(tmp_path):
             assert ("last_latents" in file.keys()) == (version == "2")  # noqa: SIM118 (no mapping)
 
 
-class TestFullDisk:
-    def test_keeps_the_former_state(self, tmp_path, monkeypatch):
-        path = save_run_state(start(), tmp_path / "state.safetensors")
-
-        def full(descriptor):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        monkeypatch.setattr(os, "fsync", full)
-        with pytest.raises(OutputError, match=r"state\.safetensors.*No space left.*unchanged"):
-            save_run_state(filled(start()), path)
-        assert load_run_state(path).finished == ()
-        assert os.listdir(tmp_path) == [path.name]
-
-    def test_leaves_nothing_where_nothing_was(self, tmp_path):
-        """The error of a real write that meets a limit."""
-        former = resource.getrlimit(resource.RLIMIT_FSIZE)
-        state = filled(start(9 * 64))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, former[1]))
+def test_a_full_disk_keeps_the_former_state_or_leaves_nothing(tmp_path):
+    """The error of a real write that meets a limit."""
+    limits, path, large = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "state.safetensors", filled(start(576))
+    for former, left in ((None, "no file was left"), (start(), "unchanged")):
+        if former:
+            save_run_state(former, path)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
         try:
-            with pytest.raises(OutputError, match=r"state\.safetensors.*File too large.*no file was left"):
-                save_run_state(state, tmp_path / "state.safetensors")
+            with pytest.raises(OutputError, match=rf"state\.safetensors.*File too large.*{left}"):
+                save_run_state(large, path)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, former)
-        assert os.listdir(tmp_path) == []
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert os.listdir(tmp_path) == [path.name] * bool(former)
+    assert load_run_state(path).finished == ()
 
-    def test_too_little_space_is_an_error_before_the_write(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(tensor_files, "whole_file", pytest.fail)
-        usage = type("Usage", (), {"free": 10})
-        monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)
-        with pytest.raises(OutputError, match="needed; free some space"):
-            save_run_state(filled(start()), tmp_path / "state.safetensors")
+
+def test_too_little_space_is_an_error_before_the_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "whole_file", pytest.fail)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
+    with pytest.raises(OutputError, match="needed; free some space"):
+        save_run_state(filled(start()), tmp_path / "state.safetensors")

@@ -21,6 +21,11 @@ def test_conditioning_survives_the_file(tmp_path):
     assert cond.data_ptr() % 64 == other.data_ptr() % 64 == 0  # whatever their place in the file
 
 
+def test_what_no_file_can_hold_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the prompt has hooks"):
+        save_embeds(tmp_path / "x.safetensors", [[torch.ones(1, 5, 7), {"hooks": object()}]])
+
+
 @pytest.mark.parametrize(
     ("entries", "reason"),
     [
