@@ -80,24 +80,6 @@ def test_a_file_name_that_two_families_share_leaves_a_doubt(path, named):
     assert doubt is None if named is None else named in doubt
 
 
-@pytest.mark.parametrize(
-    ("family", "steps", "window", "sinks", "rope", "weights"),
-    [
-        ("krea_realtime", (1000, 750, 500, 250), 6, 0, "fixed", "generator_ema"),
-        ("rolling_forcing", (1000, 800, 600, 400, 200), 21, 3, "follow", "generator_ema"),
-        ("wave_forcing_5step", (1000, 800, 600, 400, 200), 21, 3, "follow", "generator_ema"),
-        ("wave_forcing_4step", (1000, 750, 500, 250), 21, 3, "follow", "generator_ema"),
-        ("reward_forcing", (1000, 750, 500, 250), 9, 3, "follow", "generator_ema"),
-        ("memflow", (1000, 750, 500, 250), 12, 3, "fixed", "generator"),
-        ("one_forcing", (1000,), None, 0, "fixed", "generator"),
-    ],
-)
-def test_the_published_inference_settings(family, steps, window, sinks, rope, weights):
-    it = FAMILIES[family]
-    assert (it.denoising_steps, it.window, it.sink_frames, it.sink_rope) == (steps, window, sinks, rope)
-    assert (it.weights, it.shift, it.frames_per_chunk) == (weights, 5.0, 1 if family == "one_forcing" else 3)
-
-
 def test_the_documented_table_is_that_of_the_code():
     page = (Path(__file__).parents[2] / "docs" / "how-it-works.md").read_text(encoding="utf-8")
     for it in FAMILIES.values():

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 LINEARS = [f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"] + ["ffn.0", "ffn.2"]
+LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in LINEARS]
 
 
 def tiny_wan(

@@ -8,9 +8,8 @@ from safetensors.torch import save_file
 
 from lightforcing.lightforcing_core.checkpoint.load import CheckpointError, load_dit_state_dict
 
-from ...support.checkpoint_samples import LINEARS, in_diffusers_names, prefixed, tiny_wan
+from ...support.checkpoint_samples import LAYERS, in_diffusers_names, prefixed, tiny_wan
 
-LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in LINEARS]
 RANK = 4
 
 
@@ -47,39 +46,38 @@ def diffusers_layer(layer):
     return next(iter(in_diffusers_names({f"{layer}.weight": torch.zeros(1)}))).removesuffix(".weight")
 
 
-NAMINGS = {
-    "longlive": (lambda made: {"generator_lora": peft(made), "critic_lora": peft(made)}, 1.0),
-    "peft": (peft, 1.0),
-    "peft with adapter": (lambda made: peft(made, ".default"), 1.0),
-    "fsdp-wrapped peft": (
-        lambda made: {
-            key.replace(".blocks", "._fsdp_wrapped_module.blocks"): value for key, value in peft(made).items()
-        },
-        1.0,
-    ),
-    "comfyui": (down_up, 1.0),
-    "comfyui with alpha": (lambda made: down_up(made, alpha=2), 2 / RANK),
-    "bare names": (lambda made: down_up(made, prefix="", alpha=RANK), 1.0),
-    "diffusers": (lambda made: down_up(made, prefix="transformer.", rename=diffusers_layer), 1.0),
-    "kohya": (lambda made: down_up(made, "lora_unet_", 1, lambda layer: layer.replace(".", "_")), 1 / RANK),
-    "wan fun": (lambda made: down_up(made, "lora_unet__", 1, lambda layer: layer.replace(".", "_")), 1 / RANK),
-    "half dotted": (
-        lambda made: down_up(made, "lora_unet_", None, lambda layer: layer.replace("blocks.", "blocks_")),
-        1.0,
-    ),
-    "diffusers up and down": (lambda made: renamed(down_up(made, ""), ".lora_", "_lora."), 1.0),
-    "transformers": (lambda made: renamed(down_up(made, "unet."), ".lora_", ".lora_linear_layer."), 1.0),
-    "alpha as a number": (
-        lambda made: {
-            key: float(value) if key.endswith(".alpha") else value for key, value in down_up(made, alpha=8).items()
-        },
-        2.0,
-    ),
-}
+def underscored(layer):
+    return layer.replace(".", "_")
+
+
+def half_dotted(layer):
+    return layer.replace("blocks.", "blocks_")
 
 
 def renamed(stored, old, new):
     return {key.replace(old, new): value for key, value in stored.items()}
+
+
+def numbers_as_such(stored):
+    return {key: value if value.ndim else float(value) for key, value in stored.items()}
+
+
+NAMINGS = {
+    "longlive": (lambda made: {"generator_lora": peft(made), "critic_lora": peft(made)}, 1.0),
+    "peft": (peft, 1.0),
+    "peft with adapter": (lambda made: peft(made, ".default"), 1.0),
+    "fsdp-wrapped peft": (lambda made: renamed(peft(made), ".blocks", "._fsdp_wrapped_module.blocks"), 1.0),
+    "comfyui": (down_up, 1.0),
+    "comfyui with alpha": (lambda made: down_up(made, alpha=2), 2 / RANK),
+    "bare names": (lambda made: down_up(made, prefix="", alpha=RANK), 1.0),
+    "diffusers": (lambda made: down_up(made, prefix="transformer.", rename=diffusers_layer), 1.0),
+    "kohya": (lambda made: down_up(made, "lora_unet_", 1, underscored), 1 / RANK),
+    "wan fun": (lambda made: down_up(made, "lora_unet__", 1, underscored), 1 / RANK),
+    "half dotted": (lambda made: down_up(made, "lora_unet_", None, half_dotted), 1.0),
+    "diffusers up and down": (lambda made: renamed(down_up(made, ""), ".lora_", "_lora."), 1.0),
+    "transformers": (lambda made: renamed(down_up(made, "unet."), ".lora_", ".lora_linear_layer."), 1.0),
+    "alpha as a number": (lambda made: numbers_as_such(down_up(made, alpha=8)), 2.0),
+}
 
 
 @pytest.fixture(scope="module")

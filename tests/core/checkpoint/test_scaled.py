@@ -8,10 +8,9 @@ from safetensors.torch import save_file
 
 from lightforcing.lightforcing_core.checkpoint.load import CheckpointError, load_dit_state_dict
 
-from ...support.checkpoint_samples import LINEARS, assert_same, in_diffusers_names, prefixed, tiny_wan
+from ...support.checkpoint_samples import LAYERS, assert_same, in_diffusers_names, prefixed, tiny_wan
 
 BY_ROWS = "fp8_rowwise of Light Forcing Model Loader"
-LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in LINEARS]
 NAMINGS = {"prefixed": lambda w: prefixed(w, "model.diffusion_model."), "diffusers": in_diffusers_names}
 
 
@@ -35,8 +34,8 @@ def as_bfloat16(product, weights):
     }
 
 
-def comfy_quant(layer_format):
-    return torch.tensor(list(json.dumps({"format": layer_format}).encode()), dtype=torch.uint8)
+def comfy_quant(layer_format, **more):
+    return torch.tensor(list(json.dumps({"format": layer_format, **more}).encode()), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("scale_shape", ["row", "tensor"])
@@ -115,18 +114,20 @@ def test_nvfp4_of_lightx2v_becomes_that_of_comfyui_without_loss(tmp_path, older)
     assert info.quantised == "uint8 with scales (LightX2V), 1 layers; read as nvfp4"
 
 
-@pytest.mark.parametrize("leaf", ["alpha", "input_global_scale", "weight_scale", "weight"])
-def test_parts_of_an_nvfp4_layer_are_refused(tmp_path, leaf):
-    parts = nvfp4_of_lightx2v(older=True)
-    parts[leaf] = torch.zeros(2, 5, dtype=parts[leaf].dtype)
-    save_file(tiny_wan() | prefixed(parts, "blocks.1.ffn.2."), tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.2"):
-        load_dit_state_dict(tmp_path / "x.safetensors")
-
-
 def comfyui_file(kind):
-    """Stored tensors in a format of ComfyUI, and their numbers."""
+    """Stored tensors in a format of ComfyUI, and their numbers, or why they cannot become plain."""
     weights = tiny_wan(dtype=torch.bfloat16)
+    if kind == "nvfp4":
+        for layer in LAYERS:
+            rows, columns = weights[f"{layer}.weight"].shape
+            weights[f"{layer}.weight"] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+            weights[f"{layer}.weight_scale"] = torch.zeros(rows, columns // 16).to(torch.float8_e4m3fn)
+            weights |= {f"{layer}.weight_scale_2": torch.ones(()), f"{layer}.comfy_quant": comfy_quant("nvfp4")}
+        return weights, "packed as nvfp4; load the file in ComfyUI"
+    if kind == "convrot":
+        stored, _ = quantised(weights, "weight_scale", "row", torch.int8, 127.0)
+        stored |= {f"{layer}.comfy_quant": comfy_quant("int8_tensorwise", convrot=True) for layer in LAYERS}
+        return stored, "packed as int8_tensorwise with convrot"
     if kind == "cast":
         stored = {name: value.to(torch.float8_e4m3fn) for name, value in weights.items()}
         return stored, {name: value.bfloat16() for name, value in stored.items()}
@@ -140,16 +141,23 @@ def comfyui_file(kind):
 
 @pytest.mark.parametrize(
     ("kind", "called"),
-    [("scaled_fp8", "ComfyUI"), ("comfy_quant", "ComfyUI"), ("cast", "without scales")],
+    [
+        *(("scaled_fp8", "ComfyUI"), ("comfy_quant", "ComfyUI"), ("cast", "without scales")),
+        *(("nvfp4", "nvfp4"), ("convrot", "int8_tensorwise")),
+    ],
 )
-def test_comfyuis_keys_are_unchanged_and_become_plain_on_request(tmp_path, kind, called):
+def test_comfyuis_keys_are_unchanged_and_become_plain_on_request_unless_packed(tmp_path, kind, called):
     stored, plain = comfyui_file(kind)
     save_file(prefixed(stored, "model.diffusion_model."), tmp_path / "x.safetensors")
     loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
     assert_same(loaded, stored)
     assert called in info.quantised
     assert info.size.parameters == sum(value.numel() for value in tiny_wan().values())
-    assert_same(load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)[0], plain)
+    if isinstance(plain, str):
+        with pytest.raises(CheckpointError, match=plain):
+            load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)
+    else:
+        assert_same(load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)[0], plain)
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
@@ -166,35 +174,49 @@ def test_quantisation_in_the_metadata_is_renamed_with_the_layers(tmp_path, namin
     assert set(json.loads(info.metadata["_quantization_metadata"])["layers"]) == set(LAYERS)
 
 
-def test_packed_comfyui_formats_are_unchanged_and_cannot_become_plain(tmp_path):
-    stored = tiny_wan()
-    for layer in LAYERS:
-        rows, columns = stored[f"{layer}.weight"].shape
-        stored[f"{layer}.weight"] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
-        stored[f"{layer}.weight_scale"] = torch.zeros(rows, columns // 16).to(torch.float8_e4m3fn)
-        stored[f"{layer}.weight_scale_2"] = torch.ones(())
-        stored[f"{layer}.comfy_quant"] = comfy_quant("nvfp4")
-    save_file(stored, tmp_path / "x.safetensors")
-    loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
-    assert_same(loaded, stored)
-    assert "nvfp4" in info.quantised
-    with pytest.raises(CheckpointError, match=r"packed as nvfp4; load the file in ComfyUI"):
-        load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)
+def rows_with(**changes):
+    """A file of scales per row with some tensors of one layer changed."""
+    return quantised(tiny_wan(), "weight_scale", "row")[0] | prefixed(changes, "blocks.0.ffn.0.")
+
+
+def part_of_nvfp4(leaf):
+    parts = nvfp4_of_lightx2v(older=True)
+    return tiny_wan() | prefixed(parts | {leaf: torch.zeros(2, 5, dtype=parts[leaf].dtype)}, "blocks.1.ffn.2.")
+
+
+def of_unknown_kind(name, layer_dtype):
+    layer = f"{name.rpartition('.')[0]}.weight"
+    weights = tiny_wan() | {name: torch.ones(4)}
+    kept = {layer: weights.pop(layer)}
+    return weights | {key: weight.to(layer_dtype) for key, weight in kept.items() if layer_dtype}
+
+
+UNKNOWN = r"quantised in an unknown format \({}\)"
 
 
 @pytest.mark.parametrize(
-    ("changes", "expected"),
+    ("stored", "expected"),
     [
         (
-            {"weight": torch.zeros(192, 64, dtype=torch.uint8), "weight_scale": torch.zeros(192, 8)},
+            rows_with(weight=torch.zeros(192, 64, dtype=torch.uint8), weight_scale=torch.zeros(192, 8)),
             r"blocks\.0\.ffn\.0\.weight has shape \(192, 64\)",
         ),
-        ({"weight_scale": torch.ones(2, 1)}, r"scales \(2, 1\); use the bf16 file"),
+        (rows_with(weight_scale=torch.ones(2, 1)), r"scales \(2, 1\); use the bf16 file"),
+        *(
+            (part_of_nvfp4(leaf), r"blocks\.1\.ffn\.2")
+            for leaf in ("alpha", "input_global_scale", "weight_scale", "weight")
+        ),
+        *(
+            (of_unknown_kind(name, dtype), UNKNOWN.format(name))
+            for name, dtype in (
+                ("blocks.1.ffn.2.weight_scale_inv", torch.float8_e4m3fn),
+                ("head.head.weight_absmax", torch.int8),
+                ("blocks.0.self_attn.q.qweight", None),
+            )
+        ),
     ],
 )
-def test_packed_weights_and_block_scales_are_refused(tmp_path, changes, expected):
-    stored, _ = quantised(tiny_wan(), "weight_scale", "row")
-    stored |= {f"blocks.0.ffn.0.{leaf}": tensor for leaf, tensor in changes.items()}
+def test_scales_that_do_not_fit_or_are_unknown_are_refused(tmp_path, stored, expected):
     save_file(stored, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=expected):
         load_dit_state_dict(tmp_path / "x.safetensors")
@@ -209,31 +231,3 @@ def test_comfyuis_choice_of_attention_is_passed_on(tmp_path, naming):
     assert_same(loaded, marked)
     assert info.quantised is None
     assert_same(load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)[0], weights)
-
-
-@pytest.mark.parametrize(
-    ("name", "layer_dtype"),
-    [
-        ("blocks.1.ffn.2.weight_scale_inv", torch.float8_e4m3fn),
-        ("head.head.weight_absmax", torch.int8),
-        ("blocks.0.self_attn.q.qweight", None),
-    ],
-)
-def test_scales_of_an_unknown_kind_are_named(tmp_path, name, layer_dtype):
-    weights = tiny_wan()
-    layer = name.rpartition(".")[0]
-    if layer_dtype is None:
-        del weights[f"{layer}.weight"]
-    else:
-        weights[f"{layer}.weight"] = weights[f"{layer}.weight"].to(layer_dtype)
-    save_file(weights | {name: torch.ones(4)}, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=f"quantised in an unknown format \\({name}\\)"):
-        load_dit_state_dict(tmp_path / "x.safetensors")
-
-
-def test_rotated_weights_cannot_become_plain(tmp_path):
-    stored, _ = quantised(tiny_wan(), "weight_scale", "row", torch.int8, 127.0)
-    mark = torch.tensor(list(b'{"format": "int8_tensorwise", "convrot": true}'), dtype=torch.uint8)
-    save_file(stored | {f"{layer}.comfy_quant": mark.clone() for layer in LAYERS}, tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="packed as int8_tensorwise with convrot"):
-        load_dit_state_dict(tmp_path / "x.safetensors", dequantise_all=True)

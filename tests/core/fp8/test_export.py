@@ -17,9 +17,7 @@ from lightforcing.lightforcing_core.files.tensors import stream_tensors
 from lightforcing.lightforcing_core.fp8.export import write_fp8_checkpoint
 from lightforcing.lightforcing_core.model.wan import wan_from_state_dict
 
-from ...support.checkpoint_samples import LINEARS, assert_same, prefixed, tiny_wan
-
-LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in LINEARS]
+from ...support.checkpoint_samples import LAYERS, assert_same, prefixed, tiny_wan
 
 
 @pytest.fixture
