@@ -49,6 +49,7 @@ def _rotate(x, cos, sin, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr):
 def _write_part(
     program,
     x_ptr,
+    x_row,
     out_ptr,
     heads,
     heads_per_program,
@@ -85,9 +86,8 @@ def _write_part(
     rows = tl.arange(0, BLOCK)
     dims = tl.arange(0, HEAD_DIM)
     row_is_real = rows < length
-    offsets = rows[:, None] * (heads * HEAD_DIM) + dims[None, :]
-    tile = x_ptr + (x_frame * tokens_per_frame + within) * heads * HEAD_DIM + offsets
-    out_tile = out_ptr + (out_frame * tokens_per_frame + within) * heads * HEAD_DIM + offsets
+    tile = x_ptr + (x_frame * tokens_per_frame + within) * x_row + rows[:, None] * x_row + dims[None, :]
+    out_tile = out_ptr + (out_frame * tokens_per_frame + within + rows[:, None]) * heads * HEAD_DIM + dims[None, :]
 
     if weight_ptr is not None:
         inverse_rms = _inverse_rms(tile, heads, row_is_real, eps, HEAD_DIM, BLOCK, STAGES)
@@ -180,6 +180,7 @@ def _store(
     arrivals_ptr,
     value_means_ptr,
     sub_means_ptr,
+    x_row,
     eps,
     batch,
     heads,
@@ -201,6 +202,7 @@ def _store(
             _write_part(
                 program,
                 q_ptr,
+                x_row,
                 q_out_ptr,
                 heads,
                 heads_per_program,
@@ -221,6 +223,7 @@ def _store(
         _write_part(
             program - q_programs,
             k_ptr,
+            x_row,
             keys_ptr,
             heads,
             heads_per_program,
@@ -245,6 +248,7 @@ def _store(
         _write_part(
             program - q_programs - k_programs,
             v_ptr,
+            x_row,
             values_ptr,
             heads,
             heads_per_program,
@@ -307,7 +311,7 @@ def fused_store(
 ) -> tuple[Tensor, Tensor] | None:
     """Norm and rotate q and k, pool all three, and write k and v, in one launch.
 
-    q, k, v: raw projections [B, L, H · D] of whole frames; q may be None.
+    q, k, v: raw projections [B, L, H · D] of whole frames, also as parts of one product's rows; q may be None.
     q_weight, k_weight: [H · D], of the RMS norms over the full width, with `eps`.
     cos, sin: float32, L · D/2 values in the order of `RopeTable`'s.
     ring: as `KVStorage` in the core makes it. slots: int32 [frames] on the device, the slot of `ring` that each frame
@@ -356,11 +360,13 @@ def fused_store(
         means = torch.empty(batch, q_blocks, heads, head_dim, dtype=q.dtype, device=q.device)
         blocks += batch * q_blocks
     heads_per_program = triton.cdiv(heads, min(heads, triton.cdiv(PROGRAMS, blocks)))
-    projections = [None if x is None else x.contiguous() for x in (q, k, v)]
+    row = k.stride(1)
+    if any(x is not None and x.stride() != (tokens * row, row, 1) for x in (q, k, v)):
+        q, k, v, row = None if q is None else q.contiguous(), k.contiguous(), v.contiguous(), width
     q_weight = None if q is None else q_weight
-    arguments: list[Any] = [*projections, q_weight, k_weight, cos.contiguous(), sin.contiguous()]
+    arguments: list[Any] = [q, k, v, q_weight, k_weight, cos.contiguous(), sin.contiguous()]
     arguments += [slots, out, means, *ring]
-    arguments += [eps, batch, heads, heads_per_program, frames, ring_slots, tokens_per_frame]
+    arguments += [row, eps, batch, heads, heads_per_program, frames, ring_slots, tokens_per_frame]
     with device.current(k.device):
         _store[(blocks * triton.cdiv(heads, heads_per_program),)](
             *arguments,

@@ -3,6 +3,7 @@
 That is on a GPU, if a norm is a plain module: without LoRA, offloading or hooks. Otherwise the modules run as they are.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,8 @@ from .wan import EPS, RMSNorm
 
 DEVICES = ("cuda",)  # devices on which kernels run; tests add the CPU, for Triton's interpreter
 INSTEAD = "running the modules"
+# Attributes of a layer whose weights ComfyUI moves, casts or patches while they are used.
+CHANGES = ("comfy_cast_weights", "weight_function", "bias_function")
 
 
 def norm_scale_shift(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -76,9 +79,7 @@ def _fused_store(
 
     def run() -> tuple[Tensor | None, Tensor | None]:
         stored = kernel.fused_store(
-            attention.q(x) if with_q else None,
-            attention.k(x),
-            attention.v(x),
+            *project(attention, x, with_q=with_q),
             q_weight=q_norm[0] if with_q else None,
             k_weight=k_norm[0],
             eps=k_norm[1],
@@ -96,6 +97,56 @@ def _fused_store(
     if stored is not None:
         cache.written(layer)
     return stored
+
+
+def project(attention: Any, x: Tensor, *, with_q: bool) -> tuple[Tensor | None, Tensor, Tensor]:
+    """q (None unless `with_q`), k and v of x, [B, L, D] each: parts of one product if the linears are plain."""
+    linears = attention.q, attention.k, attention.v
+    if all(_is_plain(linear, x) for linear in linears):
+        weights, biases = ([linear._parameters[name] for linear in linears] for name in ("weight", "bias"))
+        weight, bias = _joined(weights), _joined(biases)
+        if weight is not None and (bias is not None or biases == [None, None, None]):
+            width = len(weight) // 3
+            if not with_q:
+                weight, bias = weight[width:], None if bias is None else bias[width:]
+            *q, k, v = nn.functional.linear(x, weight, bias).split(width, dim=-1)
+            return q[0] if q else None, k, v
+    return attention.q(x) if with_q else None, attention.k(x), attention.v(x)
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Weights of one shape as one tensor along their first dimension, or None.
+
+    If they do not lie side by side, they are moved into one memory, which only they keep: ComfyUI may move, patch or
+    free any of them, and the next call joins them anew.
+    """
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts) or len({part.shape for part in found}) > 1:
+        return None
+    first, size = found[0], found[0].nbytes
+    held, start = first.untyped_storage(), first.data_ptr()
+    places = [start + index * size for index in range(len(parts))]
+    if [part.data_ptr() for part in found] != places or places[-1] + size > held.data_ptr() + held.nbytes():
+        if len({part.is_inference() for part in found}) > 1:
+            return None
+        with torch.inference_mode(first.is_inference()), torch.no_grad():
+            for part, place in zip(found, torch.cat(found).chunk(len(found)), strict=True):
+                part.data = place
+    return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
+
+
+def _is_plain(linear: Any, x: Tensor) -> bool:
+    """Whether a linear only multiplies by resident weights of x's dtype, without hooks or LoRA functions."""
+    kind, own = type(linear), vars(linear)
+    if not issubclass(kind, nn.Linear) or "forward" in own or _hooked(linear):
+        return False
+    if kind.forward is not nn.Linear.forward and not hasattr(kind, "comfy_cast_weights"):
+        return False
+    if any(own.get(name, getattr(kind, name, None)) for name in CHANGES):
+        return False
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    parts = (weight,) if bias is None else (weight, bias)
+    return all(type(part) is nn.Parameter and part.device == x.device and part.dtype == x.dtype for part in parts)
 
 
 def _modulated(kernel: str, x: Tensor, *arguments: Any) -> Tensor | None:

@@ -92,6 +92,51 @@ def test_norms_that_do_more_than_read_their_weights_are_left_alone(dit, ran):
     assert "gated_add" in ran
 
 
+def weight_set(make):
+    return lambda linear: setattr(linear, "weight", torch.nn.Parameter(make(linear.weight.data), requires_grad=False))
+
+
+def made_in_another_mode(linear):
+    with torch.inference_mode(not torch.is_inference_mode_enabled()):
+        linear.weight = torch.nn.Parameter(torch.randn(128, 128), requires_grad=False)
+
+
+CHANGES = {
+    "moved": (lambda linear: setattr(linear.weight, "data", linear.weight.data.clone()), True),
+    "patched": (weight_set(lambda weight: 2 * weight), True),
+    "patched in place": (lambda linear: linear.weight.data.mul_(2), True),
+    "without a bias": (lambda linear: setattr(linear, "bias", None), False),
+    "cast by ComfyUI": (lambda linear: setattr(linear, "comfy_cast_weights", True), False),
+    "patched while used": (lambda linear: setattr(linear, "weight_function", [torch.clone]), False),
+    "hooked": (lambda linear: linear.register_forward_hook(lambda module, inputs, output: 2 * output), False),
+    "forward replaced": (lambda linear: setattr(linear, "forward", lambda x: 0 * x), False),
+    "made in another mode": (made_in_another_mode, False),
+}
+
+
+@pytest.mark.parametrize(("change", "together"), CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("made_in", [torch.no_grad, torch.inference_mode])
+def test_q_k_and_v_are_one_product_as_long_as_their_weights_are_plain(made_in, change, together):
+    with made_in():
+        dit = wan_from_state_dict(random_state_dict(dim=128, ffn_dim=128, layers=1, text_dim=32))
+        attention, x = dit.blocks[0].self_attn, torch.randn(2, 5, 128)
+        linears = attention.q, attention.k, attention.v
+        before = {name: weight.clone() for name, weight in attention.state_dict().items()}
+        for joined in (True, together):
+            q, k, v = fused.project(attention, x, with_q=True)
+            _, *without_q = fused.project(attention, x, with_q=False)
+            assert (q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr()) == joined
+            for got, linear in zip((q, k, v, *without_q), (*linears, *linears[1:]), strict=True):
+                torch.testing.assert_close(got, linear(x), rtol=0, atol=1e-5)
+            if joined:  # and nothing is kept twice
+                assert len({linear.weight.untyped_storage().data_ptr() for linear in linears}) == 1
+                assert linears[0].weight.untyped_storage().nbytes() == 3 * linears[0].weight.nbytes
+            if change is not None:
+                assert all(torch.equal(weight, before[name]) for name, weight in attention.state_dict().items())
+                change(attention.k)
+                change = None
+
+
 def test_weights_of_another_dtype_are_left_alone(dit, ran):
     dit.blocks[0].self_attn.norm_q.double()
     x = torch.zeros(1, 4, 256)
