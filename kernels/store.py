@@ -55,6 +55,7 @@ def _write_part(
     heads_per_program,
     frames,
     out_frames,
+    out_rows,
     tokens_per_frame,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -87,7 +88,7 @@ def _write_part(
     dims = tl.arange(0, HEAD_DIM)
     row_is_real = rows < length
     tile = x_ptr + (x_frame * tokens_per_frame + within) * x_row + rows[:, None] * x_row + dims[None, :]
-    out_tile = out_ptr + (out_frame * tokens_per_frame + within + rows[:, None]) * heads * HEAD_DIM + dims[None, :]
+    out_tile = out_ptr + (out_frame * out_rows + within + rows[:, None]) * heads * HEAD_DIM + dims[None, :]
 
     if weight_ptr is not None:
         inverse_rms = _inverse_rms(tile, heads, row_is_real, eps, HEAD_DIM, BLOCK, STAGES)
@@ -159,7 +160,7 @@ def _write_part(
 
 
 # Frames and the split over programs change from call to call; unspecialised, they cost no new compilation.
-@triton.jit(do_not_specialize=["batch", "frames", "slots", "heads_per_program", "tokens_per_frame"])
+@triton.jit(do_not_specialize=["batch", "frames", "slots", "heads_per_program", "ring_rows", "tokens_per_frame"])
 def _store(
     q_ptr,
     k_ptr,
@@ -187,6 +188,7 @@ def _store(
     heads_per_program,
     frames,
     slots,
+    ring_rows,
     tokens_per_frame,
     HEAD_DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -209,6 +211,7 @@ def _store(
                 frames,
                 frames,
                 tokens_per_frame,
+                tokens_per_frame,
                 HEAD_DIM,
                 BLOCK_Q,
                 STAGES,
@@ -229,6 +232,7 @@ def _store(
             heads_per_program,
             frames,
             slots,
+            ring_rows,
             tokens_per_frame,
             HEAD_DIM,
             BLOCK_K,
@@ -254,6 +258,7 @@ def _store(
             heads_per_program,
             frames,
             slots,
+            ring_rows,
             tokens_per_frame,
             HEAD_DIM,
             BLOCK_K,
@@ -308,6 +313,7 @@ def fused_store(
     tokens_per_frame: int,
     head_dim: int,
     block: tuple[int, int],
+    rows_per_frame: int | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Norm and rotate q and k, pool all three, and write k and v, in one launch.
 
@@ -317,6 +323,7 @@ def fused_store(
     ring: as `KVStorage` in the core makes it. slots: int32 [frames] on the device, the slot of `ring` that each frame
     goes to, no two the same; the caller vouches for their range.
     block: (query, key) tokens per block; the last block of a frame may be ragged.
+    rows_per_frame: of the ring's keys and values, tokens_per_frame if None; rows past a frame's tokens are not written.
 
     Returns q normed and rotated, [B, L, H, D], and its block means [B, frames · query blocks per frame, H, D]; None
     without q. All other rows of the ring keep their bits. Nothing waits on the device, and neither slots nor the
@@ -343,9 +350,10 @@ def fused_store(
     for table in (cos, sin):
         device.require("cos and sin", table.flatten(), (tokens * head_dim // 2,), torch.float32, k.device)
     device.require("slots", slots, (frames,), torch.int32, k.device)
-    ring_slots = ring.keys.shape[1] // tokens_per_frame
+    ring_rows = rows_per_frame or tokens_per_frame
+    ring_slots = ring.keys.shape[1] // ring_rows
     for name, x in (("keys", ring.keys), ("values", ring.values)):
-        rows = batch, ring_slots * tokens_per_frame, heads, head_dim
+        rows = batch, ring_slots * ring_rows, heads, head_dim
         device.require(f"the ring's {name}", x, rows, ring.keys.dtype, k.device)
     if (ring.scales is None) != (ring.keys.dtype not in EIGHT_BIT):
         raise ValueError(f"the ring's {ring.keys.dtype} keys come {'with' if ring.scales else 'without'} scales")
@@ -366,7 +374,7 @@ def fused_store(
     q_weight = None if q is None else q_weight
     arguments: list[Any] = [q, k, v, q_weight, k_weight, cos.contiguous(), sin.contiguous()]
     arguments += [slots, out, means, *ring]
-    arguments += [row, eps, batch, heads, heads_per_program, frames, ring_slots, tokens_per_frame]
+    arguments += [row, eps, batch, heads, heads_per_program, frames, ring_slots, ring_rows, tokens_per_frame]
     with device.current(k.device):
         _store[(blocks * triton.cdiv(heads, heads_per_program),)](
             *arguments,

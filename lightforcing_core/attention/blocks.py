@@ -33,10 +33,14 @@ def tile_order(height: int, width: int, block: int) -> Tensor:
 
 @dataclass(frozen=True)
 class FrameBlocks:
-    """The block layout of one side of attention, in tokens."""
+    """The block layout of one side of attention, in tokens.
+
+    padded: in memory every frame takes whole blocks of rows, the last ones zeros.
+    """
 
     tokens_per_frame: int
     block: int
+    padded: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_frame", "block"):
@@ -58,13 +62,16 @@ class FrameBlocks:
     def padded_tokens_per_frame(self) -> int:
         return self.per_frame * self.block
 
+    @property
+    def rows_per_frame(self) -> int:
+        """Rows that a frame takes in memory."""
+        return self.padded_tokens_per_frame if self.padded else self.tokens_per_frame
+
     def frames(self, tokens: int) -> int:
-        """Whole frames in `tokens` tokens; ValueError if the last one is cut."""
-        frames, rest = divmod(tokens, self.tokens_per_frame)
+        """Whole frames in `tokens` rows; ValueError if the last one is cut."""
+        frames, rest = divmod(tokens, self.rows_per_frame)
         if rest or not frames:
-            raise ValueError(
-                f"{tokens} tokens are not whole frames of {self.tokens_per_frame} tokens; pass whole frames"
-            )
+            raise ValueError(f"{tokens} tokens are not whole frames of {self.rows_per_frame} tokens; pass whole frames")
         return frames
 
     def block_lengths(self, frames: int, device: torch.device | str | None = None) -> Tensor:
@@ -82,7 +89,7 @@ class FrameBlocks:
 
     def pad(self, x: Tensor) -> Tensor:
         """[B, L, H, D] with L whole frames → [B, frames · padded_tokens_per_frame, H, D], zeros in the padding."""
-        if not self.ragged:
+        if not self.ragged or self.padded:
             return x
         batch, tokens, heads, dim = x.shape
         # A buffer of its own and no view, because torch.compile also guards on the shape of a view's base.
@@ -97,6 +104,10 @@ class FrameBlocks:
             return x
         framed: Tensor = x.unflatten(1, (-1, self.padded_tokens_per_frame))
         return framed[:, :, : self.tokens_per_frame].flatten(1, 2)
+
+    def real(self, x: Tensor) -> Tensor:
+        """The rows of real tokens, of x [B, frames · rows_per_frame, H, D]."""
+        return self.unpad(x) if self.padded else x
 
     def block_means(self, x: Tensor) -> Tensor:
         """Mean over the real tokens of each block, accumulated in float32, in x's dtype.

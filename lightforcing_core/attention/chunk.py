@@ -1,6 +1,6 @@
 """One chunk's attention, decided when it opens: plan, backend, reason if dense."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,6 +65,7 @@ def shapes_of(options: AttentionOptions, view: View, head_dim: int, dtype: torch
         return one.expand(view.batch, rows, view.heads, head_dim)
 
     tokens = view.q_layout.tokens_per_frame
-    q, k = empty(view.current * tokens, dtype), empty(len(view.slot_frames) * tokens, stored)
+    k_layout = replace(view.k_layout, padded=options.pads_frames)
+    q, k = empty(view.current * tokens, dtype), empty(len(view.slot_frames) * k_layout.rows_per_frame, stored)
     means = empty(view.k_blocks, dtype)
-    return Call(q, k, k, view.q_layout, view.k_layout, tail=(means, means) if options.tail else None)
+    return Call(q, k, k, view.q_layout, k_layout, tail=(means, means) if options.tail else None)

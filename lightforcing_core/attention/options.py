@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from .backends import BACKEND_NAMES
+from .backends import BACKEND_NAMES, BACKENDS
 from .blocks import block_pair
 from .policies import POLICIES
 from .selection import ESTIMATORS, FrameBudget
@@ -16,11 +16,15 @@ _log = logging.getLogger(__name__)
 
 
 class Pools(NamedTuple):
-    """Means that the KV cache must keep: of key blocks and frames, of value blocks, of parts of key blocks."""
+    """Means that the KV cache must keep: of key blocks and frames, of value blocks, of parts of key blocks.
 
-    keys: bool
-    values: bool
-    parts: bool
+    padded: whether a frame's keys and values must be whole blocks.
+    """
+
+    keys: bool = False
+    values: bool = False
+    parts: bool = False
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,14 @@ class AttentionOptions:
         """The means that a run's cache keeps; sparse: whether anything is skipped."""
         rule = POLICIES[self.policy].selection
         if rule is None or not sparse:
-            return Pools(False, False, False)
-        return Pools(rule.needs_means or self.tail, self.tail, rule.needs_means and self.estimator == "lse")
+            return Pools()
+        parts = rule.needs_means and self.estimator == "lse"
+        return Pools(rule.needs_means or self.tail, self.tail, parts, self.pads_frames)
+
+    @property
+    def pads_frames(self) -> bool:
+        """Whether the named backend reads whole blocks only."""
+        return any(one.pads_frames for one in BACKENDS if one.name == self.backend)
 
 
 def check_backend(backend: str) -> None:

@@ -111,7 +111,8 @@ class ModelState:
     def attend_history(self, q: Tensor, memory: LayerMemory) -> Tensor:
         """Dense attention of the chunk to all visible frames, [B, L, H, D] in and out."""
         if memory.scales is None:
-            return self.dense_attention(q, memory.keys, memory.values)
+            layout = self.cache.shape.memory_layout
+            return self.dense_attention(q, layout.real(memory.keys), layout.real(memory.values))
         return dense_attention_8bit(
             q, memory.keys, memory.values, memory.scales, self.cache.layout, self.attention.backend
         )
@@ -266,7 +267,7 @@ def _self_attention(
         memory.keys,
         memory.values,
         q_layout,
-        layout,
+        state.cache.shape.memory_layout,
         selection,
         scales=memory.scales,
         tail=memory.tail if options.tail else None,

@@ -88,6 +88,7 @@ def _fused_store(
             ring=memory,
             slots=cache.current_slots(),
             tokens_per_frame=cache.layout.tokens_per_frame,
+            rows_per_frame=cache.shape.memory_layout.rows_per_frame,
             head_dim=head_dim,
             block=block,
         )

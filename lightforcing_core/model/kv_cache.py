@@ -87,8 +87,8 @@ class KVCache:
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the open chunk's roped keys and values of a layer, [B, L, H, D], and pool."""
         runs, memory = self._runs(), self.storage.at(layer)
-        write_tokens(memory.keys, memory.key_scales, k, runs, self.layout)
-        write_tokens(memory.values, memory.value_scales, v, runs, self.layout)
+        write_tokens(memory.keys, memory.key_scales, k, runs, self.shape.memory_layout)
+        write_tokens(memory.values, memory.value_scales, v, runs, self.shape.memory_layout)
         self.written(layer)
         self._pool_keys(memory, runs, k)
         if memory.value_means is not None:
@@ -179,6 +179,6 @@ class KVCache:
         runs = [(slot, frame, 1) for slot, frame in enumerate(self.slot_frames) if frame < self.shape.sink_frames]
         for layer, original in enumerate(self._sink_keys):
             moved, memory = table.rotate(original), self.storage.at(layer)
-            write_tokens(memory.keys, memory.key_scales, moved, runs, self.layout)
+            write_tokens(memory.keys, memory.key_scales, moved, runs, self.shape.memory_layout)
             self.storage.written(layer, [(slot, 1) for slot, _, _ in runs])
             self._pool_keys(memory, runs, moved)

@@ -5,7 +5,7 @@ With keys and values in CPU memory the device holds the layer in use and the nex
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class CacheShape:
     pooled: keep means of key blocks and frames; a run that never selects blocks needs none.
     value_means: keep means of value blocks too, for a pooled tail.
     sub_blocks: keep means of the parts of key blocks too, for the estimator "lse".
+    padded: keys and values of a frame take whole blocks of rows, for backends that read only whole blocks.
     dtype: the model's, in which means are kept.
     """
 
@@ -66,21 +67,29 @@ class CacheShape:
     pooled: bool = True
     value_means: bool = False
     sub_blocks: bool = False
+    padded: bool = False
     dtype: torch.dtype = torch.float32
 
     @property
     def layout(self) -> FrameBlocks:
         return FrameBlocks(self.tokens_per_frame, self.block_k)
 
+    @property
+    def memory_layout(self) -> FrameBlocks:
+        """The layout of stored keys and values."""
+        return replace(self.layout, padded=self.padded)
+
     def rows(self, per_slot: int) -> tuple[int, int, int, int]:
         """The shape of a tensor with `per_slot` head vectors per slot."""
         return self.batch, self.slots * per_slot, self.heads, self.head_dim
 
 
-def copy_frames(target: Tensor, source: Tensor, runs: Runs, rows: int) -> None:
-    """Copy frames of `rows` rows each from `source` into slots of `target`."""
+def copy_frames(target: Tensor, source: Tensor, runs: Runs, rows: int, rows_per_slot: int | None = None) -> None:
+    """Copy frames of `rows` rows each from `source` into slots of `target`, which may have more rows."""
+    slots = target.unflatten(1, (-1, rows_per_slot or rows))
     for slot, frame, many in runs:
-        target[:, slot * rows : (slot + many) * rows].copy_(source[:, frame * rows : (frame + many) * rows])
+        part = source[:, frame * rows : (frame + many) * rows].unflatten(1, (many, rows))
+        slots[:, slot : slot + many, :rows].copy_(part)
 
 
 def write_tokens(target: Tensor, scales: Tensor | None, x: Tensor, runs: Runs, layout: FrameBlocks) -> None:
@@ -91,7 +100,7 @@ def write_tokens(target: Tensor, scales: Tensor | None, x: Tensor, runs: Runs, l
     if scales is not None:
         x, new_scales = quantise_blocks(x, layout, target.dtype)
         copy_frames(scales, new_scales, runs, layout.per_frame)
-    copy_frames(target, x, runs, layout.tokens_per_frame)
+    copy_frames(target, x, runs, layout.tokens_per_frame, layout.rows_per_frame)
 
 
 class KVStorage:
@@ -103,14 +112,16 @@ class KVStorage:
 
     def __init__(self, shape: CacheShape, options: KVOptions, device: torch.device | str | None) -> None:
         self.visible = 0
-        self._layout = layout = shape.layout
+        self._layout = layout = shape.memory_layout
         self.dtype = STORED.get(options.dtype, shape.dtype)
-        sizes: list[tuple[tuple[int, ...], torch.dtype]] = [(shape.rows(layout.tokens_per_frame), self.dtype)] * 2
+        sizes: list[tuple[tuple[int, ...], torch.dtype]] = [(shape.rows(layout.rows_per_frame), self.dtype)] * 2
         if self.dtype is not shape.dtype:
             sizes += [(shape.rows(layout.per_frame)[:3], torch.float32)] * 2
 
+        empty = torch.zeros if shape.padded else torch.empty  # nothing writes to the padding
+
         def on_device() -> LayerMemory:
-            return LayerMemory(*(torch.empty(size, dtype=dtype, device=device) for size, dtype in sizes))
+            return LayerMemory(*(empty(size, dtype=dtype, device=device) for size, dtype in sizes))
 
         self._host: CpuMemory | None = None
         self._stage: list[LayerMemory] = []
@@ -126,6 +137,9 @@ class KVStorage:
             else:
                 self._host = CpuMemory(nbytes, device=self._device)
             layers = [LayerMemory(*(self._host.take(*size) for size in sizes)) for _ in range(shape.layers)]
+            if shape.padded:
+                for layer in layers:
+                    layer.keys.zero_(), layer.values.zero_()
             self._held: list[int | None] = [None] * len(self._stage)  # the layer that each staging buffer holds
             self._ready: list[torch.cuda.Event | None] = [None] * len(self._stage)
         self._layers = _with_means(layers, shape, device)
@@ -200,7 +214,7 @@ class KVStorage:
 
     def _copy(self, source: LayerMemory, target: LayerMemory, first: int, many: int) -> None:
         """Copy slots sample by sample, because contiguous pieces are copied directly."""
-        tokens, blocks = self._layout.tokens_per_frame, self._layout.per_frame
+        tokens, blocks = self._layout.rows_per_frame, self._layout.per_frame
         for a, b in zip(source.stored, target.stored, strict=True):
             rows = tokens if a.ndim == 4 else blocks
             part = slice(first * rows, (first + many) * rows)

@@ -215,6 +215,7 @@ class Recipe:
             pooled=pools.keys,
             value_means=pools.values,
             sub_blocks=pools.parts,
+            padded=pools.padded,
             dtype=dtype,
         )
 

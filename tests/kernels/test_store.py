@@ -36,7 +36,7 @@ class Case:
         self.rope = RopeTable(11, *grid, head_dim, device=DEVICE)
         self.layout, self.parts = FrameBlocks(self.tokens, block[1]), FrameBlocks(self.tokens, block[1] // 4)
 
-    def ring(self, dtype=None, pooled=True):
+    def ring(self, dtype=None, pooled=True, rows=None):
         """A ring whose every byte is set, so that a value that should have been written shows, as does one too many."""
         dtype, per_frame = dtype or self.dtype, self.slot_count * self.layout.per_frame
 
@@ -46,7 +46,7 @@ class Case:
 
         scales = [poisoned(per_frame, dtype=torch.float32) for _ in range(2)] if dtype != self.dtype else [None, None]
         return LayerMemory(
-            *(poisoned(self.slot_count * self.tokens, self.head_dim, dtype=dtype) for _ in range(2)),
+            *(poisoned(self.slot_count * (rows or self.tokens), self.head_dim, dtype=dtype) for _ in range(2)),
             *scales,
             key_means=poisoned(per_frame, self.head_dim) if pooled else None,
             frame_means=poisoned(self.slot_count, self.head_dim) if pooled else None,
@@ -213,6 +213,19 @@ def test_steps_of_a_chunk_overwrite_each_other():
     want = case.run(fresh)
     assert all(map(torch.equal, case.run(ring), want))
     assert same_bits(ring, fresh)
+
+
+def test_padded_frames_take_more_rows_and_no_other_bit():
+    case = Case(block=(32, 32))
+    padded, plain = case.ring(rows=64), case.ring()
+    case.run(padded, rows_per_frame=64)
+    case.run(plain)
+    slots = [x.unflatten(1, (case.slot_count, -1)).contiguous().view(torch.uint8) for x in padded[:2]]
+    for wide, narrow in zip(slots, plain[:2], strict=True):
+        assert bool((wide[:, :, case.tokens :] == 0x7F).all())
+        narrow = narrow.unflatten(1, (case.slot_count, -1)).contiguous().view(torch.uint8)
+        assert torch.equal(wide[:, :, : case.tokens], narrow)
+    assert same_bits(padded._replace(keys=plain.keys, values=plain.values), plain)
 
 
 def test_a_dense_run_pools_nothing():

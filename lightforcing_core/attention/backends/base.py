@@ -100,6 +100,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     automatic: ClassVar[bool] = True  # whether "auto" may choose it; others run when named
+    pads_frames: ClassVar[bool] = False  # whether it reads keys and values in whole blocks only
 
     @abstractmethod
     def why_not(self, call: Call) -> str | None:

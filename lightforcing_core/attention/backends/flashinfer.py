@@ -20,11 +20,13 @@ KERNELS = {
 class FlashInfer(Backend):
     """Kernels that read our lists as they are; they plan nothing on the CPU and wait for nothing.
 
-    Their blocks start at multiples of 64 tokens, so frames with a ragged last block are padded first.
+    Their blocks start at multiples of 64 tokens: frames with a ragged last block are padded, keys and values best in
+    the cache.
     """
 
     name = "flashinfer"
     automatic = False  # its speed has not been measured here
+    pads_frames = True
 
     def why_not(self, call: Call) -> str | None:
         major = torch.cuda.get_device_capability(call.q.device)[0] if call.q.device.type == "cuda" else 0
@@ -44,7 +46,9 @@ class FlashInfer(Backend):
         batch, _, heads, dim = call.q.shape
         row = batch * heads * dim * call.q.dtype.itemsize
         queries, keys = call.q_blocks * BLOCK[0], call.k_blocks * BLOCK[1]
-        return row * (queries + call.q_layout.ragged * 2 * queries + call.k_layout.ragged * 2 * keys)
+        return row * (
+            queries + call.q_layout.ragged * 2 * queries + (call.k_layout.rows_per_frame % BLOCK[1] > 0) * 2 * keys
+        )
 
     def run(self, call: Call) -> Tensor:
         blocks, counts = call.blocks_read

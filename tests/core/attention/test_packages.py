@@ -14,9 +14,15 @@ from lightforcing.lightforcing_core.attention.backends import BACKENDS
 from lightforcing.lightforcing_core.attention.backends.base import Call
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.dispatch import choose
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.attention.selection import BlockSelection
+from lightforcing.lightforcing_core.model.kv_storage import KVOptions
+from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
+from lightforcing.lightforcing_core.rollout.loop import rollout
+from lightforcing.lightforcing_core.rollout.runtime import Runtime
 
 from ...support.attention_problems import Problem
+from ...support.rollouts import TEXT, recipe_of, text, video
 
 FLASH4, FLASHINFER = (next(x for x in BACKENDS if x.name == name) for name in ("flash4", "flashinfer"))
 
@@ -189,3 +195,23 @@ def test_a_package_is_fed_from_the_compact_list(gpu, monkeypatch, backend, token
     got = problem.attend(backend.name, mask=None, selection=selection)
     assert (got.double() - problem.brute_force()).abs().max() <= 1e-4
     assert current == [problem.q.device]  # it launches on the current one
+
+
+@pytest.mark.parametrize("kv", [KVOptions(), KVOptions(host=True)], ids=str)
+def test_flashinfer_reads_a_cache_of_whole_blocks(gpu, monkeypatch, kv):
+    """Ragged frames, the window moving, a dense chunk that sees others: the videos of the reference."""
+    gpu((10, 0))
+    monkeypatch.setattr(FLASHINFER, "why_not", lambda call: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    dit = wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=2, text_dim=TEXT))
+    video_of = {"latent_shape": (1, 16, 5, 20, 16), "frames_per_chunk": 1, "growth": [0.0, 0.0, 0.6, 0.6, 0.6]}
+    videos, memory = [], []
+    for backend in ("reference", "flashinfer"):
+        options = AttentionOptions(backend=backend, block=(64, 64), keep_frames=3, sink_frames=1, near_frames=1)
+        recipe = recipe_of(
+            context=text(1), attention=options, window=4, sink_frames=1, sigmas=(1.0, 0.5, 0.0), **video_of
+        )
+        memory.append(recipe.cache_shape(layers=2, heads=2, head_dim=128, dtype=torch.float32).memory_layout)
+        videos.append(video(rollout(dit, recipe, Runtime(kv=kv))))
+    assert [layout.rows_per_frame for layout in memory] == [80, 128]
+    torch.testing.assert_close(*videos, rtol=0, atol=1e-5)
