@@ -12,8 +12,8 @@ How it is launched is chosen by measurement, see `tuning`: the tiles, the pipeli
 through tensor descriptors (TMA, from sm_90 on), and whether the last wave's units are cut into parts.
 """
 
-import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +37,9 @@ ONLY_PLAIN_DESCRIPTORS = (12, 0)
 LOG2_E = 1.4426950408889634
 COMBINED_ROWS = 16  # of a unit that was cut, per program that adds up its parts
 
-_log = logging.getLogger(__name__)
-_launches: dict[tuple[Kind, torch.device], Launch] = {}  # chosen in this process, by device
+TOLERANCE = 1e-2  # between the results of two launches in 16 bits
+
+_launches: dict[tuple[Kind, torch.device, int], Launch] = {}  # chosen in this process, until the next measurements
 
 
 class Work(NamedTuple):
@@ -99,7 +100,7 @@ def block_sparse_attention(
     uneven: counts differ; the longest lists then start first, which costs a sort of the counts.
 
     Returns a contiguous [B, Lq, H, D] in q's dtype. A query block with an empty list and no tail gives zeros. Nothing
-    waits on the device, except if launch parameters are timed on first use, see `tuning`.
+    waits on the device, except if launch parameters are measured, see `tuning`.
 
     Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
     """
@@ -138,12 +139,12 @@ def block_sparse_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias)
 
-        def run(launch: Launch) -> None:
+        def run(launch: Launch, work: Work = work) -> Tensor:
             for kernel, grid, arguments, constants in prepared(work, launch, _multiprocessors(q.device)):
                 kernel[grid](*arguments, **constants)
+            return work.out
 
-        run(_launch_for(kind, q, run))
-    return out
+        return run(_launch_for(kind, q, lambda launch: run(launch, work._replace(out=torch.empty_like(out)))))
 
 
 def prepared(
@@ -211,32 +212,25 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _launch_for(kind: Kind, q: Tensor, run: Callable[[Launch], None]) -> Launch:
-    """Launch parameters: timed on a GPU with enough work to time, else the defaults."""
-    default = tuning.default_launch(kind)
-    if INTERPRETED or not q.is_cuda:
-        return default
-    if found := _launches.get((kind, q.device)):
+def _launch_for(kind: Kind, q: Tensor, result: Callable[[Launch], Tensor]) -> Launch:
+    """Launch parameters: chosen on a GPU by measurement, given enough work to time, else the defaults."""
+    best, machine = tuning.default_launch(kind), tuning.machine
+    if INTERPRETED or not q.is_cuda or machine is None:
+        return best
+    if found := _launches.get((kind, q.device, machine.looks)):
         return found
-    gpu = torch.cuda.get_device_properties(q.device)
-    units = q.shape[0] * q.shape[2] * triton.cdiv(q.shape[1], default.tile_q)
-    key = f"{gpu.name} | triton {triton.__version__} | {forward.cache_key[:16]} | {kind}"
-    if units < gpu.multi_processor_count or torch.cuda.is_current_stream_capturing():
-        return tuning.known(key) or default
-
-    def time(launch: Launch) -> float:
-        return float(triton.testing.do_bench(lambda: run(launch), warmup=10, rep=40, return_mode="median"))
-
+    units = q.shape[0] * q.shape[2] * triton.cdiv(q.shape[1], best.tile_q)
+    enough = units >= _multiprocessors(q.device) and not torch.cuda.is_current_stream_capturing()
     shared = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"]
     descriptors = takes_descriptors(kind, torch.cuda.get_device_capability(q.device))
-    rounds = tuning.rounds(kind, shared, descriptors=descriptors)
-    try:
-        _launches[kind, q.device] = tuning.fastest(key, default, rounds, time)
-    except torch.OutOfMemoryError:
-        # Timing takes 256 MB to empty the L2 cache, which a run that only just fits cannot spare.
-        _log.info("[Light Forcing] no memory left to time %s; launching %s", kind, default)
-        _launches[kind, q.device] = default
-    return _launches[kind, q.device]
+    for number, after in enumerate(tuning.rounds(kind, shared, descriptors=descriptors)):
+        launches = {str(tuple(launch)): launch for launch in (best, *after(best))}
+        runs = {name: partial(result, launch) for name, launch in launches.items()}
+        facts = {"incumbent": str(tuple(best)), "tolerance": TOLERANCE, "allowed": enough}
+        best = launches[machine.choose("attention launch", (kind, f"round {number}"), q.device, runs, **facts)]
+    if enough:
+        _launches[kind, q.device, machine.looks] = best
+    return best
 
 
 def takes_descriptors(kind: Kind, capability: tuple[int, int]) -> bool:

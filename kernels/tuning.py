@@ -1,18 +1,12 @@
 """Launch parameters of the attention kernel: defaults, candidates, the fastest.
 
-The tests compile the defaults for every chip and allow no register spills in 16 bits. On a GPU the candidates are
-timed once per kind of work; the winner is stored on disk for later runs.
+The tests compile the defaults for every chip and allow no register spills in 16 bits. On a GPU the core verifies and
+times the candidates once per kind of work.
 """
 
-import contextlib
-import json
-import logging
-import os
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,9 +17,8 @@ SCRATCH = 3 * 1024
 # Key blocks that a part of a unit walks at least.
 MIN_BLOCKS = 4
 
-_log = logging.getLogger(__name__)
-_known: dict[str, "Launch"] = {}
-_read: set[Path] = set()
+# The core's `machine`, which chooses between launches; without it the defaults run.
+machine: Any = None
 
 
 class Launch(NamedTuple):
@@ -159,78 +152,3 @@ def _staged(kind: Kind, tile_q: int, tile_k: int) -> Launch:
 def _launch(tile_q: int, tile_k: int, stages: int) -> Launch:
     """128 query rows need 8 warps to stay in registers."""
     return Launch(tile_q, tile_k, 8 if tile_q >= 128 else 4, stages)
-
-
-def fastest(key: str, default: Launch, rounds: Iterable[Round], time: Callable[[Launch], float]) -> Launch:
-    """The launch that won under `key`: remembered, read from disk, or timed now.
-
-    Each of `rounds` names launches to time, given the winner so far; the default is taken if nothing else runs.
-    `time` returns milliseconds and may raise: a launch that does not compile or does not fit is no candidate.
-    """
-    if found := known(key):
-        return found
-    winner, times = default, dict[Launch, float]()
-    for candidates_after in rounds:
-        for launch in candidates_after(winner):
-            try:
-                times[launch] = time(launch)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # errors of compilers and drivers have no common type
-                _log.debug("[Light Forcing] %s: %s does not run: %s", key, launch, error)
-        winner = min(times, key=times.__getitem__) if times else default
-    _known[key] = winner
-    if times:
-        _log.info("[Light Forcing] tuned %s: %s, %s", key, winner, {tuple(x): f"{t:.3f} ms" for x, t in times.items()})
-        _keep(key, winner)
-    return winner
-
-
-def known(key: str) -> Launch | None:
-    """The launch that won under `key` in this process or in an earlier one, or None."""
-    if (path := cache_file()) not in _read:
-        _read.add(path)
-        _known.update(_stored(path) | _known)
-    return _known.get(key)
-
-
-def cache_file() -> Path:
-    """The file of winners, in $LIGHTFORCING_CACHE_DIR or the platform's cache folder."""
-    if folder := os.environ.get("LIGHTFORCING_CACHE_DIR"):
-        return Path(folder) / "launches.json"
-    if os.name == "nt":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "lightforcing" / "launches.json"
-
-
-def _stored(path: Path) -> dict[str, Launch]:
-    """All winners in the file; nothing, with a warning, when it cannot be read."""
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(number, int) for numbers in entries.values() for number in numbers):
-            raise ValueError("launch parameters are not whole numbers")
-        return {key: Launch(*numbers) for key, numbers in entries.items()}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        _log.warning("[Light Forcing] ignoring %s: %s; it will be written anew", path, error)
-        return {}
-
-
-def _keep(key: str, winner: Launch) -> None:
-    """Add one winner to the file, which is replaced whole for the sake of readers.
-
-    If two processes add one at the same moment, the later wins; the other launch is timed again when it is needed.
-    """
-    path = cache_file()
-    own = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own.write_text(json.dumps(_stored(path) | {key: winner}, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(own, path)
-    except OSError as error:
-        _log.warning("[Light Forcing] launch parameters are not kept for the next run: %s", error)
-        with contextlib.suppress(OSError):  # a full disk leaves a part of it
-            own.unlink()

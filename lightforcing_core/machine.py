@@ -43,6 +43,7 @@ VERIFIED, ENABLED, QUARANTINED = STATES = ("verified", "enabled", "quarantined")
 Result: TypeAlias = "Tensor | tuple[Tensor, ...]"
 Thunk = Callable[[], Result]
 
+looks = 0  # a number that changes when a choice may have another winner than before
 _log = logging.getLogger(__name__)
 _thread = threading.local()  # look: the open `_Look`, if any; is_safe: see `safe`
 _lock = threading.RLock()
@@ -114,27 +115,34 @@ def choose(
     allowed: whether anything may run now; if not, only winners of this process are returned.
     reference: the same result more precisely, such as in float64; candidates must be as close to it too.
 
-    Candidates are tried only inside `measuring`, never while another one runs or a graph is recorded. Raises the
-    incumbent's errors, and `DeviceLost` if a candidate makes the device unusable.
+    Candidates are tried only inside `measuring`, never while another one runs or a graph is recorded. Raises
+    `DeviceLost` if one makes the device unusable.
     """
-    if len(candidates) < 2 or is_off():
+    if len(candidates) < 2 or getattr(_thread, "is_safe", False):
         return incumbent
     choice = Choice(kind, key, device, incumbent)
     winner = _settled.get(choice)
     if winner is not None and winner in candidates:
         return winner
     look: _Look | None = getattr(_thread, "look", None)
-    if not allowed or is_recording() or device.type == "meta" or (look and look.is_busy):
+    if not allowed or is_off() or is_recording() or device.type == "meta" or (look and look.is_busy):
         return incumbent
-    rows = _rows(choice)
+    rows, winner = _rows(choice), incumbent
     unknown = [name for name in candidates if name not in (incumbent, *rows) and (choice, name) not in _skipped]
-    if unknown and look and look.may_try():
-        look.is_busy = True
-        try:
+    try:
+        if unknown and look and look.may_try():
+            look.is_busy = True
             _measure(look, choice, unknown, candidates, tolerance, reference)
-        finally:
+        winner = _winner(choice, candidates, tolerance)
+    except DeviceLost:
+        raise
+    except Exception as error:  # the incumbent's, which its caller will meet, or no memory for two results at once
+        _skipped.update((choice, name) for name in candidates)
+        _log.info("[Light Forcing] %s is not measured (%s)", choice, one_line(error))
+    finally:
+        if look:
             look.is_busy = False
-    _settled[choice] = winner = _winner(choice, candidates, tolerance)
+    _settled[choice] = winner
     return winner
 
 
@@ -146,11 +154,14 @@ def is_off() -> bool:
 @contextlib.contextmanager
 def safe() -> Iterator[None]:
     """Make every choice in this thread its incumbent; nothing is measured."""
+    global looks
     before, _thread.is_safe = getattr(_thread, "is_safe", False), True
+    looks += 1
     try:
         yield
     finally:
         _thread.is_safe = before
+        looks += 1
 
 
 @contextlib.contextmanager
@@ -165,6 +176,8 @@ def measuring(
     say: shows a line to the user, once something is tried. should_stop: whether to try no more of them.
     seconds: after which none is tried any more; one that runs is not interrupted.
     """
+    global looks
+    looks += 1
     _settled.clear()  # a choice that could not be measured before can be now
     before, _thread.look = getattr(_thread, "look", None), _Look(say, should_stop, seconds)
     try:
@@ -261,11 +274,8 @@ def _winner(choice: Choice, candidates: Mapping[str, Thunk], tolerance: float) -
             return name
         expected = [_results(candidates[choice.incumbent])]
         if not all(map(is_finite, expected[0])):
-            break
-        try:
-            fault = _fault(candidates[name], expected, tolerance, runs=1)
-        except torch.OutOfMemoryError:  # two results at once need more memory than one
-            continue
+            break  # nothing equals NaN
+        fault = _fault(candidates[name], expected, tolerance, runs=1)
         if fault is None:
             _checked.add((choice, name))
             return name

@@ -137,6 +137,7 @@ def test_profile_that_is_off_hides_enabled_candidates_too(restart, monkeypatch):
     with machine.safe():
         assert choose("fast", measures=False) == "usual"
     monkeypatch.setenv("LIGHTFORCING_PROFILE", "off")
+    restart()
     assert choose("fast", measures=False) == "usual"
 
 
@@ -191,6 +192,14 @@ def test_a_lost_device_is_raised_and_its_cause_quarantined(restart, monkeypatch)
     monkeypatch.setitem(CANDIDATES, "fast", RIGHT.clone)
     assert choose("fast") == "usual"
     assert state_of("fast") == "quarantined"
+
+
+def test_incumbent_that_fails_decides_nothing(restart, monkeypatch):
+    monkeypatch.setitem(CANDIDATES, "usual", fails(RuntimeError("no kernel image")))
+    assert choose("fast") == "usual"
+    monkeypatch.setitem(CANDIDATES, "usual", RIGHT.clone)
+    restart()
+    assert choose("fast") == "fast"
 
 
 def test_another_machine_or_shape_is_not_concerned(restart, monkeypatch):

@@ -238,7 +238,6 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
     monkeypatch.setattr(block_sparse, "INTERPRETED", False)
     monkeypatch.setattr(block_sparse, "_launches", {})
-    monkeypatch.setattr(block_sparse.forward, "cache_key", "0" * 64, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -248,27 +247,42 @@ KIND = tuning.Kind(64, 64, 128, torch.bfloat16, torch.bfloat16, (False, False))
 ON_GPU = SimpleNamespace(is_cuda=True, shape=(1, 4608, 12, 128), device=torch.device("cuda", 1))
 
 
-@pytest.mark.usefixtures("a_gpu")
-def test_a_card_too_full_to_time_anything_takes_the_default_and_the_run_goes_on(monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path))
+class Machine:
+    """Chooses the last candidate of every choice that may be measured."""
 
-    def full(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    looks = 0
 
-    monkeypatch.setattr(triton.testing, "do_bench", full)
-    with caplog.at_level("INFO"):
-        for _ in range(2):
-            assert block_sparse._launch_for(KIND, ON_GPU, None) == tuning.default_launch(KIND)
-    assert caplog.text.count("no memory left to time") == 1
-    assert not list(tmp_path.iterdir())  # the next run, which may have room, times again
+    def __init__(self):
+        self.asked = []
+
+    def choose(self, kind, key, device, candidates, *, incumbent, tolerance, allowed):
+        self.asked.append((incumbent, list(candidates)))
+        return list(candidates)[-1] if allowed else incumbent
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_nothing_is_timed_while_a_graph_is_captured(monkeypatch, tmp_path):
-    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(triton.testing, "do_bench", None)
-    assert block_sparse._launch_for(KIND, ON_GPU, None) == tuning.default_launch(KIND)
+def test_each_round_is_given_the_winner_of_all_before_until_something_is_measured_again(monkeypatch):
+    monkeypatch.setattr(tuning, "machine", machine := Machine())
+    launch = block_sparse._launch_for(KIND, ON_GPU, print)
+    last = [candidates[-1] for _, candidates in machine.asked]
+    assert [incumbent for incumbent, _ in machine.asked] == [str(tuple(tuning.default_launch(KIND))), *last[:-1]]
+    assert str(tuple(launch)) == last[-1]
+    assert (launch.descriptors, launch.per_sm) == (True, 2)
+    asked = len(machine.asked)
+    assert block_sparse._launch_for(KIND, ON_GPU, print) == launch
+    assert len(machine.asked) == asked
+    machine.looks = 1
+    block_sparse._launch_for(KIND, ON_GPU, print)
+    assert len(machine.asked) == 2 * asked
+
+
+@pytest.mark.usefixtures("a_gpu")
+@pytest.mark.parametrize(("captures", "tokens"), [(True, 4608), (False, 64)])
+def test_nothing_is_measured_while_a_graph_is_captured_or_with_little_work(monkeypatch, captures, tokens):
+    monkeypatch.setattr(tuning, "machine", Machine())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
+    some = SimpleNamespace(**{**vars(ON_GPU), "shape": (1, tokens, 1, 128)})
+    assert block_sparse._launch_for(KIND, some, print) == tuning.default_launch(KIND)
     assert block_sparse._launches == {}
 
 

@@ -1,8 +1,4 @@
-"""Launch parameters: what is worth timing, which one wins, and how the winner is kept on disk."""
-
-import json
-import logging
-from pathlib import Path
+"""Launch parameters: the candidates, and how units are cut."""
 
 import pytest
 import torch
@@ -12,137 +8,11 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from lightforcing.kernels import tuning
-from lightforcing.kernels.tuning import Kind, Launch, candidates, cut, default_launch, known, rounds, shared_bytes
-
-SLOW, FAST, BROKEN = Launch(64, 64, 4, 2), Launch(128, 64, 8, 3), Launch(128, 128, 8, 2)
+from lightforcing.kernels.tuning import Kind, Launch, candidates, cut, default_launch, rounds, shared_bytes
 
 
 def kind(block_q=64, block_k=64, head_dim=128, dtype=torch.bfloat16, stored=None, **rest):
     return Kind(block_q, block_k, head_dim, dtype, stored or dtype, (False, False), **rest)
-
-
-@pytest.fixture
-def new_process(monkeypatch, tmp_path):
-    """Forgets what was read and chosen, as a new process with the same cache folder would."""
-    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path / "cache"))
-
-    def forget():
-        monkeypatch.setattr(tuning, "_known", {})
-        monkeypatch.setattr(tuning, "_read", set())
-
-    forget()
-    return forget
-
-
-def fastest(key, launches, time):
-    """One round of launches, of which the first is the default."""
-    return tuning.fastest(key, launches[0], [lambda best: launches], time)
-
-
-class Timer:
-    def __init__(self, times):
-        self.times, self.asked = times, []
-
-    def __call__(self, launch):
-        self.asked.append(launch)
-        if isinstance(self.times[launch], Exception):
-            raise self.times[launch]
-        return self.times[launch]
-
-
-def test_fastest_candidate_wins_and_is_timed_once_for_all_processes(new_process):
-    timer = Timer({SLOW: 2.0, FAST: 1.0})
-    assert fastest("gpu | kind", [SLOW, FAST], timer) == FAST
-    assert fastest("gpu | kind", [SLOW, FAST], timer) == FAST
-    assert timer.asked == [SLOW, FAST]
-    new_process()
-    assert known("gpu | kind") == FAST
-    assert fastest("gpu | kind", [SLOW, FAST], Timer({})) == FAST
-    assert known("another gpu | kind") is None
-
-
-def test_winners_of_other_processes_stay_in_the_file(new_process):
-    fastest("a", [SLOW], Timer({SLOW: 1.0}))
-    path = tuning.cache_file()
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"written meanwhile": list(FAST)}))
-    fastest("b", [SLOW], Timer({SLOW: 1.0}))
-    new_process()
-    assert [known(key) for key in ("a", "b", "written meanwhile")] == [SLOW, SLOW, FAST]
-    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary file is left
-
-
-def test_candidates_that_do_not_run_lose_and_when_none_runs_the_default_is_not_kept(new_process):
-    refused = RuntimeError("out of resource: shared memory")
-    assert fastest("a", [BROKEN, SLOW], Timer({BROKEN: refused, SLOW: 2.0})) == SLOW
-    assert fastest("b", [BROKEN, FAST], Timer({BROKEN: refused, FAST: refused})) == BROKEN
-    assert list(json.loads(tuning.cache_file().read_text())) == ["a"]
-
-
-def test_each_round_is_given_the_winner_of_all_before(new_process):
-    refined = [FAST._replace(descriptors=True), FAST._replace(per_sm=1)]
-    timer = Timer({SLOW: 2.0, FAST: 1.0, refined[0]: 0.9, refined[1]: 1.1, refined[0]._replace(per_sm=1): 0.8})
-    steps = [
-        lambda best: [SLOW, FAST],
-        lambda best: [best._replace(descriptors=True), best._replace(per_sm=1)],
-        lambda best: [best._replace(per_sm=1)],
-    ]
-    winner = tuning.fastest("a", SLOW, steps, timer)
-    assert winner == refined[0]._replace(per_sm=1)
-    new_process()
-    assert known("a") == winner  # the file keeps every field
-
-
-def test_running_out_of_memory_is_not_mistaken_for_a_bad_candidate(new_process):
-    with pytest.raises(torch.OutOfMemoryError):
-        fastest("a", [SLOW, FAST], Timer({SLOW: torch.OutOfMemoryError("full"), FAST: 1.0}))
-
-
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": [1, 2]}', '{"a": [64, 64, "4", 2]}', '{"a": 7}'])
-def test_damaged_file_is_reported_and_written_anew(new_process, content, caplog):
-    path = tuning.cache_file()
-    path.parent.mkdir()
-    path.write_text(content)
-    with caplog.at_level(logging.WARNING):
-        assert fastest("a", [SLOW], Timer({SLOW: 1.0})) == SLOW
-    assert str(path) in caplog.text
-    new_process()
-    assert known("a") == SLOW
-
-
-def test_folder_that_cannot_be_written_costs_a_warning_and_nothing_else(new_process, monkeypatch, tmp_path, caplog):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path / "file" / "below"))
-    with caplog.at_level(logging.WARNING):
-        assert fastest("a", [SLOW, FAST], Timer({SLOW: 2.0, FAST: 1.0})) == FAST
-    assert "not kept for the next run" in caplog.text
-    assert known("a") == FAST
-
-
-def test_full_disk_leaves_the_old_file_and_no_half_of_a_new_one(new_process, monkeypatch, caplog):
-    fastest("a", [SLOW], Timer({SLOW: 1.0}))
-    write = Path.write_text
-
-    def full(path, text, **options):
-        write(path, text[:10], **options)
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with caplog.at_level(logging.WARNING):
-        assert fastest("b", [FAST], Timer({FAST: 1.0})) == FAST
-    assert "No space left" in caplog.text
-    path = tuning.cache_file()
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    new_process()
-    assert (known("a"), known("b")) == (SLOW, None)
-
-
-def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    monkeypatch.delenv("LIGHTFORCING_CACHE_DIR", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning.os, "name", "posix")
-    assert tuning.cache_file() == tmp_path / "lightforcing" / "launches.json"
-    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path / "mine"))
-    assert tuning.cache_file() == tmp_path / "mine" / "launches.json"
 
 
 KINDS = [

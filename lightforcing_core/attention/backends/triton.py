@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ... import machine
 from ...fast_path import why_no_kernels
 from .base import Backend, Call
 
@@ -31,8 +32,9 @@ class Triton(Backend):
 
     def run(self, call: Call) -> Tensor:
         """Without a selection every block is read."""
-        from ....kernels import block_sparse
+        from ....kernels import block_sparse, tuning
 
+        tuning.machine = machine
         return block_sparse.block_sparse_attention(
             call.q,
             call.k,
