@@ -247,13 +247,18 @@ def _prepare(
 def _self_attention(
     attention: Any, x: Tensor, layer: int, rope: RopeTable, state: ModelState, watch: Watch | None
 ) -> Tensor:
+    q, q_means = fused.store(attention, x, layer, state.cache, rope, state.attention.block[0])
+    assert q is not None
+    return _output(attention, attended(q, q_means, layer, state, watch))
+
+
+def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, watch: Watch | None = None) -> Tensor:
+    """The open chunk's attention to what its cache holds of a layer, [B, L, H, D] in and out."""
     options, chunk, layout = state.attention, state.chunk, state.cache.layout
     plan, chosen = chunk.attention.plan, chunk.attention.choice
-    q, q_means = fused.store(attention, x, layer, state.cache, rope, options.block[0])
-    assert q is not None
     memory = state.cache.visible(layer)
     if plan is None or chosen is None:
-        return _output(attention, state.attend_history(q, memory))
+        return state.attend_history(q, memory)
     q_layout = FrameBlocks(layout.tokens_per_frame, options.block[0])
     selection = plan.fixed
     if selection is None:
@@ -278,7 +283,7 @@ def _self_attention(
         chunk.attention = replace(chunk.attention, choice=choice)
     if watch is not None:
         watch(layer, selection, choice)
-    return _output(attention, y)
+    return y
 
 
 def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]:
