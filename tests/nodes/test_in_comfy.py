@@ -19,6 +19,7 @@ SCRIPTS = [
     "memory/low_memory",
     "memory/dynamic_vram",
     "memory/no_backend",
+    "memory/joined",
     "vae/overlap",
     "vae/tae",
     "vae/vae_against_core",
