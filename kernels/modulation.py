@@ -4,8 +4,6 @@ One program owns one token, or a few of one frame, with whole rows in registers:
 Scale, shift and gate differ from frame to frame, as an autoregressive rollout's time steps do.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -38,45 +36,18 @@ def _tile(first, within, tokens_per_frame, WIDTH: tl.constexpr, PADDED: tl.const
 
 # A rollout's frames change from chunk to chunk; unspecialised, they cost no new compilation.
 @triton.jit(do_not_specialize=["frames", "tokens_per_frame"])
-def _norm_scale_shift(
-    x_ptr,
-    scale_ptr,
-    shift_ptr,
-    out_ptr,
-    scale_stride_b,
-    scale_stride_f,
-    shift_stride_b,
-    shift_stride_f,
-    tokens_per_frame,
-    frames,
-    eps,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    first, within, frame, batch = _place(tokens_per_frame, frames, ROWS)
-    tile, real, columns = _tile(first, within, tokens_per_frame, WIDTH, PADDED, ROWS)
-    column_is_real = columns < WIDTH
-    x = tl.load(x_ptr + tile, mask=real, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + batch * scale_stride_b + frame * scale_stride_f + columns, mask=column_is_real)
-    shift = tl.load(shift_ptr + batch * shift_stride_b + frame * shift_stride_f + columns, mask=column_is_real)
-    mean = tl.sum(x, 1) / WIDTH
-    x = tl.where(real, x - mean[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
-    y = x * inverse[:, None] * (1.0 + scale.to(tl.float32))[None, :] + shift.to(tl.float32)[None, :]
-    tl.store(out_ptr + tile, cast(y, out_ptr.dtype.element_ty), mask=real)
-
-
-@triton.jit(do_not_specialize=["frames", "tokens_per_frame"])
-def _gated_add(
+def _add_norm(
     x_ptr,
     y_ptr,
     gate_ptr,
+    scale_ptr,
+    shift_ptr,
+    sum_ptr,
     out_ptr,
-    gate_stride_b,
-    gate_stride_f,
     tokens_per_frame,
     frames,
+    eps,
+    OWN: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -84,10 +55,22 @@ def _gated_add(
     first, within, frame, batch = _place(tokens_per_frame, frames, ROWS)
     tile, real, columns = _tile(first, within, tokens_per_frame, WIDTH, PADDED, ROWS)
     column_is_real = columns < WIDTH
+    modulation = (batch * frames + frame) * WIDTH + columns
     x = tl.load(x_ptr + tile, mask=real, other=0.0).to(tl.float32)
-    y = tl.load(y_ptr + tile, mask=real, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + batch * gate_stride_b + frame * gate_stride_f + columns, mask=column_is_real)
-    out = x + y * gate.to(tl.float32)[None, :]
+    if y_ptr is not None:
+        y = tl.load(y_ptr + tile, mask=real, other=0.0).to(tl.float32)
+        if gate_ptr is not None:
+            y *= tl.load(gate_ptr + modulation, mask=column_is_real, other=0.0).to(tl.float32)[None, :]
+        total = cast(x + y, sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + tile, total, mask=real)
+        x = total.to(tl.float32)
+    mean = tl.sum(x, 1) / WIDTH
+    x = tl.where(real, x - mean[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
+    place = columns if OWN else modulation
+    scale = tl.load(scale_ptr + place, mask=column_is_real, other=0.0).to(tl.float32) + (0.0 if OWN else 1.0)
+    shift = tl.load(shift_ptr + place, mask=column_is_real, other=0.0).to(tl.float32)
+    out = x * inverse[:, None] * scale[None, :] + shift[None, :]
     tl.store(out_ptr + tile, cast(out, out_ptr.dtype.element_ty), mask=real)
 
 
@@ -108,38 +91,56 @@ def why_not(x: Tensor) -> str | None:
 def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """LayerNorm(x) · (1 + scale) + shift, the norm without weights of its own.
 
-    x: [B, F · tokens, D]; scale, shift: [B, F or 1, D], any strides if channels are contiguous. All in
-    float32, rounded once at the end: closer than the unfused steps, which also round the norm and 1 + scale.
-    Returns a contiguous tensor like x. Raises ValueError when `why_not` gives a reason or a shape or dtype is off.
+    x: [B, F · tokens, D]; scale, shift: [B, F or 1, D]. All in float32, rounded once at the end: closer than the
+    unfused steps, which also round the norm and 1 + scale. Returns a contiguous tensor like x. Raises ValueError when
+    `why_not` gives a reason or a shape or dtype is off.
     """
-    return _launch(_norm_scale_shift, (x,), (scale, shift), eps)
+    return _launch(x, None, None, scale, shift, eps)
 
 
-def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y · gate, computed in float32 and rounded once, as `torch.addcmul` does; else like `norm_scale_shift`."""
-    return _launch(_gated_add, (x, y), (gate,))
+def add_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x + y · gate, or x + y, and its norm as `norm_scale_shift` computes it.
+
+    y: like x; gate: [B, F or 1, D]. The sum is computed in float32 and rounded once, as `torch.addcmul` does, and the
+    norm is that of the rounded sum. scale and shift of shape [D] are the norm's own weight and bias: its result is
+    LayerNorm(sum) · scale + shift then.
+    """
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return total, _launch(x, y, gate, scale, shift, eps, total)
 
 
-def _launch(kernel: Any, tokens: tuple[Tensor, ...], modulations: tuple[Tensor, ...], *numbers: float) -> Tensor:
-    """Check the tensors, then run the kernel on tokens and per-frame modulations."""
-    x = tokens[0]
+def _launch(
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    total: Tensor | None = None,
+) -> Tensor:
+    """Check the tensors, then run the kernel; returns the norm."""
     if reason := why_not(x):
         raise ValueError(reason)
-    for y in tokens:
+    if y is not None:
         device.require("y", y, tuple(x.shape), x.dtype, x.device)
     batch, length, width = x.shape
-    frames = modulations[0].shape[1]
-    for part in modulations:
-        if part.shape != (batch, frames, width) or part.dtype != x.dtype or part.stride(-1) != 1 or length % frames:
+    own = scale.ndim == 1
+    frames = 1 if own and gate is None else (scale if gate is None else gate).shape[1]
+    for part, shape in (
+        (gate, (batch, frames, width)),
+        *((part, (width,) if own else (batch, frames, width)) for part in (scale, shift)),
+    ):
+        if part is not None and (part.shape != shape or part.dtype != x.dtype or length % frames):
             raise ValueError(
-                f"a modulation {part.dtype} {tuple(part.shape)} with strides {part.stride()} does not fit "
-                f"x {x.dtype} {tuple(x.shape)}; it is [B, F or 1, D] for whole frames, with contiguous channels"
+                f"a modulation {part.dtype} {tuple(part.shape)} does not fit x {x.dtype} {tuple(x.shape)}; it is "
+                "[B, F or 1, D] for whole frames, or [D] for the norm's own weight and bias"
             )
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     options = launch_options(width)
-    strides = (stride for part in modulations for stride in part.stride()[:2])
-    arguments = [*(y.contiguous() for y in tokens), *modulations, out, *strides, length // frames, frames, *numbers]
+    parts = (None if part is None else part.contiguous() for part in (x, y, gate, scale, shift))
     with device.current(x.device):
         programs = batch * frames * triton.cdiv(length // frames, options["ROWS"])
-        kernel[(programs,)](*arguments, WIDTH=width, **options)
+        _add_norm[(programs,)](*parts, total, out, length // frames, frames, eps, OWN=own, WIDTH=width, **options)
     return out

@@ -139,9 +139,7 @@ def predict(dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Wat
     grid = _grid(x, state)
     if chunk.given:
         timestep = _with_given(timestep, chunk.frames, chunk.given)
-    hidden, e = _run_layers(dit, x, timestep, grid, state, watch)
-    shift, scale = _modulation(dit.head.modulation, e.unsqueeze(2))
-    out = dit.head.head(fused.norm_scale_shift(dit.head.norm, hidden, scale, shift))
+    out = dit.head.head(_run_layers(dit, x, timestep, grid, state, watch))
     if state.order is not None:
         out = _reordered(out, state.order.back)
     return _unpatchify(out, grid)
@@ -196,10 +194,10 @@ def _run_layers(
     watch: Watch | None = None,
     *,
     only_store: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Run all layers; returns output [B, L, D] and embedded timestep [B, F or 1, D].
+) -> Tensor:
+    """Run all layers and the head's norm: [B, L, D].
 
-    only_store: end once the last layer has stored its keys and values; the first result is then not meaningful.
+    only_store: end once the last layer has stored its keys and values; the result is then not meaningful.
     """
     rope, text = _prepare(dit, x, grid, state)
     state.chunk.passes += 1
@@ -210,19 +208,23 @@ def _run_layers(
     if state.order is not None:
         hidden = _reordered(hidden, state.order.order)
 
+    # Each layer's six parts, then the head's shift and scale.
+    steps = _modulations([block.modulation for block in dit.blocks], e0)
+    steps += _modulations([dit.head.modulation], e.unsqueeze(2))
+    y = fused.norm_scale_shift(dit.blocks[0].norm1, hidden, steps[1], steps[0])
+    norms = [*(block.norm1 for block in dit.blocks[1:]), dit.head.norm]
     # A layer is not a function of its own: `hidden` out here would keep its input alive until the function returned.
-    for layer, block in enumerate(dit.blocks):
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = _modulation(block.modulation, e0)
-        y = fused.norm_scale_shift(block.norm1, hidden, scale_sa, shift_sa)
+    for layer, (block, next_norm) in enumerate(zip(dit.blocks, norms, strict=True)):
         if only_store and layer == len(dit.blocks) - 1:
             fused.store(block.self_attn, y, layer, state.cache, rope, state.attention.block[0], with_q=False)
             break
+        gate_sa, shift_ffn, scale_ffn, gate_ffn, next_shift, next_scale = steps[6 * layer + 2 : 6 * layer + 8]
         y = _self_attention(block.self_attn, y, layer, rope, state, watch)
-        hidden = fused.gated_add(hidden, y, gate_sa)
-        hidden = hidden + _cross_attention(block.cross_attn, block.norm3(hidden), *text[layer], state)
-        y = block.ffn(fused.norm_scale_shift(block.norm2, hidden, scale_ffn, shift_ffn))
-        hidden = fused.gated_add(hidden, y, gate_ffn)
-    return hidden, e
+        hidden, y = fused.add_norm(block.norm3, hidden, y, gate_sa)
+        y = _cross_attention(block.cross_attn, y, *text[layer], state)
+        hidden, y = fused.add_norm(block.norm2, hidden, y, None, scale_ffn, shift_ffn)
+        hidden, y = fused.add_norm(next_norm, hidden, block.ffn(y), gate_ffn, next_scale, next_shift)
+    return y
 
 
 def _prepare(
@@ -325,9 +327,13 @@ def _with_given(timestep: Tensor, frames: int, given: int) -> Tensor:
     return torch.cat([each[:, :-given], GIVEN_NOISE * each[:, -given:]], dim=1)
 
 
-def _modulation(parameter: Tensor, e: Tensor) -> tuple[Tensor, ...]:
-    """(parameter + e) split over its parts: each [B, F or 1, D]."""
-    return (parameter.to(device=e.device, dtype=e.dtype).unsqueeze(0) + e).unbind(2)
+def _modulations(parameters: list[Tensor], e: Tensor) -> list[Tensor]:
+    """parameter + e for all parameters [1, parts, D] at once: each part [B, F or 1, D], in order.
+
+    e: [B, F or 1, parts or 1, D].
+    """
+    stacked = torch.stack([parameter.to(device=e.device, dtype=e.dtype) for parameter in parameters])
+    return list((stacked.transpose(1, 2).unsqueeze(3) + e.permute(2, 0, 1, 3)).flatten(0, 1).unbind())
 
 
 def _reordered(x: Tensor, order: Tensor) -> Tensor:

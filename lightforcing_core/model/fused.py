@@ -23,19 +23,34 @@ CHANGES = ("comfy_cast_weights", "weight_function", "bias_function")
 
 def norm_scale_shift(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) · (1 + scale) + shift; x [B, F · tokens, D], others [B, F or 1, D]."""
-    is_plain = isinstance(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None and not _hooked(norm)
-    if is_plain and (fused := _modulated("norm_scale_shift", x, scale, shift, norm.eps)) is not None:
+    fused: Tensor | None = None
+    if _is_plain_norm(norm, x, own=False):
+        fused = _modulated("norm_scale_shift", x, scale, shift, norm.eps)
+    if fused is not None:
         return fused
     framed = norm(x).unflatten(1, (scale.shape[1], -1))
     return torch.addcmul(shift.unsqueeze(2), framed, 1 + scale.unsqueeze(2)).flatten(1, 2)
 
 
-def gated_add(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x + y · gate; x, y [B, F · tokens, D], per-frame gate [B, F or 1, D]."""
-    if (fused := _modulated("gated_add", x, y, gate)) is not None:
+def add_norm(
+    norm: Any, x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor | None = None, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + y · gate, or x + y, and its norm, by scale and shift or by the norm's own weights.
+
+    x, y: [B, F · tokens, D]; gate, scale, shift: [B, F or 1, D].
+    """
+    fused: tuple[Tensor, Tensor] | None = None
+    if _is_plain_norm(norm, x, own=scale is None):
+        by = (norm.weight, norm.bias) if scale is None else (scale, shift)
+        fused = _modulated("add_norm", x, y, gate, *by, norm.eps)
+    if fused is not None:
         return fused
-    framed = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, framed), y.unflatten(1, framed), gate.unsqueeze(2)).flatten(1, 2)
+    if gate is None:
+        x = x + y
+    else:
+        framed = (gate.shape[1], -1)
+        x = torch.addcmul(x.unflatten(1, framed), y.unflatten(1, framed), gate.unsqueeze(2)).flatten(1, 2)
+    return x, norm(x) if scale is None or shift is None else norm_scale_shift(norm, x, scale, shift)
 
 
 def store(
@@ -136,21 +151,28 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
 
 
-def _is_plain(linear: Any, x: Tensor) -> bool:
-    """Whether a linear only multiplies by resident weights of x's dtype, without hooks or LoRA functions."""
-    kind, own = type(linear), vars(linear)
-    if not issubclass(kind, nn.Linear) or "forward" in own or _hooked(linear):
+def _is_plain(module: Any, x: Tensor, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether a module only applies its resident weights of x's dtype, without hooks or LoRA functions."""
+    found, own = type(module), vars(module)
+    if not issubclass(found, kind) or "forward" in own or _hooked(module):
         return False
-    if kind.forward is not nn.Linear.forward and not hasattr(kind, "comfy_cast_weights"):
+    if found.forward is not kind.forward and not hasattr(found, "comfy_cast_weights"):
         return False
-    if any(own.get(name, getattr(kind, name, None)) for name in CHANGES):
+    if any(own.get(name, getattr(found, name, None)) for name in CHANGES):
         return False
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    parts = (weight,) if bias is None else (weight, bias)
-    return all(type(part) is nn.Parameter and part.device == x.device and part.dtype == x.dtype for part in parts)
+    parts = [module._parameters[name] for name in ("weight", "bias")]
+    return all(
+        part is None or (type(part) is nn.Parameter and part.device == x.device and part.dtype == x.dtype)
+        for part in parts
+    )
 
 
-def _modulated(kernel: str, x: Tensor, *arguments: Any) -> Tensor | None:
+def _is_plain_norm(norm: Any, x: Tensor, *, own: bool) -> bool:
+    """Whether a LayerNorm does nothing else, with weights of its own or without any."""
+    return _is_plain(norm, x, nn.LayerNorm) and ((norm.weight is not None) == (norm.bias is not None) == own)
+
+
+def _modulated(kernel: str, x: Tensor, *arguments: Any) -> Any:
     """The result of one of the modulation kernels for x, or None if it cannot run."""
     if not _kernels_run(x):
         return None

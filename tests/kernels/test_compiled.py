@@ -141,6 +141,6 @@ def test_one_compilation_serves_every_chunk_slot_and_length(tmp_path):
         for parts in (False, True):
             choice = {"q_blocks": 3 * frames, "choose": frames % 3, "kept": slots, "parts": parts}
             cases.append({"call": "select", "block": 16, "frames": slots} | size | choice)
-    once = "tail_bias", "combine", "_store", "_score", "_score_parts", "_select", "_norm_scale_shift", "_gated_add"
+    once = "tail_bias", "combine", "_store", "_score", "_score_parts", "_select"
     versions = versions_of(90, cases, tmp_path)
-    assert versions == dict.fromkeys(once, 1) | {"forward": len(works)}
+    assert versions == dict.fromkeys(once, 1) | {"forward": len(works), "_add_norm": 4}  # norm, and three kinds of sums

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lightforcing.kernels.modulation import gated_add, norm_scale_shift
+from lightforcing.kernels.modulation import add_norm, norm_scale_shift
 
 from ..support.attention_problems import DEVICE
 
@@ -70,32 +70,42 @@ def test_a_far_mean_costs_no_variance():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("gated_by", [True, False])
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize(("batch", "frames", "tokens", "width"), [(2, 3, 7, 72), (1, 1, 5, 1536), (2, 2, 1, 5120)])
-def test_gated_add_rounds_once(batch, frames, tokens, width, dtype):
+def test_a_sum_is_rounded_once_and_its_norm_is_that_of_the_rounded_sum(
+    batch, frames, tokens, width, own, gated_by, dtype
+):
     x, y = (random(batch, frames * tokens, width, dtype=dtype, seed=seed) for seed in (3, 4))
-    gate = modulations(batch, frames, width, dtype, seed=5)[2]
-    got = poisoned(gated_add, x, y, gate)
+    shift, scale, gate, *_ = modulations(batch, frames, width, dtype, seed=5)
+    gate = gate if gated_by else None
+    want = x + y if gate is None else gated(x, y, gate, dtype)
+    weight, bias = (random(width, dtype=dtype, seed=seed, centre=seed % 2) for seed in (7, 8))
+    total, normed = poisoned(add_norm, x, y, gate, *((weight, bias) if own else (scale, shift)), EPS)
     if dtype == torch.float32:
-        torch.testing.assert_close(got, gated(x, y, gate, dtype), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(total, want, rtol=1e-6, atol=1e-6)
     else:
-        assert torch.equal(got, gated(x, y, gate, torch.float32).to(dtype))
-        assert torch.equal(got, gated(x, y, gate, dtype))
+        assert torch.equal(total, want)
+    if own:
+        exact = torch.nn.functional.layer_norm(total.double(), (width,), weight.double(), bias.double(), EPS)
+        torch.testing.assert_close(normed.double(), exact, rtol=0.51 * torch.finfo(dtype).eps, atol=1e-5)
+    else:
+        assert torch.equal(normed, norm_scale_shift(total, scale, shift, EPS))
 
 
 def test_one_modulation_serves_all_frames_of_a_sample():
     x = random(2, 6, 64, dtype=torch.float32, seed=6)
     shift, scale, gate, *_ = modulations(2, 1, 64, torch.float32, seed=7)
-    every = [part.expand(2, 3, 64) for part in (scale, shift, gate)]
-    assert torch.equal(norm_scale_shift(x, scale, shift, EPS), norm_scale_shift(x, *every[:2], EPS))
-    assert torch.equal(gated_add(x, x, gate), gated_add(x, x, every[2]))
+    every = [part.expand(2, 3, 64) for part in (gate, scale, shift)]
+    assert all(map(torch.equal, add_norm(x, x, gate, scale, shift, EPS), add_norm(x, x, *every, EPS)))
 
 
 def test_inputs_of_any_strides_are_taken():
     wide = random(2, 6, 128, dtype=torch.float32, seed=8)
     x, y = wide[:, :, :64], wide[:, :, 64:]
-    shift, scale, gate, *_ = modulations(2, 3, 64, torch.float32, seed=9)
-    assert torch.equal(norm_scale_shift(x, scale, shift, EPS), norm_scale_shift(x.clone(), scale.clone(), shift, EPS))
-    assert torch.equal(gated_add(x, y, gate), gated_add(x.clone(), y.clone(), gate.clone()))
+    shift, scale, gate, *_ = (part[:, :, ::2] for part in modulations(2, 3, 128, torch.float32, seed=9))
+    packed = (part.clone(memory_format=torch.contiguous_format) for part in (x, y, gate, scale, shift))
+    assert all(map(torch.equal, add_norm(x, y, gate, scale, shift, EPS), add_norm(*packed, EPS)))
 
 
 @pytest.mark.parametrize(
@@ -104,9 +114,8 @@ def test_inputs_of_any_strides_are_taken():
         ({"x": torch.zeros(1, 6, 64, dtype=torch.float64)}, "not torch.float64"),
         ({"x": torch.zeros(1, 6, 60)}, "widths up to 8192 in eights, not 60"),
         ({"x": torch.zeros(1, 6, 8200)}, "widths up to 8192 in eights, not 8200"),
-        ({"x": torch.zeros(1, 7, 64)}, r"torch.float32 \(1, 3, 64\) .* does not fit x torch.float32 \(1, 7, 64\)"),
-        ({"second": torch.zeros(1, 1, 64)}, r"\(1, 1, 64\) .* \[B, F or 1, D\]"),
-        ({"second": torch.zeros(1, 3, 128)[:, :, ::2]}, r"strides \(384, 128, 2\)"),
+        ({"x": torch.zeros(1, 7, 64)}, r"torch.float32 \(1, 3, 64\) does not fit x torch.float32 \(1, 7, 64\)"),
+        ({"second": torch.zeros(1, 1, 64)}, r"\(1, 1, 64\) does .* \[B, F or 1, D\]"),
         ({"second": torch.zeros(1, 3, 64).half()}, "torch.float16"),
     ],
 )
@@ -116,7 +125,9 @@ def test_launcher_refuses_with_the_value(change, message):
         norm_scale_shift(*(x.to(DEVICE) for x in arguments.values()), EPS)
 
 
-def test_gated_add_refuses_parts_that_differ():
+def test_add_norm_refuses_parts_that_differ():
     x, gate = torch.zeros(1, 6, 64, device=DEVICE), torch.zeros(1, 3, 64, device=DEVICE)
     with pytest.raises(ValueError, match=r"y must be torch.float32 \(1, 6, 64\) .* not torch.float32 \(1, 3, 64\)"):
-        gated_add(x, gate, gate)
+        add_norm(x, gate, gate, gate, gate, EPS)
+    with pytest.raises(ValueError, match=r"a modulation torch.float32 \(64,\) .* or \[D\] for the norm's own"):
+        add_norm(x, x, gate, gate, gate[0, 0], EPS)

@@ -42,8 +42,7 @@ LAUNCHED = (
     (selection, "_score"),
     (selection, "_score_parts"),
     (selection, "_select"),
-    (modulation, "_norm_scale_shift"),
-    (modulation, "_gated_add"),
+    (modulation, "_add_norm"),
 )
 
 
@@ -229,7 +228,9 @@ def call_modulation(width=1536, batch=1, dtype="bf16", tokens=1560, frames=3):
     x = empty(batch, frames * tokens, width, dtype=dtype)
     shift, scale, gate, *_ = empty(batch, frames, 6, width, dtype=dtype).unbind(2)
     modulation.norm_scale_shift(x, scale, shift, 1e-6)
-    modulation.gated_add(x, x, gate)
+    modulation.add_norm(x, x, gate, scale, shift, 1e-6)
+    modulation.add_norm(x, x, gate, *empty(2, width, dtype=dtype), 1e-6)
+    modulation.add_norm(x, x, None, scale, shift, 1e-6)
 
 
 CALLS = {"attention": call_attention, "store": call_store, "select": call_select, "modulation": call_modulation}

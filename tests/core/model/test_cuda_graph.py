@@ -363,7 +363,7 @@ def kernels(monkeypatch):
 
     entry("store", "fused_store", lambda args, kwargs: [part for part in kwargs["ring"] if part is not None])
     entry("modulation", "norm_scale_shift", lambda args, kwargs: [])
-    entry("modulation", "gated_add", lambda args, kwargs: [])
+    entry("modulation", "add_norm", lambda args, kwargs: [])
     return calls
 
 

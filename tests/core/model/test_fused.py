@@ -30,7 +30,7 @@ def ran(monkeypatch):
     """The kernels taken on the CPU too, and what ran: launcher names in order."""
     calls = []
     monkeypatch.setattr(fused, "DEVICES", ("cuda", "cpu"))
-    for kernel, function in ((store, "fused_store"), (modulation, "norm_scale_shift"), (modulation, "gated_add")):
+    for kernel, function in ((store, "fused_store"), (modulation, "norm_scale_shift"), (modulation, "add_norm")):
         plain = getattr(kernel, function)
 
         def counted(*arguments, plain=plain, function=function, **options):
@@ -75,8 +75,8 @@ def test_whole_video_equals_the_one_of_the_modules(dit, ran, case, monkeypatch):
     passes = 3 + 2
     followers = 2 if case.get("sink_rope") == "follow" else 0  # the sinks' own chunk keeps its originals
     assert ran.count("fused_store") == LAYERS * (passes - followers)
-    assert ran.count("gated_add") == 2 * (LAYERS * passes - 2)
-    assert ran.count("norm_scale_shift") == 2 * LAYERS * passes - 2 + passes - 2
+    assert ran.count("add_norm") == 3 * (LAYERS * passes - 2)
+    assert ran.count("norm_scale_shift") == passes  # the first layer's; the head's belongs to the last sum
     monkeypatch.setattr(fused, "DEVICES", ())
     modules = video(dit, **case)
     bound = 3e-3 if "kv" in case else 1e-4  # a value on the edge of two codes may fall to either
@@ -89,7 +89,7 @@ def test_norms_that_do_more_than_read_their_weights_are_left_alone(dit, ran):
     dit.blocks[1].self_attn.norm_k.weight_function = [lambda weight: weight]
     video(dit)
     assert "fused_store" not in ran
-    assert "gated_add" in ran
+    assert "add_norm" in ran
 
 
 def weight_set(make):
@@ -144,7 +144,7 @@ def test_weights_of_another_dtype_are_left_alone(dit, ran):
     assert fused._plain_weight(dit.blocks[1].self_attn.norm_q, x) is not None
 
 
-@pytest.mark.parametrize(("kernel", "function"), [(store, "fused_store"), (modulation, "gated_add")])
+@pytest.mark.parametrize(("kernel", "function"), [(store, "fused_store"), (modulation, "add_norm")])
 def test_a_kernel_that_fails_is_replaced_for_the_run_with_one_warning(dit, ran, monkeypatch, caplog, kernel, function):
     want = video(dit, size=(4, 10))
     broken = mock.Mock(side_effect=RuntimeError("PTX was compiled with an unsupported toolchain"))

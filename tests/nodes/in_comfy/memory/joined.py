@@ -4,7 +4,7 @@ import gc
 
 import card_runs as runs
 import torch
-from card_runs import CARD, card, management, sized
+from card_runs import CARD, card, management
 
 # The memory behind a tensor on this card, by which joined weights are found again.
 runs.OnCard.data_ptr = lambda tensor: tensor.held.data_ptr()
