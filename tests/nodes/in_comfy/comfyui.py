@@ -73,11 +73,25 @@ def infer():
     torch.set_num_threads(1)
 
 
+BUDGET = {"keep_frames": -1, "keep_sink": -1, "keep_near": -1}
+
+
 def applied(model, family="unknown", block="64", backend="auto"):
     """The MODEL that Light Forcing Apply makes."""
-    budget = {"keep_frames": -1, "keep_sink": -1, "keep_near": -1}
     apply = module("nodes.model.loader").LightForcingApply
-    return apply.execute(model, family, block=block, backend=backend, **budget)[0]
+    return apply.execute(model, family, block=block, backend=backend, **BUDGET)[0]
+
+
+def loaded(file, weight_dtype="default", family="self_forcing", *, lora="none", block="64"):
+    """The MODEL that Light Forcing Model Loader makes of a file in models/diffusion_models."""
+    node = module("nodes.model.loader").LightForcingModelLoader
+    return node.execute(file, weight_dtype, "auto", lora, family, block=block, backend="auto", **BUDGET)[0]
+
+
+def video_of(model, frames=6):
+    """The latents that our sampler makes with a MODEL, patched or not."""
+    patched = module("nodes.model.patch").patched(model, settings_of("self_forcing"))
+    return sample(patched, chunk_sampler(frames), noise_of((1, 16, frames, 8, 12)))
 
 
 def settings_of(family, **attention):

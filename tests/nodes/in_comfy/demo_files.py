@@ -10,7 +10,7 @@ from pathlib import Path
 import comfyui
 import torch
 
-demo_prompt, loader, patch = comfyui.modules("nodes", "demo_prompt", "model.loader", "model.patch")
+demo_prompt, patch = comfyui.modules("nodes", "demo_prompt", "model.patch")
 
 
 def has_prompt_node():
@@ -47,10 +47,7 @@ names = {kind: Path(file).name for kind, file in zip(KINDS, (demo_model.DIT, dem
 assert all(name in folder_paths.get_filename_list(kind) for kind, name in names.items())
 (stock,) = nodes.UNETLoader().load_unet(names["diffusion_models"], "default")
 (vae,) = nodes.VAELoader().load_vae(names["vae"])
-options = {"backend": "auto", "block": "16", "keep_frames": -1, "keep_sink": -1, "keep_near": -1}
-(ours,) = loader.LightForcingModelLoader.execute(
-    names["diffusion_models"], "default", "auto", "none", "auto", **options
-).args
+ours = comfyui.loaded(names["diffusion_models"], family="auto", block="16")
 assert type(stock.model).__name__ == "WAN21_CausalAR"
 assert type(vae.first_stage_model).__name__ == "WanVAE"
 assert patch.settings_of(ours).family.id == "demo"

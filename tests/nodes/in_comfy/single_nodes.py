@@ -1,14 +1,12 @@
-"""Single nodes, executed without a graph: what they ask for, refuse and write."""
-
-import shutil
+"""Single nodes, executed without a graph: what they ask for, make and refuse."""
 
 import comfyui
 import torch
 from comfyui import comfy
 
-decode, loader, patch = comfyui.modules("nodes", "vae.decode", "model.loader", "model.patch")
-text_embeds, schedule = comfyui.module("nodes.text_embeds"), comfyui.module("nodes.schedule")
-encode = comfyui.module("nodes.vae.encode")
+decode, encode, loader, patch, schedule = comfyui.modules(
+    "nodes", "vae.decode", "vae.encode", "model.loader", "model.patch", "schedule"
+)
 requests, asked = [], {}
 load = comfy.model_management.load_models_gpu
 comfy.model_management.load_models_gpu = lambda models, memory_required=0, **options: (
@@ -71,21 +69,3 @@ assert {name: (one.frames_per_chunk, one.target) for name, one in made.items()} 
 }
 assert "connect the MODEL" in comfyui.error_of(schedule.schedule_from, 81, {"preset": "auto"}, None)
 assert schedule.schedule_from(81, {"preset": "longlive"}, None).window == 12
-
-# Text embeddings: back as they were, whole or not at all.
-node_comfy = comfyui.module("nodes.comfy")
-folder = node_comfy.model_folder("text_embeds")
-stored = [[torch.randn(1, 12, 4096), {"pooled_output": None, "attention_mask": torch.ones(1, 12), "strength": 1.0}]]
-path = node_comfy.named_file(folder, "new folder/prompt")
-text_embeds.save_embeds(path, stored)
-((cond, extras),) = text_embeds.load_embeds(path)
-assert torch.equal(cond, stored[0][0])
-assert torch.equal(extras["attention_mask"], stored[0][1]["attention_mask"])
-assert (extras["pooled_output"], extras["strength"]) == (None, 1.0)
-assert "hooks" in comfyui.error_of(text_embeds.save_embeds, path, [[cond, {"hooks": object()}]])
-usage = shutil.disk_usage(folder)._replace(free=1000)
-shutil.disk_usage = lambda *_: usage
-full = folder / "full" / "prompt.safetensors"
-refused = comfyui.error_of(text_embeds.save_embeds, full, stored)
-assert ("full" in refused, "free" in refused) == (True, True)
-assert list(full.parent.glob("*")) == []

@@ -12,16 +12,11 @@ import comfy_kitchen.tensor.fp8
 import comfyui
 import torch
 from comfy.quant_ops import QuantizedTensor
-from comfyui import comfy
+from comfyui import comfy, video_of
 
-loader, patch = comfyui.modules("nodes", "model.loader", "model.patch")
 quantize = comfyui.module("lightforcing_core.fp8.linear")
 PLAIN, FP8, OUTLIER, CUT, CALIBRATED = sys.argv[4:9]
-FOLDER = f"{comfyui.BASE}/models/diffusion_models"
-SHAPE = (1, 16, 6, 8, 12)
 STOCK, ROWWISE = "TensorCoreFP8E4M3Layout", "LightForcingRowwiseFP8Layout"
-settings = comfyui.settings_of("self_forcing")
-noise = comfyui.noise_of(SHAPE)
 comfyui.infer()
 
 
@@ -32,10 +27,6 @@ def scaled_mm(x, weight, **options):
 comfy_kitchen.tensor.fp8.scaled_mm_v2 = scaled_mm
 
 
-def ours(file, weight_dtype="default"):
-    return loader.load_checkpoint(f"{FOLDER}/{file}", "auto", None, weight_dtype)
-
-
 def with_units(load, *arguments):
     supports = comfy.model_management.supports_fp8_compute
     comfy.model_management.supports_fp8_compute = lambda device=None: True
@@ -43,10 +34,6 @@ def with_units(load, *arguments):
         return load(*arguments)
     finally:
         comfy.model_management.supports_fp8_compute = supports
-
-
-def sample(model):
-    return comfyui.sample(patch.patched(model, settings), comfyui.chunk_sampler(SHAPE[2]), noise)
 
 
 def error(latents, reference):
@@ -74,36 +61,36 @@ def assert_holds(model, layout):
         assert (type(model.model).__name__, others) == ("WAN21_CausalAR", {torch.nn.Parameter})
 
 
-reference = sample(comfyui.load(PLAIN))
-reference_lora = sample(comfyui.with_lora(comfyui.load(PLAIN)))
+reference = video_of(comfyui.load(PLAIN))
+reference_lora = video_of(comfyui.with_lora(comfyui.load(PLAIN)))
 assert error(reference_lora, reference) > 0.2
 
 models = {
     "stock loader": (comfyui.load, FP8),
-    "our loader": (ours, FP8),
-    "fp8_rowwise": (ours, PLAIN, "fp8_rowwise"),
-    "fp8_e4m3fn": (ours, PLAIN, "fp8_e4m3fn"),
+    "our loader": (comfyui.loaded, FP8),
+    "fp8_rowwise": (comfyui.loaded, PLAIN, "fp8_rowwise"),
+    "fp8_e4m3fn": (comfyui.loaded, PLAIN, "fp8_e4m3fn"),
 }
 latents, errors = {}, {}
 for name, (load, *arguments) in models.items():
     model = load(*arguments)
-    latents[name] = sample(model)
+    latents[name] = video_of(model)
     errors[name] = error(latents[name], reference)
     if name != "fp8_e4m3fn":
         assert_holds(model, ROWWISE if name == "fp8_rowwise" else STOCK)
         assert 0.01 < errors[name] < 0.04, (name, errors)
 for name in ("stock loader", "fp8_rowwise"):
     load, *arguments = models[name]
-    assert 0.01 < error(sample(with_units(load, *arguments)), reference) < 0.04, name
+    assert 0.01 < error(video_of(with_units(load, *arguments)), reference) < 0.04, name
     # ComfyUI rounds the patched weights at random, which errs half as much again.
-    assert error(sample(comfyui.with_lora(load(*arguments))), reference_lora) < 0.09, name
+    assert error(video_of(comfyui.with_lora(load(*arguments))), reference_lora) < 0.09, name
 assert torch.equal(latents["stock loader"], latents["our loader"])
 assert errors["fp8_rowwise"] < errors["fp8_e4m3fn"]
 
 # fp8_rowwise holds exactly the rows that quantize.py computes, and ComfyUI requantises a patched one by rows again.
-model = ours(PLAIN, "fp8_rowwise")
+model = comfyui.loaded(PLAIN, "fp8_rowwise")
 held = model.model.diffusion_model.blocks[1].ffn[2].weight
-plain = comfy.utils.load_torch_file(f"{FOLDER}/{PLAIN}")["blocks.1.ffn.2.weight"]
+plain = comfy.utils.load_torch_file(f"{comfyui.BASE}/models/diffusion_models/{PLAIN}")["blocks.1.ffn.2.weight"]
 stored, scales = quantize.quantize_rows(plain)
 assert torch.equal(held._qdata.float(), stored.float())
 assert torch.equal(held._params.scale, scales)
@@ -140,14 +127,14 @@ for name in ("our loader", "fp8_rowwise"):
     assert 0 < error(layer(x[None, :, :256])[0], expected) < 0.03, name
 
 # A model whose feed-forward has a channel of 3000: its FP8 file without and with calibrated inputs, and by rows.
-reference = sample(comfyui.load(OUTLIER))
+reference = video_of(comfyui.load(OUTLIER))
 for arguments, least, most in (([CUT], 0.15, 1), ([CALIBRATED], 0.01, 0.04), ([OUTLIER, "fp8_rowwise"], 0.01, 0.045)):
-    found = error(sample(with_units(ours, *arguments)), reference)
+    found = error(video_of(with_units(comfyui.loaded, *arguments)), reference)
     assert least < found < most, (arguments, found)  # measured: 25 %, 2.6 % and 3.1 %
 for file, calibrated in ((CUT, False), (CALIBRATED, True)):
     layer = with_units(comfyui.load, file).model.diffusion_model.blocks[1].ffn[2]
     assert hasattr(layer, "input_scale") == calibrated
 
-refusal = comfyui.error_of(ours, FP8, "fp8_rowwise")
+refusal = comfyui.error_of(comfyui.loaded, FP8, "fp8_rowwise")
 assert "is quantised already" in refusal
 assert "set weight_dtype to default" in refusal

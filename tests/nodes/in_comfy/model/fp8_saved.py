@@ -4,25 +4,14 @@ from pathlib import Path
 
 import comfyui
 import torch
+from comfyui import loaded, video_of
 
 import comfy_extras.nodes_model_merging as merging  # isort: skip (comfyui adds its path)
 
-loader, patch = comfyui.modules("nodes", "model.loader", "model.patch")
 checkpoint = comfyui.module("lightforcing_core.checkpoint.load")
 PLAIN = "tiny_wan.safetensors"
 FOLDER = Path(comfyui.BASE, "models", "diffusion_models")
-SHAPE = (1, 16, 6, 8, 12)
-settings = comfyui.settings_of("self_forcing")
-noise = comfyui.noise_of(SHAPE)
 comfyui.infer()
-
-
-def ours(file, weight_dtype="default"):
-    return loader.load_checkpoint(str(FOLDER / file), "auto", None, weight_dtype)
-
-
-def sample(model):
-    return comfyui.sample(patch.patched(model, settings), comfyui.chunk_sampler(SHAPE[2]), noise)
 
 
 def saved(model, prefix):
@@ -32,21 +21,21 @@ def saved(model, prefix):
     return file.name
 
 
-model = ours(PLAIN, "fp8_rowwise")
-latents = sample(model)
+model = loaded(PLAIN, "fp8_rowwise")
+latents = video_of(model)
 file = saved(model, "saved_rows")
-again = ours(file)
+again = loaded(file)
 weight = again.model.diffusion_model.blocks[1].ffn[2].weight
 assert (weight._layout_cls, weight._params.scale.shape) == ("LightForcingRowwiseFP8Layout", (256, 1))
-assert torch.equal(sample(again), latents)
-assert torch.equal(sample(ours(saved(again, "saved_twice"))), latents)
+assert torch.equal(video_of(again), latents)
+assert torch.equal(video_of(loaded(saved(again, "saved_twice"))), latents)
 # It would take a scale per row for one per matrix.
 assert "fp8_rowwise of Light Forcing Model Loader" in comfyui.error_of(comfyui.load, file)
-refusal = comfyui.error_of(ours, file, "fp8_rowwise")
+refusal = comfyui.error_of(loaded, file, "fp8_rowwise")
 assert "is quantised already (fp8_rowwise of Light Forcing Model Loader" in refusal
-patched = comfyui.with_lora(ours(PLAIN, "fp8_rowwise"))
-expected = sample(patched)
-got = sample(ours(saved(patched, "saved_lora")))
+patched = comfyui.with_lora(loaded(PLAIN, "fp8_rowwise"))
+expected = video_of(patched)
+got = video_of(loaded(saved(patched, "saved_lora")))
 assert (expected - latents).norm() / latents.norm() > 0.2
 assert (got - expected).norm() / expected.norm() < 1e-5  # a LoRA is saved into the rows
 _, info = checkpoint.load_dit_state_dict(FOLDER / file)

@@ -6,7 +6,6 @@ import comfyui
 import torch
 from safetensors.torch import load_file, save_file
 
-loader = comfyui.module("nodes.model.loader")
 MODEL = Path(comfyui.BASE, "models", "diffusion_models", "tiny_wan.safetensors")
 LORA = Path(comfyui.BASE, "models", "loras", "of_another_kind.safetensors")
 LAYER = "blocks.1.self_attn.q"
@@ -20,8 +19,7 @@ def new(*shape):
 def loaded(parts, layer=LAYER):
     """Our loader's weights with a LoRA of one layer."""
     save_file({f"diffusion_model.{layer}.{part}": tensor for part, tensor in parts.items()}, LORA)
-    model = loader.load_checkpoint(str(MODEL), "auto", str(LORA), "default")
-    return model.model.diffusion_model.state_dict()
+    return comfyui.loaded(MODEL.name, lora=LORA.name).model.diffusion_model.state_dict()
 
 
 def error(parts, change):

@@ -10,23 +10,17 @@ import comfy_kitchen
 import comfyui
 import torch
 from comfyui import comfy
+from comfyui import loaded as ours
 from safetensors.torch import save_file
 
-loader, patch = comfyui.modules("nodes", "model.loader", "model.patch")
+loader = comfyui.module("nodes.model.loader")
 linear, scaled = comfyui.modules("lightforcing_core", "fp8.linear", "checkpoint.scaled")
 PLAIN = "tiny_wan.safetensors"
 ROWWISE, INT8, NVFP4 = "LightForcingRowwiseFP8Layout", "TensorWiseINT8Layout", "TensorCoreNVFP4Layout"
 FOLDER = f"{comfyui.BASE}/models/diffusion_models"
-SHAPE = (1, 16, 6, 8, 12)
-settings = comfyui.settings_of("self_forcing")
-noise = comfyui.noise_of(SHAPE)
 weights = comfy.utils.load_torch_file(f"{FOLDER}/{PLAIN}")
 LAYERS = [f"blocks.{i}.{name}" for i in range(2) for name in linear.LAYER_LINEARS]
 comfyui.infer()
-
-
-def ours(file, weight_dtype="default"):
-    return loader.load_checkpoint(f"{FOLDER}/{file}", "auto", None, weight_dtype)
 
 
 def saved(name, *makers, **others):
@@ -47,15 +41,11 @@ def held_by(model):
 
 def compare(model, expected, layouts, most):
     """Both hold the same numbers in these layouts and sample alike; no layer is further than `most` from the file."""
-    sample = [
-        comfyui.sample(patch.patched(one, settings), comfyui.chunk_sampler(SHAPE[2]), noise)
-        for one in (model, expected)
-    ]
     (held, plain), (_, wanted) = held_by(model), held_by(expected)
     errors = [(new - weights[f"{layer}.weight"]).norm() / new.norm() for layer, new in zip(LAYERS, plain, strict=True)]
     assert {getattr(weight, "_layout_cls", "plain") for weight in held} == layouts
     assert all(map(torch.equal, plain, wanted))
-    assert (sample[0] - sample[1]).abs().max() < 1e-5
+    assert (comfyui.video_of(model) - comfyui.video_of(expected)).abs().max() < 1e-5
     assert max(errors) < most, (layouts, max(errors))
 
 
@@ -103,10 +93,7 @@ compare(ours(saved("int8_lightx2v", int8)), comfyui.load(saved("int8_comfy", com
 compare(ours(saved("nvfp4_lightx2v", lightx2v_nvfp4)), comfyui.load(saved("nvfp4_comfy", nvfp4)), {NVFP4}, 0.12)
 compare(ours(saved("e5m2_scaled", e5m2, **legacy)), ours(saved("e5m2_plain", e5m2_product)), {"plain"}, 0.06)
 compare(ours(saved("attention_mark", lambda weight: {}, **choice)), ours(PLAIN), {"plain"}, 1e-6)
-fp8, (kitchen, torch_device) = (
-    ours("fp8_lightx2v.safetensors"),
-    (comfy_kitchen, comfy.model_management.get_torch_device),
-)
+fp8, torch_device = ours("fp8_lightx2v.safetensors"), comfy.model_management.get_torch_device
 sys.modules["comfy_kitchen"] = None  # as if it were not installed
 plain = ours("fp8_lightx2v.safetensors")
 sys.modules["comfy_kitchen"] = comfy_kitchen

@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(comfyui.PACK, "tests", "support")))
 import tape  # isort: skip
 
-chunk_sampler, patch, loader = comfyui.modules("nodes", "sampling.chunk_sampler", "model.patch", "model.loader")
+chunk_sampler, patch = comfyui.modules("nodes", "sampling.chunk_sampler", "model.patch")
 graphs = comfyui.module("lightforcing_core.model.cuda_graph")
 SHAPE = (1, 16, 9, 8, 12)
 settings = comfyui.settings_of("self_forcing", backend="reference")
@@ -29,11 +29,6 @@ def sample(model, on):
     return latents, launches, sampler.record.facts.get("CUDA graphs")
 
 
-def rowwise():
-    path = f"{comfyui.BASE}/models/diffusion_models/tiny_wan.safetensors"
-    return loader.load_checkpoint(path, "auto", None, "fp8_rowwise")
-
-
 def partly():
     """A model whose weights ComfyUI moves in while they are used."""
     model = comfyui.load("tiny_wan.safetensors")
@@ -48,7 +43,7 @@ for make, launched, note in (
     (lambda: comfyui.load("tiny_wan.safetensors"), 9, "9 steps launched as graphs"),  # three of a chunk's four
     (lambda: comfyui.load("tiny_causal.safetensors"), 9, "9 steps launched as graphs"),
     (lambda: comfyui.with_lora(comfyui.load("tiny_wan.safetensors")), 9, "9 steps launched as graphs"),
-    (rowwise, 0, MOVES.format("patch_embedding")),
+    (lambda: comfyui.loaded("tiny_wan.safetensors", "fp8_rowwise"), 0, MOVES.format("patch_embedding")),
     (partly, 0, MOVES.format("blocks.0.self_attn.q")),
 ):
     expected, *without = sample(make(), False)

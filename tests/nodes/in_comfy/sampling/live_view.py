@@ -4,15 +4,12 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
-from comfyui import load, module, noise_of, sample  # first: it adds ComfyUI to the path
+from comfyui import applied, load, module, noise_of, sample  # first: it adds ComfyUI to the path
 
 import latent_preview  # isort: skip
 import torch
 
 live_view = module("nodes.sampling.live_view")
-settings_from = module("nodes.model.loader").settings_from
-FAMILIES = module("lightforcing_core.families").FAMILIES
-patched = module("nodes.model.patch").patched
 chunk_sampler = module("nodes.sampling.chunk_sampler")
 
 shapes, filled = [], []
@@ -24,7 +21,7 @@ class ForeignPreviewer(latent_preview.LatentPreviewer):
         filled.append(int((x0[0].abs().amax((0, 2, 3)) > 0).sum()))
 
 
-model = patched(load("tiny_wan.safetensors"), settings_from(FAMILIES["unknown"], "auto", "64", -1, -1, -1))
+model = applied(load("tiny_wan.safetensors"))
 noise = noise_of((1, 16, 6, 8, 12))
 
 latent_preview.get_previewer = lambda *arguments: ForeignPreviewer()

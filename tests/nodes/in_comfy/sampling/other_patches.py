@@ -27,15 +27,7 @@ negative = [[torch.randn(1, 12, 4096, generator=generator), {}]]
 fresh = torch.randn(5, *SHAPE, generator=generator)
 stock = comfyui.load("tiny_wan.safetensors")
 other = comfyui.with_lora(stock)
-(ours,) = (
-    comfyui.module("nodes.model.loader")
-    .LightForcingModelLoader.execute(
-        "tiny_wan.safetensors",
-        *("default", "auto", "none", "unknown"),
-        **{"backend": "auto", "block": "64", "keep_frames": -1, "keep_sink": -1, "keep_near": -1},
-    )
-    .args
-)
+ours = comfyui.loaded("tiny_wan.safetensors", family="unknown")
 # Values by the type of an input, for those without a default.
 VALUES = {
     "IMAGE": image,
