@@ -3,6 +3,8 @@
 import pytest
 
 SCRIPTS = [
+    "light_import",
+    "node_texts",
     "single_nodes",
     "demo_files",
     "output_files",

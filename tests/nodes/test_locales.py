@@ -1,29 +1,23 @@
-"""Every input has its English text and no text is left over, and ComfyUI serves each language to its frontend."""
+"""ComfyUI serves each language, and the help pages in it, to its frontend."""
 
 import json
-from pathlib import Path
+import urllib.request
 
 import pytest
 
-LOCALES = Path(__file__).resolve().parents[2] / "locales"
+from .conftest import ROOT
 
-
-def read(language, name):
-    return json.loads((LOCALES / language / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def test_schemas_show_all_english_texts(run_inside):
-    expected = run_inside("node_texts")
-    found = read("en", "nodeDefs")
-    assert set(found) == set(expected)
-    for node, texts in expected.items():
-        assert found[node] == texts, node
+DOCS = ROOT / "nodes" / "web" / "docs"
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_host_serves_the_texts(server, language):
+def test_host_serves_texts_and_help_pages(server, language):
     served = server.get("/i18n")[language]
-    assert served["nodeDefs"].items() >= read(language, "nodeDefs").items()
-    assert served["settings"].items() >= read(language, "settings").items()
-    for section, texts in read(language, "main").items():
-        assert served[section].items() >= texts.items()
+    for part in ("nodeDefs", "settings", "main"):
+        texts = json.loads((ROOT / "locales" / language / f"{part}.json").read_text(encoding="utf-8"))
+        for section, found in {part: texts}.items() if part != "main" else texts.items():
+            assert served[section].items() >= found.items()
+    for node in served["nodeDefs"].keys() & {path.stem for path in DOCS.glob("*.md")}:
+        place = f"{node}.md" if language == "en" else f"{node}/{language}.md"
+        with urllib.request.urlopen(f"{server.url}/extensions/Renamed_pack-2/docs/{place}", timeout=30) as answer:
+            assert answer.read().decode() == (DOCS / place).read_text(encoding="utf-8")

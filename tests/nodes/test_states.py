@@ -58,19 +58,6 @@ def test_killed_and_resumed_equals_uninterrupted(server, killed, folder):
     assert (latents_of(server, prompt) == expected).all()  # nothing is left to make
 
 
-def test_finished_run_is_lengthened(server, folder):
-    def run(length, state=None):
-        prompt = graph({"model": loader()}, latent=empty(length), schedule=link("plan"))
-        prompt["plan"] = schedule(length, target=0.0)
-        if state:
-            prompt["state"] = state
-            prompt["sampler"]["inputs"]["state"] = link("state")
-        return latents_of(server, prompt)
-
-    run(21, save_state("short"))
-    assert (run(33, load_state("short_00001.safetensors")) == run(33)).all()
-
-
 @pytest.fixture(scope="module")
 def stored(server, folder):
     server.run({**graph({"model": loader()}, state=link("state")), "state": save_state("stored")})

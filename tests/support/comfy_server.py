@@ -146,6 +146,11 @@ class ComfyServer:
                         found.append(self.base / value["type"] / value["subfolder"] / value["filename"])
         return found
 
+    def executed(self, entry: dict[str, Any]) -> set[str]:
+        """The nodes that ran and were not taken from the cache."""
+        cached = [data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached"]
+        return set(entry["prompt"][2]).difference(*cached)
+
     def interrupt(self) -> None:
         self.post("/interrupt", {})
 

@@ -2,7 +2,8 @@
 
 import itertools
 
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 WIDTH, HEIGHT, LENGTH = 96, 64, 21
 EMBEDS, OTHER_EMBEDS = "panda.safetensors", "rain.safetensors"
@@ -86,9 +87,37 @@ def video_output(prefix, **inputs):
 
 
 def latents_of(server, prompt):
-    entry = server.run(prompt)
+    return saved_latents(server, server.run(prompt))
+
+
+def saved_latents(server, entry):
     (path,) = [path for path in server.files(entry) if path.suffix == ".latent"]
     return load_file(path)["latent_tensor"]
+
+
+def load_latent(name):
+    return {"class_type": "LoadLatent", "inputs": {"latent": name}}
+
+
+def save_latent(models, name, latents):
+    """A file in the server's input folder, for `load_latent`."""
+    save_file({"latent_tensor": latents, "latent_format_version_0": torch.zeros(0)}, models / "input" / name)
+
+
+def vae_loader(name="tiny_lightvae.safetensors"):
+    return {"class_type": "VAELoader", "inputs": {"vae_name": name}}
+
+
+def image_to_video(size, length):
+    """ComfyUI's node that gives a MODEL a start image, from nodes "unet", "vae" and "image"."""
+    inputs = {name: link(source) for name, source in (("model", "unet"), ("vae", "vae"), ("start_image", "image"))}
+    size = {"width": size[0], "height": size[1], "length": length, "batch_size": 1}
+    return {"class_type": "ARVideoI2V", "inputs": {**inputs, **size}}
+
+
+def empty_image(color=0):
+    inputs = {"width": WIDTH, "height": HEIGHT, "batch_size": 1, "color": color}
+    return {"class_type": "EmptyImage", "inputs": inputs}
 
 
 def graph(models, *, latent=None, vae=False, seed=3, **sampler):
@@ -114,7 +143,7 @@ def graph(models, *, latent=None, vae=False, seed=3, **sampler):
         },
     }
     if vae:
-        prompt["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}}
+        prompt["vae"] = vae_loader()
         prompt["sampler"]["inputs"]["vae"] = link("vae")
         prompt["images"] = save_images(link("sampler", 1))
     return prompt

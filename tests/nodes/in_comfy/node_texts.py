@@ -1,17 +1,18 @@
-"""The texts of every node's schema in the form of locales/en/nodeDefs.json, printed as JSON."""
+"""Every node's schema: its numbers are bounded, and its texts are those of locales/en/nodeDefs.json."""
 
 import json
+from pathlib import Path
 
 import comfyui
 
 
 def inputs_of(fields, prefix=""):
-    """(key, name, options) of every input. The frontend names an input of a preset `preset.name`, and turns dots into
-    underscores when it looks texts up."""
+    """(key, name, type, options) of every input. The frontend names an input of a preset `preset.name`, and turns
+    dots into underscores when it looks texts up."""
     for group in ("required", "optional"):
         for name, spec in fields.get(group, {}).items():
             options = spec[1] if len(spec) > 1 else {}
-            yield f"{prefix}{name}", name, options
+            yield f"{prefix}{name}", name, spec[0], options
             if spec[0] == "COMFY_DYNAMICCOMBO_V3":
                 for option in options["options"]:
                     yield from inputs_of(option["inputs"], f"{prefix}{name}_")
@@ -30,7 +31,16 @@ for node in comfyui.module("nodes").NODES:
     texts[node.GET_SCHEMA().node_id] = {
         "display_name": info["display_name"],
         "description": info["description"],
-        "inputs": {key: {"name": name, "tooltip": o["tooltip"]} for key, name, o in inputs_of(info["input"])},
+        "inputs": {key: {"name": name, "tooltip": o["tooltip"]} for key, name, _, o in inputs_of(info["input"])},
         "outputs": dict(outputs_of(info)),
     }
-print(json.dumps(texts))
+    assert info["category"] == "Light Forcing"
+    for key, _, kind, options in inputs_of(info["input"]):
+        if kind in ("INT", "FLOAT"):
+            assert options["min"] <= options["default"] <= options["max"], (info["name"], key)
+            assert "step" in options, (info["name"], key)
+        assert "default" in options or kind not in ("STRING", "BOOLEAN"), (info["name"], key)
+found = json.loads(Path(comfyui.PACK, "locales", "en", "nodeDefs.json").read_text(encoding="utf-8"))
+assert found.keys() == texts.keys()
+for name, expected in texts.items():
+    assert found[name] == expected, name

@@ -2,18 +2,21 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ...support.graphs import (
     HEIGHT,
     WIDTH,
     custom_graph,
     empty,
+    empty_image,
     graph,
     latents_of,
     link,
+    load_latent,
     load_state,
     loader,
+    save_latent,
     save_state,
     schedule,
 )
@@ -21,15 +24,11 @@ from ...support.graphs import (
 CLOSE = 1e-5  # the rounding of two changes of latent space
 
 
-def load_latent(name):
-    return {"class_type": "LoadLatent", "inputs": {"latent": name}}
-
-
 @pytest.fixture(scope="module")
 def end(models):
     """A latent frame in the VAE's space, in the server's input folder as end.latent."""
     latents = torch.randn(1, 16, 1, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(12))
-    save_file({"latent_tensor": latents, "latent_format_version_0": torch.zeros(0)}, models / "input" / "end.latent")
+    save_latent(models, "end.latent", latents)
     return latents
 
 
@@ -51,8 +50,7 @@ def test_last_image_is_encoded_and_decoded_at_the_end(server, encode):
         {"place": "end"} if encode == "LightForcingEncode" else {}
     )
     prompt["end"] = {"class_type": encode, "inputs": inputs}
-    picture = {"width": WIDTH, "height": HEIGHT, "batch_size": 1, "color": 0x3080D0}
-    prompt["image"] = {"class_type": "EmptyImage", "inputs": picture}
+    prompt["image"] = empty_image(0x3080D0)
     prompt["save end"] = {"class_type": "SaveLatent", "inputs": {"samples": link("end"), "filename_prefix": "ends/end"}}
     entry = server.run(prompt)
     files = server.files(entry)

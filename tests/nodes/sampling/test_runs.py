@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ...support.comfy_server import Interrupted
 from ...support.graphs import (
@@ -16,12 +16,18 @@ from ...support.graphs import (
     core_loader,
     custom_graph,
     empty,
+    empty_image,
     graph,
+    image_to_video,
     latents_of,
     link,
+    load_latent,
     loader,
     save_images,
+    save_latent,
+    saved_latents,
     schedule,
+    vae_loader,
 )
 
 
@@ -52,15 +58,6 @@ def test_lora_changes_the_video_the_same_through_node_and_loader(server):
     assert (behind - without).abs().max() > 0.05
     assert (behind - before).abs().max() <= 1e-5
     assert (behind - merged).abs().max() <= 1e-2
-
-
-def test_batch_of_two_holds_two_videos(server):
-    prompt = graph({"model": loader()}, latent=empty(batch_size=2), vae=True)
-    entry = server.run(prompt)
-    latents = load_file(next(path for path in server.files(entry) if path.suffix == ".latent"))["latent_tensor"]
-    assert latents.shape[0] == 2
-    assert (latents[0] - latents[1]).abs().max() > 0.1
-    assert len([path for path in server.files(entry) if path.suffix == ".png"]) == 2 * LENGTH
 
 
 def test_frames_decoded_while_sampling_equal_those_decoded_later(server):
@@ -96,10 +93,9 @@ def test_continuing_from_the_first_half_equals_the_whole(server, models):
     whole = latents_of(
         server, graph({"model": loader()}, latent=empty(33), schedule=link("plan")) | {"plan": schedule(33)}
     )
-    half = whole[:, :, :3].clone()
-    save_file({"latent_tensor": half, "latent_format_version_0": half.new_zeros(0)}, models / "input" / "half.latent")
+    save_latent(models, "half.latent", whole[:, :, :3].clone())
     prompt = graph({"model": loader()}, latent=empty(33), schedule=link("plan"), start_latent=link("half"))
-    prompt |= {"plan": schedule(33), "half": {"class_type": "LoadLatent", "inputs": {"latent": "half.latent"}}}
+    prompt |= {"plan": schedule(33), "half": load_latent("half.latent")}
     continued = latents_of(server, prompt)
     assert (continued - whole).abs().max() <= 1e-3
 
@@ -122,44 +118,25 @@ def test_cancelled_run_leaves_a_healthy_server(server):
     assert time.monotonic() - asked < 20
     server.free()  # so that nothing of the first run is left to answer from
     entry = server.run(graph({"model": loader()}, seed=9))
-    (path,) = server.files(entry)
-    cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
-    assert "sampler" not in cached
-    assert (load_file(path)["latent_tensor"] == expected).all()
+    assert "sampler" in server.executed(entry)
+    assert (saved_latents(server, entry) == expected).all()
     assert server.resident_bytes() - before < 200 * 2**20
 
 
-def test_core_template_runs_with_our_sampler_and_its_start_image(server):
-    """ComfyUI's image-to-video template for Causal Forcing; a start latent of the same image gives the same video."""
-
-    template = {
-        "unet": core_loader("causal_forcing-framewise.safetensors"),
-        "vae": {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}},
-        "image": {
-            "class_type": "EmptyImage",
-            "inputs": {"width": WIDTH, "height": HEIGHT, "batch_size": 1, "color": 0x40A0C0},
-        },
-    }
-
-    def video(models, latent, **select):
-        prompt = custom_graph({**template, **models}, **select)
-        prompts = {"positive": link("text"), "negative": link("text")}
-        prompt["guider"] = {"class_type": "CFGGuider", "inputs": {"model": link("model"), **prompts, "cfg": 1.0}}
-        prompt["sampler"]["inputs"]["latent_image"] = latent
-        return latents_of(server, prompt)
-
-    size = {"width": WIDTH, "height": HEIGHT, "length": 13, "batch_size": 1}
-    inputs = {"model": link("unet"), "vae": link("vae"), "start_image": link("image"), **size}
-    start = {"class_type": "ARVideoI2V", "inputs": inputs}
+def test_start_image_of_core_equals_a_start_latent_and_a_named_file_needs_no_apply(server):
+    """As in ComfyUI's image-to-video template for Causal Forcing."""
     encode = {"class_type": "VAEEncode", "inputs": {"pixels": link("image"), "vae": link("vae")}}
-    theirs = video({"start": start, "model": apply(link("start"))}, link("start", 1))
-    ours = video(
-        {"model": apply(link("unet")), "start": encode, "short": empty(13)}, link("short"), start_latent=link("start")
+    nodes = {"vae": vae_loader(), "image": empty_image(0x40A0C0), "encoded": encode}
+    nodes["unet"] = core_loader("causal_forcing-framewise.safetensors")
+    start = image_to_video((WIDTH, HEIGHT), 13)
+    alone, applied, given = (
+        latents_of(server, graph({**nodes, **models}, latent=empty(13), **options))
+        for models, options in (
+            ({"model": start}, {}),
+            ({"start": start, "model": apply(link("start"))}, {}),
+            ({"model": apply(link("unet"))}, {"start_latent": link("encoded")}),
+        )
     )
-    assert (theirs == ours).all()
-    assert theirs[:, :, 0].std() < theirs[:, :, 1].std()
-
-    # The sampling node needs no Apply, because the file's name shows the family.
-    both = {"start": start, "model": apply(link("start"))}, {"model": start}
-    applied, alone = (latents_of(server, graph({**template, **models}, latent=empty(13))) for models in both)
     assert (applied == alone).all()
+    assert (applied == given).all()
+    assert applied[:, :, 0].std() < applied[:, :, 1].std()
