@@ -11,13 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from lightforcing.lightforcing_core.files.video import VideoWriter
-
-from ..nodes.conftest import comfyui, models, server  # noqa: F401
+from ..nodes.conftest import comfyui, models, server, start_server  # noqa: F401
 from ..support.comfy_server import ComfyServer
 
 HERE = Path(__file__).resolve().parent
@@ -51,15 +47,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def media(models: Path) -> None:  # noqa: F811
-    """The image and the clip that the workflows start from."""
-    pixels = np.random.default_rng(0).integers(0, 256, (9, 90, 120, 3), dtype=np.uint8)
-    Image.fromarray(pixels[0]).save(models / "input" / "example.png")
-    with VideoWriter(models / "input" / "example.mp4", height=90, width=120, fps=16) as video:
-        video.write(pixels)
-
-
-@pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright  # not there where these tests skip
 
@@ -70,12 +57,12 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(params=["litegraph", "vue"])
-def canvas(request: pytest.FixtureRequest, server: ComfyServer, browser: Any, tmp_path: Path) -> Iterator["Canvas"]:  # noqa: F811
+def canvas(request: pytest.FixtureRequest, server: ComfyServer, browser: Any) -> Iterator["Canvas"]:  # noqa: F811
     """The frontend with an empty graph, once with nodes drawn by litegraph and once by Vue."""
     settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": request.param == "vue"}
     server.post("/settings", settings)
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
-    opened = Canvas(page, server.url, tmp_path)
+    opened = Canvas(page, server.url)
     yield opened
     page.close()
     assert not opened.errors
@@ -84,8 +71,8 @@ def canvas(request: pytest.FixtureRequest, server: ComfyServer, browser: Any, tm
 class Canvas:
     """One open page. `errors` holds what went wrong in it since it was ready."""
 
-    def __init__(self, page: Any, url: str, folder: Path) -> None:
-        self.page, self.folder = page, folder
+    def __init__(self, page: Any, url: str) -> None:
+        self.page = page
         self.errors: list[str] = []
         page.goto(url)
         page.wait_for_function("window.app?.isGraphReady && !!window.app.extensionManager")
@@ -111,11 +98,6 @@ class Canvas:
         """Load a UI-form workflow."""
         self.evaluate("(document) => app.loadGraphData(document)", document)
         self.wait_for(f"app.rootGraph.nodes.length >= {len(document['nodes'])}")
-
-    def screenshot(self, name: str) -> Path:
-        path = self.folder / f"{name}.png"
-        self.page.screenshot(path=path)
-        return path
 
     def nodes(self) -> list[dict[str, Any]]:
         """Type, and whether the frontend knows it, of every node, those in subgraphs too."""

@@ -32,7 +32,7 @@ BARS = """(id) => {
 
 
 @pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
-def test_templates_open_from_browse_templates_with_nothing_missing(canvas, models, media):
+def test_templates_open_from_browse_templates_with_nothing_missing(canvas, models):
     page = canvas.page
     for name in NAMES:
         canvas.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
@@ -44,7 +44,6 @@ def test_templates_open_from_browse_templates_with_nothing_missing(canvas, model
             "(name) => document.querySelector(`[data-testid='template-workflow-${name}'] img`)?.naturalWidth > 0",
             arg=name,
         )
-        canvas.screenshot(f"templates_{name}")
         card.click()
         document = workflow(name)
         canvas.wait_for(f"app.rootGraph.nodes.length === {len(document['nodes'])}")
@@ -57,16 +56,14 @@ def test_templates_open_from_browse_templates_with_nothing_missing(canvas, model
         assert canvas.evaluate("() => app.canvas.ds.scale") > 0.6, name  # below 0.57 litegraph draws no text
         if not wanted:  # the quickstart's files come with the pack
             assert missing.count() == 0
-            canvas.screenshot(f"opened_{name}")
             continue
         missing.click()
         downloads = page.get_by_text("Download", exact=True)
         downloads.first.wait_for()
         assert downloads.count() == len(wanted) - sum(there) > 0
-        canvas.screenshot(f"opened_{name}")
 
 
-def test_workflows_open_at_their_own_scale_and_no_node_covers_another(canvas, media):
+def test_workflows_open_at_their_own_scale_and_no_node_covers_another(canvas):
     for name in NAMES:
         document = workflow(name)
         canvas.open_graph(document)
@@ -76,12 +73,11 @@ def test_workflows_open_at_their_own_scale_and_no_node_covers_another(canvas, me
         for (one, x, y, width, height), (other, left, top, wide, high) in itertools.combinations(boxes, 2):
             beside = x + width <= left or left + wide <= x
             assert beside or y + height <= top or top + high <= y, f"{name}: {one} and {other}"
-        canvas.screenshot(name)
 
 
 @pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
 @pytest.mark.parametrize("name", NAMES)
-def test_canvas_and_api_form_send_the_same_prompt(canvas, media, name):
+def test_canvas_and_api_form_send_the_same_prompt(canvas, name):
     """A newer ComfyUI may add inputs to its nodes, if both forms leave them at the same default."""
 
     def sent_now():
@@ -125,14 +121,12 @@ def test_plot_follows_the_widgets(canvas):
     assert lower["model_ratio"] > custom["model_ratio"]
     canvas.evaluate(SET_WIDGET, [schedule, "preset.window", 2])
     assert "use at least 3" in shown("n.error")[0]["error"]
-    canvas.screenshot("plot_error")
     canvas.evaluate(SET_WIDGET, [schedule, "preset.window", 0])
     canvas.evaluate(SET_WIDGET, [length, "value", 33])
     shown("n.lengths?.length === 3")
     canvas.evaluate(SET_WIDGET, [schedule, "preset", "auto"])
     canvas.evaluate(SET_WIDGET, [loader, "model_name", "long_video_gen.pt"])
     assert shown("n.title === 'Light Forcing, long video'")[0]["window"] == 12
-    canvas.screenshot("plot")
 
 
 def test_custom_schedule_survives_saving(canvas):
@@ -170,7 +164,6 @@ def test_video_grows_on_the_sampler_and_ends_on_the_canvas(canvas):
         )
         if until and (until, pictures) not in seen:
             seen.append((until, pictures))
-            canvas.screenshot(f"growing_{len(seen)}")
         said.add(line)
         if not live:
             break
@@ -185,7 +178,6 @@ def test_video_grows_on_the_sampler_and_ends_on_the_canvas(canvas):
     canvas.wait_for("[...document.querySelectorAll('video')].some((video) => video.videoWidth > 0)")
     size = canvas.evaluate("() => { const v = document.querySelector('video'); return [v.videoWidth, v.videoHeight]; }")
     assert size == [WIDTH, HEIGHT]
-    canvas.screenshot("done")
 
 
 @pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
@@ -201,7 +193,6 @@ def test_switched_off_the_hosts_own_preview_is_shown(canvas):
     assert canvas.evaluate("() => window.sheets") >= 3
     assert canvas.evaluate(f"() => {VIEW.format(id=sampler)} === undefined")
     assert canvas.evaluate(f"() => app.nodeOutputs[{schedule}]") is None  # the plot is there without a picture
-    canvas.screenshot("stock")
     canvas.evaluate(f"() => {setting.format('true')}")
 
 
@@ -216,7 +207,6 @@ def test_blueprint_is_in_the_node_library_and_runs_as_one_node(canvas):
     assert [node for node in canvas.nodes() if not node["known"]] == []
     inside = "app.rootGraph.nodes[0].subgraph.nodes.find((node) => node.type === 'LightForcingSchedule')"
     canvas.wait_for(f"{inside}.lightForcingPlot.numbers?.lengths?.length === 7")  # read across the subgraph's border
-    canvas.screenshot("blueprint")
     prompt = canvas.evaluate(PROMPT)
     kinds = {node["class_type"]: node["inputs"] for node in prompt.values()}
     assert {"LightForcingModelLoader", "LightForcingSchedule", "LightForcingSampler", "CreateVideo"} <= set(kinds)

@@ -55,7 +55,6 @@ def test_subgraph_node_shows_what_the_sampler_in_it_makes(canvas):
         f"app.rootGraph.getNodeById({outer}).lightForcingScreen.line.textContent"
     )
     assert re.match(r"chunk \d/8 · step \d/4 · .*density \d+ %", said)
-    canvas.screenshot("subgraph")
     canvas.wait_for(f"{view}.until === {LENGTH + 48} && !{view}.live", seconds=120)
     saved = canvas.evaluate("() => app.rootGraph.serialize()")
     (node,) = [node for node in saved["nodes"] if node["id"] == outer]

@@ -7,16 +7,23 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from lightforcing.lightforcing_core.files.tensors import write_tensors
+from lightforcing.lightforcing_core.files.video import VideoWriter
 from lightforcing.lightforcing_core.model.wan import random_state_dict
+from lightforcing.lightforcing_core.rollout.text_embeds import save_embeds
 from lightforcing.lightforcing_core.vae.wan_vae import random_vae_state_dict
 
+from ..support.checkpoint_samples import prefixed
 from ..support.comfy_server import ComfyServer, environment
 from ..support.graphs import EMBEDS, OTHER_EMBEDS
 from ..support.tiny_demo import write_tiny_demo
@@ -44,55 +51,60 @@ def comfyui() -> tuple[Path, str]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base directory whose models/ holds tiny weights in the published layouts."""
-    base = tmp_path_factory.mktemp("comfy")
-    folders = {name: base / "models" / name for name in ("diffusion_models", "vae", "loras", "text_embeds")}
-    for folder in folders.values():
-        folder.mkdir(parents=True)
-    dit = random_state_dict(dim=256, ffn_dim=512, layers=2, text_dim=TEXT_DIM, seed=1)
-    save_file(dit, folders["diffusion_models"] / "tiny_wan.safetensors")
+    """A base directory whose models/ holds tiny weights in the published layouts, and input/ a picture and a clip."""
+    base = write_tiny_demo(tmp_path_factory.mktemp("comfy") / "models").parent
+    folder = base / "models" / "diffusion_models"
+    dit, plain = (random_state_dict(dim=256, ffn_dim=512, layers=2, text_dim=TEXT_DIM, seed=seed) for seed in (1, 2))
     causal = {"config": json.dumps({"transformer": {"causal_ar": True}})}
-    save_file(dit, folders["diffusion_models"] / "tiny_causal.safetensors", metadata=causal)
-    plain = random_state_dict(dim=256, ffn_dim=512, layers=2, text_dim=TEXT_DIM, seed=2)
-    container = {"generator": _prefixed("model.", plain), "generator_ema": _prefixed("model.", dit)}
-    torch.save(container, folders["diffusion_models"] / "self_forcing_dmd.pt")
-    torch.save({"generator_ema": container["generator_ema"]}, folders["diffusion_models"] / "long_video_gen.pt")
-    save_file(dit, folders["diffusion_models"] / "causal_forcing-framewise.safetensors")
-    i2v = random_state_dict(dim=256, ffn_dim=512, layers=2, text_dim=TEXT_DIM, seed=1)
-    i2v["patch_embedding.weight"] = torch.randn(256, 36, 1, 2, 2) * 0.1
-    save_file(i2v, folders["diffusion_models"] / "wan_i2v.safetensors")
-    save_file({"a.weight": torch.zeros(4, 4)}, folders["diffusion_models"] / "no_wan.safetensors")
-    save_file(random_vae_state_dict(dim=8, seed=3), folders["vae"] / "tiny_lightvae.safetensors")
-    metadata = {"format": "light_forcing_text_embeds", "entries": json.dumps([{"pooled_output": None}])}
-    for seed, name in ((5, EMBEDS), (6, OTHER_EMBEDS)):
-        cond = torch.randn(1, 12, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
-        save_file({"0.cond": cond}, folders["text_embeds"] / name, metadata=metadata)
+    for name, stored, metadata in (
+        ("tiny_wan", dit, None),
+        ("tiny_causal", dit, causal),
+        ("causal_forcing-framewise", dit, None),
+        ("wan_i2v", dit | {"patch_embedding.weight": torch.randn(256, 36, 1, 2, 2) * 0.1}, None),
+    ):
+        save_file(stored, folder / f"{name}.safetensors", metadata=metadata)
+    ema = {"generator_ema": prefixed(dit, "model.")}
+    torch.save(ema | {"generator": prefixed(plain, "model.")}, folder / "self_forcing_dmd.pt")
+    torch.save(ema, folder / "long_video_gen.pt")
+    write_tensors(base / "models" / "vae" / "tiny_lightvae.safetensors", random_vae_state_dict(dim=8, seed=3), {})
     generator = torch.Generator().manual_seed(4)
     lora = {}
-    for layer in range(2):
-        for name in ("q", "k", "v", "o"):
-            key = f"diffusion_model.blocks.{layer}.self_attn.{name}"
-            lora[f"{key}.lora_A.weight"] = torch.randn(4, 256, generator=generator) * 0.2
-            lora[f"{key}.lora_B.weight"] = torch.randn(256, 4, generator=generator) * 0.2
-    save_file(lora, folders["loras"] / "tiny_lora.safetensors")
-    write_tiny_demo(base / "models")
+    for key in (f"diffusion_model.blocks.{layer}.self_attn.{name}" for layer in range(2) for name in "qkvo"):
+        lora[f"{key}.lora_A.weight"] = torch.randn(4, 256, generator=generator) * 0.2
+        lora[f"{key}.lora_B.weight"] = torch.randn(256, 4, generator=generator) * 0.2
+    write_tensors(base / "models" / "loras" / "tiny_lora.safetensors", lora, {})
+    for seed, name in ((5, EMBEDS), (6, OTHER_EMBEDS)):
+        cond = torch.randn(1, 12, TEXT_DIM, generator=torch.Generator().manual_seed(seed))
+        save_embeds(base / "models" / "text_embeds" / name, [[cond, {"pooled_output": None}]])
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 90, 120, 3), dtype=np.uint8)
+    with VideoWriter(base / "input" / "example.mp4", height=90, width=120, fps=16) as video:
+        video.write(pixels)
+    Image.fromarray(pixels[0]).save(base / "input" / "example.png")
     return base
 
 
-def _prefixed(prefix: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {prefix + key: tensor for key, tensor in state_dict.items()}
+@pytest.fixture(scope="session")
+def start_server(comfyui: tuple[Path, str]) -> Callable[..., Any]:
+    """Start ComfyUI on a base directory with the pack linked under a folder name, until the end of the block."""
+
+    @contextmanager
+    def start(base: Path, pack_folder: str) -> Iterator[ComfyServer]:
+        checkout, python = comfyui
+        running = ComfyServer(python, checkout, base, ROOT, pack_folder)
+        try:
+            running.wait_until_ready()
+            yield running
+        finally:
+            running.stop()
+
+    return start
 
 
 @pytest.fixture(scope="session")
-def server(comfyui: tuple[Path, str], models: Path) -> Iterator[ComfyServer]:
+def server(start_server: Callable[..., Any], models: Path) -> Iterator[ComfyServer]:
     """A running server with the pack linked under a folder name that means nothing."""
-    checkout, python = comfyui
-    running = ComfyServer(python, checkout, models, ROOT, "Renamed_pack-2")
-    try:
-        running.wait_until_ready()
+    with start_server(models, "Renamed_pack-2") as running:
         yield running
-    finally:
-        running.stop()
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,7 @@ import time
 
 import pytest
 
-from ..support.comfy_server import ComfyServer
 from ..support.graphs import empty, graph, latents_of, link, load_state, loader, save_state, schedule
-from .conftest import ROOT
 
 LENGTH = 93  # 24 latent frames: 8 chunks
 
@@ -27,21 +25,16 @@ def folder(server):
 
 
 @pytest.fixture(scope="module")
-def killed(comfyui, models, tmp_path_factory):
+def killed(start_server, models, tmp_path_factory):
     """The state that a server leaves which is killed in the middle of a run."""
-    checkout, python = comfyui
     base = tmp_path_factory.mktemp("doomed")
     (base / "models").symlink_to(models / "models", target_is_directory=True)
-    doomed = ComfyServer(python, checkout, base, ROOT, "pack")
-    try:
-        doomed.wait_until_ready()
+    with start_server(base, "pack") as doomed:
         doomed.queue(long_run(save_state("kept/run")))
         state, deadline = base / "output" / "light_forcing" / "kept" / "run_00001.safetensors", time.monotonic() + 60
         while not state.exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         doomed.kill()
-    finally:
-        doomed.stop()
     return state
 
 

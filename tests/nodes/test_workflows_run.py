@@ -9,24 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lightforcing.lightforcing_core.files.video import VideoWriter
-
 from ..support.graphs import EMBEDS, HEIGHT, OTHER_EMBEDS, WIDTH, text
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = tuple(sorted(path.stem for path in WORKFLOWS.glob("*.json")))
-LENGTH, GIVEN = 33, 9  # video frames: three chunks in all, one to continue from
+LENGTH = 33  # video frames: three chunks
 SIZES = {"Length": LENGTH, "Width": WIDTH, "Height": HEIGHT}
 
 
 @pytest.fixture
-def tiny_prompt(models):
+def tiny_prompt():
     """A workflow's API form at a tiny size, its text encoder replaced by a stored embedding."""
-    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(models / "input" / "example.png")
-    clip = np.random.default_rng(1).integers(0, 256, (GIVEN, 90, 120, 3), dtype=np.uint8)
-    with VideoWriter(models / "input" / "example.mp4", height=90, width=120, fps=16) as video:
-        video.write(clip)
 
     def build(prompt):
         for node_id, node in list(prompt.items()):

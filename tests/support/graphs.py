@@ -149,6 +149,17 @@ def graph(models, *, latent=None, vae=False, seed=3, **sampler):
     return prompt
 
 
+CAPTION = "on a plain background a red circle moves right slowly"
+
+
+def demo_graph(caption=CAPTION, **inputs):
+    """A whole run of the demo model, its frames saved."""
+    models = {"model": loader(model_name="light_forcing_demo.safetensors", block="16")}
+    prompt = graph(models, latent=empty(length=33, width=48, height=32), vae=True, **inputs)
+    prompt["vae"] = vae_loader("light_forcing_demo_vae.safetensors")
+    return prompt | {"text": {"class_type": "LightForcingDemoPrompt", "inputs": {"caption": caption}}}
+
+
 def custom_graph(models, **select):
     """The same through SamplerCustomAdvanced; `select` are inputs of Sampler Select."""
     prompt = graph(models)

@@ -58,14 +58,7 @@ for family, expected in (
     kept = attention.keep_frames, attention.sink_frames, attention.near_frames
     assert (settings.family.id, attention.block, *kept) == expected
 
-# The schedule's presets.
-patched = loader.LightForcingApply.execute(framewise, "auto", **options)[0]
-family = patch.settings_of(patched).family
-made = {name: schedule.schedule_from(81, {"preset": name}, family) for name in ("auto", "dense", "light_forcing_short")}
-assert {name: (one.frames_per_chunk, one.target) for name, one in made.items()} == {
-    "auto": (1, 0.6),
-    "dense": (1, None),
-    "light_forcing_short": (3, 0.88),
-}
-assert "connect the MODEL" in comfyui.error_of(schedule.schedule_from, 81, {"preset": "auto"}, None)
-assert schedule.schedule_from(81, {"preset": "longlive"}, None).window == 12
+# A schedule takes the family of the connected model.
+plan = schedule.LightForcingSchedule.execute(81, {"preset": "auto"}, comfyui.applied(framewise, "auto"))[0]
+assert (plan.frames_per_chunk, plan.target) == (1, 0.6)
+assert "connect the MODEL" in comfyui.error_of(schedule.LightForcingSchedule.execute, 81, {"preset": "auto"})

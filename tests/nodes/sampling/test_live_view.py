@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from websockets.sync.client import connect
 
-from ...support.graphs import HEIGHT, WIDTH, apply, core_loader, empty, graph, link, loader, save_images
+from ...support.graphs import HEIGHT, WIDTH, apply, core_loader, demo_graph, empty, graph, link, loader, save_images
 
 LENGTH = 45  # video frames: four chunks
 CHUNK_ENDS = (9, 21, 33, 45)
@@ -166,14 +166,7 @@ def is_draft(strip):
 def test_demo_model_is_shown_decoded_only(client):
     """In the colours that ComfyUI has for Wan's latents its drafts would be a wild pattern."""
     one = client(plays=True)
-    prompt = run_of(11)
-    prompt["model"] = loader(model_name="light_forcing_demo.safetensors", block="16")
-    prompt["text"] = {
-        "class_type": "LightForcingDemoPrompt",
-        "inputs": {"caption": "on a plain background a red circle moves right slowly"},
-    }
-    prompt["vae"]["inputs"]["vae_name"] = "light_forcing_demo_vae.safetensors"
-    one.run(prompt)
+    one.run(demo_graph(seed=11))
     strips = [strip for message in one.messages for strip in message["strips"]]
     assert strips
     assert not any(map(is_draft, strips))
