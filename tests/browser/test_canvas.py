@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import time
 
 import pytest
@@ -154,24 +153,21 @@ def test_video_grows_on_the_sampler_and_ends_on_the_canvas(canvas):
     sampler = node_id(document, "LightForcingSampler")
     canvas.open_graph(document)
     view, seen = VIEW.format(id=sampler), []
-    lines = f"app.rootGraph.getNodeById({sampler}).widgets.find((one) => one.name === '$$node-text-preview')?.value"
     canvas.wait_for(f"{PLOT.format(id=node_id(document, 'LightForcingSchedule'))}?.numbers")
     canvas.evaluate("() => app.queuePrompt(0, 1)")
-    said, end = set(), time.monotonic() + 120
+    end = time.monotonic() + 120
     while time.monotonic() < end:
-        until, pictures, live, line = canvas.evaluate(
-            f"() => [{view}?.until ?? 0, {view}?.cells.length ?? 0, {view}?.live ?? true, {lines} ?? '']"
+        until, pictures, live = canvas.evaluate(
+            f"() => [{view}?.until ?? 0, {view}?.cells.length ?? 0, {view}?.live ?? true]"
         )
         if until and (until, pictures) not in seen:
             seen.append((until, pictures))
-        said.add(line)
         if not live:
             break
     lengths = [until for until, _ in seen]
     assert lengths == sorted(lengths)
     assert len(set(lengths)) >= 3
     assert seen[-1] == (LENGTH, (LENGTH + 1) // 2)  # every second frame of the whole video, decoded
-    assert any(re.match(r"chunk \d/4 · step \d/4 · (\d+\.\d s per chunk · )?density \d+ %", line) for line in said)
     picture = f"app.rootGraph.getNodeById({sampler}).lightForcingScreen.canvas.toDataURL()"
     first = canvas.evaluate(f"() => {picture}")
     canvas.wait_for(f"{picture} !== {first!r}")  # it plays

@@ -41,10 +41,16 @@ TAKE_SLOW_THEN_FAST = """async (id) => {
 }"""
 
 
-def test_subgraph_node_shows_what_the_sampler_in_it_makes(canvas):
-    document = tiny_text_to_video(LENGTH + 48, seed=next(SEEDS))
-    sampler = node_id(document, "LightForcingSampler")
+def opened(canvas, length):
+    """The document of a new run, opened; the number of its sampler, and the sampler's live view in JavaScript."""
+    document = tiny_text_to_video(length, seed=next(SEEDS))
     canvas.open_graph(document)
+    sampler = node_id(document, "LightForcingSampler")
+    return document, sampler, f"app.rootGraph.getNodeById({sampler})?.lightForcingView"
+
+
+def test_subgraph_node_shows_what_the_sampler_in_it_makes(canvas):
+    _, sampler, _ = opened(canvas, LENGTH + 48)
     outer = canvas.evaluate(WRAP, sampler)
     canvas.evaluate("() => app.queuePrompt(0, 1)")
     view = f"app.rootGraph.getNodeById({outer}).lightForcingView"
@@ -66,11 +72,8 @@ def test_subgraph_node_shows_what_the_sampler_in_it_makes(canvas):
 
 @pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
 def test_page_that_is_reloaded_plays_the_video_from_its_start(canvas):
-    document = tiny_text_to_video(189, seed=next(SEEDS))  # so long that it still runs when the page is back
-    sampler = node_id(document, "LightForcingSampler")
-    canvas.open_graph(document)
+    document, _, view = opened(canvas, 189)  # so long that it still runs when the page is back
     canvas.evaluate("() => app.queuePrompt(0, 1)")
-    view = f"app.rootGraph.getNodeById({sampler})?.lightForcingView"
     canvas.wait_for(f"{view}?.until >= 9")
     canvas.page.remove_listener("console", canvas._on_console)  # a page that goes away breaks off its requests
     canvas.page.reload()
@@ -84,11 +87,8 @@ def test_page_that_is_reloaded_plays_the_video_from_its_start(canvas):
 
 @pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
 def test_draft_that_is_slow_to_load_does_not_replace_the_frames_behind_it(canvas):
-    document = tiny_text_to_video(LENGTH, seed=next(SEEDS))
-    sampler = node_id(document, "LightForcingSampler")
-    canvas.open_graph(document)
+    _, sampler, view = opened(canvas, LENGTH)
     canvas.evaluate("() => app.queuePrompt(0, 1)")
-    view = f"app.rootGraph.getNodeById({sampler})?.lightForcingView"
     canvas.wait_for(f"{view}?.until === {LENGTH} && !{view}.live")
     at = canvas.evaluate(TAKE_SLOW_THEN_FAST, sampler)
     assert at == [0, 2, 4, 6, 8]
@@ -96,9 +96,7 @@ def test_draft_that_is_slow_to_load_does_not_replace_the_frames_behind_it(canvas
 
 @pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
 def test_node_of_another_workflow_with_the_same_number_shows_nothing(canvas):
-    document = tiny_text_to_video(LENGTH, seed=next(SEEDS))
-    sampler = node_id(document, "LightForcingSampler")
-    canvas.open_graph(document)
+    document, sampler, _ = opened(canvas, LENGTH)
     canvas.evaluate("() => app.queuePrompt(0, 1)")
     other = {"id": sampler, "type": "PrimitiveInt", "pos": [0, 0], "size": [200, 80], "properties": {}}
     other |= {"inputs": [], "outputs": [], "widgets_values": [1, "fixed"]}

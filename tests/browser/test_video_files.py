@@ -4,10 +4,9 @@ import re
 
 import pytest
 
-from ..support.graphs import empty, graph, link, loader, video_output
+from ..support.graphs import empty, graph, link, loader, vae_loader, video_output
 from .tiny import tiny_text_to_video
 
-VAE = {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}}
 DROP = """async ({ filename, subfolder, type }) => {
     const query = new URLSearchParams({ filename, subfolder, type });
     const answer = await fetch(`/view?${query}`);
@@ -33,7 +32,7 @@ def test_fields_in_a_videos_file_name_are_filled_in(canvas):
 @pytest.mark.parametrize("form", ["mp4", "webm"])
 def test_dropped_video_brings_its_graph_back(canvas, server, form):
     document = tiny_text_to_video(21)
-    prompt = graph({"model": loader(), "vae": VAE}, latent=empty(21), vae=False, video_output=link("out"))
+    prompt = graph({"model": loader(), "vae": vae_loader()}, latent=empty(21), video_output=link("out"))
     prompt["sampler"]["inputs"]["vae"] = link("vae")
     prompt["out"] = video_output(f"dropped/{form}", format=form)
     (saved,) = server.run(prompt, document)["outputs"]["sampler"]["images"]

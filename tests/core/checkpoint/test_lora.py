@@ -80,6 +80,13 @@ NAMINGS = {
 }
 
 
+def assert_added(loaded, weights, made, scale_of=lambda layer: 1.0):
+    """Every layer's weight and its pair's product times its scale make the loaded weight."""
+    for layer, (down, up) in made.items():
+        expected = weights[f"{layer}.weight"].double() + scale_of(layer) * up.double() @ down.double()
+        torch.testing.assert_close(loaded[f"{layer}.weight"].double(), expected, atol=1e-5, rtol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     weights, path = tiny_wan(), tmp_path_factory.mktemp("model") / "longlive_base.pt"
@@ -96,14 +103,9 @@ def test_every_naming_adds_the_same_product(tmp_path, model, naming, strength):
     torch.save(store(made), tmp_path / "lora.pt")
     loaded, info = load_dit_state_dict(path, lora=tmp_path / "lora.pt", lora_strength=strength)
     assert loaded.keys() == weights.keys()
-    for name, weight in weights.items():
-        layer = name.removesuffix(".weight")
-        if layer not in made:
-            assert torch.equal(loaded[name], weight), name
-            continue
-        down, up = made[layer]
-        expected = weight.double() + strength * scale * up.double() @ down.double()
-        torch.testing.assert_close(loaded[name].double(), expected, atol=1e-5, rtol=1e-6)
+    assert_added(loaded, weights, made, lambda layer: strength * scale)
+    others = [name for name in weights if name.removesuffix(".weight") not in made]
+    assert all(torch.equal(loaded[name], weights[name]) for name in others)
     assert f"added to 20 weights, strength {strength:g}" in info.notes[-1]
 
 
@@ -135,10 +137,8 @@ def test_alpha_that_is_stored_apart_counts(tmp_path, model, settings, scale, of_
         (folder / "adapter_config.json").write_text(json.dumps(settings))
     lora = folder if place == "adapter_config.json" else folder / "adapter_model.safetensors"
     loaded, info = load_dit_state_dict(path, lora=lora)
-    for layer, (down, up) in made.items():
-        own = {"blocks.0.ffn.0": 5 / RANK, "blocks.1.ffn.0": of_one_layer}.get(layer, scale)
-        expected = weights[f"{layer}.weight"] + own * up @ down
-        torch.testing.assert_close(loaded[f"{layer}.weight"], expected, atol=1e-5, rtol=1e-6)
+    own = {"blocks.0.ffn.0": 5 / RANK, "blocks.1.ffn.0": of_one_layer}
+    assert_added(loaded, weights, made, lambda layer: own.get(layer, scale))
     assert ("alpha from" in info.notes[-1]) == (scale != 1.0)
 
 
@@ -299,9 +299,7 @@ def test_settings_of_another_file_in_the_folder_are_ignored(tmp_path, model, alp
         save_file(down_up(made, alpha=alpha), tmp_path / f"{name}.safetensors")
     (tmp_path / "adapter_config.json").write_text(settings)
     loaded, info = load_dit_state_dict(path, lora=tmp_path / "lora.safetensors")
-    for layer, (down, up) in made.items():
-        expected = weights[f"{layer}.weight"] + (alpha or RANK) / RANK * up @ down
-        torch.testing.assert_close(loaded[f"{layer}.weight"], expected, atol=1e-5, rtol=1e-6)
+    assert_added(loaded, weights, made, lambda layer: (alpha or RANK) / RANK)
     assert ("adapter_config.json ignored" in info.notes[-1]) == (alpha is None)
 
 

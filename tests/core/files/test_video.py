@@ -264,13 +264,6 @@ def test_frames_of_another_shape_or_kind_are_refused(tmp_path, frames, message):
     assert os.listdir(tmp_path) == []
 
 
-def test_no_frames_add_nothing(tmp_path):
-    with VideoWriter(tmp_path / "clip.mp4", height=2, width=2) as video:
-        video.write(torch.zeros(0, 2, 2, 3))
-        video.write(torch.zeros(1, 2, 2, 3))
-    assert video.frames == 1
-
-
 def test_writing_outside_the_block_is_refused(tmp_path):
     video = writer(tmp_path / "clip.mp4")
     with pytest.raises(RuntimeError, match="is not open"):

@@ -118,7 +118,6 @@ def test_layers_with_unsuitable_sizes_stay_in_16_bits_and_are_noted(tmp_path):
 def refusals(folder):
     """{words of the message: arguments}; `folder` is filled with what they need."""
     save_file(tiny_wan(), folder / "self_forcing.safetensors")
-    save_file({"a.weight": torch.zeros(4, 4)}, folder / "no_wan.safetensors")
     (folder / "there.safetensors").write_bytes(b"mine")
     fp8 = {n: v.to(torch.float8_e4m3fn) for n, v in tiny_wan().items()}
     save_file(fp8, folder / "cast.safetensors")
@@ -131,7 +130,6 @@ def refusals(folder):
         "no such folder": (source, folder / "absent" / "x.safetensors"),
         "use the suffix .safetensors": (source, folder / "x.pt"),
         "is quantised already (float8_e4m3fn without scales)": (folder / "cast.safetensors", folder / "x.safetensors"),
-        "no_wan.safetensors: ": (folder / "no_wan.safetensors", folder / "x.safetensors"),
         "no such file": (folder / "absent.pt", folder / "x.safetensors"),
         "has no weights named 'ema'": (source, folder / "x.safetensors", "--weights", "ema"),
         "width of 48 and the model needs 4096": (source, folder / "x.safetensors", *prompts),

@@ -37,8 +37,6 @@ def refusal(file):
 
 for file in ("../../secret.safetensors", str(elsewhere / "runs" / "two.safetensors")):
     assert "choose one from the list" in refusal(file)
-assert "a pipe or device, not a file" in refusal("pipe.safetensors")
-assert "No such file" in refusal("dangling.safetensors")
 
 
 def named(name):

@@ -10,7 +10,7 @@ from lightforcing.lightforcing_core.families import FAMILIES
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
 from ...support.comfy_server import Refused
-from ...support.graphs import graph, link, loader, schedule, video_output
+from ...support.graphs import graph, link, loader, schedule, vae_loader, video_output
 
 CUSTOM = {name.removeprefix("preset."): value for name, value in schedule()["inputs"].items() if name != "length"}
 CUSTOM["sparsity"] = ""
@@ -71,8 +71,6 @@ def test_presets_that_follow_the_model_do(numbers):
 @pytest.mark.parametrize(
     "asked",
     [
-        [],
-        {},
         {"preset": "auto"},
         {"preset": {"preset": "auto"}, "file": 5},
         {"preset": {**CUSTOM, "frames_per_chunk": None}},
@@ -82,14 +80,14 @@ def test_presets_that_follow_the_model_do(numbers):
     ],
 )
 def test_request_that_no_node_makes_is_refused(server, asked):
-    body = {"length": 81, **asked} if isinstance(asked, dict) else asked
     with pytest.raises(HTTPError) as refused:
-        server.post("/light_forcing/schedule", body)
+        server.post("/light_forcing/schedule", {"length": 81, **asked})
     assert refused.value.code == 400
     assert "not the inputs of a Light Forcing Schedule" in json.load(refused.value)["error"]
 
 
-def test_plot_knows_the_nodes_own_limits(numbers):
+def test_plot_says_why_a_schedule_cannot_be_met(numbers):
+    assert "use at least 4" in numbers(preset={**CUSTOM, "window": 3, "sink_frames": 1})["error"]
     assert "16001" in numbers(preset={**CUSTOM, "frames_per_chunk": 1}, length=4_000_001)["error"]
     assert "does not exist" in numbers(preset={"preset": "of_tomorrow"}, file="short_video_gen.pt")["error"]
 
@@ -104,11 +102,6 @@ def test_body_of_another_kind_is_refused_with_the_reason(server, route):
         assert json.load(refused.value)["error"]
 
 
-def test_plot_says_why_a_schedule_cannot_be_met(numbers):
-    assert "use at least 4" in numbers(preset={**CUSTOM, "window": 3, "sink_frames": 1})["error"]
-    assert numbers(preset={**CUSTOM, "window": 4, "sink_frames": 1})["window"] == 4
-
-
 @pytest.mark.parametrize(
     ("changes", "way_out"),
     [
@@ -116,8 +109,6 @@ def test_plot_says_why_a_schedule_cannot_be_met(numbers):
         ({"length": 4_000_000_001}, "more than 16001 video frames"),
         ({"sparsity": "0, " * 50_000}, "sparsity is longer than a number for each of 4001 chunks"),
         ({"window": 3, "sink_frames": 1}, "use at least 4 latent frames"),
-        ({"target": 0.8, "base": 0.7}, "raise base to at least 0.8"),
-        ({"sink_rope": "sideways"}, "use one of fixed, follow"),
         ({"sparsity": "99: 0.5"}, "chunks 0 to 6"),
         ({"preset": "of_tomorrow"}, "this preset does not exist"),
     ],
@@ -160,16 +151,13 @@ def test_wrong_sampler_inputs_are_refused_when_they_are_queued(server, inputs, w
     ("inputs", "way_out"),
     [
         ({"crf": 60}, "outside 0 … 51 of .mp4"),
-        ({"crf": 64, "format": "webm"}, "outside 0 … 63 of .webm"),
-        ({"crf": -2}, "outside 0 … 51"),
         ({"format": "avi"}, "use .mp4 or .webm"),
         ({"format": "a/../../../../evil.mp4"}, "use .mp4 or .webm"),
-        ({"prefix": ""}, "use one such as video/clip"),
         ({"prefix": "video/.."}, "use one such as video/clip"),
     ],
 )
 def test_wrong_video_file_is_refused_when_it_is_queued(server, inputs, way_out):
     prompt = graph({"model": loader(), "out": video_output(**{"prefix": "a", **inputs})}, video_output=link("out"))
     prompt["sampler"]["inputs"]["vae"] = link("vae")
-    prompt["vae"] = {"class_type": "VAELoader", "inputs": {"vae_name": "tiny_lightvae.safetensors"}}
+    prompt["vae"] = vae_loader()
     assert way_out in refusal(server, prompt, "out")

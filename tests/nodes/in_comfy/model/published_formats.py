@@ -71,27 +71,15 @@ def lightx2v_nvfp4(weight):
     return {"weight": weight, "weight_scale": scales, "alpha": scale / inputs, "input_global_scale": inputs}
 
 
-def e5m2(weight):
-    scale = weight.abs().max() / 57344
-    return {"weight": (weight / scale).to(torch.float8_e5m2), "scale_weight": scale}
-
-
-def e5m2_product(weight):
-    made = e5m2(weight)
-    return {"weight": (made["weight"].float() * made["scale_weight"]).bfloat16()}
-
-
 def marked(maker, kind):
     return lambda weight: maker(weight) | {"comfy_quant": scaled.format_mark(kind)}
 
 
-legacy = {"scaled_fp8": torch.zeros(2).to(torch.float8_e5m2)}
 choice = {"blocks.0.self_attn.comfy_attention.config": torch.tensor(list(b"{}"), dtype=torch.uint8)}
 comfy_int8 = marked(int8, "int8_tensorwise")
 compare(ours(saved("fp8_lightx2v", by_rows)), ours(PLAIN, "fp8_rowwise"), {ROWWISE}, 0.03)
 compare(ours(saved("int8_lightx2v", int8)), comfyui.load(saved("int8_comfy", comfy_int8)), {INT8}, 0.01)
 compare(ours(saved("nvfp4_lightx2v", lightx2v_nvfp4)), comfyui.load(saved("nvfp4_comfy", nvfp4)), {NVFP4}, 0.12)
-compare(ours(saved("e5m2_scaled", e5m2, **legacy)), ours(saved("e5m2_plain", e5m2_product)), {"plain"}, 0.06)
 compare(ours(saved("attention_mark", lambda weight: {}, **choice)), ours(PLAIN), {"plain"}, 1e-6)
 fp8, torch_device = ours("fp8_lightx2v.safetensors"), comfy.model_management.get_torch_device
 sys.modules["comfy_kitchen"] = None  # as if it were not installed

@@ -1,6 +1,4 @@
-"""Memory that runs out, disks that fill up and NaN in the middle of a run, on the sampling node itself."""
-
-from types import SimpleNamespace
+"""Memory that runs out and NaN in the middle of a run, on the sampling node itself."""
 
 import comfyui
 import torch
@@ -8,8 +6,6 @@ from comfyui import comfy, failing, model_failing
 
 state = comfyui.module("nodes.state")
 decode, video_output, schedules = comfyui.modules("nodes", "vae.decode", "video_output", "schedule")
-core = comfyui.module("lightforcing_core.files.video")
-run_state, tensor_files = comfyui.modules("lightforcing_core", "rollout.state", "files.tensors")
 memory, refusals = comfyui.module("lightforcing_core.memory.estimate"), comfyui.module("nodes.sampling.refusals")
 memory_plan, kv_storage = comfyui.modules("lightforcing_core", "memory.plan", "model.kv_storage")
 recipe = comfyui.module("lightforcing_core.rollout.recipe")
@@ -107,30 +103,6 @@ assert found == [3, 9]
 assert "chunk 1 of the video holds NaN" in text
 assert "stopped after 1 of 3 chunks: 9 of 33 frames" in text
 refused("NotFinite", model=model_with(4, NAN), keep_finished=False)
-
-# A disk that is full when the second chunk's frames, or its state, are written.
-video = video_output.VideoOutput("faults/clip", "mp4", None, 16.0, False)
-full = core.av.error.OSError(28, "No space left on device")
-open_writer = core.VideoWriter._open
-
-
-def open_on_a_small_disk(writer):
-    open_writer(writer)
-    writer._stream = SimpleNamespace(encode=failing(writer._stream.encode, 15, full))
-
-
-core.VideoWriter._open = open_on_a_small_disk
-refused("OutputError", "No space left on device", "clip_00001.partial.mp4", vae=vae, video_output=video)
-core.VideoWriter._open = open_writer
-sync = tensor_files.os.fsync
-tensor_files.os.fsync = failing(sync, 2, OSError(28, "No space left on device"))
-refused("OutputError", "No space left on device", state=state.StateFile(state.state_folder() / "faults"))
-tensor_files.os.fsync = sync
-(kept,) = state.state_folder().glob("faults*")
-assert len(run_state.load_run_state(kept).finished) == 1
-assert [path.name for path in (OUTPUT / "faults").iterdir()] == ["clip_00001.partial.mp4"]
-with core.av.open(str(OUTPUT / "faults" / "clip_00001.partial.mp4")) as container:
-    assert 1 <= len(list(container.decode(video=0))) <= 14
 
 
 def advice(width, height, *, decoding=False, host_memory=False):
