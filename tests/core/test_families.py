@@ -88,4 +88,5 @@ def test_the_documented_table_is_that_of_the_code():
         row = next(line.split(" | ") for line in page.splitlines() if line.startswith(f"| `{it.id}` |"))
         assert (int(row[2]), row[3].split(" (")[0]) == (it.frames_per_chunk, steps)
         assert row[4] == (f"{it.window}{sinks}" if it.window else "all")
+        assert it.shift == 5.0
         assert row[5] == {"generator": "plain |", "generator_ema": "EMA |"}[it.weights]

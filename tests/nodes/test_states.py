@@ -11,12 +11,10 @@ LENGTH = 93  # 24 latent frames: 8 chunks
 
 
 def long_run(state=None, **sampler):
-    prompt = graph({"model": loader()}, latent=empty(LENGTH), schedule=link("plan"), seed=11, **sampler)
-    prompt["plan"] = schedule(LENGTH, window=9, sink_frames=1, sink_rope="follow")
+    nodes = {"model": loader(), "plan": schedule(LENGTH, window=9, sink_frames=1, sink_rope="follow")}
     if state:
-        prompt["state"] = state
-        prompt["sampler"]["inputs"]["state"] = link("state")
-    return prompt
+        nodes, sampler = {**nodes, "state": state}, {**sampler, "state": link("state")}
+    return graph(nodes, latent=empty(LENGTH), schedule=link("plan"), seed=11, **sampler)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +40,8 @@ def test_killed_and_resumed_equals_uninterrupted(server, killed, folder):
     expected = latents_of(server, long_run())
     (folder / "kept").mkdir(parents=True)
     shutil.copy(killed, folder / "kept")
-    sampler = {"seed": 5, "steps": 2}  # not read: the state decides
     prompt = long_run(load_state("kept/run_00001.safetensors"))
-    prompt["sampler"]["inputs"] |= sampler
+    prompt["sampler"]["inputs"] |= {"seed": 5, "steps": 2}  # not read: the state decides
     before = killed.stat().st_size
     assert (latents_of(server, prompt) == expected).all()
     assert (folder / "kept" / "run_00001.safetensors").stat().st_size > before  # it went on in the same file

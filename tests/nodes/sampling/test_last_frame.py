@@ -63,12 +63,10 @@ def test_last_image_is_encoded_and_decoded_at_the_end(server, encode):
 
 def dense(server, length, state=None, **options):
     """The latents of a run without sparsity, whose chunks do not depend on the length, with end.latent at hand."""
-    prompt = graph({"model": loader()}, latent=empty(length), schedule=link("plan"), **options)
-    prompt |= {"plan": schedule(length, target=0.0), "end": load_latent("end.latent")}
+    nodes = {"model": loader(), "plan": schedule(length, target=0.0), "end": load_latent("end.latent")}
     if state:
-        prompt["state"] = state
-        prompt["sampler"]["inputs"]["state"] = link("state")
-    return latents_of(server, prompt)
+        nodes, options = {**nodes, "state": state}, {**options, "state": link("state")}
+    return latents_of(server, graph(nodes, latent=empty(length), schedule=link("plan"), **options))
 
 
 def test_saved_run_keeps_its_end_also_when_it_is_lengthened(server, end):

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from ...support.comfy_server import Interrupted
 from ...support.graphs import (
     HEIGHT,
-    LENGTH,
     WIDTH,
     apply,
     core_loader,
@@ -61,7 +60,10 @@ def test_lora_changes_the_video_the_same_through_node_and_loader(server):
 
 
 def test_frames_decoded_while_sampling_equal_those_decoded_later(server):
-    prompt = graph({"model": loader()}, vae=True)
+    """Those of a start image included."""
+    encode = {"class_type": "VAEEncode", "inputs": {"pixels": link("image"), "vae": link("vae")}}
+    nodes = {"model": loader(), "image": empty_image(0x40A0C0), "start": encode}
+    prompt = graph(nodes, latent=empty(17), vae=True, start_latent=link("start"))
     decode = {"samples": link("sampler"), "vae": link("vae")}
     prompt["ours"] = {"class_type": "LightForcingDecode", "inputs": decode}
     prompt["core"] = {"class_type": "VAEDecode", "inputs": decode}
@@ -72,7 +74,7 @@ def test_frames_decoded_while_sampling_equal_those_decoded_later(server):
         saved = entry["outputs"][node]["images"]
         paths = [server.base / "output" / item["subfolder"] / item["filename"] for item in saved]
         frames[node] = np.stack([np.asarray(Image.open(path), dtype=np.int16) for path in paths])
-    assert frames["images"].shape == (LENGTH, HEIGHT, WIDTH, 3)
+    assert frames["images"].shape == (17, HEIGHT, WIDTH, 3)
     assert frames["images"].std() > 1
     assert abs(frames["images"] - frames["images ours"]).max() <= 1
     assert abs(frames["images"] - frames["images core"]).max() <= 1

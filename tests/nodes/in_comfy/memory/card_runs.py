@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 plug_in()
 comfyui.infer()
 
-loader, decode = comfyui.modules("nodes", "model.loader", "vae.decode")
+loader, decode, encode = comfyui.modules("nodes", "model.loader", "vae.decode", "vae.encode")
 chunk_sampler, report = comfyui.module("nodes.sampling.chunk_sampler"), comfyui.module("nodes.report")
 fused, graphs = comfyui.module("lightforcing_core.model.fused"), comfyui.module("lightforcing_core.model.cuda_graph")
 pinned = comfyui.module("lightforcing_core.pinned")
@@ -89,6 +89,15 @@ KINDS = {
 
 
 new_vae = comfyui.small_vae
+latents, video = comfyui.noise_of((1, 16, 3, 4, 6)), torch.rand(9, 32, 48, 3)
+
+
+def decoded(vae):
+    return decode.LightForcingDecode.execute({"samples": latents}, vae)[0]
+
+
+def encoded(vae):
+    return encode.LightForcingEncode.execute(video, vae)[0]["samples"]
 
 
 def run(model, *, size=None, graph=False, **inputs):

@@ -19,7 +19,7 @@ from card import OnCard
 from card_runs import CARD, card, comfyui, decode, management, new_vae, run, same
 from comfyui import comfy
 
-node_comfy, encode = comfyui.module("nodes.comfy"), comfyui.module("nodes.vae.encode")
+node_comfy = comfyui.module("nodes.comfy")
 
 
 class Pages:
@@ -211,10 +211,6 @@ other = model.get_non_dynamic_delegate()
 assert (other.is_dynamic(), same(whole, run(other, vae=vae))) == (False, [True, True])
 
 # The nodes that decode and encode by themselves.
-latents, video = (
-    comfyui.noise_of((1, 16, 3, 4, 6)),
-    torch.rand(9, 32, 48, 3, generator=torch.Generator().manual_seed(2)),
-)
 # On a GPU one could decode beside the sampling, but not with weights that may go: it is not even planned.
 made, beside = [], []
 for on in (False, True):
@@ -222,8 +218,7 @@ for on in (False, True):
     vae = new_vae()
     on_gpu = SimpleNamespace(_vae=SimpleNamespace(device=torch.device("cuda"), patcher=vae.patcher))
     beside.append(decode.FrameDecoder.can_overlap.fget(on_gpu))
-    made.append(decode.LightForcingDecode.execute({"samples": latents}, vae)[0])
-    made.append(encode.LightForcingEncode.execute(video, vae)[0]["samples"])
+    made += [runs.decoded(vae), runs.encoded(vae)]
     management.unload_all_models()
 assert beside == [True, False]
 assert [torch.equal(made[0], made[2]), torch.equal(made[1], made[3])] == [True, True]

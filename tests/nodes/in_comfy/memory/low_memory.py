@@ -8,7 +8,6 @@ import torch
 from card_runs import CARD, card, comfyui, decode, management, new_vae, run, same, sized
 from comfyui import comfy
 
-encode = comfyui.module("nodes.vae.encode")
 gc.disable()  # memory that a cycle keeps must show
 
 
@@ -136,10 +135,6 @@ assert calls == [["cpu"]]
 
 # Decode and encode on a card that is too small for the VAE; a decoder beside the sampling needs all of it.
 wide, line, beside = new_vae(16), decode.OverlappedDecoder, {}
-latents, video = (
-    comfyui.noise_of((1, 16, 3, 4, 6)),
-    torch.rand(9, 32, 48, 3, generator=torch.Generator().manual_seed(2)),
-)
 
 
 def noted(decoder, device, *, concurrent):
@@ -149,26 +144,23 @@ def noted(decoder, device, *, concurrent):
 
 def decode_beside():
     decode.OverlappedDecoder = noted
-    decoder = decode.FrameDecoder(wide, latents.shape)
+    decoder = decode.FrameDecoder(wide, runs.latents.shape)
     decoder.cut(1, overlap=True)
-    decoder.put(latents, normalised=False)
+    decoder.put(runs.latents, normalised=False)
     decode.OverlappedDecoder = line
 
 
-for what, node in (
-    ("decode", lambda: decode.LightForcingDecode.execute({"samples": latents}, wide)[0]),
-    ("encode", lambda: encode.LightForcingEncode.execute(video, wide)[0]["samples"]),
-):
+for node in (runs.decoded, runs.encoded):
     made, needed, size = [], 0, 1 << 40
     for _ in range(2):
         # ComfyUI's own figure is for its own encode, all frames at once.
         wide.memory_used_encode = lambda *_, needed=needed: needed
         management.unload_all_models()
         with sized(size):
-            made.append((node(), bool(wide.patcher.model.model_lowvram)))
+            made.append((node(wide), bool(wide.patcher.model.model_lowvram)))
             decode_beside()
         needed = card.peak - wide.patcher.model_size()
         size = card.peak - wide.patcher.model_size() // 2
     (whole, full), (partly, lowvram) = made
-    assert (torch.equal(whole, partly), full, lowvram) == (True, False, True), what
+    assert (torch.equal(whole, partly), full, lowvram) == (True, False, True), node
 assert beside == {"fully": True, "partly": False}
