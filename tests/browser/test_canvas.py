@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import re
 import time
 
 import pytest
 
-from ..support.graphs import HEIGHT, WIDTH
+from ..support.graphs import HEIGHT, WIDTH, empty, graph, link, loader, vae_loader, video_output
 from .tiny import NAMES, WORKFLOWS, node_id, tiny_text_to_video, workflow
 
 LENGTH = 45  # video frames: four chunks
@@ -18,6 +19,11 @@ SET_WIDGET = """([id, name, value]) => {
     const widget = app.rootGraph.getNodeById(id).widgets.find((one) => one.name === name);
     widget.value = value;
     widget.callback?.(value);
+}"""
+DROP = """async ({ filename, subfolder, type }) => {
+    const query = new URLSearchParams({ filename, subfolder, type });
+    const answer = await fetch(`/view?${query}`);
+    await app.handleFile(new File([await answer.blob()], filename, { type: answer.headers.get("content-type") }));
 }"""
 # How much of the plot is drawn in the colour of its bars.
 BARS = """(id) => {
@@ -208,3 +214,31 @@ def test_blueprint_is_in_the_node_library_and_runs_as_one_node(canvas):
     assert {"LightForcingModelLoader", "LightForcingSchedule", "LightForcingSampler", "CreateVideo"} <= set(kinds)
     assert kinds["EmptyARVideoLatent"]["length"] == kinds["LightForcingSchedule"]["length"] == 81
     assert kinds["CLIPTextEncode"]["text"].startswith("A red panda")
+
+
+@pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
+def test_fields_in_a_videos_file_name_are_filled_in(canvas):
+    canvas.evaluate(
+        """() => {
+            const node = LiteGraph.createNode("LightForcingVideoOutput");
+            app.graph.add(node);
+            node.widgets.find((one) => one.name === "filename_prefix").value = "%date:yyyy%/%year%_clip";
+        }"""
+    )
+    prompt = canvas.evaluate("async () => (await app.graphToPrompt()).output")
+    (node,) = prompt.values()
+    assert re.fullmatch(r"\d{4}/%year%_clip", node["inputs"]["filename_prefix"])  # the rest is the server's
+
+
+@pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
+@pytest.mark.parametrize("form", ["mp4", "webm"])
+def test_dropped_video_brings_its_graph_back(canvas, server, form):
+    document = tiny_text_to_video(21)
+    prompt = graph({"model": loader(), "vae": vae_loader()}, latent=empty(21), video_output=link("out"))
+    prompt["sampler"]["inputs"]["vae"] = link("vae")
+    prompt["out"] = video_output(f"dropped/{form}", format=form)
+    (saved,) = server.run(prompt, document)["outputs"]["sampler"]["images"]
+    assert canvas.evaluate("() => app.rootGraph.nodes.length") == 0
+    canvas.evaluate(DROP, saved)
+    canvas.wait_for(f"app.rootGraph.nodes.length === {len(document['nodes'])}")
+    assert sorted(node["type"] for node in canvas.nodes()) == sorted(node["type"] for node in document["nodes"])

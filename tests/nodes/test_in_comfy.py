@@ -1,7 +1,15 @@
 """Scripts that assert what only ComfyUI's Python can see; the first line of each says what that is."""
 
 import pytest
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+from lightforcing.cli.main import app
+from lightforcing.lightforcing_core.model.wan import random_state_dict
+
+from ..support.graphs import EMBEDS
+
+OUTLIER = "self_forcing_outlier.safetensors"
 SCRIPTS = [
     "light_import",
     "node_texts",
@@ -31,3 +39,24 @@ SCRIPTS = [
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_script_in_comfyui(run_inside, script):
     run_inside(script, returns=False)
+
+
+def test_comfyui_holds_and_computes_both_forms_of_fp8_as_expected(run_inside, models):
+    """Of tiny_wan's weights, and of a model with a channel of 3000 in a feed-forward that weighs little behind it."""
+    folder, prompts = models / "models" / "diffusion_models", models / "models" / "text_embeds" / EMBEDS
+    weights = random_state_dict(dim=256, ffn_dim=512, layers=2, text_dim=4096, seed=1)
+    weights["blocks.1.ffn.0.weight"][5], weights["blocks.1.ffn.0.bias"][5] = 0.0, 3000.0
+    weights["blocks.1.ffn.2.weight"][:, 5] /= 100.0
+    save_file(weights, folder / OUTLIER)
+    files = []
+    for name, source, options in (
+        ("self_forcing_fp8", "self_forcing_dmd.pt", ()),
+        ("self_forcing_outlier_fp8", OUTLIER, ()),
+        ("self_forcing_outlier_calibrated", OUTLIER, ("--prompts", str(prompts))),
+    ):
+        files.append(f"{name}.safetensors")
+        command = ["quantize", str(folder / source), str(folder / files[-1]), "--force", *options]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+    checkpoint, cut, calibrated = files
+    run_inside("model/fp8", "tiny_wan.safetensors", checkpoint, OUTLIER, cut, calibrated, returns=False)

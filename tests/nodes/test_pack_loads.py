@@ -1,9 +1,15 @@
-"""The pack loads in a real ComfyUI, quietly and under any folder name."""
+"""The pack loads in a real ComfyUI, quietly and under any folder name, and is served in each language."""
+
+import json
+import urllib.request
 
 import pytest
 
 from ..support.comfy_server import Failed
 from ..support.graphs import graph, loader
+from .conftest import ROOT
+
+DOCS = ROOT / "nodes" / "web" / "docs"
 
 
 def test_server_loads_the_pack_without_a_warning(server):
@@ -20,3 +26,16 @@ def test_errors_are_shown_without_the_path_of_the_folder(server):
         server.wait(prompt_id)
     messages = dict(server.get(f"/history/{prompt_id}")[prompt_id]["status"]["messages"])
     assert messages["execution_error"]["exception_type"] == "light_forcing.CheckpointError"
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_host_serves_texts_and_help_pages(server, language):
+    served = server.get("/i18n")[language]
+    for part in ("nodeDefs", "settings", "main"):
+        texts = json.loads((ROOT / "locales" / language / f"{part}.json").read_text(encoding="utf-8"))
+        for section, found in {part: texts}.items() if part != "main" else texts.items():
+            assert served[section].items() >= found.items()
+    for node in served["nodeDefs"].keys() & {path.stem for path in DOCS.glob("*.md")}:
+        place = f"{node}.md" if language == "en" else f"{node}/{language}.md"
+        with urllib.request.urlopen(f"{server.url}/extensions/Renamed_pack-2/docs/{place}", timeout=30) as answer:
+            assert answer.read().decode() == (DOCS / place).read_text(encoding="utf-8")

@@ -5,13 +5,15 @@ import pytest
 import torch
 
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
-from lightforcing.lightforcing_core.refusal import NotFinite
-from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
+from lightforcing.lightforcing_core.refusal import NotFinite, Refusal
+from lightforcing.lightforcing_core.rollout.loop import rollout
+from lightforcing.lightforcing_core.rollout.recipe import Guidance, Recipe, few_step_sigmas, seeded_noise
 
-from ...support.rollouts import TEXT, roll, video
+from ...support.rollouts import TEXT, recipe_of, roll, text, video
 
 SIZE = (8, 8)
 SIGMAS = few_step_sigmas()
+SHAPE, STEPS = (1, 16, 8, 4, 4), (1.0, 0.5, 0.0)
 
 
 def run(dit, context, frames=9, batch=1, **options):
@@ -222,3 +224,35 @@ def test_the_clean_pass_runs_at_the_context_noise(dit, context):
 
     list(run(dit, context, denoise=denoise, context_noise=50.0))
     assert levels == [0.05, 0.05]
+
+
+def test_a_refusal_carries_field_problem_and_remedy():
+    with pytest.raises(Refusal) as caught:
+        recipe_of(latent_shape=SHAPE, frames_per_chunk=3, sigmas=STEPS, context=text(1), window=4, sink_frames=2)
+    refusal = caught.value
+    assert (refusal.field, refusal.remedy) == ("window", "use at least 5 latent frames")
+    assert str(refusal) == f"window {refusal.problem}; {refusal.remedy}"
+    assert str(refusal.named("the schedule's window")) == f"the schedule's window {refusal.problem}; {refusal.remedy}"
+
+
+def test_a_recipe_does_not_follow_a_list_that_is_changed_later():
+    sigmas, growth = list(STEPS), [0.0, 0.5]
+    recipe = recipe_of(latent_shape=list(SHAPE), frames_per_chunk=3, sigmas=sigmas, context=text(1), growth=growth)
+    sigmas[0], growth[1] = 7.0, 7.0
+    assert (recipe.sigmas, recipe.growth, recipe.latent_shape) == (STEPS, (0.0, 0.5), SHAPE)
+    assert [recipe.sparsity(index) for index in range(4)] == [0.0, 0.5, 0.5, 0.5]
+
+
+def test_tensors_without_data_are_enough_for_a_recipe():
+    text = torch.empty(1, 5, 32, device="meta")
+    recipe = Recipe(SHAPE, 3, STEPS, text, guidance=Guidance(2.0, text))
+    assert len(recipe.guides) == 2
+
+
+def test_finished_chunks_are_not_made_again_as_chunks_or_as_latents(dit):
+    recipe = recipe_of(latent_shape=SHAPE, frames_per_chunk=3, sigmas=STEPS, context=text(1), growth=[0.0, 0.5])
+    whole = list(rollout(dit, recipe))
+    for finished in (whole[:2], [chunk.latents for chunk in whole[:2]]):
+        (last,) = rollout(dit, recipe, finished=finished)
+        assert (last.index, last.start_frame) == (2, 6)
+        assert torch.equal(last.latents, whole[2].latents)
