@@ -1,4 +1,4 @@
-"""The package's own files agree with each other, and everything that runs is published."""
+"""The package's own files agree with each other, everything that runs is published, and public names are light."""
 
 import ast
 import json
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+import lightforcing
 
 ROOT = Path(__file__).parents[1]
 NEEDED = ("__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md")
@@ -141,3 +143,22 @@ def test_github_tests_the_oldest_comfyui_and_python_that_are_promised(metadata):
     python = metadata["project"]["requires-python"].removeprefix(">=").partition(",")[0]
     assert jobs["test"]["test"]["strategy"]["matrix"]["python"][0] == python
     assert jobs["publish"]["publish"]["needs"] == "test"
+
+
+@pytest.mark.parametrize("name", lightforcing.PUBLIC)
+def test_public_name_comes_from_its_module(name):
+    assert getattr(lightforcing, name) is not None
+
+
+def test_rollout_is_the_function():
+    assert lightforcing.rollout.__module__ == "lightforcing.lightforcing_core.rollout.loop"
+
+
+def test_unknown_names_are_missing():
+    assert not hasattr(lightforcing, "NODE_CLASS_MAPPINGS")
+
+
+def test_importing_the_package_imports_no_torch():
+    script = "import sys, lightforcing; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -16,7 +16,6 @@ SCRIPTS = [
     "single_nodes",
     "demo_files",
     "output_files",
-    "model/fp8_saved",
     "model/lora_kinds",
     "model/patching",
     "model/published_formats",

@@ -15,29 +15,24 @@ LENGTH = 33  # video frames: three chunks
 SIZES = {"Length": LENGTH, "Width": WIDTH, "Height": HEIGHT}
 
 
-@pytest.fixture
-def tiny_prompt():
+def tiny_prompt(prompt):
     """A workflow's API form at a tiny size, its text encoder replaced by a stored embedding."""
-
-    def build(prompt):
-        for node_id, node in list(prompt.items()):
-            kind, inputs = node["class_type"], node["inputs"]
-            if kind == "CLIPTextEncode":
-                prompt[node_id] = text(OTHER_EMBEDS if "from" in node["_meta"]["title"] else EMBEDS)
-            elif kind == "CLIPLoader":
-                del prompt[node_id]
-            elif kind == "VAELoader":
-                inputs["vae_name"] = "tiny_lightvae.safetensors"
-            elif kind == "EmptyARVideoLatent":
-                sizes = {"width": WIDTH, "height": HEIGHT}
-                inputs |= {name: size for name, size in sizes.items() if isinstance(inputs[name], int)}
-            elif kind == "PrimitiveInt":
-                inputs["value"] = SIZES[node["_meta"]["title"].split()[0]]
-            elif kind == "LightForcingPromptTimeline":
-                inputs["start"] /= 7
-        return prompt
-
-    return build
+    for node_id, node in list(prompt.items()):
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind == "CLIPTextEncode":
+            prompt[node_id] = text(OTHER_EMBEDS if "from" in node["_meta"]["title"] else EMBEDS)
+        elif kind == "CLIPLoader":
+            del prompt[node_id]
+        elif kind == "VAELoader":
+            inputs["vae_name"] = "tiny_lightvae.safetensors"
+        elif kind == "EmptyARVideoLatent":
+            sizes = {"width": WIDTH, "height": HEIGHT}
+            inputs |= {name: size for name, size in sizes.items() if isinstance(inputs[name], int)}
+        elif kind == "PrimitiveInt":
+            inputs["value"] = SIZES[node["_meta"]["title"].split()[0]]
+        elif kind == "LightForcingPromptTimeline":
+            inputs["start"] /= 7
+    return prompt
 
 
 def probe(path):
@@ -49,7 +44,7 @@ def probe(path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_workflow_makes_a_playable_video(server, tiny_prompt, name):
+def test_workflow_makes_a_playable_video(server, name):
     prompt = tiny_prompt(json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8")))
     (path,) = [path for path in server.files(server.run(prompt)) if path.suffix == ".mp4"]
     assert probe(path) == (LENGTH, WIDTH, HEIGHT, 16)

@@ -18,19 +18,14 @@ from lightforcing.lightforcing_core.rollout.schedule import Schedule
 WAN = ModelSize.of_module(meta_wan(1536, 8960, 30, 4096, torch.bfloat16))
 
 
-@pytest.fixture(scope="module")
-def estimate_of():
+@functools.cache
+def estimate_of(kv, tiles):
     """The 1.3B model, 81 frames at 480×832, decoded by the full VAE."""
-
-    @functools.cache
-    def estimate_of(kv, tiles):
-        case = MemoryCase("", Schedule(21, target=0.6, base=0.7), Picture(480, 832))
-        return estimate(WAN, case.recipe(case.schedule, torch.bfloat16, "meta"), kv=kv, vae_dim=96, decode_tiles=tiles)
-
-    return estimate_of
+    case = MemoryCase("", Schedule(21, target=0.6, base=0.7), Picture(480, 832))
+    return estimate(WAN, case.recipe(case.schedule, torch.bfloat16, "meta"), kv=kv, vae_dim=96, decode_tiles=tiles)
 
 
-def plans(estimate_of, *, most_tiles=3, latents=200 << 20, **options):
+def plans(*, most_tiles=3, latents=200 << 20, **options):
     """The plan for less and less memory."""
     return [
         plan_memory(estimate_of, free << 28, most_tiles=most_tiles, latents=latents, **options)
@@ -38,7 +33,7 @@ def plans(estimate_of, *, most_tiles=3, latents=200 << 20, **options):
     ]
 
 
-def test_a_run_that_fits_with_some_memory_left_gives_nothing_up(estimate_of):
+def test_a_run_that_fits_with_some_memory_left_gives_nothing_up():
     plan = plan_memory(estimate_of, 80 << 30, most_tiles=3)
     assert (plan.fits, plan.given_up) == (True, [])
     needed, fits = plan.needed, []
@@ -48,8 +43,8 @@ def test_a_run_that_fits_with_some_memory_left_gives_nothing_up(estimate_of):
     assert re.match(r"needs about [\d.]+ GiB \(weights 2\.\d+, KV cache 5\.\d+, .*\), 80\.00 GiB free$", str(plan))
 
 
-def test_less_memory_never_gives_up_less_and_every_choice_is_needed_and_enough(estimate_of):
-    made = plans(estimate_of)
+def test_less_memory_never_gives_up_less_and_every_choice_is_needed_and_enough():
+    made = plans()
     for more, less in pairwise(made):
         assert len(less.given_up) >= len(more.given_up)
         assert less.needed <= more.needed
@@ -66,14 +61,14 @@ def test_less_memory_never_gives_up_less_and_every_choice_is_needed_and_enough(e
             assert (estimate_of(KVOptions("int8"), plan.decode_tiles).total + plan.latents) * (1 + HEADROOM) > plan.free
 
 
-def test_eight_bits_and_host_memory_save_what_they_promise(estimate_of):
+def test_eight_bits_and_host_memory_save_what_they_promise():
     full, small, far = (estimate_of(kv, 1) for kv in (KVOptions(), KVOptions("int8"), KVOptions("int8", host=True)))
     assert small.cache < 0.54 * full.cache
     assert far.cache < 0.1 * small.cache
     assert far.host == pytest.approx(small.cache - (far.cache - 2 * far.host / 30), rel=0.01)
 
 
-def test_what_only_saves_time_is_given_up_first(estimate_of):
+def test_what_only_saves_time_is_given_up_first():
     plain = estimate_of(KVOptions(), 1)
     beside = plain.total + min(plain.step, plain.decode)
     both = beside + plain.step
@@ -95,15 +90,15 @@ def test_what_only_saves_time_is_given_up_first(estimate_of):
     assert in_host_memory.estimate.graph == 0
 
 
-def test_a_chosen_cache_is_kept_and_nothing_is_given_up_that_was_not_asked_for(estimate_of):
+def test_a_chosen_cache_is_kept_and_nothing_is_given_up_that_was_not_asked_for():
     for kv in (KVOptions(), KVOptions("fp8"), KVOptions(host=True)):
-        made = plans(estimate_of, ladder=[kv], latents=0)
+        made = plans(ladder=[kv], latents=0)
         assert {plan.kv for plan in made} == {kv}
         assert not any("graph" in word or "between" in word for plan in made for word in plan.given_up)
         assert all(plan.latents_on_device for plan in made)  # there are none to move
 
 
-def test_what_cannot_fit_says_by_how_much(estimate_of):
+def test_what_cannot_fit_says_by_how_much():
     plan = plan_memory(estimate_of, 2 << 30, most_tiles=3)
     assert not plan.fits
     assert all(words in str(plan) for words in ("tiles", "8-bit KV cache (int8", " (without: "))
@@ -118,7 +113,7 @@ def test_estimate_of_an_eight_bit_cache_in_another_dtype_follows_the_formula():
     assert small.cache == again.cache == 2 * 30 * 6 * 12 * (256 * 128 + 4 * 4)
 
 
-def test_a_choice_that_saves_nothing_is_left_out(estimate_of):
+def test_a_choice_that_saves_nothing_is_left_out():
     """Decoding is not what takes most here, so tiles would only cost time."""
     small = replace(estimate_of(KVOptions(), 1), decode=1)
     plan = plan_memory(lambda kv, tiles: small, small.total, most_tiles=4)

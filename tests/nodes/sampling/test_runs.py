@@ -4,16 +4,19 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ...support.comfy_server import Interrupted
+from ...support.comfy_server import Failed, Interrupted, Refused
 from ...support.graphs import (
+    CAPTION,
     HEIGHT,
     WIDTH,
     apply,
     core_loader,
     custom_graph,
+    demo_graph,
     empty,
     empty_image,
     graph,
@@ -142,3 +145,27 @@ def test_start_image_of_core_equals_a_start_latent_and_a_named_file_needs_no_app
     assert (applied == alone).all()
     assert (applied == given).all()
     assert applied[:, :, 0].std() < applied[:, :, 1].std()
+
+
+def test_caption_makes_a_video_and_another_caption_another(server):
+    entry = server.run(demo_graph())
+    assert len([path for path in server.files(entry) if path.suffix == ".png"]) == 33
+    captions = (CAPTION, "On a plain background, a red circle moves right slowly.", CAPTION.replace("red", "blue"))
+    first, spelt_otherwise, other = (latents_of(server, demo_graph(caption)) for caption in captions)
+    assert torch.equal(spelt_otherwise, first)
+    assert not torch.allclose(other, first, atol=1e-3)
+
+
+def test_caption_outside_the_grammar_is_refused_before_anything_runs(server):
+    with pytest.raises(Refused) as refused:
+        server.run(demo_graph("on a plain background a red cube moves right slowly"))
+    assert "'cube'; use circle or square or triangle. Captions read like: " in str(refused.value)
+    (error,) = refused.value.errors["node_errors"]["text"]["errors"]
+    assert error["extra_info"]["input_name"] == "caption"
+
+
+def test_demo_prompt_of_another_model_is_refused(server):
+    prompt = demo_graph()
+    prompt["model"]["inputs"]["model_name"] = "tiny_wan.safetensors"
+    with pytest.raises(Failed, match="the positive prompt is 32 wide and the model takes 4096"):
+        server.run(prompt)

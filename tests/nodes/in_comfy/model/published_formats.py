@@ -5,6 +5,7 @@ Each is compared, weights and latents, with the same numbers in a form that Comf
 
 import json
 import sys
+from pathlib import Path
 
 import comfy_kitchen
 import comfyui
@@ -13,8 +14,10 @@ from comfyui import comfy
 from comfyui import loaded as ours
 from safetensors.torch import save_file
 
+import comfy_extras.nodes_model_merging as merging  # isort: skip (comfyui adds its path)
+
 loader = comfyui.module("nodes.model.loader")
-linear, scaled = comfyui.modules("lightforcing_core", "fp8.linear", "checkpoint.scaled")
+linear, scaled, checkpoint = comfyui.modules("lightforcing_core", "fp8.linear", "checkpoint.scaled", "checkpoint.load")
 PLAIN = "tiny_wan.safetensors"
 ROWWISE, INT8, NVFP4 = "LightForcingRowwiseFP8Layout", "TensorWiseINT8Layout", "TensorCoreNVFP4Layout"
 FOLDER = f"{comfyui.BASE}/models/diffusion_models"
@@ -94,6 +97,37 @@ mixed = ours(saved("mixed", by_rows, int8, nvfp4))
 compare(mixed, mixed, {ROWWISE, INT8, NVFP4}, 0.12)
 refusal = comfyui.error_of(ours, saved("unknown", marked(by_rows, "float3_of_tomorrow")))
 assert "'float3_of_tomorrow', which this ComfyUI does not know; update ComfyUI" in refusal
+
+
+# A model in `fp8_rowwise`, saved by ComfyUI's Save Model: ours loads it again, the stock loader refuses.
+def written(model, prefix):
+    """The file that Save Model writes."""
+    merging.save_checkpoint(model, filename_prefix=prefix, output_dir=FOLDER)
+    (file,) = Path(FOLDER).glob(f"{prefix}_*.safetensors")
+    return file.name
+
+
+model = ours(PLAIN, "fp8_rowwise")
+latents = comfyui.video_of(model)
+file = written(model, "saved_rows")
+again = ours(file)
+weight = again.model.diffusion_model.blocks[1].ffn[2].weight
+assert (weight._layout_cls, weight._params.scale.shape) == ("LightForcingRowwiseFP8Layout", (256, 1))
+assert torch.equal(comfyui.video_of(again), latents)
+assert torch.equal(comfyui.video_of(ours(written(again, "saved_twice"))), latents)
+# It would take a scale per row for one per matrix.
+assert "fp8_rowwise of Light Forcing Model Loader" in comfyui.error_of(comfyui.load, file)
+refusal = comfyui.error_of(ours, file, "fp8_rowwise")
+assert "is quantised already (fp8_rowwise of Light Forcing Model Loader" in refusal
+patched = comfyui.with_lora(ours(PLAIN, "fp8_rowwise"))
+expected = comfyui.video_of(patched)
+got = comfyui.video_of(ours(written(patched, "saved_lora")))
+assert (expected - latents).norm() / latents.norm() > 0.2
+assert (got - expected).norm() / expected.norm() < 1e-5  # a LoRA is saved into the rows
+_, info = checkpoint.load_dit_state_dict(f"{FOLDER}/{file}")
+assert info.quantised.startswith("fp8_rowwise of Light Forcing Model Loader in ComfyUI's format")
+for left in Path(FOLDER).glob("saved_*"):
+    left.unlink()
 
 # Other errors of ComfyUI's loader name the file; running out of memory is still seen as such.
 rotation = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": "many"}
