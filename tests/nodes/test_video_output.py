@@ -1,13 +1,16 @@
-"""Frames that leave while they are made: the file plays, knows its graph, and is whole or called partial."""
+"""Video files of runs and of the shipped workflows: they play, know their graph, and are whole or called partial."""
 
 import json
+from pathlib import Path
 
 import av
 import pytest
 
 from ..support.graphs import (
+    EMBEDS,
     HEIGHT,
     LENGTH,
+    OTHER_EMBEDS,
     WIDTH,
     empty,
     graph,
@@ -15,9 +18,13 @@ from ..support.graphs import (
     loader,
     save_images,
     saved_latents,
+    text,
     vae_loader,
     video_output,
 )
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+SIZES = {"Length": 33, "Width": WIDTH, "Height": HEIGHT}
 
 
 def to_file(prefix, latent=None, seed=3, keep_finished=True, **output):
@@ -29,7 +36,7 @@ def to_file(prefix, latent=None, seed=3, keep_finished=True, **output):
 def frames_of(path):
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
-        assert (frames[0].width, frames[0].height) == (WIDTH, HEIGHT)
+        assert (frames[0].width, frames[0].height, container.streams.video[0].average_rate) == (WIDTH, HEIGHT, 16)
         return len(frames), dict(container.metadata)
 
 
@@ -82,3 +89,30 @@ def test_cancelled_run_returns_and_shows_its_finished_chunks(server):
         assert saved["filename"] == f"cancelled_0000{attempt}.partial.mp4"
         assert frames_of(server.output / "clips" / saved["filename"])[0] == 4 * frames - 3
         assert not (server.output / "clips" / f"cancelled_0000{attempt}.mp4").exists()
+
+
+def tiny_prompt(prompt):
+    """A workflow's API form at a tiny size, its text encoder replaced by a stored embedding."""
+    for node_id, node in list(prompt.items()):
+        kind, inputs = node["class_type"], node["inputs"]
+        if kind == "CLIPTextEncode":
+            prompt[node_id] = text(OTHER_EMBEDS if "from" in node["_meta"]["title"] else EMBEDS)
+        elif kind == "CLIPLoader":
+            del prompt[node_id]
+        elif kind == "VAELoader":
+            inputs["vae_name"] = "tiny_lightvae.safetensors"
+        elif kind == "EmptyARVideoLatent":
+            sizes = {"width": WIDTH, "height": HEIGHT}
+            inputs |= {name: size for name, size in sizes.items() if isinstance(inputs[name], int)}
+        elif kind == "PrimitiveInt":
+            inputs["value"] = SIZES[node["_meta"]["title"].split()[0]]
+        elif kind == "LightForcingPromptTimeline":
+            inputs["start"] /= 7
+    return prompt
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in WORKFLOWS.glob("*.json")))
+def test_workflow_makes_a_playable_video(server, name):
+    prompt = tiny_prompt(json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8")))
+    (path,) = [path for path in server.files(server.run(prompt)) if path.suffix == ".mp4"]
+    assert frames_of(path)[0] == SIZES["Length"]

@@ -61,13 +61,3 @@ def test_sparsity_of_one_chunk_can_be_given(server):
     sparse, dense = video(target=0.6), video(target=0.0)
     assert (video(target=0.6, sparsity="1: 0") == dense).all()
     assert (sparse[:, :, REST] - dense[:, :, REST]).abs().max() > 1e-4
-
-
-def test_few_step_checkpoint_spends_more_on_its_first_chunk(server):
-    """Frame by frame in 2 steps, the first frame in 4: by hand, that frame is the start of a plain 2-step run."""
-    whole = latents_of(server, graph({"model": loader(family="causal_forcing_2step")}, steps=0))
-    four = latents_of(server, graph({"model": loader(family="causal_forcing_framewise")}, steps=4))
-    two = latents_of(server, graph({"model": loader(family="causal_forcing_framewise")}, steps=2))
-    assert (whole[:, :, 0] == four[:, :, 0]).all()
-    assert (whole[:, :, 0] - two[:, :, 0]).abs().max() > 0.01
-    assert (whole[:, :, 1] - four[:, :, 1]).abs().max() > 0.01

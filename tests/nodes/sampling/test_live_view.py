@@ -230,11 +230,3 @@ def test_continued_video_is_shown_from_its_start(client, server):
     strips = [strip for message in one.messages if message["node"] == "more" for strip in message["strips"]]
     assert min(strip["start"] for strip in strips) == 0
     assert max(strip["stop"] for strip in strips) == LENGTH + 12
-
-
-def test_page_that_stops_playing_gets_the_sheet(client, server):
-    one = client(plays=True)
-    server.post("/light_forcing/page", {"client_id": one.id, "plays": False})
-    one.run(run_of(8))
-    assert one.sheets
-    assert not one.messages
