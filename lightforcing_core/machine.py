@@ -36,6 +36,7 @@ GAIN = 1.05  # how much faster a candidate must be
 ROUNDS = (5, 30)  # timed runs of each candidate, at least and at most
 ENOUGH = 0.1  # seconds after which a candidate has been timed enough
 SECONDS = 8.0  # of a look
+SHARE = 1 / 16  # of a look's time that one run of the incumbent may take; slower work is not measured
 MOST_BYTES = 4 << 20  # of the file; a larger one is begun anew
 MOST_TEXT = 300  # characters of a sentence
 VERIFIED, ENABLED, QUARANTINED = STATES = ("verified", "enabled", "quarantined")
@@ -49,7 +50,8 @@ _thread = threading.local()  # look: the open `_Look`, if any; is_safe: see `saf
 _lock = threading.RLock()
 _settled: dict["Choice", str] = {}  # winners in this process
 _checked: set[tuple["Choice", str]] = set()  # candidates that were right in this process
-_skipped: set[tuple["Choice", str]] = set()  # candidates that ran out of memory in this process
+_skipped: set[tuple["Choice", str]] = set()  # candidates that this process does not try
+_unfinished: set["Choice"] = set()  # settled although not every candidate was tried
 _known: dict[Path, "Table"] = {}  # by folder
 _machines: dict[torch.device, tuple[str, dict[str, Any]]] = {}
 
@@ -143,7 +145,15 @@ def choose(
         if look:
             look.is_busy = False
     _settled[choice] = winner
+    if any((choice, name) not in _skipped and name not in _rows(choice) for name in unknown):
+        _unfinished.add(choice)
     return winner
+
+
+def reason(kind: str, key: Hashable, device: torch.device, incumbent: str, name: str) -> str:
+    """Why `choose` returns this candidate."""
+    row = _rows(Choice(kind, key, device, incumbent)).get(name)
+    return row.because if row else "it runs without proof"
 
 
 def is_off() -> bool:
@@ -178,7 +188,9 @@ def measuring(
     """
     global looks
     looks += 1
-    _settled.clear()  # a choice that could not be measured before can be now
+    for choice in _unfinished:  # which can be measured now
+        _settled.pop(choice, None)
+    _unfinished.clear()
     before, _thread.look = getattr(_thread, "look", None), _Look(say, should_stop, seconds)
     try:
         yield
@@ -192,8 +204,8 @@ def explain() -> list[str]:
     for choice, winner in _settled.items():
         for name, row in _rows(choice).items():
             if name == winner or row.state == QUARANTINED:
-                use = f"instead of {choice.incumbent}" if name == winner else "is not used"
-                lines.append(f"{choice.kind} {choice.key}: {name} {use}, {row.because}")
+                use = "" if name == winner else "is not used, "
+                lines.append(f"{choice.kind} {choice.key}: {name} {use}{row.because}")
     return lines
 
 
@@ -234,6 +246,9 @@ def _measure(
     expected = [_results(run) for run in (arms[choice.incumbent], reference) if run]
     if not all(is_finite(x) for results in expected for x in results):
         return  # nothing equals NaN
+    if seconds_of(arms[choice.incumbent], choice.device) > look.seconds * SHARE:
+        _skipped.update((choice, name) for name in unknown)
+        return
     found: dict[str, Row] = {}
     for name in unknown:
         if not look.may_try():
@@ -254,12 +269,12 @@ def _measure(
             arms[name] = candidates[name]
             _checked.add((choice, name))
     del expected
-    times = _times(arms, choice.device) if len(arms) > 1 else {}
+    times = _times(arms, choice.incumbent, choice.device) if len(arms) > 1 else {}
     usual = times.pop(choice.incumbent, [])
     for name, seconds in times.items():
         gain = median(usual) / max(median(seconds), 1e-9)
         is_faster = gain >= GAIN and _quartiles(seconds)[1] < _quartiles(usual)[0]
-        text = f"{gain:.2f} times as fast ({_ms(seconds)} ms, not {_ms(usual)})"
+        text = f"{gain:.2f} times as fast as {choice.incumbent} ({_ms(seconds)} ms, not {_ms(usual)})"
         found[name] = Row(ENABLED if is_faster else VERIFIED, text, round(gain, 3))
     _log.info("[Light Forcing] measured %s: %s", choice, {name: row.because for name, row in found.items()})
     _keep(_machine(choice.device)[0], str(choice), found)
@@ -308,12 +323,16 @@ def _results(run: Thunk) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _times(arms: Mapping[str, Thunk], device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every arm in each round; the first arm rotates, so that a busy machine slows all equally."""
-    names, (least, most) = list(arms), ROUNDS
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(most):
-        if turn >= least and sum(map(sum, times.values())) > ENOUGH * len(names):
+def _times(arms: Mapping[str, Thunk], incumbent: str, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every arm in each round; the first arm rotates, so that a busy machine slows all equally.
+
+    An arm that takes more than twice the incumbent's time at first runs no more.
+    """
+    times = {name: [seconds_of(run, device)] for name, run in arms.items()}
+    names = [name for name in arms if times[name][0] <= 2 * times[incumbent][0]]
+    least, most = ROUNDS
+    for turn in range(1, most):
+        if turn >= least and sum(sum(times[name]) for name in names) > ENOUGH * len(names):
             break
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             times[name].append(seconds_of(arms[name], device))
@@ -347,7 +366,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _quartiles(seconds: list[float]) -> tuple[float, float]:
-    low, _, high = quantiles(seconds, n=4, method="inclusive")
+    low, _, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return low, high
 
 

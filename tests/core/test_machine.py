@@ -13,7 +13,7 @@ from lightforcing.lightforcing_core import fast_path, machine
 
 CPU = torch.device("cpu")
 RIGHT = torch.arange(1.0, 9.0)
-SPEEDS = {"usual": 1.0, "fast": 0.5, "faster": 0.25, "slow": 2.0, "same": 0.97}  # seconds of each
+SPEEDS = {"usual": 0.1, "fast": 0.05, "faster": 0.025, "slow": 0.2, "slowest": 9.0, "same": 0.097}  # seconds of each
 ONCE = []
 
 
@@ -47,8 +47,8 @@ def restart(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "seconds_of", lambda run, device: SPEEDS[name_of(run)])
 
     def forget():
-        for memory in (machine._settled, machine._checked, machine._skipped, machine._known, machine._machines):
-            memory.clear()
+        for name in ("settled", "checked", "skipped", "unfinished", "known", "machines"):
+            getattr(machine, f"_{name}").clear()
         fast_path.begin_run()
 
     forget()
@@ -88,16 +88,17 @@ def test_the_fastest_right_candidate_is_enabled_and_kept(restart):
     restart()
     assert choose("fast", "faster", "slow", measures=False) == "faster"
     assert [state_of(name) for name in ("fast", "slow")] == ["enabled", "verified"]
-    assert machine.explain() == [
-        "sums (64, torch.bfloat16): faster instead of usual, 4.00 times as fast (250 ms, not 1e+03)"
-    ]
+    because = "4.00 times as fast as usual (25 ms, not 100)"
+    assert machine.explain() == [f"sums (64, torch.bfloat16): faster {because}"]
+    assert machine.reason("sums", (64, torch.bfloat16), CPU, "usual", "faster") == because
 
 
-@pytest.mark.parametrize("bad", ["slow", "same", "wrong", "NaN", "short", "unsteady", "raises", "full"])
+@pytest.mark.parametrize("bad", ["slow", "slowest", "same", "wrong", "NaN", "short", "unsteady", "raises", "full"])
 def test_bad_candidate_is_never_enabled(restart, bad):
     assert choose(bad) == "usual"
     restart()
     assert choose(bad) == choose(bad, measures=False) == "usual"
+    restart()
     assert choose(bad, "fast") == "fast"  # and keeps no other from it
 
 
@@ -111,7 +112,7 @@ def test_quarantined_candidate_is_not_run_again(restart, bad, monkeypatch):
 
 
 def test_times_that_overlap_enable_nothing(restart, monkeypatch):
-    turns = {"usual": [1.0, 2.0] * 9, "fast": [0.5, 1.5] * 9}
+    turns = {"usual": [0.1, 0.2] * 9, "fast": [0.05, 0.15] * 9}
     monkeypatch.setattr(machine, "seconds_of", lambda run, device: turns[name_of(run)].pop())
     assert choose("fast") == "usual"
     assert state_of("fast") == "verified"
@@ -178,10 +179,16 @@ def test_each_process_compares_once(restart):
     assert [run.runs for run in candidates.values()] == [1, 1]
 
 
+def test_work_too_slow_to_measure_in_time_is_left_alone(restart, monkeypatch):
+    monkeypatch.setitem(SPEEDS, "usual", 1.0)
+    monkeypatch.setitem(CANDIDATES, "fast", lambda: pytest.fail("it ran"))
+    assert choose("fast") == "usual"
+
+
 def test_a_closer_reference_is_held_too(restart):
     far, near = (lambda: RIGHT.double() * 1.01), RIGHT.double
     assert choose("fast", reference=far) == "usual"
-    assert choose("faster", reference=near) == "faster"
+    assert choose("faster", reference=near, key=1) == "faster"
 
 
 def test_a_lost_device_is_raised_and_its_cause_quarantined(restart, monkeypatch):
@@ -214,7 +221,7 @@ CHILD = """
 import os, sys, torch
 from lightforcing.lightforcing_core import machine
 x = torch.ones(4)
-machine.seconds_of = lambda run, device: 1.0 if run == x.clone else 0.5
+machine.seconds_of = lambda run, device: 0.1 if run == x.clone else 0.05
 for number in range({keys}):
     with machine.measuring():
         run = {{"usual": x.clone, "fast": {fast}}}
