@@ -1,6 +1,7 @@
 """Sparse attention: check the input, choose a backend and run it, or the next one."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -8,14 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import fast_path
+from .. import fast_path, machine
 from ..fast_path import raise_if_fatal
+from ..machine import Thunk
 from .backends import BACKENDS, DENSE, REFERENCE, TRITON
 from .backends.base import EIGHT_BIT, Backend, Call
 from .blocks import FrameBlocks
 from .options import check_backend, check_block
 from .selection import BlockSelection
 
+KIND = "attention backend"  # of the choice by measurement
+TOLERANCE = (1e-2, 1e-3)  # between two backends in 16 bits, and in float32
 _BY_NAME: dict[str, Backend] = {backend.name: backend for backend in (*BACKENDS, DENSE)}
 
 
@@ -96,22 +100,35 @@ def choose_backend(
     return choose(Call(q, k, k, q_layout, k_layout, tail=(k, k) if tail else None), backend)
 
 
-def choose(call: Call, backend: str = "auto") -> BackendChoice:
-    """The backend for `call`; raises `BackendUnavailable` if a named one cannot run."""
+def choose(call: Call, backend: str = "auto", ways: Callable[[str], Thunk] | None = None) -> BackendChoice:
+    """The backend for `call`; raises `BackendUnavailable` if a named one cannot run.
+
+    ways: a function that runs such a call by the backend of a name, so that they can be measured.
+    """
     if backend != "auto":
         if reason := _BY_NAME[backend].why_not(call):
             raise BackendUnavailable(f"attention backend {backend!r} cannot run: {reason}")
         return BackendChoice(backend, f"{backend} was asked for")
-    declined: list[str] = []
-    for one in BACKENDS:
-        if not one.automatic:
-            continue
+    last = REFERENCE if call.q.device.type == "cpu" else DENSE
+    usual, declined, able = last.name, list[str](), [REFERENCE.name] if last is REFERENCE else []
+    for one in reversed(BACKENDS[:-1]):
         reason = call.path(one.name).failure or one.why_not(call) or one.why_not_auto(call)
         if reason is None:
-            return BackendChoice(one.name, "; ".join(declined) or f"{one.name} is the fastest backend here and can run")
-        declined.append(reason)
-    last = REFERENCE if call.q.device.type == "cpu" else DENSE
-    return BackendChoice(last.name, "; ".join(declined))
+            able.append(one.name)
+        if one.automatic:
+            usual, declined = (usual, [reason, *declined]) if reason else (one.name, [])
+    because = "; ".join(declined) or f"{usual} is the fastest backend here and can run"
+    key = (*call.q.shape, call.k.shape[1], str(call.q.dtype), str(call.k.dtype), *call.block, call.tail is not None)
+    runs = {name: ways(name) if ways else _never for name in able}
+    device, tolerance = call.q.device, TOLERANCE[call.q.dtype.itemsize > 2]
+    choice = machine.choose(KIND, key, device, runs, incumbent=usual, tolerance=tolerance, allowed=ways is not None)
+    if choice != usual:
+        because = machine.reason(KIND, key, device, usual, choice)
+    return BackendChoice(choice, because)
+
+
+def _never() -> Tensor:
+    raise RuntimeError("nothing can be measured without tensors")
 
 
 def attend(call: Call, choice: BackendChoice, backend: str = "auto") -> tuple[Tensor, BackendChoice]:

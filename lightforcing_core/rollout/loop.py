@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import fast_path
+from .. import fast_path, machine
 from ..model.causal import GIVEN_NOISE, ModelState, Pass, Predict
 from ..model.cuda_graph import step_graphs, why_no_graph
 from ..model.kv_cache import KVCache
 from ..pinned import to_device
 from ..refusal import NotFinite, Refusal, check_finite, is_finite
+from .look import Looks, Rehearsal
 from .recipe import Recipe
 from .record import RunRecorder
 from .runtime import Chunk, Runtime, StepEvent
@@ -84,6 +85,7 @@ class ChunkLoop:
                 cache = KVCache(self.cache, self.runtime.kv, self.device)
                 states.append(ModelState(cache, self.recipe.attention, self.runtime.dense_attention, guide))
             note = partial(self.recorder.fact, "CUDA graphs")
+            self._look()
             with step_graphs(self.runtime.cuda_graph, self.why_no_graphs, self.device, len(states), note) as runs:
                 for index, length in enumerate(self.lengths):
                     is_given = index < self.first_index
@@ -110,10 +112,31 @@ class ChunkLoop:
                             self._clean_pass(state, latents)
                         self.recorder.lap(index, "replay" if is_given else "clean pass")
                     past = [*past, latents][-self.cache.slots :]
+            self._look(rest=True)
         finally:
             # A traceback or a hook of ComfyUI may still hold the states, so their memory is freed explicitly.
             for state in states:
                 state.close()
+
+    def _look(self, *, rest: bool = False) -> None:
+        """Measure ways to run the chunk that sees most, or the rest, as far as they are not known."""
+        measuring = self.runtime.measuring
+        if measuring is None and self.runtime.denoise is None:
+            measuring = machine.measuring
+        if measuring is None or machine.is_off():
+            return
+        state = partial(ModelState, attention=self.recipe.attention, dense_attention=self.runtime.dense_attention)
+        looks = Looks(self.recipe, self.cache, self.runtime.kv, self.device, state)
+
+        def run_layer(state: ModelState, index: int) -> None:
+            batch, channels, _, height, width = self.shape
+            text = to_device(self.guides[0].text(index).to(self.dtype), self.device)
+            state.follow(text.expand(batch, -1, -1))
+            x = looks.random(batch, channels, self.lengths[index], height, width).float()
+            self._run(x, 0.5, Rehearsal(state, commits=True))
+
+        with measuring():
+            looks.look(run_layer, rest=rest)
 
     def _open_chunk(self, states: list[ModelState], index: int) -> None:
         end = self._end_of(index)

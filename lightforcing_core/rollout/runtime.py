@@ -1,6 +1,7 @@
 """How a rollout runs on this machine, and its reports; nothing here is saved with a run."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -73,6 +74,8 @@ class Runtime:
         "window" only the sinks and the frames still visible, at a cost that does not grow with the video.
     on_step: called after every denoising step.
     recorder: records the blocks that the run reads and the time it takes.
+    measuring: a context in which `machine` measures, before the first chunk and after the last: it runs single layers,
+        through `denoise` if that is given. None is `machine.measuring`, or no measurement if `denoise` is given.
     cuda_graph: whether a chunk's steps are launched as one CUDA graph, see `cuda_graph`; "auto" does so if
         possible and otherwise records why not, "on" refuses to run without.
     """
@@ -88,6 +91,7 @@ class Runtime:
     on_step: Callable[[StepEvent], object] | None = None
     recorder: RunRecorder | None = None
     cuda_graph: CudaGraph = "auto"
+    measuring: Callable[[], AbstractContextManager[None]] | None = None
 
     def __post_init__(self) -> None:
         check_choice("replay", self.replay, Replay)
