@@ -105,6 +105,7 @@ def absent_gpu(fired: Counter[str]) -> Iterator[None]:
             (device, "why_not", lambda *_, **__: None),
             (block_sparse, "_multiprocessors", lambda _: 132),
             (fused, "DEVICES", ("cuda", "cpu")),
+            (fused, "EPILOGUES", ("cuda", "cpu")),
             (TRITON, "why_not_auto", lambda _: None),
             (selection, "why_not_fused", why_not),
         ):
@@ -114,6 +115,10 @@ def absent_gpu(fired: Counter[str]) -> Iterator[None]:
 
 def allocated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], len(weight))
+
+
+def allocated_activation(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, use_gelu: bool) -> torch.Tensor:
+    return x.new_empty(len(x), len(bias))
 
 
 def allocated(x: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -139,8 +144,12 @@ def milliseconds(setting: str, repeats: int) -> tuple[float, float]:
     with absent_gpu(Counter()), ExitStack() as stack:
         run = forward(setting, LAYERS, allocated)
         run()
-        for name, value in (("linear", allocated_linear), ("rms_norm", allocated)):
-            stack.enter_context(mock.patch.object(functional, name, value))
+        for owner, name, value in (
+            (functional, "linear", allocated_linear),
+            (functional, "rms_norm", allocated),
+            (torch, "_addmm_activation", allocated_activation),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
         for _ in range(repeats):
             adds.append(process_seconds(lambda: [torch.add(one, one) for _ in range(1000)]))
             samples.append(process_seconds(run))

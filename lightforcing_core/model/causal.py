@@ -223,7 +223,9 @@ def _run_layers(
         hidden, y = fused.add_norm(block.norm3, hidden, y, gate_sa)
         y = _cross_attention(block.cross_attn, y, *text[layer], state)
         hidden, y = fused.add_norm(block.norm2, hidden, y, None, scale_ffn, shift_ffn)
-        hidden, y = fused.add_norm(next_norm, hidden, block.ffn(y), gate_ffn, next_scale, next_shift)
+        hidden, y = fused.add_norm(
+            next_norm, hidden, fused.feed_forward(block.ffn, y), gate_ffn, next_scale, next_shift
+        )
     return y
 
 

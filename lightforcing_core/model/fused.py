@@ -16,6 +16,7 @@ from .rope import RopeTable
 from .wan import EPS, RMSNorm
 
 DEVICES = ("cuda",)  # devices on which kernels run; tests add the CPU, for Triton's interpreter
+EPILOGUES = ("cuda",)  # devices on which the GELU of a product's epilogue has the tanh form
 INSTEAD = "running the modules"
 # Attributes of a layer whose weights ComfyUI moves, casts or patches while they are used.
 CHANGES = ("comfy_cast_weights", "weight_function", "bias_function")
@@ -75,6 +76,27 @@ def store(
         attention.v(x).unflatten(-1, heads),
     )
     return rope.rotate(attention.norm_q(attention.q(x)).unflatten(-1, heads)) if with_q else None, None
+
+
+def feed_forward(ffn: Any, x: Tensor) -> Tensor:
+    """ffn(x), with its GELU in the first product if both are plain."""
+    if _hooked(ffn) or len(ffn) != 3 or x.device.type not in EPILOGUES or not _kernels_run(x):
+        out: Tensor = ffn(x)
+        return out
+    first, activation, second = ffn
+    is_gelu = type(activation) is nn.GELU and activation.approximate == "tanh" and not _hooked(activation)
+    y: Tensor | None = None
+    if is_gelu and _is_plain(first, x) and first.bias is not None:
+        run = partial(_product_gelu, x, first.weight, first.bias)
+        y = FastPath("GELU in a product", x.device, x.dtype).attempt(run, INSTEAD)
+    out = second(activation(first(x)) if y is None else y)
+    return out
+
+
+def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x · weightᵀ + bias), tanh form, in one launch: x [B, L, in] → [B, L, out]."""
+    y = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+    return y.view(*x.shape[:-1], -1)
 
 
 def _fused_store(

@@ -1,6 +1,11 @@
 """The fused kernels inside whole rollouts, under Triton's interpreter, against the modules that they stand for."""
 
 import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -18,6 +23,7 @@ from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 from ...support.rollouts import roll
 
 LAYERS = 2
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -135,6 +141,36 @@ def test_q_k_and_v_are_one_product_as_long_as_their_weights_are_plain(made_in, c
                 assert all(torch.equal(weight, before[name]) for name, weight in attention.state_dict().items())
                 change(attention.k)
                 change = None
+
+
+@pytest.mark.parametrize("change", [None, *CHANGES], ids=str)
+def test_a_plain_feed_forward_has_its_gelu_in_the_first_product(monkeypatch, change):
+    calls = []
+
+    def product(bias, x, weight, use_gelu):  # as on CUDA: the CPU's own has another form of GELU
+        calls.append(use_gelu)
+        return torch.nn.functional.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+    monkeypatch.setattr(fused, "DEVICES", ("cpu",))
+    monkeypatch.setattr(fused, "EPILOGUES", ("cpu",))
+    monkeypatch.setattr(torch, "_addmm_activation", product)
+    with torch.inference_mode():
+        dit = wan_from_state_dict(random_state_dict(dim=128, ffn_dim=128, layers=1, text_dim=32))
+        ffn, x = dit.blocks[0].ffn, torch.randn(2, 5, 128)
+        if change is not None:
+            CHANGES[change][0](ffn[0])
+        torch.testing.assert_close(fused.feed_forward(ffn, x), ffn(x), rtol=0, atol=1e-5)
+    is_plain = change is None or CHANGES[change][1] or change == "made in another mode"
+    assert calls == ([True] if is_plain else [])
+
+
+def test_a_layer_is_at_most_fifteen_launches():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "laboratory.launches", "--repeats", "1"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    published, with_tail = map(int, re.findall(r": (\d+) launches per layer", done.stdout))
+    assert published <= 15
+    assert with_tail <= 16  # the pooled tail's bias
 
 
 def test_weights_of_another_dtype_are_left_alone(dit, ran):
