@@ -32,6 +32,7 @@ from .refusal import is_finite
 
 FILE = "machine.jsonl"
 TRYING = "trying.json"  # of the crash guard: a hidden file, while its candidate runs for the first time
+TOLERANCE = (1e-2, 1e-3)  # of attention in 16 bits, and in float32, in which a GPU may multiply in TF32
 GAIN = 1.05  # how much faster a candidate must be
 ROUNDS = (5, 30)  # timed runs of each candidate, at least and at most
 ENOUGH = 0.1  # seconds after which a candidate has been timed enough

@@ -7,6 +7,7 @@ The rest of nodes/ imports ComfyUI through this file, so a change in ComfyUI is 
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,14 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
+from ..lightforcing_core.attention.backends.base import DenseAttention
 from ..lightforcing_core.files.output import missing_folders, remove_empty
 
 Interrupted: type[BaseException] = comfy.model_management.InterruptProcessingException
 out_of_memory: type[Exception] = comfy.model_management.OOM_EXCEPTION  # after it ComfyUI frees its memory
 ProgressBar = comfy.utils.ProgressBar
 Sampler = comfy.samplers.Sampler
+is_interrupted: Callable[[], bool] = comfy.model_management.processing_interrupted
 raise_if_interrupted: Callable[[], None] = comfy.model_management.throw_exception_if_processing_interrupted
 # The device and dtype with which results are passed on.
 result_device: Callable[[], torch.device] = comfy.model_management.intermediate_device
@@ -216,11 +219,20 @@ def conflicting_patches(model: ModelPatcher, model_options: Mapping[str, Any], o
             yield f"guidance that runs the model again ({name_of(function)})"
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over [B, L, H, D] by the function that ComfyUI has chosen."""
+def dense_attentions() -> dict[str, DenseAttention]:
+    """Attention over [B, L, H, D] by the function that ComfyUI has chosen, then by the fast ones that it offers."""
+    module = comfy.ldm.modules.attention
+    functions = {"ComfyUI": module.optimized_attention}
+    for name in ("pytorch", "sage", "sage3", "flash", "xformers"):
+        function = module.REGISTERED_ATTENTION_FUNCTIONS.get(name)
+        if function not in (None, module.optimized_attention):
+            functions[name] = function
+    return {name: partial(_dense_attention, function) for name, function in functions.items()}
+
+
+def _dense_attention(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     heads = q.shape[2]
-    mixed = comfy.ldm.modules.attention.optimized_attention(q.flatten(2), k.flatten(2), v.flatten(2), heads=heads)
-    return mixed.unflatten(-1, (heads, -1))
+    return function(q.flatten(2), k.flatten(2), v.flatten(2), heads=heads).unflatten(-1, (heads, -1))
 
 
 # --- sampling

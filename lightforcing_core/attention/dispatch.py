@@ -19,7 +19,6 @@ from .options import check_backend, check_block
 from .selection import BlockSelection
 
 KIND = "attention backend"  # of the choice by measurement
-TOLERANCE = (1e-2, 1e-3)  # between two backends in 16 bits, and in float32
 _BY_NAME: dict[str, Backend] = {backend.name: backend for backend in (*BACKENDS, DENSE)}
 
 
@@ -120,7 +119,7 @@ def choose(call: Call, backend: str = "auto", ways: Callable[[str], Thunk] | Non
     because = "; ".join(declined) or f"{usual} is the fastest backend here and can run"
     key = (*call.q.shape, call.k.shape[1], str(call.q.dtype), str(call.k.dtype), *call.block, call.tail is not None)
     runs = {name: ways(name) if ways else _never for name in able}
-    device, tolerance = call.q.device, TOLERANCE[call.q.dtype.itemsize > 2]
+    device, tolerance = call.q.device, machine.TOLERANCE[call.q.dtype.itemsize > 2]
     choice = machine.choose(KIND, key, device, runs, incumbent=usual, tolerance=tolerance, allowed=ways is not None)
     if choice != usual:
         because = machine.reason(KIND, key, device, usual, choice)

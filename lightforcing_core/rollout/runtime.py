@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..attention.backends.base import DenseAttention
-from ..attention.backends.dense import sdpa
+from ..attention.backends.dense import FastestDense
 from ..model.causal import Pass
 from ..model.cuda_graph import CudaGraph
 from ..model.kv_storage import KVOptions
@@ -83,7 +83,7 @@ class Runtime:
     device: torch.device | str | None = None
     dtype: torch.dtype | None = None
     kv: KVOptions = field(default_factory=KVOptions)
-    dense_attention: DenseAttention = sdpa
+    dense_attention: DenseAttention = field(default_factory=FastestDense)
     noise: Noise | None = None
     denoise: Denoise | None = None
     denoise_step: DenoiseStep | None = None

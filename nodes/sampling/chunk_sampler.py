@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...lightforcing_core import machine
+from ...lightforcing_core.attention.backends.dense import FastestDense
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.model.causal import Pass
 from ...lightforcing_core.refusal import NotFinite
@@ -25,15 +28,17 @@ from ...lightforcing_core.rollout.state import RunState
 from ..comfy import (
     Interrupted,
     ModelPatcher,
-    dense_attention,
+    dense_attentions,
+    is_interrupted,
     is_out_of_memory,
     out_of_memory,
     raise_if_interrupted,
     request_memory,
+    show_text,
 )
 from ..model.patch import KEY, CausalSampler, conflicting_patch, required_settings, run_passes
 from ..vae.decode import FrameDecoder
-from .memory import plan_of
+from .memory import looks_of, plan_of
 from .observer import Observer
 from .refusals import memory_advice, unsuitable_guider, unsuitable_latents, unsuitable_sigmas
 from .request import KV_CACHES, Request, model_text, named_for_the_canvas
@@ -66,6 +71,8 @@ class ChunkSampler(CausalSampler):
         self.decoder, self.fresh_noise = decoder, fresh_noise
         self.record: RunRecord | None = None
         self._prepared: tuple[RunState, MemoryPlan] | None = None
+        self._dense_attention = FastestDense(dense_attentions())
+        self._measuring = partial(machine.measuring, show_text, is_interrupted)
 
     def prepare(
         self, guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor, denoise_mask: Tensor | None, seed: int
@@ -85,7 +92,11 @@ class ChunkSampler(CausalSampler):
                 raise ValueError(reason)
             run = self._run(guider, sigmas, noise.shape, seed)
         plan = plan_of(model, run, KV_CACHES[self.request.kv_cache], self.decoder, saved=self.saved is not None)
-        self._prepared = run, plan = replace(run, kv_dtype=plan.kv.dtype), plan
+        run = replace(run, kv_dtype=plan.kv.dtype)
+        if self.saved is None and self.request.speed != "safe":
+            with self._measuring():
+                run = replace(run, recipe=looks_of(model, run, self._dense_attention).dense_where_faster())
+        self._prepared = run, plan
         log.info("[Light Forcing] %s", plan)
         for observer in self.observers:
             observer.begin(run, plan)
@@ -148,7 +159,7 @@ class ChunkSampler(CausalSampler):
             device=noise.device,
             dtype=inner.get_dtype_inference(),
             kv=plan.kv,
-            dense_attention=dense_attention,
+            dense_attention=self._dense_attention,
             noise=draw,
             denoise=lambda x, sigma, commit: denoise(x, sigma, [commit]),
             denoise_step=denoise,
@@ -156,15 +167,17 @@ class ChunkSampler(CausalSampler):
             on_step=on_step,
             recorder=recorder,
             cuda_graph="auto" if plan.cuda_graph else "off",
+            measuring=self._measuring,
         )
         # A saved run has its own guidance; its prompts come with the passes, so any other serves as the negative one.
         cfg, model_wrap.cfg = model_wrap.cfg, run.recipe.guidance.cfg
         model_wrap.conds.setdefault("negative", model_wrap.conds["positive"])
         begun = time.perf_counter()
+        speed = machine.safe() if self.request.speed == "safe" else contextlib.nullcontext()
         try:
             with named_for_the_canvas():
                 chunks = rollout(inner.diffusion_model, run.recipe, runtime, run.finished)
-            with contextlib.closing(chunks):
+            with speed, contextlib.closing(chunks):
                 for chunk in chunks:
                     video.add(chunk)
                     for observer in self.observers:
@@ -178,6 +191,7 @@ class ChunkSampler(CausalSampler):
             seconds = time.perf_counter() - begun
             counts = video.finished, video.wanted, seconds
             log.info("[Light Forcing] %s, %d of %d chunks in %.1f s", self._title, *counts)
+        recorder.fact("measured", "\n  ".join(machine.explain()) or "nothing faster than the defaults")
         self.record = recorder.finish(frames=video.end)
         return video.result()
 

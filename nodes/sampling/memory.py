@@ -3,14 +3,18 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
+from ...lightforcing_core.attention.backends.base import DenseAttention
 from ...lightforcing_core.attention.dispatch import choose_backend
 from ...lightforcing_core.memory.estimate import MemoryEstimate, ModelSize, estimate
 from ...lightforcing_core.memory.plan import LADDER, MemoryPlan, plan_memory
+from ...lightforcing_core.model.causal import ModelState
 from ...lightforcing_core.model.kv_storage import KVOptions
 from ...lightforcing_core.model.wan import HEAD_DIM
+from ...lightforcing_core.rollout.look import Looks
 from ...lightforcing_core.rollout.state import RunState
 from ..comfy import (
     ModelPatcher,
@@ -69,3 +73,13 @@ def plan_of(
         # Graphs are not measured yet, so they need --fast. They hold the addresses of weights, which must not move.
         cuda_graph=is_cuda and untested_speedups_wanted() and not model.is_dynamic(),
     )
+
+
+def looks_of(model: ModelPatcher, run: RunState, dense_attention: DenseAttention) -> Looks:
+    """The chunks of `run` as `machine` sees them, before the model is loaded."""
+    recipe, dit = run.recipe, model.get_model_object("diffusion_model")
+    shape = recipe.cache_shape(
+        layers=1, heads=dit.dim // HEAD_DIM, head_dim=HEAD_DIM, dtype=model.model.get_dtype_inference()
+    )
+    state = partial(ModelState, attention=recipe.attention, dense_attention=dense_attention)
+    return Looks(recipe, shape, KVOptions(run.kv_dtype), model.load_device, state)

@@ -51,6 +51,7 @@ def run_inputs() -> list[io.Input]:
         io.Combo.Input("kv_cache", options=list(KV_CACHES), default="auto", optional=True, advanced=True),
         io.Float.Input("context_noise", default=0.0, min=0.0, max=1000.0, step=1.0, optional=True, advanced=True),
         io.Latent.Input("end_latent", optional=True),
+        io.Combo.Input("speed", options=["auto", "safe"], default="auto", optional=True, advanced=True),
     ]
 
 
@@ -70,6 +71,7 @@ class Request:
     schedule: None takes the defaults of the model's family.
     start_latent, end_latent: LATENTs of [B or 1, 16, frames, h, w] in the VAE's space.
     timeline: prompts that take over later.
+    speed: "auto" measures this machine and runs what was proved to be faster, "safe" does neither.
     """
 
     schedule: Schedule | None = None
@@ -81,6 +83,7 @@ class Request:
     keep_finished: bool = True
     kv_cache: str = "auto"
     context_noise: float = 0.0
+    speed: str = "auto"
 
     @property
     def initial_latents(self) -> Tensor | None:
