@@ -23,6 +23,7 @@ SCRIPTS = [
     "sampling/against_core",
     "sampling/faults",
     "sampling/live_view",
+    "sampling/measured",
     "sampling/other_patches",
     "memory/memory",
     "memory/low_memory",
