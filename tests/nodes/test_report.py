@@ -57,7 +57,7 @@ def test_pages_and_words_come_out_after_the_run(server, first):
     assert all(float(row[4][:-1]) < 60 for row in rows[1:])
 
 
-def test_another_map_is_drawn_without_sampling_again(server, first):
+def test_another_map_is_drawn_without_sampling_again_and_one_that_is_not_there_refused(server, first):
     prompt = first["prompt"][2]
     again = {**prompt, "report": report(images=link("sampler", 1), chunk=1, layer=1, head=0)}
     again["pages"] = save_images(link("report"))
@@ -66,6 +66,8 @@ def test_another_map_is_drawn_without_sampling_again(server, first):
     before, after = pages_of(server, first)[:3], pages_of(server, entry)[:3]
     assert np.array_equal(before[0], after[0])
     assert not np.array_equal(before[2], after[2])
+    for inputs, words in (({"layer": 2}, "no layer 2"), ({"head": 9}, "no head 9"), ({"chunk": 9}, "chunk 9 is not")):
+        assert words in server.error_of({**prompt, "report": report(**inputs)})
 
 
 def test_a_latent_without_a_run_is_refused_with_the_way_out(server):

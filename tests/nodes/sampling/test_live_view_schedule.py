@@ -151,8 +151,11 @@ def test_wrong_sampler_inputs_are_refused_when_they_are_queued(server, inputs, w
     ("inputs", "way_out"),
     [
         ({"crf": 60}, "outside 0 … 51 of .mp4"),
+        ({"crf": 64, "format": "webm"}, "outside 0 … 63 of .webm"),
+        ({"crf": -2}, "outside 0 … 51"),
         ({"format": "avi"}, "use .mp4 or .webm"),
         ({"format": "a/../../../../evil.mp4"}, "use .mp4 or .webm"),
+        ({"prefix": ""}, "use one such as video/clip"),
         ({"prefix": "video/.."}, "use one such as video/clip"),
     ],
 )
