@@ -8,11 +8,13 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 ALIGNED = 256  # tensors start at multiples of this many bytes
+ROWS_LAYOUT = "LightForcingRowwiseFP8Layout"  # of ComfyUI's quantised tensors the kind that this pack defines
 
 _log = logging.getLogger(__name__)
 
@@ -32,23 +34,34 @@ def indexed(device: torch.device) -> torch.device:
     return torch.empty(0, device=device).device
 
 
-def why_not_resident(tree: nn.Module, device: torch.device) -> str | None:
-    """The reason why the weights of a module tree are not ordinary tensors that stay on `device`, or None.
+def parts_of(weight: Any) -> tuple[Tensor, ...]:
+    """The ordinary tensors that a weight consists of: itself, or FP8 values and scales; () for any other kind."""
+    if type(weight) in (nn.Parameter, Tensor):
+        return (weight,)
+    is_ours = getattr(weight, "_layout_cls", None) == ROWS_LAYOUT
+    return (weight._qdata, weight._params.scale) if is_ours else ()
 
-    A CUDA graph or a second stream must not use weights that are moved, cast, patched or unpacked while in use.
+
+def why_not_resident(tree: nn.Module, device: torch.device) -> str | None:
+    """The reason why the weights of a module tree do not stay on `device` as they are, or None.
+
+    A CUDA graph or a second stream must not use weights that are moved, patched or unpacked while in use. A weight that
+    ComfyUI casts stays where it is, and the cast is recorded.
     """
     device = indexed(device)
     for name, module in tree.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has a hook"
-        moved = getattr(module, "comfy_cast_weights", False)
-        if moved or getattr(module, "weight_function", ()) or getattr(module, "bias_function", ()):
-            return f"ComfyUI moves, casts or patches the weights of {name} while they are used"
+        changed = getattr(module, "weight_function", ()) or getattr(module, "bias_function", ())
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         for key, tensor in own:
-            if type(tensor) not in (nn.Parameter, Tensor):
+            parts = parts_of(tensor)
+            away = any(part.device != device for part in parts or (tensor,))
+            if changed or (away and getattr(module, "comfy_cast_weights", False)):
+                return f"ComfyUI moves or patches the weights of {name} while they are used"
+            if not parts:
                 return f"{name}.{key} is a {type(tensor).__name__}, which is unpacked while it is used"
-            if tensor.device != device:
+            if away:
                 return f"{name}.{key} is on {tensor.device}, not on {device}"
     return None
 

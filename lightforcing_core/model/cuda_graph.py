@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fast_path import FastPath, one_line, recording
-from ..pinned import why_not_resident
+from ..pinned import parts_of, why_not_resident
 from .causal import ModelState, Predict, Watch, predict
 from .cuda_capture import CudaRecorder, CudaRecording
 
@@ -207,4 +207,5 @@ class _Recorded:
 
 
 def _addresses(tree: nn.Module) -> tuple[int, ...]:
-    return tuple(tensor.data_ptr() for tensor in itertools.chain(tree.parameters(), tree.buffers()))
+    tensors = itertools.chain(tree.parameters(), tree.buffers())
+    return tuple(part.data_ptr() for tensor in tensors for part in parts_of(tensor))

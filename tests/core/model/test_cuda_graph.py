@@ -268,17 +268,17 @@ def test_a_change_within_a_chunk_is_followed(dit, events, happens, recordings):
     assert [kind for kind, _ in events].count("record") == recordings
 
 
-def test_weights_that_comfyui_begins_to_cast_are_no_longer_recorded_in_this_run(dit, events):
-    def cast_from_the_second_chunk_on(event):
-        module.comfy_cast_weights = event.chunk > 0
+def test_weights_that_comfyui_begins_to_patch_are_no_longer_recorded_in_this_run(dit, events):
+    def patched_from_the_second_chunk_on(event):
+        module.weight_function = [torch.clone] if event.chunk > 0 else []
 
     module = dit.blocks[1].ffn[0]
     expected = video(run(dit, "off"))
     recorder = RunRecorder()
-    assert torch.equal(video(run(dit, "auto", on_step=cast_from_the_second_chunk_on, recorder=recorder)), expected)
+    assert torch.equal(video(run(dit, "auto", on_step=patched_from_the_second_chunk_on, recorder=recorder)), expected)
     assert [kind for kind, _ in events].count("record") == 1
-    assert "no longer used: ComfyUI moves, casts" in recorder.finish().facts["CUDA graphs"]
-    module.comfy_cast_weights = False
+    assert "no longer used: ComfyUI moves or patches" in recorder.finish().facts["CUDA graphs"]
+    module.weight_function = []
     list(run(dit, "on"))  # the next run is not held to it
 
 
@@ -309,8 +309,11 @@ def changes_of(weight):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda weight: {"comfy_cast_weights": True}, " moves, casts or patches the weights of blocks.1.ffn.0"),
-        (lambda weight: {"weight_function": [torch.clone]}, " moves, casts or patches the weights of blocks.1.ffn.0"),
+        (
+            lambda weight: {"comfy_cast_weights": True, **changes_of(weight.to("meta"))},
+            " moves or patches the weights of blocks.1.ffn.0",
+        ),
+        (lambda weight: {"weight_function": [torch.clone]}, " moves or patches the weights of blocks.1.ffn.0"),
         (lambda weight: {"_forward_hooks": {0: print}}, "blocks.1.ffn.0 has a hook"),
         (lambda weight: changes_of(weight.as_subclass(Packed)), "blocks.1.ffn.0.weight is a Packed, which is unpacked"),
         (lambda weight: changes_of(weight.to("meta")), "blocks.1.ffn.0.weight is on meta, not on cpu"),
