@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightforcing.lightforcing_core.fp8.linear import LAYER_LINEARS, product, quantize_rows
+from lightforcing.lightforcing_core.model.fp8 import LAYER_LINEARS, product, quantize_rows
 
 
 class FP8Linear(nn.Module):

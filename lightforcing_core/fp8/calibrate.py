@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..checkpoint.files import CheckpointError, open_weights
 from ..families import Family
+from ..model.fp8 import LARGEST, LAYER_LINEARS, SMALLEST
 from ..rollout.loop import rollout
 from ..rollout.recipe import Recipe, few_step_sigmas
 from ..rollout.runtime import Runtime, StepEvent
-from .linear import LARGEST, LAYER_LINEARS, SMALLEST
 
 CHUNKS = 2  # so that a clean pass runs, and a chunk reads the cache
 HEADROOM = 2.0  # other prompts may give larger inputs; e4m3 is a floating-point format, so it loses no digits by this

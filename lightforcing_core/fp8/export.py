@@ -22,9 +22,9 @@ from ..families import family_of
 from ..files.json import mapping, read_object
 from ..files.output import prepare_folder
 from ..files.tensors import stream_tensors
+from ..model.fp8 import FP8, LAYER_LINEARS, dequantize_rows, quantize_rows, why_no_fp8
 from ..model.wan import wan_from_state_dict
 from .calibrate import input_scales, largest_inputs, read_prompts
-from .linear import FP8, LAYER_LINEARS, dequantize_rows, quantize_rows, why_no_fp8
 
 _FORMAT = format_mark("float8_e4m3fn")
 

@@ -17,7 +17,7 @@ from comfy_kitchen.tensor.base import BaseLayoutParams, dequantize_args
 from torch import Tensor
 
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS, format_mark, marked_format
-from ...lightforcing_core.fp8.linear import (
+from ...lightforcing_core.model.fp8 import (
     FP8,
     LAYER_LINEARS,
     dequantize_rows,

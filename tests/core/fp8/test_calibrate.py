@@ -8,7 +8,7 @@ from lightforcing.lightforcing_core.checkpoint.load import CheckpointError
 from lightforcing.lightforcing_core.families import FAMILIES
 from lightforcing.lightforcing_core.fp8.calibrate import input_scales, largest_inputs, read_prompts
 from lightforcing.lightforcing_core.fp8.export import write_fp8_checkpoint
-from lightforcing.lightforcing_core.fp8.linear import LAYER_LINEARS
+from lightforcing.lightforcing_core.model.fp8 import LAYER_LINEARS
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.refusal import NotFinite
 

@@ -14,7 +14,7 @@ import torch
 from comfy.quant_ops import QuantizedTensor
 from comfyui import comfy, video_of
 
-quantize = comfyui.module("lightforcing_core.fp8.linear")
+quantize = comfyui.module("lightforcing_core.model.fp8")
 PLAIN, FP8, OUTLIER, CUT, CALIBRATED = sys.argv[4:9]
 STOCK, ROWWISE = "TensorCoreFP8E4M3Layout", "LightForcingRowwiseFP8Layout"
 comfyui.infer()
@@ -87,7 +87,7 @@ for name in ("stock loader", "fp8_rowwise"):
 assert torch.equal(latents["stock loader"], latents["our loader"])
 assert errors["fp8_rowwise"] < errors["fp8_e4m3fn"]
 
-# fp8_rowwise holds exactly the rows that quantize.py computes, and ComfyUI requantises a patched one by rows again.
+# fp8_rowwise holds exactly the rows that `quantize_rows` computes, and ComfyUI requantises a patched one by rows again.
 model = comfyui.loaded(PLAIN, "fp8_rowwise")
 held = model.model.diffusion_model.blocks[1].ffn[2].weight
 plain = comfy.utils.load_torch_file(f"{comfyui.BASE}/models/diffusion_models/{PLAIN}")["blocks.1.ffn.2.weight"]

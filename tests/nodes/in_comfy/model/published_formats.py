@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import comfy_extras.nodes_model_merging as merging  # isort: skip (comfyui adds its path)
 
 loader = comfyui.module("nodes.model.loader")
-linear, scaled, checkpoint = comfyui.modules("lightforcing_core", "fp8.linear", "checkpoint.scaled", "checkpoint.load")
+linear, scaled, checkpoint = comfyui.modules("lightforcing_core", "model.fp8", "checkpoint.scaled", "checkpoint.load")
 PLAIN = "tiny_wan.safetensors"
 ROWWISE, INT8, NVFP4 = "LightForcingRowwiseFP8Layout", "TensorWiseINT8Layout", "TensorCoreNVFP4Layout"
 FOLDER = f"{comfyui.BASE}/models/diffusion_models"

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightforcing.lightforcing_core.fp8 import linear as quantize
-from lightforcing.lightforcing_core.fp8.linear import (
+from lightforcing.lightforcing_core.model import fp8 as quantize
+from lightforcing.lightforcing_core.model.fp8 import (
     FP8,
     dequantize_rows,
     product,
