@@ -21,8 +21,10 @@ def cast(x, dtype: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
-    elif IS_INTERPRETED and dtype == tl.float8e4nv:  # the interpreter would lose carries
+    elif IS_INTERPRETED and dtype == tl.float8e4nv:  # the interpreter would lose carries, NaN and the sign of zero
         power = (x.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
         step = tl.maximum(power, 0.015625) * 0.125  # three bits of mantissa, smallest exponent −6
-        x = _round(x / step) * step
+        bits = (_round(x / step) * step).to(dtype).to(tl.uint8, bitcast=True) & 0x7F
+        bits = tl.where(x != x, 0x7F, bits).to(tl.uint32) | (x.to(tl.uint32, bitcast=True) >> 31 << 7)
+        return bits.to(tl.uint8).to(dtype, bitcast=True)
     return x.to(dtype)

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -39,6 +39,8 @@ _log = logging.getLogger(__name__)
 _thread = threading.local()
 _failures: dict["FastPath", str] = {}
 _said: set[str] = set()
+_notes: dict[str, list[str]] = {}
+_kept: dict[Hashable, Any] = {}
 
 
 class DeviceLost(RuntimeError):
@@ -88,9 +90,9 @@ class FastPath(NamedTuple):
 
 
 def begin_run() -> None:
-    """Forget all failures and messages: a new run tries every fast path again."""
-    _failures.clear()
-    _said.clear()
+    """Forget all failures, messages and kept values: a new run tries every fast path again."""
+    for memory in (_failures, _said, _notes, _kept):
+        memory.clear()
 
 
 def say_once(level: int, text: str, *, about: str) -> None:
@@ -98,6 +100,24 @@ def say_once(level: int, text: str, *, about: str) -> None:
     if about not in _said:
         _said.add(about)
         _log.log(level, "%s", text)
+
+
+def note(about: str, text: str) -> None:
+    """Log `text` once in this run and keep it for the run's record: a fast path is not used, and why."""
+    texts = _notes.setdefault(about, [])
+    if text not in texts:
+        texts.append(text)
+        _log.info("[Light Forcing] %s: %s", about, text)
+
+
+def notes() -> dict[str, str]:
+    """What was noted in this run, by subject."""
+    return {about: "; ".join(texts) for about, texts in _notes.items()}
+
+
+def kept_for_a_run() -> dict[Hashable, Any]:
+    """Values that the next run makes anew."""
+    return _kept
 
 
 def raise_if_fatal(error: BaseException) -> None:

@@ -5,15 +5,24 @@ The loader's weight dtype `fp8_rowwise` uses them. e4m3 is a floating-point form
 digits run out.
 """
 
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from .. import machine
+from ..fast_path import FastPath, note, one_line, why_no_kernels
+from ..pinned import ROWS_LAYOUT
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # the largest finite e4m3fn
 SMALLEST = 1e-12  # lower bound of a row's largest value, so that a row of zeros has a scale
 MULTIPLE = 16  # torch's FP8 product needs both sides of a weight to be multiples of this
+TOLERANCE = 0.1  # of an FP8 product, as a share of the largest value; its rounding is a third of that
+BY_ROWS, BY_TENSOR, IN_16_BITS = "FP8", "FP8 with scales applied after the product", "16 bits"
 # The quantised matrices of a transformer layer; embeddings, time and head are not quantised.
 LAYER_LINEARS = (
     *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
@@ -49,18 +58,90 @@ def why_no_fp8(out_features: int, in_features: int) -> str | None:
 
 
 @cache
-def why_not_scaled_mm(device: torch.device) -> str | None:
-    """The reason why `torch._scaled_mm` with one scale per row does not run on `device`, or None."""
+def why_not_scaled_mm(device: torch.device, way: str, rows: int, out_features: int, in_features: int) -> str | None:
+    """The reason why torch's FP8 product does not run on `device` with these very sizes, or None.
+
+    way: `BY_ROWS` or `BY_TENSOR`.
+    """
     if device.type != "cuda":
         return f"{device.type} has no FP8 units"
     if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
         return f"FP8 units need compute capability 8.9, this GPU has {'.'.join(map(str, capability))}"
-    ones = torch.ones(32, 32, device=device)
+    if way == BY_TENSOR and (reason := why_no_kernels()):
+        return reason
+    zeros = partial(torch.zeros, device=device)
+    x, weight = (zeros(size, in_features, dtype=torch.uint8).view(FP8) for size in (rows, out_features))
     try:
-        scaled_product(*quantize_rows(ones), *quantize_rows(ones), None, torch.bfloat16)
+        _PRODUCTS[way](x, zeros(rows, 1), weight, zeros(out_features, 1), None, torch.bfloat16)
     except (RuntimeError, ValueError) as error:  # torch raises either if the GPU does not support this scaling
-        return f"torch {torch.__version__} does not support it here: {str(error).strip().partition(chr(10))[0]}"
+        return f"torch {torch.__version__} refuses it here, {one_line(error)}"
     return None
+
+
+def way_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str:
+    """The way to multiply x [M, K] of `dtype` by a weight in FP8 [N, K]; shape is (M, N, K).
+
+    FP8 runs if torch has row-wise scales here, else the dequantised weight in 16 bits does, unless another way was
+    measured to be faster. The record of the run says what runs in 16 bits.
+    """
+    reason = why_not_scaled_mm(device, BY_ROWS, *shape)
+    fp8, incumbent = (BY_ROWS, BY_ROWS) if reason is None else (BY_TENSOR, IN_16_BITS)
+    chosen = IN_16_BITS
+    if reason is None or why_not_scaled_mm(device, BY_TENSOR, *shape) is None:
+        inputs = cache(partial(_sample, shape, dtype, device))
+        ways = {
+            fp8: lambda: product(*quantised(inputs()[0]), *inputs()[1:], None, dtype),
+            IN_16_BITS: lambda: functional.linear(inputs()[0], dequantize_rows(*inputs()[1:], dtype)),
+        }
+        key = (*shape, str(dtype))
+        chosen = machine.choose("fp8 product", key, device, ways, incumbent=incumbent, tolerance=TOLERANCE)
+    if chosen == IN_16_BITS:
+        note("computed in 16 bits", f"{shape[1]}×{shape[2]} ({reason or 'faster than FP8 here'})")
+    return chosen
+
+
+def _sample(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """An input and a quantised weight of these sizes."""
+    x, weight = (torch.randn(size, shape[2], dtype=dtype, device=device) for size in shape[:2])
+    return x, *quantize_rows(weight)
+
+
+def multiply(x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Tensor:
+    """x [M, K] · (weight · weight_scales)ᵀ + bias, quantising x if `way_of` says so."""
+    if way_of((len(x), *weight.shape), x.dtype, x.device) == IN_16_BITS:
+        return functional.linear(x, dequantize_rows(weight, weight_scales, x.dtype), bias)
+    return product(*quantised(x), weight, weight_scales, bias, x.dtype)
+
+
+def quantised(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of x [M, K], or of its GELU, in one launch if the kernel can run."""
+    if why_no_kernels() is None:
+        from ...kernels import quantise
+
+        if quantise.why_not(x) is None:
+            path = FastPath("FP8 quantisation", x.device, x.dtype, detail=(x.shape[1], gelu))
+            if rows := path.attempt(partial(quantise.quantise_rows, x, gelu=gelu), "running torch's operations"):
+                return rows
+    return quantize_rows(functional.gelu(x, approximate="tanh") if gelu else x)
+
+
+def takes_rows(linears: Any, x: Tensor) -> bool:
+    """Whether linears of one width multiply by FP8 weights, and as many rows as x [..., any width] has, in FP8."""
+    for one in linears:
+        if getattr(getattr(one, "weight", None), "_layout_cls", None) != ROWS_LAYOUT or one._forward_hooks:
+            return False
+        if one._full_precision_mm or one.weight_function or one.bias_function or one._forward_pre_hooks:
+            return False
+        if getattr(one, "comfy_force_cast_weights", False):
+            return False
+    columns, width = sum(one.weight.shape[0] for one in linears), linears[0].weight.shape[1]
+    return way_of((x.numel() // x.shape[-1], columns, width), x.dtype, x.device) != IN_16_BITS
+
+
+def as_input(weight: Any, rows: tuple[Tensor, Tensor], x: Tensor) -> Any:
+    """Quantised rows of x [..., K] as ComfyUI's quantised tensor, of the kind that `weight` is."""
+    params = replace(weight._params, scale=rows[1], orig_dtype=x.dtype, orig_shape=tuple(x.shape))
+    return type(weight)(rows[0], ROWS_LAYOUT, params)
 
 
 def scaled_product(
@@ -78,15 +159,35 @@ def scaled_product(
     return y.to(dtype)
 
 
+def product_then_scales(
+    x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Compute `scaled_product` by a product without scales, whose bfloat16 result a kernel multiplies by them."""
+    from ...kernels.quantise import scale_product
+
+    one = _one(x.device)
+    y = torch._scaled_mm(x, weight.T, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+    return scale_product(y, x_scales, weight_scales, bias, y if dtype is y.dtype else torch.empty_like(y, dtype=dtype))
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+_PRODUCTS = {BY_ROWS: scaled_product, BY_TENSOR: product_then_scales}
+
+
 def product(
     x: Tensor, x_scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Compute `scaled_product`, without FP8 units from the same numbers if the device has none.
+    """Compute `scaled_product` in the way that the device has, without FP8 units from the same numbers.
 
     e4m3 values and their products are exact in bfloat16 and float32; float16 would overflow and is computed in float32.
     """
-    if why_not_scaled_mm(x.device) is None:
-        return scaled_product(x, x_scales, weight, weight_scales, bias, dtype)
+    for way, run in _PRODUCTS.items():
+        if why_not_scaled_mm(x.device, way, len(x), *weight.shape) is None:
+            return run(x, x_scales, weight, weight_scales, bias, dtype)
     compute = torch.bfloat16 if dtype is torch.bfloat16 else torch.float32
     y = (x.to(compute) @ weight.to(compute).t()).float() * x_scales * weight_scales.t()
     return (y if bias is None else y + bias.float()).to(dtype)

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fast_path import FastPath, why_no_kernels
+from ..fast_path import FastPath, is_recording, kept_for_a_run, note, why_no_kernels
+from ..pinned import parts_of
+from .fp8 import as_input, product, quantised, takes_rows
 from .kv_cache import KVCache
 from .rope import RopeTable
 from .wan import EPS, RMSNorm
@@ -79,12 +81,16 @@ def store(
 
 
 def feed_forward(ffn: Any, x: Tensor) -> Tensor:
-    """ffn(x), with its GELU in the first product if both are plain."""
+    """ffn(x), with its GELU in the first product if both are plain, or with the FP8 rows of the second one's input."""
     if _hooked(ffn) or len(ffn) != 3 or x.device.type not in EPILOGUES or not _kernels_run(x):
         out: Tensor = ffn(x)
         return out
     first, activation, second = ffn
     is_gelu = type(activation) is nn.GELU and activation.approximate == "tanh" and not _hooked(activation)
+    if is_gelu and takes_rows((second,), x):
+        x = first(x)
+        out = second(as_input(second.weight, quantised(x.flatten(0, -2), gelu=True), x))
+        return out
     y: Tensor | None = None
     if is_gelu and _is_plain(first, x) and first.bias is not None:
         run = partial(_product_gelu, x, first.weight, first.bias)
@@ -104,14 +110,22 @@ def _fused_store(
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """Do the same in one launch after the projections; None if the kernel cannot run."""
     q_norm, k_norm = (_plain_weight(norm, x) for norm in (attention.norm_q, attention.norm_k))
-    if not _kernels_run(x) or q_norm is None or k_norm is None or q_norm[1] != k_norm[1]:
-        return None
-    if cache.keeps_originals or rope.cos.dtype != torch.float32:
+    if not _kernels_run(x):
         return None
     from ...kernels import store as kernel
 
     memory, head_dim, block = cache.storage.at(layer), cache.shape.head_dim, (block_q, cache.layout.block)
-    if kernel.why_not(x, head_dim, block, memory.keys.dtype):
+    reason = (
+        ("sinks that follow are rotated later" if cache.keeps_originals else None)
+        or (None if rope.cos.dtype == torch.float32 else f"RoPE is in {rope.cos.dtype}")
+        or kernel.why_not(x, head_dim, block, memory.keys.dtype)
+    )
+    if isinstance(q_norm, str) or isinstance(k_norm, str):
+        reason = reason or (q_norm if isinstance(q_norm, str) else str(k_norm))
+    elif q_norm[1] != k_norm[1]:
+        reason = reason or "the norms of q and k differ"
+    if reason or isinstance(q_norm, str) or isinstance(k_norm, str):
+        note("store", f"modules, because {reason}")
         return None
 
     def run() -> tuple[Tensor | None, Tensor | None]:
@@ -138,27 +152,38 @@ def _fused_store(
 
 
 def project(attention: Any, x: Tensor, *, with_q: bool) -> tuple[Tensor | None, Tensor, Tensor]:
-    """q (None unless `with_q`), k and v of x, [B, L, D] each: parts of one product if the linears are plain."""
-    linears = attention.q, attention.k, attention.v
-    if all(_is_plain(linear, x) for linear in linears):
-        weights, biases = ([linear._parameters[name] for linear in linears] for name in ("weight", "bias"))
-        weight, bias = _joined(weights), _joined(biases)
-        if weight is not None and (bias is not None or biases == [None, None, None]):
-            width = len(weight) // 3
-            if not with_q:
-                weight, bias = weight[width:], None if bias is None else bias[width:]
-            *q, k, v = nn.functional.linear(x, weight, bias).split(width, dim=-1)
+    """q (None unless `with_q`), k and v of x, [B, L, D] each: parts of one product if the linears are plain.
+
+    x may be quantised, as `fp8.as_input` makes it.
+    """
+    linears, rows = (attention.q, attention.k, attention.v), parts_of(x)
+    is_fp8 = len(rows) == 2
+    if is_fp8 or all(_is_plain(linear, x) for linear in linears):
+        weights = zip(*(parts_of(linear._parameters["weight"]) for linear in linears), strict=True)
+        biases = [linear._parameters["bias"] for linear in linears]
+        found, bias = [_joined(parts, x.device) for parts in weights], _joined(biases, x.device)
+        joined = [part for part in found if part is not None]
+        if len(joined) == len(found) and (bias is not None or biases == [None, None, None]):
+            width = len(joined[0]) // 3
+            first = 0 if with_q else width
+            weight, *scales = (part[first:] for part in joined)
+            bias = None if bias is None else bias[first:]
+            if is_fp8:
+                y = product(rows[0], rows[1], weight, scales[0], bias, x.dtype).unflatten(0, x.shape[:-1])
+            else:
+                y = nn.functional.linear(x, weight, bias)
+            *q, k, v = y.split(width, dim=-1)
             return q[0] if q else None, k, v
     return attention.q(x) if with_q else None, attention.k(x), attention.v(x)
 
 
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Weights of one shape as one tensor along their first dimension, or None.
+def _joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """Weights of one shape on `device` as one tensor along their first dimension, or None.
 
     If they do not lie side by side, they are moved into one memory, which only they keep: ComfyUI may move, patch or
     free any of them, and the next call joins them anew.
     """
-    found = [part for part in parts if part is not None]
+    found = [part for part in parts if part is not None and part.device == device]
     if len(found) < len(parts) or len({part.shape for part in found}) > 1:
         return None
     first, size = found[0], found[0].nbytes
@@ -211,15 +236,27 @@ def _kernels_run(x: Tensor) -> bool:
     return x.device.type in DEVICES and not (torch.is_grad_enabled() and x.requires_grad) and why_no_kernels() is None
 
 
-def _plain_weight(norm: Any, x: Tensor) -> tuple[Tensor, float] | None:
-    """(weight, eps) of an RMS norm that does nothing but read its weight, else None."""
+def _plain_weight(norm: Any, x: Tensor) -> tuple[Tensor, float] | str:
+    """(weight in x's dtype, eps) of an RMS norm that does nothing but read its weight, else the reason."""
     if not isinstance(norm, nn.RMSNorm | RMSNorm) or _hooked(norm):
-        return None
-    if getattr(norm, "weight_function", ()):  # ComfyUI's LoRA on an offloaded layer
-        return None
+        return "a norm has a hook" if _hooked(norm) else f"a norm is a {type(norm).__name__}"
+    if getattr(norm, "weight_function", ()):
+        return "a LoRA changes a norm while it is used"
     weight, eps = norm.weight, getattr(norm, "eps", EPS)
-    resident = type(weight) is nn.Parameter and weight.device == x.device and weight.dtype == x.dtype
-    return (weight, eps) if resident and eps is not None else None
+    if type(weight) is not nn.Parameter or weight.device != x.device or eps is None:
+        return f"a norm's weight is a {type(weight).__name__} on {weight.device}"
+    if weight.dtype == x.dtype:
+        return weight, eps
+    if not getattr(norm, "comfy_cast_weights", False):  # ComfyUI's norms compute in x's dtype, others in the wider one
+        return f"a norm's weight is {weight.dtype} and x is {x.dtype}"
+    version = 0 if weight.is_inference() else weight._version
+    key, casts = (weight.data_ptr(), version, x.dtype), kept_for_a_run()
+    found = casts.get(id(norm), (None, weight))
+    if found[0] != key:
+        found = key, weight.to(x.dtype)
+        if not is_recording():  # which frees what it makes
+            casts[id(norm)] = found
+    return found[1], eps
 
 
 def _hooked(module: nn.Module) -> bool:

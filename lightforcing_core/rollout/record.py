@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .. import fast_path
 from ..attention.blocks import FrameBlocks
 from ..attention.dispatch import BackendChoice
 from ..attention.selection import BlockSelection
@@ -209,7 +210,7 @@ class RunRecorder:
             attention=tuple(f"{name} ({reason})" for name, reason in self._attention.items()),
             notes=tuple(self._notes),
             seconds=whole,
-            facts=self.facts,
+            facts=self.facts | fast_path.notes(),
         )
 
 

@@ -21,13 +21,13 @@ from ...lightforcing_core.model.fp8 import (
     FP8,
     LAYER_LINEARS,
     dequantize_rows,
+    multiply,
     product,
     quantize_rows,
     row_scales,
     why_no_fp8,
 )
-
-LAYOUT = "LightForcingRowwiseFP8Layout"
+from ...lightforcing_core.pinned import ROWS_LAYOUT as LAYOUT
 
 
 class RowwiseFP8Layout(QuantizedLayout):
@@ -37,14 +37,17 @@ class RowwiseFP8Layout(QuantizedLayout):
 
     @dataclass(frozen=True)
     class Params(BaseLayoutParams):
-        """scale [N, 1], and the dtype and shape that the tensor shows."""
+        """scale [N, 1], None if not quantised yet, and the dtype and shape that the tensor shows."""
 
     @classmethod
     def quantize(
         cls, tensor: Tensor, scale: Any = None, stochastic_rounding: int = 0, inplace_ops: bool = False, **_: Any
     ) -> tuple[Tensor, Params]:
-        """Quantise a weight, stochastically if asked, or an activation."""
-        if stochastic_rounding:
+        """Quantise a weight, stochastically if asked; an activation stays until the product that reads it is known."""
+        scales: Tensor | None
+        if scale is None:
+            stored, scales = tensor, None
+        elif stochastic_rounding:
             scales = row_scales(tensor)
             stored = comfy.float.stochastic_rounding(tensor.float() / scales, FP8, seed=stochastic_rounding)
         else:
@@ -53,7 +56,7 @@ class RowwiseFP8Layout(QuantizedLayout):
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Params) -> Tensor:
-        return dequantize_rows(qdata, params.scale, params.orig_dtype)
+        return qdata if params.scale is None else dequantize_rows(qdata, params.scale, params.orig_dtype)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[Tensor, Tensor]:
@@ -69,12 +72,14 @@ register_layout_class(LAYOUT, RowwiseFP8Layout)
 
 @register_layout_op(torch.ops.aten.linear.default, RowwiseFP8Layout)
 def _linear(_: Any, args: tuple, kwargs: dict) -> Tensor:
-    """x · weightᵀ + bias, in FP8 if ComfyUI has quantised x too."""
+    """x · weightᵀ + bias, in FP8 if x may be quantised too."""
     x, weight, bias = (*args, None)[:3]
     if not (isinstance(x, QuantizedTensor) and isinstance(weight, QuantizedTensor)):
         return torch.nn.functional.linear(*dequantize_args((x, weight, bias)))
-    inputs, weights = (RowwiseFP8Layout.get_plain_tensors(tensor) for tensor in (x, weight))
-    return product(*inputs, *weights, bias, x._params.orig_dtype)
+    (values, scales), weights = (RowwiseFP8Layout.get_plain_tensors(tensor) for tensor in (x, weight))
+    if scales is None:
+        return multiply(values, *weights, bias)
+    return product(values, scales, *weights, bias, x._params.orig_dtype).unflatten(0, x.shape[:-1])
 
 
 def quantized(state_dict: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:

@@ -1,17 +1,20 @@
 """FP8 products: rounding within a half step, and both products alike."""
 
-import types
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightforcing.lightforcing_core import fast_path
 from lightforcing.lightforcing_core.model import fp8 as quantize
 from lightforcing.lightforcing_core.model.fp8 import (
+    BY_ROWS,
+    BY_TENSOR,
     FP8,
+    IN_16_BITS,
     dequantize_rows,
     product,
+    product_then_scales,
     quantize_rows,
     scaled_product,
     why_not_scaled_mm,
@@ -69,7 +72,11 @@ def test_both_products_are_the_exact_one_up_to_the_outputs_rounding(dtype, bias)
     exact = dequantize_rows(*q, torch.float64) @ dequantize_rows(*w, torch.float64).T
     size = exact.abs().amax(dim=1, keepdim=True)
     exact = exact if bias is None else exact + bias.double()
-    for multiply, rounding in ((product, torch.finfo(dtype).eps), (scaled_product, 2.0**-7)):
+    for multiply, rounding in (
+        (product, torch.finfo(dtype).eps),
+        (scaled_product, 2.0**-7),
+        (product_then_scales, 2.0**-7),
+    ):
         y = multiply(*q, *w, bias, dtype)
         assert y.dtype == dtype
         assert ((y.double() - exact).abs() <= (size + exact.abs()) * max(rounding, 1e-6)).all(), multiply.__name__
@@ -89,34 +96,83 @@ def test_a_products_error_is_that_of_two_roundings_and_an_outlier_costs_its_own_
     assert relative_error(spread, outlier @ weight.T) < 0.05
 
 
-def gpu(monkeypatch, capability, answer):
-    """torch as it would answer for a GPU of this capability, without one."""
+SHAPE = (48, 32, 64)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """torch as it would answer for a GPU that has these ways to multiply in FP8, without one."""
+
+    def made(*ways, capability=(9, 0)):
+        def product_of(way):
+            def run(*_):
+                if way not in ways:
+                    raise RuntimeError("rowwise scaling is not supported\nhere")
+
+            return run
+
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(quantize, "_PRODUCTS", {way: product_of(way) for way in quantize._PRODUCTS})
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **options: zeros(*shape, **options))
+        why_not_scaled_mm.cache_clear()
+        return torch.device("cuda", 0)
+
+    yield made
     why_not_scaled_mm.cache_clear()
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(quantize, "scaled_product", answer)
-    monkeypatch.setattr(quantize, "quantize_rows", lambda x: (x, x))
-    monkeypatch.setattr(torch, "ones", lambda *shape, device: types.SimpleNamespace())
 
 
-def test_fp8_units_are_used_where_the_gpu_and_torch_have_them(monkeypatch):
-    def refuses(*_):
-        raise RuntimeError("rowwise scaling is not supported\nhere")
+def test_the_way_of_a_product_is_the_fastest_proved_one(gpu, monkeypatch):
+    """Without a proof: FP8 by rows if torch has it, else 16 bits; the record of the run says which and why."""
+    asked, best = [], None
 
-    device = torch.device("cuda", 0)
-    gpu(monkeypatch, (8, 6), refuses)
-    assert "8.6" in why_not_scaled_mm(device)
-    gpu(monkeypatch, (8, 9), refuses)
-    assert why_not_scaled_mm(device).endswith("does not support it here: rowwise scaling is not supported")
-    gpu(monkeypatch, (9, 0), lambda *_: None)
-    assert why_not_scaled_mm(device) is None
-    why_not_scaled_mm.cache_clear()
+    def choose(kind, key, device, ways, *, incumbent, tolerance):
+        asked.append((kind, key, tuple(ways), incumbent))
+        return best or incumbent
+
+    def way(device):
+        return quantize.way_of(SHAPE, torch.bfloat16, device)
+
+    monkeypatch.setattr(quantize.machine, "choose", choose)
+    kind, noted = ("fp8 product", (*SHAPE, "torch.bfloat16")), "computed in 16 bits"
+    assert way(gpu(capability=(8, 6))) == IN_16_BITS
+    assert "this GPU has 8.6" in fast_path.notes()[noted]
+    fast_path.begin_run()
+    assert (way(gpu()), asked) == (IN_16_BITS, [])
+    assert fast_path.notes()[noted].endswith("refuses it here, RuntimeError: rowwise scaling is not supported)")
+    fast_path.begin_run()
+    assert way(gpu(BY_ROWS, BY_TENSOR)) == BY_ROWS
+    assert fast_path.notes() == {}
+    best = IN_16_BITS
+    assert way(gpu(BY_ROWS)) == IN_16_BITS
+    assert fast_path.notes()[noted] == "32×64 (faster than FP8 here)"
+    best = None
+    assert way(gpu(BY_TENSOR)) == IN_16_BITS
+    best = BY_TENSOR
+    assert way(gpu(BY_TENSOR)) == BY_TENSOR
+    by_rows, by_tensor = ((*kind, (name, IN_16_BITS)) for name in (BY_ROWS, BY_TENSOR))
+    assert asked == [(*by_rows, BY_ROWS)] * 2 + [(*by_tensor, IN_16_BITS)] * 2
 
 
-def test_the_product_is_the_one_that_the_device_has(monkeypatch):
-    rows = *quantize_rows(normal(3, 64)), *quantize_rows(normal(32, 64, seed=1)), None
-    plain = product(*rows, torch.float32)
-    monkeypatch.setattr(quantize, "why_not_scaled_mm", lambda device: None)
-    scaled = product(*rows, torch.float32)
-    assert not torch.equal(scaled, plain)
-    assert relative_error(scaled, plain) < 2.0**-8
+@pytest.mark.parametrize("way", [BY_ROWS, BY_TENSOR])
+def test_ways_measured_are_the_same_product(monkeypatch, tmp_path, way):
+    """On a CPU, which has both in torch, through the real measurement."""
+    if way == BY_TENSOR:
+        pytest.importorskip("triton")
+    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("LIGHTFORCING_PROFILE")
+    monkeypatch.setattr(quantize, "why_not_scaled_mm", lambda device, asked, *shape: None if asked == way else "no")
+    cpu = torch.device("cpu")
+    with quantize.machine.measuring():
+        quantize.way_of(SHAPE, torch.bfloat16, cpu)
+    (rows,) = quantize.machine.profile(cpu)["choices"].values()
+    assert [row["state"] for row in rows.values()] in (["verified"], ["enabled"]), rows
+    weight, x = quantize_rows(normal(32, 64, seed=1)), normal(48, 64)
+    monkeypatch.setattr(quantize, "way_of", lambda *_: way)
+    y = quantize.multiply(x, *weight, normal(32, seed=2))
+    assert (
+        relative_error(y, product_in_16_bits := x @ dequantize_rows(*weight, torch.float32).T + normal(32, seed=2))
+        < 0.04
+    )
+    assert not torch.equal(y, product_in_16_bits)

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from lightforcing.kernels import modulation, store
+from lightforcing.lightforcing_core import fast_path
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model import fused
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
@@ -87,15 +88,6 @@ def test_whole_video_equals_the_one_of_the_modules(dit, ran, case, monkeypatch):
     modules = video(dit, **case)
     bound = 3e-3 if "kv" in case else 1e-4  # a value on the edge of two codes may fall to either
     assert (with_kernels - modules).abs().max() <= bound * modules.abs().max()
-
-
-def test_norms_that_do_more_than_read_their_weights_are_left_alone(dit, ran):
-    attention = dit.blocks[0].self_attn
-    attention.norm_q.register_forward_hook(lambda module, inputs, output: output)
-    dit.blocks[1].self_attn.norm_k.weight_function = [lambda weight: weight]
-    video(dit)
-    assert "fused_store" not in ran
-    assert "add_norm" in ran
 
 
 def weight_set(make):
@@ -173,11 +165,42 @@ def test_a_layer_is_at_most_fifteen_launches():
     assert with_tail <= 16  # the pooled tail's bias
 
 
-def test_weights_of_another_dtype_are_left_alone(dit, ran):
-    dit.blocks[0].self_attn.norm_q.double()
-    x = torch.zeros(1, 4, 256)
-    assert fused._plain_weight(dit.blocks[0].self_attn.norm_q, x) is None
-    assert fused._plain_weight(dit.blocks[1].self_attn.norm_q, x) is not None
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64], ids=str)
+def test_norms_that_comfyui_casts_keep_the_fused_store(dit, ran, dtype):
+    """As loaded by `fp8_e4m3fn`, `_fast` and `fp8_e5m2`: the cast is made once per run."""
+    norms = [norm for block in dit.blocks for norm in (block.self_attn.norm_q, block.self_attn.norm_k)]
+    for norm in norms:
+        norm.to(dtype).comfy_cast_weights = True
+    small = {"size": (4, 10)}
+    with_kernels = video(dit, **small)
+    assert ran.count("fused_store") == LAYERS * 5
+    assert "store" not in fast_path.notes()
+    (weight, _), (again, _) = (fused._plain_weight(norms[0], torch.zeros(1)) for _ in range(2))
+    assert weight is again
+    with torch.no_grad():
+        norms[0].weight.copy_(norms[0].weight.float().flip(0))
+        assert torch.equal(fused._plain_weight(norms[0], torch.zeros(1))[0], norms[0].weight.float())
+        norms[0].weight.copy_(weight)
+    for norm in norms:
+        norm.float()
+    wanted = video(dit, **small)
+    assert (with_kernels - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda norm: setattr(norm, "weight_function", [torch.clone]), "a LoRA changes a norm while it is used"),
+        (lambda norm: norm.register_forward_hook(lambda module, inputs, output: output), "a norm has a hook"),
+    ],
+)
+def test_a_norm_that_does_more_than_read_its_weight_is_left_alone_and_the_record_says_why(dit, ran, change, reason):
+    change(dit.blocks[0].self_attn.norm_q)
+    change(dit.blocks[1].self_attn.norm_k)
+    video(dit, size=(4, 10))
+    assert "fused_store" not in ran
+    assert "add_norm" in ran
+    assert fast_path.notes()["store"] == f"modules, because {reason}"
 
 
 @pytest.mark.parametrize(("kernel", "function"), [(store, "fused_store"), (modulation, "add_norm")])

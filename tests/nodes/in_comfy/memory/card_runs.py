@@ -165,8 +165,9 @@ def watched_norms(seen):
 
     def watched(norm, x):
         taken = plain_weight(norm, x)
-        right = taken is None or torch.equal(norm(x), torch.nn.functional.rms_norm(x, norm.normalized_shape, *taken))
-        seen.append((taken is not None, right))
+        is_taken = not isinstance(taken, str)
+        right = not is_taken or torch.equal(norm(x), torch.nn.functional.rms_norm(x, norm.normalized_shape, *taken))
+        seen.append((is_taken, right))
         return taken
 
     fused._plain_weight = watched
