@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import quantiles
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -34,8 +34,8 @@ FILE = "machine.jsonl"
 TRYING = "trying.json"  # of the crash guard: a hidden file, while its candidate runs for the first time
 TOLERANCE = (1e-2, 1e-3)  # of attention in 16 bits, and in float32, in which a GPU may multiply in TF32
 GAIN = 1.05  # how much faster a candidate must be
-ROUNDS = (5, 30)  # timed runs of each candidate, at least and at most
-ENOUGH = 0.1  # seconds after which a candidate has been timed enough
+ROUNDS = (5, 30)  # timed runs of each, at least and at most
+ENOUGH = 0.2  # seconds after which a candidate and the incumbent have been timed enough
 SECONDS = 8.0  # of a look
 SHARE = 1 / 16  # of a look's time that one run of the incumbent may take; slower work is not measured
 MOST_BYTES = 4 << 20  # of the file; a larger one is begun anew
@@ -242,21 +242,20 @@ def _measure(
     tolerance: float,
     reference: Thunk | None,
 ) -> None:
-    """Verify the unknown candidates, time those that are right, and keep a row for each."""
-    arms = {choice.incumbent: candidates[choice.incumbent]}
-    expected = [_results(run) for run in (arms[choice.incumbent], reference) if run]
+    """Verify and time the unknown candidates, and keep a row for each."""
+    usual = candidates[choice.incumbent]
+    expected = [_results(run) for run in (usual, reference) if run]
     if not all(is_finite(x) for results in expected for x in results):
         return  # nothing equals NaN
-    if seconds_of(arms[choice.incumbent], choice.device) > look.seconds * SHARE:
+    if seconds_of(usual, choice.device) > look.seconds * SHARE:
         _skipped.update((choice, name) for name in unknown)
         return
-    found: dict[str, Row] = {}
     for name in unknown:
         if not look.may_try():
-            break
+            return
         try:
             with _trying(choice, name):
-                fault = _fault(candidates[name], expected, tolerance)
+                row = _row(candidates[name], choice, usual, expected, tolerance)
         except torch.OutOfMemoryError:  # says nothing about the candidate
             _skipped.add((choice, name))
             continue
@@ -264,21 +263,35 @@ def _measure(
             _warn_once(f"nothing is measured on this machine: {folder()} cannot be written ({error})")
             look.end = 0.0
             return
-        if fault:
-            found[name] = Row(QUARANTINED, fault)
-        else:
-            arms[name] = candidates[name]
-            _checked.add((choice, name))
-    del expected
-    times = _times(arms, choice.incumbent, choice.device) if len(arms) > 1 else {}
-    usual = times.pop(choice.incumbent, [])
-    for name, seconds in times.items():
-        gain = median(usual) / max(median(seconds), 1e-9)
-        is_faster = gain >= GAIN and _quartiles(seconds)[1] < _quartiles(usual)[0]
-        text = f"{gain:.2f} times as fast as {choice.incumbent} ({_ms(seconds)} ms, not {_ms(usual)})"
-        found[name] = Row(ENABLED if is_faster else VERIFIED, text, round(gain, 3))
-    _log.info("[Light Forcing] measured %s: %s", choice, {name: row.because for name, row in found.items()})
-    _keep(_machine(choice.device)[0], str(choice), found)
+        _log.info("[Light Forcing] measured %s: %s is %s, %s", choice, name, row.state, row.because)
+        _checked.add((choice, name))
+        _keep(_machine(choice.device)[0], str(choice), name, row)
+
+
+def _row(run: Thunk, choice: Choice, usual: Thunk, expected: list[tuple[Tensor, ...]], tolerance: float) -> Row:
+    """Verify a candidate; if it is right, time it by turns with the incumbent."""
+    if fault := _fault(run, expected, tolerance):
+        return Row(QUARANTINED, fault)
+    ours: list[float] = []
+    theirs: list[float] = []
+    arms = (ours, run), (theirs, usual)
+    try:
+        for turn in range(ROUNDS[1]):
+            is_slow = turn > 0 and ours[0] > 2 * theirs[0]
+            if is_slow or (turn >= ROUNDS[0] and sum(ours + theirs) > ENOUGH):
+                break
+            for times, arm in arms if turn % 2 else arms[::-1]:
+                times.append(seconds_of(arm, choice.device))
+    except Exception as error:
+        raise_if_fatal(error)
+        return Row(QUARANTINED, f"does not run each time ({one_line(error)})")
+    # Each time twice, since quartiles need two.
+    (_, middle, high), (usual_low, usual_middle, _) = (
+        quantiles(2 * x, n=4, method="inclusive") for x in (ours, theirs)
+    )
+    gain = usual_middle / max(middle, 1e-9)
+    text = f"{gain:.2f} times as fast as {choice.incumbent} ({1e3 * middle:.3g} ms, not {1e3 * usual_middle:.3g})"
+    return Row(ENABLED if gain >= GAIN and high < usual_low else VERIFIED, text, round(gain, 3))
 
 
 def _winner(choice: Choice, candidates: Mapping[str, Thunk], tolerance: float) -> str:
@@ -324,22 +337,6 @@ def _results(run: Thunk) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else tuple(result)
 
 
-def _times(arms: Mapping[str, Thunk], incumbent: str, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every arm in each round; the first arm rotates, so that a busy machine slows all equally.
-
-    An arm that takes more than twice the incumbent's time at first runs no more.
-    """
-    times = {name: [seconds_of(run, device)] for name, run in arms.items()}
-    names = [name for name in arms if times[name][0] <= 2 * times[incumbent][0]]
-    least, most = ROUNDS
-    for turn in range(1, most):
-        if turn >= least and sum(sum(times[name]) for name in names) > ENOUGH * len(names):
-            break
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(seconds_of(arms[name], device))
-    return times
-
-
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     """The time of one call on the device, on a GPU with cold caches."""
     if device.type != "cuda":
@@ -364,15 +361,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type != "cpu":
         torch.get_device_module(device).synchronize()
-
-
-def _quartiles(seconds: list[float]) -> tuple[float, float]:
-    low, _, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-    return low, high
-
-
-def _ms(seconds: list[float]) -> str:
-    return f"{1e3 * median(seconds):.3g}"
 
 
 # ---------------------------------------------------------------------------------------------- what is kept
@@ -400,19 +388,17 @@ def _trying(choice: Choice, name: str) -> Iterator[None]:
 def _quarantine(machine: str, choice: str, name: str, fault: str) -> None:
     row = Row(QUARANTINED, f"{fault}, {time.strftime('%Y-%m-%d')}")
     _log.warning("[Light Forcing] %s is not used any more for %s: it %s", name, choice, row.because)
-    _keep(machine, choice, {name: row})
+    _keep(machine, choice, name, row)
 
 
-def _keep(machine: str, choice: str, found: Mapping[str, Row]) -> None:
-    """Add rows to what is known, here and in the file: a line each, so that several processes can write at once."""
+def _keep(machine: str, choice: str, name: str, row: Row) -> None:
+    """Add a row to what is known, here and in the file: a line, so that several processes can write at once."""
     with _lock:
-        for name, row in found.items():
-            _add(_table(), machine, choice, name, row)
-    lines = "".join(json.dumps([machine, choice, name, *row]) + "\n" for name, row in found.items())
+        _add(_table(), machine, choice, name, row)
     try:
         folder().mkdir(parents=True, exist_ok=True)
         with open(folder() / FILE, "ab") as file:
-            file.write(lines.encode())
+            file.write(json.dumps([machine, choice, name, *row]).encode() + b"\n")
     except OSError as error:
         _warn_once(f"measurements are not kept for the next run: {error}")
 

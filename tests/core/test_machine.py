@@ -170,6 +170,15 @@ def test_candidate_that_turns_wrong_is_found_by_the_next_process(restart, monkey
     assert choose("fast") == "usual"
 
 
+def test_candidate_that_fails_while_it_is_timed_is_quarantined(restart, monkeypatch):
+    results = iter([RIGHT, RIGHT])
+    monkeypatch.setitem(CANDIDATES, "fast", lambda: next(results))
+    monkeypatch.setattr(machine, "seconds_of", lambda run, device: run().numel())
+    monkeypatch.setattr(machine, "SHARE", 10.0)
+    assert choose("fast") == "usual"
+    assert state_of("fast") == "quarantined"
+
+
 def test_each_process_compares_once(restart):
     choose("fast")
     restart()

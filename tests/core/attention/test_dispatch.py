@@ -11,8 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightforcing.lightforcing_core import machine
 from lightforcing.lightforcing_core.attention.backends import BACKENDS, DENSE, flex
 from lightforcing.lightforcing_core.attention.backends.base import Call
+from lightforcing.lightforcing_core.attention.backends.dense import FastestDense
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.dispatch import (
     BackendUnavailable,
@@ -337,3 +339,18 @@ def test_options_of_saved_runs_load_without_a_policy_and_with_options_that_are_g
     assert "policy" not in options.to_saved()
     topk = replace(options, policy="topk")
     assert AttentionOptions.from_saved(topk.to_saved()) == topk
+
+
+def test_dense_attention_runs_in_the_way_that_machine_chooses(monkeypatch):
+    asked = []
+
+    def choose(kind, key, device, ways, *, incumbent, tolerance):
+        asked.append((kind, key, incumbent))
+        return list(ways)[-1]
+
+    monkeypatch.setattr(machine, "choose", choose)
+    q, k = torch.zeros(1, 4, 2, 8), torch.zeros(1, 6, 2, 8)
+    ways = {"usual": lambda q, k, v: q, "better": lambda q, k, v: q + 1}
+    assert torch.equal(FastestDense(ways)(q, k, k), q + 1)
+    assert torch.equal(FastestDense()(q, k, k), q)  # on a CPU torch has no other kernel
+    assert asked == [("dense attention", (1, 4, 2, 8, 6, "torch.float32"), usual) for usual in ("usual", "torch")]
