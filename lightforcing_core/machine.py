@@ -460,7 +460,7 @@ def _machine(device: torch.device) -> tuple[str, dict[str, Any]]:
         facts: dict[str, Any] = {"device": device.type, "torch": torch.__version__}
         if device.type == "cuda":
             chip = torch.cuda.get_device_properties(device)
-            driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+            driver = torch.version.hip or torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
             facts |= {"name": chip.name, "capability": [chip.major, chip.minor], "driver": driver}
         else:
             kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

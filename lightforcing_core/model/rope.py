@@ -23,6 +23,9 @@ def _angles(positions: Tensor, dim: int) -> Tensor:
     return positions.to(torch.float64)[:, None] * (1.0 / THETA**exponents)
 
 
+WITHOUT_FLOAT64 = ("mps", "xpu")  # devices that cannot compute in it, at least some
+
+
 class RopeTable:
     """cos and sin of the tokens of `frames` latent frames from `start` on.
 
@@ -42,18 +45,18 @@ class RopeTable:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
+        place = "cpu" if torch.empty(0, device=device).device.type in WITHOUT_FLOAT64 else device
         axes = [
-            torch.arange(first, first + size, device=device)
+            torch.arange(first, first + size, device=place)
             for first, size in ((start, frames), (0, height), (0, width))
         ]
         positions = torch.cartesian_prod(*axes).unbind(1)
         pairs = zip(positions, axis_dims(head_dim), strict=True)
         angles = torch.cat([_angles(position, dim) for position, dim in pairs], dim=-1)
         if order is not None:
-            angles = angles.unflatten(0, (frames, -1))[:, order].flatten(0, 1)
+            angles = angles.unflatten(0, (frames, -1))[:, order.to(angles.device)].flatten(0, 1)
         angles = angles[None, :, None]
-        self.cos = angles.cos().to(dtype)
-        self.sin = angles.sin().to(dtype)
+        self.cos, self.sin = (table.to(dtype).to(device) for table in (angles.cos(), angles.sin()))
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate x [B, L, H, D] by its tokens' angles in the table's dtype; returns x's."""

@@ -137,8 +137,8 @@ def why_not_package(
         return f"{name} takes bfloat16 or float16, not {q.dtype}"
     if q.shape[-1] not in head_dims:
         return f"{name} takes head dims of {' or '.join(map(str, head_dims))}, not {q.shape[-1]}"
-    if q.device.type != "cuda":
-        return f"{name} runs on NVIDIA GPUs, not on {q.device.type}"
+    if q.device.type != "cuda" or torch.version.hip:
+        return f"{name} runs on NVIDIA GPUs, not on {'AMD GPUs' if torch.version.hip else q.device.type}"
     major, minor = torch.cuda.get_device_capability(q.device)
     if major not in blocks:
         chips = " and ".join(f"sm_{capability}x" for capability in blocks)

@@ -29,10 +29,10 @@ class FlashInfer(Backend):
     pads_frames = True
 
     def why_not(self, call: Call) -> str | None:
-        major = torch.cuda.get_device_capability(call.q.device)[0] if call.q.device.type == "cuda" else 0
-        dtypes = KERNELS[major][2] if major in KERNELS else ()
         if reason := why_not_package(call, "FlashInfer", "flashinfer-python", dict.fromkeys(KERNELS, BLOCK), (128,)):
             return reason
+        major = torch.cuda.get_device_capability(call.q.device)[0]
+        dtypes = KERNELS[major][2]
         if call.q.dtype not in dtypes:
             return f"FlashInfer's kernel for sm_{major}x takes {' or '.join(map(str, dtypes))}, not {call.q.dtype}"
         try:

@@ -163,6 +163,12 @@ def test_a_package_that_is_not_installed_says_what_to_install(monkeypatch, backe
     assert f"pip install --pre {package}" in backend.why_not(call(block=block))
 
 
+def test_packages_are_not_for_amd(gpu, monkeypatch):
+    gpu((12, 0))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "not on AMD GPUs" in FLASHINFER.why_not(call(block=(64, 64)))
+
+
 def test_flashinfer_that_is_too_old_says_so(gpu, monkeypatch):
     gpu((12, 0))
     monkeypatch.setitem(sys.modules, "flashinfer.cute_dsl.sparse.bsa_attn_sm120", None)

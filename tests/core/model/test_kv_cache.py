@@ -2,7 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightforcing.lightforcing_core.model import rope
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.kv_storage import CacheShape
 from lightforcing.lightforcing_core.model.rope import RopeTable, axis_dims
@@ -118,6 +120,21 @@ def test_rope_splits_a_head_as_wan_does_and_has_no_last_frame():
     expected = torch.tensor([5000 / 10000 ** (2 * j / 44) for j in range(22)], dtype=torch.float64).cos()
     torch.testing.assert_close(table.cos[0, 0, 0, :22], expected)
     assert (table.cos[0, 0, 0, 22:] == 1).all()
+
+
+def test_rope_needs_no_float64_on_a_device_without_it(monkeypatch):
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            assert not (isinstance(out, torch.Tensor) and out.is_meta and out.dtype == torch.float64)
+            return out
+
+    arguments = {"order": torch.arange(11, -1, -1), "device": "meta"}
+    with Refuse():
+        with pytest.raises(AssertionError):
+            RopeTable(2, 1, 3, 4, 128, **arguments)
+        monkeypatch.setattr(rope, "WITHOUT_FLOAT64", ("meta",))
+        assert RopeTable(2, 1, 3, 4, 128, **arguments).cos.device.type == "meta"
 
 
 @pytest.mark.parametrize(
