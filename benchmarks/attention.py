@@ -18,8 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..lightforcing_core.attention.backends import BACKEND_NAMES
 from ..lightforcing_core.attention.backends.dense import sdpa
-from ..lightforcing_core.attention.blocks import FrameBlocks
-from ..lightforcing_core.attention.dispatch import BackendUnavailable, choose_backend, sparse_attention
+from ..lightforcing_core.attention.dispatch import BackendUnavailable, choose_backend
 from ..lightforcing_core.attention.selection import BlockSelection
 from .layer import CHUNKS, FRAMES, HEAD_DIM, SPARSITIES, LayerAttention, check_chunk, published
 from .record import facts
@@ -63,6 +62,21 @@ def run_attention(bench: AttentionBench, say: Say) -> dict[str, Any]:
         "not_here": absent,
         "chunks": rows,
     }
+
+
+def flat_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row of plain numbers for each chunk and backend."""
+    rows = []
+    for row in result["chunks"]:
+        arms = {name: 1e3 * arm["median"] for name, arm in row["arms"].items()}
+        share, best = row["selection_share_of_dense"], row["best_dense"]
+        for name, ratios in row["ratios"].items():
+            found = {"kernel ×": ratios["kernel"]["median"], "whole ×": ratios["with_selection"]["median"]}
+            found |= {"ideal ×": row["ideal_ratio"], "selection": share, "error": row["largest_error"][name]}
+            found |= {"ms": arms[f"kernel {name}"], "whole ms": arms[f"whole {name}"], "dense": best}
+            found |= {"dense ms": arms[f"dense {best}"]}
+            rows.append({"chunk": row["chunk"], "backend": name} | found)
+    return rows
 
 
 def _chunk_row(bench: AttentionBench, chunk: int, layer: LayerAttention, absent: dict[str, str]) -> dict[str, Any]:
@@ -142,22 +156,9 @@ def _sparse_backends(bench: AttentionBench, q: Tensor, k: Tensor, absent: dict[s
 
 
 def _check(out: Tensor, layer: LayerAttention, selection: BlockSelection) -> float:
-    """Largest relative difference to the float32 reference in the first frame and head; RuntimeError above 5 %."""
-    tokens, block = layer.tokens_per_frame, layer.options.block
-    q, k, v = (x[:, :, :1].float() for x in layer.tensors)
-    rows = slice(FrameBlocks(tokens, block[0]).per_frame)
-    listed = BlockSelection(*(x[:, :1, rows] for x in selection))
-    expected = sparse_attention(
-        q[:, :tokens],
-        k,
-        v,
-        selection=listed,
-        tokens_per_frame=tokens,
-        block=block,
-        backend="reference",
-        tail=layer.tail and (layer.tail[0][:, :, :1].float(), layer.tail[1][:, :, :1].float()),
-    )
-    worst = float((out[:, :tokens, :1].float() - expected).abs().max() / expected.abs().max())
+    """Largest relative difference to the reference in the first frame and head; RuntimeError above 5 %."""
+    expected = layer.exact(selection, frames=1, heads=1)
+    worst = float((out[:, : expected.shape[1], :1] - expected).abs().max() / expected.abs().max())
     if not worst < 0.05:
         raise RuntimeError(f"a sparse arm differs from the reference by {worst:.1%} of the largest value; report a bug")
     return worst

@@ -3,10 +3,15 @@
 The measurements are imported when a command runs, because they need torch.
 """
 
-import typer
+from functools import partial
+from pathlib import Path
+from typing import Annotated
 
-from .console import Measured, measurement, milliseconds, new_table, ratio_text
-from .settings import AttentionBench, RolloutBench, Say, StepBench
+import typer
+from rich.console import Group
+
+from .console import Measured, carry_out, measurement, milliseconds, new_table, ratio_text, table_of
+from .settings import AttentionBench, GpuBench, RolloutBench, Say, StepBench
 
 app = typer.Typer(no_args_is_help=True, help="Measure dense against sparse on this machine, both in one process.")
 
@@ -14,23 +19,10 @@ app = typer.Typer(no_args_is_help=True, help="Measure dense against sparse on th
 @measurement(app, AttentionBench)
 def attention(bench: AttentionBench, say: Say) -> Measured:
     """One layer's self-attention, chunk by chunk of an 81-frame video: the kernel alone and with its selection."""
-    from .attention import run_attention
+    from .attention import flat_rows, run_attention
 
     result = run_attention(bench, say)
-    headings = ("backend", "with selection", "kernel", "ideal", "selection", "dense ms", "kernel ms", "whole ms")
-    table = new_table("times as fast as the best dense attention", "chunk", *headings)
-    for row in result["chunks"]:
-        for name, ratios in row["ratios"].items():
-            table.add_row(
-                str(row["chunk"]),
-                name,
-                ratio_text(ratios["with_selection"]),
-                ratio_text(ratios["kernel"]),
-                f"{row['ideal_ratio']:.2f}x",
-                f"{row['selection_share_of_dense']:.2%}",
-                *(milliseconds(row["arms"][arm]) for arm in (f"dense {row['best_dense']}", f"kernel {name}")),
-                milliseconds(row["arms"][f"whole {name}"]),
-            )
+    table = table_of("×: times as fast as the best dense attention; whole: with selection", flat_rows(result))
     return result, table, [f"not measured: {name} ({reason})" for name, reason in result["not_here"].items()]
 
 
@@ -72,3 +64,26 @@ def rollout(bench: RolloutBench, say: Say) -> Measured:
         for arm in bench.arm:
             lines.append(f"{arm}, seconds of the last 10 chunks / chunks 10-20: {flatness[f'{arm}_seconds']:.3f}")
     return result, table, lines
+
+
+@measurement(app, GpuBench)
+def gpu(bench: GpuBench, say: Say) -> Measured:
+    """Check and time everything on this machine, for a report without paths and names to paste into an issue."""
+    return _report(True, bench, say)
+
+
+def doctor(
+    file: Annotated[Path | None, typer.Option("--json", help="File for the report, to paste into an issue.")] = None,
+) -> None:
+    """Check in a minute what this machine has, and that every fast path compiles and is right on it."""
+    if not carry_out(partial(_report, False), GpuBench(quick=True), file)["ok"]:
+        raise typer.Exit(1)
+
+
+def _report(everything: bool, bench: GpuBench, say: Say) -> Measured:
+    from .gpu import stages
+    from .stages import SECTIONS, run_stages
+
+    report = run_stages(stages(bench.level, everything=everything, apply=bench.apply), say)
+    tables = [table_of(name, report[name]) for name in SECTIONS if report[name] and name != "advice"]
+    return report, Group(*tables), ["all is well" if report["ok"] else "something is wrong", *report["advice"]]

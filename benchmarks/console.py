@@ -3,16 +3,18 @@
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 Settings = TypeVar("Settings")
-Measured = tuple[dict[str, Any], Table, list[str]]  # the record, its table, and lines to print below it
+# The record, its table or tables, and lines to print below.
+Measured = tuple[dict[str, Any], Table | Group, list[str]]
 Measure = Callable[[Settings, Callable[[str], object]], Measured]
 Out = Annotated[Path | None, typer.Option(help="File for the raw JSON; by default only the table is printed.")]
 
@@ -21,25 +23,29 @@ def measurement(app: typer.Typer, kind: type[Settings]) -> Callable[[Measure[Set
     """Register `measure(settings, say)` as a command with its name; `say` shows progress."""
 
     def register(measure: Measure[Settings]) -> Measure[Settings]:
-        def command(settings: Settings, out: Path | None) -> None:
-            console = new_console()
-            with console.status("running") as status:
-                result, table, lines = measure(settings, status.update)
-            show(console, result, table, lines)
-            if out is not None:
-                from .record import write
-
-                write(out, result)
-                console.print(f"wrote {out}", highlight=False, soft_wrap=True)
-
+        command = partial(carry_out, measure)
         app.command(measure.__name__, help=measure.__doc__)(with_options(kind, command, Out, None))
         return measure
 
     return register
 
 
+def carry_out(measure: Measure[Settings], settings: Settings, out: Path | None) -> dict[str, Any]:
+    """Measure, print the tables and write the record, which is returned."""
+    console = new_console()
+    with console.status("running") as status:
+        result, table, lines = measure(settings, status.update)
+    show(console, result, table, lines)
+    if out is not None:
+        from .record import write
+
+        write(out, result)
+        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+    return result
+
+
 def with_options(
-    kind: type[Settings], run: Callable[[Settings, Any], None], out: Any, default: Any
+    kind: type[Settings], run: Callable[[Settings, Any], object], out: Any, default: Any
 ) -> Callable[..., None]:
     """A function for typer that calls `run(settings, out)`, an option per setting.
 
@@ -111,6 +117,26 @@ def new_table(title: str, *headings: str) -> Table:
     return table
 
 
+def table_of(title: str, rows: list[dict[str, Any]] | dict[str, Any]) -> Table:
+    """A line per row and a column per key that holds no list; of a dict, a line per fact."""
+    if isinstance(rows, dict):
+        pairs = [(key, value if isinstance(value, dict) else {"": value}) for key, value in rows.items()]
+        rows = [{title: f"{key} {name}".strip(), "": one} for key, inner in pairs for name, one in inner.items()]
+    headings = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list))
+    table = new_table("" if title in headings else title, *headings)
+    for row in rows:
+        table.add_row(*(_cell(row.get(heading)) for heading in headings))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, dict):
+        return ", ".join(map(_cell, value.values()))
+    return "" if value is None else str(value)
+
+
 def ratio_text(ratio: dict[str, Any]) -> str:
     low, high = ratio["quartiles"]
     return f"{ratio['median']:.2f}x ({low:.2f}-{high:.2f})"
@@ -125,10 +151,13 @@ def new_console() -> Console:
     return Console(width=None if Console().is_terminal else 120)
 
 
-def show(console: Console, result: dict[str, Any], table: Table, lines: list[str]) -> None:
+def show(console: Console, result: dict[str, Any], table: Table | Group, lines: list[str]) -> None:
     console.print(table)
-    gpu = f", {result['gpu']['name']}" if result["gpu"] else ""
-    place = f"{result['machine']}{gpu}, {result['threads']} threads, torch {result['torch']}, commit {result['commit']}"
+    facts = result.get("facts", result)
+    gpu = f", {facts['gpu']['name']}" if facts.get("gpu") else ""
+    place = facts and [
+        f"{facts['machine']}{gpu}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}"
+    ]
     warm_up = [f"warm-up: {result['warm_up']}"] if "warm_up" in result else []
-    for line in [place, *warm_up, *lines]:
+    for line in [*place, *warm_up, *lines]:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

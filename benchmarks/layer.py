@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from ..lightforcing_core.attention.backends.dense import dequantised
 from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.dispatch import sparse_attention
 from ..lightforcing_core.attention.options import AttentionOptions
@@ -84,6 +85,23 @@ class LayerAttention:
             backend=backend or self.options.backend,
             scales=self._scales,
             tail=self.tail,
+        )
+
+    def exact(self, selection: BlockSelection, *, frames: int | None = None, heads: int | None = None) -> Tensor:
+        """The same in float64 from k and v as they are stored, or only of the first frames and heads."""
+        rows = slice(frames and frames * self._q_layout.per_frame)
+        q, k, v, *means = (x[:, :, :heads].double() for x in (self.tensors[0], *self.stored, *(self.tail or ())))
+        if self._scales:
+            k, v = dequantised(*self.stored, self._scales, self._layout, slice(heads), q.dtype)
+        return sparse_attention(
+            q[:, : frames and frames * self.tokens_per_frame],
+            k,
+            v,
+            selection=BlockSelection(*(x[:, :heads, rows] for x in selection)),
+            tokens_per_frame=self.tokens_per_frame,
+            block=self.options.block,
+            backend="reference",
+            tail=(means[0], means[1]) if means else None,
         )
 
     def __call__(self, backend: str | None = None) -> Tensor:

@@ -17,13 +17,15 @@ from ..lightforcing_core.files.output import prepare_folder, whole_file
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def facts(device: torch.device, settings: Any) -> dict[str, Any]:
+def facts(device: torch.device, settings: Any = None) -> dict[str, Any]:
     """Machine, versions, commit and arguments of a run, in JSON types. settings: a dataclass, which is flattened."""
     gpu, amx = None, " and AMX" if torch.cpu._is_amx_tile_supported() else ""
     if device.type == "cuda":
         chip = torch.cuda.get_device_properties(device)
         gpu = {"name": chip.name, "memory_bytes": chip.total_memory, "cuda": torch.version.cuda}
-        gpu["capability"] = f"sm_{chip.major}{chip.minor}"
+        gpu |= {"capability": f"sm_{chip.major}{chip.minor}", "multiprocessors": chip.multi_processor_count}
+        gpu |= {"shared_bytes": chip.shared_memory_per_multiprocessor, "l2_bytes": chip.L2_cache_size}
+        gpu |= {"free_bytes": torch.cuda.mem_get_info(device)[0], "allocator": torch.cuda.get_allocator_backend()}
     return {
         "machine": f"{os.cpu_count()}-core {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}{amx}",
         "system": platform.system(),
@@ -33,7 +35,7 @@ def facts(device: torch.device, settings: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": version("triton") if importlib.util.find_spec("triton") else None,
         "commit": commit(),
-        "arguments": _flat(asdict(settings)) | {"device": str(device)},
+        "arguments": (_flat(asdict(settings)) if settings else {}) | {"device": str(device)},
     }
 
 

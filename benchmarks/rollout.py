@@ -45,8 +45,7 @@ def run_rollout(bench: RolloutBench, say: Say) -> dict[str, Any]:
         raise ValueError(f"arms {bench.arm} must be one or more of {', '.join(ARMS)}")
     device, dtype = bench.place.prepare()
     lengths = schedule_of(bench, "dense", bench.frames).chunk_lengths()
-    sizes = asdict(bench.model) | {"layers": bench.model.layers or 2}
-    dit = wan_from_state_dict(random_state_dict(**sizes, dtype=dtype), device=device)
+    dit = random_wan(bench, device, dtype)
     vae = None
     if bench.decode:
         vae = vae_from_state_dict(random_vae_state_dict(dim=bench.vae_dim), dtype=dtype, device=device)
@@ -87,6 +86,22 @@ def run_rollout(bench: RolloutBench, say: Say) -> dict[str, Any]:
     }
 
 
+def random_wan(bench: RolloutBench, device: torch.device, dtype: torch.dtype) -> Wan:
+    sizes = asdict(bench.model) | {"layers": bench.model.layers or 2}
+    return wan_from_state_dict(random_state_dict(**sizes, dtype=dtype), device=device)
+
+
+def recipe_of(bench: RolloutBench, schedule: Schedule, device: torch.device) -> Recipe:
+    family = family_of(bench)
+    return Recipe(
+        latent_shape=(1, 16, schedule.latent_frames, *bench.picture.latent),
+        sigmas=few_step_sigmas(family.denoising_steps, family.shift),
+        context=torch.randn(1, TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(0)).to(device),
+        attention=published(bench.backend, bench.picture.block, family),
+        **schedule.arguments(),
+    )
+
+
 def family_of(bench: RolloutBench) -> Family:
     return FAMILIES[f"light_forcing_{bench.setting}"]
 
@@ -117,14 +132,7 @@ def _seconds(
     Both together run from the arrival of one chunk's frames to the next, since waiting for the device would end the
     overlap. The first chunk's share ends with its sampling, the last one's includes the frames of two chunks.
     """
-    family, overlaps, count = family_of(bench), bench.overlap, len(schedule.chunk_lengths())
-    recipe = Recipe(
-        latent_shape=(1, 16, schedule.latent_frames, *bench.picture.latent),
-        sigmas=few_step_sigmas(family.denoising_steps, family.shift),
-        context=torch.randn(1, TEXT_TOKENS, TEXT_DIM, generator=torch.Generator().manual_seed(0)).to(device),
-        attention=published(bench.backend, bench.picture.block, family),
-        **schedule.arguments(),
-    )
+    recipe, overlaps, count = recipe_of(bench, schedule, device), bench.overlap, len(schedule.chunk_lengths())
     decoder = OverlappedDecoder(StreamingDecoder(vae), device, concurrent=overlaps) if vae else None
     chunks = rollout(dit, recipe, Runtime(recorder=recorder, cuda_graph=bench.cuda_graph))
 

@@ -126,3 +126,16 @@ class RolloutBench:
             raise ValueError("overlap needs decode; use --decode too")
         if self.overlap and len(self.arm) > 1:
             raise ValueError(f"overlap cannot measure the interleaved arms {', '.join(self.arm)}; use one arm")
+
+
+@dataclass(frozen=True)
+class GpuBench:
+    quick: Annotated[bool, "About a minute: a covering set of checks, few rounds."] = False
+    full: Annotated[bool, "About 15 minutes: 20 rounds of everything."] = False
+    apply: Annotated[bool, "Try faster ways to compute, and use in later runs those that prove right and faster."] = (
+        False
+    )
+
+    @property
+    def level(self) -> int:
+        return 2 if self.full else 0 if self.quick else 1

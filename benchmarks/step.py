@@ -1,16 +1,17 @@
-"""`bench step`: one forward of one chunk, dense and sparse, stage by stage."""
+"""`bench step`: one forward of one chunk, dense and sparse, and its operations."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import os
+import statistics
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
-from unittest import mock
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from ..lightforcing_core.attention.blocks import FrameBlocks
+from ..lightforcing_core import machine
 from ..lightforcing_core.attention.chunk import ChunkAttention
-from ..lightforcing_core.model import causal, cuda_graph
+from ..lightforcing_core.model import cuda_graph
 from ..lightforcing_core.model.causal import ModelState, Predict, predict
 from ..lightforcing_core.model.cuda_capture import CudaRecorder
 from ..lightforcing_core.model.kv_cache import KVCache
@@ -19,11 +20,10 @@ from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_
 from .layer import FRAMES, SPARSITIES, check_chunk, published
 from .record import facts
 from .settings import REAL_LAYERS, StepBench
-from .timing import StageClock, medians, ratio, samples_of, take_turns, warm_up_rule
+from .timing import ratio, samples_of, take_turns, warm_up_rule
 
 TEXT_TOKENS, TEXT_DIM = 512, 4096
-REST = "linears, norms, RoPE"
-STAGE_ROUNDS = 3
+OPERATIONS = 12  # that are listed
 
 
 def run_step(bench: StepBench) -> dict[str, Any]:
@@ -67,7 +67,11 @@ def run_step(bench: StepBench) -> dict[str, Any]:
     recorded = {f"{name}, graph": arm(state, _recorded(device)) for name, state in graphs.items()}
     with torch.inference_mode():
         samples = take_turns(arms | recorded, repeats=bench.repeats, device=device)
-        stages = _stages(arms, states, dit, device)
+        stages = {name: _operations(run, device) for name, run in arms.items()}
+        host = []
+        for _ in range(bench.repeats):
+            machine.seconds_of(lambda: None, device)  # waits, so that launches find an empty queue
+            host.append(machine.seconds_of(arms["sparse"], torch.device("cpu")))
     attention = sparse.chunk.attention
     return {
         "bench": "step",
@@ -81,6 +85,7 @@ def run_step(bench: StepBench) -> dict[str, Any]:
         "ratio": ratio(samples["dense"], samples["sparse"]),
         "graph_ratio": {name: ratio(samples[name], samples[f"{name}, graph"]) for name in graphs},
         "arms": samples_of(samples),
+        "host_ms": 1e3 * statistics.median(host),
         "stages": stages,
     }
 
@@ -110,38 +115,12 @@ def _state_with_history(
     return state
 
 
-def _stages(
-    arms: dict[str, Any], states: dict[str, ModelState], dit: Any, device: torch.device
-) -> dict[str, dict[str, float]]:
-    """Median seconds of each stage per arm, by hooks; the ratio is timed without."""
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
-    for _ in range(STAGE_ROUNDS):
-        for name, run in arms.items():
-            clock, whole = StageClock(device), StageClock(device)
-            with _hooked(clock, dit, states[name]), whole.stage("whole"):
-                run()
-            stages = clock.seconds()
-            rounds[name].append({REST: whole.seconds()["whole"] - sum(stages.values()), **stages})
-    return {name: medians(seen) for name, seen in rounds.items()}
-
-
-@contextmanager
-def _hooked(clock: StageClock, dit: Any, state: ModelState) -> Iterator[None]:
-    """Time the parts of the forward pass while the block runs."""
-    with ExitStack() as stack:
-
-        def hook(owner: Any, name: str, stage: str) -> None:
-            stack.enter_context(mock.patch.object(owner, name, clock.stage(stage)(getattr(owner, name))))
-
-        hook(state.cache, "store", "store and pool")
-        hook(FrameBlocks, "block_means", "selection")
-        if plan := state.chunk.attention.plan:
-            hook(type(plan), "select", "selection")
-        hook(causal, "attend", "attention")
-        hook(state, "dense_attention", "attention")
-        hook(causal, "_cross_attention", "cross-attention")
-        for block in dit.blocks:
-            hook(block.ffn, "forward", "feed-forward")
-        for module in (dit.patch_embedding, dit.time_embedding, dit.time_projection, dit.head.head):
-            hook(module, "forward", "embedding and head")
-        yield
+def _operations(arm: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds of the operations that take the most time in a forward, by torch's profiler."""
+    kinds = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # no lines about its start and end
+    with profile(activities=kinds) as seen:
+        arm()
+    field = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
+    seconds = {one.key: getattr(one, field) / 1e6 for one in seen.key_averages()}
+    return dict(sorted(seconds.items(), key=lambda pair: -pair[1])[:OPERATIONS])

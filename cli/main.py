@@ -11,6 +11,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ..benchmarks.commands import app as bench
+from ..benchmarks.commands import doctor
 from ..lightforcing_core.families import Family
 from .queue.command import complain, queue
 
@@ -167,4 +168,5 @@ def _progress(console: Console) -> Progress:
 
 
 app.add_typer(bench, name="bench")
+app.command()(doctor)
 app.command()(queue)

@@ -211,10 +211,11 @@ def explain() -> list[str]:
 
 
 def profile(device: torch.device) -> dict[str, Any]:
-    """All that is known on this machine, as JSON values: {facts, choices: {choice: {candidate: row}}}."""
+    """All that is known on this machine, as JSON values: {key, facts, choices: {choice: {candidate: row}}}."""
     machine, facts = _machine(device)
     known = _table().get(machine, {}).items()
     return {
+        "key": machine,
         "facts": facts,
         "choices": {choice: {name: row._asdict() for name, row in rows.items()} for choice, rows in known},
     }

@@ -64,8 +64,8 @@ def test_attention_compares_both_arms_of_each_chunk(tmp_path):
 def test_attention_takes_other_options_and_refuses_to_time_a_wrong_result(monkeypatch):
     bench = AttentionBench(24, 1, (16, 16), chunks=(2,), backend=("reference",), repeats=1, place=ON_CPU)
     options = replace(bench, estimator="lse", tail=True, kv="int8")
-    published, changed = (attention.run_attention(one, print)["chunks"][0] for one in (bench, options))
-    assert changed["largest_error"]["reference"] > published["largest_error"]["reference"]  # rounding to 8 bits
+    for one in (bench, options):
+        assert attention.run_attention(one, print)["chunks"][0]["largest_error"]["reference"] < 0.01
     monkeypatch.setattr(layer, "sparse_attention", lambda q, k, v, **rest: torch.zeros_like(q))
     with pytest.raises(RuntimeError, match="differs from the reference"):
         attention.run_attention(bench, print)
@@ -82,15 +82,16 @@ def test_attention_takes_every_backend_that_can_run_but_not_the_reference():
     assert "reference" not in able or able == ["reference"]
 
 
-def test_step_times_both_arms_and_their_stages(tmp_path):
+def test_step_times_both_arms_and_their_operations(tmp_path):
     result, output = record(tmp_path, "step", *TINY_MODEL, "--repeats", 2, "--chunk", 3)
     arms = result["arms"]
     assert result["ratio"]["median"] == pytest.approx(median_ratio(arms["dense"], arms["sparse"]))
     assert (result["queries"], result["keys"]) == (12, 36)
     assert result["density"] < 1.0
-    shared = {"store and pool", "attention", "cross-attention", "feed-forward", "embedding and head", step.REST}
-    assert set(result["stages"]["dense"]) == shared
-    assert set(result["stages"]["sparse"]) == shared | {"selection"}
+    for operations in result["stages"].values():
+        assert "aten::addmm" in operations
+        assert list(operations.values()) == sorted(operations.values(), reverse=True)
+    assert result["host_ms"] > 0
     assert "one forward of 1 layers, chunk 3" in output
 
 

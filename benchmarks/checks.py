@@ -1,0 +1,267 @@
+"""The stages "compile" and "numerics": a layer's fast paths and a decoder compiled, and compared with float64.
+
+Without a GPU the kernels are compiled for sm_90, and run on tiny tensors in Triton's interpreter.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ..lightforcing_core import fast_path
+from ..lightforcing_core.attention import selection
+from ..lightforcing_core.attention.backends.dense import dequantised
+from ..lightforcing_core.attention.dispatch import BackendUnavailable
+from ..lightforcing_core.attention.options import AttentionOptions
+from ..lightforcing_core.attention.quantised import KVDtype
+from ..lightforcing_core.model import fused
+from ..lightforcing_core.model.causal import ModelState, predict
+from ..lightforcing_core.model.kv_cache import KVCache
+from ..lightforcing_core.model.kv_storage import CacheShape, KVOptions
+from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
+from ..lightforcing_core.vae.streaming import StreamingDecoder
+from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
+from .layer import LayerAttention
+from .stages import NotHere, Put, Report
+
+AHEAD = 90  # the chip for which a machine without a GPU compiles
+SEEDS = (0, 1), (0, 1, 2, 3), (0, 1, 2, 3)  # by level; seed 0 draws what is hard: rows of zeros, equal and loud ones
+# Limits of errors, relative to the largest value, by the cache's dtype.
+LIMITS: dict[KVDtype, float] = {"same": 2e-2, "int8": 3e-2, "fp8": 1e-1}
+Run = Callable[[torch.dtype], tuple[Tensor, ...]]
+Make = Callable[[int], Run]
+
+
+class Size(NamedTuple):
+    """The shapes of a check.
+
+    grids: rows and columns of tokens, of frames that blocks do not divide and of frames that they do.
+    kernels: whether Triton kernels run; if not, the reference does.
+    """
+
+    device: torch.device
+    grids: tuple[tuple[int, int], tuple[int, int]]
+    heads: int
+    dim: int
+    block: int
+    frames: int
+    kernels: bool
+
+
+def checks(size: Size, level: int) -> Iterator[tuple[str, Make, float]]:
+    """The fast paths in variants that need other code, a covering set at level 0: kind, maker and limit.
+
+    A maker draws inputs by a seed; the function that it returns computes, in float64 through plain PyTorch. The limit
+    is of the error, relative to the largest value.
+    """
+    ways = "", "tail", "cut", "descriptors", "tail cut", "lse"
+    variants: list[tuple[KVDtype, str]] = [
+        (kv, f"{even}{way}") for kv in LIMITS for way in ways for even in ("", "even ")
+    ]
+    if not level:
+        variants = [("same", ""), ("same", "even tail lse"), ("int8", "cut"), ("fp8", "tail"), ("same", "descriptors")]
+    for kv, way in variants:
+        yield (f"attention {kv} {way}".strip(), partial(_attention, size, kv, way), 1e-2)
+    for kv, limit in LIMITS.items():
+        yield (f"layer {kv}", partial(_layer, size, kv), limit)
+    yield ("decode", partial(_decode, size), 5e-2)
+
+
+def _draw(size: Size, seed: int, *shape: int) -> Tensor:
+    """Normal numbers; with seed 0 some of the last dimension's rows are zeros, equal or loud."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if seed == 0:
+        kind = torch.randint(0, 12, (*shape[:-1], 1), generator=generator)
+        x = torch.where(kind == 0, 0.0, torch.where(kind == 1, x[..., :1, :], torch.where(kind == 2, 16 * x, x)))
+    return x.to(size.device, torch.bfloat16)
+
+
+def _attention(size: Size, kv: KVDtype, way: str, seed: int) -> Run:
+    """Sparse attention and the blocks that it reads. way: words of even (frames), tail, lse, cut and descriptors."""
+    words, past = way.split(), 3 * size.frames
+    tokens = math.prod(size.grids["even" in words])
+    q, k, v = (
+        _draw(size, seed * part, 1, frames * tokens, size.heads, size.dim)
+        for part, frames in enumerate((size.frames, past, past), 1)
+    )
+    options = AttentionOptions(
+        "triton" if size.kernels else "reference",
+        (size.block, size.block),
+        keep_frames=3,
+        estimator="lse" if "lse" in words else "mean",
+        tail="tail" in words,
+    )
+    make = partial(LayerAttention, tokens_per_frame=tokens, sparsity=0.6, options=options)
+    layer = make(q, k, v, kv=kv)
+    listed = layer.select()
+
+    def run(kind: torch.dtype) -> tuple[Tensor, ...]:
+        if kind is torch.float64:
+            return layer.exact(listed), make(q.double(), k.double(), v.double()).select().blocks
+        if not size.kernels:
+            return layer.attend(listed), layer.select().blocks
+        from ..kernels import block_sparse, tuning
+
+        def launch(kind: Any, *_: Any) -> tuning.Launch:
+            return tuning.default_launch(kind)._replace(descriptors="descriptors" in words, per_sm=int("cut" in words))
+
+        with mock.patch.object(block_sparse, "_launch_for", launch):
+            return layer.attend(listed), layer.select().blocks
+
+    return run
+
+
+def _layer(size: Size, kv: KVDtype, seed: int) -> Run:
+    """A dense layer: its flow and its share of the cache, dequantised, with all means."""
+    rows, columns = size.grids[0]
+    heads = max(1, size.heads * size.dim // HEAD_DIM)
+    weights = random_state_dict(
+        dim=heads * HEAD_DIM, ffn_dim=256, layers=1, text_dim=64, seed=seed, dtype=torch.bfloat16
+    )
+    x = _draw(size, seed, 1, 16, size.frames, 2 * rows, 2 * columns)
+    text, timestep = _draw(size, seed + 9, 1, 32, 64), torch.full((1,), 500.0, device=size.device)
+
+    def run(kind: torch.dtype) -> tuple[Tensor, ...]:
+        shape = CacheShape(1, 1, size.frames, rows * columns, heads, HEAD_DIM, size.block, dtype=kind)
+        shape = replace(shape, value_means=True, sub_blocks=True)
+        cache = KVCache(shape, KVOptions("same" if kind is torch.float64 else kv), size.device)
+        state = ModelState(cache, AttentionOptions(block=(size.block, size.block)))
+        state.follow(text.to(kind))
+        state.open_chunk(size.frames, 0.0, size.device)
+        dit = wan_from_state_dict(weights, dtype=kind, device=size.device)
+        with torch.inference_mode():
+            flow = predict(dit, x.to(kind), timestep, state)
+        memory = cache.visible(0)
+        stored = memory.keys, memory.values
+        if memory.scales:
+            stored = dequantised(*stored, memory.scales, cache.layout, slice(None), torch.float64)
+        return flow, *stored, *memory.means
+
+    return run
+
+
+def _decode(size: Size, seed: int) -> Run:
+    weights = random_vae_state_dict(dim=24 if size.device.type == "cuda" else 4, seed=seed)
+    latents = _draw(size, seed + 1, 1, 16, 3, 6, 8)
+
+    def run(kind: torch.dtype) -> tuple[Tensor, ...]:
+        decoder = StreamingDecoder(vae_from_state_dict(weights, dtype=kind, device=size.device))
+        return tuple(decoder.decode(part, trusted=True) for part in latents.split((1, 2), dim=2))
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------------- stages
+
+
+def compile_kernels(level: int, report: Report, put: Put) -> str | None:
+    """What the compiler makes of the kernels of every check; on a CPU, for a chip that is not here."""
+    os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+    if reason := fast_path.why_no_kernels():
+        raise NotHere(reason)
+    gpu = torch.cuda.is_available()
+    from triton import JITFunction
+
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def seen(self: Any, *arguments: Any, warmup: bool, **rest: Any) -> Any:
+        kernels.append(run(self, *arguments, warmup=warmup or not gpu, **rest))
+        return kernels[-1]
+
+    with mock.patch.object(JITFunction, "run", seen), nullcontext() if gpu else _ahead_of_time():
+        for kind, make, _ in checks(_real(), level):
+            kernels.clear()
+            start = time.perf_counter()
+            with suppress(BackendUnavailable):
+                make(1)(torch.bfloat16)
+                row: dict[str, Any] = {"compile_s": round(time.perf_counter() - start, 2)}
+                row["launches"] = sorted({f"{kernel.name} {kernel.metadata.num_warps} warps" for kernel in kernels})
+                row["shared"] = max((kernel.metadata.shared for kernel in kernels), default=0)
+                if gpu:
+                    row["registers"] = max((kernel.n_regs or 0 for kernel in kernels), default=0)
+                    row["stack"] = 4 * max((kernel.n_spills or 0 for kernel in kernels), default=0)
+                put("kernels", {"kind": kind} | row)
+    return None if gpu else f"no GPU: compiled for sm_{AHEAD}, not run"
+
+
+def _real() -> Size:
+    """A chunk at 480×832, ragged in blocks of 64, and at 512×768; few heads on a CPU."""
+    gpu = torch.cuda.is_available()
+    device, heads, frames = torch.device("cuda" if gpu else "cpu"), 12 if gpu else 1, 3 if gpu else 1
+    return Size(device, ((30, 52), (32, 48)), heads, HEAD_DIM, 64, frames, kernels=True)
+
+
+@contextmanager
+def _ahead_of_time() -> Iterator[None]:
+    """Let launchers take CPU tensors, for Triton to compile as if the chip were here."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from ..kernels import device
+
+    answers = {"device": AHEAD, "stream": 0, "target": GPUTarget("cuda", AHEAD, 32)}
+    functions = {f"get_current_{name}": lambda *_, value=value: value for name, value in answers.items()}
+    driver.set_active(SimpleNamespace(**functions))
+    with _on_cpu(), mock.patch.object(device, "why_not", return_value=None):
+        yield
+
+
+@contextmanager
+def _on_cpu() -> Iterator[None]:
+    """Let the model's fast paths take CPU tensors."""
+    with (
+        mock.patch.object(fused, "DEVICES", ("cpu", "cuda")),
+        mock.patch.object(selection, "why_not_fused", lambda q, *_: "exact" if q.dtype == torch.float64 else None),
+    ):
+        yield
+
+
+def numerics(level: int, report: Report, put: Put) -> str | None:
+    """Errors of every check against float64, from outputs that start as NaN; twice, for the same bits."""
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        os.environ["TRITON_INTERPRET"] = "1"
+    reason = fast_path.why_no_kernels()
+    size = _real() if gpu else Size(torch.device("cpu"), ((5, 8), (4, 8)), 2, 32, 16, 1, reason is None)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
+    with nullcontext() if gpu or reason else _on_cpu():
+        for kind, make, limit in checks(size, level):
+            put("kernels", {"kind": kind, "verified": None})  # stays so if the process crashes
+            runs = map(make, SEEDS[level] if gpu else SEEDS[0][:1])
+            put("kernels", {"kind": kind, "limit": limit} | _verify(runs, limit))
+    return reason or (None if gpu else "no GPU: kernels ran on tiny tensors in Triton's interpreter")
+
+
+def _verify(runs: Iterable[Run], limit: float) -> dict[str, Any]:
+    fast_path.begin_run()
+    errors, same = [], True
+    try:
+        for run in runs:
+            got, again, exact = run(torch.bfloat16), run(torch.bfloat16), run(torch.float64)
+            for x, y, z in zip(got, again, exact, strict=True):
+                same &= torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
+                errors.append(_error(x, z))
+    except BackendUnavailable as reason:
+        return {"verified": True, "not here": str(reason)}
+    failed = list(fast_path._failures.values())
+    verified = same and not failed and max(errors) <= limit
+    return {"verified": verified, "error": max(errors), "same bits": same, "failed": failed}
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    """The largest difference, relative to the largest value, 1e9 for NaN; of lists, the share of other entries."""
+    if got.dtype == torch.int32:
+        return float((got.unsqueeze(-1) != exact.unsqueeze(-2)).all(-1).double().mean())
+    worst = (got.double() - exact.double()).abs().max() / exact.abs().max().clamp(min=1e-30)
+    return float(worst.nan_to_num(1e9, 1e9))
