@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from . import device, tuning
+from . import bound, device, tuning
 from .attend import combine, forward, tail_bias
 from .device import INTERPRETED
 from .tuning import Kind, Launch
@@ -109,13 +109,13 @@ def block_sparse_attention(
     lists = order = None
     if blocks is not None and counts is not None:
         batch, q_tokens, heads, _ = q.shape
-        q_blocks = q_tokens // tokens_per_frame * triton.cdiv(tokens_per_frame, block_q)
+        q_blocks = q_tokens // tokens_per_frame * bound.cdiv(tokens_per_frame, block_q)
         device.require("counts", counts, (batch, heads, q_blocks), torch.int32, q.device)
         device.require("blocks", blocks, (batch, heads, q_blocks, blocks.shape[-1]), torch.int32, q.device)
         order = counts.flatten().argsort(descending=True, stable=True).to(torch.int32) if uneven else None
         lists = blocks.contiguous(), counts.contiguous()
     tail = tail if lists else None  # dense skips no block
-    k_blocks = k.shape[1] // tokens_per_frame * triton.cdiv(tokens_per_frame, block_k)
+    k_blocks = k.shape[1] // tokens_per_frame * bound.cdiv(tokens_per_frame, block_k)
     if (scales is not None) != (k.dtype in EIGHT_BIT) or v.dtype != k.dtype:
         raise ValueError(f"k is {k.dtype}, v is {v.dtype} and scales are {'given' if scales else 'missing'}")
     for x in scales or ():
@@ -134,14 +134,14 @@ def block_sparse_attention(
         if tail and lists:
             bias = torch.empty(*lists[1].shape, k_blocks, dtype=torch.float32, device=q.device)
             lengths = k_blocks, lists[0].shape[-1], tokens_per_frame
-            tail_bias[(lists[1].numel(),)](bias, *lists, *lengths, BLOCK_K=block_k, TILE=128)
+            bound.launch(tail_bias, (lists[1].numel(),), bias, *lists, *lengths, BLOCK_K=block_k, TILE=128)
             tail_and_bias = tail[0].contiguous(), tail[1].contiguous(), bias
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias)
 
         def run(launch: Launch, work: Work = work) -> Tensor:
             for kernel, grid, arguments, constants in prepared(work, launch, _multiprocessors(q.device)):
-                kernel[grid](*arguments, **constants)
+                bound.launch(kernel, grid, *arguments, **constants)
             return work.out
 
         return run(_launch_for(kind, q, lambda launch: run(launch, work._replace(out=torch.empty_like(out)))))
@@ -156,8 +156,8 @@ def prepared(
     # Without lists frames matter only to scales: queries, and keys without scales, are one long frame.
     q_frame = q_tokens if kind.dense else work.tokens_per_frame
     k_frame = k.shape[1] if kind.dense and work.scales is None else work.tokens_per_frame
-    q_blocks = q_tokens // q_frame * triton.cdiv(q_frame, kind.block_q)
-    k_blocks = k.shape[1] // k_frame * triton.cdiv(k_frame, kind.block_k)
+    q_blocks = q_tokens // q_frame * bound.cdiv(q_frame, kind.block_q)
+    k_blocks = k.shape[1] // k_frame * bound.cdiv(k_frame, kind.block_k)
     width = work.lists[0].shape[-1] if work.lists else 0
     units = batch * heads * q_blocks * (kind.block_q // launch.tile_q)
     whole, parts = tuning.cut(units, launch.per_sm * multiprocessors, width or k_blocks)
@@ -219,7 +219,7 @@ def _launch_for(kind: Kind, q: Tensor, result: Callable[[Launch], Tensor]) -> La
         return best
     if found := _launches.get((kind, q.device, machine.looks)):
         return found
-    units = q.shape[0] * q.shape[2] * triton.cdiv(q.shape[1], best.tile_q)
+    units = q.shape[0] * q.shape[2] * bound.cdiv(q.shape[1], best.tile_q)
     enough = units >= _multiprocessors(q.device) and not torch.cuda.is_current_stream_capturing()
     shared = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"]
     descriptors = takes_descriptors(kind, torch.cuda.get_device_capability(q.device))

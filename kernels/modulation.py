@@ -4,12 +4,15 @@ One program owns one token, or a few of one frame, with whole rows in registers:
 Scale, shift and gate differ from frame to frame, as an autoregressive rollout's time steps do.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import device
+from .bound import cdiv, launch
 from .rounding import cast
 
 MAX_WIDTH = 8192
@@ -74,6 +77,7 @@ def _add_norm(
     tl.store(out_ptr + tile, cast(out, out_ptr.dtype.element_ty), mask=real)
 
 
+@functools.cache
 def launch_options(width: int) -> dict[str, int]:
     """Padded width, rows and warps: 4,096 values or one row, 16 values a thread."""
     padded = triton.next_power_of_2(width)
@@ -128,19 +132,20 @@ def _launch(
     batch, length, width = x.shape
     own = scale.ndim == 1
     frames = 1 if own and gate is None else (scale if gate is None else gate).shape[1]
-    for part, shape in (
-        (gate, (batch, frames, width)),
-        *((part, (width,) if own else (batch, frames, width)) for part in (scale, shift)),
-    ):
-        if part is not None and (part.shape != shape or part.dtype != x.dtype or length % frames):
-            raise ValueError(
-                f"a modulation {part.dtype} {tuple(part.shape)} does not fit x {x.dtype} {tuple(x.shape)}; it is "
-                "[B, F or 1, D] for whole frames, or [D] for the norm's own weight and bias"
-            )
+    framed = (batch, frames, width)
+    fits = scale.shape == shift.shape == ((width,) if own else framed) and (gate is None or gate.shape == framed)
+    if not fits or length % frames or {scale.dtype, shift.dtype, x.dtype if gate is None else gate.dtype} != {x.dtype}:
+        given = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in (gate, scale, shift) if part is not None)
+        raise ValueError(
+            f"modulations {given} do not fit x {x.dtype} {tuple(x.shape)}; they are "
+            "[B, F or 1, D] for whole frames, or [D] for the norm's own weight and bias"
+        )
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     options = launch_options(width)
     parts = (None if part is None else part.contiguous() for part in (x, y, gate, scale, shift))
     with device.current(x.device):
-        programs = batch * frames * triton.cdiv(length // frames, options["ROWS"])
-        _add_norm[(programs,)](*parts, total, out, length // frames, frames, eps, OWN=own, WIDTH=width, **options)
+        programs = batch * frames * cdiv(length // frames, options["ROWS"])
+        launch(
+            _add_norm, (programs,), *parts, total, out, length // frames, frames, eps, OWN=own, WIDTH=width, **options
+        )
     return out

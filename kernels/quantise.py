@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
+from .bound import cdiv, launch
 from .rounding import cast
 
 MAX_WIDTH = 16384
@@ -108,4 +109,4 @@ def _launch(kernel: Any, x: Tensor, *others: Tensor | None, **constants: bool) -
     rows, width = x.shape
     options = launch_options(width)
     with device.current(x.device):
-        kernel[(triton.cdiv(rows, options["ROWS"]),)](x, *others, rows, **constants, WIDTH=width, **options)
+        launch(kernel, (cdiv(rows, options["ROWS"]),), x, *others, rows, **constants, WIDTH=width, **options)

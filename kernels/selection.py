@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
+from .bound import cdiv, launch
 from .device import IS_INTERPRETED
 
 MAX_BLOCKS = 16384
@@ -281,8 +282,8 @@ def select_blocks(
         if means is not None:
             device.require(name, means, (batch, means.shape[1], heads, head_dim), q_means.dtype, q_means.device)
     if parts is not None:
-        per_frame = triton.cdiv(parts.tokens_per_frame, parts.tokens)
-        if parts.means.shape[1] != frames * per_frame or k_blocks != frames * triton.cdiv(per_frame, parts.per_block):
+        per_frame = cdiv(parts.tokens_per_frame, parts.tokens)
+        if parts.means.shape[1] != frames * per_frame or k_blocks != frames * cdiv(per_frame, parts.per_block):
             raise ValueError(
                 f"parts {tuple(parts.means.shape)} of {parts.tokens} tokens, {parts.per_block} to a block, are not "
                 f"those of {k_blocks} key blocks in {frames} frames of {parts.tokens_per_frame} tokens"
@@ -296,10 +297,12 @@ def select_blocks(
     blocks = torch.empty(batch, heads, q_blocks, kept, dtype=torch.int32, device=q_means.device)
     counts = torch.empty(batch, heads, q_blocks, dtype=torch.int32, device=q_means.device)
     # Coarse powers of two, so that a growing cache rarely compiles.
-    columns, padded_frames = max(512, triton.next_power_of_2(k_blocks)), max(32, triton.next_power_of_2(frames))
+    columns, padded_frames = max(512, 1 << (k_blocks - 1).bit_length()), max(32, 1 << (frames - 1).bit_length())
     with device.current(q_means.device):
         _write_scores(q_means, k_means, frame_means, scores, parts, with_frames=choose > 0)
-        _select[(batch * heads * q_blocks,)](
+        launch(
+            _select,
+            (batch * heads * q_blocks,),
             scores,
             frame_ranks.contiguous(),
             blocks,
@@ -324,16 +327,18 @@ def _write_scores(
     numbers: list[float] = [heads, q_blocks]
     if parts is None:
         kernel, means = _score, [q_means.contiguous(), k_means, frame_means]
-        tiles = triton.cdiv(k_blocks, 64) + (triton.cdiv(frames, 64) if with_frames else 0)
+        tiles = cdiv(k_blocks, 64) + (cdiv(frames, 64) if with_frames else 0)
         numbers += [k_blocks, frames]
     else:
         kernel, means, tiles = _score_parts, [q_means.contiguous(), parts.means], frames
         constants |= {"TILE_Q": 32 if wide else 64, "TOKENS": parts.tokens, "PER_BLOCK": parts.per_block}
-        parts_per_frame = triton.cdiv(parts.tokens_per_frame, parts.tokens)
+        parts_per_frame = cdiv(parts.tokens_per_frame, parts.tokens)
         numbers += [frames, k_blocks // frames, parts_per_frame, parts.tokens_per_frame, head_dim**-0.5]
     # Of a cache that is not full each sample is contiguous.
     means = [x if x.stride()[1:] == (heads * head_dim, head_dim, 1) else x.contiguous() for x in means]
-    kernel[(tiles, triton.cdiv(q_blocks, constants["TILE_Q"]), batch * heads)](
+    launch(
+        kernel,
+        (tiles, cdiv(q_blocks, constants["TILE_Q"]), batch * heads),
         *means,
         scores,
         *(x.stride(0) for x in means[1:]),

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
+from .bound import cdiv, launch
 from .layer_memory import LayerMemory
 from .rounding import cast
 
@@ -361,13 +362,13 @@ def fused_store(
         raise ValueError(f"{frames} frames do not fit into a ring of {ring_slots} slots")
 
     out = means = None
-    q_blocks, k_blocks = (frames * triton.cdiv(tokens_per_frame, size) for size in block)
+    q_blocks, k_blocks = (frames * cdiv(tokens_per_frame, size) for size in block)
     blocks = 2 * batch * k_blocks
     if q is not None:
         out = torch.empty(batch, tokens, heads, head_dim, dtype=q.dtype, device=q.device)
         means = torch.empty(batch, q_blocks, heads, head_dim, dtype=q.dtype, device=q.device)
         blocks += batch * q_blocks
-    heads_per_program = triton.cdiv(heads, min(heads, triton.cdiv(PROGRAMS, blocks)))
+    heads_per_program = cdiv(heads, min(heads, cdiv(PROGRAMS, blocks)))
     row = k.stride(1)
     if any(x is not None and x.stride() != (tokens * row, row, 1) for x in (q, k, v)):
         q, k, v, row = None if q is None else q.contiguous(), k.contiguous(), v.contiguous(), width
@@ -376,7 +377,9 @@ def fused_store(
     arguments += [slots, out, means, *ring]
     arguments += [row, eps, batch, heads, heads_per_program, frames, ring_slots, ring_rows, tokens_per_frame]
     with device.current(k.device):
-        _store[(blocks * triton.cdiv(heads, heads_per_program),)](
+        launch(
+            _store,
+            (blocks * cdiv(heads, heads_per_program),),
             *arguments,
             HEAD_DIM=head_dim,
             BLOCK_Q=block[0],

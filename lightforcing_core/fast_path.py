@@ -73,7 +73,7 @@ class FastPath(NamedTuple):
         torch.OutOfMemoryError if memory runs out, `DeviceLost` if the device is unusable, and the error itself
         while a graph is recorded: that fails the recording only.
         """
-        if self in _failures:
+        if _failures and self in _failures:  # hashing takes longer than asking whether there are any
             return None
         try:
             return run()

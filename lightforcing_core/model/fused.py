@@ -3,6 +3,8 @@
 That is on a GPU, if a norm is a plain module: without LoRA, offloading or hooks. Otherwise the modules run as they are.
 """
 
+import contextlib
+import functools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,8 +22,6 @@ from .wan import EPS, RMSNorm
 DEVICES = ("cuda",)  # devices on which kernels run; tests add the CPU, for Triton's interpreter
 EPILOGUES = ("cuda",)  # devices on which the GELU of a product's epilogue has the tanh form
 INSTEAD = "running the modules"
-# Attributes of a layer whose weights ComfyUI moves, casts or patches while they are used.
-CHANGES = ("comfy_cast_weights", "weight_function", "bias_function")
 
 
 def norm_scale_shift(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -184,39 +184,51 @@ def _joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | No
     free any of them, and the next call joins them anew.
     """
     found = [part for part in parts if part is not None and part.device == device]
-    if len(found) < len(parts) or len({part.shape for part in found}) > 1:
+    if len(found) < len(parts):
         return None
-    first, size = found[0], found[0].nbytes
-    held, start = first.untyped_storage(), first.data_ptr()
-    places = [start + index * size for index in range(len(parts))]
-    if [part.data_ptr() for part in found] != places or places[-1] + size > held.data_ptr() + held.nbytes():
-        if len({part.is_inference() for part in found}) > 1:
-            return None
-        with torch.inference_mode(first.is_inference()), torch.no_grad():
-            for part, place in zip(found, torch.cat(found).chunk(len(found)), strict=True):
-                part.data = place
-    return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
+    first, shape = found[0], found[0].shape
+    whole = (len(parts) * shape[0], *shape[1:])
+    size, place = first.nbytes, first.data_ptr()
+    if [part.data_ptr() for part in found] == list(range(place, place + len(parts) * size, size)):
+        with contextlib.suppress(RuntimeError):  # neighbours by chance, each with a memory of its own
+            return first.as_strided(whole, first.stride())
+    if len({(part.is_inference(), part.shape) for part in found}) > 1:
+        return None
+    with torch.inference_mode(first.is_inference()), torch.no_grad():
+        for part, view in zip(found, torch.cat(found).chunk(len(found)), strict=True):
+            part.data = view
+    return first.as_strided(whole, first.stride())
 
 
-def _is_plain(module: Any, x: Tensor, kind: type[nn.Module] = nn.Linear) -> bool:
+def _is_plain(module: Any, x: Tensor, kind: Any = nn.Linear) -> bool:
     """Whether a module only applies its resident weights of x's dtype, without hooks or LoRA functions."""
-    found, own = type(module), vars(module)
-    if not issubclass(found, kind) or "forward" in own or _hooked(module):
+    own: dict[str, Any] = module.__dict__
+    found: Any = type(module)
+    if not _computes_as(found, kind) or "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return False
-    if found.forward is not kind.forward and not hasattr(found, "comfy_cast_weights"):
+    if own.get("comfy_cast_weights") or own.get("weight_function") or own.get("bias_function"):
         return False
-    if any(own.get(name, getattr(found, name, None)) for name in CHANGES):
+    device, dtype = x.device, x.dtype
+    for part in own["_parameters"].values():
+        if part is not None and (type(part) is not nn.Parameter or part.device != device or part.dtype != dtype):
+            return False
+    return True
+
+
+@functools.cache
+def _computes_as(found: Any, kind: Any) -> bool:
+    """Whether modules of a type compute what `kind` does: itself, or ComfyUI's form of it that casts no weights."""
+    if not issubclass(found, kind) or getattr(found, "comfy_cast_weights", False):
         return False
-    parts = [module._parameters[name] for name in ("weight", "bias")]
-    return all(
-        part is None or (type(part) is nn.Parameter and part.device == x.device and part.dtype == x.dtype)
-        for part in parts
-    )
+    return found.forward is kind.forward or hasattr(found, "comfy_cast_weights")
 
 
 def _is_plain_norm(norm: Any, x: Tensor, *, own: bool) -> bool:
     """Whether a LayerNorm does nothing else, with weights of its own or without any."""
-    return _is_plain(norm, x, nn.LayerNorm) and ((norm.weight is not None) == (norm.bias is not None) == own)
+    if not _is_plain(norm, x, nn.LayerNorm):
+        return False
+    parts = norm._parameters
+    return (parts["weight"] is not None) == (parts["bias"] is not None) == own
 
 
 def _modulated(kernel: str, x: Tensor, *arguments: Any) -> Any:

@@ -114,8 +114,8 @@ def test_inputs_of_any_strides_are_taken():
         ({"x": torch.zeros(1, 6, 64, dtype=torch.float64)}, "not torch.float64"),
         ({"x": torch.zeros(1, 6, 60)}, "widths up to 8192 in eights, not 60"),
         ({"x": torch.zeros(1, 6, 8200)}, "widths up to 8192 in eights, not 8200"),
-        ({"x": torch.zeros(1, 7, 64)}, r"torch.float32 \(1, 3, 64\) does not fit x torch.float32 \(1, 7, 64\)"),
-        ({"second": torch.zeros(1, 1, 64)}, r"\(1, 1, 64\) does .* \[B, F or 1, D\]"),
+        ({"x": torch.zeros(1, 7, 64)}, r"torch.float32 \(1, 3, 64\) do not fit x torch.float32 \(1, 7, 64\)"),
+        ({"second": torch.zeros(1, 1, 64)}, r"\(1, 1, 64\) do .* \[B, F or 1, D\]"),
         ({"second": torch.zeros(1, 3, 64).half()}, "torch.float16"),
     ],
 )
@@ -129,5 +129,5 @@ def test_add_norm_refuses_parts_that_differ():
     x, gate = torch.zeros(1, 6, 64, device=DEVICE), torch.zeros(1, 3, 64, device=DEVICE)
     with pytest.raises(ValueError, match=r"y must be torch.float32 \(1, 6, 64\) .* not torch.float32 \(1, 3, 64\)"):
         add_norm(x, gate, gate, gate, gate, EPS)
-    with pytest.raises(ValueError, match=r"a modulation torch.float32 \(64,\) .* or \[D\] for the norm's own"):
+    with pytest.raises(ValueError, match=r"torch.float32 \(64,\) do not .* or \[D\] for the norm's own"):
         add_norm(x, x, gate, gate, gate[0, 0], EPS)
