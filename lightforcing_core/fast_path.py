@@ -23,7 +23,7 @@ _CONTEXT_LOST = (
     "illegal memory access",
     "illegal instruction",
     "misaligned address",
-    "device-side assert",
+    "device-side assert triggered",  # other errors of torch mention device-side assertions
     "unspecified launch failure",
     "hardware stack error",
     "invalid program counter",
