@@ -82,7 +82,7 @@ CPU_CASES = (
     MemoryCase("8-bit KV cache", Schedule(21), Picture(192, 320), Model(256, 1536, 8), kv=KVOptions("int8")),
 )
 
-_REAL = MemoryCase("81 frames, sparse", _short(21), Picture(), Model(layers=REAL_LAYERS), vae_dim=24)
+_REAL = MemoryCase("81 frames, sparse", _short(21), Picture(), Model(layers=REAL_LAYERS), vae_dim=24, decode_tiles=0)
 CUDA_CASES = (
     _REAL,
     replace(_REAL, name="81 frames, dense", schedule=Schedule(21)),
@@ -155,7 +155,8 @@ def measured_peak(case: MemoryCase, device: torch.device, dtype: torch.dtype) ->
         decoder = None
         if vae_weights:
             vae = vae_from_state_dict(vae_weights, dtype=dtype, device=device)
-            decoder = TiledDecoder(lambda: StreamingDecoder(vae), case.decode_tiles)
+            at_once = 1 if case.decode_tiles else None
+            decoder = TiledDecoder(lambda: StreamingDecoder(vae, at_once=at_once), case.decode_tiles)
         for chunk in rollout(dit, case.recipe(schedule, dtype, device), Runtime(kv=case.kv)):
             if decoder is not None:
                 decoder.decode(chunk.latents)

@@ -29,7 +29,7 @@ from ..model.kv_storage import CacheShape, KVOptions
 from ..model.wan import HEAD_DIM, Wan
 from ..refusal import Refusal
 from ..rollout.recipe import Recipe
-from ..vae.streaming import StreamingDecoder
+from ..vae.streaming import FRAMES_AT_ONCE, StreamingDecoder
 from ..vae.tiled import TiledDecoder, tile_spans
 from ..vae.wan_vae import WanVAE
 
@@ -68,7 +68,7 @@ class MemoryEstimate:
     decode: the activations of decoding one chunk, its frames included.
     host: pinned CPU memory, which is not part of the total.
     overlapped: whether a chunk is decoded while the next one is sampled.
-    graph: the activations that a recorded step keeps to itself.
+    graph: the activations that a recorded step and a recorded decode keep to themselves.
     """
 
     weights: int
@@ -88,8 +88,8 @@ class MemoryEstimate:
         return self.weights + self.vae + self.cache + self.prompt + self.history + self.graph + work
 
     def sped_up(self, *, overlap: bool, cuda_graph: bool) -> "MemoryEstimate":
-        """The same run with overlapped decode and with recorded steps, if asked for."""
-        return replace(self, overlapped=overlap, graph=self.step if cuda_graph else 0)
+        """The same run with overlapped decode and with recorded passes, if asked for."""
+        return replace(self, overlapped=overlap, graph=self.step + self.decode if cuda_graph else 0)
 
     def __str__(self) -> str:
         parts = {"weights": self.weights, "KV cache": self.cache, "one step": self.step + self.prompt}
@@ -111,7 +111,7 @@ def estimate(
     dtype: torch.dtype = torch.bfloat16,
     vae_dim: int | None = None,
     vae_dtype: torch.dtype = torch.bfloat16,
-    decode_tiles: int = 1,
+    decode_tiles: int = 0,
 ) -> MemoryEstimate:
     """The memory of a rollout of `recipe`, whose tensors may be on the meta device.
 
@@ -120,7 +120,7 @@ def estimate(
     dtype: of the computation.
     vae_dim: the width of the VAE that decodes each chunk on the same device (24 LightVAE, 96 Wan's own); None if
         nothing is decoded.
-    decode_tiles: tiles per side, see `TiledDecoder`.
+    decode_tiles: tiles per side, see `TiledDecoder`; 0 decodes `FRAMES_AT_ONCE` latent frames of a picture at once.
 
     Not counted: the text encoder, and the memory that an allocator wastes between tensors.
     Raises Refusal for an unknown backend.
@@ -223,12 +223,13 @@ def decode_bytes(
     """Bytes of a Wan VAE's weights, its decoder's history, and decoding one chunk.
 
     shape: of the chunk's latents, [B, C, frames, h, w].
-    tiles: per side, see `TiledDecoder`.
+    tiles: as in `estimate`.
     on_host: the decoder runs on the CPU, where tiles that wait take the same memory.
     """
     with torch.device("meta"):
         vae = WanVAE(vae_dim).to(vae_dtype)
-    decoder = TiledDecoder(lambda: StreamingDecoder(vae), tiles)
+    at_once = FRAMES_AT_ONCE if tiles == 0 and not on_host else 1
+    decoder = TiledDecoder(lambda: StreamingDecoder(vae, at_once=at_once), tiles)
     latents = torch.empty(shape, device="meta")
     with AllocationPeak(convolutions_copy=True) as peak:
         decoder.decode(latents)

@@ -32,16 +32,16 @@ class MemoryPlan:
 
     estimate, before: with these choices, and without them.
     free: bytes that the run may take.
-    kv, decode_tiles: how the KV cache is kept, and tiles per side in decode.
+    kv, decode_tiles: how the KV cache is kept, and tiles per side in decode; 0 also decodes several frames at once.
     latents, latents_on_device: bytes of the whole video's latents, and whether they are kept on the device.
-    overlap, cuda_graph: whether a chunk is decoded while the next one is sampled, and whether steps are recorded.
+    overlap, cuda_graph: whether a chunk is decoded while the next one is sampled, and whether passes are recorded.
     """
 
     estimate: MemoryEstimate
     before: MemoryEstimate
     free: int
     kv: KVOptions
-    decode_tiles: int = 1
+    decode_tiles: int = 0
     latents: int = 0
     latents_on_device: bool = True
     overlap: bool = False
@@ -61,6 +61,7 @@ class MemoryPlan:
         choices = {
             "no CUDA graphs": self.before.graph and not self.cuda_graph,
             "decode between the chunks": self.before.overlapped and not self.overlap,
+            "decode frame by frame": self.decode_tiles == 1,
             f"decode in {self.decode_tiles}×{self.decode_tiles} tiles": self.decode_tiles > 1,
             str(self.kv): self.kv != KVOptions(),
             "latents in CPU memory": not self.latents_on_device,
@@ -101,9 +102,10 @@ def plan_memory(
         needed = estimate_of(plan.kv, plan.decode_tiles).sped_up(overlap=plan.overlap, cuda_graph=recorded)
         return replace(plan, estimate=needed)
 
-    plain = estimate_of(ladder[0], 1).sped_up(overlap=overlap, cuda_graph=cuda_graph and not ladder[0].host)
+    plain = estimate_of(ladder[0], 0).sped_up(overlap=overlap, cuda_graph=cuda_graph and not ladder[0].host)
     best = MemoryPlan(plain, plain, free, ladder[0], latents=latents, overlap=overlap, cuda_graph=cuda_graph)
     changes: list[dict[str, Any]] = [
+        {"decode_tiles": 1},
         {"cuda_graph": False},
         {"overlap": False},
         *({"decode_tiles": tiles} for tiles in range(2, most_tiles + 1)),

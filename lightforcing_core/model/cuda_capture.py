@@ -17,10 +17,13 @@ ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 class CudaRecorder:
-    """Records CUDA graphs, which share one memory pool."""
+    """Records CUDA graphs, which share one memory pool.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = indexed(device)
+    lane: graphs that may run at the same time need different ones.
+    """
+
+    def __init__(self, device: torch.device, *, lane: str = "steps") -> None:
+        self._device, self._lane = indexed(device), lane
         self._pool: Any = None
         self._alive: set[CudaRecording] = set()
 
@@ -44,7 +47,7 @@ class CudaRecorder:
         """
         if not self._alive:
             self._pool = torch.cuda.graph_pool_handle()  # a pool is freed with the last of its graphs
-        graph, stream = torch.cuda.CUDAGraph(), capture_stream(self._device)
+        graph, stream = torch.cuda.CUDAGraph(), capture_stream(self._device, self._lane)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream), _garbage_kept():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -80,11 +83,11 @@ def _garbage_kept() -> Iterator[None]:
 
 
 @functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
+def capture_stream(device: torch.device, lane: str = "steps") -> torch.cuda.Stream:
     """The stream for captures, which cannot happen on the default one.
 
-    One for the whole process, because the matrix libraries keep a workspace for every stream that has used them. They
-    use it here first, so that the workspace is in ordinary memory and not in a graph's pool.
+    One for the whole process and lane, because the matrix libraries keep a workspace for every stream that has used
+    them. They use it here first, so that the workspace is in ordinary memory and not in a graph's pool.
     """
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):

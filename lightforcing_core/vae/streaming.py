@@ -5,7 +5,7 @@ reached by the published attribute names, so ComfyUI's module trees and ours bot
 """
 
 from collections.abc import Iterable
-from functools import reduce
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -13,12 +13,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..refusal import NotFinite, check_finite, check_size, is_finite
+from .graph import PassGraph
+from .norm import joined
 from .taehv import TaeLatents, check_tae, is_mem_block, is_tae
 from .wan_vae import LATENT_CHANNELS, denormalise_latents, normalise_latents
 
 Tree: TypeAlias = Any  # a module tree with the published attribute names: ComfyUI's or ours
 
 PAST_FRAMES = 2  # a causal kernel of 3 looks back at two frames
+FRAMES_AT_ONCE = 3  # latent frames that a GPU decodes at once: a third of the kernels, for more memory
+CHANNELS_LAST = torch.channels_last_3d  # the layout in which convolutions and norms are fastest
 
 
 class StreamingDecoder:
@@ -26,6 +30,8 @@ class StreamingDecoder:
 
     dtype, device: the module's own by default.
     tae_latents: the latents that a TAE decodes, see `tae_latents_of`; ignored for the others, which take raw ones.
+    graph: runs passes after a clip's first two, see `PassGraph`.
+    at_once: latent frames per pass through the layers; by default 1 on a CPU, where a pass's length changes rounding.
 
     Raises ValueError if the module is none of these, or a TAE without `tae_latents`.
     """
@@ -39,6 +45,8 @@ class StreamingDecoder:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         tae_latents: TaeLatents | None = None,
+        at_once: int | None = None,
+        graph: PassGraph | None = None,
     ) -> None:
         self._stack: _CausalStack | _TaeStack
         self._entry: nn.Module
@@ -52,14 +60,19 @@ class StreamingDecoder:
         else:
             _check_wan_vae(vae_module, "use the Wan 2.1 VAE, LightVAE, taew2_1 or lighttaew2_1")
             decoder, self._entry, self._lowest = vae_module.decoder, vae_module.conv2, -1.0
-            self._stack = _CausalStack((decoder.conv1, *decoder.middle, *decoder.upsamples, *decoder.head))
+            self._stack = _CausalStack((decoder.conv1, *decoder.middle, *decoder.upsamples, decoder.head))
         self._place = _place(vae_module, dtype, device)
+        self._at_once = at_once or (FRAMES_AT_ONCE if self._place[1].type == "cuda" else 1)
+        self._graph = graph
         self.reset()
 
     def reset(self) -> None:
         """Forget the clip and free its cache; the next latent frame is a first one."""
         self._stack.reset()
+        if self._graph:
+            self._graph.free()
         self._shape: tuple[int, int, int] | None = None
+        self._seen = 0  # latent frames
         self._broken = False
 
     @property
@@ -91,13 +104,13 @@ class StreamingDecoder:
         frames = torch.empty(batch, total, 8 * height, 8 * width, 3, dtype=wide, device=device)
         done = 0
         try:
-            for latent in latents.split(1, dim=2):
+            for latent in latents.split(self._passes(count), dim=2):
                 z = latent.to(device=device, dtype=wide)
                 if normalised != self._takes_normalised:
                     z = denormalise_latents(z) if normalised else normalise_latents(z)
                 # The same memory layout for every split, so that the same kernels run.
-                z = z.to(dtype).clone(memory_format=torch.contiguous_format)
-                pixels = self._stack(self._entry(z))
+                z = z.to(dtype).clone(memory_format=CHANNELS_LAST)
+                pixels = self._pixels(z)
                 new = frames[:, done : done + pixels.shape[2]]
                 new.copy_(rearrange(pixels, "b c t h w -> b t h w c"))
                 done += pixels.shape[2]
@@ -109,6 +122,21 @@ class StreamingDecoder:
             self._broken = True
             raise
         return frames.sub_(self._lowest).div_(1 - self._lowest).clamp_(0, 1)
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        if self._graph is None or self._stack.at_start:
+            return self._layers(z)
+        return self._graph(self._layers, z, self._stack.past)
+
+    def _layers(self, z: Tensor) -> Tensor:
+        return self._stack(self._entry(z))
+
+    def _passes(self, count: int) -> list[int]:
+        """Latent frames per pass: cut after the first and at multiples of `at_once`, whatever the calls."""
+        start, end = self._seen, self._seen + count
+        self._seen = end
+        cuts = [frame for frame in range(start + 1, end) if frame == 1 or frame % self._at_once == 0]
+        return [after - before for before, after in pairwise([start, *cuts, end])]
 
     def check(self, extremes: Tensor) -> None:
         if not is_finite(extremes):
@@ -143,7 +171,7 @@ class StreamingEncoder:
     ) -> None:
         _check_wan_vae(vae_module, "use the Wan 2.1 VAE or LightVAE")
         encoder, self._exit = vae_module.encoder, vae_module.conv1
-        self._stack = _CausalStack((encoder.conv1, *encoder.downsamples, *encoder.middle, *encoder.head))
+        self._stack = _CausalStack((encoder.conv1, *encoder.downsamples, *encoder.middle, encoder.head))
         self._place = _place(vae_module, dtype, device)
 
     @torch.no_grad()
@@ -161,7 +189,7 @@ class StreamingEncoder:
         means = []
         for group in frames.split(first + [4] * (frames.shape[1] // 4), dim=1):
             pixels = rearrange(group.to(device=device, dtype=wide) * 2 - 1, "b t h w c -> b c t h w")
-            mean, _ = self._exit(self._stack(pixels.to(dtype))).chunk(2, dim=1)
+            mean, _ = self._exit(self._stack(pixels.to(dtype).contiguous(memory_format=CHANNELS_LAST))).chunk(2, dim=1)
             means.append(mean.to(wide))
         latents = torch.cat(means, dim=2)
         check_finite("the encoded video", latents, f"check its frames; {_remedy(dtype)}")
@@ -192,24 +220,36 @@ class _CausalStack(_Stack):
 
     def _run(self, layer: Tree, x: Tensor) -> Tensor:
         if hasattr(layer, "residual"):
-            y = reduce(lambda y, inner: self._run(inner, y), layer.residual, x)
+            y = self._run(layer.residual, x)
             shortcut: Tensor = layer.shortcut(x)
             return y + shortcut
         if hasattr(layer, "resample"):
             return self._resample(layer, x)
         if isinstance(layer, nn.Conv3d):
             return self._convolve(layer, x)
-        frames: Tensor = layer(x)  # norms, activations and attention look at one frame only
+        if isinstance(layer, nn.Sequential):
+            norm = None
+            for inner in layer:
+                if isinstance(inner, nn.Conv3d):
+                    x = self._convolve(inner, x, norm)
+                elif hasattr(inner, "gamma"):
+                    norm = inner  # the next convolution runs it and the SiLU between them
+            return x
+        frames: Tensor = layer(x)  # attention looks at one frame only
         return frames
 
-    def _convolve(self, conv: Tree, x: Tensor) -> Tensor:
-        """Run a causal convolution behind the frames it saw before, and keep the last two."""
-        past = self.past.get(conv)
-        y: Tensor = conv(x, past)
-        if x.shape[2] >= PAST_FRAMES or past is None:
-            self.past[conv] = _last_frames(x, PAST_FRAMES)
-        else:
-            self.past[conv] = torch.cat([past[:, :, -1:], x], dim=2)
+    def _convolve(self, conv: Tree, x: Tensor, norm: Tree | None = None) -> Tensor:
+        """Run a causal convolution behind the last two frames that it saw, zeros before the first."""
+        if conv not in self.past:
+            batch, channels, _, height, width = x.shape
+            zeros = x.new_zeros(batch, channels, PAST_FRAMES, height, width)
+            self.past[conv] = zeros.contiguous(memory_format=CHANNELS_LAST)
+        frames = joined(self.past[conv], x, norm)
+        y: Tensor
+        if conv._forward_hooks or conv._forward_pre_hooks or "forward" in vars(conv):
+            y = conv(frames[:, :, PAST_FRAMES:], frames[:, :, :PAST_FRAMES])
+        else:  # its own class would copy both together once more
+            y = super(type(conv), conv).forward(frames)  # type: ignore[misc]
         return y
 
     def _resample(self, layer: Tree, x: Tensor) -> Tensor:
@@ -218,7 +258,8 @@ class _CausalStack(_Stack):
         speeds_up = time_conv is not None and time_conv.stride[0] == 1
         if speeds_up and not self.at_start:
             # The first latent frame is not part of this convolution's past: it starts on zeros at the second.
-            x = rearrange(self._convolve(time_conv, x), "b (two c) t h w -> b c (t two) h w", two=2)
+            doubled = rearrange(self._convolve(time_conv, x), "b (two c) t h w -> b (t two) h w c", two=2)
+            x = doubled.movedim(-1, 1)
         frames = x.shape[2]
         x = layer.resample(rearrange(x, "b c t h w -> (b t) c h w"))
         x = rearrange(x, "(b t) c h w -> b c t h w", t=frames)
@@ -230,7 +271,7 @@ class _CausalStack(_Stack):
 
 
 class _TaeStack(_Stack):
-    """A TAE's layers, which take one latent frame at a time; each memory block keeps the last frame that it saw."""
+    """A TAE's layers; each memory block keeps the last frame that it saw."""
 
     def __init__(self, layers: Iterable[Tree]) -> None:
         super().__init__(layers)
@@ -239,9 +280,9 @@ class _TaeStack(_Stack):
         self._layers, self._tail = self._layers[:end], nn.Sequential(*self._layers[end:])
 
     def __call__(self, z: Tensor) -> Tensor:
-        """The next latent frame [B, C, 1, h, w] → [B, 3, T, 8h, 8w], T 1 at first, then 4."""
+        """The next latent frames [B, C, T, h, w] → [B, 3, 4 T, 8h, 8w]; a clip's first, alone, gives one frame."""
         batch = z.shape[0]
-        x: Tensor = z.squeeze(2)
+        x: Tensor = rearrange(z, "b c t h w -> (b t) c h w")
         for layer in self._layers:
             x = self._remembered(layer, x, batch) if is_mem_block(layer) else layer(x)
         x = torch.cat([self._tail(frame) for frame in x.split(1)])
@@ -254,9 +295,10 @@ class _TaeStack(_Stack):
     def _remembered(self, block: Tree, x: Tensor, batch: int) -> Tensor:
         """A memory block over the next frames [B · T, C, H, W], with the one before them."""
         framed = x.unflatten(0, (batch, -1))
-        before = self.past[block] if block in self.past else torch.zeros_like(framed[:, :1])
-        past = torch.cat([before, framed[:, :-1]], dim=1).flatten(0, 1)
-        self.past[block] = framed[:, -1:].clone() if framed.shape[1] > 1 else framed
+        if block not in self.past:
+            self.past[block] = torch.zeros_like(framed[:, :1])
+        past = torch.cat([self.past[block], framed[:, :-1]], dim=1).flatten(0, 1)
+        self.past[block].copy_(framed[:, -1:])
         y: Tensor = block(x, past)
         return y
 

@@ -28,7 +28,7 @@ class TiledDecoder:
     """Decode one clip tile by tile, called as a `StreamingDecoder` is.
 
     make: makes a decoder for one tile, whose cache is in CPU memory while other tiles decode.
-    tiles: tiles along the height and along the width; fewer if the picture is too small.
+    tiles: tiles along the height and along the width, 0 as 1; fewer if the picture is too small.
     """
 
     def __init__(self, make: Callable[[], StreamingDecoder], tiles: int) -> None:

@@ -9,8 +9,9 @@ from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.refusal import NotFinite
 from ...lightforcing_core.rollout.runtime import Chunk, StepEvent
 from ...lightforcing_core.rollout.state import RunState
+from ...lightforcing_core.vae.streaming import FRAMES_AT_ONCE
 from ..comfy import raise_if_interrupted
-from ..vae.decode import FRAMES_AT_ONCE, FrameDecoder
+from ..vae.decode import FrameDecoder
 from ..video_output import VideoFiles
 from .live_view import LiveView
 from .observer import Observer
@@ -52,7 +53,7 @@ class FrameOutput(Observer):
             log.warning("[Light Forcing] the last frames of a run that failed are lost: %s", second)
 
     def begin(self, run: RunState, plan: MemoryPlan) -> None:
-        self._decoder.cut(plan.decode_tiles, overlap=plan.overlap)
+        self._decoder.cut(plan.decode_tiles, overlap=plan.overlap, cuda_graph=plan.cuda_graph)
 
     def step(self, event: StepEvent) -> None:
         self._pass_on(self._decoder.arrived())

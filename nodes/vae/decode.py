@@ -1,5 +1,6 @@
 """Streaming decode with a Wan 2.1 VAE, LightVAE or TAE, in memory that does not grow with the video."""
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +10,13 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ...lightforcing_core.memory.estimate import decode_bytes, gib
+from ...lightforcing_core.model.cuda_capture import CudaRecorder
 from ...lightforcing_core.pinned import why_not_resident
 from ...lightforcing_core.refusal import check_finite
 from ...lightforcing_core.rollout.schedule import video_frames_of
+from ...lightforcing_core.vae.graph import PassGraph, places_of
 from ...lightforcing_core.vae.overlap import OverlappedDecoder
-from ...lightforcing_core.vae.streaming import StreamingDecoder
+from ...lightforcing_core.vae.streaming import FRAMES_AT_ONCE, StreamingDecoder
 from ...lightforcing_core.vae.taehv import TaeLatents, is_tae, tae_latents_of
 from ...lightforcing_core.vae.tiled import TiledDecoder, most_tiles, tile_spans
 from ..comfy import (
@@ -28,10 +31,9 @@ from ..texts import node_schema
 
 log = logging.getLogger(__name__)
 
-# Elements alive at the peak of one latent frame's decode by a TAE, per output pixel: 390 counted, 646 with the copies
-# that convolutions make of input and output.
-TAE_ELEMENTS_PER_PIXEL = 700
-FRAMES_AT_ONCE = 4
+# Elements alive at the peak of a TAE's decode, per output pixel: 662 counted with three latent frames at once, 854 with
+# the copies that convolutions make of input and output.
+TAE_ELEMENTS_PER_PIXEL = 900
 MOST_TILES = 4
 
 
@@ -96,25 +98,34 @@ class FrameDecoder:
         self._tae_latents: TaeLatents | None = None if tae_latents == "auto" else tae_latents
         self._frames: Tensor | None = None
         try:
-            self.cut(1)
+            self.cut(0)
         except ValueError as error:
             raise ValueError(
                 f"this VAE cannot decode piece by piece: {error}. Connect one of those, or use VAE Decode on the latent"
             ) from None
 
-    def cut(self, tiles: int, *, overlap: bool = False) -> None:
-        """Decode in `tiles` × `tiles` overlapping tiles; call it before `put`.
+    def cut(self, tiles: int, *, overlap: bool = False, cuda_graph: bool = False) -> None:
+        """Decode in `tiles` × `tiles` overlapping tiles, see `estimate`; call it before `put`.
 
+        cuda_graph: record an untiled decode, if the VAE's weights stay on the GPU.
         overlap: decode untiled while sampling continues, if the VAE's weights stay on the GPU; see `OverlappedDecoder`.
         """
-        self._tiles, self._overlap = tiles, overlap
+        self._tiles, self._overlap, self._recorded = tiles, overlap, cuda_graph and tiles <= 1
         self._decoder = TiledDecoder(self._stream, tiles) if tiles > 1 else self._stream()
         self._line: OverlappedDecoder | None = None
 
     def _stream(self) -> StreamingDecoder:
-        vae = self._vae
+        vae, graph = self._vae, None
+        if self._recorded and CudaRecorder.why_not(vae.device) is None:
+            places = functools.partial(places_of, vae.first_stage_model, vae.device)
+            graph = PassGraph(CudaRecorder(vae.device, lane="decode"), places)
         return StreamingDecoder(
-            vae.first_stage_model, dtype=vae.vae_dtype, device=vae.device, tae_latents=self._tae_latents
+            vae.first_stage_model,
+            dtype=vae.vae_dtype,
+            device=vae.device,
+            tae_latents=self._tae_latents,
+            at_once=None if self._tiles == 0 else 1,
+            graph=graph,
         )
 
     @property
@@ -130,7 +141,7 @@ class FrameDecoder:
     def load(self) -> None:
         """Load the VAE, with the fewest tiles that fit into memory."""
         free = memory_for_a_run(self._vae.device)
-        for tiles in range(1, self.most_tiles + 1):
+        for tiles in range(self.most_tiles + 1):
             self.cut(tiles)
             if sum(self.bytes_of(tiles).values()) <= free:
                 break
@@ -166,7 +177,7 @@ class FrameDecoder:
             load_on_device(vae.patcher, self.bytes_needed)
         if self._line is None:  # only now is the VAE on its final device
             resident = self._overlap and why_not_resident(vae.first_stage_model, vae.device) is None
-            self._line = OverlappedDecoder(self._decoder, vae.device, concurrent=resident and self._tiles == 1)
+            self._line = OverlappedDecoder(self._decoder, vae.device, concurrent=resident and self._tiles <= 1)
         return [self._kept(pixels) for pixels in self._line.put(latents, normalised=normalised)]
 
     def arrived(self) -> list[Tensor]:

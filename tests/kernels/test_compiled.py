@@ -58,6 +58,9 @@ OTHERS = [
     ((86,), "select", {"dtype": "fp32"}, 8),
     ((80, 90, 100, 120), "select", {"parts": True}, 0),
     ((90,), "select", {"parts": True, "dtype": "fp32"}, 0),
+    ((80, 86, 89, 90, 100, 120), "channel_norm", {}, 0),
+    ((80, 90, 100, 120), "channel_norm", {"channels": 384, "frames": 3, "height": 60, "width": 104}, 0),
+    ((90,), "channel_norm", {"channels": 96, "dtype": "fp32"}, 0),
     ((80, 90, 100, 120), "modulation", {"width": 5120}, 0),
     ((90,), "modulation", {"width": 1536, "dtype": "fp32"}, 0),
     ((100,), "modulation", {"width": 256, "dtype": "fp16"}, 0),
@@ -110,7 +113,7 @@ def test_kernels_fit_the_chip_stay_in_registers_and_wait_no_more_than_they_did(c
             if row["kernel"] == "forward":
                 assert row["shared"] <= found["returned"], case  # the estimate that the choice of a launch uses
                 assert (row["tensor_maps"] > 0) == ("tma" in case.get("ways", "")), case
-            if case["call"] == "modulation":
+            if case["call"] in ("modulation", "channel_norm"):
                 assert row.get("registers", 0) <= 64, case
             if case["call"] == "store":  # a frame is pooled by the program that counts its last block
                 assert row["counts_in_order"] == case.get("means", True), case
@@ -137,10 +140,11 @@ def test_one_compilation_serves_every_chunk_slot_and_length(tmp_path):
         cases += [
             {"call": "store", "block": 16, "frames": frames, "slots": slots} | size,
             {"call": "modulation", "frames": frames} | size,
+            {"call": "channel_norm", "batch": batch, "frames": frames, "height": tokens, "width": 4 * slots},
         ]
         for parts in (False, True):
             choice = {"q_blocks": 3 * frames, "choose": frames % 3, "kept": slots, "parts": parts}
             cases.append({"call": "select", "block": 16, "frames": slots} | size | choice)
-    once = "tail_bias", "combine", "_store", "_score", "_score_parts", "_select"
+    once = "tail_bias", "combine", "_store", "_score", "_score_parts", "_select", "_norm_silu"
     versions = versions_of(90, cases, tmp_path)
     assert versions == dict.fromkeys(once, 1) | {"forward": len(works), "_add_norm": 4}  # norm, and three kinds of sums

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lightforcing.kernels import block_sparse, modulation, selection, store, tuning
+from lightforcing.kernels import block_sparse, channel_norm, modulation, selection, store, tuning
 from lightforcing.kernels import device as gpu
 
 # Shared memory that one program may use, in KiB, by chip.
@@ -43,6 +43,7 @@ LAUNCHED = (
     (selection, "_score_parts"),
     (selection, "_select"),
     (modulation, "_add_norm"),
+    (channel_norm, "_norm_silu"),
 )
 
 
@@ -233,7 +234,19 @@ def call_modulation(width=1536, batch=1, dtype="bf16", tokens=1560, frames=3):
     modulation.add_norm(x, x, None, scale, shift, 1e-6)
 
 
-CALLS = {"attention": call_attention, "store": call_store, "select": call_select, "modulation": call_modulation}
+def call_channel_norm(channels=24, batch=1, dtype="bf16", frames=12, height=480, width=832):
+    x, past = (empty(batch, channels, n, height, width, dtype=dtype) for n in (frames, 2))
+    past = past.contiguous(memory_format=channel_norm.LAYOUT)
+    channel_norm.norm_silu_behind(past, x, empty(channels, 1, 1, 1, dtype=dtype), channels**0.5, 1e-12)
+
+
+CALLS = {
+    "attention": call_attention,
+    "store": call_store,
+    "select": call_select,
+    "modulation": call_modulation,
+    "channel_norm": call_channel_norm,
+}
 
 
 def row_of(kernel, constants):

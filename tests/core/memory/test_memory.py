@@ -90,7 +90,7 @@ def test_weights_are_those_of_the_module_and_a_real_model_is_known_from_its_widt
     expected = estimate(WAN, case.recipe(case.schedule, torch.bfloat16, "meta"), vae_dim=24)
     assert WAN.weight_bytes == pytest.approx(2 * 1.419e9, rel=0.001)  # 1.3B's 1,418,996,800 parameters
     assert expected.cache == pytest.approx(21 * 287.5e6, rel=0.02)  # and the pooled keys
-    assert expected.total < 10.5e9
+    assert expected.total < 11.2e9
 
 
 def test_step_and_decode_are_held_by_turns():
@@ -142,7 +142,7 @@ def test_a_run_that_fits_with_some_memory_left_gives_nothing_up():
     assert (plan.fits, plan.given_up) == (True, [])
     needed, fits = plan.needed, []
     for share in (1, 1.05, 1.1):
-        fits.append(plan_memory(estimate_of, int(share * needed), ladder=[KVOptions()]).fits)
+        fits.append(not plan_memory(estimate_of, int(share * needed), ladder=[KVOptions()]).given_up)
     assert fits == [False, False, True]
     assert re.match(r"needs about [\d.]+ GiB \(weights 2\.\d+, KV cache 5\.\d+, .*\), 80\.00 GiB free$", str(plan))
 
@@ -173,23 +173,26 @@ def test_eight_bits_and_host_memory_save_what_they_promise():
 
 
 def test_what_only_saves_time_is_given_up_first():
-    plain = estimate_of(KVOptions(), 1)
+    at_once, plain = (estimate_of(KVOptions(), tiles) for tiles in (0, 1))
+    most = at_once.sped_up(overlap=True, cuda_graph=True).total
     beside = plain.total + min(plain.step, plain.decode)
-    both = beside + plain.step
+    both = beside + plain.step + plain.decode
     made = [
         plan_memory(estimate_of, int(room * (1 + HEADROOM)) + 1, most_tiles=3, overlap=True, cuda_graph=True)
-        for room in (both, both - 2, beside - 2, plain.total - 2)
+        for room in (most, most - 2, both - 2, beside - 2, plain.total - 2)
     ]
-    graph, overlap = "no CUDA graphs", "decode between the chunks"
+    graph, overlap, one = "no CUDA graphs", "decode between the chunks", "decode frame by frame"
     assert [plan.given_up for plan in made] == [
         [],
-        [graph],
-        [graph, overlap],
+        [one],
+        [graph, one],
+        [graph, overlap, one],
         [graph, overlap, "decode in 2×2 tiles"],
     ]
-    assert [(plan.overlap, plan.cuda_graph) for plan in made] == [(True, True), (True, False), *[(False, False)] * 2]
+    speeds = [(plan.overlap, plan.cuda_graph) for plan in made]
+    assert speeds == [*[(True, True)] * 2, (True, False), *[(False, False)] * 2]
     assert all(plan.fits for plan in made)
-    assert [plan.needed for plan in made[:3]] == [both, beside, plain.total]
+    assert [plan.needed for plan in made[:4]] == [most, both, beside, plain.total]
     in_host_memory = plan_memory(estimate_of, 80 << 30, ladder=[KVOptions(host=True)], cuda_graph=True)
     assert in_host_memory.estimate.graph == 0
 

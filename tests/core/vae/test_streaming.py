@@ -109,10 +109,12 @@ class WholeClip:
         return (self.conv3d("conv1", x)[:, :16] - mean) / std
 
 
-def test_streamed_decode_equals_the_whole_clip_evaluation():
-    latents = clip(5, batch=2)
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_streamed_decode_equals_the_whole_clip_evaluation(at_once):
+    latents = clip(6, batch=2)
     expected = WholeClip(weights()).decode(latents)
-    frames = StreamingDecoder(vae_from_state_dict(weights())).decode(latents)
+    decoder = StreamingDecoder(vae_from_state_dict(weights()), at_once=at_once)
+    frames = torch.cat([decoder.decode(piece) for piece in latents.split((2, 4), dim=2)], dim=1)
     assert expected.min() > 0, "clamping would hide a difference"
     assert expected.max() < 1, "clamping would hide a difference"
     assert expected.std() > 0.01
@@ -138,7 +140,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.mark.parametrize("cut", [(3, 3, 1, 2), (1,) * 9, (2, 7), (8, 1)])
 def test_any_cut_of_a_clip_decodes_bit_for_bit_as_the_whole(cut, dtype, device):
     latents = clip(9, batch=2, height=2, width=3, dtype=torch.float32)
-    decoder = StreamingDecoder(vae_from_state_dict(weights(dtype), device=device))
+    decoder = StreamingDecoder(vae_from_state_dict(weights(dtype), device=device), at_once=1)
     whole = decoder.decode(latents)
     decoder.reset()
     pieces = [decoder.decode(piece) for piece in latents.split(list(cut), dim=2)]

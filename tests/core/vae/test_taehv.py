@@ -96,13 +96,13 @@ def test_what_is_kept_between_calls_is_one_frame_per_memory_block(weights):
 
 def test_a_decode_holds_its_largest_tensors_one_frame_at_a_time(weights):
     tae = tae_from_state_dict({name: tensor.to("meta") for name, tensor in weights.items()}, dtype=torch.bfloat16)
-    decoder = StreamingDecoder(tae, tae_latents="raw")
-    latents = torch.empty(1, 16, 4, 30, 52, device="meta")
+    decoder = StreamingDecoder(tae, tae_latents="raw", at_once=3)
+    latents = torch.empty(1, 16, 3, 30, 52, device="meta")
     decoder.decode(latents)
     with AllocationPeak(convolutions_copy=True) as peak:
         frames = decoder.decode(latents)
-    # 700 elements per pixel are what the decode node asks the host for; the frames themselves lie elsewhere.
-    assert peak.peak - frames.nbytes < 700 * 2 * 240 * 416
+    # 900 elements per pixel are what the decode node asks the host for; the frames themselves lie elsewhere.
+    assert peak.peak - frames.nbytes < 900 * 2 * 240 * 416
 
 
 @pytest.mark.parametrize(

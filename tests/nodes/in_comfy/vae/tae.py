@@ -94,8 +94,8 @@ one, one_long, two, two_long = (
     for batch, frames in itertools.product((1, 2), (1, 9))
 )
 pixel_bytes = unnamed.vae_dtype.itemsize * 64 * 4 * 6
-frames = 16 * 3 * pixel_bytes  # of one call, float32 as the decode is here
-assert one == one_long == 700 * pixel_bytes + frames
+frames = 12 * 3 * pixel_bytes  # of one call, float32 as the decode is here
+assert one == one_long == 900 * pixel_bytes + frames
 assert two == two_long == 2 * one
 
 # The sampler's own frames are those of its latents.
