@@ -41,6 +41,13 @@ class FastestDense:
     def __init__(self, ways: Mapping[str, DenseAttention] = TORCH_WAYS) -> None:
         self.ways, self._usual = ways, next(iter(ways))
 
+    def __eq__(self, other: object) -> bool:
+        """Equal for the same ways: a graph that was checked in one run is not checked again in the next."""
+        return isinstance(other, FastestDense) and self.ways == other.ways
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.ways))
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ways = {name: partial(way, q, k, v) for name, way in self.ways.items() if q.is_cuda or name not in ONLY_CUDA}
         key = (*q.shape, k.shape[1], str(q.dtype))
