@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := test
-.PHONY: demo test quick test-comfyui help-tables lint setup
+.PHONY: demo test quick test-comfyui compile-kernels help-tables lint setup
 
 setup: $(READY)
 
@@ -37,6 +37,12 @@ quick: lint
 # If either is unset, they skip and say so. They share one server, so they run in one process.
 test-comfyui: $(READY)
 	$(BIN)/python -m pytest tests/nodes tests/workflows tests/browser $(PYTEST_ARGS)
+
+# The kernels compiled by another version of Triton, such as `make compile-kernels TRITON=3.3.1`.
+TRITON ?= 3.3.1
+compile-kernels: $(READY)
+	test -d $(VENV)/triton/$(TRITON) || $(PIP) --no-deps --target $(VENV)/triton/$(TRITON) triton==$(TRITON)
+	PYTHONPATH=$(VENV)/triton/$(TRITON) $(PYTEST) tests/kernels/test_compiled.py $(PYTEST_ARGS)
 
 # The input tables of the nodes' help pages, from the texts in locales/.
 help-tables:

@@ -112,8 +112,9 @@ def _attention(size: Size, kv: KVDtype, way: str, seed: int) -> Run:
             return layer.attend(listed), layer.select().blocks
         from ..kernels import block_sparse, tuning
 
-        def launch(kind: Any, *_: Any) -> tuning.Launch:
-            return tuning.default_launch(kind)._replace(descriptors="descriptors" in words, per_sm=int("cut" in words))
+        def launch(kind: Any, q: Tensor, *_: Any) -> tuning.Launch:
+            found = tuning.default_launch(kind, block_sparse.capability_of(q))
+            return found._replace(descriptors="descriptors" in words, per_sm=int("cut" in words))
 
         with mock.patch.object(block_sparse, "_launch_for", launch):
             return layer.attend(listed), layer.select().blocks

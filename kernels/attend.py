@@ -9,8 +9,23 @@ import triton
 import triton.language as tl
 
 from .device import IS_INTERPRETED
+from .rounding import cast
 
 LOWEST = tl.constexpr(-1e30)  # below any score, and finite
+
+# Two pairs of 8-bit numbers in $2 as bfloat16: the low bytes in $0, the high ones in $1. For float8_e4m3fn sign,
+# exponent and mantissa move to their places, and 2^120 makes up for the smaller bias. For int8 the low 7 bits become
+# 128 + x, of which 128 or, for the negative, 256 is subtracted.
+_FLOAT8 = """and.b32 s, {0}, 0x80008000; shr.u32 m, {0}, 4; lop3.b32 m, m, 0x07f007f0, s, 0xea;
+mov.b32 f, 0x7b807b80; mov.b32 s, 0x80008000; fma.rn.bf16x2 {1}, m, f, s;"""
+_INT8 = """lop3.b32 m, {0}, 0x007f007f, 0x43004300, 0xea; lop3.b32 s, {0}, 0x00800080, 0xc300c300, 0xea;
+mov.b32 f, 0x3f803f80; fma.rn.bf16x2 {1}, m, f, s;"""
+_ASM = "{{.reg .b32 x, m, s, f; {}}}"
+FLOAT8_PAIRS = tl.constexpr(_ASM.format("shl.b32 x, $2, 8;" + _FLOAT8.format("x", "$0") + _FLOAT8.format("$2", "$1")))
+INT8_PAIRS = tl.constexpr(_ASM.format(_INT8.format("$2", "$0") + "shr.u32 x, $2, 8;" + _INT8.format("x", "$1")))
+# Four float8_e4m3fn in $2 as bfloat16 in $0 and $1.
+_FOUR = "prmt.b32 x, $2, 0, 0x1404;", _FLOAT8.format("x", "$0"), "prmt.b32 x, $2, 0, 0x3424;", _FLOAT8.format("x", "$1")
+FLOAT8_FOUR = tl.constexpr(_ASM.format("".join(_FOUR)))
 
 
 @triton.jit
@@ -18,11 +33,29 @@ def _dot(a, b, total):
     """a · b + total; b may be stored in any dtype."""
     if IS_INTERPRETED:  # its tl.dot multiplies the raw bits of bfloat16
         a, b = a.to(tl.float32), b.to(tl.float32)
+    elif b.dtype == tl.float8e4nv:  # noqa: SIM102
+        if a.dtype == tl.bfloat16:  # the compiler's own conversion takes as long as the product
+            b = tl.inline_asm_elementwise(FLOAT8_FOUR, "=r,=r,r", [b], tl.bfloat16, True, 4)
     # float32 keeps its precision on tensor cores. Triton before 3.4 takes no None for a total.
     if total is None:
         return tl.dot(a, b.to(a.dtype), input_precision="tf32x3")
     else:
         return tl.dot(a, b.to(a.dtype), total, input_precision="tf32x3")
+
+
+@triton.jit
+def _pairs(x, FLOAT8: tl.constexpr):
+    """The 8-bit numbers in the low and in the high bytes of int16 x, as bfloat16."""
+    if IS_INTERPRETED:
+        low, high = x.to(tl.int8).to(tl.int32), x.to(tl.int32) >> 8
+        if FLOAT8:
+            low = (((low & 0x80) << 24) | ((low & 0x7F) << 20)).to(tl.float32, bitcast=True) * 2.0**120
+            high = (((high & 0x80) << 24) | ((high & 0x7F) << 20)).to(tl.float32, bitcast=True) * 2.0**120
+        return low, high
+    elif FLOAT8:
+        return tl.inline_asm_elementwise(FLOAT8_PAIRS, "=r,=r,r", [x], (tl.bfloat16, tl.bfloat16), True, 2)
+    else:
+        return tl.inline_asm_elementwise(INT8_PAIRS, "=r,=r,r", [x], (tl.bfloat16, tl.bfloat16), True, 2)
 
 
 @triton.jit
@@ -34,19 +67,39 @@ def _load(base, offsets, dim_is_real, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _attend(v, scores, factor, v_scale, row_max, row_sum, total, DTYPE: tl.constexpr):
+def _values(base, offsets, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, PADDED: tl.constexpr, HALVES: tl.constexpr):
+    """A tile of values: all DIMS of them twice, or the first DIMS and the rest."""
+    dims = tl.arange(0, DIMS)
+    v = _load(base, offsets + dims[None, :], (dims < HEAD_DIM)[None, :], PADDED)
+    rest = v
+    if HALVES:
+        rest = _load(base + DIMS, offsets + dims[None, :], (DIMS + dims < HEAD_DIM)[None, :], PADDED)
+    return v, rest
+
+
+@triton.jit
+def _attend(
+    v, v_rest, scores, factor, v_scale, row_max, row_sum, total, rest,
+    DTYPE: tl.constexpr, HALVES: tl.constexpr, BY_ROW: tl.constexpr = False,
+):  # fmt: skip
     """One step of the online softmax in base 2: rescale the sums so far and add this tile. Some score must exceed −inf.
 
     Scores are still to be multiplied by `factor`, which is positive; in the exponent's subtraction this costs nothing.
+    HALVES: `v_rest` and `rest` are the second half of the dims; else they are not used. BY_ROW: each row has a factor.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
+    if BY_ROW:
+        factor = factor[:, None]
     weights = tl.exp2(scores * factor - new_max[:, None])
     fade = tl.exp2(row_max - new_max)
     row_sum = row_sum * fade + tl.sum(weights, 1)
     if v_scale is not None:
         weights = weights * v_scale
-    total = _dot(weights.to(DTYPE), v, total * fade[:, None])
-    return new_max, row_sum, total
+    weights = weights.to(DTYPE)
+    total = _dot(weights, v, total * fade[:, None])
+    if HALVES:
+        rest = _dot(weights, v_rest, rest * fade[:, None])
+    return new_max, row_sum, total, rest
 
 
 @triton.jit
@@ -95,13 +148,17 @@ def forward(
     heads, q_blocks, k_blocks, width, q_frame, k_frame, whole, parts, scale_log2,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, DESCRIPTORS: tl.constexpr, HALVES: tl.constexpr,
+    PAIRS: tl.constexpr, FLOAT8: tl.constexpr, NARROW: tl.constexpr,
 ):
     """Attention of one unit, or of one part of it.
 
     Units from `whole` on are cut into `parts` if totals_ptr, maxima_ptr and sums_ptr are given. With DESCRIPTORS
     k_ptr and v_ptr are tensor descriptors of [batch, head, frame, token of the frame, dim]: tokens past a frame's end
-    read as zeros.
+    read as zeros. With HALVES values and their sums are two tiles of half the dims: Triton splits the warps of chained
+    mma.sync products over columns if a product is wider than high, and every row's maximum then crosses warps. With
+    PAIRS the halves are the even and the odd dims, and k_ptr and v_ptr are int16 pointers to two 8-bit numbers, which
+    take matrix loads that 8-bit values do not have.
     """
     # fmt: on
     program = tl.program_id(0)
@@ -119,12 +176,17 @@ def forward(
             return  # a tile of padding alone
 
     PADDED: tl.constexpr = PADDED_DIM != HEAD_DIM
+    V_DIMS: tl.constexpr = PADDED_DIM // 2 if HALVES else PADDED_DIM
     SPLIT: tl.constexpr = BLOCK_K // TILE_K
     k_per_frame = tl.cdiv(k_frame, BLOCK_K)
     rows = tl.arange(0, TILE_Q)
     columns = tl.arange(0, TILE_K)
     dims = tl.arange(0, PADDED_DIM)
     dim_is_real = dims < HEAD_DIM
+    V_LANES: tl.constexpr = 2 if PAIRS else 1
+    K_LANES: tl.constexpr = 1 if NARROW else V_LANES
+    k_dims = tl.arange(0, PADDED_DIM // K_LANES)
+    k_dim_is_real = (k_dims < HEAD_DIM // K_LANES)[:, None]
 
     # 32 bits hold any number of tokens, blocks or rows; offsets take 64.
     q_base = q_ptr + batch.to(tl.int64) * q_stride_b + head.to(tl.int64) * q_stride_h
@@ -134,12 +196,17 @@ def forward(
         q = tl.load(q_tile, mask=(q_within + rows < q_frame)[:, None] & dim_is_real[None, :], other=0.0)
     else:
         q = tl.load(q_tile)
+    if NARROW:
+        q_scale = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1) / 127, 1e-30)
+        q_narrow = cast(q.to(tl.float32) / q_scale[:, None], tl.int8)
+    elif PAIRS:
+        q_even, q_odd = tl.split(tl.reshape(q, [TILE_Q, V_DIMS, 2]))
 
     if not DESCRIPTORS:
         k_base = k_ptr + batch.to(tl.int64) * k_stride_b + head.to(tl.int64) * k_stride_h
         v_base = v_ptr + batch.to(tl.int64) * v_stride_b + head.to(tl.int64) * v_stride_h
-        k_offsets = columns[None, :] * k_stride_l + dims[:, None]
-        v_offsets = columns[:, None] * v_stride_l + dims[None, :]
+        k_offsets = columns[None, :] * k_stride_l + k_dims[:, None]
+        v_offsets = columns[:, None] * v_stride_l
 
     end = k_blocks
     if blocks_ptr is not None:
@@ -159,7 +226,8 @@ def forward(
 
     row_max = tl.full([TILE_Q], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE_Q], tl.float32)
-    total = tl.zeros([TILE_Q, PADDED_DIM], tl.float32)
+    total = tl.zeros([TILE_Q, V_DIMS], tl.float32)
+    rest = total
     for i in range(start * SPLIT, end * SPLIT):
         if blocks_ptr is None:
             k_block = i // SPLIT
@@ -171,18 +239,30 @@ def forward(
             at = [batch, head, k_block // k_per_frame, k_within, 0]
             k = tl.reshape(k_ptr.load(at), [TILE_K, PADDED_DIM]).T
             v = tl.reshape(v_ptr.load(at), [TILE_K, PADDED_DIM])
+            v_rest = v
         else:
             k_first = (k_block // k_per_frame).to(tl.int64) * k_frame + k_within
             if RAGGED_K:
                 # Columns past the frame's end read its last token instead, which costs fewer registers than a mask.
                 tokens = tl.minimum(columns, k_frame - 1 - k_within)
-                k_offsets = tokens[None, :] * k_stride_l + dims[:, None]
-                v_offsets = tokens[:, None] * v_stride_l + dims[None, :]
-            k = _load(k_base + k_first * k_stride_l, k_offsets, dim_is_real[:, None], PADDED)
-            v = _load(v_base + k_first * v_stride_l, v_offsets, dim_is_real[None, :], PADDED)
+                k_offsets = tokens[None, :] * k_stride_l + k_dims[:, None]
+                v_offsets = tokens[:, None] * v_stride_l
+            k = _load(k_base + k_first * k_stride_l, k_offsets, k_dim_is_real, PADDED)
+            v, v_rest = _values(
+                v_base + k_first * v_stride_l, v_offsets, HEAD_DIM // V_LANES, V_DIMS, PADDED, HALVES and not PAIRS
+            )
         v_scale = None
         factor = scale_log2
-        scores = _dot(q, k, None)
+        if PAIRS:
+            v, v_rest = _pairs(v, FLOAT8)
+        if NARROW:
+            scores = tl.dot(q_narrow, k).to(tl.float32)
+            factor *= q_scale
+        elif PAIRS:
+            k, k_odd = _pairs(k, FLOAT8)
+            scores = _dot(q_odd, k_odd, _dot(q_even, k, None))
+        else:
+            scores = _dot(q, k, None)
         if k_scales_ptr is not None:
             factor *= tl.load(k_scale_ptr + k_block * heads)
             v_scale = tl.load(v_scale_ptr + k_block * heads)
@@ -191,8 +271,13 @@ def forward(
             if not BRANCHES or k_within + TILE_K > k_frame:
                 scores = tl.where((k_within + columns < k_frame)[None, :], scores, float("-inf"))
         # Every block's first tile holds a real key, so the running maximum is finite from there on.
-        row_max, row_sum, total = _attend(v, scores, factor, v_scale, row_max, row_sum, total, WEIGHTS)
+        row_max, row_sum, total, rest = _attend(
+            v, v_rest, scores, factor, v_scale, row_max, row_sum, total, rest, WEIGHTS, HALVES, NARROW
+        )
 
+    if PAIRS:  # from even and odd dims to all of them, and to the halves of the means
+        total = tl.reshape(tl.join(total, rest), [TILE_Q, PADDED_DIM])
+        total, rest = tl.split(tl.permute(tl.reshape(total, [TILE_Q, 2, V_DIMS]), [0, 2, 1]))
     if bias_ptr is not None:
         # A whole unit's maximum is finite here, or its list was empty and every mean takes part. A part may have seen
         # no key so far and meet only listed blocks.
@@ -205,12 +290,18 @@ def forward(
             first = tile * TILE_K
             ids = tl.minimum(first + columns, k_blocks - 1)
             k = _load(k_means_ptr + mean_base, ids[None, :] * mean_stride + dims[:, None], dim_is_real[:, None], PADDED)
-            v = _load(v_means_ptr + mean_base, ids[:, None] * mean_stride + dims[None, :], dim_is_real[None, :], PADDED)
+            v, v_rest = _values(
+                v_means_ptr + mean_base, ids[:, None] * mean_stride, HEAD_DIM, V_DIMS, PADDED, HALVES
+            )
             bias = tl.load(bias_ptr + list_row.to(tl.int64) * k_blocks + ids)
             bias = tl.where(first + columns < k_blocks, bias, float("-inf"))
             scores = _dot(q, k, None) * scale_log2 + bias[None, :]
-            row_max, row_sum, total = _attend(v, scores, 1.0, None, row_max, row_sum, total, v.dtype)
+            row_max, row_sum, total, rest = _attend(
+                v, v_rest, scores, 1.0, None, row_max, row_sum, total, rest, v.dtype, HALVES
+            )
 
+    if HALVES:
+        total = tl.reshape(tl.permute(tl.join(total, rest), 0, 2, 1), [TILE_Q, PADDED_DIM])
     if totals_ptr is not None:  # noqa: SIM102
         if program >= whole:
             at = (program - whole).to(tl.int64) * TILE_Q + rows

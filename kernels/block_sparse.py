@@ -33,11 +33,11 @@ except ImportError:  # Triton before 3.4
 EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 MAX_HEAD_DIM = 128
-ONLY_PLAIN_DESCRIPTORS = (12, 0)
 LOG2_E = 1.4426950408889634
 COMBINED_ROWS = 16  # of a unit that was cut, per program that adds up its parts
 
 TOLERANCE = 1e-2  # between the results of two launches in 16 bits
+FULL_LIST = 64  # blocks that a query block reads of 21 frames at 480×832 and a sparsity of 88 %
 
 _launches: dict[tuple[Kind, torch.device, int], Launch] = {}  # chosen in this process, until the next measurements
 
@@ -144,7 +144,10 @@ def block_sparse_attention(
                 bound.launch(kernel, grid, *arguments, **constants)
             return work.out
 
-        return run(_launch_for(kind, q, lambda launch: run(launch, work._replace(out=torch.empty_like(out)))))
+        def result(launch: Launch) -> Tensor:
+            return run(launch, work._replace(out=torch.empty_like(out), lists=lists and _lengthened(*lists)))
+
+        return run(_launch_for(kind, q, result))
 
 
 def prepared(
@@ -167,11 +170,19 @@ def prepared(
         rows = (programs - whole) * launch.tile_q
         buffers = [q.new_empty(rows, *dims, dtype=torch.float32) for dims in ((padded,), (), ())]
 
-    described = launch.descriptors and all(map(_describable, (k, work.v)))
-    keys = [_described(x, k_frame, launch.tile_k, padded) if described else x for x in (k, work.v)]
+    keys = [k, work.v]
+    described = launch.descriptors and all(map(_describable, keys))
+    halves, pairs = launch.halves and padded >= 32 and not described, False
+    if k.dtype in EIGHT_BIT and halves:
+        halves = pairs = q.dtype == torch.bfloat16 and all(map(_paired, keys))
+    if pairs:
+        keys = [k if launch.narrow else k.view(torch.int16), work.v.view(torch.int16)]
+    strides = [stride for x in keys for stride in x.stride()[:3]]
+    if described:
+        keys = [_described(x, k_frame, launch.tile_k, padded) for x in keys]
     arguments = [q, *keys, work.out, *(work.lists or (None, None)), work.order]
     arguments += [*(work.scales or (None, None)), *(work.tail or (None, None, None)), *buffers]
-    arguments += [*q.stride()[:3], *k.stride()[:3], *work.v.stride()[:3], heads, q_blocks, k_blocks]
+    arguments += [*q.stride()[:3], *strides, heads, q_blocks, k_blocks]
     arguments += [width, q_frame, k_frame, whole, parts, work.scale * LOG2_E]
     common = {"HEAD_DIM": head_dim, "PADDED_DIM": padded, "BLOCK_Q": kind.block_q, "TILE_Q": launch.tile_q}
     common["RAGGED_Q"] = kind.ragged[0]
@@ -180,6 +191,10 @@ def prepared(
         "TILE_K": launch.tile_k,
         "RAGGED_K": kind.ragged[1],
         "DESCRIPTORS": described,
+        "HALVES": halves,
+        "PAIRS": pairs,
+        "FLOAT8": kind.stored == torch.float8_e4m3fn,
+        "NARROW": launch.narrow,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
     }
@@ -189,6 +204,19 @@ def prepared(
         rest = [work.out, work.order, *buffers, heads, q_blocks, q_frame, whole, parts]
         launches.append((combine, (groups,), rest, common | {"ROWS": COMBINED_ROWS, "num_warps": 4}))
     return launches
+
+
+def _lengthened(blocks: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Lists that repeat their blocks up to the length of a full window's; the result stays the same."""
+    width = blocks.shape[-1]
+    times = triton.cdiv(FULL_LIST, max(width, 1))
+    entries = torch.arange(width * times, device=blocks.device) % counts.clamp(min=1)[..., None]
+    return blocks.gather(-1, entries), counts * times
+
+
+def _paired(x: Tensor) -> bool:
+    """Whether 8-bit x can be read as pairs."""
+    return all(number % 2 == 0 for number in (x.storage_offset(), x.shape[-1], *x.stride()[:-1]))
 
 
 def _describable(x: Tensor) -> bool:
@@ -212,29 +240,28 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def capability_of(x: Tensor) -> tuple[int, int]:
+    """The compute capability of a tensor's GPU; for the interpreter that of a Hopper."""
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
+
+
 def _launch_for(kind: Kind, q: Tensor, result: Callable[[Launch], Tensor]) -> Launch:
     """Launch parameters: chosen on a GPU by measurement, given enough work to time, else the defaults."""
-    best, machine = tuning.default_launch(kind), tuning.machine
+    capability = capability_of(q)
+    best, machine = tuning.default_launch(kind, capability), tuning.machine
     if INTERPRETED or not q.is_cuda or machine is None:
         return best
     if found := _launches.get((kind, q.device, machine.looks)):
         return found
     units = q.shape[0] * q.shape[2] * bound.cdiv(q.shape[1], best.tile_q)
     enough = units >= _multiprocessors(q.device) and not torch.cuda.is_current_stream_capturing()
-    shared = triton.runtime.driver.active.utils.get_device_properties(q.device.index)["max_shared_mem"]
-    descriptors = takes_descriptors(kind, torch.cuda.get_device_capability(q.device))
-    for number, after in enumerate(tuning.rounds(kind, shared, descriptors=descriptors)):
+    descriptors = TensorDescriptor is not None and capability[0] not in tuning.MMA_SYNC
+    for number, after in enumerate(tuning.rounds(kind, capability, descriptors=descriptors)):
         launches = {str(tuple(launch)): launch for launch in (best, *after(best))}
         runs = {name: partial(result, launch) for name, launch in launches.items()}
-        facts = {"incumbent": str(tuple(best)), "tolerance": TOLERANCE, "allowed": enough}
+        tolerance = TOLERANCE * (2 if kind.stored in EIGHT_BIT else 1)
+        facts = {"incumbent": str(tuple(best)), "tolerance": tolerance, "allowed": enough}
         best = launches[machine.choose("attention launch", (kind, f"round {number}"), q.device, runs, **facts)]
     if enough:
         _launches[kind, q.device, machine.looks] = best
     return best
-
-
-def takes_descriptors(kind: Kind, capability: tuple[int, int]) -> bool:
-    """Whether TMA is worth timing: the chip has it, and the kernel stays in registers."""
-    plain = kind.stored not in EIGHT_BIT and not kind.tail and kind.block_q <= 64
-    spills = capability >= ONLY_PLAIN_DESCRIPTORS and not plain
-    return TensorDescriptor is not None and capability >= device.MIN_CAPABILITY_DESCRIPTORS and not spills

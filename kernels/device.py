@@ -7,7 +7,6 @@ import triton.language as tl
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_CAPABILITY = (8, 0)
 MIN_CAPABILITY_FLOAT8 = (8, 9)  # older chips have no instruction that widens float8_e4m3fn
-MIN_CAPABILITY_DESCRIPTORS = (9, 0)
 
 
 @triton.jit

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-# The smallest supported chips (sm_86, sm_89, sm_120) give one program 99 KiB of shared memory.
-SMALLEST_SHARED = 99 * 1024
-# What the compiler adds to the tiles: barriers and scratch for reductions.
-SCRATCH = 3 * 1024
+# Major capabilities of chips whose warps multiply on their own, by mma.sync. Tensor descriptors take 20 barriers per 64
+# keys there, pointers 4.
+MMA_SYNC = (8, 12)
+NO_INT8 = (10, 11)  # those whose int8 products Triton makes slow ones
 # Key blocks that a part of a unit walks at least.
 MIN_BLOCKS = 4
 
@@ -25,7 +25,8 @@ class Launch(NamedTuple):
     """How work is cut and run: rows and columns of a step, warps, load stages.
 
     descriptors: key and value tiles come through tensor descriptors. per_sm: units that one multiprocessor is taken
-    to work on at once; those of an unfilled last wave are cut into parts, see `cut`. 0 cuts none.
+    to work on at once; those of an unfilled last wave are cut into parts, see `cut`. 0 cuts none. halves: values and
+    sums are taken in two halves of their dims. narrow: queries are rounded to int8 too, with a scale per row.
     """
 
     tile_q: int
@@ -34,6 +35,8 @@ class Launch(NamedTuple):
     num_stages: int
     descriptors: bool = False
     per_sm: int = 0
+    halves: bool = False
+    narrow: bool = False
 
 
 # Launches to time, given the best one so far.
@@ -59,44 +62,42 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def shared_bytes(kind: Kind, launch: Launch) -> int:
-    """Shared memory that the tiles of `launch` take at most, on any chip.
+def default_launch(kind: Kind, capability: tuple[int, int]) -> Launch:
+    """The launch without timing: it fits every chip of that capability and stays in registers.
 
-    One tile of queries, keys and values once per stage, an 8-bit tile widened (two of them in float32); the tail's two
-    stages come after, and so do the float32 sums of a part of a unit.
-    """
-    dim = padded(kind.head_dim)
-    column = launch.tile_k * dim
-    loop = launch.num_stages * 2 * column * kind.stored.itemsize
-    if kind.stored != kind.dtype:
-        loop += column * kind.dtype.itemsize * (2 if kind.dtype == torch.float32 else 1)
-    tail = 2 * 2 * column * kind.dtype.itemsize if kind.tail else 0
-    rows = launch.tile_q * dim
-    left = 4 * rows if launch.per_sm else 0
-    return max(rows * kind.dtype.itemsize + max(loop, tail), left) + SCRATCH
-
-
-def default_launch(kind: Kind) -> Launch:
-    """The launch without timing: it fits every supported chip and stays in registers.
-
-    Key tiles of 128 spill, and so do 128 query rows with a pooled tail: both are cut in two. float32 takes three
-    products for one and a quarter of the tile, an eighth with an 8-bit cache and a tail.
+    128 query rows with a pooled tail spill and are cut in two. float32 takes three products for one and a quarter of
+    the tile, an eighth with an 8-bit cache and a tail.
     """
     if kind.dtype == torch.float32:
         tile_q = 16 if kind.tail and kind.stored != kind.dtype else 32
-        return _staged(kind, min(kind.block_q, tile_q), min(kind.block_k, 32))
-    return _staged(kind, min(kind.block_q, 64 if kind.tail else 128), min(kind.block_k, 64))
+        return Launch(min(kind.block_q, tile_q), min(kind.block_k, 32), 4, 2)
+    return _launch(kind, min(kind.block_q, 64 if kind.tail else 128), capability)
 
 
-def rounds(kind: Kind, shared_limit: int, *, descriptors: bool) -> list[Round]:
-    """Launches to time, each round given the winner so far: tiles first, then how tiles are read and units are cut."""
+def _launch(kind: Kind, tile_q: int, capability: tuple[int, int]) -> Launch:
+    """The launch for so many rows. Key tiles of 128 spill; 128 query rows need 8 warps to stay in registers.
+
+    The next tile's copies are only on their way while one is computed if there are three stages. On chips that multiply
+    by mma.sync, 64 rows take halves, in which key tiles of 64 spill; two programs then fit in 100 KiB of shared memory.
+    """
+    halves = capability[0] in MMA_SYNC and tile_q >= 64 and padded(kind.head_dim) == 128
+    halves = halves and (tile_q == 64 or kind.stored != kind.dtype)
+    return Launch(tile_q, min(kind.block_k, 32 if halves else 64), 8 if tile_q >= 128 else 4, 3, halves=halves)
+
+
+def rounds(kind: Kind, capability: tuple[int, int], *, descriptors: bool) -> list[Round]:
+    """Launches to time, each round given the winner so far: tiles first, then how tiles are read and units are cut.
+
+    A launch that the chip has too little shared memory for fails when it is tried.
+    """
 
     def through_descriptors(best: Launch) -> list[Launch]:  # with few stages: the copies take no registers
-        found = [best._replace(descriptors=True, num_stages=stages) for stages in (2, 3)]
-        return [x for x in found if shared_bytes(kind, x) <= shared_limit]
+        return [best._replace(descriptors=True, num_stages=stages) for stages in (2, 3)]
 
-    found: list[Round] = [lambda _: candidates(kind, shared_limit, wide=descriptors)]
+    found: list[Round] = [lambda _: candidates(kind, capability, wide=descriptors)]
     found += [through_descriptors] if descriptors and is_tuned(kind) else []
+    if kind.stored == torch.int8 and is_tuned(kind) and capability[0] not in NO_INT8:
+        found.append(lambda best: [best._replace(narrow=True)])
     return [*found, lambda best: [best._replace(per_sm=units) for units in (1, 2)]]
 
 
@@ -110,24 +111,24 @@ def is_tuned(kind: Kind) -> bool:
     return large and padded(kind.head_dim) == kind.head_dim and kind.dtype != torch.float32
 
 
-def candidates(kind: Kind, shared_limit: int, *, wide: bool = True) -> list[Launch]:
-    """The launches worth timing that fit `shared_limit` bytes, the default first.
+def candidates(kind: Kind, capability: tuple[int, int], *, wide: bool = True) -> list[Launch]:
+    """The launches worth timing, the default first.
 
     Fewer query rows per program fill the last wave better, which dense work hardly has, more read each key tile for
     more rows. Launches that were seen to spill are left out: 128 rows with a tail, and with an 8-bit cache other
     stages than the default's. wide: include key tiles of 128, for 128 rows; only chips with TMA have the registers.
     """
-    default = default_launch(kind)
+    default = default_launch(kind, capability)
     found = [default]
     if is_tuned(kind):
-        plain = kind.stored == kind.dtype
-        for tile_q in sorted({default.tile_q, default.tile_q if kind.dense else min(kind.block_q, 64)}):
-            found.append(_staged(kind, tile_q, 64))
-            if plain:
-                found += [_launch(tile_q, 64, stages) for stages in (2, 3)]
-            if plain and wide and tile_q == 128 and kind.block_k >= 128:
-                found.append(_launch(tile_q, 128, 2))
-    return [x for x in dict.fromkeys(found) if x == default or shared_bytes(kind, x) <= shared_limit]
+        for tile_q in {default.tile_q, default.tile_q if kind.dense else min(kind.block_q, 64)}:
+            launch = _launch(kind, tile_q, capability)
+            found.append(launch)
+            if kind.stored == kind.dtype:
+                found += [launch._replace(num_stages=stages) for stages in ((2, 4) if launch.halves else (2,))]
+                if wide and tile_q == 128 and kind.block_k >= 128 and capability[0] not in MMA_SYNC:
+                    found.append(launch._replace(tile_k=128, num_stages=2))
+    return list(dict.fromkeys(found))
 
 
 def cut(units: int, at_once: int, blocks: int) -> tuple[int, int]:
@@ -141,14 +142,3 @@ def cut(units: int, at_once: int, blocks: int) -> tuple[int, int]:
     rest = units % at_once if at_once else 0
     parts = min(at_once // rest, blocks // MIN_BLOCKS) if rest else 1
     return (units - rest, parts) if parts > 1 else (units, 1)
-
-
-def _staged(kind: Kind, tile_q: int, tile_k: int) -> Launch:
-    """As many stages, up to three, as fit on the smallest chip."""
-    fits = [_launch(tile_q, tile_k, stages) for stages in (3, 2, 1)]
-    return next((x for x in fits if shared_bytes(kind, x) <= SMALLEST_SHARED), fits[-1])
-
-
-def _launch(tile_q: int, tile_k: int, stages: int) -> Launch:
-    """128 query rows need 8 warps to stay in registers."""
-    return Launch(tile_q, tile_k, 8 if tile_q >= 128 else 4, stages)

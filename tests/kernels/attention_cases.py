@@ -78,10 +78,10 @@ class Case:
         wide = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
         self.tolerance = wide[torch.bfloat16 if dtype == torch.float16 and scales else dtype]
 
-    def want(self, mask=None, means=None):
+    def want(self, mask=None, means=None, q=None):
         """The output in float64."""
         mask = self.mask if mask is None else mask
-        return brute_force(self.q, *self.exact, mask, self.tokens_per_frame, self.block, means)
+        return brute_force(self.q if q is None else q, *self.exact, mask, self.tokens_per_frame, self.block, means)
 
     def attend(self, blocks=None, counts=None, **rest):
         """The kernel's output, for the case's own lists unless others are given."""
@@ -127,8 +127,10 @@ CASES = st.builds(
 )
 
 
-# How the tuner may launch: tiles through descriptors, units beyond the last multiple of `per_sm` cut into parts.
-HOW = st.fixed_dictionaries({"descriptors": st.booleans(), "per_sm": st.sampled_from([0, 3, 5, 8])})
+# How a launch may be: tiles through descriptors, units beyond the last multiple of `per_sm` cut into parts, halves.
+HOW = st.fixed_dictionaries(
+    {"descriptors": st.booleans(), "per_sm": st.sampled_from([0, 3, 5, 8]), "halves": st.booleans()}
+)
 
 
 @contextmanager
@@ -141,7 +143,7 @@ def launched(**changes):
         return calls[-1]
 
     with (
-        mock.patch.object(tuning, "default_launch", lambda kind: default(kind)._replace(**changes)),
+        mock.patch.object(tuning, "default_launch", lambda *kind: default(*kind)._replace(**changes)),
         mock.patch.object(tuning, "MIN_BLOCKS", 1),
         mock.patch.object(block_sparse, "prepared", seen),
     ):

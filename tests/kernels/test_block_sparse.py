@@ -1,5 +1,6 @@
 """The block-sparse Triton kernel: its variants against float64, strides, memory it must not touch, refusals."""
 
+import re
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,9 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-import triton
-
-from lightforcing.kernels import block_sparse, tuning
+from lightforcing.kernels import attend, block_sparse, tuning
 from lightforcing.kernels.block_sparse import block_sparse_attention
 
 from ..support.attention_problems import DEVICE, EIGHT_BIT, brute_force, spans
@@ -94,6 +93,68 @@ def test_scores_are_scaled_by_any_number(scale, stored):
     case = Case(40, (16, 32), 1, 2, 1, 2, 16, torch.float32, stored, seed=7)
     want = brute_force(case.q * scale * 16**0.5, *case.exact, case.mask, 40, case.block, case.means)
     case.check(case.attend(scale=scale, tail=case.means), want)
+
+
+@pytest.mark.parametrize("outlier", [0.0, 100.0])
+@pytest.mark.parametrize(
+    ("tokens_per_frame", "block", "dim", "dtype", "how"),
+    [
+        (70, (32, 64), 24, torch.float32, {"halves": True}),
+        (70, (64, 64), 128, torch.bfloat16, {"halves": True, "per_sm": 3}),
+        (130, (128, 32), 64, torch.float16, {"descriptors": True}),
+        (64, (16, 128), 16, torch.bfloat16, {}),
+    ],
+)
+def test_int8_scores_are_those_of_queries_rounded_by_row(tokens_per_frame, block, dim, dtype, how, outlier):
+    """Of each query the largest number is exact, and others are off by half a step of its 127."""
+    case = Case(tokens_per_frame, block, 1, 1, 1, 2, dim, dtype, torch.int8, seed=dim)
+    case.q[..., 3] += outlier
+    case.q[:, -1] = 0
+    step = case.q.float().abs().amax(-1, keepdim=True) / 127
+    want = case.want(q=(case.q.float() / step.clamp(min=1e-30)).round() * step)
+    with launched(**how, narrow=True), poisoned():
+        got = case.attend()
+    assert (got.double() - want).abs().max() <= max(case.tolerance, 1e-4) * max(1.0, want.abs().max().item())
+
+
+def after_steps(text, word):
+    """$0 and $1 after the steps of an inline assembly on the 32 bits of $2."""
+    registers = {"$2": word}
+
+    def number(name):
+        return registers[name] if name in registers else int(name, 0)
+
+    for step, arguments in re.findall(r"\b([a-z0-9.]+) ([^;{]+);", text.replace(".reg .b32 x, m, s, f;", "")):
+        to, *names = arguments.split(", ")
+        a, b, *more = *map(number, names), 0
+        if step == "prmt.b32":
+            some = (a | b << 32).to_bytes(8, "little")
+            result = int.from_bytes(bytes(some[more[0] >> 4 * i & 7] for i in range(4)), "little")
+        elif step == "fma.rn.bf16x2":
+            a, b, c = (torch.tensor([x]).to(torch.uint32).view(torch.bfloat16).double() for x in (a, b, more[0]))
+            result = (a * b + c).to(torch.bfloat16).view(torch.uint32).item()
+        else:
+            other = more[0] if more else 0
+            result = {"mov": a, "and": a & b, "shl": a << b, "shr": a >> b, "lop3": a & b | other}[step.split(".")[0]]
+        registers[to] = result & 0xFFFFFFFF
+    return [torch.tensor([registers[name]]).to(torch.uint32).view(torch.bfloat16) for name in ("$0", "$1")]
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "order"),
+    [
+        (attend.INT8_PAIRS, torch.int8, (0, 2, 1, 3)),
+        (attend.FLOAT8_PAIRS, torch.float8_e4m3fn, (0, 2, 1, 3)),
+        (attend.FLOAT8_FOUR, torch.float8_e4m3fn, (0, 1, 2, 3)),
+    ],
+)
+def test_machine_code_widens_every_8_bit_number_exactly(text, dtype, order):
+    for first in range(0, 256, 2):
+        some = [first, 255 - first, first + 1, first ^ 0x55]
+        got = torch.cat(after_steps(text.value, int.from_bytes(bytes(some), "little")))
+        want = torch.tensor([some[i] for i in order], dtype=torch.uint8).view(dtype).to(torch.bfloat16)
+        is_number = ~want.isnan()  # a block with a NaN has NaN as its scale
+        assert torch.equal(got[is_number], want[is_number])
 
 
 def test_cut_units_give_the_same_bits_every_time():
@@ -234,8 +295,6 @@ def test_launcher_refuses_with_the_value(change, message):
 def a_gpu(monkeypatch):
     """As much of an sm_90 GPU as choosing launch parameters looks at."""
     gpu = SimpleNamespace(name="GPU", multi_processor_count=4)
-    utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": 227 * 1024})
-    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=SimpleNamespace(utils=utils)))
     monkeypatch.setattr(block_sparse, "INTERPRETED", False)
     monkeypatch.setattr(block_sparse, "_launches", {})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
@@ -265,7 +324,10 @@ def test_each_round_is_given_the_winner_of_all_before_until_something_is_measure
     monkeypatch.setattr(tuning, "machine", machine := Machine())
     launch = block_sparse._launch_for(KIND, ON_GPU, print)
     last = [candidates[-1] for _, candidates in machine.asked]
-    assert [incumbent for incumbent, _ in machine.asked] == [str(tuple(tuning.default_launch(KIND))), *last[:-1]]
+    assert [incumbent for incumbent, _ in machine.asked] == [
+        str(tuple(tuning.default_launch(KIND, (9, 0)))),
+        *last[:-1],
+    ]
     assert str(tuple(launch)) == last[-1]
     assert (launch.descriptors, launch.per_sm) == (True, 2)
     asked = len(machine.asked)
@@ -276,29 +338,18 @@ def test_each_round_is_given_the_winner_of_all_before_until_something_is_measure
     assert len(machine.asked) == 2 * asked
 
 
+def test_launches_are_timed_with_the_lists_of_a_full_window():
+    case = Case(40, (16, 32), 1, 2, 1, 2, 16, torch.float32, None, seed=5)
+    blocks, counts = block_sparse._lengthened(case.blocks, case.counts)
+    assert blocks.shape[-1] >= block_sparse.FULL_LIST
+    case.check(case.attend(blocks.contiguous(), counts), case.want())
+
+
 @pytest.mark.usefixtures("a_gpu")
 @pytest.mark.parametrize(("captures", "tokens"), [(True, 4608), (False, 64)])
 def test_nothing_is_measured_while_a_graph_is_captured_or_with_little_work(monkeypatch, captures, tokens):
     monkeypatch.setattr(tuning, "machine", Machine())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
     some = SimpleNamespace(**{**vars(ON_GPU), "shape": (1, tokens, 1, 128)})
-    assert block_sparse._launch_for(KIND, some, print) == tuning.default_launch(KIND)
+    assert block_sparse._launch_for(KIND, some, print) == tuning.default_launch(KIND, (9, 0))
     assert block_sparse._launches == {}
-
-
-@pytest.mark.parametrize(
-    ("capability", "block", "stored", "tail", "takes"),
-    [
-        ((8, 0), 64, torch.bfloat16, False, False),
-        ((8, 9), 64, torch.bfloat16, False, False),
-        ((9, 0), 64, torch.int8, True, True),
-        ((10, 3), 128, torch.int8, False, True),
-        ((12, 0), 64, torch.bfloat16, False, True),
-        ((12, 0), 64, torch.bfloat16, True, False),
-        ((12, 0), 64, torch.int8, False, False),
-        ((12, 0), 128, torch.bfloat16, False, False),
-    ],
-)
-def test_tma_is_timed_where_the_chip_has_it_and_the_kernel_stays_in_registers(capability, block, stored, tail, takes):
-    kind = tuning.Kind(block, block, 128, torch.bfloat16, stored, (False, False), tail=tail)
-    assert block_sparse.takes_descriptors(kind, capability) == takes

@@ -7,40 +7,44 @@ import torch
 
 pytest.importorskip("triton")
 
-from lightforcing.kernels import tuning
+import triton
+
+from lightforcing.kernels import block_sparse, tuning
 
 from ..support.compiled import SHARED_KIB, compile_all, versions_of
 
 TENSOR_MEMORY = 512  # columns of sm_100
+MMA_SYNC = (80, 86, 89, 120)
+# More stack bytes that an older Triton may take; it has no tensor descriptors before 3.4.
+OLDER = 256 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0
 WIDE = {"block": (128, 128), "tokens": 1536}
-DENSE = {"block": (128, 64), "stored": "int8"}
-# The attention: by chip the most barriers and shuffles of the main loop per 64 keys, and the options of the call.
+# The most barriers and shuffles of the attention's main loop per 64 keys, by chip.
+LOOPS = dict.fromkeys(MMA_SYNC, (4, 16)) | {90: (4, 8), 100: (6, 2)}
+# The attention: chips, options of the call, and such bounds if they are others.
 ATTENTION = [
-    ({80: (9, 40), 86: (9, 40), 89: (9, 40), 90: (2, 8), 100: (5, 2), 120: (9, 40)}, {}),
-    ({80: (9, 40), 86: (9, 40), 90: (2, 8), 100: (5, 2), 120: (9, 40)}, {"ways": "tail"}),
-    ({80: (8, 40), 90: (4, 8), 100: (6, 2), 120: (8, 40)}, {"stored": "int8"}),
-    ({89: (8, 40), 100: (6, 2)}, {"stored": "fp8"}),
-    ({120: (2, 24)}, {"stored": "fp8", "block": (128, 128), "ways": "cut"}),
-    ({86: (16, 40), 120: (16, 40)}, {"dtype": "fp32"}),
-    ({80: (2, 8), 90: (2, 8), 100: (6, 2), 120: (2, 8)}, WIDE),
-    ({80: (8, 40), 90: (4, 8), 100: (6, 2), 120: (8, 40)}, WIDE | {"stored": "int8", "ways": "tail"}),
-    ({80: (36, 40), 100: (36, 40)}, {"block": (16, 16), "ways": "tail"}),
-    ({90: (4, 8), 100: (7, 2), 120: (2, 24)}, DENSE | {"ways": "dense"}),
-    ({80: (2, 24)}, DENSE | {"ways": "dense cut"}),
-    ({80: (9, 40), 100: (5, 2), 120: (9, 40)}, {"ways": "tail cut"}),
-    ({100: (5, 2), 120: (9, 18)}, {"ways": "tma cut"}),
-    ({90: (3, 8)}, {"ways": "tma cut uneven"}),
-    ({90: (6, 8), 100: (8, 2)}, {"ways": "tma cut", "stored": "int8"}),
-    ({90: (3, 8)}, {"ways": "tma cut tail"}),
-    ({90: (3, 8)}, WIDE | {"ways": "tma"}),
+    (SHARED_KIB, {}, None),
+    (SHARED_KIB, {"ways": "tail cut"}, None),
+    (MMA_SYNC, {"tokens": 1536}, None),
+    ((80, 90, 100, 120), {"stored": "int8"}, None),
+    ((86,), {"stored": "int8", "ways": "tail cut"}, None),
+    ((89, 90, 100, 120), {"stored": "fp8"}, None),
+    ((80, 89, 90, 120), {"stored": "int8", "ways": "narrow"}, (6, 16)),
+    ((120,), {"stored": "int8", "ways": "tail narrow"}, (6, 16)),
+    ((86, 120), {"dtype": "fp32"}, (16, 40)),
+    ((80, 90, 100, 120), WIDE, None),
+    ((90, 100), WIDE | {"stored": "int8", "ways": "tail"}, None),
+    ((120,), {"stored": "fp8", "block": (128, 128), "ways": "cut"}, (4, 40)),
+    ((80,), {"block": (16, 16), "ways": "tail"}, (36, 40)),
+    ((80, 90), {"block": (128, 64), "stored": "int8", "ways": "dense cut"}, (4, 40)),
+    ((100,), {"ways": "tma cut"}, (6, 2)),
+    ((90,), {"ways": "tma cut uneven"}, None),
+    ((90, 100), {"ways": "tma cut", "stored": "int8"}, (8, 8)),
+    ((90,), {"ways": "tma tail"}, None),
     # What callers of their own may ask for.
-    ({80: (9, 40)}, {"block": (64, 128), "dtype": "fp16"}),
-    ({80: (18, 40)}, {"block": (32, 32), "dim": 96, "ways": "uneven"}),
-    ({90: (4, 8)}, {"block": (128, 64), "dim": 64, "dtype": "fp16", "stored": "int8"}),
-    ({90: (2, 8)}, {"block": (128, 64), "tokens": 1600, "ways": "cut"}),
-    ({100: (5, 2)}, {"block": (64, 128), "tokens": 1600}),
-    ({120: (2, 8)}, {"block": (128, 128), "dim": 64, "ways": "tail"}),
-    ({120: (2, 8)}, {"block": (256, 256)}),
+    ((80,), {"block": (64, 128), "dtype": "fp16"}, None),
+    ((80,), {"block": (32, 32), "dim": 96, "ways": "uneven"}, (18, 40)),
+    ((90,), {"block": (128, 64), "dim": 64, "dtype": "fp16", "stored": "int8"}, None),
+    ((120,), {"block": (256, 256), "dim": 64, "ways": "tail"}, (4, 40)),
 ]
 # Most stack bytes per thread, all of them spills: none in 16 bits.
 MAX_STACK = {"int8": 32, "fp8": 32, "fp32": 64}
@@ -73,12 +77,12 @@ TUNED = [(80, 64), (90, 64), (100, 64), (120, 64), (90, 128), (100, 128)]
 
 def cases_of(chip):
     """Calls for a chip with their bounds: stack bytes, barriers, shuffles."""
-    for loops, options in ATTENTION:
-        if chip in loops:
+    for chips, options, loop in ATTENTION:
+        if chip in chips and (block_sparse.TensorDescriptor or "tma" not in options.get("ways", "")):
             # On sm_100 the compiler stops at 168 registers and spills a little.
             sixteen_bits = 8 if chip == 100 and "tma" in options.get("ways", "") else 0
             stack = MAX_STACK.get(options.get("stored") or options.get("dtype"), sixteen_bits)
-            yield {"call": "attention"} | options, (stack, *loops[chip])
+            yield {"call": "attention"} | options, (stack, *(loop or LOOPS[chip]))
     for chips, call, options, stack in OTHERS:
         if chip in chips:
             yield {"call": call} | options, (stack, 0, 0)
@@ -86,7 +90,7 @@ def cases_of(chip):
         default, launches = tuned_launches(chip, block)
         for launch in launches:
             if launch != default and (block == 64 or launch.tile_k == 128):
-                options = {"block": (block, block), "launch": launch[:4], "ways": "tma" * launch.descriptors}
+                options = {"block": (block, block), "launch": launch, "ways": "tma" * launch.descriptors}
                 stack = (128 if launch.tile_k == 128 else 8) * (chip == 100)
                 yield {"call": "attention"} | options, (stack, math.inf, math.inf)
 
@@ -94,31 +98,40 @@ def cases_of(chip):
 def tuned_launches(chip, block):
     """The default launch, and those that the tuner times for tiles and, where there is TMA, for descriptors."""
     kind = tuning.Kind(block, block, 128, torch.bfloat16, torch.bfloat16, (True, True))
-    default = tuning.default_launch(kind)
-    first, *later = tuning.rounds(kind, SHARED_KIB[chip] * 1024, descriptors=chip >= 90)
-    return default, first(default) + (later[0](default) if chip >= 90 else [])
+    capability = divmod(chip, 10)
+    default = tuning.default_launch(kind, capability)
+    descriptors = chip in (90, 100) and block_sparse.TensorDescriptor is not None
+    first, *later = tuning.rounds(kind, capability, descriptors=descriptors)
+    return default, first(default) + (later[0](default) if descriptors else [])
 
 
 @pytest.mark.parametrize("chip", SHARED_KIB)
 def test_kernels_fit_the_chip_stay_in_registers_and_wait_no_more_than_they_did(chip, tmp_path):
     cases, bounds = zip(*cases_of(chip), strict=True)
     for case, (stack, barriers, shuffles), found in zip(cases, bounds, compile_all(chip, cases, tmp_path), strict=True):
-        assert found["rows"]
-        for row in found["rows"]:
-            assert row["shared"] <= SHARED_KIB[chip] * 1024, case
+        assert found
+        for row in found:
+            known = "launch" not in case  # a launch that the tuner tries may not fit
+            assert row["shared"] <= SHARED_KIB[chip] * 1024 or not known, case
             assert row["tensor_memory"] <= TENSOR_MEMORY, case
-            assert row.get("stack", 0) <= stack, case
+            assert row.get("stack", 0) <= stack + OLDER, case
             assert row.get("barriers", 0) <= barriers, case
             assert row.get("shuffles", 0) <= shuffles, case
             if row["kernel"] == "forward":
-                assert row["shared"] <= found["returned"], case  # the estimate that the choice of a launch uses
                 assert (row["tensor_maps"] > 0) == ("tma" in case.get("ways", "")), case
+                assert not any(row.get("slow", ())), case  # no slow conversion of fp8, no values read byte by byte
+            if row["kernel"] == "forward" and known and chip in MMA_SYNC and not case.keys() & {"block", "dtype"}:
+                # Two programs fit on a multiprocessor, warps have rows of their own, and a whole tile is on its way.
+                assert 2 * (row["shared"] + 1024) <= (SHARED_KIB[chip] + 1) * 1024, case
+                assert set(row["warps"]) == {"4, 1"}, case
+                assert row["ahead"] >= 2, case
             if case["call"] in ("modulation", "channel_norm"):
                 assert row.get("registers", 0) <= 64, case
             if case["call"] == "store":  # a frame is pooled by the program that counts its last block
                 assert row["counts_in_order"] == case.get("means", True), case
 
 
+@pytest.mark.skipif(block_sparse.TensorDescriptor is None, reason="Triton before 3.4 has no tensor descriptors")
 def test_one_compilation_serves_every_chunk_slot_and_length(tmp_path):
     """Widths of every divisibility, caches and lists that begin anywhere, other batches, rings and frame sizes."""
     works = [{}, {"ways": "tail"}, {"ways": "dense", "stored": "int8"}, {"stored": "int8"}, {"ways": "tma cut"}]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from lightforcing.kernels import tuning
-from lightforcing.kernels.tuning import Kind, Launch, candidates, cut, default_launch, rounds, shared_bytes
+from lightforcing.kernels.tuning import Kind, Launch, candidates, cut, default_launch, rounds
 
 
 def kind(block_q=64, block_k=64, head_dim=128, dtype=torch.bfloat16, stored=None, **rest):
@@ -25,53 +25,54 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("shared_kib", [99, 163, 227])
-def test_candidates_are_few_divide_the_blocks_and_fit(shared_kib):
+CHIPS = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_candidates_are_few_divide_the_blocks_and_leave_out_tiles_that_spill(chip):
     for each in KINDS:
-        launches = candidates(each, shared_kib * 1024)
-        assert launches[0] == default_launch(each)
-        assert len(set(launches)) == len(launches) <= 7
+        launches = candidates(each, chip, wide=chip[0] in (9, 10))
+        assert launches[0] == default_launch(each, chip)
+        assert len(set(launches)) == len(launches) <= 6
         for launch in launches:
             assert each.block_q % launch.tile_q == each.block_k % launch.tile_k == 0
-            assert shared_bytes(each, launch) <= shared_kib * 1024
             assert launch.num_warps * 32 >= launch.tile_q  # 128 rows on 4 warps spill
-
-
-def test_tiles_that_are_known_to_spill_are_not_timed():
-    for each in KINDS:
-        for descriptors in (False, True):
-            for launch in rounds(each, 227 * 1024, descriptors=descriptors)[0](default_launch(each)):
-                assert each.dtype != torch.float32 or (launch.tile_q <= 32 and launch.tile_k <= 32)
-                assert launch.tile_k <= 64 or (descriptors and each.stored == each.dtype and not each.tail)
-    wide = kind(block_q=128, block_k=128)
-    assert any(launch.tile_k == 128 for launch in rounds(wide, 227 * 1024, descriptors=True)[0](default_launch(wide)))
+            assert each.dtype != torch.float32 or (launch.tile_q <= 32 and launch.tile_k <= 32)
+            assert launch.tile_k <= 64 or (chip[0] in (9, 10) and each.stored == each.dtype and not each.tail)
+            rows_of_halves = launch.tile_q == 64 or (launch.tile_q > 64 and each.stored != each.dtype)
+            assert launch.halves == (chip[0] in (8, 12) and rows_of_halves and each.head_dim == 128)
+            assert not launch.halves or launch.tile_k <= 32
+    assert any(x.tile_k == 128 for x in candidates(kind(128, 128), chip)) == (chip[0] in (9, 10))
 
 
 @pytest.mark.parametrize(
     "small", [kind(dtype=torch.float32), kind(block_q=32), kind(block_k=16), kind(head_dim=32), kind(head_dim=96)]
 )
 def test_what_is_not_worth_a_users_compilations_is_only_cut(small):
-    default = default_launch(small)
-    first, last = rounds(small, 227 * 1024, descriptors=True)
+    default = default_launch(small, (9, 0))
+    first, last = rounds(small, (9, 0), descriptors=True)
     assert first(default) == [default]
     assert last(default) == [default._replace(per_sm=1), default._replace(per_sm=2)]
 
 
-def test_rounds_end_with_tma_where_there_is_any_and_with_cuts():
+def test_rounds_end_with_tma_and_int8_products_if_there_are_any_and_with_cuts():
     best = Launch(64, 64, 4, 4)
-    for each, descriptors, tma in [
-        (kind(), True, [best._replace(descriptors=True, num_stages=stages) for stages in (2, 3)]),
-        (kind(), False, None),
-        (kind(head_dim=24), True, None),
+    tma = [best._replace(descriptors=True, num_stages=stages) for stages in (2, 3)]
+    narrow = [best._replace(narrow=True)]
+    cuts = [best._replace(per_sm=1), best._replace(per_sm=2)]
+    int8 = kind(stored=torch.int8)
+    for each, chip, descriptors, want in [
+        (kind(), (9, 0), True, [tma, cuts]),
+        (kind(), (9, 0), False, [cuts]),
+        (kind(head_dim=24), (9, 0), True, [cuts]),
+        (int8, (12, 0), False, [narrow, cuts]),
+        (int8, (9, 0), True, [tma, narrow, cuts]),
+        (int8, (10, 0), False, [cuts]),
+        (kind(stored=torch.float8_e4m3fn), (12, 0), False, [cuts]),
     ]:
-        first, *others = rounds(each, 227 * 1024, descriptors=descriptors)
-        assert first(best) == candidates(each, 227 * 1024)
-        assert [after(best) for after in others] == [
-            *([tma] if tma else []),
-            [best._replace(per_sm=1), best._replace(per_sm=2)],
-        ]
-    (_, through, _) = rounds(kind(), 99 * 1024, descriptors=True)
-    assert through(best) == [best._replace(descriptors=True, num_stages=2)]  # three stages do not fit the chip
+        first, *others = rounds(each, chip, descriptors=descriptors)
+        assert first(best) == candidates(each, chip, wide=descriptors)
+        assert [after(best) for after in others] == want
 
 
 @given(units=st.integers(1, 2000), at_once=st.integers(0, 400), blocks=st.integers(1, 600))

@@ -48,7 +48,7 @@ LAUNCHED = (
 
 
 def compile_all(chip, cases, cache):
-    """For each case `returned`, the call's result, and `rows`, what each kernel takes. `cache` is Triton's folder."""
+    """For each case what each kernel takes, see `row_of`. `cache` is Triton's folder."""
     return _in_a_process({"chip": chip, "cases": cases}, cache)
 
 
@@ -91,7 +91,7 @@ class Absent:
 
 
 def compiled(case, device="meta"):
-    """(compiled kernel, its constants) of each launch of a case, and what the call returns."""
+    """(compiled kernel, its constants) of each launch of a case."""
     options = dict(case)
     found = []
 
@@ -109,8 +109,8 @@ def compiled(case, device="meta"):
         for module, name in LAUNCHED:
             stack.enter_context(mock.patch.object(module, name, Launched(getattr(module, name))))
         stack.enter_context(mock.patch.object(gpu, "why_not", return_value=None))
-        returned = CALLS[options.pop("call")](**options)
-    return found, returned
+        CALLS[options.pop("call")](**options)
+    return found
 
 
 def empty(*shape, dtype="bf16"):
@@ -134,7 +134,6 @@ def call_attention(
 
     ways: words of dense, tail and uneven; of tma, tiles through descriptors, and cut, units in parts.
     launch: tiles, warps and stages if not the default's.
-    Returns the shared memory that the choice of a launch counts with.
     """
     ways, (block_q, block_k) = ways.split(), block
     q_blocks, k_blocks = 3 * triton.cdiv(tokens, block_q), frames * triton.cdiv(tokens, block_k)
@@ -146,20 +145,15 @@ def call_attention(
     if "tail" in ways:
         options["tail"] = (empty(1, k_blocks, heads, dim, dtype=dtype),) * 2
 
-    counted = []
-
     def chosen(kind, *_):
-        found = tuning.Launch(*launch) if launch else tuning.default_launch(kind)
-        found = found._replace(descriptors="tma" in ways, per_sm=int("cut" in ways))
-        counted.append(tuning.shared_bytes(kind, found))
-        return found
+        found = tuning.Launch(*launch) if launch else tuning.default_launch(kind, divmod(driver.active.chip, 10))
+        return found._replace(descriptors="tma" in ways, per_sm=int("cut" in ways), narrow="narrow" in ways)
 
     with mock.patch.multiple(block_sparse, _launch_for=chosen, _multiprocessors=lambda _: MULTIPROCESSORS):
         lists = [None, None]
         if "dense" not in ways:
             lists = [empty(1, heads, q_blocks, *last, dtype=torch.int32) for last in ((width,), ())]
         block_sparse.block_sparse_attention(q, cache, cache, *lists, uneven="uneven" in ways, **options)
-    return counted[0]
 
 
 def call_store(
@@ -252,7 +246,9 @@ CALLS = {
 def row_of(kernel, constants):
     """What a compiled kernel takes: bytes of shared memory and, if cuobjdump is there, registers and stack bytes.
 
-    `barriers` and `shuffles` are those of the attention's main loop per 64 keys.
+    Of the attention's main loop: `barriers` and `shuffles` per 64 keys; `warps` that share rows and columns; `ahead`,
+    the copies that may still be on their way when a tile's own have arrived; `slow`, counts of slow conversions and of
+    single bytes read.
     """
     ptx = kernel.asm["ptx"]
     row = {
@@ -268,6 +264,12 @@ def row_of(kernel, constants):
         if kernel.name == "forward":
             counts = in_main_loop(_dump(kernel, "-sass"), r"\bBAR\.", r"\bSHFL\.")
             row["barriers"], row["shuffles"] = (count * 64 / constants["TILE_K"] for count in counts)
+            row["slow"] = in_main_loop(_dump(kernel, "-sass"), r"\bF2F\.BF16", r"\bLDS\.U8")
+    if kernel.name == "forward":
+        _, loop = kernel.asm["ttgir"].split("scf.for", 1)
+        waits = re.findall(r"async_wait .*num = (\d+)", loop.split("scf.yield")[0])
+        row["ahead"] = int(waits[0]) if waits else 0
+        row["warps"] = re.findall(r"nvidia_mma<.*warpsPerCTA = \[(\d+, \d+)\]", kernel.asm["ttgir"])
     return row
 
 
@@ -319,5 +321,4 @@ if __name__ == "__main__":
     if "versions" in asked:
         print(json.dumps(_versions(asked["versions"])))
     for case in asked.get("cases", ()):
-        launches, returned = compiled(case)
-        print(json.dumps({"returned": returned, "rows": [row_of(*launch) for launch in launches]}), flush=True)
+        print(json.dumps([row_of(*launch) for launch in compiled(case)]), flush=True)
