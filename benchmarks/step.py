@@ -12,11 +12,12 @@ from torch.profiler import ProfilerActivity, profile
 from ..lightforcing_core import machine
 from ..lightforcing_core.attention.chunk import ChunkAttention
 from ..lightforcing_core.model import cuda_graph
-from ..lightforcing_core.model.causal import ModelState, Predict, predict
+from ..lightforcing_core.model.causal import ModelState, Run, run_pass
 from ..lightforcing_core.model.cuda_capture import CudaRecorder
 from ..lightforcing_core.model.kv_cache import KVCache
 from ..lightforcing_core.model.kv_storage import CacheShape
 from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
+from ..lightforcing_core.pinned import Weights, indexed
 from .layer import FRAMES, SPARSITIES, check_chunk, published
 from .record import facts
 from .settings import REAL_LAYERS, StepBench
@@ -59,13 +60,14 @@ def run_step(bench: StepBench) -> dict[str, Any]:
     states = {"dense": dense, "sparse": sparse}
     timestep = torch.full((1,), 937.5, device=device)
 
-    def arm(state: ModelState, run: Predict = predict) -> Callable[[], object]:
+    def arm(state: ModelState, run: Run = run_pass) -> Callable[[], object]:
         return lambda: run(dit, x, timestep, state, None)
 
     arms = {name: arm(state) for name, state in states.items()}
     graphs = states if bench.cuda_graph else {}
-    recorded = {f"{name}, graph": arm(state, _recorded(device)) for name, state in graphs.items()}
-    with torch.inference_mode():
+    recorder = cuda_graph.StepGraph(Weights(dit, indexed(device)), print)
+    recorded = {f"{name}, graph": arm(state, recorder) for name, state in graphs.items()}
+    with torch.inference_mode(), recorder.held():
         samples = take_turns(arms | recorded, repeats=bench.repeats, device=device)
         stages = {name: _operations(run, device) for name, run in arms.items()}
         host = []
@@ -88,15 +90,6 @@ def run_step(bench: StepBench) -> dict[str, Any]:
         "host_ms": 1e3 * statistics.median(host),
         "stages": stages,
     }
-
-
-def _recorded(device: torch.device) -> Predict:
-    """A CUDA graph that records the forward in the second of the two warm-up runs."""
-
-    def stopped(reason: str) -> None:
-        raise RuntimeError(reason)
-
-    return cuda_graph.StepGraph(CudaRecorder(device), stopped)
 
 
 def _state_with_history(

@@ -351,16 +351,21 @@ def combine(
 
 @triton.jit(do_not_specialize=["k_blocks", "width", "blocks_ptr", "counts_ptr"])
 def tail_bias(
-    bias_ptr, blocks_ptr, counts_ptr, k_blocks, width, tokens_per_frame, BLOCK_K: tl.constexpr, TILE: tl.constexpr
-):
-    """One row of the tail's bias: log2 of a block's real tokens, −inf if it is listed."""
+    bias_ptr, blocks_ptr, counts_ptr, used_ptr, k_blocks, width, tokens_per_frame,
+    BLOCK_K: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One row of the tail's bias: log2 of a block's real tokens, −inf if it is listed or not in use."""
     row = tl.program_id(0).to(tl.int64)
     bias_row = bias_ptr + row * k_blocks
     per_frame = tl.cdiv(tokens_per_frame, BLOCK_K)
+    used = k_blocks
+    if used_ptr is not None:
+        used = tl.load(used_ptr)
     for first in range(0, k_blocks, TILE):
         ids = first + tl.arange(0, TILE)
         tokens = tl.minimum(tokens_per_frame - (ids % per_frame) * BLOCK_K, BLOCK_K)
-        tl.store(bias_row + ids, tl.log2(tokens.to(tl.float32)), mask=ids < k_blocks)
+        bias = tl.where(ids < used, tl.log2(tokens.to(tl.float32)), float("-inf"))
+        tl.store(bias_row + ids, bias, mask=ids < k_blocks)
     tl.debug_barrier()  # the next stores overwrite values that other threads of this program stored
     count = tl.load(counts_ptr + row)
     for first in range(0, count, TILE):

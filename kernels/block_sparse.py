@@ -90,6 +90,7 @@ def block_sparse_attention(
     scales: tuple[Tensor, Tensor] | None = None,
     tail: tuple[Tensor, Tensor] | None = None,
     uneven: bool = False,
+    used: Tensor | None = None,
 ) -> Tensor:
     """Attention of every query block over its listed key blocks only, or over all.
 
@@ -98,6 +99,7 @@ def block_sparse_attention(
     both None every query attends to all keys.
     scale, scales, tail: as in `sparse_attention` of the core.
     uneven: counts differ; the longest lists then start first, which costs a sort of the counts.
+    used: int32 [1], the key blocks that exist, the first of k's; None for all. Means of the others must be finite.
 
     Returns a contiguous [B, Lq, H, D] in q's dtype. A query block with an empty list and no tail gives zeros. Nothing
     waits on the device, except if launch parameters are measured, see `tuning`.
@@ -134,7 +136,7 @@ def block_sparse_attention(
         if tail and lists:
             bias = torch.empty(*lists[1].shape, k_blocks, dtype=torch.float32, device=q.device)
             lengths = k_blocks, lists[0].shape[-1], tokens_per_frame
-            bound.launch(tail_bias, (lists[1].numel(),), bias, *lists, *lengths, BLOCK_K=block_k, TILE=128)
+            bound.launch(tail_bias, (lists[1].numel(),), bias, *lists, used, *lengths, BLOCK_K=block_k, TILE=128)
             tail_and_bias = tail[0].contiguous(), tail[1].contiguous(), bias
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias)

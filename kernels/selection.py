@@ -187,10 +187,11 @@ def _signed_threshold(keys, wanted):
     return _threshold(keys, wanted, tl.where(tl.sum((keys >= 0).to(tl.int32)) >= wanted, 0, LOWEST_INT), 31)
 
 
-@triton.jit(do_not_specialize=["k_blocks", "frames", "per_frame", "choose", "kept"])
+@triton.jit(do_not_specialize=["k_blocks", "frames", "per_frame", "choose", "kept", "width"])
 def _select(
     scores_ptr,
     ranks_ptr,
+    numbers_ptr,
     blocks_ptr,
     counts_ptr,
     k_blocks,
@@ -198,12 +199,16 @@ def _select(
     per_frame,
     choose,
     kept,
+    width,
     COLUMNS: tl.constexpr,
     FRAMES: tl.constexpr,
     FRAME_BITS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     row_ptr = scores_ptr + row * (k_blocks + frames)
+    if numbers_ptr is not None:
+        choose = tl.load(numbers_ptr)
+        kept = tl.load(numbers_ptr + 1)
 
     # A competing frame is chosen if its score is above the threshold, or equals it and its rank is at most `last_rank`.
     frame_threshold = tl.full((), HIGHEST_INT, tl.int32)
@@ -221,11 +226,11 @@ def _select(
     ids = tl.arange(0, COLUMNS)
     is_real = ids < k_blocks
     slot = ids // per_frame
-    rank = tl.load(ranks_ptr + slot, mask=is_real, other=0)
+    rank = tl.load(ranks_ptr + slot, mask=is_real, other=-2)
     # If no frame is chosen, their scores were never written; nothing reaches the threshold then.
     frame_key = _order(tl.load(row_ptr + k_blocks + slot, mask=is_real & (rank >= 0), other=0.0))
     chosen = (frame_key > frame_threshold) | ((frame_key == frame_threshold) & (rank <= last_rank))
-    eligible = is_real & ((rank < 0) | chosen)
+    eligible = (rank == -1) | ((rank >= 0) & chosen)
     keys = tl.where(eligible, _order(tl.load(row_ptr + ids, mask=is_real, other=0.0)), LOWEST_INT)
 
     threshold = _signed_threshold(keys, kept)
@@ -238,7 +243,8 @@ def _select(
     tied_so_far = sums >> 16
     picked = (above == 1) | ((tied == 1) & (tied_so_far <= missing))
     place = above_so_far + tl.minimum(tied_so_far, missing) - 1
-    tl.store(blocks_ptr + row * kept + place, ids, mask=picked)
+    tl.store(blocks_ptr + row * width + place, ids, mask=picked)
+    tl.store(blocks_ptr + row * width + ids, tl.zeros([COLUMNS], tl.int32), mask=(ids >= kept) & (ids < width))
     tl.store(counts_ptr + row, kept)
 
 
@@ -260,19 +266,25 @@ def select_blocks(
     choose: int,
     kept: int,
     parts: Parts | None = None,
+    numbers: Tensor | None = None,
+    width: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Select for each query block the `kept` best key blocks of eligible frames.
 
     q_means [B, q_blocks, H, D], k_means [B, k_blocks, H, D], frame_means [B, frames, H, D]: one dtype; scores are
-    inner products in float32. frame_ranks: int32 [frames], −1 for a frame
-    that is always eligible, otherwise its rank, unique and below `frames`, among those that compete for `choose`
-    places; the lowest rank wins a tie. Of equal blocks the lowest id wins. NaN counts as the lowest finite score,
-    an infinite score as the nearest finite one. At least `choose` frames must compete and `kept` blocks be eligible.
+    inner products in float32. frame_ranks: int32 [frames], −1 for a frame that is always eligible, −2 for one that
+    never is, otherwise its rank, unique and below `frames`, among those that compete for `choose` places; the lowest
+    rank wins a tie. Of equal blocks the lowest id wins. NaN counts as the lowest finite score, an infinite score as the
+    nearest finite one. At least `choose` frames must compete and `kept` blocks be eligible.
     parts: score by log-sum-exp over parts of blocks, with products scaled by 1/√D; of k_means and frame_means only the
     shapes are used then. Blocks of the same parts in the same order tie, in another order up to rounding.
+    numbers: int32 on the device, first `choose` and `kept`, which the kernel then reads from there; the caller vouches
+    for their range.
+    width: entries of a list, `kept` or more; 0 is `kept`.
 
-    Returns int32 ids [B, H, q_blocks, kept], ascending, and int32 counts [B, H, q_blocks]. Nothing waits on the device;
-    lengths and counts are runtime values. Raises ValueError when `why_not` gives a reason or a shape or dtype is off.
+    Returns int32 ids [B, H, q_blocks, width], of which `kept` are ascending and the rest 0, and int32 counts
+    [B, H, q_blocks]. Nothing waits on the device; lengths and counts are runtime values. Raises ValueError when
+    `why_not` gives a reason or a shape or dtype is off.
     """
     batch, q_blocks, heads, head_dim = q_means.shape
     k_blocks, frames = k_means.shape[1], frame_means.shape[1]
@@ -291,23 +303,29 @@ def select_blocks(
     device.require("frame_ranks", frame_ranks, (frames,), torch.int32, q_means.device)
     if k_blocks % frames:
         raise ValueError(f"{k_blocks} key blocks do not fit {frames} frames; pass whole frames of blocks")
-    if not (1 <= kept <= k_blocks and 0 <= choose <= frames):
-        raise ValueError(f"cannot keep {kept} of {k_blocks} key blocks and choose {choose} of {frames} frames")
+    width = width or kept
+    if not (1 <= kept <= width <= k_blocks and 0 <= choose <= frames):
+        problem = f"keep {kept} of {k_blocks} key blocks in lists of {width} and choose {choose} of {frames} frames"
+        raise ValueError(f"cannot {problem}")
+    if numbers is not None:
+        device.require("numbers", numbers, (len(numbers),), torch.int32, q_means.device)
     scores = torch.empty(batch, heads, q_blocks, k_blocks + frames, dtype=torch.float32, device=q_means.device)
-    blocks = torch.empty(batch, heads, q_blocks, kept, dtype=torch.int32, device=q_means.device)
+    blocks = torch.empty(batch, heads, q_blocks, width, dtype=torch.int32, device=q_means.device)
     counts = torch.empty(batch, heads, q_blocks, dtype=torch.int32, device=q_means.device)
     # Coarse powers of two, so that a growing cache rarely compiles.
     columns, padded_frames = max(512, 1 << (k_blocks - 1).bit_length()), max(32, 1 << (frames - 1).bit_length())
     with device.current(q_means.device):
-        _write_scores(q_means, k_means, frame_means, scores, parts, with_frames=choose > 0)
+        with_frames = choose > 0 or numbers is not None
+        _write_scores(q_means, k_means, frame_means, scores, parts, with_frames=with_frames)
         launch(
             _select,
             (batch * heads * q_blocks,),
             scores,
             frame_ranks.contiguous(),
+            numbers,
             blocks,
             counts,
-            *(k_blocks, frames, k_blocks // frames, choose, kept),
+            *(k_blocks, frames, k_blocks // frames, choose, kept, width),
             COLUMNS=columns,
             FRAMES=padded_frames,
             FRAME_BITS=padded_frames.bit_length() - 1,

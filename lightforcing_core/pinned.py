@@ -1,4 +1,4 @@
-"""Copies to a GPU without waiting, pinned CPU memory of an exact size, and a check that weights stay in place.
+"""Copies to a GPU without waiting, pinned CPU memory of an exact size, and weights that stay in place.
 
 PyTorch rounds pinned memory up to a power of two and keeps it after it is freed: too much for a long video's cache.
 """
@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,35 @@ def why_not_resident(tree: nn.Module, device: torch.device) -> str | None:
             if away:
                 return f"{name}.{key} is on {tensor.device}, not on {device}"
     return None
+
+
+class Weights:
+    """A module tree's weights for work that reads them by address, such as a CUDA graph or a second stream's.
+
+    These are ordinary tensors; a subclass can keep weights that would otherwise move.
+    """
+
+    def __init__(self, tree: nn.Module, device: torch.device) -> None:
+        self.tree, self.device = tree, device
+        self._places: list[tuple[dict[str, Tensor | None], str]] = []
+
+    def hold(self) -> str | None:
+        """Keep the weights in place until `release`; the reason if that is not possible, and nothing is held then."""
+        modules = list(self.tree.modules())
+        tables = [table for module in modules for table in (module._parameters, module._buffers)]
+        self._places = [(table, name) for table in tables for name in table]
+        return why_not_resident(self.tree, self.device)
+
+    def release(self) -> None:
+        """End `hold`, if it is in effect."""
+
+    def are_ready(self) -> bool:
+        """Whether work that reads the held weights can be recorded now."""
+        return why_not_resident(self.tree, self.device) is None
+
+    def signature(self) -> Hashable:
+        """Equal as long as the weights held lie where they lay."""
+        return tuple(part.data_ptr() for table, name in self._places for part in parts_of(table[name]))
 
 
 def bytes_of(tensors: Sequence[tuple[tuple[int, ...], torch.dtype]]) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .backends import DENSE
+from .backends import DENSE, TRITON
 from .backends.base import Call
 from .dispatch import BackendChoice, announce, choose
 from .options import AttentionOptions
@@ -23,6 +23,20 @@ class ChunkAttention:
     choice: BackendChoice | None = None
     why_dense: str | None = None
     density: float = 1.0
+
+    def steady(self, slots: int, width: int) -> "ChunkAttention":
+        """The same, as work that is launched alike in every chunk, if plan and backend allow it.
+
+        slots: frames that the cache has memory for. width: entries of each list of key blocks.
+        """
+        is_triton = self.choice is not None and self.choice.name == TRITON.name
+        plan = self.plan.steady(slots, width) if self.plan and is_triton else self.plan
+        return replace(self, plan=plan)
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether it launches the same work in every chunk that skips blocks."""
+        return bool(self.plan and self.plan.tables and self.choice and self.choice.name == TRITON.name)
 
     @property
     def no_backend(self) -> str | None:

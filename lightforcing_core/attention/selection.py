@@ -10,14 +10,14 @@ softmaxed, because only their order matters. The rules that make a selection exa
 Nothing here waits on the device: every count is a Python int. On a GPU a fused kernel makes the same selection.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..fast_path import FastPath, why_no_kernels
+from ..fast_path import FastPath, is_recording, why_no_kernels
 from ..pinned import to_device
 from .blocks import FrameBlocks, block_pair
 
@@ -115,7 +115,8 @@ class SelectionPlan:
     `always` bool [k_blocks]: the blocks that are eligible for every query block. `middle_slots` int64 [m]: the
     slots that compete for the `choose` remaining places, oldest frame first (None when every block is eligible).
     `frame_ranks` int32 [slots] combines both: a slot's place in `middle_slots`, or −1 if its blocks are always
-    eligible. `kept` is how many blocks each query block keeps.
+    eligible. `kept` is how many blocks each query block keeps. A steady plan also has `numbers`, see `Plan.tables`,
+    lists of `width` entries, and ranks −2 of slots that are not in use.
     """
 
     layout: FrameBlocks
@@ -124,6 +125,8 @@ class SelectionPlan:
     frame_ranks: Tensor
     choose: int
     kept: int
+    numbers: Tensor | None = None
+    width: int = 0
     fixed = None  # nothing is selected before queries and keys are known
 
     @classmethod
@@ -150,9 +153,20 @@ class SelectionPlan:
         return cls(layout, always, middle_slots, ranks, choose, kept)
 
     @property
-    def kind(self) -> bool:
-        """Whether frames are chosen before blocks."""
-        return self.choose > 0
+    def kind(self) -> Hashable:
+        """Whether frames are chosen before blocks; a steady plan always tries."""
+        return "steady" if self.tables else self.choose > 0
+
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        return () if self.numbers is None else (self.frame_ranks, self.numbers)
+
+    def steady(self, slots: int, width: int) -> "SelectionPlan":
+        if self.kept > width:
+            return self
+        numbers = torch.tensor((self.choose, self.kept, len(self.always)), dtype=torch.int32)
+        ranks = torch.nn.functional.pad(self.frame_ranks, (0, slots - len(self.frame_ranks)), value=-2)
+        return replace(self, frame_ranks=ranks, numbers=to_device(numbers, ranks.device), width=width)
 
     def select(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None
@@ -167,7 +181,7 @@ class SelectionPlan:
         """
         batch, q_blocks, heads = q_means.shape[:3]
         rows, k_blocks = (batch, heads, q_blocks), k_means.shape[1]
-        if self.kept == k_blocks:
+        if self.kept == k_blocks and not self.tables:
             every = torch.arange(k_blocks, dtype=torch.int32, device=q_means.device)
             return BlockSelection(every.expand(*rows, k_blocks), _constant(rows, k_blocks, q_means.device))
         if why_not_fused(q_means, k_means, frame_means, sub_means) is None:
@@ -176,6 +190,13 @@ class SelectionPlan:
             )
             if selection is not None:
                 return selection
+        if self.tables:  # leave out slots that are not in use
+            if is_recording():
+                raise RuntimeError("blocks that torch selects differ in number from chunk to chunk")
+            used = len(self.always)
+            frames = used // self.layout.per_frame
+            k_means, frame_means = k_means[:, :used], frame_means[:, :frames]
+            sub_means = None if sub_means is None else sub_means[:, : sub_means.shape[1] * used // k_blocks]
         if sub_means is None:
             scores, frame_scores = self._mean_scores(q_means, k_means, frame_means)
         else:
@@ -219,7 +240,15 @@ class SelectionPlan:
             size = sub_block_layout(self.layout).block
             parts = kernel.Parts(sub_means, self.layout.tokens_per_frame, size, SUB_BLOCKS)
         chosen = kernel.select_blocks(
-            q_means, k_means, frame_means, self.frame_ranks, choose=self.choose, kept=self.kept, parts=parts
+            q_means,
+            k_means,
+            frame_means,
+            self.frame_ranks,
+            choose=self.choose,
+            kept=self.kept,
+            parts=parts,
+            numbers=self.numbers,
+            width=self.width,
         )
         return BlockSelection(*chosen)
 

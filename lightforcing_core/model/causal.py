@@ -30,7 +30,8 @@ from .rope import RopeTable
 # values from 0.6 to 0.85 were nearly as good.
 GIVEN_NOISE = 0.75
 
-Predict = Callable[[Any, Tensor, Tensor, "ModelState", "Watch | None"], Tensor]
+# Runs a pass as `run_pass` does, with the same arguments.
+Run = Callable[..., Tensor]
 # Called with the layer, the blocks it read and the backend of every sparse self-attention.
 Watch = Callable[[int, BlockSelection, BackendChoice], object]
 
@@ -39,7 +40,8 @@ Watch = Callable[[int, BlockSelection, BackendChoice], object]
 class OpenChunk:
     """State of one open chunk; a new object makes recorded passes out of date.
 
-    steps: the number of denoising steps left, from which a `StepGraph` decides whether recording pays.
+    steps, later: the number of denoising steps left, and of chunks after this one, from which a `StepGraph` decides
+    whether recording pays.
     given: the number of last frames that are given, and so get `GIVEN_NOISE` of a step's noise.
     passes: the number of passes so far. The first one makes `rope`.
     """
@@ -48,6 +50,7 @@ class OpenChunk:
     start_frame: int = 0
     attention: ChunkAttention = field(default_factory=ChunkAttention)
     steps: int = 0
+    later: int = 0
     given: int = 0
     passes: int = 0
     rope: RopeTable | None = None
@@ -74,29 +77,40 @@ class ModelState:
 
     dense_attention: runs dense chunks and cross-attention. order: made by the first pass, if `attention` asks for one.
     guide: the index of its prompt in `Recipe.guides`.
+    width: entries of each list of key blocks, if sparse chunks shall launch the same work on lists of any length.
     """
 
     cache: KVCache
     attention: AttentionOptions
     dense_attention: DenseAttention = sdpa
     guide: int = 0
+    width: int = 0
     text: TextMemory | None = None
     order: TokenOrder | None = None
     chunk: OpenChunk = field(default_factory=OpenChunk)
 
     def open_chunk(
-        self, frames: int, sparsity: float, device: torch.device | str | None, *, steps: int = 0, given: int = 0
+        self,
+        frames: int,
+        sparsity: float,
+        device: torch.device | str | None,
+        *,
+        steps: int = 0,
+        later: int = 0,
+        given: int = 0,
     ) -> None:
         """Begin the next `frames` latent frames, skipping `sparsity` of the key blocks.
 
-        steps, given: see `OpenChunk`.
+        steps, later, given: see `OpenChunk`.
         """
         self.cache.open(frames)
         shape, options = self.cache.shape, self.attention
         q_layout, slot_frames = FrameBlocks(shape.tokens_per_frame, options.block[0]), self.cache.slot_frames
         view = View(slot_frames, frames, q_layout, shape.layout, shape.batch, shape.heads, device)
         attention = plan_chunk(options, view, sparsity, shape.head_dim, shape.dtype, self.cache.storage.dtype)
-        self.chunk = OpenChunk(frames, self.cache.current_frames[0], attention, steps, given)
+        if self.width:
+            attention = attention.steady(shape.slots, self.width)
+        self.chunk = OpenChunk(frames, self.cache.current_frames[0], attention, steps, later, given)
 
     def reopen_visible(self) -> None:
         """Begin a dense pass that recomputes visible frames at once, see `KVCache.reopen`."""
@@ -150,28 +164,41 @@ def commit(dit: Any, x: Tensor, timestep: Tensor, state: ModelState) -> None:
 
     Arguments and errors as those of `predict`. The pass ends once the last layer's keys and values are stored.
     """
-    _run_layers(dit, x, timestep, _grid(x, state), state, only_store=True)
+    run_pass(dit, x, timestep, state, commits=True)
     state.cache.commit()
+
+
+def run_pass(
+    dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Watch | None = None, *, commits: bool = False
+) -> Tensor:
+    """Run `predict`, or the pass of `commit`, which gives zeros because ComfyUI expects a flow."""
+    if not commits:
+        return predict(dit, x, timestep, state, watch)
+    _run_layers(dit, x, timestep, _grid(x, state), state, only_store=True)
+    return torch.zeros_like(x)
+
+
+def tables(dit: Any, x: Tensor, state: ModelState) -> list[Tensor]:
+    """Tensors that a pass reads and that each chunk has of its own. Arguments as those of `predict`."""
+    rope, _ = _prepare(dit, x, _grid(x, state), state)
+    plan = state.chunk.attention.plan
+    return [rope.cos, rope.sin, *(plan.tables if plan else ())]
 
 
 @dataclass(frozen=True)
 class Pass:
     """One pass over the open chunk, for a `denoise` function to run: a step's prediction, or a commit of clean latents.
 
-    predict: the function of this name, or a `StepGraph`. watch: see `predict`.
+    run: `run_pass`, or a `StepGraph`. watch: see `predict`.
     """
 
     state: ModelState
     commits: bool = False
-    predict: Predict = predict
+    run: Run = run_pass
     watch: Watch | None = None
 
     def __call__(self, dit: Any, x: Tensor, timestep: Tensor) -> Tensor:
-        """The flow of `predict`, or zeros for a commit, since ComfyUI expects a flow."""
-        if self.commits:
-            commit(dit, x, timestep, self.state)
-            return torch.zeros_like(x)
-        return self.predict(dit, x, timestep, self.state, self.watch)
+        return self.run(dit, x, timestep, self.state, self.watch, commits=self.commits)
 
 
 def _grid(x: Tensor, state: ModelState) -> tuple[int, int, int]:
@@ -264,13 +291,14 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
     if plan is None or chosen is None:
         return state.attend_history(q, memory)
     q_layout = FrameBlocks(layout.tokens_per_frame, options.block[0])
-    selection = plan.fixed
+    selection, whole = plan.fixed, state.cache.storage.at(layer) if plan.tables else None
     if selection is None:
-        sub_means = memory.sub_means if options.estimator == "lse" else None
-        assert memory.key_means is not None  # a cache that never selects blocks keeps no means
-        assert memory.frame_means is not None
+        means = whole or memory
+        sub_means = means.sub_means if options.estimator == "lse" else None
+        assert means.key_means is not None  # a cache that never selects blocks keeps no means
+        assert means.frame_means is not None
         q_means = q_layout.block_means(q) if q_means is None else q_means
-        selection = plan.select(q_means, memory.key_means, memory.frame_means, sub_means)
+        selection = plan.select(q_means, means.key_means, means.frame_means, sub_means)
     call = Call(
         q,
         memory.keys,
@@ -281,6 +309,7 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
         scales=memory.scales,
         tail=memory.tail if options.tail else None,
         dense=state.dense_attention,
+        whole=whole and (whole, plan.tables[-1]),
     )
     y, choice = attend(call, chosen, options.backend)
     if choice is not chosen:  # another backend failed

@@ -1,24 +1,23 @@
-"""A chunk's denoising steps as one CUDA graph, recorded once per chunk.
+"""The passes of a run as CUDA graphs, each kind recorded once and launched again, in later chunks too.
 
-Within a chunk every step has the same shapes, cache slots, plan and text; only x and the timestep differ. What a graph
-reads must stay in place: it lives in the open chunk and the prompt's memory, so if either is replaced, the
-next pass runs without a graph. All graphs of a run share one memory pool; therefore a graph's results are copied out
-before another one runs.
+Passes of one kind differ in x, in the timestep, and in what a chunk keeps in device memory: its rotary table, its slots
+and its plan. A graph reads those of the chunk in which it was recorded; a later chunk's are copied there. All else that
+it reads must stay in place: a graph is dropped if the prompt or the address of a weight changes. All graphs of a run
+share one memory pool; therefore a graph's results are copied out before another one runs.
 """
 
 import contextlib
-import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..fast_path import FastPath, one_line, recording
-from ..pinned import parts_of, why_not_resident
-from .causal import ModelState, Predict, Watch, predict
+from ..pinned import Weights
+from .causal import ModelState, OpenChunk, TextMemory, Watch, run_pass, tables
 from .cuda_capture import CudaRecorder, CudaRecording
 
 CudaGraph = Literal["auto", "on", "off"]
@@ -29,88 +28,100 @@ LEAST_LAUNCHES = 2
 TOLERANCE = 0.02
 
 # Kinds of passes whose first launch in this process matched a normal pass.
-_checked: set[tuple[object, ...]] = set()
+_checked: set[Hashable] = set()
 
 _log = logging.getLogger(__name__)
 
 
-def why_no_graph(dit: Any, device: torch.device, *, kv_in_cpu_memory: bool) -> str | None:
-    """One sentence of why the steps of `dit` cannot be recorded on `device`, or None."""
-    if reason := CudaRecorder.why_not(device):
+def why_no_graph(weights: Weights, *, kv_in_cpu_memory: bool) -> str | None:
+    """One sentence of why passes of the model with these weights cannot be recorded, or None."""
+    if reason := CudaRecorder.why_not(weights.device):
         return reason
     if kv_in_cpu_memory:
         return "the KV cache is in CPU memory and is copied by a stream of its own"
-    return why_not_resident(dit, device)
-
-
-@contextlib.contextmanager
-def step_graphs(
-    wanted: CudaGraph, why_not: str | None, device: torch.device, states: int, note: Callable[[str], object]
-) -> Iterator[list[Predict]]:
-    """A `predict` per state of a run, with CUDA graphs if wanted and possible.
-
-    why_not: as `why_no_graph` gives it. note: called with a sentence about the graphs for the run's record.
-    """
-    if wanted == "off" or why_not is not None:
-        if wanted != "off":
-            note(f"not used: {why_not}")
-        yield [predict] * states
-        return
-    recorder = CudaRecorder(device)
-    graphs = [StepGraph(recorder, note, must=wanted == "on") for _ in range(states)]
-    try:
-        yield list(graphs)
-        if not any(graph.why_off for graph in graphs):
-            note(f"{sum(graph.launches for graph in graphs)} steps launched as graphs")
-    finally:
-        for graph in graphs:
-            graph.free()
+    reason = weights.hold()
+    weights.release()
+    return reason
 
 
 class StepGraph:
-    """`predict` for one `ModelState`, as a graph from a chunk's second pass on.
+    """`run_pass` for the states of one run, as graphs from the second pass of a kind on; `held` surrounds the calls.
 
-    recorder: shared by the states of a run.
-    on_stop: called with one sentence if steps turn out not to be recordable.
-    must: raise a RuntimeError with it instead of running the steps one by one.
+    weights: the model's. note: called with a sentence about the graphs for the run's record.
+    wanted: "off" runs all passes normally; "on" raises a RuntimeError if a pass turns out not to be recordable.
+    why_not: as `why_no_graph` gives it.
     """
 
-    def __init__(self, recorder: CudaRecorder, on_stop: Callable[[str], object], *, must: bool = False) -> None:
-        self._recorder, self._on_stop, self._must = recorder, on_stop, must
-        self.why_off: str | None = None
+    def __init__(
+        self, weights: Weights, note: Callable[[str], object], wanted: CudaGraph = "on", why_not: str | None = None
+    ) -> None:
+        self._weights, self._note, self._must = weights, note, wanted == "on"
+        self.why_off = "it was not asked for" if wanted == "off" else why_not
+        if why_not is not None:
+            note(f"not used: {why_not}")
         self.launches = 0
-        self._spent: list[CudaRecording] = []  # of the previous chunk: the next recording reuses their memory
-        self._recorded: _Recorded | None = None
-        self._ran: tuple[object, ...] | None = None  # epoch of the normal pass that prepared a recording
+        self._recorder = None if self.why_off else CudaRecorder(weights.device)
+        self._recorded: dict[Hashable, _Recorded] = {}  # by state, and whether the pass commits and skips blocks
+        self._spent: list[CudaRecording] = []  # replaced: the next recording reuses their memory
+        self._ran: set[Hashable] = set()  # what has run normally, and can be recorded
 
-    def __call__(self, dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Watch | None = None) -> Tensor:
-        """Run `predict` normally or from a recording; the caller owns the result."""
-        call = _Call(dit, x, timestep, state, watch)
-        recorded = self._recorded
-        if self._ran != call.epoch or (recorded is not None and recorded.weights != _addresses(dit)):
-            self._forget()
-            self._ran = call.epoch
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the weights in place for the passes of a chunk."""
+        if not self.why_off and (reason := self._weights.hold()):
+            self._stop(reason)
+        try:
+            yield
+        finally:
+            self._weights.release()
+
+    def __call__(
+        self,
+        dit: Any,
+        x: Tensor,
+        timestep: Tensor,
+        state: ModelState,
+        watch: Watch | None = None,
+        *,
+        commits: bool = False,
+    ) -> Tensor:
+        """Run `run_pass` normally or from a recording; the caller owns the result."""
+        call = _Call(dit, x, timestep, state, watch, commits)
+        if self.why_off:
             return call.run()
+        recorded = self._recorded.get(call.place)
         if recorded is not None:
-            state.chunk.passes += 1
-            return self._launch(recorded, call)
-        if self.why_off or state.chunk.steps - state.chunk.passes < LEAST_LAUNCHES:
-            return call.run()
-        return self._first_launch(call)
+            if recorded.is_for(call) and recorded.weights == self._weights.signature():
+                state.chunk.passes += 1
+                return self._launch(recorded, call)
+            self._spent.append(self._recorded.pop(call.place).recording)  # its tensors return to the pool
+        has_run = call.key in self._ran and state.text is not None and bool(state.text.keys_values)
+        if has_run and call.launches >= LEAST_LAUNCHES and self._weights.are_ready():
+            return self._first_launch(call)
+        self._ran.add(call.key)
+        return self._plain(call)
+
+    def finish(self) -> None:
+        """Note the launches of a run that has ended well."""
+        if not self.why_off:
+            self._note(f"{self.launches} passes launched as {len(self._recorded)} graphs")
 
     def free(self) -> None:
-        self._forget()
+        self._spent += [one.recording for one in self._recorded.values()]
+        self._recorded.clear()
         self._free_spent()
 
-    def _forget(self) -> None:
-        """Drop the recordings, because something that they read has been replaced."""
-        if self._recorded is not None:
-            self._spent.append(self._recorded.recording)
-            # Its tensors go back to the pool, for the next recording to use.
-        self._recorded = self._ran = None
+    def _free_spent(self) -> None:
+        for spent in self._spent:
+            spent.free()
+        self._spent.clear()
 
     def _launch(self, recorded: "_Recorded", call: "_Call") -> Tensor:
         """Launch a recorded pass on the inputs of `call`, with all effects of a pass."""
+        if recorded.chunk is not call.state.chunk:
+            recorded.chunk = call.state.chunk
+            for held, given in zip(recorded.tables, tables(call.dit, call.x, call.state), strict=True):
+                held.copy_(given)
         for held, given in zip(recorded.inputs, (call.x, call.timestep), strict=True):
             held.copy_(given)
         recorded.recording.launch()
@@ -120,92 +131,139 @@ class StepGraph:
                 call.watch(*seen)
         return recorded.out.clone()
 
+    def _plain(self, call: "_Call") -> Tensor:
+        """Run a pass normally; if memory runs out, once more without graphs and with weights that may move."""
+        passes = call.state.chunk.passes
+        try:
+            return call.run()
+        except torch.OutOfMemoryError as error:
+            reason = one_line(error)
+        call.state.chunk.passes = passes
+        self._stop(reason)
+        return call.run()
+
     def _first_launch(self, call: "_Call") -> Tensor:
         """Record this pass and launch it, or stop using graphs if that fails."""
         passes = call.state.chunk.passes
-        path = FastPath("CUDA graph", call.x.device, call.x.dtype, detail=call.kind())
-        reason = why_not_resident(call.dit, call.x.device)
+        path, reason = FastPath("CUDA graph", call.x.device, call.x.dtype, detail=call.kind), None
         try:
-            out = None if reason else path.attempt(lambda: self._record_and_check(call), "running steps one by one")
+            out = path.attempt(lambda: self._record_and_check(call), "running steps one by one")
         except torch.OutOfMemoryError as error:  # a recording takes more memory than running, which may still fit
             out, reason = None, one_line(error)
         if out is not None:
             return out
-        if reason is not None:
-            _log.warning("[Light Forcing] CUDA graphs are no longer used in this run: %s", reason)
         call.state.chunk.passes = passes
-        self.free()
-        self.why_off = reason = reason or path.failure or "a recording failed"
-        if self._must:
-            raise RuntimeError(f"cuda_graph 'on' is not possible: {reason}; use 'auto' or 'off'")
-        self._on_stop(f"no longer used: {reason}")
+        self._stop(reason or path.failure or "a recording failed", is_said=reason is None)
         return call.run()
 
     def _record_and_check(self, call: "_Call") -> Tensor:
         """Record and launch; compare the first launch of its kind with a normal pass."""
-        chunk, passes, kind = call.state.chunk, call.state.chunk.passes, call.kind()
-        inputs = call.x.clone(), call.timestep.clone()
+        assert self._recorder is not None
+        state, passes = call.state, call.state.chunk.passes
         seen: list[tuple[Any, ...]] = []
-        held = _Call(call.dit, *inputs, call.state, lambda *one: seen.append(one))
+        inputs = call.x.clone(), call.timestep.clone()
+        held = _Call(call.dit, *inputs, state, lambda *one: seen.append(one), call.commits)
+        given, state.cache.wrote_runs = tables(call.dit, call.x, state), False
         with recording():
-            graph, result = self._recorder.record(held.run)
+            graph, out = self._recorder.record(held.run)
         self._free_spent()
-        self._recorded = _Recorded(graph, inputs, result, seen, _addresses(call.dit))
-        out = self._launch(self._recorded, call)
-        if kind not in _checked:
-            chunk.passes = passes
-            plain = call.run()
-            far = float((out - plain).float().norm() / plain.float().norm().clamp_min(1e-12))
+        weights, is_bound = self._weights.signature(), state.cache.wrote_runs
+        recorded = _Recorded(graph, inputs, out, seen, given, state.chunk, call.key, state.text, weights, is_bound)
+        self._recorded[call.place] = recorded
+        out = self._launch(recorded, call)
+        if call.kind not in _checked:
+            launched, state.chunk.passes = call.left_by(out), passes
+            plain = call.left_by(call.run())
+            far = float((launched - plain).norm() / plain.norm().clamp_min(1e-12))
             if not far <= TOLERANCE:  # also true for NaN
                 raise RuntimeError(f"a recorded step and a normal one gave different results ({far:.2g} away)")
-            _checked.add(kind)
+            _checked.add(call.kind)
         return out
 
-    def _free_spent(self) -> None:
-        for spent in self._spent:
-            spent.free()
-        self._spent.clear()
+    def _stop(self, reason: str, *, is_said: bool = False) -> None:
+        """Use no graphs any more in this run."""
+        if not is_said:
+            _log.warning("[Light Forcing] CUDA graphs are no longer used in this run: %s", reason)
+        self.free()
+        self._weights.release()
+        self.why_off = reason
+        if self._must:
+            raise RuntimeError(f"cuda_graph 'on' is not possible: {reason}; use 'auto' or 'off'")
+        self._note(f"no longer used: {reason}")
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One call of `predict`."""
+    """One call of `run_pass`."""
 
     dit: Any
     x: Tensor
     timestep: Tensor
     state: ModelState
     watch: Watch | None
-
-    @property
-    def epoch(self) -> tuple[object, ...]:
-        """All that a recording depends on besides weights; chunk and prompt by identity."""
-        x, timestep, state = self.x, self.timestep, self.state
-        inputs = x.shape, x.dtype, x.device, timestep.shape, timestep.dtype
-        return state.chunk, state.text, id(self.dit), inputs
+    commits: bool
 
     def run(self) -> Tensor:
-        return predict(self.dit, self.x, self.timestep, self.state, self.watch)
+        return run_pass(self.dit, self.x, self.timestep, self.state, self.watch, commits=self.commits)
 
+    @property
+    def place(self) -> Hashable:
+        """A recording takes the place of an older one of the same state, purpose and density."""
+        return id(self.state), self.commits, self.state.chunk.attention.plan is None
+
+    @property
+    def key(self) -> Hashable:
+        """All numbers that a recording holds; the chunk itself if it reads more of it than `tables`."""
+        chunk, cache = self.state.chunk, self.state.cache
+        numbers: Hashable = len(cache.slot_frames)
+        if chunk.attention.plan is not None:
+            numbers = "steady" if chunk.attention.is_steady else chunk.start_frame
+        return id(self.dit), self.place, self.kind, chunk.given, cache.keeps_originals, numbers
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """The kind of its graph; checking one graph of a kind checks them all."""
-        state, dit, x, plan = self.state, self.dit, self.x, self.state.chunk.attention.plan
-        sizes = (type(dit), dit.dim, len(dit.blocks), x.shape, x.dtype, x.device, self.timestep.shape)
-        sparse = plan is not None and (plan.kind,)
-        return (*sizes, state.cache.storage.dtype, state.attention, state.dense_attention, sparse)
+        state, dit, x, attention = self.state, self.dit, self.x, self.state.chunk.attention
+        sizes = (type(dit), dit.dim, len(dit.blocks), x.shape, x.dtype, x.device)
+        sparse = attention.plan is not None and (attention.plan.kind, attention.choice)
+        steps = self.timestep.shape, self.timestep.dtype, self.commits
+        return (*sizes, *steps, state.cache.storage.dtype, state.attention, state.dense_attention, sparse)
+
+    @property
+    def launches(self) -> int:
+        """How often a recording of it can be launched in this run, as far as that is known."""
+        chunk = self.state.chunk
+        if self.commits:
+            return chunk.later
+        return chunk.steps - chunk.passes + (chunk.later if chunk.attention.plan and chunk.attention.is_steady else 0)
+
+    def left_by(self, out: Tensor) -> Tensor:
+        """What it has computed, in float32: its result, or what a commit has stored in the last layer."""
+        if not self.commits:
+            return out.float()
+        cache = self.state.cache
+        values = cache.storage.at(cache.shape.layers - 1).values.unflatten(1, (cache.shape.slots, -1))
+        return torch.stack([values[:, cache.slot_frames.index(frame)].float() for frame in cache.current_frames])
 
 
 @dataclass(eq=False)
 class _Recorded:
-    """A recorded pass: its x and timestep, its output, and its weights' addresses."""
+    """A recorded pass: its x and timestep, its output, and what it reads besides.
+
+    chunk: the one whose contents `tables` have. is_bound: it can serve no other one.
+    """
 
     recording: CudaRecording
     inputs: tuple[Tensor, Tensor]
     out: Tensor
     seen: list[tuple[Any, ...]]
-    weights: tuple[int, ...]
+    tables: list[Tensor]
+    chunk: OpenChunk
+    key: Hashable
+    text: TextMemory | None
+    weights: Hashable
+    is_bound: bool
 
-
-def _addresses(tree: nn.Module) -> tuple[int, ...]:
-    tensors = itertools.chain(tree.parameters(), tree.buffers())
-    return tuple(part.data_ptr() for tensor in tensors for part in parts_of(tensor))
+    def is_for(self, call: _Call) -> bool:
+        chunk, text = call.state.chunk, call.state.text
+        return self.key == call.key and self.text is text and (self.chunk is chunk or not self.is_bound)

@@ -37,6 +37,7 @@ class KVCache:
         self._current: list[int] = []  # slots of the open or last chunk, in time order
         self._committed = True
         self._next_frame = 0
+        self.wrote_runs = False  # whether `store` has written to slots that are Python numbers
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +87,7 @@ class KVCache:
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the open chunk's roped keys and values of a layer, [B, L, H, D], and pool."""
-        runs, memory = self._runs(), self.storage.at(layer)
+        self.wrote_runs, runs, memory = True, self._runs(), self.storage.at(layer)
         write_tokens(memory.keys, memory.key_scales, k, runs, self.shape.memory_layout)
         write_tokens(memory.values, memory.value_scales, v, runs, self.shape.memory_layout)
         self.written(layer)

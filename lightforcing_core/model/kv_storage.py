@@ -227,8 +227,8 @@ def _with_means(layers: list[LayerMemory], shape: CacheShape, device: torch.devi
     if not shape.pooled:
         return layers
 
-    def means(per_slot: int) -> Tensor:
-        return torch.empty(shape.rows(per_slot), dtype=shape.dtype, device=device)
+    def means(per_slot: int) -> Tensor:  # zeros, because a kernel may multiply those of unused slots by zero
+        return torch.zeros(shape.rows(per_slot), dtype=shape.dtype, device=device)
 
     # One counter serves all layers, because their launches follow one another.
     arrivals = torch.zeros(shape.rows(1)[:3], dtype=torch.int32, device=device)

@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 
 from .. import fast_path, machine
-from ..model.causal import GIVEN_NOISE, ModelState, Pass, Predict
-from ..model.cuda_graph import step_graphs, why_no_graph
+from ..model.causal import GIVEN_NOISE, ModelState, Pass, Run, run_pass
+from ..model.cuda_graph import StepGraph, why_no_graph
 from ..model.kv_cache import KVCache
-from ..pinned import to_device
+from ..pinned import Weights, indexed, to_device
 from ..refusal import NotFinite, Refusal, check_finite, is_finite
+from .cost import recipe_costs
 from .look import Looks, Rehearsal
 from .recipe import Recipe
 from .record import RunRecorder
 from .runtime import Chunk, Runtime, StepEvent
+
+# Key blocks of a cache up to which scoring the unused ones too costs less than recording anew.
+MOST_BLOCKS = 2048
 
 
 def rollout(
@@ -68,9 +72,10 @@ class ChunkLoop:
         self.cache = recipe.cache_shape(
             layers=len(dit.blocks), heads=heads, head_dim=dit.dim // heads, dtype=self.dtype
         )
+        self.weights = runtime.weights or Weights(dit, indexed(self.device))
         self.why_no_graphs = None
         if runtime.cuda_graph != "off":
-            self.why_no_graphs = why_no_graph(dit, self.device, kv_in_cpu_memory=runtime.kv.host)
+            self.why_no_graphs = why_no_graph(self.weights, kv_in_cpu_memory=runtime.kv.host)
             if self.why_no_graphs and runtime.cuda_graph == "on":
                 raise Refusal("cuda_graph", f"'on' cannot run: {self.why_no_graphs}", "use 'auto' or 'off'")
 
@@ -80,45 +85,50 @@ class ChunkLoop:
         past: list[Tensor] = []  # clean chunks as far back as any of them is visible
         done = 0
         self.recorder.start(self.dit, self.shape, self.device)
+        note, wanted = partial(self.recorder.fact, "CUDA graphs"), self.runtime.cuda_graph
+        graph = StepGraph(self.weights, note, wanted, self.why_no_graphs)
         try:
             for guide in range(len(self.guides)):
                 cache = KVCache(self.cache, self.runtime.kv, self.device)
                 states.append(ModelState(cache, self.recipe.attention, self.runtime.dense_attention, guide))
-            note = partial(self.recorder.fact, "CUDA graphs")
-            self._look()
-            with step_graphs(self.runtime.cuda_graph, self.why_no_graphs, self.device, len(states), note) as runs:
-                for index, length in enumerate(self.lengths):
-                    is_given = index < self.first_index
-                    self._follow_prompts(states, index, past)
-                    if is_given and not self._is_replayed(index):
+                states[-1].width = 0 if graph.why_off else self._list_width()
+            self._look(graph)
+            for index, length in enumerate(self.lengths):
+                is_given = index < self.first_index
+                self._follow_prompts(states, index, past)
+                if is_given and not self._is_replayed(index):
+                    for state in states:
+                        state.cache.skip(length)
+                    past.append(self._given(index))
+                    continue
+                self._open_chunk(states, index)
+                if is_given:
+                    latents = self._given(index)
+                else:
+                    with graph.held():
+                        latents, done = self._denoise_chunk(states, graph, index, done)
+                    if not is_finite(latents):  # waits for the device, once per chunk
+                        problem = f"of the video holds NaN or infinity; the model computes in {self.dtype}"
+                        remedy = "use another dtype of its weights, or its LoRA at a lower strength or not at all"
+                        raise NotFinite(f"chunk {index}", problem, remedy)
+                    self.recorder.lap(index, "denoise")
+                    yield Chunk(index, self.starts[index], latents)
+                    self.recorder.lap(index, "output")
+                if index < len(self.lengths) - 1:
+                    with graph.held():
                         for state in states:
-                            state.cache.skip(length)
-                        past.append(self._given(index))
-                        continue
-                    self._open_chunk(states, index)
-                    if is_given:
-                        latents = self._given(index)
-                    else:
-                        latents, done = self._denoise_chunk(states, runs, index, done)
-                        if not is_finite(latents):  # waits for the device, once per chunk
-                            problem = f"of the video holds NaN or infinity; the model computes in {self.dtype}"
-                            remedy = "use another dtype of its weights, or its LoRA at a lower strength or not at all"
-                            raise NotFinite(f"chunk {index}", problem, remedy)
-                        self.recorder.lap(index, "denoise")
-                        yield Chunk(index, self.starts[index], latents)
-                        self.recorder.lap(index, "output")
-                    if index < len(self.lengths) - 1:
-                        for state in states:
-                            self._clean_pass(state, latents)
-                        self.recorder.lap(index, "replay" if is_given else "clean pass")
-                    past = [*past, latents][-self.cache.slots :]
-            self._look(rest=True)
+                            self._clean_pass(state, latents, graph)
+                    self.recorder.lap(index, "replay" if is_given else "clean pass")
+                past = [*past, latents][-self.cache.slots :]
+            graph.finish()
+            self._look(graph, rest=True)
         finally:
+            graph.free()
             # A traceback or a hook of ComfyUI may still hold the states, so their memory is freed explicitly.
             for state in states:
                 state.close()
 
-    def _look(self, *, rest: bool = False) -> None:
+    def _look(self, graph: StepGraph, *, rest: bool = False) -> None:
         """Measure ways to run the chunk that sees most, or the rest, as far as they are not known."""
         measuring = self.runtime.measuring
         if measuring is None and self.runtime.denoise is None:
@@ -136,14 +146,22 @@ class ChunkLoop:
             self._run(x, 0.5, Rehearsal(state, commits=True))
 
         with measuring():
+            if rest:
+                graph.measure()
             looks.look(run_layer, rest=rest)
+
+    def _list_width(self) -> int:
+        """The most key blocks that a query block reads in any chunk; 0 if lists of one width for all cost more."""
+        costs, per_frame = recipe_costs(self.recipe), self.cache.layout.per_frame
+        kept = [round(one.density * one.kv_frames * per_frame) for one in costs if one.density < 1.0]
+        return max(kept, default=0) if self.cache.slots * per_frame <= MOST_BLOCKS else 0
 
     def _open_chunk(self, states: list[ModelState], index: int) -> None:
         end = self._end_of(index)
         steps, given = len(self.recipe.levels(index)) - 1, 0 if end is None else end.shape[2]
-        sparsity = self.recipe.sparsity(index)
+        sparsity, later = self.recipe.sparsity(index), len(self.lengths) - 1 - index
         for state in states:
-            state.open_chunk(self.lengths[index], sparsity, self.device, steps=steps, given=given)
+            state.open_chunk(self.lengths[index], sparsity, self.device, steps=steps, later=later, given=given)
 
     def _is_replayed(self, index: int) -> bool:
         """Whether an initial chunk is fed through the model: all are, or those that hold sinks or are still visible."""
@@ -179,10 +197,8 @@ class ChunkLoop:
                     self.recorder.lap(index, "recompute")
 
     @torch.no_grad()
-    def _denoise_chunk(
-        self, states: list[ModelState], runs: list[Predict], index: int, done: int
-    ) -> tuple[Tensor, int]:
-        """A finished chunk from noise, and the steps done so far. runs: how each state predicts."""
+    def _denoise_chunk(self, states: list[ModelState], run: Run, index: int, done: int) -> tuple[Tensor, int]:
+        """A finished chunk from noise, and the steps done so far."""
         batch, channels, _, height, width = self.shape
         shape = (batch, channels, self.lengths[index], height, width)
         levels = self.recipe.levels(index)
@@ -203,8 +219,7 @@ class ChunkLoop:
             if end is not None:
                 less = GIVEN_NOISE * sigma
                 x = _with_end(x, (1.0 - less) * end + less * noise[:, :, -end.shape[2] :])
-            pairs = zip(states, runs, strict=True)
-            passes = [Pass(state, predict=run, watch=None if state.guide else watch) for state, run in pairs]
+            passes = [Pass(state, run=run, watch=None if state.guide else watch) for state in states]
             x0 = self._guided(x, sigma, passes)
             if end is not None:
                 x0 = _with_end(x0, end)
@@ -232,10 +247,10 @@ class ChunkLoop:
         return x0, done
 
     @torch.no_grad()
-    def _clean_pass(self, state: ModelState, latents: Tensor) -> None:
+    def _clean_pass(self, state: ModelState, latents: Tensor, run: Run = run_pass) -> None:
         """Commit clean latents as history."""
-        self._run(latents, self.recipe.noise_options.context_noise / 1000.0, Pass(state, commits=True))
-        state.cache.commit()  # even if a `denoise` function did not run the model
+        self._run(latents, self.recipe.noise_options.context_noise / 1000.0, Pass(state, commits=True, run=run))
+        state.cache.commit()
 
     def _guided(self, x: Tensor, sigma: float, passes: Sequence[Pass]) -> Tensor:
         """x0 of a step, from the prompt's prediction and, with guidance, the negative one's."""

@@ -13,6 +13,7 @@ from ..attention.backends.dense import FastestDense
 from ..model.causal import Pass
 from ..model.cuda_graph import CudaGraph
 from ..model.kv_storage import KVOptions
+from ..pinned import Weights
 from ..refusal import check_choice
 from .recipe import Noise
 from .record import RunRecorder
@@ -76,8 +77,9 @@ class Runtime:
     recorder: records the blocks that the run reads and the time it takes.
     measuring: a context in which `machine` measures, before the first chunk and after the last: it runs single layers,
         through `denoise` if that is given. None is `machine.measuring`, or no measurement if `denoise` is given.
-    cuda_graph: whether a chunk's steps are launched as one CUDA graph, see `cuda_graph`; "auto" does so if
-        possible and otherwise records why not, "on" refuses to run without.
+    cuda_graph: whether passes are launched as CUDA graphs, see `cuda_graph`; "auto" does so if possible and otherwise
+        records why not, "on" refuses to run without.
+    weights: keeps the model's weights in place for graphs; None if they do not move.
     """
 
     device: torch.device | str | None = None
@@ -92,6 +94,7 @@ class Runtime:
     recorder: RunRecorder | None = None
     cuda_graph: CudaGraph = "auto"
     measuring: Callable[[], AbstractContextManager[None]] | None = None
+    weights: Weights | None = None
 
     def __post_init__(self) -> None:
         check_choice("replay", self.replay, Replay)

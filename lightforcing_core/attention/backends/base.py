@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ....kernels.layer_memory import LayerMemory
 from ...fast_path import FastPath
 from ..blocks import FrameBlocks
 from ..quantised import STORED
@@ -33,6 +34,8 @@ class Call:
     tail: the block means of k and v, [B, k_blocks, H, D] each, that replace the blocks that are not read.
     uneven: query blocks may read different numbers of key blocks.
     dense: the function that `Dense` runs; torch's own attention if None.
+    whole: the memory of all slots, of which k, v, scales and tail are the first, and int32 numbers on the device, the
+    last of which is k_blocks; for a backend whose launches then are the same for every k_blocks.
     """
 
     q: Tensor
@@ -46,6 +49,7 @@ class Call:
     tail: tuple[Tensor, Tensor] | None = None
     uneven: bool = False
     dense: DenseAttention | None = None
+    whole: tuple[LayerMemory, Tensor] | None = None
 
     @property
     def block(self) -> tuple[int, int]:

@@ -35,16 +35,21 @@ class Triton(Backend):
         from ....kernels import block_sparse, tuning
 
         tuning.machine = machine
+        k, v, scales, tail, numbers = call.k, call.v, call.scales, call.tail, None
+        if call.whole is not None:
+            memory, numbers = call.whole
+            k, v, scales, tail = memory.keys, memory.values, memory.scales, memory.tail if tail else None
         return block_sparse.block_sparse_attention(
             call.q,
-            call.k,
-            call.v,
+            k,
+            v,
             *(call.selection or (None, None)),
             tokens_per_frame=call.q_layout.tokens_per_frame,
             block_q=call.q_layout.block,
             block_k=call.k_layout.block,
             scale=call.scale,
-            scales=call.scales,
-            tail=call.tail,
+            scales=scales,
+            tail=tail,
             uneven=call.uneven,
+            used=None if numbers is None else numbers[-1:],
         )

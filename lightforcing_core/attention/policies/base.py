@@ -24,12 +24,23 @@ class Plan(Protocol):
     def fixed(self) -> BlockSelection | None:
         """The selection of every layer and step, if no query and no key changes it."""
 
+    @property
+    def tables(self) -> tuple[Tensor, ...]:
+        """What `select` reads from the device in the place of numbers, if it launches the same work in every chunk.
+
+        The last one is int32: frames to choose, blocks to keep, and how many key blocks are in use.
+        """
+
+    def steady(self, slots: int, width: int) -> "Plan":
+        """The same plan with `tables`, if it can have them; arguments as those of `ChunkAttention.steady`."""
+
     def select(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None
     ) -> BlockSelection:
         """The key blocks that one layer reads in one step, from block means, [B, blocks, H, D] each.
 
-        frame_means: [B, frames, H, D]. sub_means: means of parts of key blocks, to score blocks with instead.
+        frame_means: [B, frames, H, D]. sub_means: means of parts of key blocks, to score blocks with instead. With
+        `tables` the means are those of every slot of the cache.
         """
 
 

@@ -27,6 +27,10 @@ class WindowPlan:
     fixed: BlockSelection
     kept: int
     kind: str = "window"
+    tables = ()  # its lists are made anew for every chunk
+
+    def steady(self, slots: int, width: int) -> "WindowPlan":
+        return self
 
     def select(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Denoising steps that are recorded once per chunk and launched again: equal to running them, bit for bit.
+"""Passes that are recorded once per kind and launched again: equal to running them, bit for bit.
 
 Recording is done on a tape of operations in the place of a CUDA graph, see `tape`.
 """
@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from lightforcing.laboratory.quality.fp8 import quantize_linears
+from lightforcing.lightforcing_core.attention import selection
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model import cuda_graph, fused
-from lightforcing.lightforcing_core.model.causal import ModelState, predict
+from lightforcing.lightforcing_core.model.causal import ModelState, run_pass
 from lightforcing.lightforcing_core.model.cuda_graph import StepGraph, why_no_graph
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
-from lightforcing.lightforcing_core.pinned import why_not_resident
+from lightforcing.lightforcing_core.pinned import Weights, why_not_resident
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 from lightforcing.lightforcing_core.rollout.record import RunRecorder
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
@@ -109,12 +110,11 @@ def test_launched_steps_leave_exactly_what_running_them_leaves(dit, events, case
         assert all(map(torch.equal, held, same_held))
 
 
-def test_a_chunk_records_its_second_step_and_frees_the_recording_before(dit, events):
+def test_a_recording_replaces_one_that_serves_no_more_chunks(dit, events):
     list(run(dit, "on"))
     # The first launch of each kind, dense and sparse, was compared with running it.
     one, two, three = ([("record", number), *3 * [("launch", number)]] for number in (1, 2, 3))
-    freed = [("free", 1)], [("free", 2)], [("free", 3)]
-    assert events == [*one, two[0], *freed[0], *two[1:], three[0], *freed[1], *three[1:], *freed[2]]
+    assert events == [*one, *two, three[0], ("free", 2), *three[1:], ("free", 1), ("free", 3)]
     events.clear()
     list(run(dit, "on", cfg=2.0, negative=prompt(9)))
     assert sorted(number for kind, number in events if kind == "free") == [1, 2, 3, 4, 5, 6]  # of both prompts
@@ -155,7 +155,7 @@ def test_a_recorder_of_the_run_sees_launched_steps_as_it_sees_others(dit, events
         assert plain.block_map is launched.block_map is None or torch.equal(plain.block_map, launched.block_map)
     assert records["off"].attention == records["on"].attention
     assert "CUDA graphs" not in records["off"].facts
-    assert records["on"].facts["CUDA graphs"] == "9 steps launched as graphs"
+    assert records["on"].facts["CUDA graphs"] == "9 passes launched as 2 graphs"
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,9 @@ def test_a_change_within_a_chunk_is_followed(dit, events, happens, recordings):
         happens(dit, state, lambda time=None: out.append(predict(dit, x, next(times) if time is None else time, state)))
         return out
 
-    launched, plain = passes(StepGraph(TapeRecorder(CPU), print, must=True)), passes(predict)
+    graph = StepGraph(Weights(dit, CPU), print)
+    with graph.held():
+        launched, plain = passes(graph), passes(run_pass)
     assert all(map(torch.equal, launched, plain))
     assert [kind for kind, _ in events].count("record") == recordings
 
@@ -325,7 +327,7 @@ def test_weights_that_are_not_simply_there_cannot_be_recorded(dit, events, chang
     for name, value in change(module.weight.data).items():
         setattr(module, name, value)
     assert reason in why_not_resident(dit, CPU)
-    assert reason in why_no_graph(dit, CPU, kv_in_cpu_memory=False)
+    assert reason in why_no_graph(Weights(dit, CPU), kv_in_cpu_memory=False)
 
 
 def test_fp8_layers_can_be_recorded(dit, events):
@@ -367,7 +369,40 @@ def kernels(monkeypatch):
     entry("store", "fused_store", lambda args, kwargs: [part for part in kwargs["ring"] if part is not None])
     entry("modulation", "norm_scale_shift", lambda args, kwargs: [])
     entry("modulation", "add_norm", lambda args, kwargs: [])
+    entry("selection", "select_blocks", lambda args, kwargs: [])
+    entry("block_sparse", "block_sparse_attention", lambda args, kwargs: [])
+    monkeypatch.setattr(selection, "why_not_fused", lambda *means: None)
     return calls
+
+
+# Chunks of a frame, which is one ragged block; those that skip blocks keep 1, 1, 2 and 1 of up to 5.
+MANY = FEW | {"latent_shape": (1, 16, 5, 4, 10), "growth": (0.0, 0.5, 0.5, 0.5, 0.8)}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"window": 4, "sink_frames": 1, "sigmas": few_step_sigmas((1000, 500)), "first_sigmas": FEW["sigmas"]},
+        {"options": {"tail": True, "estimator": "lse"}, "kv": KVOptions("int8"), "latent_shape": (2, 16, 5, 4, 10)},
+    ],
+    ids=["window and sink, two steps", "tail, parts, int8, two videos"],
+)
+def test_one_recording_of_a_kind_serves_all_chunks(dit, events, kernels, case):
+    plainly, launched, case = [], [], MANY | {"attention": in_triton(**case.get("options", {})), **case}
+    case.pop("options", None)
+    expected = video(run(dit, "off", seen=plainly, **case))
+    assert torch.equal(video(run(dit, "on", seen=launched, **case)), expected)
+    for (numbers, held), (same_numbers, same_held) in zip(plainly, launched, strict=True):
+        assert numbers == same_numbers
+        assert all(map(torch.equal, held, same_held))
+    # The first chunk's steps, the steps of all others, and their clean passes but for the first.
+    assert [kind for kind, _ in events].count("record") == 3
+    steps = len(case["sigmas"]) - 1
+    assert [kind for kind, _ in events].count("launch") == 2 + 4 * steps - 1 + 2
+
+
+def in_triton(**options):
+    return AttentionOptions("triton", (16, 16), 3, 1, 1, **options)
 
 
 def test_fused_kernels_are_recorded_with_the_step(dit, events, kernels):
