@@ -7,7 +7,7 @@ import contextlib
 import logging
 import math
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,17 +42,20 @@ def parts_of(weight: Any) -> tuple[Tensor, ...]:
     return (weight._qdata, weight._params.scale) if is_ours else ()
 
 
-def why_not_resident(tree: nn.Module, device: torch.device) -> str | None:
+def why_not_resident(tree: nn.Module, device: torch.device, kept: Container[nn.Module] = ()) -> str | None:
     """The reason why the weights of a module tree do not stay on `device` as they are, or None.
 
     A CUDA graph or a second stream must not use weights that are moved, patched or unpacked while in use. A weight that
     ComfyUI casts stays where it is, and the cast is recorded.
+    kept: modules whose weights somebody else keeps on the device.
     """
     device = indexed(device)
     for name, module in tree.named_modules():
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has a hook"
         changed = getattr(module, "weight_function", ()) or getattr(module, "bias_function", ())
+        if module in kept and not changed:
+            continue
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         for key, tensor in own:
             parts = parts_of(tensor)
@@ -69,26 +72,27 @@ def why_not_resident(tree: nn.Module, device: torch.device) -> str | None:
 class Weights:
     """A module tree's weights for work that reads them by address, such as a CUDA graph or a second stream's.
 
-    These are ordinary tensors; a subclass can keep weights that would otherwise move.
+    These are ordinary tensors. A subclass can keep others in place; of its `kept` modules nothing is checked here.
     """
 
     def __init__(self, tree: nn.Module, device: torch.device) -> None:
         self.tree, self.device = tree, device
-        self._places: list[tuple[dict[str, Tensor | None], str]] = []
+        self.kept: set[nn.Module] = set()
+        self._places: list[tuple[Mapping[str, Tensor | None], str]] = []
 
     def hold(self) -> str | None:
-        """Keep the weights in place until `release`; the reason if that is not possible, and nothing is held then."""
-        modules = list(self.tree.modules())
-        tables = [table for module in modules for table in (module._parameters, module._buffers)]
+        """Keep the weights in place until `release`; the reason if that is not possible."""
+        modules = [module for module in self.tree.modules() if module not in self.kept]
+        tables: list[Mapping[str, Tensor | None]] = [m._parameters for m in modules] + [m._buffers for m in modules]
         self._places = [(table, name) for table in tables for name in table]
-        return why_not_resident(self.tree, self.device)
+        return why_not_resident(self.tree, self.device, self.kept)
 
     def release(self) -> None:
-        """End `hold`, if it is in effect."""
+        """End `hold`, whether or not it succeeded."""
 
     def are_ready(self) -> bool:
         """Whether work that reads the held weights can be recorded now."""
-        return why_not_resident(self.tree, self.device) is None
+        return why_not_resident(self.tree, self.device, self.kept) is None
 
     def signature(self) -> Hashable:
         """Equal as long as the weights held lie where they lay."""

@@ -6,7 +6,7 @@ The rest of nodes/ imports ComfyUI through this file, so a change in ComfyUI is 
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,16 +25,18 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
-from comfy.cli_args import PerformanceFeature, args
+from comfy.cli_args import args
 from comfy.model_management import VRAMState
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy_aimdo import model_vbar
 from comfy_execution.graph_utils import ExecutionBlocker
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ..lightforcing_core.attention.backends.base import DenseAttention
 from ..lightforcing_core.files.output import missing_folders, remove_empty
+from ..lightforcing_core.pinned import Weights
 
 Interrupted: type[BaseException] = comfy.model_management.InterruptProcessingException
 out_of_memory: type[Exception] = comfy.model_management.OOM_EXCEPTION  # after it ComfyUI frees its memory
@@ -76,9 +78,60 @@ def weight_bytes_on_device(patcher: ModelPatcher) -> int:
     return 0 if comfy.model_management.vram_state == VRAMState.NO_VRAM else patcher.model_size()
 
 
-def untested_speedups_wanted() -> bool:
-    """Whether ComfyUI was started with --fast (or --fast autotune)."""
-    return PerformanceFeature.AutoTune in args.fast
+class PagedWeights(Weights):
+    """Weights under DynamicVRAM, kept on the GPU as ComfyUI keeps those of the layer that it runs.
+
+    ComfyUI reserves pages of GPU memory for each module (`_v`) and fills them when the module runs. While pages are
+    pinned they are not taken away, and a signature of theirs changes with every new reservation. The contents are
+    the module's weights if the signature with which they were filled (`_v_signature`) is that of the pages.
+    """
+
+    def __init__(self, tree: torch.nn.Module, device: torch.device, apart: Iterable[torch.nn.Module]) -> None:
+        super().__init__(tree, device)
+        self._apart = [module for one in apart for module in one.modules()]
+        self._pages: list[tuple[torch.nn.Module, Any, Any]] = []
+
+    def hold(self) -> str | None:
+        self.release()
+        self.kept = set(self._apart)
+        for module in self.tree.modules():
+            if module not in self.kept and (pages := getattr(module, "_v", None)) is not None:
+                signature = model_vbar.vbar_fault(pages)
+                if signature is None:
+                    return "the GPU has no memory for all weights at once"
+                self._pages.append((module, pages, signature))
+                self.kept.add(module)
+        return super().hold()
+
+    def release(self) -> None:
+        for module, pages, _ in self._pages:
+            vars(module).pop("_prefetch", None)
+            model_vbar.vbar_unpin(pages)
+        self._pages.clear()
+
+    def are_ready(self) -> bool:
+        if not (self._are_filled() and super().are_ready()):
+            return False
+        # With this ComfyUI uses the pages as they are. Asking for each anew may wait for the GPU.
+        for module, _, signature in self._pages:
+            module._prefetch = {"signature": signature, "resident": True}
+        return True
+
+    def signature(self) -> Hashable:
+        return self._are_filled(), *(bytes(signature) for _, _, signature in self._pages), super().signature()
+
+    def _are_filled(self) -> bool:
+        compare = model_vbar.vbar_signature_compare
+        return all(compare(signature, module._v_signature) for module, _, signature in self._pages)
+
+    def __del__(self) -> None:
+        self.release()
+
+
+def weights_of(patcher: ModelPatcher, tree: torch.nn.Module, apart: Iterable[torch.nn.Module] = ()) -> Weights:
+    """The weights of a model's module tree, for work that needs all but those `apart` in place."""
+    device = patcher.load_device
+    return PagedWeights(tree, device, apart) if patcher.is_dynamic() else Weights(tree, device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels.layer_memory import LayerMemory
 from ..attention.backends.base import Call, DenseAttention
@@ -176,6 +176,12 @@ def run_pass(
         return predict(dit, x, timestep, state, watch)
     _run_layers(dit, x, timestep, _grid(x, state), state, only_store=True)
     return torch.zeros_like(x)
+
+
+def prompt_modules(dit: Any) -> list[nn.Module]:
+    """The modules that run once for each prompt, and not in every pass."""
+    attentions = [block.cross_attn for block in dit.blocks]
+    return [dit.text_embedding, *(part for one in attentions for part in (one.k, one.v, one.norm_k))]
 
 
 def tables(dit: Any, x: Tensor, state: ModelState) -> list[Tensor]:

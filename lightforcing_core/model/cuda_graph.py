@@ -95,6 +95,9 @@ class StepGraph:
                 state.chunk.passes += 1
                 return self._launch(recorded, call)
             self._spent.append(self._recorded.pop(call.place).recording)  # its tensors return to the pool
+            if recorded.weights != self._weights.signature() and (reason := self._weights.hold()):
+                self._stop(reason)
+                return call.run()
         has_run = call.key in self._ran and state.text is not None and bool(state.text.keys_values)
         if has_run and call.launches >= LEAST_LAUNCHES and self._weights.are_ready():
             return self._first_launch(call)
@@ -104,7 +107,7 @@ class StepGraph:
     def finish(self) -> None:
         """Note the launches of a run that has ended well."""
         if not self.why_off:
-            self._note(f"{self.launches} passes launched as {len(self._recorded)} graphs")
+            self._note(f"{self.launches} passes launched as graphs")
 
     def free(self) -> None:
         self._spent += [one.recording for one in self._recorded.values()]

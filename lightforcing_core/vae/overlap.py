@@ -24,15 +24,20 @@ class OverlappedDecoder:
         self._stream = SideStream(device) if concurrent and device.type == "cuda" else None
         self._coming: deque[Pending] = deque()
 
-    def put(self, latents: Tensor, *, normalised: bool = True) -> list[Tensor]:
+    @property
+    def is_busy(self) -> bool:
+        """Whether a decode may be running."""
+        return bool(self._coming)
+
+    def put(self, latents: Tensor, *, normalised: bool = True, beside: bool = True) -> list[Tensor]:
         """Decode the clip's next latents [B, 16, f, h, w]; returns frames that are ready.
 
-        With a second stream, returns the frames [B, n, 8h, 8w, 3] of all earlier calls, in CPU memory; without one,
-        the frames of these latents on the decoder's device. Raises what `StreamingDecoder.decode` raises; frames that
-        are not finite are reported when they are ready.
+        With a second stream, and `beside`, returns the frames [B, n, 8h, 8w, 3] of all earlier calls, in CPU memory;
+        otherwise those and the frames of these latents, on the decoder's device. Raises what `StreamingDecoder.decode`
+        raises; frames that are not finite are reported when they are ready.
         """
-        if self._stream is None:
-            return [self._decoder.decode(latents, normalised=normalised)]
+        if self._stream is None or not beside:
+            return [*self.rest(), self._decoder.decode(latents, normalised=normalised)]
         earlier = len(self._coming)
 
         def decode() -> tuple[Tensor, Tensor]:

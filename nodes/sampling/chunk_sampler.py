@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ...lightforcing_core import machine
 from ...lightforcing_core.attention.backends.dense import FastestDense
 from ...lightforcing_core.memory.plan import MemoryPlan
-from ...lightforcing_core.model.causal import Pass
+from ...lightforcing_core.model.causal import Pass, prompt_modules
 from ...lightforcing_core.refusal import NotFinite
 from ...lightforcing_core.rollout.cost import flops_ratio, recipe_costs
 from ...lightforcing_core.rollout.loop import rollout
@@ -35,6 +35,7 @@ from ..comfy import (
     raise_if_interrupted,
     request_memory,
     show_text,
+    weights_of,
 )
 from ..model.patch import KEY, CausalSampler, conflicting_patch, required_settings, run_passes
 from ..vae.decode import FrameDecoder
@@ -135,6 +136,7 @@ class ChunkSampler(CausalSampler):
         (run, plan), self._prepared = self._prepared, None
         inner, video = model_wrap.inner_model, _Video(run, noise, plan.latents_on_device)
         fresh = self.fresh_noise or run.recipe.noise()
+        dit = inner.diffusion_model
         bar = tqdm(disable=disable_pbar, desc="Light Forcing")
 
         def draw(index: int, number: int, shape: tuple[int, ...]) -> Tensor:
@@ -168,6 +170,7 @@ class ChunkSampler(CausalSampler):
             recorder=recorder,
             cuda_graph="auto" if plan.cuda_graph else "off",
             measuring=self._measuring,
+            weights=weights_of(model_wrap.model_patcher, dit, prompt_modules(dit)),
         )
         # A saved run has its own guidance; its prompts come with the passes, so any other serves as the negative one.
         cfg, model_wrap.cfg = model_wrap.cfg, run.recipe.guidance.cfg
@@ -176,7 +179,7 @@ class ChunkSampler(CausalSampler):
         speed = machine.safe() if self.request.speed == "safe" else contextlib.nullcontext()
         try:
             with named_for_the_canvas():
-                chunks = rollout(inner.diffusion_model, run.recipe, runtime, run.finished)
+                chunks = rollout(dit, run.recipe, runtime, run.finished)
             with speed, contextlib.closing(chunks):
                 for chunk in chunks:
                     video.add(chunk)

@@ -16,12 +16,7 @@ from ...lightforcing_core.model.kv_storage import KVOptions
 from ...lightforcing_core.model.wan import HEAD_DIM
 from ...lightforcing_core.rollout.look import Looks
 from ...lightforcing_core.rollout.state import RunState
-from ..comfy import (
-    ModelPatcher,
-    memory_for_a_run,
-    untested_speedups_wanted,
-    weight_bytes_on_device,
-)
+from ..comfy import ModelPatcher, memory_for_a_run, weight_bytes_on_device
 from ..vae.decode import FrameDecoder
 
 # Whole videos of latents that sampling can keep in CPU memory: the result, the noisy one, and a preview's copy.
@@ -70,8 +65,7 @@ def plan_of(
         most_tiles=1 if decoder is None else decoder.most_tiles,
         latents=LATENT_COPIES * 4 * math.prod(recipe.latent_shape) if on_device else 0,
         overlap=is_cuda and decoder is not None and decoder.can_overlap,
-        # Graphs are not measured yet, so they need --fast. They hold the addresses of weights, which must not move.
-        cuda_graph=is_cuda and untested_speedups_wanted() and not model.is_dynamic(),
+        cuda_graph=is_cuda,
     )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from ...lightforcing_core.memory.estimate import decode_bytes, gib
 from ...lightforcing_core.model.cuda_capture import CudaRecorder
-from ...lightforcing_core.pinned import why_not_resident
 from ...lightforcing_core.refusal import check_finite
 from ...lightforcing_core.rollout.schedule import video_frames_of
 from ...lightforcing_core.vae.graph import PassGraph, places_of
@@ -26,6 +26,7 @@ from ..comfy import (
     memory_for_a_run,
     raise_if_interrupted,
     result_dtype,
+    weights_of,
 )
 from ..texts import node_schema
 
@@ -97,6 +98,7 @@ class FrameDecoder:
         self._vae, self._shape, self._keep, self._done = vae, tuple(latent_shape), keep, 0
         self._tae_latents: TaeLatents | None = None if tae_latents == "auto" else tae_latents
         self._frames: Tensor | None = None
+        self._weights = weights_of(vae.patcher, module)
         try:
             self.cut(0)
         except ValueError as error:
@@ -130,8 +132,8 @@ class FrameDecoder:
 
     @property
     def can_overlap(self) -> bool:
-        """Whether the VAE can decode on a second CUDA stream, without DynamicVRAM."""
-        return self._vae.device.type == "cuda" and not self._vae.patcher.is_dynamic()
+        """Whether the VAE can decode on a second CUDA stream."""
+        return self._vae.device.type == "cuda"
 
     @property
     def most_tiles(self) -> int:
@@ -175,20 +177,35 @@ class FrameDecoder:
         vae = self._vae
         if vae.patcher.current_loaded_device() != vae.patcher.load_device:  # another model took the memory
             load_on_device(vae.patcher, self.bytes_needed)
+        wanted = self._overlap and self._tiles <= 1
         if self._line is None:  # only now is the VAE on its final device
-            resident = self._overlap and why_not_resident(vae.first_stage_model, vae.device) is None
-            self._line = OverlappedDecoder(self._decoder, vae.device, concurrent=resident and self._tiles <= 1)
-        return [self._kept(pixels) for pixels in self._line.put(latents, normalised=normalised)]
+            self._line = OverlappedDecoder(self._decoder, vae.device, concurrent=wanted)
+        stays = wanted and self._weights.hold() is None
+        try:
+            return [self._kept(pixels) for pixels in self._line.put(latents, normalised=normalised, beside=stays)]
+        finally:
+            self._release()
 
     def arrived(self) -> list[Tensor]:
-        return [self._kept(pixels) for pixels in self._line.arrived()] if self._line else []
+        return self._collected(OverlappedDecoder.arrived)
 
     def rest(self) -> list[Tensor]:
-        return [self._kept(pixels) for pixels in self._line.rest()] if self._line else []
+        return self._collected(OverlappedDecoder.rest)
 
     def drop(self) -> None:
         if self._line:
             self._line.drop()
+            self._release()
+
+    def _collected(self, collect: Callable[[OverlappedDecoder], list[Tensor]]) -> list[Tensor]:
+        frames = [self._kept(pixels) for pixels in collect(self._line)] if self._line else []
+        self._release()
+        return frames
+
+    def _release(self) -> None:
+        """Let the weights move again, unless a decode that is not finished reads them."""
+        if self._line is None or not self._line.is_busy:
+            self._weights.release()
 
     def _kept(self, pixels: Tensor) -> Tensor:
         if not self._keep:

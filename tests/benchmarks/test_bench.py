@@ -108,7 +108,8 @@ def test_rollout_lists_every_chunk_and_compares_whole_videos(tmp_path):
 
 
 def test_step_measures_each_arm_as_a_graph_too(monkeypatch):
-    monkeypatch.setattr(step, "CudaRecorder", TapeRecorder)
+    for module in (step, cuda_graph):
+        monkeypatch.setattr(module, "CudaRecorder", TapeRecorder)
     monkeypatch.setattr(cuda_graph, "_checked", set())
     monkeypatch.setattr(TapeRecorder, "events", [])
     model, place = Model(128, 128, 1), Place(Machine("cpu"), "float32")

@@ -15,13 +15,18 @@ def tensors(tree):
     return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
 
 
+def under(tensor):
+    """The tensor that does the work of one on a stand-in for a GPU."""
+    return getattr(tensor, "held", tensor)
+
+
 def storage(tensor):
-    return tensor.untyped_storage()._cdata
+    return under(tensor).untyped_storage()._cdata
 
 
 def as_bytes(tensor):
     """The whole storage below a tensor, as uint8."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+    return torch.empty(0, dtype=torch.uint8).set_(under(tensor).untyped_storage())
 
 
 def written(func, args, kwargs):
@@ -73,7 +78,7 @@ class Tape(TorchDispatchMode):
             again = func(*args, **kwargs)
             if is_fresh:
                 for held, new in zip(tensors(out), tensors(again), strict=True):
-                    if held.data_ptr() != new.data_ptr():
+                    if under(held).data_ptr() != under(new).data_ptr():
                         held.copy_(new)
 
 

@@ -31,7 +31,7 @@ plans = []
 
 
 def plan_of(*arguments, plan=chunk_sampler.plan_of, **named):
-    plans.append(replace(plan(*arguments, **named), cuda_graph=plan_of.graph))
+    plans.append(replace(plan(*arguments, **named), cuda_graph=plan_of.graph, overlap=plan_of.graph))
     return plans[-1]
 
 
@@ -103,7 +103,7 @@ def encoded(vae):
 def run(model, *, size=None, graph=False, **inputs):
     """Latents, frames and record of a run of two chunks from an empty card of `size` bytes; None: of any size.
 
-    graph: ask for recorded steps, as with --fast autotune.
+    graph: record steps and decode beside the sampling.
     """
     management.unload_all_models()
     plan_of.graph = graph

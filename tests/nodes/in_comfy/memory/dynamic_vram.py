@@ -6,6 +6,7 @@ weights have pages there, and what lies in them.
 
 import re
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -20,6 +21,7 @@ from card_runs import CARD, card, comfyui, decode, management, new_vae, run, sam
 from comfyui import comfy
 
 node_comfy = comfyui.module("nodes.comfy")
+tape, overlap = comfyui.module("tests.support.tape"), comfyui.module("lightforcing_core.vae.overlap")
 
 
 class Pages:
@@ -161,11 +163,9 @@ management.unload_all_models()
 switch(True)
 model, vae, seen = runs.with_lora(runs.file()), new_vae(), []
 runs.watched_norms(seen)
-made = run(model, vae=vae, graph=True)
 assert (model.is_dynamic(), vae.patcher.is_dynamic()) == (True, True)
-assert same(whole, made) == [True, True]
+assert same(whole, run(model, vae=vae)) == [True, True]
 assert all(right for _, right in seen)
-assert made[2].facts["CUDA graphs"].startswith("not used: ComfyUI moves or patches the weights of ")
 size = full - model.model_size() // 2
 assert same(whole, run(model, vae=vae, size=size)) == [True, True]
 assert (card.peak <= size, pages_of(model).misses > 0) == (True, True)
@@ -205,6 +205,67 @@ model_of_pages, model = model, plain
 assert same(expected, run(runs.meanwhile(plain, 4, all_go), vae=vae)) == [True, True]
 assert taken.pop() == 0
 model = model_of_pages
+
+# Graphs hold the pages of a chunk, and the decode beside the sampling holds the VAE's; whatever else moves drops them.
+runs.graphs.CudaRecorder, record, busy = tape.TapeRecorder, tape.TapeRecorder.record, []
+whole, wanted = run(ordinary, vae=vae, steps=4), run(plain, vae=vae, steps=4)
+
+
+def recorded(model, wanted, **how):
+    """How often a run, right as it must be, recorded a pass, and what it says of graphs; nothing stays pinned."""
+    tape.TapeRecorder.events.clear()
+    made = run(model, vae=vae, graph=True, steps=4, **how)
+    assert same(wanted, made) == [True, True]
+    assert not pinned()
+    kinds = [kind for kind, _ in tape.TapeRecorder.events]
+    assert kinds.count("record") == kinds.count("free")
+    return kinds.count("record"), made[2].facts["CUDA graphs"]
+
+
+def pinned():
+    """Pins of pages, and modules whose pages count as filled."""
+    filled = sum("_prefetch" in vars(layer) for one in (model, plain) for layer in runs.layers_of(one))
+    return sum(sum(pages.used.values()) for pages in Pages.alive) + filled
+
+
+def all_stale():
+    for layer in runs.layers_of(plain):
+        layer._v_signature = None  # as loading with other patches leaves it
+
+
+def cancelled(self, work):
+    assert pinned()
+    raise node_comfy.Interrupted
+
+
+class Late:
+    """A second stream whose work is done when its frames are waited for."""
+
+    def __init__(self, device):
+        pass
+
+    def start(self, decode, latents):
+        busy.append(sum(vae.patcher.model.dynamic_vbars[CARD].used.values()))
+        return SimpleNamespace(is_there=lambda: False, wait=decode)
+
+
+assert recorded(model, whole) == (2, "6 passes launched as graphs")
+assert recorded(model, whole, size=size) == (0, "not used: the GPU has no memory for all weights at once")
+for happens in (some_go, all_go):  # the small weights alone can still go
+    count, said = recorded(runs.meanwhile(plain, 3, happens), wanted)
+    assert (count, said[:14]) == (1, "no longer used")
+assert recorded(runs.meanwhile(plain, 3, all_stale), wanted) == (2, "4 passes launched as graphs")
+tape.TapeRecorder.record = cancelled
+with suppress(node_comfy.Interrupted):
+    run(plain, steps=4, graph=True)
+assert not pinned()
+tape.TapeRecorder.record = record
+overlap.SideStream, one_stream = Late, overlap.OverlappedDecoder.__init__
+overlap.OverlappedDecoder.__init__ = lambda self, decoder, device, *, concurrent: one_stream(self, decoder, "cuda")
+for happens in (lambda: None, all_go):
+    assert recorded(runs.meanwhile(plain, 7, happens), wanted)[0]
+assert all(busy)
+
 
 # Bypassing the node gives the stock model back; where hooks need it, ComfyUI makes an ordinary MODEL of ours.
 other = model.get_non_dynamic_delegate()

@@ -38,10 +38,10 @@ def wrapped():
 
 MOVES = "not used: ComfyUI moves or patches the weights of {} while they are used"
 for make, launched, note in (
-    (lambda: comfyui.load("tiny_wan.safetensors"), 9, "9 steps launched as graphs"),  # three of a chunk's four
-    (lambda: comfyui.load("tiny_causal.safetensors"), 9, "9 steps launched as graphs"),
-    (lambda: comfyui.with_lora(comfyui.load("tiny_wan.safetensors")), 9, "9 steps launched as graphs"),
-    (lambda: comfyui.loaded("tiny_wan.safetensors", "fp8_rowwise"), 9, "9 steps launched as graphs"),
+    (lambda: comfyui.load("tiny_wan.safetensors"), 9, "9 passes launched as graphs"),  # three of a chunk's four
+    (lambda: comfyui.load("tiny_causal.safetensors"), 9, "9 passes launched as graphs"),
+    (lambda: comfyui.with_lora(comfyui.load("tiny_wan.safetensors")), 9, "9 passes launched as graphs"),
+    (lambda: comfyui.loaded("tiny_wan.safetensors", "fp8_rowwise"), 9, "9 passes launched as graphs"),
     (wrapped, 0, MOVES.format("blocks.0.self_attn.q")),
 ):
     expected, *without = sample(make(), False)
