@@ -9,6 +9,7 @@ from .backends.base import Call
 from .dispatch import BackendChoice, announce, choose
 from .options import AttentionOptions
 from .policies import POLICIES, Plan, View
+from .selection import SelectionPlan
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,10 @@ class ChunkAttention:
     density: float = 1.0
 
     def steady(self, slots: int, width: int) -> "ChunkAttention":
-        """The same, as work that is launched alike in every chunk, if plan and backend allow it.
-
-        slots: frames that the cache has memory for. width: entries of each list of key blocks.
-        """
-        is_triton = self.choice is not None and self.choice.name == TRITON.name
-        plan = self.plan.steady(slots, width) if self.plan and is_triton else self.plan
-        return replace(self, plan=plan)
+        """The same with a plan that is `SelectionPlan.steady`, if plan and backend allow it."""
+        if isinstance(self.plan, SelectionPlan) and self.choice and self.choice.name == TRITON.name:
+            return replace(self, plan=self.plan.steady(slots, width))
+        return self
 
     @property
     def is_steady(self) -> bool:

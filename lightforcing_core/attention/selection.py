@@ -115,8 +115,7 @@ class SelectionPlan:
     `always` bool [k_blocks]: the blocks that are eligible for every query block. `middle_slots` int64 [m]: the
     slots that compete for the `choose` remaining places, oldest frame first (None when every block is eligible).
     `frame_ranks` int32 [slots] combines both: a slot's place in `middle_slots`, or −1 if its blocks are always
-    eligible. `kept` is how many blocks each query block keeps. A steady plan also has `numbers`, see `Plan.tables`,
-    lists of `width` entries, and ranks −2 of slots that are not in use.
+    eligible. `kept` is how many blocks each query block keeps. numbers, width: of a `steady` plan.
     """
 
     layout: FrameBlocks
@@ -162,6 +161,11 @@ class SelectionPlan:
         return () if self.numbers is None else (self.frame_ranks, self.numbers)
 
     def steady(self, slots: int, width: int) -> "SelectionPlan":
+        """The same for all `slots` of a cache, so that every chunk launches the same work on lists of `width` entries.
+
+        Slots that are not in use have rank −2. Its `tables` are the ranks, and as int32 the frames to choose, the
+        blocks to keep and the number of key blocks in use. The plan itself if it keeps more than `width`.
+        """
         if self.kept > width:
             return self
         numbers = torch.tensor((self.choose, self.kept, len(self.always)), dtype=torch.int32)

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import gc
-import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..pinned import indexed
-
-# The environment variables by which torch chooses its allocator.
-ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 class CudaRecorder:
@@ -34,9 +31,6 @@ class CudaRecorder:
             return f"CUDA graphs are for NVIDIA GPUs, not for {device.type}"
         if torch.version.hip:
             return "CUDA graphs have not been tried on AMD GPUs"
-        # It has no separate pool for captures, and warns about every tensor that a capture frees.
-        if any("cudaMallocAsync" in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS):
-            return "CUDA graphs have not been tried on torch's allocator cudaMallocAsync; use its native one"
         return None
 
     def record(self, work: Callable[[], Tensor]) -> tuple["CudaRecording", Tensor]:
@@ -110,5 +104,7 @@ class CudaRecording:
 
     def free(self) -> None:
         self._done.synchronize()  # a running graph must not be destroyed; this one ended about a pass ago
-        self._graph.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's allocator cudaMallocAsync warns about tensors of a graph
+            self._graph.reset()
         self._alive.discard(self)

@@ -9,13 +9,15 @@ share one memory pool; therefore a graph's results are copied out before another
 import contextlib
 import logging
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..fast_path import FastPath, one_line, recording
+from ..machine import choose, is_off
 from ..pinned import Weights
 from .causal import ModelState, OpenChunk, TextMemory, Watch, run_pass, tables
 from .cuda_capture import CudaRecorder, CudaRecording
@@ -56,10 +58,13 @@ class StepGraph:
         self, weights: Weights, note: Callable[[str], object], wanted: CudaGraph = "on", why_not: str | None = None
     ) -> None:
         self._weights, self._note, self._must = weights, note, wanted == "on"
+        if wanted == "auto" and is_off():
+            why_not = why_not or "nothing is chosen by measurement in this run"
         self.why_off = "it was not asked for" if wanted == "off" else why_not
         if why_not is not None:
             note(f"not used: {why_not}")
         self.launches = 0
+        self._last: _Call | None = None
         self._recorder = None if self.why_off else CudaRecorder(weights.device)
         self._recorded: dict[Hashable, _Recorded] = {}  # by state, and whether the pass commits and skips blocks
         self._spent: list[CudaRecording] = []  # replaced: the next recording reuses their memory
@@ -89,6 +94,7 @@ class StepGraph:
         call = _Call(dit, x, timestep, state, watch, commits)
         if self.why_off:
             return call.run()
+        self._last = None if commits else call
         recorded = self._recorded.get(call.place)
         if recorded is not None:
             if recorded.is_for(call) and recorded.weights == self._weights.signature():
@@ -99,15 +105,37 @@ class StepGraph:
                 self._stop(reason)
                 return call.run()
         has_run = call.key in self._ran and state.text is not None and bool(state.text.keys_values)
-        if has_run and call.launches >= LEAST_LAUNCHES and self._weights.are_ready():
+        if has_run and call.launches >= LEAST_LAUNCHES and self._weights.are_ready() and self._pays(call):
             return self._first_launch(call)
         self._ran.add(call.key)
         return self._plain(call)
 
     def finish(self) -> None:
         """Note the launches of a run that has ended well."""
-        if not self.why_off:
+        if self.launches and not self.why_off:
             self._note(f"{self.launches} passes launched as graphs")
+        elif not self.why_off:
+            self._note("not used: they were not measured to be faster for this model and size")
+
+    def measure(self) -> None:
+        """Inside `machine.measuring`, compare the last pass of the open chunk as it ran with a recording of it."""
+        if self._last is None or self.why_off or self._must:
+            return
+        with torch.no_grad(), self.held():
+            if not self.why_off and self._weights.are_ready():
+                self._pays(self._last)
+
+    def _pays(self, call: "_Call") -> bool:
+        """Whether recordings of such passes are wanted: they are proved to be faster, or must be used."""
+        if self._must:
+            return True
+        state, chunk, usual, call = call.state, call.state.chunk, "pass by pass", replace(call, watch=None)
+        before = chunk.passes, self.launches
+        sizes = *map(str, call.kind[:8]), str(state.cache.storage.dtype), str(state.attention)
+        ways: dict[str, Callable[[], Tensor]] = {usual: call.run, "graph": partial(self._launched, call)}
+        name = choose("CUDA graph", sizes, call.x.device, ways, incumbent=usual, tolerance=TOLERANCE)
+        chunk.passes, self.launches = before
+        return name != usual
 
     def free(self) -> None:
         self._spent += [one.recording for one in self._recorded.values()]
@@ -150,7 +178,7 @@ class StepGraph:
         passes = call.state.chunk.passes
         path, reason = FastPath("CUDA graph", call.x.device, call.x.dtype, detail=call.kind), None
         try:
-            out = path.attempt(lambda: self._record_and_check(call), "running steps one by one")
+            out = path.attempt(lambda: self._launch_and_check(call), "running steps one by one")
         except torch.OutOfMemoryError as error:  # a recording takes more memory than running, which may still fit
             out, reason = None, one_line(error)
         if out is not None:
@@ -159,10 +187,16 @@ class StepGraph:
         self._stop(reason or path.failure or "a recording failed", is_said=reason is None)
         return call.run()
 
-    def _record_and_check(self, call: "_Call") -> Tensor:
-        """Record and launch; compare the first launch of its kind with a normal pass."""
+    def _launched(self, call: "_Call") -> Tensor:
+        """Launch a recording of this pass, which is made now if there is none."""
+        recorded = self._recorded.get(call.place)
+        if recorded is None or not recorded.is_for(call):
+            recorded = self._recorded[call.place] = self._record(call)
+        return self._launch(recorded, call)
+
+    def _record(self, call: "_Call") -> "_Recorded":
         assert self._recorder is not None
-        state, passes = call.state, call.state.chunk.passes
+        state = call.state
         seen: list[tuple[Any, ...]] = []
         inputs = call.x.clone(), call.timestep.clone()
         held = _Call(call.dit, *inputs, state, lambda *one: seen.append(one), call.commits)
@@ -171,11 +205,15 @@ class StepGraph:
             graph, out = self._recorder.record(held.run)
         self._free_spent()
         weights, is_bound = self._weights.signature(), state.cache.wrote_runs
-        recorded = _Recorded(graph, inputs, out, seen, given, state.chunk, call.key, state.text, weights, is_bound)
-        self._recorded[call.place] = recorded
-        out = self._launch(recorded, call)
+        return _Recorded(graph, inputs, out, seen, given, state.chunk, call.key, state.text, weights, is_bound)
+
+    def _launch_and_check(self, call: "_Call") -> Tensor:
+        """Launch; compare the first launch of its kind with a normal pass."""
+        chunk, passes = call.state.chunk, call.state.chunk.passes
+        out = self._launched(call)
+        chunk.passes = passes + 1
         if call.kind not in _checked:
-            launched, state.chunk.passes = call.left_by(out), passes
+            launched, chunk.passes = call.left_by(out), passes
             plain = call.left_by(call.run())
             far = float((launched - plain).norm() / plain.norm().clamp_min(1e-12))
             if not far <= TOLERANCE:  # also true for NaN

@@ -28,6 +28,7 @@ SCRIPTS = [
     "memory/memory",
     "memory/low_memory",
     "memory/dynamic_vram",
+    "memory/graphs",
     "memory/no_backend",
     "memory/joined",
     "vae/overlap",

@@ -26,13 +26,7 @@ class Plan(Protocol):
 
     @property
     def tables(self) -> tuple[Tensor, ...]:
-        """What `select` reads from the device in the place of numbers, if it launches the same work in every chunk.
-
-        The last one is int32: frames to choose, blocks to keep, and how many key blocks are in use.
-        """
-
-    def steady(self, slots: int, width: int) -> "Plan":
-        """The same plan with `tables`, if it can have them; arguments as those of `ChunkAttention.steady`."""
+        """What `select` reads from the device in the place of numbers, see `SelectionPlan.steady`; usually nothing."""
 
     def select(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None

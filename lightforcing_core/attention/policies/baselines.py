@@ -27,10 +27,7 @@ class WindowPlan:
     fixed: BlockSelection
     kept: int
     kind: str = "window"
-    tables = ()  # its lists are made anew for every chunk
-
-    def steady(self, slots: int, width: int) -> "WindowPlan":
-        return self
+    tables = ()
 
     def select(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None

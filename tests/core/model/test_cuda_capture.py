@@ -23,14 +23,6 @@ from ...support import tape
 CPU = torch.device("cpu")
 
 
-def test_nothing_is_recorded_on_an_allocator_that_keeps_no_pool_for_it(monkeypatch):
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
-    assert CudaRecorder.why_not(torch.device("cuda")) is None
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64,backend:cudaMallocAsync")
-    assert "use its native one" in CudaRecorder.why_not(torch.device("cuda"))
-
-
 class FakeStream:
     def __init__(self, *_):
         pass

@@ -5,11 +5,13 @@ Recording is done on a tape of operations in the place of a CUDA graph, see `tap
 
 import importlib
 import logging
+from functools import partial
 
 import pytest
 import torch
 
 from lightforcing.laboratory.quality.fp8 import quantize_linears
+from lightforcing.lightforcing_core import machine
 from lightforcing.lightforcing_core.attention import selection
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model import cuda_graph, fused
@@ -19,6 +21,7 @@ from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.pinned import Weights, why_not_resident
+from lightforcing.lightforcing_core.rollout import loop
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 from lightforcing.lightforcing_core.rollout.record import RunRecorder
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
@@ -39,8 +42,10 @@ def dit():
 
 @pytest.fixture
 def events(monkeypatch):
-    """Steps are recorded on tapes; what became of the recordings."""
+    """Steps are recorded on tapes, even if that is not faster; what became of the recordings."""
     monkeypatch.setattr(cuda_graph, "CudaRecorder", TapeRecorder)
+    monkeypatch.setattr(cuda_graph, "choose", lambda *_, **__: "graph")
+    monkeypatch.setattr(cuda_graph, "is_off", lambda: False)
     monkeypatch.setattr(cuda_graph, "_checked", set())
     monkeypatch.setattr(TapeRecorder, "events", [])
     return TapeRecorder.events
@@ -268,6 +273,23 @@ def test_a_change_within_a_chunk_is_followed(dit, events, happens, recordings):
         launched, plain = passes(graph), passes(run_pass)
     assert all(map(torch.equal, launched, plain))
     assert [kind for kind, _ in events].count("record") == recordings
+
+
+def test_auto_records_once_a_run_has_measured_that_graphs_are_faster(dit, events, monkeypatch, tmp_path):
+    monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("LIGHTFORCING_PROFILE")
+    monkeypatch.setattr(cuda_graph, "choose", machine.choose)
+    monkeypatch.setattr(machine, "seconds_of", lambda run, device: 1e-3 if isinstance(run, partial) else 2e-3)
+    monkeypatch.setattr(loop.Looks, "look", lambda *_, **__: None)
+    expected, said = video(run(dit, "off")), []
+    for _ in range(2):
+        recorder = RunRecorder()
+        assert torch.equal(video(run(dit, "auto", recorder=recorder, measuring=machine.measuring)), expected)
+        said.append(recorder.finish().facts["CUDA graphs"])
+    assert said == [
+        "not used: they were not measured to be faster for this model and size",
+        "9 passes launched as graphs",
+    ]
 
 
 def test_weights_that_comfyui_begins_to_patch_are_no_longer_recorded_in_this_run(dit, events):

@@ -1,119 +1,18 @@
-"""Runs under ComfyUI's DynamicVRAM, where each weight comes to the card when it is used.
-
-ComfyUI's own Python decides everything. A stand-in does what its C library does with a GPU's page tables: which
-weights have pages there, and what lies in them.
-"""
-
-import re
-import weakref
-from contextlib import suppress
-from pathlib import Path
-from types import SimpleNamespace
-from typing import ClassVar
+"""Runs under ComfyUI's DynamicVRAM, where each weight comes to the card when it is used."""
 
 import card_runs as runs
-import comfy_aimdo.host_buffer
-import comfy_aimdo.model_vbar
-import comfy_aimdo.torch
 import torch
-from card import OnCard
-from card_runs import CARD, card, comfyui, decode, management, new_vae, run, same
+from card_runs import CARD, card, comfyui, management, new_vae, run, same
 from comfyui import comfy
+from pages import Pages, pages_of, switch
 
 node_comfy = comfyui.module("nodes.comfy")
-tape, overlap = comfyui.module("tests.support.tape"), comfyui.module("lightforcing_core.vae.overlap")
-
-
-class Pages:
-    """A stand-in for ModelVBAR: a weight gets pages when it is used, while the card has memory.
-
-    Unused pages are freed for other needs, and their content is overwritten.
-    """
-
-    most = 1 << 40  # bytes of weights that may stay
-    alive: ClassVar = weakref.WeakSet()
-
-    def __init__(self, size, device):
-        self.end, self.pages, self.used, self.faults, self.misses = 0, {}, {}, 0, 0
-        Pages.alive.add(self)
-
-    def alloc(self, size):
-        self.end += size
-        return self, self.end - size, size
-
-    def fault(self, offset, size):
-        """A signature of the content of a weight's pages, or None if the card has no memory for them."""
-        self.faults += 1
-        if offset not in self.pages:
-            if self.loaded_size() + size > min(Pages.most, card.size - card.used):
-                self.misses += 1
-                return None
-            card.take(size)
-            held = torch.empty(size, dtype=torch.uint8)
-            card.hold_for_free(held)
-            self.pages[offset] = OnCard(held), f"{self.faults:8}".encode()
-        self.used[offset] = self.used.get(offset, 0) + 1
-        return self.pages[offset][1]
-
-    def unpin(self, offset, size):
-        self.used[offset] -= 1
-
-    def prioritize(self):
-        pass
-
-    def loaded_size(self):
-        return sum(memory.nbytes for memory, _ in self.pages.values())
-
-    def free_memory(self, size):
-        freed = 0
-        for offset in [offset for offset in reversed(self.pages) if not self.used.get(offset)]:
-            if freed >= size:
-                break
-            memory, _ = self.pages.pop(offset)
-            memory.held.fill_(0xFF)
-            card.drop(memory.nbytes)
-            freed += memory.nbytes
-        return freed
-
-    def __del__(self):
-        self.used.clear()
-        self.free_memory(self.end)
-
-
-class NoBuffer:
-    """A stand-in for HostBuffer: nothing is pinned here."""
-
-    size = 0
-
-    def __init__(self, *_):
-        pass
-
-    def truncate(self, *_, **__):
-        pass
-
-
-comfy_aimdo.model_vbar.ModelVBAR = Pages
-comfy_aimdo.host_buffer.HostBuffer = NoBuffer
-comfy_aimdo.torch.aimdo_to_tensor = lambda place, device: place[0].pages[place[1]][0]
-comfy.cli_args.args.disable_pinned_memory = True
-
-
-def switch(on):
-    """What main.py does where DynamicVRAM works, or undo it."""
-    patcher = comfy.model_patcher
-    patcher.CoreModelPatcher = patcher.ModelPatcherDynamic if on else patcher.ModelPatcher
-    comfy.memory_management.aimdo_enabled = on
-    card.give_up = (lambda size: [pages.free_memory(size) for pages in list(Pages.alive)]) if on else lambda size: None
 
 
 def after_a_node():
     """What ComfyUI does after every node."""
     management.reset_cast_buffers()
     comfy.model_prefetch.cleanup_prefetch_queues()
-
-
-def pages_of(model):
-    return model.model.dynamic_vbars[CARD]
 
 
 def contents(model):
@@ -206,91 +105,15 @@ assert same(expected, run(runs.meanwhile(plain, 4, all_go), vae=vae)) == [True, 
 assert taken.pop() == 0
 model = model_of_pages
 
-# Graphs hold the pages of a chunk, and the decode beside the sampling holds the VAE's; whatever else moves drops them.
-runs.graphs.CudaRecorder, record, busy = tape.TapeRecorder, tape.TapeRecorder.record, []
-whole, wanted = run(ordinary, vae=vae, steps=4), run(plain, vae=vae, steps=4)
-
-
-def recorded(model, wanted, **how):
-    """How often a run, right as it must be, recorded a pass, and what it says of graphs; nothing stays pinned."""
-    tape.TapeRecorder.events.clear()
-    made = run(model, vae=vae, graph=True, steps=4, **how)
-    assert same(wanted, made) == [True, True]
-    assert not pinned()
-    kinds = [kind for kind, _ in tape.TapeRecorder.events]
-    assert kinds.count("record") == kinds.count("free")
-    return kinds.count("record"), made[2].facts["CUDA graphs"]
-
-
-def pinned():
-    """Pins of pages, and modules whose pages count as filled."""
-    filled = sum("_prefetch" in vars(layer) for one in (model, plain) for layer in runs.layers_of(one))
-    return sum(sum(pages.used.values()) for pages in Pages.alive) + filled
-
-
-def all_stale():
-    for layer in runs.layers_of(plain):
-        layer._v_signature = None  # as loading with other patches leaves it
-
-
-def cancelled(self, work):
-    assert pinned()
-    raise node_comfy.Interrupted
-
-
-class Late:
-    """A second stream whose work is done when its frames are waited for."""
-
-    def __init__(self, device):
-        pass
-
-    def start(self, decode, latents):
-        busy.append(sum(vae.patcher.model.dynamic_vbars[CARD].used.values()))
-        return SimpleNamespace(is_there=lambda: False, wait=decode)
-
-
-assert recorded(model, whole) == (2, "6 passes launched as graphs")
-assert recorded(model, whole, size=size) == (0, "not used: the GPU has no memory for all weights at once")
-for happens in (some_go, all_go):  # the small weights alone can still go
-    count, said = recorded(runs.meanwhile(plain, 3, happens), wanted)
-    assert (count, said[:14]) == (1, "no longer used")
-assert recorded(runs.meanwhile(plain, 3, all_stale), wanted) == (2, "4 passes launched as graphs")
-tape.TapeRecorder.record = cancelled
-with suppress(node_comfy.Interrupted):
-    run(plain, steps=4, graph=True)
-assert not pinned()
-tape.TapeRecorder.record = record
-overlap.SideStream, one_stream = Late, overlap.OverlappedDecoder.__init__
-overlap.OverlappedDecoder.__init__ = lambda self, decoder, device, *, concurrent: one_stream(self, decoder, "cuda")
-for happens in (lambda: None, all_go):
-    assert recorded(runs.meanwhile(plain, 7, happens), wanted)[0]
-assert all(busy)
-
-
 # Bypassing the node gives the stock model back; where hooks need it, ComfyUI makes an ordinary MODEL of ours.
 other = model.get_non_dynamic_delegate()
 assert (other.is_dynamic(), same(whole, run(other, vae=vae))) == (False, [True, True])
 
 # The nodes that decode and encode by themselves.
-# On a GPU one could decode beside the sampling, but not with weights that may go: it is not even planned.
-made, beside = [], []
+made = []
 for on in (False, True):
     switch(on)
     vae = new_vae()
-    on_gpu = SimpleNamespace(_vae=SimpleNamespace(device=torch.device("cuda"), patcher=vae.patcher))
-    beside.append(decode.FrameDecoder.can_overlap.fget(on_gpu))
     made += [runs.decoded(vae), runs.encoded(vae)]
     management.unload_all_models()
-assert beside == [True, False]
 assert [torch.equal(made[0], made[2]), torch.equal(made[1], made[3])] == [True, True]
-
-# The start options that the help page names are ComfyUI's, and one of them turns DynamicVRAM off.
-page = Path(comfyui.PACK, "nodes", "web", "docs", "LightForcingSampler.md").read_text(encoding="utf-8")
-arguments, parser = comfy.cli_args.args, comfy.cli_args.parser
-known = {text for action in parser._actions for text in action.option_strings}
-named = set(re.findall(r"--[a-z][a-z-]+", page))
-assert {"--disable-dynamic-vram", "--fast", "--disable-cuda-malloc"} <= named <= known, named - known
-arguments.cpu = False
-assert comfy.cli_args.enables_dynamic_vram()
-arguments.disable_dynamic_vram = True
-assert not comfy.cli_args.enables_dynamic_vram()
