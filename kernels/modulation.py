@@ -4,8 +4,6 @@ One program owns one token, or a few of one frame, with whole rows in registers:
 Scale, shift and gate differ from frame to frame, as an autoregressive rollout's time steps do.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from . import device
 from .bound import cdiv, launch
+from .quantise import launch_options, to_rows
 from .rounding import cast
 
 MAX_WIDTH = 8192
@@ -47,6 +46,7 @@ def _add_norm(
     shift_ptr,
     sum_ptr,
     out_ptr,
+    row_scales_ptr,
     tokens_per_frame,
     frames,
     eps,
@@ -74,15 +74,13 @@ def _add_norm(
     scale = tl.load(scale_ptr + place, mask=column_is_real, other=0.0).to(tl.float32) + (0.0 if OWN else 1.0)
     shift = tl.load(shift_ptr + place, mask=column_is_real, other=0.0).to(tl.float32)
     out = x * inverse[:, None] * scale[None, :] + shift[None, :]
-    tl.store(out_ptr + tile, cast(out, out_ptr.dtype.element_ty), mask=real)
-
-
-@functools.cache
-def launch_options(width: int) -> dict[str, int]:
-    """Padded width, rows and warps: 4,096 values or one row, 16 values a thread."""
-    padded = triton.next_power_of_2(width)
-    rows = max(1, 4096 // padded)
-    return {"PADDED": padded, "ROWS": rows, "num_warps": rows * padded // 512}
+    if row_scales_ptr is None:
+        out = cast(out, out_ptr.dtype.element_ty)
+    else:
+        out, row_scales = to_rows(tl.where(real, out, 0.0))
+        rows = tl.arange(0, ROWS)
+        tl.store(row_scales_ptr + first + rows, row_scales, mask=within + rows < tokens_per_frame)
+    tl.store(out_ptr + tile, out, mask=real)
 
 
 def why_not(x: Tensor) -> str | None:
@@ -92,19 +90,23 @@ def why_not(x: Tensor) -> str | None:
     return device.why_not("the modulation kernel", x)
 
 
-def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+Rows = tuple[Tensor, Tensor]  # as `quantise_rows` makes them
+
+
+def norm_scale_shift(x: Tensor, scale: Tensor, shift: Tensor, eps: float, *, fp8: bool = False) -> Tensor | Rows:
     """LayerNorm(x) · (1 + scale) + shift, the norm without weights of its own.
 
     x: [B, F · tokens, D]; scale, shift: [B, F or 1, D]. All in float32, rounded once at the end: closer than the
-    unfused steps, which also round the norm and 1 + scale. Returns a contiguous tensor like x. Raises ValueError when
-    `why_not` gives a reason or a shape or dtype is off.
+    unfused steps, which also round the norm and 1 + scale. Returns a contiguous tensor like x; if `fp8`, the rows that
+    `quantise_rows` makes of the float32 result. Raises ValueError when `why_not` gives a reason or a shape or dtype is
+    off.
     """
-    return _launch(x, None, None, scale, shift, eps)
+    return _launch(x, None, None, scale, shift, eps, fp8=fp8)
 
 
 def add_norm(
-    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, *, fp8: bool = False
+) -> tuple[Tensor, Tensor | Rows]:
     """x + y · gate, or x + y, and its norm as `norm_scale_shift` computes it.
 
     y: like x; gate: [B, F or 1, D]. The sum is computed in float32 and rounded once, as `torch.addcmul` does, and the
@@ -112,7 +114,7 @@ def add_norm(
     LayerNorm(sum) · scale + shift then.
     """
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return total, _launch(x, y, gate, scale, shift, eps, total)
+    return total, _launch(x, y, gate, scale, shift, eps, total, fp8=fp8)
 
 
 def _launch(
@@ -123,7 +125,9 @@ def _launch(
     shift: Tensor,
     eps: float,
     total: Tensor | None = None,
-) -> Tensor:
+    *,
+    fp8: bool,
+) -> Tensor | Rows:
     """Check the tensors, then run the kernel; returns the norm."""
     if reason := why_not(x):
         raise ValueError(reason)
@@ -140,12 +144,13 @@ def _launch(
             f"modulations {given} do not fit x {x.dtype} {tuple(x.shape)}; they are "
             "[B, F or 1, D] for whole frames, or [D] for the norm's own weight and bias"
         )
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dtype = torch.float8_e4m3fn if fp8 else x.dtype
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    scales = torch.empty(batch * length, 1, dtype=torch.float32, device=x.device) if fp8 else None
+    sizes = length // frames, frames, eps
     options = launch_options(width)
     parts = (None if part is None else part.contiguous() for part in (x, y, gate, scale, shift))
     with device.current(x.device):
         programs = batch * frames * cdiv(length // frames, options["ROWS"])
-        launch(
-            _add_norm, (programs,), *parts, total, out, length // frames, frames, eps, OWN=own, WIDTH=width, **options
-        )
-    return out
+        launch(_add_norm, (programs,), *parts, total, out, scales, *sizes, OWN=own, WIDTH=width, **options)
+    return out if scales is None else (out.flatten(0, 1), scales)

@@ -3,6 +3,7 @@
 One program owns one row, or a few, with all of their values in registers: each is read once and written once.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ def _scale_product(
     tl.store(out_ptr + tile, cast(y, out_ptr.dtype.element_ty), mask=real)
 
 
+@functools.cache
 def launch_options(width: int) -> dict[str, int]:
     """Padded width, rows and warps: 4,096 values or one row, 16 values a thread."""
     padded = triton.next_power_of_2(width)

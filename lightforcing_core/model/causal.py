@@ -244,21 +244,21 @@ def _run_layers(
     # Each layer's six parts, then the head's shift and scale.
     steps = _modulations([block.modulation for block in dit.blocks], e0)
     steps += _modulations([dit.head.modulation], e.unsqueeze(2))
-    y = fused.norm_scale_shift(dit.blocks[0].norm1, hidden, steps[1], steps[0])
+    projections = [(block.self_attn.q, block.self_attn.k, block.self_attn.v) for block in dit.blocks]
+    y = fused.norm_scale_shift(dit.blocks[0].norm1, hidden, steps[1], steps[0], projections[0])
     norms = [*(block.norm1 for block in dit.blocks[1:]), dit.head.norm]
     # A layer is not a function of its own: `hidden` out here would keep its input alive until the function returned.
-    for layer, (block, next_norm) in enumerate(zip(dit.blocks, norms, strict=True)):
+    for layer, (block, next_norm, readers) in enumerate(zip(dit.blocks, norms, [*projections[1:], ()], strict=True)):
         if only_store and layer == len(dit.blocks) - 1:
             fused.store(block.self_attn, y, layer, state.cache, rope, state.attention.block[0], with_q=False)
             break
         gate_sa, shift_ffn, scale_ffn, gate_ffn, next_shift, next_scale = steps[6 * layer + 2 : 6 * layer + 8]
         y = _self_attention(block.self_attn, y, layer, rope, state, watch)
-        hidden, y = fused.add_norm(block.norm3, hidden, y, gate_sa)
+        hidden, y = fused.add_norm(block.norm3, hidden, y, gate_sa, readers=(block.cross_attn.q,))
         y = _cross_attention(block.cross_attn, y, *text[layer], state)
-        hidden, y = fused.add_norm(block.norm2, hidden, y, None, scale_ffn, shift_ffn)
-        hidden, y = fused.add_norm(
-            next_norm, hidden, fused.feed_forward(block.ffn, y), gate_ffn, next_scale, next_shift
-        )
+        hidden, y = fused.add_norm(block.norm2, hidden, y, None, scale_ffn, shift_ffn, (block.ffn[0],))
+        y = fused.feed_forward(block.ffn, y)
+        hidden, y = fused.add_norm(next_norm, hidden, y, gate_ffn, next_scale, next_shift, readers)
     return y
 
 

@@ -5,6 +5,7 @@ The loader's weight dtype `fp8_rowwise` uses them. e4m3 is a floating-point form
 digits run out.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -22,7 +23,7 @@ LARGEST = 448.0  # the largest finite e4m3fn
 SMALLEST = 1e-12  # lower bound of a row's largest value, so that a row of zeros has a scale
 MULTIPLE = 16  # torch's FP8 product needs both sides of a weight to be multiples of this
 TOLERANCE = 0.1  # of an FP8 product, as a share of the largest value; its rounding is a third of that
-BY_ROWS, BY_TENSOR, IN_16_BITS = "FP8", "FP8 with scales applied after the product", "16 bits"
+SCALED, SCALED_AFTER, IN_16_BITS = "FP8", "FP8 with scales applied after the product", "16 bits"
 # The quantised matrices of a transformer layer; embeddings, time and head are not quantised.
 LAYER_LINEARS = (
     *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
@@ -61,13 +62,13 @@ def why_no_fp8(out_features: int, in_features: int) -> str | None:
 def why_not_scaled_mm(device: torch.device, way: str, rows: int, out_features: int, in_features: int) -> str | None:
     """The reason why torch's FP8 product does not run on `device` with these very sizes, or None.
 
-    way: `BY_ROWS` or `BY_TENSOR`.
+    way: `SCALED` or `SCALED_AFTER`.
     """
     if device.type != "cuda":
         return f"{device.type} has no FP8 units"
     if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (8, 9):
         return f"FP8 units need compute capability 8.9, this GPU has {'.'.join(map(str, capability))}"
-    if way == BY_TENSOR and (reason := why_no_kernels()):
+    if way == SCALED_AFTER and (reason := why_no_kernels()):
         return reason
     zeros = partial(torch.zeros, device=device)
     x, weight = (zeros(size, in_features, dtype=torch.uint8).view(FP8) for size in (rows, out_features))
@@ -84,10 +85,10 @@ def way_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     FP8 runs if torch has row-wise scales here, else the dequantised weight in 16 bits does, unless another way was
     measured to be faster. The record of the run says what runs in 16 bits.
     """
-    reason = why_not_scaled_mm(device, BY_ROWS, *shape)
-    fp8, incumbent = (BY_ROWS, BY_ROWS) if reason is None else (BY_TENSOR, IN_16_BITS)
+    reason = why_not_scaled_mm(device, SCALED, *shape)
+    fp8, incumbent = (SCALED, SCALED) if reason is None else (SCALED_AFTER, IN_16_BITS)
     chosen = IN_16_BITS
-    if reason is None or why_not_scaled_mm(device, BY_TENSOR, *shape) is None:
+    if reason is None or why_not_scaled_mm(device, SCALED_AFTER, *shape) is None:
         inputs = cache(partial(_sample, shape, dtype, device))
         ways = {
             fp8: lambda: product(*quantised(inputs()[0]), *inputs()[1:], None, dtype),
@@ -125,8 +126,8 @@ def quantised(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
     return quantize_rows(functional.gelu(x, approximate="tanh") if gelu else x)
 
 
-def takes_rows(linears: Any, x: Tensor) -> bool:
-    """Whether linears of one width multiply by FP8 weights, and as many rows as x [..., any width] has, in FP8."""
+def takes_rows(linears: Sequence[Any], x: Tensor) -> bool:
+    """Whether all linears, of one width, multiply by FP8 weights, and x's number of rows in FP8; False if none."""
     for one in linears:
         if getattr(getattr(one, "weight", None), "_layout_cls", None) != ROWS_LAYOUT or one._forward_hooks:
             return False
@@ -134,14 +135,19 @@ def takes_rows(linears: Any, x: Tensor) -> bool:
             return False
         if getattr(one, "comfy_force_cast_weights", False):
             return False
+    if not linears:
+        return False
     columns, width = sum(one.weight.shape[0] for one in linears), linears[0].weight.shape[1]
     return way_of((x.numel() // x.shape[-1], columns, width), x.dtype, x.device) != IN_16_BITS
 
 
-def as_input(weight: Any, rows: tuple[Tensor, Tensor], x: Tensor) -> Any:
-    """Quantised rows of x [..., K] as ComfyUI's quantised tensor, of the kind that `weight` is."""
-    params = replace(weight._params, scale=rows[1], orig_dtype=x.dtype, orig_shape=tuple(x.shape))
-    return type(weight)(rows[0], ROWS_LAYOUT, params)
+def as_input(linears: Sequence[Any], made: Any, x: Tensor) -> Any:
+    """`made` as the input of the linears: ComfyUI's quantised tensor if it is (values, scales) of rows of x."""
+    if isinstance(made, Tensor):
+        return made
+    weight = linears[0].weight
+    params = replace(weight._params, scale=made[1], orig_dtype=x.dtype, orig_shape=(*x.shape[:-1], made[0].shape[1]))
+    return type(weight)(made[0], ROWS_LAYOUT, params)
 
 
 def scaled_product(
@@ -175,7 +181,7 @@ def _one(device: torch.device) -> Tensor:
     return torch.ones((), device=device)
 
 
-_PRODUCTS = {BY_ROWS: scaled_product, BY_TENSOR: product_then_scales}
+_PRODUCTS = {SCALED: scaled_product, SCALED_AFTER: product_then_scales}
 
 
 def product(

@@ -24,30 +24,40 @@ EPILOGUES = ("cuda",)  # devices on which the GELU of a product's epilogue has t
 INSTEAD = "running the modules"
 
 
-def norm_scale_shift(norm: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """norm(x) · (1 + scale) + shift; x [B, F · tokens, D], others [B, F or 1, D]."""
-    fused: Tensor | None = None
+def norm_scale_shift(norm: Any, x: Tensor, scale: Tensor, shift: Tensor, readers: Sequence[Any] = ()) -> Tensor:
+    """norm(x) · (1 + scale) + shift; x [B, F · tokens, D], others [B, F or 1, D].
+
+    readers: the linears that read the result; it is quantised for them if they all multiply in FP8.
+    """
+    fused: Tensor | tuple[Tensor, Tensor] | None = None
     if _is_plain_norm(norm, x, own=False):
-        fused = _modulated("norm_scale_shift", x, scale, shift, norm.eps)
+        fused = _modulated("norm_scale_shift", x, scale, shift, norm.eps, fp8=takes_rows(readers, x))
     if fused is not None:
-        return fused
+        made: Tensor = as_input(readers, fused, x)
+        return made
     framed = norm(x).unflatten(1, (scale.shape[1], -1))
     return torch.addcmul(shift.unsqueeze(2), framed, 1 + scale.unsqueeze(2)).flatten(1, 2)
 
 
 def add_norm(
-    norm: Any, x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor | None = None, shift: Tensor | None = None
+    norm: Any,
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    readers: Sequence[Any] = (),
 ) -> tuple[Tensor, Tensor]:
     """x + y · gate, or x + y, and its norm, by scale and shift or by the norm's own weights.
 
-    x, y: [B, F · tokens, D]; gate, scale, shift: [B, F or 1, D].
+    x, y: [B, F · tokens, D]; gate, scale, shift: [B, F or 1, D]. readers: of the norm, see `norm_scale_shift`.
     """
-    fused: tuple[Tensor, Tensor] | None = None
+    fused: tuple[Tensor, Any] | None = None
     if _is_plain_norm(norm, x, own=scale is None):
-        by = (norm.weight, norm.bias) if scale is None else (scale, shift)
-        fused = _modulated("add_norm", x, y, gate, *by, norm.eps)
+        by = (scale, shift) if scale is not None else tuple(_cast(norm, part, x) for part in (norm.weight, norm.bias))
+        fused = _modulated("add_norm", x, y, gate, *by, norm.eps, fp8=takes_rows(readers, x))
     if fused is not None:
-        return fused
+        return fused[0], as_input(readers, fused[1], x)
     if gate is None:
         x = x + y
     else:
@@ -89,7 +99,7 @@ def feed_forward(ffn: Any, x: Tensor) -> Tensor:
     is_gelu = type(activation) is nn.GELU and activation.approximate == "tanh" and not _hooked(activation)
     if is_gelu and takes_rows((second,), x):
         x = first(x)
-        out = second(as_input(second.weight, quantised(x.flatten(0, -2), gelu=True), x))
+        out = second(as_input((second,), quantised(x.flatten(0, -2), gelu=True), x))
         return out
     y: Tensor | None = None
     if is_gelu and _is_plain(first, x) and first.bias is not None:
@@ -206,21 +216,22 @@ def _is_plain(module: Any, x: Tensor, kind: Any = nn.Linear) -> bool:
     found: Any = type(module)
     if not _computes_as(found, kind) or "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return False
-    if own.get("comfy_cast_weights") or own.get("weight_function") or own.get("bias_function"):
+    if own.get("weight_function") or own.get("bias_function"):
         return False
     device, dtype = x.device, x.dtype
+    casts = kind is nn.LayerNorm and getattr(module, "comfy_cast_weights", False)  # as `_cast` does
     for part in own["_parameters"].values():
-        if part is not None and (type(part) is not nn.Parameter or part.device != device or part.dtype != dtype):
+        if part is not None and (type(part) is not nn.Parameter or part.device != device):
+            return False
+        if part is not None and part.dtype != dtype and not casts:
             return False
     return True
 
 
 @functools.cache
 def _computes_as(found: Any, kind: Any) -> bool:
-    """Whether modules of a type compute what `kind` does: itself, or ComfyUI's form of it that casts no weights."""
-    if not issubclass(found, kind) or getattr(found, "comfy_cast_weights", False):
-        return False
-    return found.forward is kind.forward or hasattr(found, "comfy_cast_weights")
+    """Whether modules of a type compute what `kind` does: itself, or ComfyUI's form of it."""
+    return issubclass(found, kind) and (found.forward is kind.forward or hasattr(found, "comfy_cast_weights"))
 
 
 def _is_plain_norm(norm: Any, x: Tensor, *, own: bool) -> bool:
@@ -231,7 +242,7 @@ def _is_plain_norm(norm: Any, x: Tensor, *, own: bool) -> bool:
     return (parts["weight"] is not None) == (parts["bias"] is not None) == own
 
 
-def _modulated(kernel: str, x: Tensor, *arguments: Any) -> Any:
+def _modulated(kernel: str, x: Tensor, *arguments: Any, fp8: bool) -> Any:
     """The result of one of the modulation kernels for x, or None if it cannot run."""
     if not _kernels_run(x):
         return None
@@ -239,8 +250,8 @@ def _modulated(kernel: str, x: Tensor, *arguments: Any) -> Any:
 
     if modulation.why_not(x):
         return None
-    run = partial(getattr(modulation, kernel), x, *arguments)
-    return FastPath("fused modulation", x.device, x.dtype).attempt(run, INSTEAD)
+    run = partial(getattr(modulation, kernel), x, *arguments, fp8=fp8)
+    return FastPath("fused modulation", x.device, x.dtype, detail=fp8).attempt(run, INSTEAD)
 
 
 def _kernels_run(x: Tensor) -> bool:
@@ -257,18 +268,21 @@ def _plain_weight(norm: Any, x: Tensor) -> tuple[Tensor, float] | str:
     weight, eps = norm.weight, getattr(norm, "eps", EPS)
     if type(weight) is not nn.Parameter or weight.device != x.device or eps is None:
         return f"a norm's weight is a {type(weight).__name__} on {weight.device}"
+    if weight.dtype != x.dtype and not getattr(norm, "comfy_cast_weights", False):
+        return f"a norm's weight is {weight.dtype} and x is {x.dtype}"  # it computes in the wider one
+    return _cast(norm, weight, x), eps
+
+
+def _cast(norm: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
+    """A resident weight in x's dtype, as ComfyUI casts it, made once per run."""
     if weight.dtype == x.dtype:
-        return weight, eps
-    if not getattr(norm, "comfy_cast_weights", False):  # ComfyUI's norms compute in x's dtype, others in the wider one
-        return f"a norm's weight is {weight.dtype} and x is {x.dtype}"
-    version = 0 if weight.is_inference() else weight._version
-    key, casts = (weight.data_ptr(), version, x.dtype), kept_for_a_run()
-    found = casts.get(id(norm), (None, weight))
-    if found[0] != key:
-        found = key, weight.to(x.dtype)
-        if not is_recording():  # which frees what it makes
-            casts[id(norm)] = found
-    return found[1], eps
+        return weight
+    casts = kept_for_a_run()
+    key = id(norm), weight.data_ptr(), 0 if weight.is_inference() else weight._version, x.dtype
+    cast: Tensor = casts[key] if key in casts else weight.to(x.dtype)
+    if not is_recording():  # a graph frees what it makes
+        casts[key] = cast
+    return cast
 
 
 def _hooked(module: nn.Module) -> bool:

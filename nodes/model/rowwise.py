@@ -17,15 +17,19 @@ from comfy_kitchen.tensor.base import BaseLayoutParams, dequantize_args
 from torch import Tensor
 
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS, format_mark, marked_format
+from ...lightforcing_core.fast_path import note
 from ...lightforcing_core.model.fp8 import (
     FP8,
     LAYER_LINEARS,
+    MULTIPLE,
+    SCALED,
     dequantize_rows,
     multiply,
     product,
     quantize_rows,
     row_scales,
     why_no_fp8,
+    why_not_scaled_mm,
 )
 from ...lightforcing_core.pinned import ROWS_LAYOUT as LAYOUT
 
@@ -75,6 +79,9 @@ def _linear(_: Any, args: tuple, kwargs: dict) -> Tensor:
     """x · weightᵀ + bias, in FP8 if x may be quantised too."""
     x, weight, bias = (*args, None)[:3]
     if not (isinstance(x, QuantizedTensor) and isinstance(weight, QuantizedTensor)):
+        if isinstance(weight, QuantizedTensor):
+            reason = why_not_scaled_mm(x.device, SCALED, *(3 * (MULTIPLE,))) or "as ComfyUI or the file asks"
+            note("computed in 16 bits", f"FP8 layers ({reason})")
         return torch.nn.functional.linear(*dequantize_args((x, weight, bias)))
     (values, scales), weights = (RowwiseFP8Layout.get_plain_tensors(tensor) for tensor in (x, weight))
     if scales is None:

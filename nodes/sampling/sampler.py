@@ -165,7 +165,10 @@ class LightForcingSampler(io.ComfyNode):
             live.end()
             if end.reason and files is not None:
                 files.cut_short(end.reason)
-        notes = [note for note in (end.reason, line.why_dense) if note]
+        wide = "computed in 16 bits"  # of layers in FP8
+        facts = sampler.record.facts if sampler.record else {}
+        wide = f"{wide}: {facts[wide]}" if wide in facts else ""
+        notes = [note for note in (end.reason, line.why_dense, wide) if note]
         if end.reason:
             show_text("\n· ".join(notes))
         made: dict[str, Any] = {"samples": video.to(result_device())}

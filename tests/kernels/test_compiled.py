@@ -68,6 +68,8 @@ OTHERS = [
     ((80, 90, 100, 120), "modulation", {"width": 5120}, 0),
     ((90,), "modulation", {"width": 1536, "dtype": "fp32"}, 0),
     ((100,), "modulation", {"width": 256, "dtype": "fp16"}, 0),
+    ((89, 90, 100, 120), "fp8", {"width": 8192}, 8),
+    ((120,), "fp8", {"width": 1536, "dtype": "fp16"}, 8),
 ]
 
 
@@ -125,7 +127,7 @@ def test_kernels_fit_the_chip_stay_in_registers_and_wait_no_more_than_they_did(c
                 assert 2 * (row["shared"] + 1024) <= (SHARED_KIB[chip] + 1) * 1024, case
                 assert set(row["warps"]) == {"4, 1"}, case
                 assert row["ahead"] >= 2, case
-            if case["call"] in ("modulation", "channel_norm"):
+            if case["call"] in ("modulation", "channel_norm", "fp8"):
                 assert row.get("registers", 0) <= 64, case
             if case["call"] == "store":  # a frame is pooled by the program that counts its last block
                 assert row["counts_in_order"] == case.get("means", True), case

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from lightforcing.kernels.modulation import add_norm, norm_scale_shift
+from lightforcing.lightforcing_core.model.fp8 import quantize_rows
 
 from ..support.attention_problems import DEVICE
 
@@ -131,3 +132,16 @@ def test_add_norm_refuses_parts_that_differ():
         add_norm(x, gate, gate, gate, gate, EPS)
     with pytest.raises(ValueError, match=r"torch.float32 \(64,\) do not .* or \[D\] for the norm's own"):
         add_norm(x, x, gate, gate, gate[0, 0], EPS)
+
+
+@pytest.mark.parametrize(("batch", "frames", "tokens", "width"), [(2, 3, 7, 72), (1, 2, 3, 5120)])
+def test_a_norm_for_fp8_is_quantised_before_it_is_rounded(batch, frames, tokens, width):
+    x, y = (random(batch, frames * tokens, width, dtype=torch.float32, seed=seed) for seed in (10, 11))
+    y[0, 0, 3], y[-1, -1, 0] = float("nan"), float("inf")
+    scale, shift, gate, *_ = modulations(batch, frames, width, torch.float32, seed=12)
+    for parts in ((gate, scale, shift), (None, scale[0, 0], shift[0, 0])):
+        total, wide = add_norm(x, y, *parts, EPS)
+        same, (values, scales) = add_norm(x, y, *parts, EPS, fp8=True)
+        wanted = [part.to(DEVICE) for part in quantize_rows(wide.flatten(0, 1).cpu())]
+        for got, expected in ((same, total), (values.float(), wanted[0].float()), (scales, wanted[1])):
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from lightforcing.kernels import block_sparse, channel_norm, modulation, selection, store, tuning
+from lightforcing.kernels import block_sparse, channel_norm, modulation, quantise, selection, store, tuning
 from lightforcing.kernels import device as gpu
 
 # Shared memory that one program may use, in KiB, by chip.
@@ -44,6 +44,8 @@ LAUNCHED = (
     (selection, "_select"),
     (modulation, "_add_norm"),
     (channel_norm, "_norm_silu"),
+    (quantise, "_quantise_rows"),
+    (quantise, "_scale_product"),
 )
 
 
@@ -234,12 +236,24 @@ def call_channel_norm(channels=24, batch=1, dtype="bf16", frames=12, height=480,
     channel_norm.norm_silu_behind(past, x, empty(channels, 1, 1, 1, dtype=dtype), channels**0.5, 1e-12)
 
 
+def call_fp8(width=1536, batch=1, dtype="bf16", tokens=1560, frames=3):
+    """The FP8 forms of the norms, and what else a layer in FP8 launches."""
+    x = empty(batch, frames * tokens, width, dtype=dtype)
+    shift, scale, gate, *_ = empty(6, batch, frames, width, dtype=dtype).unbind()
+    modulation.add_norm(x, x, gate, scale, shift, 1e-6, fp8=True)
+    rows = x.flatten(0, 1)
+    _, scales = quantise.quantise_rows(rows)
+    quantise.quantise_rows(rows, gelu=True)
+    quantise.scale_product(rows, scales, scales[:1].expand(width, 1).contiguous(), scale[0, 0], rows)
+
+
 CALLS = {
     "attention": call_attention,
     "store": call_store,
     "select": call_select,
     "modulation": call_modulation,
     "channel_norm": call_channel_norm,
+    "fp8": call_fp8,
 }
 
 

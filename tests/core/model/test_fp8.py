@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from lightforcing.lightforcing_core import fast_path
 from lightforcing.lightforcing_core.model import fp8 as quantize
 from lightforcing.lightforcing_core.model.fp8 import (
-    BY_ROWS,
-    BY_TENSOR,
     FP8,
     IN_16_BITS,
+    SCALED,
+    SCALED_AFTER,
     dequantize_rows,
     product,
     product_then_scales,
@@ -142,23 +142,23 @@ def test_the_way_of_a_product_is_the_fastest_proved_one(gpu, monkeypatch):
     assert (way(gpu()), asked) == (IN_16_BITS, [])
     assert fast_path.notes()[noted].endswith("refuses it here, RuntimeError: rowwise scaling is not supported)")
     fast_path.begin_run()
-    assert way(gpu(BY_ROWS, BY_TENSOR)) == BY_ROWS
+    assert way(gpu(SCALED, SCALED_AFTER)) == SCALED
     assert fast_path.notes() == {}
     best = IN_16_BITS
-    assert way(gpu(BY_ROWS)) == IN_16_BITS
+    assert way(gpu(SCALED)) == IN_16_BITS
     assert fast_path.notes()[noted] == "32×64 (faster than FP8 here)"
     best = None
-    assert way(gpu(BY_TENSOR)) == IN_16_BITS
-    best = BY_TENSOR
-    assert way(gpu(BY_TENSOR)) == BY_TENSOR
-    by_rows, by_tensor = ((*kind, (name, IN_16_BITS)) for name in (BY_ROWS, BY_TENSOR))
-    assert asked == [(*by_rows, BY_ROWS)] * 2 + [(*by_tensor, IN_16_BITS)] * 2
+    assert way(gpu(SCALED_AFTER)) == IN_16_BITS
+    best = SCALED_AFTER
+    assert way(gpu(SCALED_AFTER)) == SCALED_AFTER
+    by_rows, by_tensor = ((*kind, (name, IN_16_BITS)) for name in (SCALED, SCALED_AFTER))
+    assert asked == [(*by_rows, SCALED)] * 2 + [(*by_tensor, IN_16_BITS)] * 2
 
 
-@pytest.mark.parametrize("way", [BY_ROWS, BY_TENSOR])
+@pytest.mark.parametrize("way", [SCALED, SCALED_AFTER])
 def test_ways_measured_are_the_same_product(monkeypatch, tmp_path, way):
     """On a CPU, which has both in torch, through the real measurement."""
-    if way == BY_TENSOR:
+    if way == SCALED_AFTER:
         pytest.importorskip("triton")
     monkeypatch.setenv("LIGHTFORCING_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("LIGHTFORCING_PROFILE")

@@ -104,7 +104,7 @@ CHANGES = {
     "patched": (weight_set(lambda weight: 2 * weight), True),
     "patched in place": (lambda linear: linear.weight.data.mul_(2), True),
     "without a bias": (lambda linear: setattr(linear, "bias", None), False),
-    "cast by ComfyUI": (lambda linear: setattr(linear, "comfy_cast_weights", True), False),
+    "cast by ComfyUI": (lambda linear: setattr(linear, "comfy_cast_weights", True), True),  # to the dtype that it has
     "patched while used": (lambda linear: setattr(linear, "weight_function", [torch.clone]), False),
     "hooked": (lambda linear: linear.register_forward_hook(lambda module, inputs, output: 2 * output), False),
     "forward replaced": (lambda linear: setattr(linear, "forward", lambda x: 0 * x), False),

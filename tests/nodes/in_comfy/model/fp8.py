@@ -6,7 +6,11 @@ Errors are those of whole runs' latents on random weights, against the same run 
 them. The product that it then asks torch for runs on a CPU under torch's older name only.
 """
 
+import os
 import sys
+from collections import Counter
+
+os.environ["TRITON_INTERPRET"] = "1"
 
 import comfy_kitchen.tensor.fp8
 import comfyui
@@ -87,6 +91,39 @@ for name in ("stock loader", "fp8_rowwise"):
     assert error(video_of(comfyui.with_lora(load(*arguments))), reference_lora) < 0.09, name
 assert torch.equal(latents["stock loader"], latents["our loader"])
 assert errors["fp8_rowwise"] < errors["fp8_e4m3fn"]
+
+# With the fused kernels, interpreted: the norms and the GELU quantise for the products behind them, and q, k and v are
+# one product; only the inputs of both output projections are quantised by a launch of their own.
+fused, modulation, rows = map(
+    comfyui.module, ("lightforcing_core.model.fused", "kernels.modulation", "kernels.quantise")
+)
+launches = Counter()
+
+
+def counted(module, name):
+    launch = getattr(module, name)
+
+    def run(x, *arguments, **options):
+        launches[(name, *options.values())] += 1
+        return launch(x, *arguments, **options)
+
+    setattr(module, name, run)
+
+
+for module, name in ((modulation, "norm_scale_shift"), (modulation, "add_norm"), (rows, "quantise_rows")):
+    counted(module, name)
+model = with_units(comfyui.loaded, PLAIN, "fp8_rowwise")
+fused.DEVICES = fused.EPILOGUES = ("cpu",)
+assert 0.01 < error(video_of(model), reference) < 0.04
+fused.DEVICES = ("cuda",)
+# Eight steps of two layers, and a clean pass, which ends with the last layer's keys and values.
+assert launches == {
+    ("norm_scale_shift", True): 9,
+    ("add_norm", True): 8 * 5 + 3,
+    ("add_norm", False): 8,  # the head, in 16 bits
+    ("quantise_rows", True): 8 * 2 + 1,
+    ("quantise_rows", False): 8 * 4 + 2 + 4,  # and the text, once
+}, launches
 
 # fp8_rowwise holds exactly the rows that `quantize_rows` computes, and ComfyUI requantises a patched one by rows again.
 model = comfyui.loaded(PLAIN, "fp8_rowwise")
