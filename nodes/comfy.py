@@ -114,7 +114,7 @@ class PagedWeights(Weights):
             return False
         # With this ComfyUI uses the pages as they are. Asking for each anew may wait for the GPU.
         for module, _, signature in self._pages:
-            module._prefetch = {"signature": signature, "resident": True}
+            vars(module)["_prefetch"] = {"signature": signature, "resident": True}
         return True
 
     def signature(self) -> Hashable:
