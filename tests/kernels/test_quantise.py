@@ -5,10 +5,14 @@ import torch
 
 pytest.importorskip("triton")
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightforcing.kernels import quantise
 from lightforcing.kernels.quantise import quantise_rows, scale_product, why_not
 from lightforcing.lightforcing_core.model.fp8 import dequantize_rows, quantize_rows
 
 from ..support.attention_problems import DEVICE
+from ..support.tape import storage, tensors
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 
@@ -45,6 +49,36 @@ def test_rows_are_torchs_bit_for_bit(rows, width, dtype):
     assert same(scales, wanted[1])
     strided = torch.cat([x, x], 1).to(DEVICE)[:, :width]
     assert same(quantise_rows(strided)[0].cpu(), wanted[0])
+
+
+class Traffic(TorchDispatchMode):
+    """Counts operations that make memory, and the bytes that they read and write."""
+
+    launches = nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {storage(x): x.nbytes for x in tensors((args, kwargs))}
+        made = [x.nbytes for x in tensors(out) if storage(x) not in given]
+        if made and "empty" not in func._schema.name:
+            self.launches, self.nbytes = self.launches + 1, self.nbytes + sum(made) + sum(given.values())
+        return out
+
+
+@pytest.mark.parametrize(("width", "megabytes"), [(1536, (180, 22)), (8960, (1048, 126))])
+def test_one_launch_moves_an_eighth_of_what_torchs_eight_do(monkeypatch, width, megabytes):
+    """At the shapes of the 1.3B model, chunks of three frames at 480×832."""
+    x, moved = torch.empty(4680, width, dtype=torch.bfloat16, device="meta"), []
+    monkeypatch.setattr(quantise, "launch", lambda kernel, grid, *given, **_: moved.append(sum(map(bytes_of, given))))
+    with Traffic() as torchs:
+        quantize_rows(x)
+    quantise_rows(x)
+    assert (torchs.launches, len(moved)) == (8, 1)
+    assert (round(torchs.nbytes / 1e6), round(moved[0] / 1e6)) == megabytes
+
+
+def bytes_of(argument):
+    return argument.nbytes if isinstance(argument, torch.Tensor) else 0
 
 
 @DTYPES
