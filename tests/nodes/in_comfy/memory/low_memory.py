@@ -134,16 +134,17 @@ assert same(whole, run(runs.meanwhile(model, 4, the_vae_goes), vae=vae)) == [Tru
 assert calls == [["cpu"]]
 
 # Decode and encode on a card that is too small for the VAE; a decoder beside the sampling needs all of it.
-wide, line, beside = new_vae(16), decode.OverlappedDecoder, {}
+wide, line, seen = new_vae(16), decode.OverlappedDecoder, {}
 
 
-def noted(decoder, device, *, concurrent):
-    beside["partly" if wide.patcher.model.model_lowvram else "fully"] = concurrent
-    return line(decoder, device, concurrent=False)
+class Noted(line):
+    def put(self, latents, *, beside, **named):
+        seen["partly" if wide.patcher.model.model_lowvram else "fully"] = beside
+        return super().put(latents, beside=False, **named)
 
 
 def decode_beside():
-    decode.OverlappedDecoder = noted
+    decode.OverlappedDecoder = Noted
     decoder = decode.FrameDecoder(wide, runs.latents.shape)
     decoder.cut(1, overlap=True)
     decoder.put(runs.latents, normalised=False)
@@ -163,4 +164,4 @@ for node in (runs.decoded, runs.encoded):
         size = card.peak - wide.patcher.model_size() // 2
     (whole, full), (partly, lowvram) = made
     assert (torch.equal(whole, partly), full, lowvram) == (True, False, True), node
-assert beside == {"fully": True, "partly": False}
+assert seen == {"fully": True, "partly": False}
