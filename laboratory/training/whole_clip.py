@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from lightforcing.lightforcing_core.model.causal import _modulation, _sinusoid, _unpatchify
+from lightforcing.lightforcing_core.model.causal import _modulations, _sinusoid, _unpatchify
 from lightforcing.lightforcing_core.model.rope import RopeTable
 from lightforcing.lightforcing_core.model.wan import HEAD_DIM, Wan
 from lightforcing.lightforcing_core.vae.wan_vae import WanVAE
@@ -82,7 +82,7 @@ def teacher_forced(
     cos, sin = (torch.cat([t[:, :seen], t], dim=1) for t in (table.cos, table.sin))
 
     for block in dit.blocks:
-        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = _modulation(block.modulation, e0)
+        shift_sa, scale_sa, gate_sa, shift_ffn, scale_ffn, gate_ffn = _modulations([block.modulation], e0)
         y = _self_attention(
             block.self_attn, _modulated(block.norm1(x), scale_sa, shift_sa), (cos, sin), seen, per_chunk
         )
@@ -91,7 +91,7 @@ def teacher_forced(
         y = block.ffn(_modulated(block.norm2(x), scale_ffn, shift_ffn))
         x = x + _per_frame(y, gate_ffn)
 
-    shift, scale = _modulation(dit.head.modulation, e[:, past:].unsqueeze(2))
+    shift, scale = _modulations([dit.head.modulation], e[:, past:].unsqueeze(2))
     return _unpatchify(dit.head.head(_modulated(dit.head.norm(x[:, seen:]), scale, shift)), grid)
 
 
