@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..lightforcing_core import machine
-from ..lightforcing_core.fast_path import one_line, why_no_kernels
+from ..lightforcing_core.fast_path import MIN_TRITON, one_line, why_no_kernels
 from ..lightforcing_core.model.cuda_capture import CudaRecorder
 from ..lightforcing_core.rollout.loop import rollout
 from ..lightforcing_core.rollout.runtime import Runtime, StepEvent
@@ -26,7 +26,7 @@ from .settings import REAL_LAYERS, AttentionBench, Model, Picture, RolloutBench,
 from .stages import Put, Report, Stage
 from .step import run_step
 
-OLDEST = {"torch": (2, 7), "triton": (3, 3)}
+OLDEST = {"torch": (2, 7), "triton": MIN_TRITON}
 # Products of a chunk at 480×832 in the 1.3B model, as rows, depth and columns.
 SHAPES = {
     "8192": (8192, 8192, 8192),
@@ -67,6 +67,7 @@ def facts(level: int, report: Report, put: Put) -> None:
     for name, oldest in OLDEST.items():
         if found[name] and tuple(map(int, found[name].split(".")[:2])) < oldest:
             put("advice", f"{name} {found[name]} is too old: install {name} {'.'.join(map(str, oldest))} or newer")
+            put("ok", False)
     if device.type == "cuda":
         for without, reason in (("kernels", why_no_kernels()), ("CUDA graphs", CudaRecorder.why_not(device))):
             if reason:

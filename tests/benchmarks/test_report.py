@@ -9,9 +9,10 @@ import signal
 import time
 from pathlib import Path
 
+import torch
 from typer.testing import CliRunner
 
-from lightforcing.benchmarks import gpu
+from lightforcing.benchmarks import checks, gpu
 from lightforcing.benchmarks.stages import NotHere, Stage, run_stages
 from lightforcing.cli.main import app
 
@@ -51,6 +52,14 @@ def die(report, put):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def die_twice(report, put):
+    for kind in "abcd"[len(report["kernels"]) :]:
+        put("kernels", {"kind": kind, "verified": None})
+        if kind in "ac":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        put("kernels", {"kind": kind, "verified": True})
+
+
 def fail(report, put):
     raise RuntimeError(f"{Path.home()}/models/a.safetensors and C:\\Users\\joe\\b.pt are damaged, int8/fp8\nmore")
 
@@ -86,6 +95,35 @@ def test_a_stage_that_hangs_dies_or_fails_costs_only_its_own_rest():
         "store is wrong here",
         *(f"stage {name} {ends[name][0]}" for name in ("hang", "die", "fail")),
     ]
+
+
+def test_checks_after_a_crash_run_in_a_new_process():
+    report = run_stages([Stage("checks", die_twice, 60)], print)
+    check(report)
+    assert [row["verified"] for row in report["kernels"]] == [None, True, None, True]
+    assert [(row["state"], row["rest"]) for row in report["stages"]] == [("crashed", "done")]
+    assert not report["ok"]
+
+
+def test_numerics_leaves_out_the_checks_before_a_crash(monkeypatch):
+    kinds = [kind for kind, *_ in checks.checks(checks._real(), 0)]
+    monkeypatch.setattr(checks, "_verify", lambda runs, limit: {"verified": True})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *_, **__: None)
+    rows = []
+    report = {
+        "kernels": [{"kind": kinds[0], "verified": True}, {"kind": kinds[1], "verified": None}, {"kind": kinds[2]}]
+    }
+    checks.numerics(0, report, lambda section, row: rows.append(row["kind"]))
+    assert list(dict.fromkeys(rows)) == kinds[2:]
+
+
+def test_a_version_below_the_oldest_supported_is_not_ok(monkeypatch):
+    monkeypatch.setattr(gpu, "OLDEST", {"torch": (99, 1)})
+    put = []
+    gpu.facts(0, {}, lambda section, value: put.append((section, value)))
+    assert ("ok", False) in put
+    assert any(section == "advice" and "install torch 99.1 or newer" in str(value) for section, value in put)
 
 
 def test_bench_gpu_checks_and_times_what_a_cpu_can(tmp_path):
