@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Group
 
-from .console import Measured, carry_out, measurement, milliseconds, new_table, ratio_text, table_of
+from .console import Measured, carry_out, measurement, ratio_text, table_of
 from .settings import AttentionBench, GpuBench, RolloutBench, Say, StepBench
 
 app = typer.Typer(no_args_is_help=True, help="Measure dense against sparse on this machine, both in one process.")
@@ -32,11 +32,12 @@ def step(bench: StepBench, say: Say) -> Measured:
     from .step import run_step
 
     result = run_step(bench)
-    layers, stages, arms = result["layers"], result["stages"], ("dense", "sparse")
-    table = new_table(f"one forward of {layers} layers, chunk {bench.chunk}", "stage", "dense ms", "sparse ms")
-    for name in dict.fromkeys(name for arm in arms for name in stages[arm]):
-        table.add_row(name, *(f"{1e3 * stages[arm].get(name, 0.0):.1f}" for arm in arms))
-    table.add_row("whole forward", *(milliseconds(result["arms"][arm]) for arm in arms), style="bold")
+    stages = {arm: {"whole forward": result["arms"][arm]["median"]} | found for arm, found in result["stages"].items()}
+    names = dict.fromkeys(name for found in stages.values() for name in found)
+    rows = [
+        {"stage": name} | {f"{arm} ms": 1e3 * found.get(name, 0.0) for arm, found in stages.items()} for name in names
+    ]
+    table = table_of(f"one forward of {result['layers']} layers, chunk {bench.chunk}", rows)
     lines = [f"sparse forward: {ratio_text(result['ratio'])} as fast as dense"]
     for name, found in result["graph_ratio"].items():
         lines.append(f"{name} forward as a CUDA graph: {ratio_text(found)} as fast as without")
@@ -49,12 +50,13 @@ def rollout(bench: RolloutBench, say: Say) -> Measured:
     from .rollout import run_rollout
 
     result = run_rollout(bench, say)
-    title = f"{bench.frames} frames, {bench.setting} setting"
-    table = new_table(title, "chunk", *(f"{arm} ms" for arm in bench.arm), "peak MB")
-    rows = result["chunks"]
-    for row in rows if len(rows) <= 21 else rows[::10]:
-        times = (f"{1e3 * sum(row[arm].values()):.1f}" for arm in bench.arm)
-        table.add_row(str(row["chunk"]), *times, f"{row['peak_bytes'] / 1e6:.1f}")
+    rows = [
+        {"chunk": row["chunk"]}
+        | {f"{arm} ms": 1e3 * sum(row[arm].values()) for arm in bench.arm}
+        | {"peak MB": row["peak_bytes"] / 1e6}
+        for row in result["chunks"][:: 1 if len(result["chunks"]) <= 21 else 10]
+    ]
+    table = table_of(f"{bench.frames} frames, {bench.setting} setting", rows)
     lines = [f"CUDA graphs, {name}: {text}" for name, text in result["cuda_graphs"].items()]
     for name, value in result.get("dense_over_sparse", {}).items():
         lines.append(f"sparse is {value:.2f}x as fast as dense: {name.replace('_', ' ')}")

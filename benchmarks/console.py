@@ -142,10 +142,6 @@ def ratio_text(ratio: dict[str, Any]) -> str:
     return f"{ratio['median']:.2f}x ({low:.2f}-{high:.2f})"
 
 
-def milliseconds(arm: dict[str, Any]) -> str:
-    return f"{1e3 * arm['median']:.3g}" if arm["median"] < 0.1 else f"{1e3 * arm['median']:.0f}"
-
-
 def new_console() -> Console:
     """A console; for a file or a pipe, with lines long enough for the tables."""
     return Console(width=None if Console().is_terminal else 120)

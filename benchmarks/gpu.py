@@ -22,7 +22,7 @@ from .attention import flat_rows, run_attention
 from .checks import compile_kernels, numerics
 from .record import facts as facts_of
 from .rollout import random_wan, recipe_of, run_rollout, schedule_of
-from .settings import REAL_LAYERS, AttentionBench, Model, Picture, RolloutBench, StepBench
+from .settings import REAL_LAYERS, AttentionBench, Machine, Model, Picture, RolloutBench, StepBench
 from .stages import Put, Report, Stage
 from .step import run_step
 
@@ -48,17 +48,13 @@ def stages(level: int, *, everything: bool, apply: bool = False) -> list[Stage]:
     return made + [Stage(run.__name__, partial(run, level, apply), slack * s) for run, s in rest.items()]
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _proving(apply: bool) -> AbstractContextManager[None]:
     return machine.measuring(seconds=60.0) if apply else nullcontext()
 
 
 def facts(level: int, report: Report, put: Put) -> None:
     """Machine and versions, and advice if they do not fit."""
-    device = _device()
+    device = Machine().prepare()
     profile = machine.profile(device)
     put("key", profile["key"])
     found = facts_of(device) | profile["facts"]
@@ -80,7 +76,7 @@ def facts(level: int, report: Report, put: Put) -> None:
 
 def ceilings(level: int, report: Report, put: Put) -> str | None:
     """Rates of copies, products and launches, which nothing here exceeds."""
-    device = _device()
+    device = Machine().prepare()
     gpu = device.type == "cuda"
 
     def note(name: str, amount: float, run: Callable[[], object]) -> None:
@@ -130,7 +126,7 @@ def attention(level: int, apply: bool, report: Report, put: Put) -> str | None:
 
 def forward(level: int, apply: bool, report: Report, put: Put) -> str | None:
     """One forward of the last chunk, as a graph too if possible; host against device."""
-    device = _device()
+    device = Machine().prepare()
     bench = StepBench(7, picture=REAL, cuda_graph=not CudaRecorder.why_not(device), repeats=(5, 7, 20)[level])
     if device.type == "cpu":
         bench = replace(bench, model=replace(LITTLE, layers=1), picture=SMALL)
@@ -162,7 +158,7 @@ def clip(level: int, apply: bool, report: Report, put: Put) -> str | None:
 
 def faults(level: int, apply: bool, report: Report, put: Put) -> str | None:
     """Whether the next run is right after one was cancelled or had no memory, and whether a second card agrees."""
-    device, bench = _device(), RolloutBench(21, model=LITTLE, picture=SMALL)
+    device, bench = Machine().prepare(), RolloutBench(21, model=LITTLE, picture=SMALL)
 
     def latents(place: torch.device = device, on_step: Callable[[StepEvent], object] | None = None) -> Tensor:
         recipe = recipe_of(bench, schedule_of(bench, "sparse", bench.frames), place)
@@ -194,4 +190,4 @@ def faults(level: int, apply: bool, report: Report, put: Put) -> str | None:
 
 def choices(level: int, apply: bool, report: Report, put: Put) -> None:
     """The choices that were measured on this machine, now or before."""
-    put("choices", machine.profile(_device())["choices"])
+    put("choices", machine.profile(Machine().prepare())["choices"])

@@ -2,8 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,52 +48,21 @@ def take_turns(
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            clock = StageClock(device)
-            with clock.stage(name):
-                arms[name]()
-            seconds[name].append(clock.seconds()[name])
+            seconds[name].append(_seconds(arms[name], device))
     return seconds
 
 
-class StageClock:
-    """The time of named stages, by events on a GPU and by the wall clock elsewhere.
-
-    The time of a stage within another one counts for the outer one.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._gpu = device if device.type == "cuda" else None
-        self._spans: list[tuple[str, Any, Any]] = []
-        self._open = False
-        self.seconds()
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Add the time of this block, or of each call of a decorated function, to `name`."""
-        if self._open:
-            yield
-            return
-        self._open = True
-        start = self._now()
-        try:
-            yield
-        finally:
-            self._spans.append((name, start, self._now()))
-            self._open = False
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds per stage so far; waits for the device."""
-        if self._gpu:
-            torch.cuda.synchronize(self._gpu)
-        totals: dict[str, float] = {}
-        for name, start, end in self._spans:
-            spent = start.elapsed_time(end) / 1e3 if self._gpu else end - start
-            totals[name] = totals.get(name, 0.0) + spent
-        return totals
-
-    def _now(self) -> Any:
-        if not self._gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._gpu))
-        return event
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The time of one call, by events on a GPU and by the wall clock elsewhere."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    with torch.cuda.device(device):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begun.record()
+        run()
+        ended.record()
+        ended.synchronize()
+    return float(begun.elapsed_time(ended)) / 1e3

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from lightforcing.benchmarks import attention, layer, step
 from lightforcing.benchmarks.rollout import EARLY, over_rounds, summarise
 from lightforcing.benchmarks.settings import AttentionBench, Machine, Model, Picture, Place, StepBench
-from lightforcing.benchmarks.timing import StageClock, ratio, take_turns
+from lightforcing.benchmarks.timing import ratio, take_turns
 from lightforcing.cli.main import app
 from lightforcing.lightforcing_core.model import cuda_graph
 
@@ -165,16 +165,6 @@ def test_arms_take_turns_after_their_warm_up_and_a_ratio_is_made_of_rounds():
     assert [len(seconds) for seconds in samples.values()] == [3, 3]
     # The median of the rounds, not of the medians.
     assert ratio((1.0, 8.0, 4.0), (1.0, 2.0, 2.0)) == {"median": 2.0, "quartiles": [1.5, 3.0]}
-
-
-def test_a_stage_inside_a_stage_is_counted_once():
-    clock = StageClock(CPU)
-    inner = clock.stage("inner")(lambda: None)
-    with clock.stage("outer"):
-        inner()
-    assert set(clock.seconds()) == {"outer"}
-    inner()
-    assert set(clock.seconds()) == {"outer", "inner"}
 
 
 @pytest.mark.parametrize(
