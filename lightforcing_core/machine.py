@@ -8,10 +8,10 @@ more before it is used. Without a proof the incumbent runs.
 
 import contextlib
 import hashlib
-import importlib.metadata
-import importlib.util
+import importlib
 import json
 import logging
+import math
 import os
 import platform
 import threading
@@ -300,7 +300,8 @@ def _winner(choice: Choice, candidates: Mapping[str, Thunk], tolerance: float) -
     rows = _rows(choice)
     enabled = [name for name in candidates if name in rows and rows[name].state == ENABLED]
     for name in sorted(enabled, key=lambda name: -rows[name].gain):
-        if (choice, name) in _checked:
+        # A choice between pictures follows its row, or free memory would decide which picture a seed gives.
+        if (choice, name) in _checked or math.isinf(tolerance):
             return name
         expected = [_results(candidates[choice.incumbent])]
         if not all(map(is_finite, expected[0])):
@@ -466,8 +467,9 @@ def _machine(device: torch.device) -> tuple[str, dict[str, Any]]:
         else:
             kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
             facts |= {"name": kind, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-        has_triton = importlib.util.find_spec("triton") is not None
-        facts["triton"] = importlib.metadata.version("triton") if has_triton else None
+        facts["triton"] = None
+        with contextlib.suppress(ImportError, OSError, RuntimeError):  # its distribution has other names too
+            facts["triton"] = getattr(importlib.import_module("triton"), "__version__", None)
         code = hashlib.sha256()  # of the pack
         for source in (Path(__file__).parent, Path(__file__).parents[1] / "kernels"):
             for path in sorted(source.rglob("*.py")):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .. import machine
-from ..fast_path import FastPath, note, one_line, why_no_kernels
+from ..fast_path import FastPath, note, one_line, raise_if_fatal, why_no_kernels
 from ..pinned import ROWS_LAYOUT
 
 FP8 = torch.float8_e4m3fn
@@ -75,6 +75,7 @@ def why_not_scaled_mm(device: torch.device, way: str, rows: int, out_features: i
     try:
         _PRODUCTS[way](x, zeros(rows, 1), weight, zeros(out_features, 1), None, torch.bfloat16)
     except (RuntimeError, ValueError) as error:  # torch raises either if the GPU does not support this scaling
+        raise_if_fatal(error)
         return f"torch {torch.__version__} refuses it here, {one_line(error)}"
     return None
 
@@ -103,7 +104,9 @@ def way_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def _sample(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """An input and a quantised weight of these sizes."""
-    x, weight = (torch.randn(size, shape[2], dtype=dtype, device=device) for size in shape[:2])
+    generator = torch.Generator(device).manual_seed(0)  # not torch's own, of which others count the draws
+    random = partial(torch.randn, generator=generator, dtype=dtype, device=device)
+    x, weight = (random(size, shape[2]) for size in shape[:2])
     return x, *quantize_rows(weight)
 
 
@@ -133,7 +136,7 @@ def takes_rows(linears: Sequence[Any], x: Tensor) -> bool:
             return False
         if one._full_precision_mm or one.weight_function or one.bias_function or one._forward_pre_hooks:
             return False
-        if getattr(one, "comfy_force_cast_weights", False):
+        if getattr(one, "comfy_force_cast_weights", False) or "forward" in vars(one):  # as for a bypassed LoRA
             return False
     if not linears:
         return False

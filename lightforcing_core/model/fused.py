@@ -120,7 +120,7 @@ def _fused_store(
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """Do the same in one launch after the projections; None if the kernel cannot run."""
     q_norm, k_norm = (_plain_weight(norm, x) for norm in (attention.norm_q, attention.norm_k))
-    if not _kernels_run(x):
+    if not _kernels_run(x) or (torch.is_grad_enabled() and _needs_grad(*attention.parameters())):
         return None
     from ...kernels import store as kernel
 
@@ -202,8 +202,8 @@ def _joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | No
     if [part.data_ptr() for part in found] == list(range(place, place + len(parts) * size, size)):
         with contextlib.suppress(RuntimeError):  # neighbours by chance, each with a memory of its own
             return first.as_strided(whole, first.stride())
-    if len({(part.is_inference(), part.shape) for part in found}) > 1:
-        return None
+    if len({(part.is_inference(), part.shape) for part in found}) > 1 or is_recording():
+        return None  # a recording would move the weights again in every launch
     with torch.inference_mode(first.is_inference()), torch.no_grad():
         for part, view in zip(found, torch.cat(found).chunk(len(found)), strict=True):
             part.data = view
@@ -225,6 +225,8 @@ def _is_plain(module: Any, x: Tensor, kind: Any = nn.Linear) -> bool:
             return False
         if part is not None and part.dtype != dtype and not casts:
             return False
+        if part is not None and _needs_grad(part):
+            return False
     return True
 
 
@@ -244,7 +246,7 @@ def _is_plain_norm(norm: Any, x: Tensor, *, own: bool) -> bool:
 
 def _modulated(kernel: str, x: Tensor, *arguments: Any, fp8: bool) -> Any:
     """The result of one of the modulation kernels for x, or None if it cannot run."""
-    if not _kernels_run(x):
+    if not _kernels_run(x, *arguments):
         return None
     from ...kernels import modulation
 
@@ -254,9 +256,13 @@ def _modulated(kernel: str, x: Tensor, *arguments: Any, fp8: bool) -> Any:
     return FastPath("fused modulation", x.device, x.dtype, detail=fp8).attempt(run, INSTEAD)
 
 
-def _kernels_run(x: Tensor) -> bool:
-    """Whether kernels can run for x at all; they have no backward pass."""
-    return x.device.type in DEVICES and not (torch.is_grad_enabled() and x.requires_grad) and why_no_kernels() is None
+def _kernels_run(*tensors: Any) -> bool:
+    """Whether kernels can run for these tensors at all; they have no backward pass."""
+    return tensors[0].device.type in DEVICES and not _needs_grad(*tensors) and why_no_kernels() is None
+
+
+def _needs_grad(*tensors: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
 def _plain_weight(norm: Any, x: Tensor) -> tuple[Tensor, float] | str:

@@ -3,6 +3,7 @@
 Closing the generator cancels; chunks that were yielded before an error stay valid.
 """
 
+import logging
 from collections.abc import Generator, Sequence
 from functools import partial
 from itertools import accumulate, pairwise
@@ -25,6 +26,8 @@ from .runtime import Chunk, Runtime, StepEvent
 
 # Key blocks of a cache up to which scoring the unused ones too costs less than recording anew.
 MOST_BLOCKS = 2048
+
+_log = logging.getLogger(__name__)
 
 
 def rollout(
@@ -121,7 +124,14 @@ class ChunkLoop:
                     self.recorder.lap(index, "replay" if is_given else "clean pass")
                 past = [*past, latents][-self.cache.slots :]
             graph.finish()
-            self._look(graph, rest=True)
+            try:
+                self._look(graph, rest=True)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # ComfyUI's cancel is no Exception; the video is complete
+                _log.warning(
+                    "[Light Forcing] measuring after the last chunk ended early: %s", fast_path.one_line(error)
+                )
         finally:
             graph.free()
             # A traceback or a hook of ComfyUI may still hold the states, so their memory is freed explicitly.

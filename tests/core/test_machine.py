@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,13 @@ CANDIDATES = dict.fromkeys(SPEEDS, RIGHT.clone) | {
     "raises": fails(RuntimeError("PTX was compiled with an unsupported toolchain")),
     "full": fails(torch.OutOfMemoryError("CUDA out of memory")),
 }
+
+
+def test_a_triton_that_is_missing_or_has_another_distribution_is_no_error(restart, monkeypatch):
+    for module, version in ((None, None), (SimpleNamespace(__version__="3.6.0"), "3.6.0")):
+        monkeypatch.setitem(sys.modules, "triton", module)
+        restart()
+        assert machine._machine(CPU)[1]["triton"] == version
 
 
 @pytest.fixture

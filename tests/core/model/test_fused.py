@@ -99,6 +99,27 @@ def made_in_another_mode(linear):
         linear.weight = torch.nn.Parameter(torch.randn(128, 128), requires_grad=False)
 
 
+def test_recordings_and_training_leave_weights_where_they_are():
+    dit = wan_from_state_dict(random_state_dict(dim=128, ffn_dim=128, layers=1, text_dim=32))
+    attention, x = dit.blocks[0].self_attn, torch.randn(2, 5, 128)
+    linears = attention.q, attention.k, attention.v
+    places = [linear.weight.data_ptr() for linear in linears]
+    with torch.no_grad(), fast_path.recording():
+        fused.project(attention, x, with_q=True)
+    for linear in linears:
+        linear.requires_grad_(True)
+    sum(part.sum() for part in fused.project(attention, x, with_q=True)).backward()
+    assert all(linear.weight.grad is not None for linear in linears)
+    assert places == [linear.weight.data_ptr() for linear in linears]
+
+
+def test_sums_keep_the_gradient_of_either_part(ran):
+    norm = torch.nn.LayerNorm(128, elementwise_affine=False)
+    x, y, scale = torch.randn(1, 4, 128), torch.randn(1, 4, 128, requires_grad=True), torch.zeros(1, 1, 128)
+    with torch.enable_grad():
+        assert all(out.requires_grad for out in fused.add_norm(norm, x, y, None, scale, scale, ()))
+
+
 CHANGES = {
     "moved": (lambda linear: setattr(linear.weight, "data", linear.weight.data.clone()), True),
     "patched": (weight_set(lambda weight: 2 * weight), True),

@@ -123,3 +123,16 @@ def test_a_failing_look_is_a_warning_and_the_run_continues(dit, measured, monkey
     monkeypatch.setattr(look, "raise_if_fatal", lambda error: (_ for _ in ()).throw(fast_path.DeviceLost("gone")))
     with pytest.raises(fast_path.DeviceLost):
         list(roll(dit, text(0), **OPTIONS))
+
+
+def test_cancelling_the_last_look_costs_no_chunk(dit, measured, monkeypatch, caplog):
+    class Cancelled(BaseException):
+        pass
+
+    def cancelled(self, run_layer, *, rest=False):
+        if rest:
+            raise Cancelled
+
+    monkeypatch.setattr(Looks, "look", cancelled)
+    assert len(list(roll(dit, text(0), **OPTIONS))) == 3
+    assert "measuring after the last chunk ended early: Cancelled" in caplog.text
