@@ -8,7 +8,7 @@ more before it is used. Without a proof the incumbent runs.
 
 import contextlib
 import hashlib
-import importlib
+import importlib.metadata
 import json
 import logging
 import math
@@ -202,7 +202,7 @@ def measuring(
 def explain() -> list[str]:
     """The choices of this process with another winner than the incumbent or a quarantined candidate, a line each."""
     lines = []
-    for choice, winner in _settled.items():
+    for choice, winner in list(_settled.items()):  # another thread may add one
         for name, row in _rows(choice).items():
             if name == winner or row.state == QUARANTINED:
                 use = "" if name == winner else "is not used, "
@@ -470,6 +470,9 @@ def _machine(device: torch.device) -> tuple[str, dict[str, Any]]:
         facts["triton"] = None
         with contextlib.suppress(ImportError, OSError, RuntimeError):  # its distribution has other names too
             facts["triton"] = getattr(importlib.import_module("triton"), "__version__", None)
+        for package in ("flash-attn", "flash-attn-4", "flashinfer-python", "sageattention", "xformers"):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                facts[package] = importlib.metadata.version(package)
         code = hashlib.sha256()  # of the pack
         for source in (Path(__file__).parent, Path(__file__).parents[1] / "kernels"):
             for path in sorted(source.rglob("*.py")):

@@ -275,10 +275,11 @@ def conflicting_patches(model: ModelPatcher, model_options: Mapping[str, Any], o
 def dense_attentions() -> dict[str, DenseAttention]:
     """Attention over [B, L, H, D] by the function that ComfyUI has chosen, then by the fast ones that it offers."""
     module = comfy.ldm.modules.attention
-    functions = {"ComfyUI": module.optimized_attention}
+    usual = module.optimized_attention
+    functions = {f"ComfyUI's {usual.__name__}": usual}  # which one it is depends on ComfyUI's flags
     for name in ("pytorch", "sage", "sage3", "flash", "xformers"):
         function = module.REGISTERED_ATTENTION_FUNCTIONS.get(name)
-        if function not in (None, module.optimized_attention):
+        if function not in (None, usual):
             functions[name] = function
     return {name: partial(_dense_attention, function) for name, function in functions.items()}
 

@@ -194,7 +194,8 @@ class ChunkSampler(CausalSampler):
             seconds = time.perf_counter() - begun
             counts = video.finished, video.wanted, seconds
             log.info("[Light Forcing] %s, %d of %d chunks in %.1f s", self._title, *counts)
-        recorder.fact("measured", "\n  ".join(machine.explain()) or "nothing faster than the defaults")
+        lines = ["no, by speed safe"] if self.request.speed == "safe" else machine.explain()
+        recorder.fact("measured", "\n  ".join(lines) or "nothing faster than the defaults")
         self.record = recorder.finish(frames=video.end)
         return video.result()
 
