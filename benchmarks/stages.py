@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..lightforcing_core.fast_path import one_line
 from .settings import Say
 
 Report = dict[str, Any]
@@ -113,7 +114,7 @@ def _child(run: Run, report: Report, pipe: Connection) -> None:
     except NotHere as found:
         state, reason = "skipped", str(found)
     except BaseException as error:
-        state, reason = "failed", f"{type(error).__name__}: {(str(error).strip() or repr(error)).splitlines()[0]}"
+        state, reason = "failed", one_line(error)
     pipe.send(("", {"state": state, "reason": reason or "", "warnings": said}))
 
 

@@ -1,7 +1,7 @@
 """Launches and host time of a forward's layers, counted on a CPU: python -m laboratory.launches.
 
-The host code runs as for a GPU: kernels are compiled for sm_90, bound and specialised, but not fired. For the host
-time matrix products, attention and RMS norms, one launch each on a GPU, are replaced by an allocation.
+The host code takes the same path as on a GPU, but compiled kernels (for sm_90) are not executed. When host time is
+measured, each matrix product, dense attention and RMS norm, one launch each on a GPU, is replaced by an allocation.
 """
 
 import statistics
