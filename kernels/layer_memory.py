@@ -15,6 +15,8 @@ class LayerMemory(NamedTuple):
     frame_means: [B, slots, H, D], the means of each frame's keys; and arrivals: int32 [B, slots, H], the blocks of a
     frame and head that a running kernel has pooled, zero before and after every launch. Both come with key_means.
     sub_means: [B, slots · sub-blocks per frame, H, D], means of the parts of a key block, None if not wanted.
+    key_mean: float32 [B, H, D], None for 16 bits. It is subtracted from keys before they are quantised, but not from
+    their means: no softmax over all keys changes, and channels far from zero cost less precision.
     """
 
     keys: Tensor
@@ -26,6 +28,7 @@ class LayerMemory(NamedTuple):
     arrivals: Tensor | None = None
     value_means: Tensor | None = None
     sub_means: Tensor | None = None
+    key_mean: Tensor | None = None
 
     @property
     def scales(self) -> tuple[Tensor, Tensor] | None:
@@ -33,8 +36,11 @@ class LayerMemory(NamedTuple):
 
     @property
     def tail(self) -> tuple[Tensor, Tensor] | None:
-        """The means of key and value blocks, if both are kept, to replace skipped blocks."""
-        return None if self.key_means is None or self.value_means is None else (self.key_means, self.value_means)
+        """The means of key blocks as keys are stored, and of value blocks, if kept, to replace skipped blocks."""
+        if self.key_means is None or self.value_means is None:
+            return None
+        k_means = self.key_means if self.key_mean is None else self.key_means - self.key_mean[:, None]
+        return k_means.to(self.key_means.dtype), self.value_means
 
     @property
     def stored(self) -> tuple[Tensor, ...]:
@@ -42,9 +48,10 @@ class LayerMemory(NamedTuple):
 
     @property
     def means(self) -> tuple[Tensor, ...]:
-        kept = self.key_means, self.frame_means, self.value_means, self.sub_means
+        kept = self.key_means, self.frame_means, self.value_means, self.sub_means, self.key_mean
         return tuple(x for x in kept if x is not None)
 
     def first(self, slots: int, of: int) -> "LayerMemory":
         """Views of the first `slots` slots `of` all."""
-        return LayerMemory._make(None if x is None else x[:, : x.shape[1] * slots // of] for x in self)
+        parts = (None if x is None else x[:, : x.shape[1] * slots // of] for x in self[:-1])
+        return LayerMemory._make((*parts, self.key_mean))

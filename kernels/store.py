@@ -71,6 +71,7 @@ def _write_part(
     frame_means_ptr=None,
     arrivals_ptr=None,
     sub_means_ptr=None,
+    mean_ptr=None,
 ):
     """One program's share of q, k or v."""
     groups = tl.cdiv(heads, heads_per_program)
@@ -128,6 +129,9 @@ def _write_part(
             tl.store(means_ptr + (out_block * heads + head) * HEAD_DIM + dims, cast(mean, compute))
         if scales_ptr is not None:
             wide = x.to(tl.float32)
+            if mean_ptr is not None:
+                wide -= tl.load(mean_ptr + (batch * heads + head) * HEAD_DIM + dims)[None, :]
+                wide = tl.where(row_is_real[:, None], wide, 0.0)
             scale = tl.div_rn(tl.max(tl.max(tl.abs(wide), 1), 0), largest)
             scale = tl.where(scale == 0.0, 1.0, scale)
             tl.store(scales_ptr + out_block * heads + head, scale)
@@ -182,6 +186,7 @@ def _store(
     arrivals_ptr,
     value_means_ptr,
     sub_means_ptr,
+    key_mean_ptr,
     x_row,
     eps,
     batch,
@@ -248,6 +253,7 @@ def _store(
             frame_means_ptr,
             arrivals_ptr,
             sub_means_ptr,
+            key_mean_ptr,
         )
     if program >= q_programs + k_programs:
         _write_part(
@@ -333,7 +339,8 @@ def fused_store(
     The mathematics and its roundings are the unfused ones: statistics, weight and rotation in float32, rounded to
     the projections' dtype after the norm and after the rotation; means are float32 sums of those rounded values,
     divided and rounded; frame means weigh the rounded block means. An 8-bit ring gets value / scale rounded half to
-    even with scale = largest / 127 or / 448 of each block and head (1 if all is zero); means stay unquantised.
+    even with scale = largest / 127 or / 448 of each block and head (1 if all is zero), of keys less
+    `ring.key_mean`; means stay unquantised.
 
     Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
     """

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.quantised import dequantise_blocks
 from ..fast_path import FastPath, is_recording, kept_for_a_run, note, why_no_kernels
 from ..pinned import parts_of
 from .fp8 import as_input, product, quantised, takes_rows
@@ -139,9 +140,11 @@ def _fused_store(
         return None
 
     def run() -> tuple[Tensor | None, Tensor | None]:
-        stored = kernel.fused_store(
-            *project(attention, x, with_q=with_q),
-            q_weight=q_norm[0] if with_q else None,
+        q, k, v = project(attention, x, with_q=with_q)
+        write = partial(
+            kernel.fused_store,
+            k=k,
+            v=v,
             k_weight=k_norm[0],
             eps=k_norm[1],
             cos=rope.cos,
@@ -153,7 +156,15 @@ def _fused_store(
             head_dim=head_dim,
             block=block,
         )
-        return stored or (None, None)
+        if cache.takes_mean:  # of the keys, which are first stored as they are
+            assert memory.key_mean is not None
+            memory.key_mean.zero_()
+            write(None, q_weight=None)
+            written = cache.visible(layer)
+            assert written.key_scales is not None
+            keys = dequantise_blocks(written.keys, written.key_scales, cache.layout, torch.float32)
+            cache.take_mean(memory, keys)
+        return write(q, q_weight=q_norm[0] if with_q else None) or (None, None)
 
     stored = FastPath("fused store", x.device, x.dtype, block, head_dim, memory.keys.dtype).attempt(run, INSTEAD)
     if stored is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels.layer_memory import LayerMemory
 from ..attention.selection import sub_block_layout
 from .kv_storage import CacheShape, KVOptions, KVStorage, Runs, copy_frames, write_tokens
-from .rope import RopeTable
+from .rope import RopeTable, axis_dims
 
 
 class KVCache:
@@ -88,7 +88,9 @@ class KVCache:
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the open chunk's roped keys and values of a layer, [B, L, H, D], and pool."""
         self.wrote_runs, runs, memory = True, self._runs(), self.storage.at(layer)
-        write_tokens(memory.keys, memory.key_scales, k, runs, self.shape.memory_layout)
+        if self.takes_mean:
+            self.take_mean(memory, k)
+        write_tokens(memory.keys, memory.key_scales, k, runs, self.shape.memory_layout, memory.key_mean)
         write_tokens(memory.values, memory.value_scales, v, runs, self.shape.memory_layout)
         self.written(layer)
         self._pool_keys(memory, runs, k)
@@ -97,6 +99,24 @@ class KVCache:
         if self._sink_keys:
             sinks = [(frame, i, 1) for i, frame in enumerate(self.current_frames) if frame < self.shape.sink_frames]
             copy_frames(self._sink_keys[layer], k, sinks, self.layout.tokens_per_frame)
+
+    @property
+    def takes_mean(self) -> bool:
+        """Whether an 8-bit cache holds the open chunk alone, whose stores then decide the mean that keys are kept less.
+
+        So each pass of a first chunk takes it anew, and a run that continues from a file takes the same as one run.
+        """
+        return self.storage.dtype is not self.shape.dtype and len(self._current) == len(self.slot_frames)
+
+    def take_mean(self, memory: LayerMemory, keys: Tensor) -> None:
+        """Subtract the mean of `keys` [B, L, H, D] from all that are stored from now on.
+
+        Three quarters of the temporal dims are left out, those that turn by more than a radian in 1000 frames: a mean
+        of the first frames, turned, would make outliers of later frames larger.
+        """
+        assert memory.key_mean is not None
+        memory.key_mean.copy_(keys.mean(1, dtype=torch.float32))
+        memory.key_mean[..., : axis_dims(self.shape.head_dim)[0] * 3 // 4].zero_()
 
     def visible(self, layer: int) -> LayerMemory:
         """The visible part of one layer's memory, in slot order: views."""
@@ -180,6 +200,6 @@ class KVCache:
         runs = [(slot, frame, 1) for slot, frame in enumerate(self.slot_frames) if frame < self.shape.sink_frames]
         for layer, original in enumerate(self._sink_keys):
             moved, memory = table.rotate(original), self.storage.at(layer)
-            write_tokens(memory.keys, memory.key_scales, moved, runs, self.shape.memory_layout)
+            write_tokens(memory.keys, memory.key_scales, moved, runs, self.shape.memory_layout, memory.key_mean)
             self.storage.written(layer, [(slot, 1) for slot, _, _ in runs])
             self._pool_keys(memory, runs, moved)

@@ -92,12 +92,15 @@ def copy_frames(target: Tensor, source: Tensor, runs: Runs, rows: int, rows_per_
         slots[:, slot : slot + many, :rows].copy_(part)
 
 
-def write_tokens(target: Tensor, scales: Tensor | None, x: Tensor, runs: Runs, layout: FrameBlocks) -> None:
+def write_tokens(
+    target: Tensor, scales: Tensor | None, x: Tensor, runs: Runs, layout: FrameBlocks, mean: Tensor | None = None
+) -> None:
     """Copy the frames of x [B, frames · tokens, H, D] into slots of keys or values, in 8 bits if these have scales.
 
-    target: [B, slots · tokens, H, D]; scales: [B, slots · blocks, H].
+    target: [B, slots · tokens, H, D]; scales: [B, slots · blocks, H]; mean: subtracted from x, float32 [B, H, D].
     """
     if scales is not None:
+        x = x if mean is None else x - mean[:, None]
         x, new_scales = quantise_blocks(x, layout, target.dtype)
         copy_frames(scales, new_scales, runs, layout.per_frame)
     copy_frames(target, x, runs, layout.tokens_per_frame, layout.rows_per_frame)
@@ -143,6 +146,10 @@ class KVStorage:
             self._held: list[int | None] = [None] * len(self._stage)  # the layer that each staging buffer holds
             self._ready: list[torch.cuda.Event | None] = [None] * len(self._stage)
         self._layers = _with_means(layers, shape, device)
+        if layers[0].scales:
+            size = shape.layers, shape.batch, shape.heads, shape.head_dim
+            means = torch.zeros(size, dtype=torch.float32, device=device)
+            self._layers = [one._replace(key_mean=mean) for one, mean in zip(self._layers, means, strict=True)]
 
     @property
     def device_bytes(self) -> int:

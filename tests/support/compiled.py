@@ -187,6 +187,7 @@ def call_store(
         arrivals=empty(batch, slots, HEADS, dtype=torch.int32) if means else None,
         value_means=heads(slots * per_frame) if values else None,
         sub_means=heads(slots * parts_per_frame) if subs else None,
+        key_mean=empty(batch, HEADS, DIM, dtype=torch.float32) if stored else None,
     )
     q, k, v = empty(batch, frames * tokens, 3 * HEADS * DIM, dtype=dtype).chunk(3, -1)
     weight, angles = empty(HEADS * DIM, dtype=dtype), empty(frames * tokens, DIM // 2, dtype=torch.float32)

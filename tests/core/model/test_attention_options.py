@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightforcing.lightforcing_core.attention import chunk
+from lightforcing.lightforcing_core.attention.backends.dense import dequantised
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks, tile_order
 from lightforcing.lightforcing_core.attention.dispatch import BackendChoice
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
@@ -69,18 +70,21 @@ def test_a_tail_brings_a_sparse_video_nearer_to_the_dense_one(dit):
     assert (tailed - dense).norm() < 0.8 * (plain - dense).norm()
 
 
-def test_a_tail_is_made_of_the_keys_and_values_in_the_cache(dit, monkeypatch):
+@pytest.mark.parametrize(("kv", "far"), [("same", 0.0), ("int8", 0.02)])
+def test_a_tail_is_made_of_the_keys_and_values_in_the_cache(dit, monkeypatch, kv, far):
     plain, checked = causal.attend, []
 
     def check(call, *choice):
-        layout = FrameBlocks(70, 16)
-        for means, x in zip(call.tail, (call.k, call.v), strict=True):
-            torch.testing.assert_close(means, layout.block_means(x), rtol=0, atol=0)
+        layout, stored = FrameBlocks(70, 16), (call.k, call.v)
+        if call.scales:
+            stored = dequantised(*stored, call.scales, layout, slice(None), torch.float32)
+        for means, x in zip(call.tail, stored, strict=True):
+            torch.testing.assert_close(means, layout.block_means(x), rtol=0, atol=far)
         checked.append(1)
         return plain(call, *choice)
 
     monkeypatch.setattr(causal, "attend", check)
-    video(dit, tail=True)
+    video(dit, tail=True, kv=KVOptions(kv))
     assert checked
 
 
