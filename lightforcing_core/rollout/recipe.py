@@ -13,7 +13,7 @@ from ..attention.options import AttentionOptions
 from ..families import SinkRope
 from ..model.kv_storage import CacheShape
 from ..refusal import Refusal, check_finite, check_size
-from .schedule import check_sparsity, check_window, chunk_lengths, first_chunk_length, opening_chunk, video_frames_of
+from .schedule import check_sparsity, check_window, chunk_lengths, opening_chunk, video_frames_of
 from .timeline import Prompt, Timeline, check_text
 
 Noise = Callable[[int, int, tuple[int, ...]], Tensor]
@@ -33,10 +33,9 @@ def seeded_noise(seed: int, chunk_seeds: Mapping[int, int] | None = None) -> Noi
 
     `chunk_seeds` gives single chunks a seed of their own.
     """
-    own = dict(chunk_seeds or {})
 
     def draw(chunk_index: int, draw_index: int, shape: tuple[int, ...]) -> Tensor:
-        key = f"{own.get(chunk_index, seed)}/{chunk_index}/{draw_index}"
+        key = f"{(chunk_seeds or {}).get(chunk_index, seed)}/{chunk_index}/{draw_index}"
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
         return torch.randn(shape, generator=generator)
@@ -139,9 +138,9 @@ class Recipe:
         for name, guide in zip(("context", "negative"), self.guides, strict=False):
             for prompt in guide.prompts:
                 _check_batch(name, prompt.context, shape[0])
-        for name, given in (("initial_latents", self.initial_latents), ("last_latents", self.last_latents)):
-            if given is not None:
-                check_given(name, given, shape)
+        for name in ("initial_latents", "last_latents"):
+            if getattr(self, name) is not None:
+                check_given(name, getattr(self, name), shape)
         if self.initial_frames >= self.frames:
             problem = f"already fills {self.initial_frames} of the video's {self.frames} latent frames"
             raise Refusal("initial_latents", problem, "make the video longer")
@@ -175,8 +174,7 @@ class Recipe:
 
     def chunk_lengths(self) -> list[int]:
         """Latent frames of every chunk of the video."""
-        first = first_chunk_length(self.frames_per_chunk, self.initial_frames)
-        return chunk_lengths(self.frames, self.frames_per_chunk, first)
+        return chunk_lengths(self.frames, self.frames_per_chunk, self.initial_frames)
 
     @property
     def first_index(self) -> int:

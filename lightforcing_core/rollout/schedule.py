@@ -5,14 +5,15 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from ..families import Family, SinkRope
 from ..refusal import Refusal, check_choice
 
-CURVES = ("inverse_sqrt", "linear", "exponential", "constant")
+Curve = Literal["inverse_sqrt", "linear", "exponential", "constant"]
+CURVES = get_args(Curve)
 LARGEST = math.nextafter(1.0, 0.0)  # sparsities live in [0, 1)
 
 
@@ -34,29 +35,24 @@ def latent_frame_at(video_frame: int) -> int:
     return (video_frame + 3) // 4
 
 
-def chunk_lengths(latent_frames: int, frames_per_chunk: int, first_chunk: int | None = None) -> list[int]:
-    """Latent frames of every chunk: `first_chunk` (default `frames_per_chunk`) first, a shorter rest last."""
-    for name, value in (("latent_frames", latent_frames), ("frames_per_chunk", frames_per_chunk)):
-        if value < 1:
-            raise Refusal(name, f"{value} is not positive", "use at least 1 latent frame")
-    starts = [0, *range(first_chunk or frames_per_chunk, latent_frames, frames_per_chunk), latent_frames]
-    return [end - start for start, end in pairwise(starts)]
-
-
-def first_chunk_length(frames_per_chunk: int, initial_frames: int = 0) -> int:
-    """Latent frames of the first chunk of a video that starts with `initial_frames` given ones.
+def chunk_lengths(latent_frames: int, frames_per_chunk: int, initial_frames: int = 0) -> list[int]:
+    """Latent frames of every chunk, a shorter rest last; `initial_frames` given ones start the video.
 
     Given frames make whole chunks; if they do not, the first chunk takes the rest: one image → 1, n, n, …
     """
-    return initial_frames % max(frames_per_chunk, 1) or frames_per_chunk
+    for name, value in (("latent_frames", latent_frames), ("frames_per_chunk", frames_per_chunk)):
+        if value < 1:
+            raise Refusal(name, f"{value} is not positive", "use at least 1 latent frame")
+    first = initial_frames % frames_per_chunk or frames_per_chunk
+    return [end - start for start, end in pairwise([0, *range(first, latent_frames, frames_per_chunk), latent_frames])]
 
 
-def opening_chunk(frames_per_chunk: int, initial_frames: int = 0) -> int:
+def opening_chunk(frames_per_chunk: int, initial_frames: int) -> int:
     """The index of the chunk that opens a video: the one after a given image, else the first.
 
     An image is one given frame, or given frames that do not fill chunks; whole given chunks continue a video.
     """
-    return int(initial_frames == 1 or initial_frames % max(frames_per_chunk, 1) > 0)
+    return int(initial_frames == 1 or initial_frames % frames_per_chunk > 0)
 
 
 def check_window(window: int | None, sink_frames: int, sink_rope: str, longest_chunk: int) -> None:
@@ -82,10 +78,7 @@ class Schedule:
     """The chunks, window and sparsity of a video, before its size and prompt are known.
 
     latent_frames: of the whole video.
-    frames_per_chunk: latent frames of a chunk.
-    window: visible latent frames, sinks and the current chunk included; None sees everything.
-    sink_frames: the first latent frames, which stay visible.
-    sink_rope: the position of sinks once the window has moved on, see `KVCache`.
+    frames_per_chunk, window, sink_frames, sink_rope: as in `Recipe`.
     target, base, curve: as in `chunk_sparsities`; target None is dense throughout.
     dense_chunks: chunks that skip nothing, from the one on that opens the video.
     title: its origin, for display.
@@ -126,9 +119,8 @@ class Schedule:
         return replace(self, target=None, base=None, overrides=(), title=f"{self.title}, dense")
 
     def chunk_lengths(self, initial_frames: int = 0) -> list[int]:
-        """Latent frames of every chunk; `initial_frames` given latents that do not fill chunks shorten the first."""
-        first = first_chunk_length(self.frames_per_chunk, initial_frames)
-        return chunk_lengths(self.latent_frames, self.frames_per_chunk, first)
+        """Latent frames of every chunk of a video that starts with `initial_frames` given ones."""
+        return chunk_lengths(self.latent_frames, self.frames_per_chunk, initial_frames)
 
     def sparsities(self, initial_frames: int = 0) -> list[float] | None:
         """One sparsity in [0, 1) per chunk, or None for dense."""
@@ -175,11 +167,9 @@ def chunk_sparsities(
 ) -> list[float]:
     """One sparsity in [0, 1) per chunk: `s_i = base − g_i · β`.
 
-    latent_frames, frames_per_chunk: of the video and of a chunk.
     target: the mean sparsity over the sparse chunks, each weighted by the key frames it sees,
         `kv_i = min(frames up to its end, window)`; β is solved from `Σ (1 − s_i) · kv_i = (1 − target) · Σ kv_i`.
     base: the sparsity that growth tends to.
-    window: visible latent frames; None sees everything.
     dense_chunks: chunks at the start that skip nothing: s_i is 0.
     curve: the shape g_i, one of
         "inverse_sqrt": the published `1/√(frames up to the chunk's end)`;
@@ -194,7 +184,7 @@ def chunk_sparsities(
 
     Source: Light Forcing, arXiv 2602.04789, Chunk-Aware Growth.
     """
-    lengths = chunk_lengths(latent_frames, frames_per_chunk, first_chunk)
+    lengths = chunk_lengths(latent_frames, frames_per_chunk, first_chunk or 0)
     ends = list(accumulate(lengths))
     check_sparsity("target", target)
     check_window(window, 0, "fixed", max(lengths))
@@ -206,39 +196,31 @@ def chunk_sparsities(
     if not sparse_ends:
         return [0.0] * len(lengths)
     weights = [float(min(end, window or end)) for end in sparse_ends]
-    tops, slopes = _shape(curve, sparse_ends, dense_chunks, target, base)
-    sparsities = _solve(tops, slopes, weights, target)
-    return [0.0] * min(dense_chunks, len(lengths)) + sparsities
-
-
-def _shape(
-    curve: str | Sequence[float], ends: list[int], dense_chunks: int, target: float, base: float | None
-) -> tuple[list[float], list[float]]:
-    """The lines `top_i − slope_i · β` along which the sparse chunks' sparsities move."""
-    count = len(ends)
-    if not isinstance(curve, str):
-        values = [float(value) for value in curve][dense_chunks:]
-        for chunk, value in enumerate(values, dense_chunks):
+    if isinstance(curve, str):
+        tops, slopes = _growth(curve, sparse_ends, target, base)
+    else:
+        tops, slopes = [float(value) for value in curve][dense_chunks:], [1.0] * len(sparse_ends)
+        for chunk, value in enumerate(tops, dense_chunks):
             check_sparsity("curve", value, chunk)
-        return values, [1.0] * count
+    return [0.0] * dense_chunks + _solve(tops, slopes, weights, target)
+
+
+def _growth(curve: str, ends: list[int], target: float, base: float | None) -> tuple[list[float], list[float]]:
+    """The lines `top_i − slope_i · β` along which the sparse chunks' sparsities move."""
+    check_choice("curve", curve, Curve)
+    count = len(ends)
     if curve == "constant":
         return [target] * count, [1.0] * count
-    if base is None:
-        raise Refusal("base", f"is missing, and curve {curve!r} grows towards it", f"give one between {target} and 1")
-    if not target <= base <= 1.0:
-        raise Refusal(
-            "base",
-            f"{base} is not between target {target} and 1: growth starts below the target and ends at base",
-            f"raise base to at least {target}, lower target, or use the constant curve",
-        )
-    if curve == "inverse_sqrt":
-        return [base] * count, [1.0 / math.sqrt(end) for end in ends]
+    if base is None or not target <= base <= 1.0:
+        problem = f"{base} is not between target {target} and 1: growth starts below the target and ends at base"
+        remedy = f"use a base of at least {target}, a lower target, or the constant curve"
+        raise Refusal("base", problem, remedy)
     if curve == "linear":
-        return [base] * count, [1.0 - i / (count - 1) for i in range(count)] if count > 1 else [1.0]
+        return [base] * count, [1.0 - i / max(count - 1, 1) for i in range(count)]
     if curve == "exponential":
         # Below 1e-250 growth is complete; the bound keeps β finite.
         return [base] * count, [max(math.exp(1.0 - end / ends[0]), 1e-250) for end in ends]
-    raise Refusal("curve", f"{curve!r} is not known", f"use one of {', '.join(CURVES)} or a list of sparsities")
+    return [base] * count, [1.0 / math.sqrt(end) for end in ends]
 
 
 def _solve(tops: list[float], slopes: list[float], weights: list[float], target: float) -> list[float]:
@@ -264,4 +246,4 @@ def _solve(tops: list[float], slopes: list[float], weights: list[float], target:
     if not abs(spent(values) - budget) <= 1e-9 * total:
         nearest = f"use {spent(values) / total:.6f}, the nearest mean sparsity, or move base"
         raise Refusal("target", f"{target} cannot be met with this curve and base", nearest)
-    return list(map(float, values))
+    return list(values.tolist())

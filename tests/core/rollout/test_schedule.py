@@ -94,14 +94,14 @@ def test_given_frames_shorten_the_first_chunk(initial, lengths):
     headroom=st.floats(0.0, 1.0),
     extra_window=st.none() | st.integers(0, 40),
     dense=st.integers(0, 3),
-    first=st.none() | st.integers(1, 7),
+    initial=st.integers(0, 8),
 )
-def test_budget_holds_exactly_and_sparsity_grows(frames, per_chunk, target, headroom, extra_window, dense, first):
-    lengths = chunk_lengths(frames, per_chunk, first)
+def test_budget_holds_exactly_and_sparsity_grows(frames, per_chunk, target, headroom, extra_window, dense, initial):
+    lengths = chunk_lengths(frames, per_chunk, initial)
     window = None if extra_window is None else max(lengths) + extra_window
     base = target + headroom * (1.0 - target)
     result = chunk_sparsities(
-        frames, per_chunk, target=target, base=base, window=window, dense_chunks=dense, first_chunk=first
+        frames, per_chunk, target=target, base=base, window=window, dense_chunks=dense, first_chunk=lengths[0]
     )
     assert len(result) == len(lengths)
     assert all(0.0 <= s < 1.0 for s in result)
@@ -133,7 +133,7 @@ def test_a_given_list_keeps_its_shape():
         ({"target": -0.1, "base": 0.5}, "target -0.1"),
         ({"target": math.nan, "base": 0.5}, "target nan"),
         ({"target": 0.5, "base": 1.5}, "base 1.5"),
-        ({"target": 0.5}, "base is missing"),
+        ({"target": 0.5}, "base None is not between"),
         ({"target": 0.5, "base": 0.6, "window": 2}, "window 2 .* at least 3"),
         ({"target": 0.5, "base": 0.6, "curve": "steep"}, "'steep'.*inverse_sqrt"),
         ({"target": 0.5, "curve": [0.5]}, "1 values for 7 chunks"),
