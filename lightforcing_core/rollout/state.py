@@ -72,10 +72,9 @@ class RunState:
         """The state after one more chunk, which must be the next one; StateError for another."""
         index, start = self.recipe.first_index + len(self.finished), self.finished_frames
         if (chunk.index, chunk.start_frame) != (index, start) or self.is_complete:
-            raise StateError(
-                f"chunk {chunk.index} starts at latent frame {chunk.start_frame}, the state ends before "
-                f"{'the end of the video' if self.is_complete else f'chunk {index} at {start}'}; add chunks in order"
-            )
+            place = "the end of the video" if self.is_complete else f"chunk {index} at {start}"
+            problem = f"chunk {chunk.index} starts at latent frame {chunk.start_frame}, the state ends before {place}"
+            raise StateError(f"{problem}; add chunks in order")
         latents = chunk.latents.detach().to("cpu", torch.float32, copy=True)
         return replace(self, finished=(*self.finished, latents))
 
@@ -126,15 +125,16 @@ def load_run_state(path: str | Path) -> RunState:
         raise StateError(
             f"{path}: is cut short or no safetensors file ({error}); use an older copy, or a file of save_run_state"
         ) from error
-    _check_kind(path, metadata)
+    if (kind := metadata.get("format")) != FORMAT:
+        raise StateError(f"{path}: holds no run state (format {kind!s:.40}); choose a file that save_run_state wrote")
     try:
+        if int(metadata["version"]) > VERSION:
+            problem = f"is a state of version {metadata['version']:.9}, this one reads up to {VERSION}"
+            raise StateError(f"{path}: {problem}; update Light Forcing")
         facts = read_json(metadata["state"])
-        sums: dict[str, int] = facts.pop("checksums")
-        if missing := sums.keys() - tensors.keys():
-            raise StateError(f"{path}: {', '.join(sorted(missing)[:3])} is missing; use an older copy of the state")
-        for name, expected in sums.items():
-            if _checksum(tensors[name]) != expected:
-                raise StateError(f"{path}: {name} is damaged (wrong checksum); use an older copy of the state")
+        for name, expected in facts.pop("checksums").items():
+            if name not in tensors or _checksum(tensors[name]) != expected:
+                raise StateError(f"{path}: {name} is missing or damaged; use an older copy of the state")
         return _unpacked(tensors, facts)
     except (StateError, MemoryError):
         raise
@@ -198,16 +198,3 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
 
 def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
-
-
-def _check_kind(path: Path, metadata: Mapping[str, str]) -> None:
-    """StateError unless the header is that of a state which this version can read."""
-    if (kind := metadata.get("format")) != FORMAT:
-        raise StateError(f"{path}: holds no run state (format {kind!s:.40}); choose a file that save_run_state wrote")
-    version = metadata.get("version", "")
-    if not version.isdecimal() or len(version) > 9:
-        raise StateError(f"{path}: its header is damaged (version {version!r:.40}); use an older copy of the state")
-    if int(version) > VERSION:
-        raise StateError(
-            f"{path}: is a state of version {version}, this one reads up to {VERSION}; update Light Forcing"
-        )
