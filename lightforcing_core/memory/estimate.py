@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_iter
 
 from ...kernels.layer_memory import LayerMemory
 from ..attention.backends import BACKENDS, DENSE
-from ..attention.backends.base import Backend, Call
-from ..attention.backends.dense import dequantised
+from ..attention.backends.base import Backend
 from ..attention.blocks import FrameBlocks
 from ..attention.chunk import shapes_of
 from ..attention.options import AttentionOptions
@@ -60,12 +59,10 @@ class ModelSize:
 class MemoryEstimate:
     """Bytes that a run needs. `step` and `decode` alternate unless overlapped; the rest is held throughout.
 
-    weights, vae: of the model and the decoder.
     cache: keys, values, pooled keys and sink originals.
     prompt: the text and its keys and values in every layer.
-    step: the activations of one forward.
+    step, decode: the activations of one forward, and of decoding one chunk, its frames included.
     history: the frames that the decoder keeps between chunks.
-    decode: the activations of decoding one chunk, its frames included.
     host: pinned CPU memory, which is not part of the total.
     overlapped: whether a chunk is decoded while the next one is sampled.
     graph: the activations that a recorded step and a recorded decode keep to themselves.
@@ -115,8 +112,7 @@ def estimate(
 ) -> MemoryEstimate:
     """The memory of a rollout of `recipe`, whose tensors may be on the meta device.
 
-    kv: how the KV cache is kept.
-    backend: what runs in sparse chunks, as `choose_backend` names it.
+    backend: of sparse chunks, as `choose_backend` names it.
     dtype: of the computation.
     vae_dim: the width of the VAE that decodes each chunk on the same device (24 LightVAE, 96 Wan's own); None if
         nothing is decoded.
@@ -128,23 +124,19 @@ def estimate(
     named = {one.name: one for one in (*BACKENDS, DENSE)}
     if backend not in named:
         raise Refusal("backend", f"{backend!r} is not known", f"use one of {', '.join(map(repr, named))}")
-    has_sparse_chunks = POLICIES[recipe.attention.policy].selection is not None and recipe.is_sparse
+    kv, passes = kv or KVOptions(), len(recipe.guides)
+    shape = recipe.cache_shape(layers=model.layers, heads=model.dim // HEAD_DIM, head_dim=HEAD_DIM, dtype=dtype)
     batch, channels, _, height, width = recipe.latent_shape
-    run = _DryRun(
-        model,
-        recipe.cache_shape(layers=model.layers, heads=model.dim // HEAD_DIM, head_dim=HEAD_DIM, dtype=dtype),
-        (batch, channels, max(recipe.chunk_lengths()), height, width),
-        recipe.prompts[0].context.shape[1],
-        replace(recipe.attention, backend="auto" if backend == DENSE.name else backend),
-        named[backend] if has_sparse_chunks else None,
-        kv or KVOptions(),
-    )
-    step, prompt = run.step()
-    history = decode = vae = 0
+    latents = batch, channels, max(recipe.chunk_lengths()), height, width
+    options = replace(recipe.attention, backend="auto" if backend == DENSE.name else backend)
+    has_sparse_chunks = POLICIES[options.policy].selection is not None and recipe.is_sparse
+    # The Triton kernel reads an 8-bit cache in dense chunks too.
+    runs = (*[named[backend]] * has_sparse_chunks, *[DENSE] * (options.backend != "triton"))
+    step, prompt = _step_bytes(model, shape, latents, recipe.prompts[0].context.shape[1], options, runs, kv)
+    vae = history = decode = 0
     if vae_dim is not None:
-        vae, history, decode = decode_bytes(run.latents, vae_dim, vae_dtype, decode_tiles)
-    passes = len(recipe.guides)
-    cache = run.cache(model.layers)
+        vae, history, decode = decode_bytes(latents, vae_dim, vae_dtype, decode_tiles)
+    cache = KVCache(shape, kv, "meta")
     return MemoryEstimate(
         weights=model.weight_bytes,
         cache=passes * cache.nbytes,
@@ -157,74 +149,61 @@ def estimate(
     )
 
 
-@dataclass(frozen=True)
-class _DryRun:
-    """One run without data: a recipe's sizes, so that no cached result keeps tensors.
+@functools.lru_cache(maxsize=8)  # by sizes alone, so that no cached result keeps tensors
+def _step_bytes(
+    model: ModelSize,
+    shape: CacheShape,
+    latents: tuple[int, ...],
+    text_tokens: int,
+    options: AttentionOptions,
+    backends: tuple[Backend, ...],
+    kv: KVOptions,
+) -> tuple[int, int]:
+    """Bytes of one forward's activations, and of the prompt's keys and values.
 
-    latents: the shape of the longest chunk's, [B, C, frames, h, w].
-    backend: of sparse chunks, None if every chunk is dense.
+    latents: of the longest chunk, [B, C, frames, h, w]. backends: those whose workspace attention takes.
     """
+    layers, dtype, (batch, _, frames, _, _) = 2, shape.dtype, latents  # layer 2 finds the memory that layer 1 keeps
+    q_layout = FrameBlocks(shape.tokens_per_frame, options.block[0])
+    everything = View(range(shape.slots), frames, q_layout, shape.layout, batch, shape.heads, "meta")
+    call = shapes_of(options, everything, shape.head_dim, dtype, STORED.get(kv.dtype, dtype))
+    workspace = max((one.workspace(call) for one in backends), default=0)
+    dit = meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, dtype)
+    cache = KVCache(replace(shape, layers=layers), kv, "meta")
+    state = _DryState(cache, options, lambda q, k, v: torch.empty_like(q), workspace=workspace)
+    state.open_chunk(frames, 0.0, "meta")
+    timestep = torch.empty(batch, device="meta")
+    with torch.no_grad(), AllocationPeak() as peak:
+        x = torch.empty(latents, device="meta")
+        text = torch.empty(batch, text_tokens, model.text_dim, dtype=dtype, device="meta")
+        state.text = prompt = TextMemory(text)
+        x0 = x - predict(dit, x.to(dtype), timestep, state).float()
+        prompt_bytes = sum(k.nbytes + v.nbytes for k, v in prompt.keys_values)
+        state.chunk.rope = None  # a chunk's first pass also makes its RoPE table
+        peak.reset()
+        predict(dit, x0.to(dtype), timestep, state)
+    # One text serves a whole batch; its keys and values do not.
+    return peak.peak - text.nbytes - prompt_bytes, text.nbytes // batch + model.layers * prompt_bytes // layers
 
-    model: ModelSize
-    shape: CacheShape
-    latents: tuple[int, ...]
-    text_tokens: int
-    options: AttentionOptions
-    backend: Backend | None
-    kv: KVOptions
 
-    def cache(self, layers: int) -> KVCache:
-        """The cache that `rollout` makes, `layers` layers of it."""
-        return KVCache(replace(self.shape, layers=layers), self.kv, "meta")
+@dataclass
+class _DryState(ModelState):
+    """Allocates the memory of attention to the history, `workspace` bytes and the output, without computing it."""
 
-    @functools.lru_cache(maxsize=8)  # noqa: B019 (holds sizes, no tensors)
-    def step(self) -> tuple[int, int]:
-        """Bytes of one forward's activations, and of the prompt's keys and values."""
-        layers = 2  # the second call finds the memory that the first one keeps
-        model, dtype, batch = self.model, self.shape.dtype, self.latents[0]
-        dit = meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, dtype)
-        state = _DryState(self.cache(layers), self.options, self._attend)
-        state.open_chunk(self.latents[2], 0.0, "meta")
-        timestep = torch.empty(batch, device="meta")
-        with torch.no_grad(), AllocationPeak() as peak:
-            x = torch.empty(self.latents, device="meta")
-            text = torch.empty(batch, self.text_tokens, model.text_dim, dtype=dtype, device="meta")
-            state.text = prompt = TextMemory(text)
-            x0 = x - predict(dit, x.to(dtype), timestep, state).float()
-            prompt_bytes = sum(k.nbytes + v.nbytes for k, v in prompt.keys_values)
-            state.chunk.rope = None  # a chunk's first pass also makes its RoPE table
-            peak.reset()
-            predict(dit, x0.to(dtype), timestep, state)
-        # One text serves a whole batch; its keys and values do not.
-        return peak.peak - text.nbytes - prompt_bytes, text.nbytes // batch + model.layers * prompt_bytes // layers
+    workspace: int = 0
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Replace attention: allocate its output, and a sparse backend's workspace before."""
-        workspace = None
-        if self.backend is not None and k.shape[1] != self.text_tokens:
-            workspace = torch.empty(self.backend.workspace(self._sparse_call()), dtype=torch.uint8, device="meta")
-        out = torch.empty_like(q)
-        del workspace
-        return out
-
-    def _sparse_call(self) -> Call:
-        """The shapes of sparse attention when every slot of the cache is visible."""
-        shape = self.shape
-        q_layout = FrameBlocks(shape.tokens_per_frame, self.options.block[0])
-        view = View(range(shape.slots), self.latents[2], q_layout, shape.layout, shape.batch, shape.heads, "meta")
-        stored = STORED.get(self.kv.dtype, shape.dtype)
-        return shapes_of(self.options, view, shape.head_dim, shape.dtype, stored)
+    def attend_history(self, q: Tensor, memory: LayerMemory) -> Tensor:
+        _workspace = torch.empty(self.workspace, dtype=torch.uint8, device="meta")
+        return torch.empty_like(q)
 
 
 @functools.lru_cache(maxsize=16)
 def decode_bytes(
     shape: tuple[int, ...], vae_dim: int, vae_dtype: torch.dtype, tiles: int, *, on_host: bool = False
 ) -> tuple[int, int, int]:
-    """Bytes of a Wan VAE's weights, its decoder's history, and decoding one chunk.
+    """Bytes of a Wan VAE's weights, its decoder's history, and decoding one chunk of latents [B, C, frames, h, w].
 
-    shape: of the chunk's latents, [B, C, frames, h, w].
-    tiles: as in `estimate`.
-    on_host: the decoder runs on the CPU, where tiles that wait take the same memory.
+    tiles: `decode_tiles` of `estimate`. on_host: on the CPU, where tiles that wait take the same memory.
     """
     with torch.device("meta"):
         vae = WanVAE(vae_dim).to(vae_dtype)
@@ -240,17 +219,6 @@ def decode_bytes(
     if not on_host:
         history //= len(tile_spans(shape[-2], tiles)) * len(tile_spans(shape[-1], tiles))
     return sum(tensor.nbytes for tensor in vae.parameters()), history, decode
-
-
-class _DryState(ModelState):
-    """Counts the widened keys and values of dense attention over an 8-bit cache: none in the kernel, else a head's."""
-
-    def attend_history(self, q: Tensor, memory: LayerMemory) -> Tensor:
-        keys, values = memory.keys, memory.values
-        out = self.dense_attention(q, keys, values)
-        if memory.scales is not None and self.attention.backend != "triton":
-            dequantised(keys, values, memory.scales, self.cache.layout, slice(0, 1), q.dtype)
-        return out
 
 
 def meta_wan(dim: int, ffn_dim: int, layers: int, text_dim: int, dtype: torch.dtype) -> Wan:

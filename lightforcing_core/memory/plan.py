@@ -28,13 +28,10 @@ LADDER = (KVOptions(), KVOptions("int8"), KVOptions("int8", host=True))
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a run is kept in memory, and the bytes that it then needs.
+    """How a run is kept in memory, and the bytes that it then needs; other fields as in `plan_memory`.
 
     estimate, before: with these choices, and without them.
-    free: bytes that the run may take.
-    kv, decode_tiles: how the KV cache is kept, and tiles per side in decode; 0 also decodes several frames at once.
-    latents, latents_on_device: bytes of the whole video's latents, and whether they are kept on the device.
-    overlap, cuda_graph: whether a chunk is decoded while the next one is sampled, and whether passes are recorded.
+    decode_tiles: tiles per side in decode; 0 also decodes several frames at once.
     """
 
     estimate: MemoryEstimate
@@ -131,11 +128,10 @@ def describe_memory(model: ModelSize, family: Family, *, height: int, width: int
         context=torch.empty(1, TEXT_TOKENS, model.text_dim, device="meta"),
         **schedule.arguments(),
     )
-    plain, small, far = LADDER
-    of = f"{length} frames at {height}x{width} in bfloat16, LightVAE decoding: "
+    plain, small, far = (str(estimate(model, recipe, kv=kv, vae_dim=LIGHT_VAE)) for kv in LADDER)
     return [
-        ("memory", of + str(estimate(model, recipe, kv=plain, vae_dim=LIGHT_VAE))),
-        ("8-bit KV cache", str(estimate(model, recipe, kv=small, vae_dim=LIGHT_VAE))),
-        ("... in CPU memory", str(estimate(model, recipe, kv=far, vae_dim=LIGHT_VAE))),
-        ("full Wan VAE", str(estimate(model, recipe, kv=plain, vae_dim=WAN_VAE))),
+        ("memory", f"{length} frames at {height}x{width} in bfloat16, LightVAE decoding: {plain}"),
+        ("8-bit KV cache", small),
+        ("... in CPU memory", far),
+        ("full Wan VAE", str(estimate(model, recipe, vae_dim=WAN_VAE))),
     ]
