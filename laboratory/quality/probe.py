@@ -4,7 +4,7 @@ The probe replaces the rollout's dense attention: it computes that and, at the l
 the result of each arm.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,15 +36,15 @@ class AttentionProbe:
         self._dit, self._grid, self._last_sigma = dit, grid, last_sigma
         self._measures, self._in_cross_attention, self._chunk = False, False, -1
 
-    def denoise(self, x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
+    def denoise(self, x: Tensor, sigma: float, passes: Sequence[Pass]) -> Tensor:
         """The rollout's `denoise`, which knows the step that the calls of `attention` inside belong to."""
-        self._measures, self._in_cross_attention = not model_pass.commits and sigma == self._last_sigma, False
+        self._measures, self._in_cross_attention = not passes[0].commits and sigma == self._last_sigma, False
         if self._measures:
             self._chunk += 1
             for chunks in self.errors.values():
                 chunks.append([])
         timestep = torch.full((x.shape[0],), sigma * 1000.0, device=x.device)
-        return x - sigma * model_pass(self._dit, x.to(self._dit.dtype), timestep).float()
+        return x - sigma * passes[0](self._dit, x.to(self._dit.dtype), timestep).float()
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The rollout's `dense_attention`, [B, L, H, D] in and out. Every layer calls it for itself, then for text."""

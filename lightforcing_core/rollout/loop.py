@@ -16,6 +16,7 @@ from .. import fast_path, machine
 from ..model.causal import GIVEN_NOISE, ModelState, Pass, Run, run_pass
 from ..model.cuda_graph import StepGraph, why_no_graph
 from ..model.kv_cache import KVCache
+from ..model.wan import HEAD_DIM
 from ..pinned import Weights, indexed, to_device
 from ..refusal import NotFinite, Refusal, check_finite, is_finite
 from .cost import recipe_costs
@@ -39,18 +40,16 @@ def rollout(
     """Generate the chunks of a video that are not `finished` yet.
 
     dit: a Wan 2.1 T2V module tree, from `wan_from_state_dict` or ComfyUI's.
-    recipe: everything that determines the video.
-    runtime: how it runs here.
     finished: the chunks that an earlier run of this recipe made, from the first on; they are not yielded again.
 
     Latents are in the model's normalised space. The KV cache exists only during iteration. Raises Refusal, before
     anything runs, for a recipe that does not match the model. Source: Self Forcing's few-step rollout.
     """
-    return ChunkLoop(dit, recipe, runtime, finished).chunks()
+    return _Loop(dit, recipe, runtime, finished).chunks()
 
 
-class ChunkLoop:
-    """The loop of one run. Arguments as in `rollout`."""
+class _Loop:
+    """One run. Arguments as in `rollout`."""
 
     def __init__(self, dit: Any, recipe: Recipe, runtime: Runtime, finished: Sequence[Tensor | Chunk]) -> None:
         _check_model(dit, recipe)
@@ -58,23 +57,21 @@ class ChunkLoop:
         recipe.check_finished(made)
         self.dit, self.recipe, self.runtime = dit, recipe, runtime
         self.recorder = runtime.recorder or RunRecorder(reads_blocks=False)
-        self.guides, self.shape, self.lengths = recipe.guides, recipe.latent_shape, recipe.chunk_lengths()
+        self.shape, self.lengths = recipe.latent_shape, recipe.chunk_lengths()
         self.starts = [0, *accumulate(self.lengths)]
         self.first_index = recipe.first_index + len(made)  # the first chunk that is generated
         if self.first_index == len(self.lengths):
             problem = f"already holds all {recipe.frames} latent frames of the video"
             raise Refusal("finished", problem, "ask for a longer video")
-        self.total = sum(len(recipe.levels(index)) - 1 for index in range(self.first_index, len(self.lengths)))
+        self.done, self.total = 0, sum(len(recipe.levels(i)) - 1 for i in range(self.first_index, len(self.lengths)))
         self.known = recipe.latents_with(made)
         if self.known is not None:
             check_finite("finished", self.known, "start a new video")
         self.noise = runtime.noise or recipe.noise()
         self.dtype = runtime.dtype or dit.dtype
         self.device = torch.device(runtime.device or recipe.prompts[0].context.device)
-        heads = dit.blocks[0].self_attn.num_heads
-        self.cache = recipe.cache_shape(
-            layers=len(dit.blocks), heads=heads, head_dim=dit.dim // heads, dtype=self.dtype
-        )
+        layers, heads = len(dit.blocks), dit.dim // HEAD_DIM
+        self.cache = recipe.cache_shape(layers=layers, heads=heads, head_dim=HEAD_DIM, dtype=self.dtype)
         self.weights = runtime.weights or Weights(dit, indexed(self.device))
         self.why_no_graphs = None
         if runtime.cuda_graph != "off":
@@ -86,12 +83,11 @@ class ChunkLoop:
         fast_path.begin_run()
         states: list[ModelState] = []
         past: list[Tensor] = []  # clean chunks as far back as any of them is visible
-        done = 0
         self.recorder.start(self.dit, self.shape, self.device)
         note, wanted = partial(self.recorder.fact, "CUDA graphs"), self.runtime.cuda_graph
         graph = StepGraph(self.weights, note, wanted, self.why_no_graphs)
         try:
-            for guide in range(len(self.guides)):
+            for guide in range(len(self.recipe.guides)):
                 cache = KVCache(self.cache, self.runtime.kv, self.device)
                 states.append(ModelState(cache, self.recipe.attention, self.runtime.dense_attention, guide))
                 states[-1].width = 0 if graph.why_off else self._list_width()
@@ -109,7 +105,7 @@ class ChunkLoop:
                     latents = self._given(index)
                 else:
                     with graph.held():
-                        latents, done = self._denoise_chunk(states, graph, index, done)
+                        latents = self._denoise_chunk(states, graph, index)
                     if not is_finite(latents):  # waits for the device, once per chunk
                         problem = f"of the video holds NaN or infinity; the model computes in {self.dtype}"
                         remedy = "use another dtype of its weights, or its LoRA at a lower strength or not at all"
@@ -140,9 +136,7 @@ class ChunkLoop:
 
     def _look(self, graph: StepGraph, *, rest: bool = False) -> None:
         """Measure ways to run the chunk that sees most, or the rest, as far as they are not known."""
-        measuring = self.runtime.measuring
-        if measuring is None and self.runtime.denoise is None:
-            measuring = machine.measuring
+        measuring = self.runtime.measuring or (None if self.runtime.denoise else machine.measuring)
         if measuring is None or machine.is_off():
             return
         state = partial(ModelState, attention=self.recipe.attention, dense_attention=self.runtime.dense_attention)
@@ -150,10 +144,9 @@ class ChunkLoop:
 
         def run_layer(state: ModelState, index: int) -> None:
             batch, channels, _, height, width = self.shape
-            text = to_device(self.guides[0].text(index).to(self.dtype), self.device)
-            state.follow(text.expand(batch, -1, -1))
+            self._follow(state, index)
             x = looks.random(batch, channels, self.lengths[index], height, width).float()
-            self._run(x, 0.5, Rehearsal(state, commits=True))
+            self._x0(x, 0.5, [Rehearsal(state, commits=True)])
 
         with measuring():
             if rest:
@@ -194,11 +187,10 @@ class ChunkLoop:
     @torch.no_grad()
     def _follow_prompts(self, states: list[ModelState], index: int, past: list[Tensor]) -> None:
         """Give each cache its text when it changes; a hard switch recomputes the visible past with the new text."""
-        for guide, state in zip(self.guides, states, strict=True):
-            change = guide.changes_at(index)
+        for state in states:
+            change = self.recipe.guides[state.guide].changes_at(index)
             if index == 0 or change:
-                text = to_device(guide.text(index).to(self.dtype), self.device)
-                state.follow(text.expand(self.shape[0], -1, -1))
+                self._follow(state, index)
             if change == "hard":
                 state.reopen_visible()
                 if frames := state.chunk.frames:
@@ -206,9 +198,14 @@ class ChunkLoop:
                     self.recorder.note(f"the hard prompt switch at chunk {index} read {frames} frames again")
                     self.recorder.lap(index, "recompute")
 
+    def _follow(self, state: ModelState, index: int) -> None:
+        """Give a cache the text of chunk `index`."""
+        text = to_device(self.recipe.guides[state.guide].text(index).to(self.dtype), self.device)
+        state.follow(text.expand(self.shape[0], -1, -1))
+
     @torch.no_grad()
-    def _denoise_chunk(self, states: list[ModelState], run: Run, index: int, done: int) -> tuple[Tensor, int]:
-        """A finished chunk from noise, and the steps done so far."""
+    def _denoise_chunk(self, states: list[ModelState], run: Run, index: int) -> Tensor:
+        """A finished chunk from noise."""
         batch, channels, _, height, width = self.shape
         shape = (batch, channels, self.lengths[index], height, width)
         levels = self.recipe.levels(index)
@@ -230,10 +227,10 @@ class ChunkLoop:
                 less = GIVEN_NOISE * sigma
                 x = _with_end(x, (1.0 - less) * end + less * noise[:, :, -end.shape[2] :])
             passes = [Pass(state, run=run, watch=None if state.guide else watch) for state in states]
-            x0 = self._guided(x, sigma, passes)
+            x0 = self._x0(x, sigma, passes)
             if end is not None:
                 x0 = _with_end(x0, end)
-            done += 1
+            self.done += 1
             if self.runtime.on_step is not None:
                 event = StepEvent(
                     chunk=index - self.first_index,
@@ -242,7 +239,7 @@ class ChunkLoop:
                     start_frame=self.starts[index],
                     step=step,
                     steps=len(levels) - 1,
-                    done=done,
+                    done=self.done,
                     total=self.total,
                     no_backend=states[0].chunk.attention.no_backend,
                     x=x,
@@ -254,28 +251,23 @@ class ChunkLoop:
                 noise = draw(step + 1)
                 x = (1.0 - following) * x0 + following * noise
         self.recorder.close()
-        return x0, done
+        return x0
 
     @torch.no_grad()
     def _clean_pass(self, state: ModelState, latents: Tensor, run: Run = run_pass) -> None:
         """Commit clean latents as history."""
-        self._run(latents, self.recipe.noise_options.context_noise / 1000.0, Pass(state, commits=True, run=run))
+        self._x0(latents, self.recipe.noise_options.context_noise / 1000.0, [Pass(state, commits=True, run=run)])
         state.cache.commit()
 
-    def _guided(self, x: Tensor, sigma: float, passes: Sequence[Pass]) -> Tensor:
-        """x0 of a step, from the prompt's prediction and, with guidance, the negative one's."""
-        if self.runtime.denoise_step is not None:
-            return self.runtime.denoise_step(x, sigma, passes)
-        x0, *others = (self._run(x, sigma, one) for one in passes)
+    def _x0(self, x: Tensor, sigma: float, passes: Sequence[Pass]) -> Tensor:
+        """x0 from the prompt's prediction and, with guidance, the negative one's."""
+        if self.runtime.denoise is not None:
+            return self.runtime.denoise(x, sigma, passes)
+        timestep = torch.full((x.shape[0],), sigma * 1000.0, device=self.device)
+        x0, *others = (x - sigma * one(self.dit, x.to(self.dtype), timestep).float() for one in passes)
         for unguided in others:
             x0 = unguided + self.recipe.guidance.cfg * (x0 - unguided)
         return x0
-
-    def _run(self, x: Tensor, sigma: float, model_pass: Pass) -> Tensor:
-        if self.runtime.denoise is not None:
-            return self.runtime.denoise(x, sigma, model_pass)
-        timestep = torch.full((x.shape[0],), sigma * 1000.0, device=self.device)
-        return x - sigma * model_pass(self.dit, x.to(self.dtype), timestep).float()
 
 
 def _check_model(dit: Any, recipe: Recipe) -> None:

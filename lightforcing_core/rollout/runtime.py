@@ -18,8 +18,7 @@ from ..refusal import check_choice
 from .recipe import Noise
 from .record import RunRecorder
 
-Denoise = Callable[[Tensor, float, Pass], Tensor]
-DenoiseStep = Callable[[Tensor, float, Sequence[Pass]], Tensor]
+Denoise = Callable[[Tensor, float, Sequence[Pass]], Tensor]
 Replay = Literal["all", "window"]
 
 
@@ -36,12 +35,10 @@ class Chunk:
 class StepEvent:
     """One finished denoising step: the `step`-th of `steps` (from 0) of the `chunk`-th of `chunks` generated chunks.
 
-    index: the chunk's index in the video, initial latents included.
-    start_frame: its first latent frame.
+    index, start_frame: of the chunk in the video, see `Chunk`.
     done, total: steps of the whole run.
     x, x0: [B, C, frames, h, w], the step's input and its prediction.
-    density: the share of visible key blocks that the chunk attends to.
-    no_backend: why no sparse backend works, if the chunk is dense for that reason.
+    density, no_backend: see `ChunkAttention`.
     """
 
     chunk: int
@@ -67,10 +64,8 @@ class Runtime:
     dense_attention: dense attention over [B, L, H, D].
     noise: called as noise(chunk_index, draw, shape); draw 0 is the chunk's initial noise, draw s ≥ 1 the fresh noise
         after denoising step s. None draws the recipe's own.
-    denoise: denoise(x, sigma, model_pass) → x0, for callers that run the model themselves; x is float32
-        [B, C, f, h, w], and model_pass(dit, x, timestep) gives the model's flow, see `causal.Pass`.
-    denoise_step: denoise_step(x, sigma, passes) → x0 of a whole step, one pass for each of the recipe's guides, for
-        callers that do the guidance too. `denoise` then only commits.
+    denoise: denoise(x, sigma, passes) → x0, for callers that run the model and do the guidance themselves; x is float32
+        [B, C, f, h, w]. A step has a pass for each of the recipe's guides, a commit has one; see `causal.Pass`.
     replay: how a continued video is read again. "all" feeds every frame, so that the result equals one long run;
         "window" only the sinks and the frames still visible, at a cost that does not grow with the video.
     on_step: called after every denoising step.
@@ -88,7 +83,6 @@ class Runtime:
     dense_attention: DenseAttention = field(default_factory=FastestDense)
     noise: Noise | None = None
     denoise: Denoise | None = None
-    denoise_step: DenoiseStep | None = None
     replay: Replay = "all"
     on_step: Callable[[StepEvent], object] | None = None
     recorder: RunRecorder | None = None

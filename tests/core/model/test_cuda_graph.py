@@ -58,12 +58,13 @@ def prompt(seed):
 def run(dit, graphs, *, seen=None, options=None, context=None, **changes):
     """Chunks of 2 frames of 35 tokens in ragged blocks of 16; `seen` gets what every pass leaves behind."""
 
-    def denoise(x, sigma, model_pass):
-        timestep = torch.full((x.shape[0],), sigma * 1000.0)
-        x0 = x - sigma * model_pass(dit, x, timestep)
-        if seen is not None:
-            seen.append(left_by(model_pass.state))
-        return x0
+    def denoise(x, sigma, passes):
+        timestep, predicted = torch.full((x.shape[0],), sigma * 1000.0), []
+        for one in passes:
+            predicted.append(x - sigma * one(dit, x, timestep))
+            if seen is not None:
+                seen.append(left_by(one.state))
+        return torch.stack(predicted).mean(0)
 
     settings = {
         "latent_shape": (1, 16, 6, 10, 14),

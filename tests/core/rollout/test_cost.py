@@ -63,7 +63,7 @@ def small():
 def recorded(dit, recipe, *, runs=False):
     """The record of a run by the plans that it makes, or if the model `runs`, by the blocks that it reads."""
     recorder = RunRecorder(reads_blocks=runs)
-    runtime = Runtime(recorder=recorder, denoise=None if runs else lambda x, sigma, model_pass: x)
+    runtime = Runtime(recorder=recorder, denoise=None if runs else lambda x, sigma, passes: x)
     for _ in rollout(dit, recipe, runtime):
         pass
     return recorder.finish()

@@ -58,10 +58,10 @@ def test_given_frames_are_seen_with_less_noise_than_the_others(dit):
     """From outside, with noise and predictions of our choosing: what the model is shown, and the time it is told."""
     shown, told = [], []
 
-    def denoise(x, sigma, model_pass):
-        if model_pass.state.chunk.start_frame == 6 and not model_pass.commits:
+    def denoise(x, sigma, passes):
+        if passes[0].state.chunk.start_frame == 6 and not passes[0].commits:
             shown.append((sigma, x[:, :, -1:].clone()))
-        model_pass(dit, x, torch.full((1,), sigma * 1000.0))
+        passes[0](dit, x, torch.full((1,), sigma * 1000.0))
         return 0.5 * x
 
     sinusoid = causal_wan._sinusoid

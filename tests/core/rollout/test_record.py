@@ -190,7 +190,7 @@ def test_a_run_that_ends_early_records_its_finished_chunks(dit, context):
 def test_a_step_that_fails_leaves_no_half_chunk(dit, context):
     calls = []
 
-    def denoise(x, sigma, model_pass):
+    def denoise(x, sigma, passes):
         calls.append(sigma)
         if len(calls) == 5:
             raise MemoryError

@@ -31,8 +31,8 @@ def test_steps_follow_the_few_step_rule(dit, context):
     """x0 = x − σ·flow, then x = (1 − σ')·x0 + σ'·fresh noise: seen from outside, with a flow of our choosing."""
     seen = []
 
-    def denoise(x, sigma, model_pass):
-        seen.append((x.clone(), sigma, model_pass.commits))
+    def denoise(x, sigma, passes):
+        seen.append((x.clone(), sigma, passes[0].commits))
         return 0.5 * x
 
     def noise(chunk, draw, shape):
@@ -199,7 +199,7 @@ def test_bad_requests_fail_before_anything_runs(dit, context, options, message):
 def test_a_run_stops_at_the_first_chunk_that_is_not_finite(dit, context, bad):
     made = []
 
-    def denoise(x, sigma, model_pass):
+    def denoise(x, sigma, passes):
         return torch.full_like(x, bad) if made else x
 
     chunks = run(dit, context, denoise=denoise)
@@ -218,8 +218,8 @@ def test_noise_of_another_shape_is_named(dit, context):
 def test_the_clean_pass_runs_at_the_context_noise(dit, context):
     levels = []
 
-    def denoise(x, sigma, model_pass):
-        levels.extend([sigma] * model_pass.commits)
+    def denoise(x, sigma, passes):
+        levels.extend([sigma] * passes[0].commits)
         return x
 
     list(run(dit, context, denoise=denoise, context_noise=50.0))
