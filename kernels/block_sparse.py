@@ -130,26 +130,25 @@ def block_sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:  # the kernel takes a row's maximum before it scales
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
-    with device.current(q.device):
-        scales = scales and (scales[0].contiguous(), scales[1].contiguous())
-        tail_and_bias = None
-        if tail and lists:
-            bias = torch.empty(*lists[1].shape, k_blocks, dtype=torch.float32, device=q.device)
-            lengths = k_blocks, lists[0].shape[-1], tokens_per_frame
-            bound.launch(tail_bias, (lists[1].numel(),), bias, *lists, used, *lengths, BLOCK_K=block_k, TILE=128)
-            tail_and_bias = tail[0].contiguous(), tail[1].contiguous(), bias
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias)
+    scales = scales and (scales[0].contiguous(), scales[1].contiguous())
+    tail_and_bias = None
+    if tail and lists:
+        bias = torch.empty(*lists[1].shape, k_blocks, dtype=torch.float32, device=q.device)
+        lengths = k_blocks, lists[0].shape[-1], tokens_per_frame
+        bound.launch(tail_bias, (lists[1].numel(),), bias, *lists, used, *lengths, BLOCK_K=block_k, TILE=128)
+        tail_and_bias = tail[0].contiguous(), tail[1].contiguous(), bias
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias)
 
-        def run(launch: Launch, work: Work = work) -> Tensor:
-            for kernel, grid, arguments, constants in prepared(work, launch, _multiprocessors(q.device)):
-                bound.launch(kernel, grid, *arguments, **constants)
-            return work.out
+    def run(launch: Launch, work: Work = work) -> Tensor:
+        for kernel, grid, arguments, constants in prepared(work, launch, _multiprocessors(q.device)):
+            bound.launch(kernel, grid, *arguments, **constants)
+        return work.out
 
-        def result(launch: Launch) -> Tensor:
-            return run(launch, work._replace(out=torch.empty_like(out), lists=lists and _lengthened(*lists)))
+    def result(launch: Launch) -> Tensor:
+        return run(launch, work._replace(out=torch.empty_like(out), lists=lists and _lengthened(*lists)))
 
-        return run(_launch_for(kind, q, result))
+    return run(_launch_for(kind, q, result))
 
 
 def prepared(

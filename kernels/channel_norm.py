@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import device
+from .bound import cdiv, launch
 from .rounding import cast
 
 MAX_CHANNELS = 2048
@@ -73,8 +74,7 @@ def norm_silu_behind(past: Tensor, x: Tensor, gamma: Tensor, scale: float, eps: 
     )
     padded = triton.next_power_of_2(channels)
     rows = max(1, 2048 // padded)
-    with device.current(x.device):
-        grid = triton.cdiv(height * width, rows), batch
-        sizes = {"CHANNELS": channels, "PADDED": padded, "ROWS": rows, "num_warps": 4}
-        _norm_silu[grid](x, past, gamma, out, frames, height * width, scale, eps, **sizes)
+    grid = cdiv(height * width, rows), batch
+    sizes = {"CHANNELS": channels, "PADDED": padded, "ROWS": rows, "num_warps": 4}
+    launch(_norm_silu, grid, x, past, gamma, out, frames, height * width, scale, eps, **sizes)
     return out

@@ -41,11 +41,6 @@ def why_not(kernel: str, x: torch.Tensor, *, float8: bool = False) -> str | None
     return None
 
 
-def current(device: torch.device) -> torch.cuda.device:
-    """A context in which Triton launches on `device`; no change for CPU tensors."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
-
-
 def require(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if x.shape != shape or x.dtype != dtype or x.device != device:
         raise ValueError(f"{name} must be {dtype} {shape} on {device}, not {x.dtype} {tuple(x.shape)} on {x.device}")

@@ -150,7 +150,6 @@ def _launch(
     sizes = length // frames, frames, eps
     options = launch_options(width)
     parts = (None if part is None else part.contiguous() for part in (x, y, gate, scale, shift))
-    with device.current(x.device):
-        programs = batch * frames * cdiv(length // frames, options["ROWS"])
-        launch(_add_norm, (programs,), *parts, total, out, scales, *sizes, OWN=own, WIDTH=width, **options)
+    programs = batch * frames * cdiv(length // frames, options["ROWS"])
+    launch(_add_norm, (programs,), *parts, total, out, scales, *sizes, OWN=own, WIDTH=width, **options)
     return out if scales is None else (out.flatten(0, 1), scales)

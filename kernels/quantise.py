@@ -110,5 +110,4 @@ def scale_product(y: Tensor, row_scales: Tensor, column_scales: Tensor, bias: Te
 def _launch(kernel: Any, x: Tensor, *others: Tensor | None, **constants: bool) -> None:
     rows, width = x.shape
     options = launch_options(width)
-    with device.current(x.device):
-        launch(kernel, (cdiv(rows, options["ROWS"]),), x, *others, rows, **constants, WIDTH=width, **options)
+    launch(kernel, (cdiv(rows, options["ROWS"]),), x, *others, rows, **constants, WIDTH=width, **options)

@@ -314,23 +314,22 @@ def select_blocks(
     counts = torch.empty(batch, heads, q_blocks, dtype=torch.int32, device=q_means.device)
     # Coarse powers of two, so that a growing cache rarely compiles.
     columns, padded_frames = max(512, 1 << (k_blocks - 1).bit_length()), max(32, 1 << (frames - 1).bit_length())
-    with device.current(q_means.device):
-        with_frames = choose > 0 or numbers is not None
-        _write_scores(q_means, k_means, frame_means, scores, parts, with_frames=with_frames)
-        launch(
-            _select,
-            (batch * heads * q_blocks,),
-            scores,
-            frame_ranks.contiguous(),
-            numbers,
-            blocks,
-            counts,
-            *(k_blocks, frames, k_blocks // frames, choose, kept, width),
-            COLUMNS=columns,
-            FRAMES=padded_frames,
-            FRAME_BITS=padded_frames.bit_length() - 1,
-            num_warps=min(16, columns // 512),  # scores of a row in registers: 16 per thread, 32 in the longest rows
-        )
+    with_frames = choose > 0 or numbers is not None
+    _write_scores(q_means, k_means, frame_means, scores, parts, with_frames=with_frames)
+    launch(
+        _select,
+        (batch * heads * q_blocks,),
+        scores,
+        frame_ranks.contiguous(),
+        numbers,
+        blocks,
+        counts,
+        *(k_blocks, frames, k_blocks // frames, choose, kept, width),
+        COLUMNS=columns,
+        FRAMES=padded_frames,
+        FRAME_BITS=padded_frames.bit_length() - 1,
+        num_warps=min(16, columns // 512),  # scores of a row in registers: 16 per thread, 32 in the longest rows
+    )
     return blocks, counts
 
 

@@ -383,14 +383,13 @@ def fused_store(
     arguments: list[Any] = [q, k, v, q_weight, k_weight, cos.contiguous(), sin.contiguous()]
     arguments += [slots, out, means, *ring]
     arguments += [row, eps, batch, heads, heads_per_program, frames, ring_slots, ring_rows, tokens_per_frame]
-    with device.current(k.device):
-        launch(
-            _store,
-            (blocks * cdiv(heads, heads_per_program),),
-            *arguments,
-            HEAD_DIM=head_dim,
-            BLOCK_Q=block[0],
-            BLOCK_K=block[1],
-            **launch_options(*block, k.element_size(), ring.sub_means is not None),
-        )
+    launch(
+        _store,
+        (blocks * cdiv(heads, heads_per_program),),
+        *arguments,
+        HEAD_DIM=head_dim,
+        BLOCK_Q=block[0],
+        BLOCK_K=block[1],
+        **launch_options(*block, k.element_size(), ring.sub_means is not None),
+    )
     return None if out is None or means is None else (out, means)

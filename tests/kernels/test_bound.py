@@ -1,5 +1,7 @@
 """Bound launches: a kernel is specialised anew exactly when something that Triton looks at has changed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -27,15 +29,20 @@ class Kernel:
 
 
 class Compiled:
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, kernel):
         self.kernel = kernel
 
-    def __getitem__(self, grid):
-        return lambda *arguments: self.kernel.ran.append((grid[:3], arguments))
+    def run(self, x, y, z, stream, function, metadata, about, enter, leave, *arguments):
+        assert (stream, function, metadata, about, enter, leave) == (7, "function", "metadata", None, None, None)
+        self.kernel.ran.append(((x, y, z), arguments))
 
 
 @pytest.fixture
 def kernel(monkeypatch):
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 7))
+    monkeypatch.setattr(bound, "driver", driver)
     monkeypatch.setattr(bound, "JITFunction", Kernel)
     monkeypatch.setattr(bound, "_bound", {})
     return Kernel()
@@ -74,7 +81,7 @@ def test_what_triton_specialises_for_is_specialised_anew(kernel, change):
 
 def test_tensor_descriptors_are_left_to_triton_and_old_kernels_are_forgotten(kernel, monkeypatch):
     for _ in range(2):
-        bound.launch(kernel, (1,), torch.zeros(4), object(), 7, WIDTH=64, OWN=True)
+        bound.launch(kernel, (1,), torch.zeros(4), set(), 7, WIDTH=64, OWN=True)
     assert kernel.specialised == 2
     monkeypatch.setattr(bound, "LIMIT", 8)
     for number in range(20):
