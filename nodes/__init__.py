@@ -7,37 +7,29 @@ from ..lightforcing_core.checkpoint.files import CheckpointError
 from ..lightforcing_core.files.output import OutputError
 from ..lightforcing_core.refusal import Refusal
 from ..lightforcing_core.rollout.state import StateError
+from . import demo_prompt, report, schedule, state, text_embeds, timeline, video_output
 from .browser import add_routes
 from .comfy import running_server
-from .demo_prompt import LightForcingDemoPrompt, find_table
-from .model.loader import LightForcingApply, LightForcingModelLoader
-from .report import LightForcingReport
-from .sampling.sampler import LightForcingSampler
-from .sampling.select import LightForcingSamplerSelect
-from .schedule import LightForcingSchedule, plot_numbers
-from .state import LightForcingLoadState, LightForcingSaveState
-from .text_embeds import LightForcingLoadTextEmbeds, LightForcingSaveTextEmbeds
-from .timeline import LightForcingPromptTimeline
-from .vae.decode import LightForcingDecode
-from .vae.encode import LightForcingEncode
-from .video_output import LightForcingVideoOutput
+from .model import loader
+from .sampling import sampler
+from .vae import decode, encode
 
 NODES: list[type[io.ComfyNode]] = [
-    LightForcingModelLoader,
-    LightForcingApply,
-    LightForcingSchedule,
-    LightForcingSampler,
-    LightForcingSamplerSelect,
-    LightForcingPromptTimeline,
-    LightForcingSaveState,
-    LightForcingLoadState,
-    LightForcingVideoOutput,
-    LightForcingDecode,
-    LightForcingEncode,
-    LightForcingReport,
-    LightForcingSaveTextEmbeds,
-    LightForcingLoadTextEmbeds,
-    LightForcingDemoPrompt,
+    loader.LightForcingModelLoader,
+    loader.LightForcingApply,
+    schedule.LightForcingSchedule,
+    sampler.LightForcingSampler,
+    sampler.LightForcingSamplerSelect,
+    timeline.LightForcingPromptTimeline,
+    state.LightForcingSaveState,
+    state.LightForcingLoadState,
+    video_output.LightForcingVideoOutput,
+    decode.LightForcingDecode,
+    encode.LightForcingEncode,
+    report.LightForcingReport,
+    text_embeds.LightForcingSaveTextEmbeds,
+    text_embeds.LightForcingLoadTextEmbeds,
+    demo_prompt.LightForcingDemoPrompt,
 ]
 
 # ComfyUI shows an error's module before its message; ours would be the path of this folder.
@@ -51,11 +43,11 @@ class LightForcingExtension(ComfyExtension):
     async def on_load(self) -> None:
         server = running_server()
         if server is not None:
-            add_routes(server, plot_numbers)
+            add_routes(server, schedule.plot_numbers)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes; the demo prompt only if the demo model is installed."""
-        return [node for node in NODES if node is not LightForcingDemoPrompt or find_table() is not None]
+        return [node for node in NODES if node is not demo_prompt.LightForcingDemoPrompt or demo_prompt.find_table()]
 
 
 async def comfy_entrypoint() -> LightForcingExtension:

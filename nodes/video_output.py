@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io, ui
-from torch import Tensor
 
 from ..lightforcing_core.files.output import numbered_path
 from ..lightforcing_core.files.video import FORMATS, VideoWriter
@@ -63,54 +62,32 @@ class LightForcingVideoOutput(io.ComfyNode):
         return io.NodeOutput(VideoOutput(filename_prefix, format, None if crf < 0 else crf, fps, keep_images))
 
 
-class VideoFiles:
-    """The open files of one run, a writer per video of the batch."""
-
-    def __init__(self, stack: contextlib.ExitStack) -> None:
-        self._stack = stack
-        self.writers: list[VideoWriter] = []
-
-    def write(self, frames: Tensor) -> None:
-        """Append frames [B, n, H, W, 3] in 0…1."""
-        for writer, own in zip(self.writers, frames, strict=True):
-            writer.write(own)
-
-    def cut_short(self, reason: str) -> None:
-        """End here, and leave no file under its final name."""
-        self._stack.__exit__(InterruptedError, InterruptedError(reason), None)
-
-    def shown(self) -> list[ui.SavedResult]:
-        """The files that exist, in the form of ComfyUI's previews."""
-        root = output_folder()
-        results = []
-        for path in (writer.partial or writer.path for writer in self.writers):
-            if path.exists():
-                subfolder = path.parent.relative_to(root).as_posix()
-                results.append(ui.SavedResult(path.name, "" if subfolder == "." else subfolder, io.FolderType.output))
-        return results
-
-
 @contextlib.contextmanager
-def open_videos(
+def open_video(
     output: VideoOutput, latent_shape: Sequence[int], metadata: Mapping[str, Any] | None
-) -> Iterator[VideoFiles]:
-    """A file per video of the batch, named if the block succeeds.
+) -> Iterator[VideoWriter]:
+    """The next file for one video of latents [B, 16, frames, h, w]; it gets its name if the block succeeds.
 
-    Otherwise, and after `cut_short`, the frames so far are kept as `NAME.partial.EXT`.
-
-    latent_shape: [B, 16, frames, h, w] of the videos.
     metadata: the graph, as ComfyUI stores it in files.
     Raises ValueError and OutputError as `VideoWriter` does.
     """
-    batch, (height, width) = latent_shape[0], (8 * side for side in latent_shape[-2:])
+    height, width = (8 * side for side in latent_shape[-2:])
     folder, name = numbered_output(output.filename_prefix, width=width, height=height)
-    with contextlib.ExitStack() as stack:
-        files = VideoFiles(stack)
-        for _ in range(batch):
-            path = stack.enter_context(numbered_path(folder, name, f".{output.format}"))
-            writer = VideoWriter(path, height=height, width=width, fps=output.fps, crf=output.crf, metadata=metadata)
-            files.writers.append(stack.enter_context(writer))
-        yield files
+    with (
+        numbered_path(folder, name, f".{output.format}") as path,
+        VideoWriter(path, height=height, width=width, fps=output.fps, crf=output.crf, metadata=metadata) as writer,
+    ):
+        yield writer
+
+
+def saved_results(videos: Sequence[VideoWriter]) -> list[ui.SavedResult]:
+    """The files that exist, in the form of ComfyUI's previews."""
+    root, results = output_folder(), []
+    for path in (writer.partial or writer.path for writer in videos):
+        if path.exists():
+            subfolder = path.parent.relative_to(root).as_posix()
+            results.append(ui.SavedResult(path.name, "" if subfolder == "." else subfolder, io.FolderType.output))
+    return results
 
 
 def graph_metadata(prompt: Any, extra_pnginfo: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """Nodes that make a patched MODEL: from a checkpoint file of any published layout, or from another loader's MODEL."""
 
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
+from ...lightforcing_core.attention.backends import BACKEND_NAMES
+from ...lightforcing_core.attention.options import AttentionOptions
+from ...lightforcing_core.attention.selection import ESTIMATORS
 from ...lightforcing_core.checkpoint.files import CheckpointError, name_list
 from ...lightforcing_core.checkpoint.load import load_dit_state_dict
 from ...lightforcing_core.checkpoint.scaled import BY_ROWS, read_quantisation
@@ -25,10 +29,10 @@ from ..comfy import (
     with_lora,
 )
 from ..texts import node_schema
-from .options import AUTO, option_inputs, settings_from
-from .patch import patched
+from .patch import Settings, patched
 
-NONE = "none"
+AUTO, NONE = "auto", "none"
+AS_FAMILY = -1
 ROWWISE = "fp8_rowwise"
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -85,6 +89,48 @@ class LightForcingApply(io.ComfyNode):
         path = file_of(model)
         chosen = chosen_family(family, path)
         return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family, path))
+
+
+def option_inputs() -> list[io.Input]:
+    """The inputs that loader and apply node share; `settings_from` reads them."""
+    frames = {"default": AS_FAMILY, "min": AS_FAMILY, "max": 64, "step": 1, "advanced": True}
+    return [
+        io.Combo.Input("family", options=[AUTO, *FAMILIES], default=AUTO),
+        io.Combo.Input("backend", options=[AUTO, *BACKEND_NAMES], default=AUTO, advanced=True),
+        io.Combo.Input("block", options=["16", "32", "64", "128"], default="64", advanced=True),
+        io.Int.Input("keep_frames", **frames),
+        io.Int.Input("keep_sink", **frames),
+        io.Int.Input("keep_near", **frames),
+        io.Combo.Input("estimator", options=[AUTO, *ESTIMATORS], default=AUTO, optional=True, advanced=True),
+        io.Combo.Input("tail", options=[AUTO, "on", "off"], default=AUTO, optional=True, advanced=True),
+        io.Boolean.Input("tiles", default=False, optional=True, advanced=True),
+        io.Int.Input("reuse_steps", default=1, min=1, max=16, step=1, optional=True, advanced=True),
+    ]
+
+
+def settings_from(
+    family: Family,
+    backend: str = AUTO,
+    block: str = "64",
+    keep_frames: int = AS_FAMILY,
+    keep_sink: int = AS_FAMILY,
+    keep_near: int = AS_FAMILY,
+    estimator: str = AUTO,
+    tail: str = AUTO,
+    reuse_steps: int = 1,
+    **beyond: Any,
+) -> Settings:
+    """The patch settings that `option_inputs` describe.
+
+    reuse_steps has no effect; saved graphs hold it. beyond: the other options of `AttentionOptions` that go beyond the
+    published method. Raises ValueError for values that do not fit together.
+    """
+    asked: dict[str, Any] = {"keep_frames": keep_frames, "keep_sink": keep_sink, "keep_near": keep_near}
+    kept = replace(family.sparse, **{name: frames for name, frames in asked.items() if frames != AS_FAMILY})
+    budget = kept.keep_frames, kept.keep_sink, kept.keep_near
+    beyond["estimator"] = family.sparse.estimator if estimator == AUTO else estimator
+    beyond["tail"] = family.sparse.tail if tail == AUTO else tail == "on"
+    return Settings(family, AttentionOptions(backend, (int(block), int(block)), *budget, **beyond))
 
 
 def chosen_family(family: str, path: str) -> Family:

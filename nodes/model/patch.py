@@ -3,7 +3,7 @@
 ComfyUI calls a sampler, and the sampler calls the model through ComfyUI, so that hooks, LoRAs and offloading work. The
 patch adds two ways from the sampler into the model, both as wrappers that chain with others and belong to the clone:
 
-1. Before sampling, `CausalSampler.prepare` checks the inputs and requests memory, while no weights are loaded yet.
+1. Before sampling, `ChunkSampler.prepare_run` checks the inputs and requests memory, while no weights are loaded yet.
 2. In each forward, the passes of the rollout arrive in `transformer_options`, the one argument that ComfyUI hands from
    a sampler to the model unchanged (`run_passes` puts them there, `_forward` takes them out). The text comes from the
    pass, because prompts change during a run; ComfyUI's own conditioning is computed as usual, and not used.
@@ -14,7 +14,6 @@ refused by name.
 """
 
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,16 +103,6 @@ def conflicting_patch(model: ModelPatcher, model_options: dict[str, Any]) -> str
     return found and f"this MODEL has {found}, which Light Forcing cannot follow; remove the node that adds it"
 
 
-class CausalSampler(Sampler, ABC):
-    """A ComfyUI SAMPLER that runs the causal forward of a patched MODEL."""
-
-    @abstractmethod
-    def prepare(
-        self, guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor, denoise_mask: Tensor | None, seed: int
-    ) -> None:
-        """Check the inputs and request memory before weights load. Raises ValueError."""
-
-
 def _outer_sample(
     executor: Any,
     noise: Tensor,
@@ -127,8 +116,9 @@ def _outer_sample(
     **named: Any,
 ) -> Tensor:
     """The OUTER_SAMPLE wrapper, around a whole sampling: the first way in."""
-    if isinstance(sampler, CausalSampler):
-        sampler.prepare(executor.class_obj, noise, latent_image, sigmas, denoise_mask, seed or 0)
+    prepare = getattr(sampler, "prepare_run", None)
+    if prepare is not None:
+        prepare(executor.class_obj, noise, latent_image, sigmas, denoise_mask, seed or 0)
     else:
         log.warning(
             "[Light Forcing] this sampler is not Light Forcing's, so the model runs as an ordinary bidirectional one. "

@@ -20,7 +20,6 @@ from ...lightforcing_core.model.causal import Pass, prompt_modules
 from ...lightforcing_core.refusal import NotFinite
 from ...lightforcing_core.rollout.cost import flops_ratio, recipe_costs
 from ...lightforcing_core.rollout.loop import rollout
-from ...lightforcing_core.rollout.recipe import Noise
 from ...lightforcing_core.rollout.record import RunRecord, RunRecorder
 from ...lightforcing_core.rollout.runtime import Chunk, Runtime, StepEvent
 from ...lightforcing_core.rollout.schedule import video_frames_of
@@ -28,6 +27,7 @@ from ...lightforcing_core.rollout.state import RunState
 from ..comfy import (
     Interrupted,
     ModelPatcher,
+    Sampler,
     dense_attentions,
     is_interrupted,
     is_out_of_memory,
@@ -37,24 +37,23 @@ from ..comfy import (
     show_text,
     weights_of,
 )
-from ..model.patch import KEY, CausalSampler, conflicting_patch, required_settings, run_passes
+from ..model.patch import KEY, conflicting_patch, required_settings, run_passes
 from ..vae.decode import FrameDecoder
-from .memory import looks_of, plan_of
+from .memory import looks_of, memory_advice, plan_of
 from .observer import Observer
-from .refusals import memory_advice, unsuitable_guider, unsuitable_latents, unsuitable_sigmas
-from .request import KV_CACHES, Request, model_text, named_for_the_canvas
+from .request import KV_CACHES, Request, model_text, named_for_the_canvas, unsuitable_guider, unsuitable_start
 
 log = logging.getLogger(__name__)
 
 
-class ChunkSampler(CausalSampler):
+class ChunkSampler(Sampler):
     """The rollout as a ComfyUI SAMPLER, with the guider's cfg and prompts.
 
     request: the inputs of the node.
     observers: receive the events of the run, in this order.
     saved: a run to continue; it decides the video instead of the request.
     decoder: decodes finished chunks, so the memory plan includes it.
-    fresh_noise: the noise after each denoising step, as `Runtime.noise`; None takes the run's own.
+    own_noise: whether chunks start from the run's own noise instead of the one that ComfyUI gives.
 
     `record` is the record of the last run, once it has ended.
     """
@@ -66,32 +65,32 @@ class ChunkSampler(CausalSampler):
         *,
         saved: RunState | None = None,
         decoder: FrameDecoder | None = None,
-        fresh_noise: Noise | None = None,
+        own_noise: bool = False,
     ) -> None:
         self.request, self.observers, self.saved = request, observers, saved
-        self.decoder, self.fresh_noise = decoder, fresh_noise
+        self.decoder, self.own_noise = decoder, own_noise
         self.record: RunRecord | None = None
         self._prepared: tuple[RunState, MemoryPlan] | None = None
         self._dense_attention = FastestDense(dense_attentions())
         self._measuring = partial(machine.measuring, show_text, is_interrupted)
 
-    def prepare(
+    def prepare_run(
         self, guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor, denoise_mask: Tensor | None, seed: int
     ) -> None:
-        """Check everything and plan the memory, before any weight is loaded."""
+        """Check everything and plan the memory, before any weight is loaded. Raises ValueError."""
         model = guider.model_patcher
         with named_for_the_canvas():
             reason = (
                 conflicting_patch(model, guider.model_options)
                 or unsuitable_guider(guider)
-                or unsuitable_latents(latent_image)
-                or unsuitable_sigmas(sigmas)
+                or unsuitable_start(latent_image, sigmas, denoise_mask)
             )
-            if denoise_mask is not None:
-                reason = "the latent has a noise mask, which a rollout cannot follow; remove Set Latent Noise Mask"
             if reason:
                 raise ValueError(reason)
-            run = self._run(guider, sigmas, noise.shape, seed)
+            run = self.saved
+            if run is None:
+                recipe = self.request.recipe(guider, required_settings(model), sigmas.tolist(), noise.shape, seed)
+                run = RunState(recipe, model_text(model))
         plan = plan_of(model, run, KV_CACHES[self.request.kv_cache], self.decoder, saved=self.saved is not None)
         run = replace(run, kv_dtype=plan.kv.dtype)
         if self.saved is None and self.request.speed != "safe":
@@ -109,16 +108,6 @@ class ChunkSampler(CausalSampler):
 
         request_memory(guider, KEY, memory)
 
-    def _run(self, guider: Any, sigmas: Tensor, shape: Sequence[int], seed: int) -> RunState:
-        """The saved run, or a new one from the inputs. Raises ValueError."""
-        model = guider.model_patcher
-        if self.saved is not None:
-            self.saved.check_model(model_text(model))
-            return self.saved
-        request = self.request.started_by(guider.model_options)
-        recipe = request.recipe(guider, required_settings(model), sigmas.tolist(), shape, seed)
-        return RunState(recipe, model_text(model))
-
     def sample(
         self,
         model_wrap: Any,
@@ -130,18 +119,19 @@ class ChunkSampler(CausalSampler):
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        """The video [B, 16, frames, h, w], normalised, or its start if the run was cut short; draw 0 is `noise`."""
+        """The video [B, 16, frames, h, w], normalised, or its start if the run was cut short."""
         required_settings(model_wrap.model_patcher)
-        assert self._prepared is not None  # with the patch, ComfyUI has called `prepare` before
+        assert self._prepared is not None  # with the patch, ComfyUI has called `prepare_run` before
         (run, plan), self._prepared = self._prepared, None
-        inner, video = model_wrap.inner_model, _Video(run, noise, plan.latents_on_device)
-        fresh = self.fresh_noise or run.recipe.noise()
-        dit = inner.diffusion_model
+        inner = model_wrap.inner_model
+        dit, fresh = inner.diffusion_model, run.recipe.noise()
+        video = _Video(run, noise.shape, noise.device if plan.latents_on_device else torch.device("cpu"))
+        starts = [0, *accumulate(run.recipe.chunk_lengths())]
         bar = tqdm(disable=disable_pbar, desc="Light Forcing")
 
         def draw(index: int, number: int, shape: tuple[int, ...]) -> Tensor:
-            start = video.starts[index]
-            return fresh(index, number, shape) if number else noise[:, :, start : start + shape[2]]
+            is_ours = number or self.own_noise
+            return fresh(index, number, shape) if is_ours else noise[:, :, starts[index] : starts[index + 1]]
 
         def denoise(x: Tensor, sigma: float, passes: Sequence[Pass]) -> Tensor:
             raise_if_interrupted()
@@ -154,7 +144,7 @@ class ChunkSampler(CausalSampler):
             for observer in self.observers:
                 observer.step(event)
             if callback is not None:
-                callback(event.done - 1, video.clean.clone(), video.noisy, event.total)
+                callback(event.done - 1, video.clean.clone(), event.x, event.total)
 
         recorder = RunRecorder(self._facts(model_wrap.model_patcher, run, plan))
         runtime = Runtime(
@@ -219,19 +209,21 @@ class ChunkSampler(CausalSampler):
 
     def _accept_end(self, error: BaseException, video: "_Video", run: RunState, plan: MemoryPlan) -> None:
         """Accept the finished chunks of a run that `error` ended, or raise it."""
-        interrupted, broken = isinstance(error, Interrupted), isinstance(error, NotFinite)
-        if not interrupted and not broken and not is_out_of_memory(error):
-            raise error
-        decoding = video.in_output is not None
-        if interrupted:
+        if isinstance(error, Interrupted):
             video.drop_output()  # so that LATENT and the frames end together
-        reason = f"{error}; stopped after {video.progress}" if broken else f"cancelled after {video.progress}"
-        if not interrupted and not broken:
+            reason = f"cancelled after {video.progress}"
+        elif isinstance(error, NotFinite):
+            reason = f"{error}; stopped after {video.progress}"
+        elif is_out_of_memory(error):
+            decoding = video.in_output is not None
             advice = memory_advice(run.recipe, plan, decoding=decoding)
             doing = "decoding" if decoding else "sampling"
             reason = f"out of memory while {doing} a chunk, after {video.progress}; {advice}"
+            error = out_of_memory(reason)
+        else:
+            raise error
         if not (self.request.keep_finished and video.finished):
-            raise error if interrupted or broken else out_of_memory(reason) from error
+            raise error
         log.warning("[Light Forcing] %s", reason)
         for observer in self.observers:
             observer.cut(reason)
@@ -240,19 +232,17 @@ class ChunkSampler(CausalSampler):
 class _Video:
     """The latents of a run so far, and how much of them is finished.
 
-    clean, noisy: [B, 16, frames, h, w], where the current chunk holds its latest prediction and that step's input.
-    starts: first latent frame of every chunk.
+    clean: [B, 16, frames, h, w], where the current chunk holds its latest prediction.
     end: latent frames that are finished. finished, wanted: chunks of this run.
     in_output: the chunk that observers are working on, if any.
     """
 
-    def __init__(self, run: RunState, noise: Tensor, on_device: bool) -> None:
-        home = noise.device if on_device else torch.device("cpu")
-        self.clean, self.noisy = torch.zeros_like(noise, device=home), noise.to(home, copy=True)
-        self.starts, self.end = [0, *accumulate(run.recipe.chunk_lengths())][:-1], run.finished_frames
+    def __init__(self, run: RunState, shape: Sequence[int], device: torch.device) -> None:
+        self.clean, self.end = torch.zeros(*shape, device=device), run.finished_frames
         if (past := run.latents) is not None:
             self.clean[:, :, : self.end] = past
-        self.finished, self.wanted = 0, sum(start >= self.end for start in self.starts)
+        self.finished = 0
+        self.wanted = len(run.recipe.chunk_lengths()) - run.recipe.first_index - len(run.finished)
         self.in_output: Chunk | None = None
 
     @property
@@ -266,8 +256,7 @@ class _Video:
         return f"{self.finished} of {self.wanted} chunks: {' of '.join(map(str, frames))} frames"
 
     def update(self, event: StepEvent) -> None:
-        frames = slice(event.start_frame, event.start_frame + event.x0.shape[2])
-        self.clean[:, :, frames], self.noisy[:, :, frames] = event.x0, event.x
+        self.clean[:, :, event.start_frame : event.start_frame + event.x0.shape[2]] = event.x0
 
     def add(self, chunk: Chunk) -> None:
         """A chunk is finished, and its output begins."""

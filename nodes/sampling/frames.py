@@ -2,9 +2,11 @@
 
 import contextlib
 import logging
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from ...lightforcing_core.files.video import VideoWriter
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.refusal import NotFinite
 from ...lightforcing_core.rollout.runtime import Chunk, StepEvent
@@ -12,7 +14,6 @@ from ...lightforcing_core.rollout.state import RunState
 from ...lightforcing_core.vae.streaming import FRAMES_AT_ONCE
 from ..comfy import raise_if_interrupted
 from ..vae.decode import FrameDecoder
-from ..video_output import VideoFiles
 from .live_view import LiveView
 from .observer import Observer
 
@@ -23,12 +24,12 @@ class FrameOutput(Observer):
     """Decodes chunks in order and passes their frames on.
 
     Frames may be decoded while the next chunk is sampled: they are passed on after the first step by which they are
-    ready, and `finish` waits for the last ones.
+    ready, and the last ones once nothing follows.
 
     before: latents [B or 1, 16, frames, h, w] that the video already has and that are decoded first, `normalised` or
         in the VAE's space.
     live: shows the frames.
-    files: the video files to write, if any.
+    videos: open files, one for each video of the batch, or none.
     """
 
     def __init__(
@@ -38,17 +39,17 @@ class FrameOutput(Observer):
         *,
         normalised: bool,
         live: LiveView,
-        files: VideoFiles | None = None,
+        videos: Sequence[VideoWriter],
     ) -> None:
-        self._decoder, self._before, self._normalised, self._files = decoder, before, normalised, files
-        self._live, self._passed_on = live, 0
+        self._decoder, self._before, self._normalised = decoder, before, normalised
+        self._live, self._videos = live, videos
 
     def finish_failed(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Exit callback of a stack: keep the frames that a failed run was decoding."""
         if error is None:
             return
         try:
-            self.finish()
+            self._pass_on(self._decoder.rest())
         except Exception as second:  # the user must see the first error
             log.warning("[Light Forcing] the last frames of a run that failed are lost: %s", second)
 
@@ -62,11 +63,11 @@ class FrameOutput(Observer):
         self.add_before(chunk.latents.shape[0])
         self._add(chunk.latents, normalised=True)
         if is_last:  # no step follows that could collect its frames
-            self.finish()
+            self._pass_on(self._decoder.rest())
 
     def cut(self, reason: str) -> None:
         with contextlib.suppress(NotFinite):  # the run has its reason, and its latents are kept
-            self.finish()
+            self._pass_on(self._decoder.rest())
 
     def add_before(self, batch: int) -> None:
         """Decode the latents that the video already has, once."""
@@ -76,10 +77,6 @@ class FrameOutput(Observer):
         for piece in before.split(FRAMES_AT_ONCE, dim=2):
             raise_if_interrupted()
             self._add(piece, normalised=self._normalised)
-
-    def finish(self) -> None:
-        """Wait for the frames that are still being decoded, and pass them on."""
-        self._pass_on(self._decoder.rest())
 
     def _add(self, latents: Tensor, *, normalised: bool) -> None:
         ready = self._decoder.put(latents, normalised=normalised)
@@ -91,8 +88,7 @@ class FrameOutput(Observer):
 
     def _pass_on(self, ready: list[Tensor]) -> None:
         for frames in ready:
-            if self._files is not None:
-                self._files.write(frames)
-            self._live.add_frames(frames, self._passed_on)
-            self._passed_on += frames.shape[1]
+            for video, own in zip(self._videos, frames, strict=False):
+                video.write(own)
+            self._live.add_frames(frames)
             self._live.show()

@@ -1,4 +1,4 @@
-"""Live view of a run on its node: decoded frames, a draft, and a line of text.
+"""Live view of a run on its node: decoded frames and drafts.
 
 A page with the pack's JavaScript receives every new picture once and plays them. Any other client gets ComfyUI's own
 preview: one sheet of the whole video, whose cells fill up. Pictures take at most `SHARE` of the run's time.
@@ -19,18 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.rollout.runtime import StepEvent
 from ...lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
-from ...lightforcing_core.rollout.state import RunState
 from ..browser import watching_page
-from ..comfy import ModelPatcher, Preview, ProgressBar, executing_node, running_server, show_text
-from ..model.patch import settings_of
+from ..comfy import ModelPatcher, Preview, ProgressBar, executing_node, running_server
+from ..model.patch import required_settings
 from .observer import Observer
 
 SHARE = 0.02  # of the run's time that pictures may take
 PAUSE = 0.4  # seconds between pictures
-LINE_PAUSE = 0.2  # seconds between lines
 FPS = 16  # of Wan 2.1
 EVERY = 2  # video frames for one picture of decoded video
 SIDE = 256  # longest side of a picture in pixels
@@ -51,66 +48,6 @@ class Stretch:
     pictures: np.ndarray
 
 
-@dataclass
-class Draft:
-    """A chunk's pictures while they are copied to the CPU, until the event `ready`."""
-
-    start: int
-    stop: int
-    pictures: Tensor
-    ready: Any = None
-
-    def arrived(self) -> Stretch | None:
-        """The pictures, spread evenly over the frames; None while they are being copied."""
-        if self.ready is not None and not self.ready.query():
-            return None
-        count, frames = len(self.pictures), self.stop - self.start
-        at = [self.start + frames * index // count for index in range(count)]
-        return Stretch(self.start, self.stop, at, self.pictures.numpy())
-
-
-class ProgressLine(Observer):
-    """Lines on the running node: chunk, step, pace and density; then the plan.
-
-    why_dense: why attention runs dense although sparsity was asked for, once that is known.
-    """
-
-    def __init__(self) -> None:
-        self._plan = ""
-        self.why_dense: str | None = None
-        self._shown = self._begun = 0.0
-        self._pace = ""
-        self._last: StepEvent | None = None
-
-    def begin(self, run: RunState, plan: MemoryPlan) -> None:
-        self._plan = str(plan)
-        show_text(self._plan)
-
-    def step(self, event: StepEvent) -> None:
-        now, self._last = time.perf_counter(), event
-        if event.no_backend and self.why_dense is None:
-            self.why_dense = f"dense attention: {event.no_backend}"
-        if event.done == 1:
-            self._shown, self._begun, self._pace = -math.inf, now, ""
-        elif event.step == 0:
-            self._pace = f"{(now - self._begun) / event.chunk:.1f} s per chunk · "
-        if now - self._shown >= LINE_PAUSE:
-            self._shown = now
-            show_text(
-                f"chunk {event.chunk + 1}/{event.chunks} · step {event.step + 1}/{event.steps} · {self._pace}"
-                f"density {100 * event.density:.0f} %{self._below}"
-            )
-
-    def end(self) -> None:
-        if self._last is not None:
-            show_text(f"{self._last.chunk + 1} of {self._last.chunks} chunks · {self._pace}done{self._below}")
-
-    @property
-    def _below(self) -> str:
-        """Further lines, which nodes drawn by Vue append to the first one."""
-        return "".join(f"\n· {line}" for line in (self.why_dense, self._plan) if line)
-
-
 class LiveView(Observer):
     """Shows one run on its node; `callback` is for ComfyUI's guider.
 
@@ -122,12 +59,11 @@ class LiveView(Observer):
         self._budget = Budget()
         self._bar, self._done, self._total = ProgressBar(1), 0, 1
         self._decodes, self._preview = decodes, Preview(model)
-        self._draft: Draft | None = None
+        self._draft: tuple[Stretch, Any] | None = None  # with the event after which its pictures are on the CPU
         self._decoded = 0  # video frames
         self._shape = tuple(latent_shape)
-        settings = settings_of(model)
         # The demo model has a VAE of its own; in the colours of Wan's latents its drafts would be noise.
-        self._drafts = settings is None or settings.family.id != DEMO_FAMILY
+        self._drafts = required_settings(model).family.id != DEMO_FAMILY
 
     @cached_property
     def _pictures(self) -> "Strips | Sheet":
@@ -157,15 +93,15 @@ class LiveView(Observer):
                 self._draft = self._drawn(event)
             self._take_draft()
 
-    def add_frames(self, frames: Tensor, start: int) -> None:
-        """Show decoded frames [B, n, H, W, 3] in [0, 1], from frame `start` on."""
+    def add_frames(self, frames: Tensor) -> None:
+        """Show the next decoded frames, [B, n, H, W, 3] in [0, 1]."""
         if self._preview.is_foreign:
             return
-        self._draft, self._decoded = None, start + frames.shape[1]
+        start, self._decoded = self._decoded, self._decoded + frames.shape[1]
+        self._draft, skipped = None, -start % EVERY
         with self._budget.spending():
-            skipped = -start % EVERY
-            at = list(range(start + skipped, start + frames.shape[1], EVERY))
-            self._pictures.add(Stretch(start, start + frames.shape[1], at, small_pictures(frames[0, skipped::EVERY])))
+            at = list(range(start + skipped, self._decoded, EVERY))
+            self._pictures.add(Stretch(start, self._decoded, at, small_pictures(frames[0, skipped::EVERY])))
 
     def show(self) -> None:
         """Send new pictures, if the budget allows it or the run is over."""
@@ -188,23 +124,26 @@ class LiveView(Observer):
         self.show()
 
     def _take_draft(self) -> None:
-        stretch = self._draft.arrived() if self._draft is not None else None
-        if stretch is not None:
+        """Add the draft, unless it is still being copied to the CPU."""
+        if self._draft is not None and (self._draft[1] is None or self._draft[1].query()):
+            with self._budget.spending():
+                self._pictures.add(self._draft[0])
             self._draft = None
-            self._pictures.add(stretch)
 
-    def _drawn(self, event: StepEvent) -> Draft:
-        """The current chunk's pictures, by a tiny VAE or by approximate colours."""
+    def _drawn(self, event: StepEvent) -> tuple[Stretch, Any]:
+        """The current chunk's pictures, by a tiny VAE or by approximate colours, spread evenly over its frames."""
         start = video_frames_of(event.start_frame) if event.start_frame else 0
-        stop = video_frames_of(event.start_frame + event.x0.shape[2])
+        stop, ready = video_frames_of(event.start_frame + event.x0.shape[2]), None
         if self._preview.has_tiny_vae and self._budget.allows():
-            return Draft(start, stop, torch.from_numpy(small_pictures(self._preview.decode(event.x0[:1]))))
-        colours = self._preview.colours(event.x0[0])
-        if not colours.is_cuda:
-            return Draft(start, stop, colours.cpu())
-        pictures, ready = colours.to("cpu", non_blocking=True), torch.cuda.Event()
-        ready.record()
-        return Draft(start, stop, pictures, ready)
+            pictures = small_pictures(self._preview.decode(event.x0[:1]))
+        else:
+            colours = self._preview.colours(event.x0[0])
+            pictures = colours.to("cpu", non_blocking=True).numpy()
+            if colours.is_cuda:
+                ready = torch.cuda.Event()
+                ready.record()
+        at = [start + (stop - start) * index // len(pictures) for index in range(len(pictures))]
+        return Stretch(start, stop, at, pictures), ready
 
 
 class Budget:
@@ -232,8 +171,8 @@ class Strips:
     """Sends a page each picture once, in strips; later stretches replace earlier, and a reloaded page gets all."""
 
     def __init__(self, server: Any, frames: int) -> None:
-        self._server, self._frames, self._unsent = server, frames, list[Stretch]()
-        self._page, self._sent = watching_page(server), list[dict[str, Any]]()
+        self._server, self._frames, self._page = server, frames, watching_page(server)
+        self._strips, self._unsent = list[dict[str, Any]](), list[dict[str, Any]]()
         self._end: int | None = None
 
     @property
@@ -242,31 +181,32 @@ class Strips:
 
     def cut(self, stop: int) -> None:
         """The video ends before frame `stop`: discard drafts past it."""
-        self._unsent = [stretch for stretch in self._unsent if stretch.start < stop]
-        if any(strip["start"] >= stop for strip in self._sent):
-            self._sent = [strip for strip in self._sent if strip["start"] < stop]
+        if any(strip["start"] >= stop for strip in self._strips):
+            self._strips, self._unsent = (
+                [strip for strip in strips if strip["start"] < stop] for strips in (self._strips, self._unsent)
+            )
             self._end = stop
 
     def add(self, stretch: Stretch) -> None:
-        self._unsent = [old for old in self._unsent if old.start >= stretch.stop or old.stop <= stretch.start]
-        self._unsent.append(stretch)
-        self._sent = [old for old in self._sent if old["start"] >= stretch.stop or old["stop"] <= stretch.start]
+        self._strips, self._unsent = (
+            [old for old in strips if old["start"] >= stretch.stop or old["stop"] <= stretch.start]
+            for strips in (self._strips, self._unsent)
+        )
+        strip = strip_of(stretch)
+        self._strips.append(strip)
+        self._unsent.append(strip)
 
     def send(self) -> None:
         node, page = executing_node(), watching_page(self._server)
-        strips, self._unsent = [strip_of(stretch) for stretch in self._unsent], []
-        self._sent += strips
-        if page is not self._page:
-            self._page, strips = page, self._sent
         message = {
             "node": node[0] if node else None,
             "prompt_id": node[1] if node else None,
             "frames": self._frames,
             "fps": FPS,
-            "strips": strips,
+            "strips": self._unsent if page is self._page else self._strips,
             "end": self._end,
         }
-        self._end = None
+        self._page, self._unsent, self._end = page, [], None
         self._server.send_sync(MESSAGE, message, self._server.client_id)
 
 

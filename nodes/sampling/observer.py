@@ -1,12 +1,16 @@
-"""Observers of a run: the interface by which the chunk sampler reports progress, and two small observers."""
+"""Observers of a run: the interface by which the chunk sampler reports progress, and the small ones."""
 
+import math
+import time
 from collections import Counter
 from pathlib import Path
 
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.rollout.runtime import Chunk, StepEvent
 from ...lightforcing_core.rollout.state import RunState, save_run_state
+from ..comfy import show_text
 
+LINE_PAUSE = 0.2  # seconds between lines
 # How many runs of each node were cut short. ComfyUI compares the number as the node's fingerprint: it caches the result
 # of such a run like any other, but must not return it when the graph is queued again.
 runs_cut_short: Counter[str | None] = Counter()
@@ -42,13 +46,45 @@ class StateWriter(Observer):
         save_run_state(self._run, self._path)
 
 
-class CutShort(Observer):
-    """Remembers why a node's run ended early, so that it runs again when queued."""
+class ProgressLine(Observer):
+    """Lines on the running node: chunk, step, pace and density; then the plan.
+
+    why_dense: why attention runs dense although sparsity was asked for, once that is known.
+    why_cut: why the run ended early, if it did; it then runs again when queued.
+    """
 
     def __init__(self, node_id: str | None) -> None:
-        self._node_id = node_id
-        self.reason: str | None = None
+        self._node_id, self._plan, self._pace = node_id, "", ""
+        self.why_dense: str | None = None
+        self.why_cut: str | None = None
+        self._shown = self._begun = 0.0
+        self._last: StepEvent | None = None
+
+    def begin(self, run: RunState, plan: MemoryPlan) -> None:
+        self._plan = str(plan)
+        show_text(self._plan)
+
+    def step(self, event: StepEvent) -> None:
+        now, self._last = time.perf_counter(), event
+        if event.no_backend and self.why_dense is None:
+            self.why_dense = f"dense attention: {event.no_backend}"
+        if event.done == 1:
+            self._shown, self._begun, self._pace = -math.inf, now, ""
+        elif event.step == 0:
+            self._pace = f"{(now - self._begun) / event.chunk:.1f} s per chunk · "
+        if now - self._shown >= LINE_PAUSE:
+            self._shown = now
+            steps = f"step {event.step + 1}/{event.steps} · {self._pace}density {100 * event.density:.0f} %"
+            self._show(f"chunk {event.chunk + 1}/{event.chunks} · {steps}")
 
     def cut(self, reason: str) -> None:
-        self.reason = reason
+        self.why_cut = reason
         runs_cut_short[self._node_id] += 1
+
+    def end(self) -> None:
+        if self._last is not None:
+            self._show(f"{self._last.chunk + 1} of {self._last.chunks} chunks · {self._pace}done")
+
+    def _show(self, line: str) -> None:
+        # Nodes drawn by Vue append further lines to the first one.
+        show_text("\n· ".join(filter(None, (line, self.why_dense, self._plan))))

@@ -1,9 +1,9 @@
-"""The inputs of a sampling node, and the recipe they make with a model, prompts and a size."""
+"""The inputs of a sampling node, their checks, and the recipe they make with a model, prompts and a size."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,14 +12,21 @@ from torch import Tensor
 
 from ...lightforcing_core.families import Family
 from ...lightforcing_core.model.kv_storage import KVOptions
-from ...lightforcing_core.refusal import Refusal
-from ...lightforcing_core.rollout.recipe import Guidance, NoiseOptions, Recipe, check_given, few_step_sigmas
+from ...lightforcing_core.refusal import Refusal, check_finite
+from ...lightforcing_core.rollout.recipe import (
+    Guidance,
+    NoiseOptions,
+    Recipe,
+    check_given,
+    check_guidance,
+    few_step_sigmas,
+)
 from ...lightforcing_core.rollout.runtime import Replay
 from ...lightforcing_core.rollout.schedule import Schedule, video_frames_of
-from ..comfy import ModelPatcher, flow_shift
-from ..model.patch import Settings
+from ..comfy import ModelPatcher, flow_shift, guidance_of, is_plain_guider, name_of
+from ..model.patch import LATENT_CHANNELS, Settings
 from ..schedule import numbers_per_chunk
-from ..timeline import PromptChange, prompts_of
+from ..timeline import PromptChange, prompts_of, unsuitable_prompt
 
 # The choices of kv_cache; auto lets the memory plan choose.
 KV_CACHES: dict[str, KVOptions | None] = {
@@ -85,34 +92,13 @@ class Request:
     context_noise: float = 0.0
     speed: str = "auto"
 
-    @property
-    def initial_latents(self) -> Tensor | None:
-        return self.start_latent["samples"] if self.start_latent else None
-
-    @property
-    def initial_frames(self) -> int:
-        return 0 if self.initial_latents is None else self.initial_latents.shape[2]
-
-    def started_by(self, model_options: Mapping[str, Any]) -> "Request":
-        """The request with the start that ARVideoI2V gave to a MODEL; ValueError if it has one of its own."""
-        start = model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
-        if start is None or start is self.initial_latents:
-            return self
-        if self.start_latent:
+    def start(self, model_options: Mapping[str, Any]) -> Tensor | None:
+        """The latents that the video starts with: the input's or those of ARVideoI2V; ValueError if there are both."""
+        of_model = model_options.get("transformer_options", {}).get("ar_config", {}).get("initial_latent")
+        if self.start_latent and of_model is not None:
             problem = "start_latent is connected, and ARVideoI2V has given this MODEL a start image too"
             raise ValueError(f"{problem}; disconnect start_latent, or take the MODEL from before ARVideoI2V")
-        return replace(self, start_latent={"samples": start})
-
-    @property
-    def seeds(self) -> dict[int, int]:
-        """Chunk index → seed of its own."""
-        return numbers_per_chunk(self.chunk_seeds, "chunk_seeds", int, lists=False)
-
-    def schedule_of(self, family: Family, latent_frames: int) -> Schedule:
-        """The chunks of a video. Raises ValueError for a schedule of another length or kind of checkpoint."""
-        schedule = self.schedule or Schedule.of_family(family, latent_frames)
-        _check_schedule(schedule, family, latent_frames)
-        return schedule
+        return self.start_latent["samples"] if self.start_latent else of_model
 
     @property
     def title(self) -> str:
@@ -123,15 +109,18 @@ class Request:
     ) -> Recipe:
         """The recipe for a guider's model and prompts; shape: of the latents."""
         family, shift = settings.family, flow_shift(guider.model_patcher)
-        schedule = self.schedule_of(family, shape[2])
+        schedule = self.schedule or Schedule.of_family(family, shape[2])
+        _check_schedule(schedule, family, shape[2])
         given: dict[str, Any] = {}
-        for name, latent in (("initial_latents", self.start_latent), ("last_latents", self.end_latent)):
-            if latent:
-                check_given(name, latent["samples"], shape)
-                latents = latent["samples"].to("cpu", torch.float32)
-                given[name] = guider.model_patcher.model.process_latent_in(latents)
-        lengths = schedule.chunk_lengths(self.initial_frames)
-        if beyond := [chunk for chunk in self.seeds if chunk >= len(lengths)]:
+        start, end = self.start(guider.model_options), self.end_latent["samples"] if self.end_latent else None
+        for name, latents in (("initial_latents", start), ("last_latents", end)):
+            if latents is not None:
+                check_given(name, latents, shape)
+                given[name] = guider.model_patcher.model.process_latent_in(latents.to("cpu", torch.float32))
+        initial_frames = 0 if start is None else start.shape[2]
+        lengths = schedule.chunk_lengths(initial_frames)
+        seeds = numbers_per_chunk(self.chunk_seeds, "chunk_seeds", int, lists=False)
+        if beyond := [chunk for chunk in seeds if chunk >= len(lengths)]:
             raise ValueError(f"chunk_seeds names chunk {beyond[0]}; this video has chunks 0 to {len(lengths) - 1}")
         negative = guider.conds["negative"][0]["cross_attn"] if guider.cfg != 1.0 else None
         return Recipe(
@@ -141,9 +130,9 @@ class Request:
             seed=seed,
             attention=settings.attention,
             guidance=Guidance(guider.cfg, negative),
-            noise_options=NoiseOptions(_first_levels(family, sigmas, shift), self.seeds, self.context_noise),
+            noise_options=NoiseOptions(_first_levels(family, sigmas, shift), seeds, self.context_noise),
             **given,
-            **schedule.arguments(self.initial_frames),
+            **schedule.arguments(initial_frames),
         )
 
 
@@ -184,3 +173,32 @@ def model_text(model: ModelPatcher) -> str:
         loras = sorted((str(key), [patch[0] for patch in patches]) for key, patches in model.patches.items())
         text += f", LoRA {zlib.crc32(repr(loras).encode()):08x}"
     return text
+
+
+def unsuitable_guider(guider: Any) -> str | None:
+    """Why the guider's prompts or strength cannot drive a rollout, or None."""
+    if not is_plain_guider(guider):
+        return f"the KV cache cannot follow the guider {type(guider).__name__}; use BasicGuider or CFGGuider"
+    if guider.cfg == 1.0 and guider.model_options.get("disable_cfg1_optimization"):
+        names = ", ".join(map(name_of, guidance_of(guider.model_options))) or "an unknown node"
+        return f"a patch needs the negative prompt at cfg 1 (disable_cfg1_optimization, by {names}); remove that node"
+    if guider.cfg != 1.0:
+        check_guidance(guider.cfg, guider.conds.get("negative") or None)
+        reason = unsuitable_prompt("negative prompt", guider.conds["negative"], may_be_empty=True)
+        if reason:
+            return reason
+    return unsuitable_prompt("positive prompt", guider.conds.get("positive") or [])
+
+
+def unsuitable_start(latents: Tensor, sigmas: Tensor, denoise_mask: Tensor | None) -> str | None:
+    """Why a rollout cannot begin with the latents and noise levels, or None; Refusal if not finite."""
+    if denoise_mask is not None:
+        return "the latent has a noise mask, which a rollout cannot follow; remove Set Latent Noise Mask"
+    if latents.ndim != 5 or latents.shape[1] != LATENT_CHANNELS:
+        return f"the latent is {list(latents.shape)}, not [batch, 16, frames, height, width]; use Empty AR Video Latent"
+    check_finite("the latent", latents, "create it again")
+    if torch.count_nonzero(latents):
+        return "the latent is not empty; connect an empty one here, and the encoded frames to start_latent"
+    if len(sigmas) and float(sigmas[0]) < 0.999:
+        return f"sigmas start at {float(sigmas[0]):.4f}, not at 1; use BasicScheduler with simple, 4 steps, denoise 1"
+    return None

@@ -1,4 +1,4 @@
-"""The sampling node: the whole run chunk by chunk, decoded and shown meanwhile."""
+"""The sampling nodes: a whole run, decoded and shown meanwhile, and the chunk sampler as a SAMPLER."""
 
 import contextlib
 from collections.abc import Sequence
@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
-from torch import Tensor
 
 from ...lightforcing_core.families import Family, family_of
-from ...lightforcing_core.rollout.recipe import check_guidance, few_step_sigmas, seeded_noise
-from ...lightforcing_core.rollout.state import RunState
+from ...lightforcing_core.files.video import VideoWriter
+from ...lightforcing_core.rollout.recipe import check_guidance, few_step_sigmas
 from ..comfy import (
     ExecutionBlocker,
     ModelPatcher,
@@ -22,8 +21,7 @@ from ..comfy import (
     result_device,
     show_text,
 )
-from ..model.loader import LightForcingApply
-from ..model.options import AUTO
+from ..model.loader import AUTO, LightForcingApply
 from ..model.patch import KEY, required_settings, settings_of
 from ..report import RECORD
 from ..schedule import ScheduleType, numbers_per_chunk
@@ -31,11 +29,11 @@ from ..state import StateFile, StateType
 from ..texts import node_schema
 from ..timeline import TimelineType
 from ..vae.decode import FrameDecoder
-from ..video_output import VideoFiles, VideoOutput, VideoOutputType, graph_metadata, open_videos
+from ..video_output import VideoOutput, VideoOutputType, graph_metadata, open_video, saved_results
 from .chunk_sampler import ChunkSampler
 from .frames import FrameOutput
-from .live_view import LiveView, ProgressLine
-from .observer import CutShort, Observer, StateWriter, runs_cut_short
+from .live_view import LiveView
+from .observer import Observer, ProgressLine, StateWriter, runs_cut_short
 from .request import Request, model_text, run_inputs
 
 MAX_SEED, MAX_CFG = 0xFFFFFFFFFFFFFFFF, 30.0
@@ -118,88 +116,97 @@ class LightForcingSampler(io.ComfyNode):
         family = required_settings(model).family
         if vae is None and (user := user_of_images(cls.hidden)):
             raise ValueError(f"IMAGE is connected to {user}, but vae to nothing; connect Load VAE, or disconnect IMAGE")
-        request = Request(**inputs).started_by(model.model_options)
-        latents = empty_latents(model, latent)
+        request, latents = Request(**inputs), empty_latents(model, latent)
+        start = request.start(model.model_options)
         saved = state.continued(latents.shape) if state else None
         if saved is not None:
             saved.check_model(model_text(model))
-        line, end = ProgressLine(), CutShort(cls.hidden.unique_id)
-        live = LiveView(model, latents.shape, decodes=vae is not None)
-        observers: list[Observer] = [line, live, end]
-        decoder = frames = files = None
+        line, live = ProgressLine(cls.hidden.unique_id), LiveView(model, latents.shape, decodes=vae is not None)
+        observers: list[Observer] = [line, live]
+        decoder, videos = None, list[VideoWriter]()
         with contextlib.ExitStack() as stack:
             if state is not None:
                 observers.append(StateWriter(stack.enter_context(state.reserved())))
-            if vae is not None and latents.ndim == 5:
-                keep = video_output is None or video_output.keep_images
-                decoder = FrameDecoder(vae, latents.shape, keep=keep)
+            if vae is not None:
+                decoder = FrameDecoder(vae, latents.shape, keep=video_output is None or video_output.keep_images)
                 if video_output is not None:
                     metadata = graph_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
-                    files = stack.enter_context(open_videos(video_output, latents.shape, metadata))
-                before = saved.latents if saved else request.initial_latents
-                frames = FrameOutput(decoder, before, normalised=saved is not None, live=live, files=files)
+                    for _ in range(latents.shape[0]):
+                        videos.append(stack.enter_context(open_video(video_output, latents.shape, metadata)))
+                before = saved.latents if saved else start
+                frames = FrameOutput(decoder, before, normalised=saved is not None, live=live, videos=videos)
                 stack.push(frames.finish_failed)
                 observers.append(frames)
-            sampler = ChunkSampler(request, observers, saved=saved, decoder=decoder)
+            sampler = ChunkSampler(request, observers, saved=saved, decoder=decoder, own_noise=True)
             if saved is not None and saved.is_complete:
                 video = model.model.process_latent_out(saved.latents)
-                if decoder is not None and frames is not None:
+                if decoder is not None:
                     decoder.load()
                     frames.add_before(latents.shape[0])
             else:
-                levels = few_step_sigmas(denoising_steps(family, steps), flow_shift(model))
+                sigmas = saved.recipe.sigmas if saved else few_step_sigmas(steps_of(family, steps), flow_shift(model))
                 guider = guider_for(model, vae, positive, negative, cfg if saved is None else 1.0, KEY)
                 video = guider.sample(
-                    starting_noise(latents, seed, saved or request, family),
+                    latents,  # instead of noise, which the sampler makes
                     latents,
                     sampler,
-                    torch.tensor(saved.recipe.sigmas if saved else levels),
+                    torch.tensor(sigmas),
                     denoise_mask=latent.get("noise_mask"),
                     callback=live.callback,
                     disable_pbar=progress_bars_hidden(),
                     seed=seed,
                 )
-            if frames is not None:
-                frames.finish()
             line.end()
             live.end()
-            if end.reason and files is not None:
-                files.cut_short(end.reason)
-        wide = "computed in 16 bits"  # of layers in FP8
-        facts = sampler.record.facts if sampler.record else {}
-        wide = f"{wide}: {facts[wide]}" if wide in facts else ""
-        notes = [note for note in (end.reason, line.why_dense, wide) if note]
-        if end.reason:
-            show_text("\n· ".join(notes))
+            if line.why_cut:
+                for writer in videos:
+                    writer.__exit__(InterruptedError)  # a file that ends early does not get its name
         made: dict[str, Any] = {"samples": video.to(result_device())}
+        notes = [note for note in (line.why_cut, line.why_dense) if note]
         if sampler.record is not None:
             made[RECORD] = sampler.record
-        return io.NodeOutput(made, images_of(decoder), ui=shown(files, notes))
+            if (wide := "computed in 16 bits") in sampler.record.facts:  # layers in FP8
+                notes.append(f"{wide}: {sampler.record.facts[wide]}")
+        if line.why_cut:
+            show_text("\n· ".join(notes))
+        return io.NodeOutput(made, images_of(decoder), ui=shown(videos, notes))
 
 
-def denoising_steps(family: Family, steps: int) -> Sequence[int]:
+class LightForcingSamplerSelect(io.ComfyNode):
+    """The chunk sampler for SamplerCustomAdvanced, for graphs that bring their own noise, guider or sigmas."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return node_schema(
+            "LightForcingSamplerSelect",
+            inputs=[
+                ScheduleType.Input("schedule", optional=True),
+                io.Latent.Input("start_latent", optional=True),
+                TimelineType.Input("timeline", optional=True),
+                *run_inputs(),
+            ],
+            outputs=[io.Sampler.Output(display_name="SAMPLER")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> int:
+        return runs_cut_short[cls.hidden.unique_id]
+
+    @classmethod
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(ChunkSampler(Request(**inputs), [ProgressLine(cls.hidden.unique_id)]))
+
+
+def steps_of(family: Family, steps: int) -> Sequence[int]:
     """The steps before the shift, out of 1000: the family's, or evenly spaced."""
     own = family.denoising_steps
     return own if steps in (0, len(own)) else [round(1000 * (steps - step) / steps) for step in range(steps)]
 
 
-def starting_noise(latents: Tensor, seed: int, wanted: Request | RunState, family: Family) -> Tensor:
-    """Draw 0 of every chunk, [B, 16, frames, h, w]; a function of seed and chunk."""
-    if latents.ndim != 5:
-        return torch.zeros_like(latents)  # the sampler's checks refuse it
-    batch, channels, frames, height, width = latents.shape
-    if isinstance(wanted, RunState):
-        lengths, draw = wanted.recipe.chunk_lengths(), wanted.recipe.noise()
-    else:
-        lengths = wanted.schedule_of(family, frames).chunk_lengths(wanted.initial_frames)
-        draw = seeded_noise(seed, wanted.seeds)
-    pieces = [draw(index, 0, (batch, channels, length, height, width)) for index, length in enumerate(lengths)]
-    return torch.cat(pieces, dim=2)[:, :, :frames]
-
-
-def shown(files: VideoFiles | None, notes: Sequence[str]) -> dict[str, Any] | None:
+def shown(videos: Sequence[VideoWriter], notes: Sequence[str]) -> dict[str, Any] | None:
     """The node's display after the run: video files and `notes`."""
-    found: dict[str, Any] = {} if files is None else {"images": files.shown(), "animated": (True,)}
+    found: dict[str, Any] = {"images": saved_results(videos), "animated": (True,)} if videos else {}
     if notes:
         found["text"] = tuple(notes)
     return found or None

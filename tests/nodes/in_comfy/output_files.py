@@ -59,16 +59,16 @@ for name in ("outside", "inside", "plain", "../output/back", str(home / "output"
     core = comfyui.error_of(folder_paths.get_save_image_path, prefix, folder_paths.get_output_directory())
 
     def write(prefix=prefix):
-        with videos.open_videos(videos.VideoOutput(prefix, "webm", None, 16, False), [1, 16, 1, 4, 6], None) as files:
-            files.write(comfyui.torch.zeros(1, 1, 32, 48, 3))
-        return files.shown()
+        with videos.open_video(videos.VideoOutput(prefix, "webm", None, 16, False), [1, 16, 1, 4, 6], None) as video:
+            video.write(comfyui.torch.zeros(1, 32, 48, 3))
+        return videos.saved_results([video])
 
     if core is None:
         assert write()[0]["subfolder"] == Path(name).name
     else:
         assert "outside the output folder" in comfyui.error_of(write), name
 try:
-    with videos.open_videos(videos.VideoOutput("new/below/clip", "mp4", None, 16, False), [1, 16, 1, 4, 6], None):
+    with videos.open_video(videos.VideoOutput("new/below/clip", "mp4", None, 16, False), [1, 16, 1, 4, 6], None):
         raise InterruptedError
 except InterruptedError:
     assert not (home / "output" / "new").exists()

@@ -4,11 +4,11 @@ import card_runs as runs
 import torch
 from card_runs import comfyui, management
 
-live_view, select, sampler_node = comfyui.modules("nodes", "sampling.live_view", "sampling.select", "sampling.sampler")
+observer, sampler_node = comfyui.modules("nodes.sampling", "observer", "sampler")
 lines = []
-for module in (live_view, sampler_node):
+for module in (observer, sampler_node):
     module.show_text = lines.append
-live_view.LINE_PAUSE = 0.0
+observer.LINE_PAUSE = 0.0
 REASON = "dense attention: the attention kernel needs an NVIDIA GPU"
 
 
@@ -50,7 +50,7 @@ assert not any(REASON in line for line in lines)
 
 lines.clear()
 runs.OPTIONS["backend"] = "auto"
-sampler = select.LightForcingSamplerSelect.PREPARE_CLASS_CLONE(
+sampler = sampler_node.LightForcingSamplerSelect.PREPARE_CLASS_CLONE(
     {"hidden_inputs": {comfyui.io.Hidden.unique_id: "6"}}
 ).execute()[0]
 noise = torch.randn(1, 16, runs.FRAMES, 4, 6, generator=torch.Generator().manual_seed(1))

@@ -5,30 +5,31 @@ import torch
 from comfy_extras import nodes_ar_video
 
 patch, chunk_sampler = comfyui.module("nodes.model.patch"), comfyui.module("nodes.sampling.chunk_sampler")
-schedules = comfyui.module("lightforcing_core.rollout.schedule")
+recipe, schedules = comfyui.modules("lightforcing_core.rollout", "recipe", "schedule")
 SEED, SHAPE, WITH_IMAGE = 7, (1, 16, 6, 8, 12), (1, 16, 7, 8, 12)
 
 
-def core_noise(given_chunks):
-    """The noise that core draws after each step, from its global seed per block that it generates."""
+def noise_as_in_core(given_chunks):
+    """Draw noise after each step as core does: from its global seed per block that it generates."""
 
     def draw(chunk_index, number, shape):
         generator = torch.Generator().manual_seed(SEED + (chunk_index - given_chunks) * 1000 + number - 1)
         return torch.randn(shape, generator=generator)
 
-    return draw
+    recipe.Recipe.noise = lambda _: draw
 
 
 settings = comfyui.settings_of("unknown")
 noise = comfyui.noise_of(SHAPE, seed=1)
 causal, plain = comfyui.load("tiny_causal.safetensors"), comfyui.load("tiny_wan.safetensors")
+noise_as_in_core(0)
 for frames_per_chunk in (3, 1, 4):
     core = comfyui.comfy.samplers.ksampler("ar_video", {"num_frame_per_block": frames_per_chunk})
     expected = comfyui.sample(causal, core, noise, seed=SEED)
     assert expected.std() > 0.1
     for model in (causal, plain):
         schedule = schedules.Schedule(SHAPE[2], frames_per_chunk)
-        ours = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedule), fresh_noise=core_noise(0))
+        ours = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedule))
         actual = comfyui.sample(patch.patched(model, settings), ours, noise, seed=SEED)
         assert (actual - expected).abs().max() <= 1e-5, frames_per_chunk
 
@@ -40,6 +41,7 @@ def animated(model):
     return nodes_ar_video.ARVideoI2V.execute(model, vae, image, 96, 64, 25, 1)[0]
 
 
+noise_as_in_core(1)
 noise = comfyui.noise_of(WITH_IMAGE, seed=1)
 for frames_per_chunk in (3, 1):
     core = comfyui.comfy.samplers.ksampler("ar_video", {"num_frame_per_block": frames_per_chunk})
@@ -47,6 +49,6 @@ for frames_per_chunk in (3, 1):
     schedule = schedules.Schedule(WITH_IMAGE[2], frames_per_chunk)
     places = {"before": patch.patched(animated(causal), settings), "after": animated(patch.patched(plain, settings))}
     for place, model in places.items():
-        ours = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedule), fresh_noise=core_noise(1))
+        ours = chunk_sampler.ChunkSampler(chunk_sampler.Request(schedule))
         actual = comfyui.sample(model, ours, noise, seed=SEED)
         assert (actual - expected).abs().max() <= 1e-5, (frames_per_chunk, place)

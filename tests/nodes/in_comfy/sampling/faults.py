@@ -6,7 +6,7 @@ from comfyui import comfy, failing, model_failing
 
 state = comfyui.module("nodes.state")
 decode, video_output, schedules = comfyui.modules("nodes", "vae.decode", "video_output", "schedule")
-memory, refusals = comfyui.module("lightforcing_core.memory.estimate"), comfyui.module("nodes.sampling.refusals")
+memory, advices = comfyui.module("lightforcing_core.memory.estimate"), comfyui.module("nodes.sampling.memory")
 memory_plan, kv_storage = comfyui.modules("lightforcing_core", "memory.plan", "model.kv_storage")
 recipe = comfyui.module("lightforcing_core.rollout.recipe")
 model, vae = comfyui.applied(comfyui.load("tiny_wan.safetensors")), comfyui.small_vae()
@@ -111,7 +111,7 @@ def advice(width, height, *, decoding=False, host_memory=False):
     wanted = recipe.Recipe(shape, 3, (1.0, 0.5, 0.0), torch.zeros(1, 4, 8), window=3)
     needed = memory.MemoryEstimate(weights=1 << 30, cache=4 << 30, prompt=0, step=4 << 30)
     plan = memory_plan.MemoryPlan(needed, needed, 0, kv_storage.KVOptions("int8", host=host_memory))
-    return refusals.memory_advice(wanted, plan, decoding=decoding)
+    return advices.memory_advice(wanted, plan, decoding=decoding)
 
 
 for size, smaller in (

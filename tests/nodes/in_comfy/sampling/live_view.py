@@ -39,11 +39,11 @@ latent_preview.get_previewer = lambda *arguments: None
 live_view.Sheet.add, sent = add, []
 live_view.executing_node = lambda: ("5", "one")
 server = SimpleNamespace(client_id="page", send_sync=lambda kind, message, client: sent.append(message))
-draft = live_view.Draft(9, 21, torch.full((3, 32, 48, 3), 200, dtype=torch.uint8)).arrived()
+draft = live_view.Stretch(9, 21, [9, 13, 17], np.full((3, 32, 48, 3), 200, np.uint8))
 for pictures in (live_view.Strips(server, 21), live_view.Sheet(6, 1.5)):
     live = live_view.LiveView(model, (1, 16, 6, 4, 6), decodes=True)
     live.__dict__["_pictures"] = pictures
-    live.add_frames(torch.full((1, 9, 32, 48, 3), 0.9), 0)
+    live.add_frames(torch.full((1, 9, 32, 48, 3), 0.9))
     pictures.add(draft)
     shown = pictures.send()
     live.end()

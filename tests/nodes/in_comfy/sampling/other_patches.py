@@ -16,7 +16,7 @@ import nodes
 
 SHAPE = (1, 16, 3, 8, 12)
 samplers = comfyui.module("nodes.sampling.chunk_sampler")
-schedules = comfyui.module("lightforcing_core.rollout.schedule")
+recipe, schedules = comfyui.modules("lightforcing_core.rollout", "recipe", "schedule")
 comfyui.infer()
 asyncio.run(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
 
@@ -25,6 +25,7 @@ image, vae = torch.rand(1, 64, 96, 3, generator=generator), comfyui.small_vae()
 positive = comfyui.prompt()
 negative = [[torch.randn(1, 12, 4096, generator=generator), {}]]
 fresh = torch.randn(5, *SHAPE, generator=generator)
+recipe.Recipe.noise = lambda _: lambda chunk, draw, shape: fresh[draw][:, :, : shape[2]]
 stock = comfyui.load("tiny_wan.safetensors")
 other = comfyui.with_lora(stock)
 ours = comfyui.loaded("tiny_wan.safetensors", family="unknown")
@@ -150,9 +151,7 @@ def video_of(model, sampler, cfg):
 
 
 def of_chunk(model, cfg):
-    request = samplers.Request(schedules.Schedule(SHAPE[2], SHAPE[2]))
-    sampler = samplers.ChunkSampler(request, fresh_noise=lambda _, draw, shape: fresh[draw][:, :, : shape[2]])
-    return video_of(model, sampler, cfg)
+    return video_of(model, samplers.ChunkSampler(samplers.Request(schedules.Schedule(SHAPE[2], SHAPE[2]))), cfg)
 
 
 def of_loop(model, cfg):

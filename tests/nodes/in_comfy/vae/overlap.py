@@ -95,9 +95,9 @@ start_latent = {"samples": comfyui.noise_of((1, 16, 5, 4, 6), seed=3) * 0.1}
 shown, add_frames = [], live_view.LiveView.add_frames
 
 
-def seen(self, frames, start):
-    shown.append([start, start + frames.shape[1]])
-    add_frames(self, frames, start)
+def seen(self, frames):
+    shown.append([self._decoded, self._decoded + frames.shape[1]])
+    add_frames(self, frames)
 
 
 live_view.LiveView.add_frames = seen
