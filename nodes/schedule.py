@@ -159,37 +159,41 @@ def numbers_per_chunk(text: str, name: str, number: Callable[[str], Number], *, 
     return found
 
 
-def plot_numbers(asked: Any) -> dict[str, Any]:
+def plot_numbers(asked: dict[str, Any]) -> dict[str, Any]:
     """The numbers of the canvas's plot; `follows` if only a run knows the model, `error` if it cannot be met.
 
-    The size is not known. FLOPs are those of 480×832 in blocks of 64; at another size, and in the sparsities and their
-    mean, each chunk differs from a run by less than one block.
     asked: `length` and `preset` of the node, and `family` and `file` of the connected model as far as the canvas
-    knows them. Raises TypeError for a request that no node makes.
+    knows them; a request that no node makes raises what its values raise.
     """
-    try:
-        return _plot_numbers(asked["length"], asked["preset"], asked.get("family"), asked.get("file"))
-    except ValueError as error:
-        return {"error": str(error)}
-    except (TypeError, LookupError, ArithmeticError, AttributeError) as error:
-        raise TypeError(f"these are not the inputs of a Light Forcing Schedule: {error!r:.200}") from error
-
-
-def _plot_numbers(length: int, preset: Mapping[str, Any], family_id: str | None, file: str | None) -> dict[str, Any]:
-    family = FAMILIES.get(family_id or "")
+    family, file = FAMILIES.get(asked.get("family") or ""), asked.get("file")
     if family is None and file is not None:
         family, _ = family_of(find_model("diffusion_models", file) or file)
-    if preset["preset"] in FOLLOWING and family is None:
+    if asked["preset"]["preset"] in FOLLOWING and family is None:
         return {"follows": "the connected model decides when the graph runs"}
-    schedule = schedule_from(length, preset, family)
-    lengths, sparsities = _chunks_of(schedule)
+    try:
+        return numbers_of(schedule_from(asked["length"], asked["preset"], family))
+    except ValueError as error:
+        return {"error": str(error)}
+
+
+def numbers_of(schedule: Schedule) -> dict[str, Any]:
+    """A schedule as the canvas plots it.
+
+    The size is not known. FLOPs are those of 480×832 in blocks of 64; at another size, and in the sparsities and their
+    mean, each chunk differs from a run by less than one block. The mean is that of all chunks but the dense ones,
+    weighted as for a target; None if nothing is skipped.
+    """
+    lengths = schedule.chunk_lengths()
+    sparsities = schedule.sparsities() or [0.0] * len(lengths)
     cost = clip_cost(schedule_costs(sparsities, lengths, schedule.window, PLOTTED_BLOCKS))
+    sparse = schedule_costs(sparsities, lengths, schedule.window)[max(1, schedule.dense_chunks) :]
+    skipped = sum((1.0 - chunk.density) * chunk.kv_frames for chunk in sparse)
     return {
         "title": schedule.title,
         "lengths": lengths,
         "sparsities": sparsities,
         "target": schedule.target,
-        "mean": _mean_of(schedule, lengths, sparsities),
+        "mean": skipped / sum(chunk.kv_frames for chunk in sparse) if skipped else None,
         "window": schedule.window,
         "sink_frames": schedule.sink_frames,
         "attention_ratio": cost.attention_ratio,
@@ -197,21 +201,9 @@ def _plot_numbers(length: int, preset: Mapping[str, Any], family_id: str | None,
     }
 
 
-def _chunks_of(schedule: Schedule) -> tuple[list[int], list[float]]:
-    """Length in latent frames and sparsity of every chunk."""
-    lengths = schedule.chunk_lengths()
-    return lengths, schedule.sparsities() or [0.0] * len(lengths)
-
-
-def _mean_of(schedule: Schedule, lengths: list[int], sparsities: list[float]) -> float | None:
-    """The mean sparsity of all chunks but the dense ones, weighted as for a target; None if nothing is skipped."""
-    costs = schedule_costs(sparsities, lengths, schedule.window)[max(1, schedule.dense_chunks) :]
-    skipped = sum((1.0 - cost.density) * cost.kv_frames for cost in costs)
-    return skipped / sum(cost.kv_frames for cost in costs) if skipped else None
-
-
 def _listed(schedule: Schedule) -> str:
     """The schedule as text, for clients that do not draw the plot."""
-    lengths, sparsities = _chunks_of(schedule)
-    each, mean = ", ".join(f"{one:.3f}" for one in sparsities), _mean_of(schedule, lengths, sparsities) or 0.0
-    return f"{schedule.title}: {len(sparsities)} chunks, sparsity {each}; mean of the sparse chunks {mean:.3f}"
+    numbers = numbers_of(schedule)
+    each, mean = ", ".join(f"{one:.3f}" for one in numbers["sparsities"]), numbers["mean"] or 0.0
+    count = len(numbers["lengths"])
+    return f"{schedule.title}: {count} chunks, sparsity {each}; mean of the sparse chunks {mean:.3f}"

@@ -13,6 +13,7 @@ from ...support.graphs import (
     change,
     core_loader,
     custom_graph,
+    demo_graph,
     empty_image,
     graph,
     image_to_video,
@@ -101,6 +102,12 @@ def no_shift():
     return graph({"unet": loader(), "model": {"class_type": "ModelSamplingSD3", "inputs": inputs}})
 
 
+def demo_prompt():
+    prompt = demo_graph()
+    prompt["model"]["inputs"]["model_name"] = "tiny_wan.safetensors"
+    return prompt
+
+
 def saved_as(name):
     save = {"class_type": "LightForcingSaveTextEmbeds", "inputs": {"conditioning": link("text"), "name": name}}
     return {"text": text(EMBEDS), "save": save}
@@ -137,8 +144,15 @@ CASES = {
     "two prompts on one chunk": (lambda: with_timeline(0.6, 0.8), ["0.8 s", "chunk 1 (0.56 to 1.31 s)", "0.6 s"]),
     "a prompt on the first chunk": (lambda: with_timeline(0.2), ["0.2 s", "chunk 0", "own prompt"]),
     "a prompt behind the end": (lambda: with_timeline(9.0), ["9 s", "end at 1.31 s", "earlier"]),
-    "seed without a chunk": (lambda: graph({"model": loader()}, chunk_seeds="12"), ["chunk_seeds", "4: 123"]),
-    "sparsity above 1": (lambda: with_schedule(sparsity="1: 1.5"), ["sparsity 1.5", "chunk 1"]),
+    "seed for a chunk that is not there": (
+        lambda: graph({"model": loader()}, chunk_seeds="1: 5, 2: 7"),
+        ["this video has chunks 0 to 1"],
+    ),
+    "demo prompt of another model": (demo_prompt, ["the positive prompt is 32 wide and the model takes 4096"]),
+    "caption outside the grammar": (
+        lambda: demo_graph("on a plain background a red cube moves right slowly"),
+        ["'cube'; use circle or square or triangle. Captions read like: "],
+    ),
     "two start images": (start_image_twice, ["start_latent", "ARVideoI2V"]),
     "frames without a VAE": (create_video, ["IMAGE", "CreateVideo", "vae"]),
     "a shift of 0": (no_shift, ["shift 0", "ModelSamplingSD3"]),

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from websockets.sync.client import connect
 
-from ...support.graphs import HEIGHT, WIDTH, apply, core_loader, demo_graph, empty, graph, link, loader, save_images
+from ...support.graphs import HEIGHT, WIDTH, apply, core_loader, demo_graph, empty, graph, link, loader
 
 LENGTH = 45  # video frames: four chunks
 CHUNK_ENDS = (9, 21, 33, 45)
@@ -29,7 +29,6 @@ class Client:
         server.post("/light_forcing/page", {"client_id": self.id, "plays": plays})
         self.texts, self.executed = {}, {}  # by node
         self.sheets, self.messages, self.node_ids = [], [], set()
-        self.after_message = lambda: None
 
     @property
     def lines(self):
@@ -47,7 +46,6 @@ class Client:
             message = json.loads(data)
             if message["type"] == "light_forcing.preview":
                 self.messages.append(message["data"])
-                self.after_message()
             if message["type"] == "executed":
                 self.executed[message["data"]["node"]] = message["data"]["output"]
             if message["type"] == "execution_error":
@@ -139,25 +137,6 @@ def test_page_that_plays_gets_every_frame_once_decoded(client, server):
     assert abs(first - last).mean() > 6  # so the comparison above could have failed
 
 
-def test_page_that_is_loaded_anew_gets_the_video_from_its_start(client, server):
-    one = client(plays=True)
-
-    def reload():
-        if len(one.messages) == 2:
-            server.post("/light_forcing/page", {"client_id": one.id, "plays": True})
-
-    one.after_message = reload
-    one.run(run_of(9))
-    starts = [min(strip["start"] for strip in message["strips"]) for message in one.messages]
-    again = starts.index(0, 2)  # the first message that can know of it
-    assert again < len(starts)
-    shown = {at for strip in one.messages[again]["strips"] for at in strip["at"]}
-    assert shown == set(range(0, max(shown) + 1, 2))
-    assert 0 not in starts[again + 1 :]
-    spans = [(strip["start"], strip["stop"]) for strip in one.messages[again]["strips"]]
-    assert len(spans) == len(set(spans))
-
-
 def is_draft(strip):
     """Drafts have a picture for every latent frame, decoded chunks one for every second frame."""
     return len(strip["at"]) > 1 and strip["at"][1] - strip["at"][0] > 2
@@ -217,16 +196,3 @@ def test_without_a_vae_the_preview_method_decides(client):
     assert not silent.sheets
     draft.run(run_of(5, vae=False), preview_method="latent2rgb")
     assert sum(filled_cells(draft.sheets[-1])) == 12
-
-
-def test_continued_video_is_shown_from_its_start(client, server):
-    one = client(plays=True)
-    prompt = run_of(6)
-    prompt["more"] = graph({"model": loader()}, latent=empty(length=LENGTH + 12), vae=True, seed=7)["sampler"]
-    prompt["longer"] = empty(length=LENGTH + 12)
-    prompt["more"]["inputs"] |= {"latent": link("longer"), "start_latent": link("sampler")}
-    prompt["images2"] = save_images(link("more", 1))
-    one.run(prompt)
-    strips = [strip for message in one.messages if message["node"] == "more" for strip in message["strips"]]
-    assert min(strip["start"] for strip in strips) == 0
-    assert max(strip["stop"] for strip in strips) == LENGTH + 12

@@ -1,4 +1,4 @@
-"""The numbers behind the schedule's plot, and what is refused when a prompt is queued."""
+"""The numbers behind the schedule's plot, and inputs that are refused when a prompt is queued."""
 
 import json
 from itertools import accumulate
@@ -19,16 +19,6 @@ PUBLISHED_H100 = {
     ("light_forcing_short_h100", 81): [0, 0.746990, 0.775068, 0.791806, 0.803228, 0.811660, 0.818213],
     ("light_forcing_long_h100", 249): [0, 0.684473, 0.724023, 0.747599, 0.763689, 0.775565, 0.784796],
 }
-
-
-def refusal(server, prompt, node):
-    """The one message with which a prompt is refused, which is this node's."""
-    with pytest.raises(Refused) as refused:
-        server.queue(prompt)
-    ((named, errors),) = refused.value.errors["node_errors"].items()
-    assert named == node
-    (error,) = errors["errors"]
-    return error["details"]
 
 
 @pytest.fixture
@@ -68,56 +58,66 @@ def test_presets_that_follow_the_model_do(numbers):
     assert (dense["attention_ratio"], dense["target"], dense["window"]) == (1.0, None, 12)
 
 
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"preset": "auto"},
-        {"preset": {"preset": "auto"}, "file": 5},
-        {"preset": {**CUSTOM, "frames_per_chunk": None}},
-        {"preset": {**CUSTOM, "target": "0.5"}},
-        {"preset": {**CUSTOM, "reference": 30}},
-        {"preset": {"preset": ["auto"]}, "family": {}},
-    ],
+SCHEDULES = (
+    {"preset": "auto"},
+    {"preset": {"preset": "auto"}, "file": 5},
+    {"preset": {**CUSTOM, "frames_per_chunk": None}},
+    {"preset": {**CUSTOM, "target": "0.5"}},
+    {"preset": {**CUSTOM, "reference": 30}},
+    {"preset": {"preset": ["auto"]}, "family": {}},
 )
-def test_request_that_no_node_makes_is_refused(server, asked):
-    with pytest.raises(HTTPError) as refused:
-        server.post("/light_forcing/schedule", {"length": 81, **asked})
-    assert refused.value.code == 400
-    assert "not the inputs of a Light Forcing Schedule" in json.load(refused.value)["error"]
+PAGES = ({"client_id": [1], "plays": True}, {"preset": "x" * 1000})
+UNREAD = (b"", b"{", b"\xff", b"[" * 100_000, b'"' + b"x" * (1 << 18) + b'"', b"[]", b"{}")
 
 
-def test_plot_says_why_a_schedule_cannot_be_met(numbers):
-    assert "use at least 4" in numbers(preset={**CUSTOM, "window": 3, "sink_frames": 1})["error"]
-    assert "16001" in numbers(preset={**CUSTOM, "frames_per_chunk": 1}, length=4_000_001)["error"]
-    assert "does not exist" in numbers(preset={"preset": "of_tomorrow"}, file="short_video_gen.pt")["error"]
-
-
-@pytest.mark.parametrize("route", ["page", "schedule"])
-def test_body_of_another_kind_is_refused_with_the_reason(server, route):
-    unread = [b"", b"{", b"\xff", b"[" * 100_000, b'"' + b"x" * (1 << 18) + b'"']
-    for body in ([], {}, {"client_id": [1], "plays": True}, {"preset": "x" * 1000}, *unread):
+@pytest.mark.parametrize(
+    ("route", "bodies"), [("schedule", [{"length": 81, **one} for one in SCHEDULES]), ("page", PAGES)]
+)
+def test_request_that_no_page_makes_is_refused_with_the_reason(server, route, bodies):
+    for body in (*bodies, *UNREAD):
         with pytest.raises(HTTPError) as refused:
             server.post(f"/light_forcing/{route}", body)
         assert refused.value.code == 400
         assert json.load(refused.value)["error"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "way_out"),
-    [
-        ({"length": 82}, "use 81 or 85"),
-        ({"length": 4_000_000_001}, "more than 16001 video frames"),
-        ({"sparsity": "0, " * 50_000}, "sparsity is longer than a number for each of 4001 chunks"),
-        ({"window": 3, "sink_frames": 1}, "use at least 4 latent frames"),
-        ({"sparsity": "99: 0.5"}, "chunks 0 to 6"),
-        ({"preset": "of_tomorrow"}, "this preset does not exist"),
-    ],
-)
-def test_wrong_schedule_is_refused_once_when_it_is_queued(server, changes, way_out):
-    prompt = graph({"model": loader(), "schedule": schedule(**{"length": 81, **changes})})
-    prompt["schedule"]["inputs"]["preset.sparsity"] = changes.get("sparsity", "")
-    prompt["sampler"]["inputs"]["schedule"] = link("schedule")
-    assert way_out in refusal(server, prompt, "schedule")
+def test_plot_says_why_a_schedule_cannot_be_met(numbers):
+    assert "use at least 4" in numbers(preset={**CUSTOM, "window": 3, "sink_frames": 1})["error"]
+
+
+REFUSED = [
+    ("plan", {"length": 82}, "use 81 or 85"),
+    ("plan", {"length": 4_000_000_001}, "more than 16001 video frames"),
+    ("plan", {"sparsity": "0, " * 50_000}, "sparsity is longer than a number for each of 4001 chunks"),
+    ("plan", {"window": 3, "sink_frames": 1}, "use at least 4 latent frames"),
+    ("plan", {"sparsity": "99: 0.5"}, "chunks 0 to 6"),
+    ("plan", {"preset": "of_tomorrow"}, "this preset does not exist"),
+    ("sampler", {"cfg": 3.0}, "needs a negative prompt"),
+    ("sampler", {"chunk_seeds": "x: y"}, "write it like"),
+    ("sampler", {"vae": None}, "connect Load VAE to vae"),
+    ("out", {"crf": 60}, "outside 0 … 51 of .mp4"),
+    ("out", {"crf": 64, "format": "webm"}, "outside 0 … 63 of .webm"),
+    ("out", {"crf": -2}, "outside 0 … 51"),
+    ("out", {"format": "avi"}, "use .mp4 or .webm"),
+    ("out", {"format": "a/../../../../evil.mp4"}, "use .mp4 or .webm"),
+    ("out", {"prefix": ""}, "use one such as video/clip"),
+    ("out", {"prefix": "video/.."}, "use one such as video/clip"),
+]
+
+
+@pytest.mark.parametrize(("node", "inputs", "way_out"), REFUSED)
+def test_wrong_input_is_refused_once_when_it_is_queued(server, node, inputs, way_out):
+    given = {"plan": {"length": 81, "sparsity": ""}, "sampler": {"vae": link("vae")}, "out": {"prefix": "a"}}
+    given[node] |= inputs
+    prompt = graph({"model": loader(), "plan": schedule(**given["plan"]), "vae": vae_loader()}, schedule=link("plan"))
+    prompt["out"] = video_output(**given["out"])
+    connected = {"video_output": link("out"), **given["sampler"]}
+    prompt["sampler"]["inputs"] |= {name: value for name, value in connected.items() if value is not None}
+    with pytest.raises(Refused) as refused:
+        server.queue(prompt)
+    ((named, errors),) = refused.value.errors["node_errors"].items()
+    (error,) = errors["errors"]
+    assert (named, way_out in error["details"]) == (node, True), error
 
 
 def test_linked_length_is_not_held_against_a_schedule(server):
@@ -129,38 +129,3 @@ def test_linked_length_is_not_held_against_a_schedule(server):
     prompt["schedule"]["inputs"] |= {"preset.window": 3, "preset.sink_frames": 1}
     with pytest.raises(Refused, match="use at least 4"):
         server.queue(prompt)
-
-
-def test_seed_for_a_chunk_that_the_video_does_not_have_is_refused(server):
-    assert "this video has chunks 0 to 1" in server.error_of(graph({"model": loader()}, chunk_seeds="1: 5, 2: 7"))
-
-
-@pytest.mark.parametrize(
-    ("inputs", "way_out"),
-    [
-        ({"cfg": 3.0}, "needs a negative prompt"),
-        ({"chunk_seeds": "x: y"}, "write it like"),
-        ({"video_output": ["out", 0]}, "connect Load VAE to vae"),
-    ],
-)
-def test_wrong_sampler_inputs_are_refused_when_they_are_queued(server, inputs, way_out):
-    assert way_out in refusal(server, graph({"model": loader(), "out": video_output("a")}, **inputs), "sampler")
-
-
-@pytest.mark.parametrize(
-    ("inputs", "way_out"),
-    [
-        ({"crf": 60}, "outside 0 … 51 of .mp4"),
-        ({"crf": 64, "format": "webm"}, "outside 0 … 63 of .webm"),
-        ({"crf": -2}, "outside 0 … 51"),
-        ({"format": "avi"}, "use .mp4 or .webm"),
-        ({"format": "a/../../../../evil.mp4"}, "use .mp4 or .webm"),
-        ({"prefix": ""}, "use one such as video/clip"),
-        ({"prefix": "video/.."}, "use one such as video/clip"),
-    ],
-)
-def test_wrong_video_file_is_refused_when_it_is_queued(server, inputs, way_out):
-    prompt = graph({"model": loader(), "out": video_output(**{"prefix": "a", **inputs})}, video_output=link("out"))
-    prompt["sampler"]["inputs"]["vae"] = link("vae")
-    prompt["vae"] = vae_loader()
-    assert way_out in refusal(server, prompt, "out")
