@@ -83,10 +83,7 @@ class LightForcingLoadState(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        folder = state_folder()
-        path = Path(os.path.normpath(folder / file))
-        if not path.is_relative_to(folder):  # ComfyUI does not check a linked name against the list
-            raise ValueError(f"file {file!r} is not inside {folder}; choose one from the list")
+        path = named_file(state_folder(), file)  # ComfyUI does not check a linked name against the list
         return io.NodeOutput(StateFile(path, load_run_state(path)))
 
 

@@ -1,8 +1,8 @@
 """The pack loads in a real ComfyUI, quietly and under any folder name, and is served in each language."""
 
 import json
-import urllib.request
 
+import httpx
 import pytest
 
 from ..support.comfy_server import Failed
@@ -37,5 +37,5 @@ def test_host_serves_texts_and_help_pages(server, language):
             assert served[section].items() >= found.items()
     for node in served["nodeDefs"].keys() & {path.stem for path in DOCS.glob("*.md")}:
         place = f"{node}.md" if language == "en" else f"{node}/{language}.md"
-        with urllib.request.urlopen(f"{server.url}/extensions/Renamed_pack-2/docs/{place}", timeout=30) as answer:
-            assert answer.read().decode() == (DOCS / place).read_text(encoding="utf-8")
+        page = httpx.get(f"{server.url}/extensions/Renamed_pack-2/docs/{place}", timeout=30)
+        assert page.text == (DOCS / place).read_text(encoding="utf-8")

@@ -6,12 +6,11 @@ import re
 import socket
 import subprocess
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 START_SECONDS = 180
 RUN_SECONDS = 240
@@ -60,11 +59,7 @@ class ComfyServer:
         command += ["--database-url", "sqlite:///:memory:"]
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                command,
-                cwd=checkout,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(),
+                command, cwd=checkout, stdout=log, stderr=subprocess.STDOUT, env=environment()
             )
 
     def log(self) -> str:
@@ -72,14 +67,12 @@ class ComfyServer:
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                break
+        while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 self.get("/system_stats")
                 self.start_log = self.log()
                 return
-            except (urllib.error.URLError, ConnectionError):
+            except httpx.TransportError:
                 time.sleep(0.3)
         raise RuntimeError(f"ComfyUI did not start within {START_SECONDS} s:\n{self.log()[-4000:]}")
 
@@ -97,25 +90,20 @@ class ComfyServer:
         self.process.wait()
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
-            return json.load(answer)
+        return httpx.get(self.url + path, timeout=60).raise_for_status().json()
 
-    def post(self, path: str, body: dict[str, Any] | bytes) -> bytes:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.read()
+    def post(self, path: str, body: dict[str, Any] | bytes) -> httpx.Response:
+        data: dict[str, Any] = {"content": body} if isinstance(body, bytes) else {"json": body}
+        return httpx.post(self.url + path, timeout=60, **data)
 
     def queue(self, prompt: dict[str, Any], workflow: dict[str, Any] | None = None) -> str:
         """Submit an API prompt, and the canvas it comes from; its id. Raises Refused with the server's errors."""
         prompt_id = str(uuid.uuid4())
         canvas = {"extra_data": {"extra_pnginfo": {"workflow": workflow}}} if workflow else {}
-        try:
-            self.post("/prompt", {"prompt": prompt, "prompt_id": prompt_id, **canvas})
-        except urllib.error.HTTPError as error:
-            if error.code == 400:
-                raise Refused(json.load(error)) from None
-            raise
+        answer = self.post("/prompt", {"prompt": prompt, "prompt_id": prompt_id, **canvas})
+        if answer.status_code == 400:
+            raise Refused(answer.json())
+        answer.raise_for_status()
         return prompt_id
 
     def wait(self, prompt_id: str, seconds: float = RUN_SECONDS) -> dict[str, Any]:
@@ -138,13 +126,9 @@ class ComfyServer:
 
     def files(self, entry: dict[str, Any]) -> list[Path]:
         """Paths of every file that the run's output nodes saved, in node order."""
-        found = []
-        for output in entry["outputs"].values():
-            for values in output.values():
-                for value in values:
-                    if isinstance(value, dict) and "filename" in value:
-                        found.append(self.base / value["type"] / value["subfolder"] / value["filename"])
-        return found
+        values = (value for output in entry["outputs"].values() for values in output.values() for value in values)
+        files = (value for value in values if isinstance(value, dict) and "filename" in value)
+        return [self.base / file["type"] / file["subfolder"] / file["filename"] for file in files]
 
     def executed(self, entry: dict[str, Any]) -> set[str]:
         """The nodes that ran and were not taken from the cache."""
@@ -160,10 +144,8 @@ class ComfyServer:
 
     def resident_bytes(self) -> int:
         """The server process's resident memory."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError("no VmRSS in /proc")
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
     def error_of(self, prompt: dict[str, Any]) -> str:
         """The one message with which this prompt fails, when it is submitted or when it runs."""
