@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
-from lightforcing.cli.queue.jobs import Line, make_jobs, read_prompts
+from lightforcing.cli.queue.jobs import make_jobs, read_prompts
 from lightforcing.cli.queue.prompt import UsageError, read_workflow
 from lightforcing.lightforcing_core.checkpoint.files import CheckpointError, open_weights, tensor_groups
 from lightforcing.lightforcing_core.checkpoint.load import describe, load_dit_state_dict
@@ -69,7 +69,7 @@ def read_state(path):
 def read_model(path):
     state_dict, info = load_dit_state_dict(path)
     describe(info)
-    kinds = read_quantisation(state_dict, info.metadata).comfyui_layers
+    kinds = read_quantisation(state_dict).comfyui_layers
     scaled = [layer for layer, kind in kinds.items() if kind == "float8_e4m3fn" and f"{layer}.weight" in state_dict]
     assert all({f"{layer}.weight_scale", f"{layer}.scale_weight"} & state_dict.keys() for layer in scaled)
     assert isinstance(json.loads(info.metadata.get("config", "{}")).get("transformer", {}), dict)
@@ -83,7 +83,7 @@ def read_batch(path):
 
 def read_graph(path):
     prompt = read_workflow(path)
-    for job in make_jobs(prompt, OBJECT_INFO, lines=[Line("a dog", seed=1)]):
+    for job in make_jobs(prompt, OBJECT_INFO, lines=[{"text": "a dog", "seed": 1}]):
         _ = job.digest
 
 

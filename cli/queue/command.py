@@ -45,7 +45,7 @@ def queue(
     """
     from .batch import Batch
     from .display import Display
-    from .jobs import Line, make_jobs, read_prompts, read_seeds
+    from .jobs import make_jobs, read_prompts, read_seeds
     from .prompt import UsageError, read_override, read_workflow
     from .server import ComfyServer
 
@@ -59,7 +59,7 @@ def queue(
         if prompt_node is not None and prompts is None:
             raise UsageError("--prompt-node sets the input for the lines of --prompts; give both, or use --set")
         prompt = read_workflow(workflow)
-        lines = [Line(name="prompt")] if prompts is None else read_prompts(prompts)
+        lines = [{"name": "prompt"}] if prompts is None else read_prompts(prompts)
         numbers = None if seeds is None else read_seeds(seeds)
         changes = list(map(read_override, overrides or ()))
         display = Display(complain, single=not is_batch, json=json)

@@ -8,9 +8,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from ...lightforcing_core.files.json import mapping, read_json, read_text
 from .prompt import Override, Prompt, UsageError, apply_overrides, find_input, list_nodes, title_of
@@ -20,6 +20,7 @@ SEED_NAMES = ("seed", "noise_seed")
 NAME = re.compile(r"\w(?:[\w .()+-]{0,98}[\w)+-])?")
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
 MOST_SEEDS = MOST_LINES = 100_000
+Line: TypeAlias = Mapping[str, Any]  # of a prompt file; a missing key keeps the workflow's own value
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,16 +37,6 @@ class Job:
         return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of a prompt file; None keeps the workflow's own value."""
-
-    text: str | None = None
-    name: str | None = None
-    seed: int | None = None
-    set: Mapping[str, Any] = field(default_factory=dict)
-
-
 def read_prompts(path: Path) -> list[Line]:
     """The lines of a prompt file. Raises UsageError naming the line that cannot be read."""
     try:
@@ -53,11 +44,11 @@ def read_prompts(path: Path) -> list[Line]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path} as UTF-8 text: {error}") from error
     is_json = path.suffix.lower() in (".jsonl", ".ndjson")
-    lines = []
+    lines: list[Line] = []
     for number, row in enumerate(rows, 1):
         if row.strip() and not row.lstrip().startswith("#"):
             try:
-                lines.append(_json_line(row) if is_json else Line(row.strip()))
+                lines.append(_json_line(row) if is_json else {"text": row.strip()})
             except ValueError as error:
                 raise UsageError(f"{path}, line {number}: {error}") from error
             if len(lines) > MOST_LINES:
@@ -105,7 +96,7 @@ def make_jobs(
     object_info: Mapping[str, Any],
     *,
     overrides: Sequence[Override] = (),
-    lines: Sequence[Line] = (Line(name="prompt"),),
+    lines: Sequence[Line] = ({"name": "prompt"},),
     seeds: Sequence[int] | None = None,
     prompt_node: str | None = None,
 ) -> list[Job]:
@@ -114,16 +105,16 @@ def make_jobs(
     overrides: for all jobs; a line's own values come after them.
     """
     base = apply_overrides(prompt, object_info, overrides)
-    target = text_input(base, prompt_node) if any(line.text is not None for line in lines) else None
+    target = text_input(base, prompt_node) if any("text" in line for line in lines) else None
     jobs = []
     for number, line in enumerate(lines, 1):
-        name = line.name or f"{number:04d}"
-        if seeds is not None and line.seed is not None:
+        name = line.get("name") or f"{number:04d}"
+        if seeds is not None and "seed" in line:
             raise UsageError(f"{name} has a seed of its own; leave out --seeds")
-        for seed in (line.seed,) if seeds is None else seeds:
-            own = [Override(key, value) for key, value in line.set.items()]
-            if target is not None and line.text is not None:
-                own.append(Override(target, line.text))
+        for seed in (line.get("seed"),) if seeds is None else seeds:
+            own = [Override(key, value) for key, value in line.get("set", {}).items()]
+            if target is not None and "text" in line:
+                own.append(Override(target, line["text"]))
             if seed is not None:
                 own += [Override(key, seed) for key in _seed_inputs(base)]
             full_name = name if seeds is None else f"{name}-seed{seed}"
@@ -161,4 +152,4 @@ def _json_line(row: str) -> Line:
             raise ValueError(
                 f"{key!r:.80} may not be {value!r:.80}; use text or name (a text), seed (a number), set (an object)"
             )
-    return Line(**fields)
+    return fields

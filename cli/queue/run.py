@@ -6,17 +6,17 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...lightforcing_core.files.json import listing, mapping, read_object
+from ...lightforcing_core.files.json import listing, mapping
 from ...lightforcing_core.files.output import free_name, whole_file
 from .jobs import Job
 from .prompt import Prompt, title_of
 from .server import ComfyServer, QueueError, RemoteFile
 
 ASK_SECONDS = 2.0  # between two questions to /history, whatever the events say
-IMAGE_SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
 
 
 class RunVanished(QueueError):
@@ -27,47 +27,52 @@ class RunVanished(QueueError):
 class Run:
     """A job's prompt on the server and the events so far about it.
 
-    emit: called as emit(kind, **fields) for `progress` and `preview`.
+    emit: called as emit(kind, **fields) for `submitted`, `progress` and `preview`.
     previews: folder for the pictures that the server sends while it samples, None to drop them.
     """
 
     job: Job
     prompt_id: str
+    server: ComfyServer
     emit: Callable[..., None]
     previews: Path | None
     left_out: list[str] = field(default_factory=list)
-    since: float = field(default_factory=time.monotonic)
-    _asked: float = field(default_factory=time.monotonic)
     _missing: bool = False
     _node: str | None = None
     _done: set[str] = field(default_factory=set)
 
-    def follow(self, server: ComfyServer, client_id: str, *, timeout: float | None) -> Mapping[str, Any]:
+    def send(self) -> None:
+        """Send the prompt unless the server already has it, from an earlier command or because its answer was lost."""
+        if not self.server.has_queued(self.prompt_id) and self.server.history(self.prompt_id) is None:
+            self.left_out = self.server.submit(self.job.prompt, self.prompt_id, previews=self.previews is not None)
+            self.emit("submitted")
+
+    def follow(self, timeout: float | None) -> Mapping[str, Any]:
         """Listen until /history has the run, also without a stream of events; returns its record.
 
         timeout: seconds from now until the run is cancelled, None for no limit. Raises RunVanished if the
         server restarted and no longer knows the run, QueueError if somebody deleted it there.
         """
-        start, losses = time.monotonic(), server.losses
+        start = asked = time.monotonic()
+        losses = self.server.losses
         while timeout is None or time.monotonic() - start < timeout:
-            message = server.next_event(client_id)
-            ended = message is not None and self._take(read_event(message))
-            if ended or time.monotonic() - self._asked >= ASK_SECONDS:
-                record = server.patiently(lambda: self._record(server, losses))
+            ended = self._take(self.server.next_event())
+            if ended or time.monotonic() - asked >= ASK_SECONDS:
+                record = self.server.patiently(partial(self._record, losses))
                 if record is not None:
                     return record
-                self._asked = time.monotonic()
-        server.patiently(lambda: server.cancel(self.prompt_id))
+                asked = time.monotonic()
+        self.server.patiently(lambda: self.server.cancel(self.prompt_id))
         raise QueueError(f"not finished after {timeout:g} s, cancelled; allow more with --timeout")
 
-    def _record(self, server: ComfyServer, losses: int) -> Mapping[str, Any] | None:
+    def _record(self, losses: int) -> Mapping[str, Any] | None:
         """The record in /history; None while the run is waiting or running."""
-        known = server.has_queued(self.prompt_id)
-        record = server.history(self.prompt_id)  # asked last: a run goes from the queue to the history
+        known = self.server.has_queued(self.prompt_id)
+        record = self.server.history(self.prompt_id)  # asked last: a run goes from the queue to the history
         was_missing, self._missing = self._missing, record is None and not known
         if was_missing and self._missing:  # twice, so that a lost connection is noticed in between
             gone = "the run is neither in the server's queue nor in its history"
-            if server.losses > losses:
+            if self.server.losses > losses:
                 raise RunVanished(f"{gone}: the server restarted")
             raise QueueError(f"{gone}: somebody deleted it there")
         return record
@@ -132,19 +137,3 @@ def output_files(prompt: Prompt, record: Mapping[str, Any], *, temp: bool) -> li
     if cached and not files and {*map(str, listing(ran))} <= {*map(str, cached)}:
         raise QueueError("nothing ran: the server answered from its cache, and lists no file; change an input")
     return files
-
-
-def read_event(message: str | bytes) -> Mapping[str, Any]:
-    """A message of the event stream as an event, a preview as one with an `image`; an empty one if it is neither.
-
-    The form of a preview: [uint32 4][uint32 length][JSON of that length: node, prompt][picture], numbers big-endian.
-    """
-    if isinstance(message, str):
-        return read_object(message)
-    kind, size = int.from_bytes(message[:4], "big"), int.from_bytes(message[4:8], "big")
-    about, image = read_object(message[8 : 8 + size]), message[8 + size :]
-    suffix = next((suffix for magic, suffix in IMAGE_SUFFIXES.items() if image.startswith(magic)), None)
-    if kind != 4 or suffix is None:
-        return {}
-    node = about.get("display_node_id") or about.get("node_id")
-    return {"data": {"image": image, "suffix": suffix, "node": node, "prompt_id": about.get("prompt_id")}}

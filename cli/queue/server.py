@@ -18,6 +18,7 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,6 +42,7 @@ LONGEST_NAME, LONGEST_PATH = 200, 1000  # of a file on the server, in bytes
 RETRY_SECONDS = 1.0
 TICK_SECONDS = 0.5  # longest wait for one event
 _LOCAL = ("localhost", "127.0.0.1", "::1")
+_IMAGE_SUFFIXES = {b"\xff\xd8\xff": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp"}
 _BUSY = (429, 502, 503, 504)  # too many requests, and a proxy's answers while the server behind it restarts
 _UNFIT = re.compile(r"[\x00-\x1f\x7f:\ud800-\udfff]")  # control characters, a drive's colon, halves of characters
 _HEADER = re.compile(r"([\w!#$%&'*+.^`|~-]+): *([!-~][ -~]*)", re.ASCII)
@@ -93,6 +95,7 @@ class ComfyServer:
     `login_headers` for other logins.
     patience: seconds without a whole answer after which the server counts as lost.
     losses: how often the connection was lost, as it is when the server restarts.
+    client_id: of the event stream, and of the prompts whose events it brings.
     """
 
     def __init__(self, url: str, *, patience: float = 30.0) -> None:
@@ -106,7 +109,7 @@ class ComfyServer:
             shown = url.rpartition("@")[2]
             raise UsageError(f"{shown} is not a server address; use one like http://127.0.0.1:8188")
         self.url = f"{address.scheme}://{address.netloc.decode()}{address.path.rstrip('/')}"
-        self._patience, self.losses = patience, 0
+        self._patience, self.losses, self.client_id = patience, 0, ""
         self._socket: ClientConnection | None = None
         self._next_opening = 0.0
         self._headers = login_headers(address)
@@ -142,19 +145,19 @@ class ComfyServer:
         left = MOST_INFO
         for name in dict.fromkeys(classes):
             path = f"/object_info/{urllib.parse.quote(name, '', errors='replace')}"
-            text = self.patiently(partial(self._read, "GET", path, None, left), ServerBusy)
+            text = self.patiently(partial(self._read, "GET", path, left), ServerBusy)
             left -= len(text)
             found |= self._object(path, text)
         return found
 
-    def submit(self, prompt: Prompt, prompt_id: str, client_id: str, *, previews: bool) -> list[str]:
+    def submit(self, prompt: Prompt, prompt_id: str, *, previews: bool) -> list[str]:
         """Queue `prompt`; returns one line per node error in parts that the server will not run.
 
         previews: make the sampler send pictures even if the server has previews off. Raises QueueError with the
         server's own message and one line per node error if it refuses the prompt.
         """
         extra = {"preview_method": "auto"} if previews else {}
-        body = {"prompt": prompt, "client_id": client_id, "prompt_id": prompt_id, "extra_data": extra}
+        body = {"prompt": prompt, "client_id": self.client_id, "prompt_id": prompt_id, "extra_data": extra}
         return node_error_lines(prompt, self._ask("POST", "/prompt", body).get("node_errors"))
 
     def cancel(self, prompt_id: str) -> None:
@@ -163,24 +166,20 @@ class ComfyServer:
 
     def history(self, prompt_id: str) -> Mapping[str, Any] | None:
         """The record of a finished prompt, None while it has none."""
-        path = f"/history/{prompt_id}"
-        record = self._ask("GET", path).get(prompt_id) or None
-        if record is not None and not isinstance(record, dict):
-            raise self._foreign(path)
-        return record
+        return mapping(self._ask("GET", f"/history/{prompt_id}").get(prompt_id)) or None
 
     def has_queued(self, prompt_id: str) -> bool:
-        text = self._read("GET", "/queue", None, MOST_QUEUE)
+        text = self._read("GET", "/queue", MOST_QUEUE)
         if b'"queue_pending"' not in text:
             raise self._foreign("/queue")
         return f'"{prompt_id}"'.encode() in text
 
     def listen(self, client_id: str) -> None:
-        """Open the stream of events about this client's prompts, unless the server has none.
+        """Open the stream of events about this client's prompts, if the server has one.
 
         Raises ServerUnreachable if nothing answers at the address.
         """
-        self._next_opening = time.monotonic() + RETRY_SECONDS
+        self.client_id, self._next_opening = client_id, time.monotonic() + RETRY_SECONDS
         try:
             self._socket = connect(
                 f"ws{self.url.removeprefix('http')}/ws?clientId={client_id}",
@@ -202,20 +201,20 @@ class ComfyServer:
         except OSError as error:
             raise ServerUnreachable(f"no ComfyUI server answers at {self.url}: {error}") from error
 
-    def next_event(self, client_id: str) -> str | bytes | None:
-        """The next message of the event stream; None if none came within TICK_SECONDS, or if there is no stream."""
+    def next_event(self) -> Mapping[str, Any]:
+        """The next event; an empty one if none came within TICK_SECONDS, or if there is no stream."""
         try:
             if self._socket is None and time.monotonic() >= self._next_opening:
-                self.listen(client_id)
+                self.listen(self.client_id)
             if self._socket is not None:
-                return self._socket.recv(timeout=TICK_SECONDS)
+                return read_event(self._socket.recv(timeout=TICK_SECONDS))
         except TimeoutError:
-            return None
+            return {}
         except (WebSocketException, OSError):
             self.losses += self._socket is not None
             self._hang_up()
         time.sleep(TICK_SECONDS)
-        return None
+        return {}
 
     def download(self, remote: RemoteFile, folder: Path) -> Path:
         """Fetch a file below `folder`, completely or not at all; an existing file is never overwritten."""
@@ -226,7 +225,7 @@ class ComfyServer:
         target.parent.mkdir(parents=True, exist_ok=True)
         query = urllib.parse.urlencode(remote._asdict(), errors="replace")
         with whole_file(target) as partial, partial.open("wb") as file:
-            self._receive(file.write, "GET", f"/view?{query}", None, MOST_FILE, SLOWEST)
+            self._receive(file.write, "GET", f"/view?{query}", MOST_FILE, slowest=SLOWEST)
         return target
 
     def _hang_up(self) -> None:
@@ -236,7 +235,7 @@ class ComfyServer:
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
         """The JSON object of an answer, an empty one if the answer is empty. Raises ServerUnreachable or QueueError."""
-        return self._object(path, self._read(method, path, body, MOST_JSON))
+        return self._object(path, self._read(method, path, MOST_JSON, body))
 
     def _object(self, path: str, text: bytes) -> Mapping[str, Any]:
         answer = read_object(text)
@@ -247,18 +246,18 @@ class ComfyServer:
     def _foreign(self, path: str) -> ServerUnreachable:
         return ServerUnreachable(f"{self.url}{path} does not answer as ComfyUI does; is it a ComfyUI server?")
 
-    def _read(self, method: str, path: str, body: Mapping[str, Any] | None, most: int) -> bytes:
-        parts: list[bytes] = []
-        self._receive(parts.append, method, path, body, most)
-        return b"".join(parts)
+    def _read(self, method: str, path: str, most: int, body: Mapping[str, Any] | None = None) -> bytes:
+        content = BytesIO()
+        self._receive(content.write, method, path, most, body)
+        return content.getvalue()
 
     def _receive(
         self,
         take: Callable[[bytes], object],
         method: str,
         path: str,
-        body: Mapping[str, Any] | None,
         most: int,
+        body: Mapping[str, Any] | None = None,
         slowest: float = math.inf,
     ) -> None:
         """Give the parts of a successful answer to `take`.
@@ -341,3 +340,19 @@ def node_error_lines(prompt: Prompt, node_errors: Any) -> list[str]:
 def _with_details(error: Mapping[str, Any]) -> str:
     message, details = str(error.get("message", "error")), str(error.get("details") or "")
     return f"{message} ({details})" if details not in message else message
+
+
+def read_event(message: str | bytes) -> Mapping[str, Any]:
+    """A message of the event stream as an event, a preview as one with an `image`; an empty one if it is neither.
+
+    The form of a preview: [uint32 4][uint32 length][JSON of that length: node, prompt][picture], numbers big-endian.
+    """
+    if isinstance(message, str):
+        return read_object(message)
+    kind, size = int.from_bytes(message[:4], "big"), int.from_bytes(message[4:8], "big")
+    about, image = read_object(message[8 : 8 + size]), message[8 + size :]
+    suffix = next((suffix for magic, suffix in _IMAGE_SUFFIXES.items() if image.startswith(magic)), None)
+    if kind != 4 or suffix is None:
+        return {}
+    node = about.get("display_node_id") or about.get("node_id")
+    return {"data": {"image": image, "suffix": suffix, "node": node, "prompt_id": about.get("prompt_id")}}

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 from lightforcing.cli.queue.batch import Batch
-from lightforcing.cli.queue.jobs import Line, make_jobs
+from lightforcing.cli.queue.jobs import make_jobs
 from lightforcing.cli.queue.server import ComfyServer
 
 from .fake_comfy import SUCCESS
@@ -90,7 +90,7 @@ class TextBatch:
 
     def __init__(self, out, fake, count, **options):
         self.fake, self.out, self.events = fake, out, []
-        self.jobs = make_jobs(GRAPH, OBJECT_INFO, lines=[Line(f"text {number}") for number in range(1, count + 1)])
+        self.jobs = make_jobs(GRAPH, OBJECT_INFO, lines=[{"text": f"text {number}"} for number in range(1, count + 1)])
         self.patience, self.options = options.pop("patience", 1.0), options
 
     def start(self):

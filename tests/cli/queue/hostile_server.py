@@ -192,7 +192,7 @@ SOCKETS = {
     "odd previews": socket([frame(b"\0\0\0\4\xff\xff\xff\xff" + NESTED, 2), frame(b"", 2), frame(b"\0\0\0\1", 2)]),
 }
 RECORDS = {  # each with the run's end
-    "list": (lambda writer, play: whole({play.prompt_id: [1]})(writer, play), "left"),
+    "list": (lambda writer, play: whole({play.prompt_id: [1]})(writer, play), "failed"),
     "outputs list": (records(outputs=[1]), "done"),
     "outputs of node list": (records(outputs={"4": [OUTPUT]}), "done"),
     "odd items": (records(outputs={"4": {"images": [1, None, [OUTPUT], {"filename": ["x"]}]}}), "done"),

@@ -150,7 +150,6 @@ def test_crash_between_the_folder_and_the_ledger_is_noticed(comfy, out):
     batch.run()
     with sqlite3.connect(out / "queue.sqlite3") as ledger:
         ledger.execute("UPDATE jobs SET state = 'sent' WHERE name = '0002'")
-    (out / ".0001.part").mkdir()
     assert batch.run() == (2, 0, 0)
     batch.check_complete()
 
@@ -176,24 +175,16 @@ DOG, CAT, COW = (Job(name, {"1": {"class_type": name}}) for name in ("dog", "cat
 OTHER_CAT = Job("cat", {"1": {"class_type": "lion"}})
 
 
-@pytest.fixture
-def filled(tmp_path):
-    """A folder whose ledger has one job done, one failed, and one sent."""
-    ledger = Ledger(tmp_path, [DOG, CAT, COW])
-    for job in (DOG, CAT, COW):
-        ledger.set(job.name, state="sent", prompt_id=f"id of {job.name}", client_id=ledger.client_id)
-    ledger.set("dog", state="done")
-    ledger.set("cat", state="failed", error="out of memory")
-    ledger.close()
-    return tmp_path
-
-
-def test_batch_may_grow_but_not_change(filled):
-    grown = Ledger(filled, [DOG, CAT, COW, Job("hen", {"1": {"class_type": "hen"}})])
-    assert grown.states()["hen"] == "waiting"
+def test_batch_may_grow_but_not_change(tmp_path):
+    first = Ledger(tmp_path, [DOG, CAT])
+    first.set("dog", "done")
+    first.set("cat", "sent", "id of cat")
+    first.close()
+    grown = Ledger(tmp_path, [DOG, CAT, COW])
     grown.close()
+    assert (grown.done, grown.sent, grown.client_id) == ({"dog"}, {"cat": "id of cat"}, first.client_id)
     with pytest.raises(UsageError) as caught:
-        Ledger(filled, [DOG, OTHER_CAT, COW])
+        Ledger(tmp_path, [DOG, OTHER_CAT, COW])
     assert "has another prompt named cat" in str(caught.value)
     assert "undo that to continue the batch, choose another --out" in str(caught.value)
 
@@ -206,13 +197,11 @@ def test_other_file_under_the_ledgers_name_is_refused_and_kept(tmp_path, content
     assert (tmp_path / "queue.sqlite3").read_bytes() == content * 100
 
 
-@pytest.mark.parametrize("state", ["new", "failed"])
+@pytest.mark.parametrize("state", ["new", "waiting"])
 def test_foreign_folder_in_the_way_is_refused(tmp_path, state):
-    if state == "failed":
-        ledger = Ledger(tmp_path, [DOG])
-        ledger.set("dog", state="failed")
-        ledger.close()
+    if state == "waiting":
+        Ledger(tmp_path, [DOG]).close()
     (tmp_path / "dog").mkdir()
     with pytest.raises(UsageError, match="exists already and is not from this batch; choose another --out"):
         Ledger(tmp_path, [DOG])
-    assert (tmp_path / "queue.sqlite3").exists() == (state == "failed")
+    assert (tmp_path / "queue.sqlite3").exists() == (state == "waiting")

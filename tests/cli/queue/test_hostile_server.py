@@ -15,7 +15,7 @@ import pytest
 from lightforcing.cli.queue import run, server
 from lightforcing.cli.queue.batch import Batch
 from lightforcing.cli.queue.display import Display
-from lightforcing.cli.queue.jobs import Line, make_jobs
+from lightforcing.cli.queue.jobs import make_jobs
 from lightforcing.cli.queue.prompt import UsageError, read_override
 from lightforcing.cli.queue.server import ComfyServer, QueueError
 
@@ -52,7 +52,7 @@ def play(url, out, mode):
     try:
         with closing(ComfyServer(f"{url}/{list(MODES).index(mode)}", patience=patience)) as comfy:
             info = comfy.object_info(node["class_type"] for node in GRAPH.values())
-            jobs = make_jobs(GRAPH, info, lines=[Line("x")], overrides=[read_override("3.mode=growth")])
+            jobs = make_jobs(GRAPH, info, lines=[{"text": "x"}], overrides=[read_override("3.mode=growth")])
             Batch(jobs, comfy, emit, out / mode, timeout=4 * patience).run()
     except (QueueError, UsageError) as error:
         messages.append(str(error))

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from lightforcing.cli.queue.jobs import Line, make_jobs, read_prompts, read_seeds, text_input
+from lightforcing.cli.queue.jobs import make_jobs, read_prompts, read_seeds, text_input
 from lightforcing.cli.queue.prompt import Override, UsageError, apply_overrides, read_override, read_workflow
 
 from ...support.queue_samples import GRAPH, OBJECT_INFO
 
+WHOLE = {"text": "x", "name": "dog", "seed": 3, "set": {"3.cfg": 2}}
 QUICKSTART = Path(__file__).resolve().parents[3] / "workflows" / "api" / "quickstart_demo.json"
 
 
@@ -89,15 +90,14 @@ def test_override_that_fits_nothing_says_what_there_is(text, message):
 @pytest.mark.parametrize(
     ("name", "content", "lines"),
     [
-        ("a.txt", "\ufeff# animals\na dog\n\n   # and\n  a {red} cat # 2 \n", [Line("a dog"), Line("a {red} cat # 2")]),
-        ("a.txt", "a dog\u2028in the rain\r\na cat\x0b", [Line("a dog\u2028in the rain"), Line("a cat")]),
-        ("b.jsonl", '# comment\n{"text": "a dog", "name": "dog", "seed": 3}', [Line("a dog", "dog", 3)]),
-        ("b.jsonl", '{"set": {"3.cfg": 2}}\n', [Line(set={"3.cfg": 2})]),
+        ("a.txt", "\ufeff# animals\na dog\n\n   # and\n  a {red} cat # 2 \n", ["a dog", "a {red} cat # 2"]),
+        ("a.txt", "a dog\u2028in the rain\r\na cat\x0b", ["a dog\u2028in the rain", "a cat"]),
+        ("b.jsonl", '# comment\n{"text": "x", "name": "dog", "seed": 3, "set": {"3.cfg": 2}}', [WHOLE]),
     ],
 )
 def test_prompt_file_has_a_prompt_per_line(tmp_path, name, content, lines):
     (tmp_path / name).write_text(content, encoding="utf-8")
-    assert read_prompts(tmp_path / name) == lines
+    assert read_prompts(tmp_path / name) == [{"text": line} if isinstance(line, str) else line for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_text_goes_to_the_caption_of_the_quickstart():
     graph = json.loads(QUICKSTART.read_text(encoding="utf-8"))
     (node,) = [one for one in graph if graph[one]["class_type"] == "LightForcingDemoPrompt"]
     assert text_input(graph) == text_input(graph, node) == f"{node}.caption"
-    (job,) = make_jobs(graph, {}, lines=[Line("on a striped background a blue square moves up quickly")])
+    (job,) = make_jobs(graph, {}, lines=[{"text": "on a striped background a blue square moves up quickly"}])
     assert job.prompt[node]["inputs"] == {"caption": "on a striped background a blue square moves up quickly"}
 
 
@@ -157,7 +157,7 @@ def test_no_or_several_prompt_nodes_ask_for_the_node(graph, found):
 
 
 def test_each_line_and_seed_is_a_job():
-    lines = [Line("a dog"), Line("a cat", name="cat", set={"3.cfg": 2.0})]
+    lines = [{"text": "a dog"}, {"text": "a cat", "name": "cat", "set": {"3.cfg": 2.0}}]
     jobs = make_jobs(GRAPH, OBJECT_INFO, lines=lines, seeds=[1, 2], overrides=[Override("3.cfg", 1.0)])
     inputs = [(job.prompt["2"]["inputs"], job.prompt["3"]["inputs"]) for job in jobs]
     found = [
@@ -176,12 +176,12 @@ def test_each_line_and_seed_is_a_job():
 @pytest.mark.parametrize(
     ("lines", "seeds", "message"),
     [
-        ([Line("x", name="a"), Line("y", name="A")], None, "two prompts are called 'A'"),
-        ([Line("x", name="../a")], None, "'../a' cannot be a folder's name"),
-        ([Line("x", name="a.")], None, "cannot be a folder's name"),
-        ([Line("x", name="Con.txt")], None, "cannot be a folder's name"),
-        ([Line("x")], [1, 1], "two prompts are called '0001-seed1'"),
-        ([Line("x", seed=1)], [1], "0001 has a seed of its own; leave out --seeds"),
+        ([{"name": "a"}, {"name": "A"}], None, "two prompts are called 'A'"),
+        ([{"name": "../a"}], None, "'../a' cannot be a folder's name"),
+        ([{"name": "a."}], None, "cannot be a folder's name"),
+        ([{"name": "Con.txt"}], None, "cannot be a folder's name"),
+        ([{"text": "x"}], [1, 1], "two prompts are called '0001-seed1'"),
+        ([{"seed": 1}], [1], "0001 has a seed of its own; leave out --seeds"),
     ],
 )
 def test_names_and_seeds_that_clash_are_refused(lines, seeds, message):

@@ -23,7 +23,7 @@ def server(comfy):
 
 
 def submit(server):
-    return server.submit(PROMPT, "7f2c", "client", previews=False)
+    return server.submit(PROMPT, "7f2c", previews=False)
 
 
 def test_refusal_names_node_input_and_message(comfy, server):
