@@ -150,16 +150,11 @@ def quantize(
         def show(stage: str, done: int, total: int) -> None:
             progress.update(bar, description=stage, completed=done, total=total)
 
-        written = write_fp8_checkpoint(
+        report = write_fp8_checkpoint(
             file, out, weights=weights, lora=lora, prompts=prompts, overwrite=force, on_progress=show
         )
-    typer.echo(f"wrote {out} ({written.bytes_before / 1e9:.2f} → {out.stat().st_size / 1e9:.2f} GB)")
-    typer.echo(
-        f"{written.layers} layers in FP8; rounding changed their weights by {written.error:.2%}, at most by "
-        f"{written.worst[1]:.2%} ({written.worst[0]})"
-    )
-    for note in written.notes:
-        typer.echo(f"note: {note}")
+    for line in report:
+        typer.echo(line)
 
 
 def _progress(console: Console) -> Progress:

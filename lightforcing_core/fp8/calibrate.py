@@ -1,7 +1,9 @@
 """Measure every quantised layer's largest input, for stored activation scales.
 
-ComfyUI's FP8 divides activations by `input_scale`, or by 1 without one, and clips them at ±448. A short video with real
-prompts shows the layers whose inputs exceed 448 or are so small that e4m3 loses digits.
+On GPUs with FP8 units, ComfyUI 0.27 multiplies such a layer in FP8: it divides activations by `input_scale`, or by 1
+without one, and clips them at ±448. On other devices, or with a LoRA that it applies at run time, it multiplies the
+dequantised weights. A short video with real prompts shows the layers whose inputs exceed 448 or are so small that e4m3
+loses digits.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,14 +1,11 @@
 """Write a checkpoint as FP8 in ComfyUI's format, for ComfyUI's loader and ours.
 
 Each matrix of a layer is stored as float8_e4m3fn with one float32 scale, the only kind that ComfyUI's kernels support,
-and a `comfy_quant` key that names the format. On GPUs with FP8 units, ComfyUI 0.27 multiplies such a layer in FP8 and
-divides activations by the stored `input_scale`, or by 1 without one, and clips them at ±448 (see `calibrate.py`). On
-other devices, or with a LoRA that it applies at run time, it multiplies the dequantised weights.
+and a `comfy_quant` key that names the format. For the products that ComfyUI makes of it, see `calibrate.py`.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,24 +26,6 @@ from .calibrate import input_scales, largest_inputs, read_prompts
 _FORMAT = format_mark("float8_e4m3fn")
 
 
-@dataclass(frozen=True)
-class FP8File:
-    """Facts about a written file.
-
-    layers: the number of matrices in FP8.
-    error: the relative rounding error of their weights, root mean square over all layers.
-    worst: the layer with the largest error, and that error.
-    notes: sentences for the user.
-    """
-
-    path: Path
-    layers: int
-    bytes_before: int
-    error: float
-    worst: tuple[str, float]
-    notes: tuple[str, ...]
-
-
 def write_fp8_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -56,7 +35,7 @@ def write_fp8_checkpoint(
     prompts: str | Path | None = None,
     overwrite: bool = False,
     on_progress: Callable[[str, int, int], None] | None = None,
-) -> FP8File:
+) -> tuple[str, ...]:
     """Convert a checkpoint to ComfyUI's FP8 format, one layer in memory at a time.
 
     source: any file that `load_dit_state_dict` can load, unless it is quantised.
@@ -69,7 +48,7 @@ def write_fp8_checkpoint(
     on_progress: called as on_progress(stage, done, total).
 
     Other weights are stored in 16 bits, except the patch embedding, which ComfyUI computes in float32. If the family is
-    known, the file is marked as autoregressive, so that ComfyUI loads it as such.
+    known, the file is marked as autoregressive, so that ComfyUI loads it as such. Returns sentences for the user.
 
     Raises CheckpointError for an unusable source, and OutputError or ValueError for an `out` that cannot be written;
     both before any work and without changing an existing file.
@@ -113,13 +92,12 @@ def write_fp8_checkpoint(
     stream_tensors(out, layout, tensors(), _metadata(info))
     errors = {name: _relative_error(*pair) for name, pair in squares.items()}
     worst = max(errors, key=errors.__getitem__)
-    return FP8File(
-        path=out,
-        layers=len(layers),
-        bytes_before=info.file_bytes,
-        error=_relative_error(*(sum(column) for column in zip(*squares.values(), strict=True))),
-        worst=(worst, errors[worst]),
-        notes=_notes(info, out, {reason for reason in reasons.values() if reason}, len(names) - len(layers)),
+    whole = _relative_error(*(sum(column) for column in zip(*squares.values(), strict=True)))
+    return (
+        f"wrote {out} ({info.file_bytes / 1e9:.2f} → {out.stat().st_size / 1e9:.2f} GB)",
+        f"{len(layers)} layers in FP8; rounding changed their weights by {whole:.2%} (root mean square), at most by "
+        f"{errors[worst]:.2%} ({worst})",
+        *(f"note: {note}" for note in _notes(info, out, list(filter(None, reasons.values())))),
     )
 
 
@@ -173,13 +151,14 @@ def _metadata(info: CheckpointInfo) -> dict[str, str]:
     return metadata
 
 
-def _notes(info: CheckpointInfo, out: Path, reasons: set[str], left: int) -> tuple[str, ...]:
+def _notes(info: CheckpointInfo, out: Path, reasons: list[str]) -> list[str]:
+    """Notes on the file; reasons: why each layer that is left in 16 bits is."""
     notes = list(info.notes)
-    if left:
-        notes.append(f"{left} layers stay in 16 bits: {'; '.join(sorted(reasons))}")
+    if reasons:
+        notes.append(f"{len(reasons)} layers stay in 16 bits: {'; '.join(sorted(set(reasons)))}")
     if family_of(out)[0] is not info.family:
         notes.append(
             f"the name {out.name} does not show the family, {info.family.id}: rename the file to contain "
             f"{info.family.name_hints[0]!r}, or choose the family in the loader"
         )
-    return tuple(notes)
+    return notes
