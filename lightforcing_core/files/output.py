@@ -29,24 +29,16 @@ class OutputError(OSError):
 
 
 def prepare_folder(folder: str | Path, *, bytes_needed: int = 0) -> Path:
-    """Create `folder` and check that a file of `bytes_needed` bytes can be written there.
-
-    Raises OutputError if the folder cannot be created or written, or has less free space; a folder created for this is
-    then removed again.
-    """
+    """Create `folder` and check that a file of `bytes_needed` bytes can be written there; OutputError if not."""
     folder = Path(folder)
-    made = missing_folders(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"\0")
     except OSError as error:
-        remove_empty(made)
-        reason = error.strerror or str(error)
-        raise OutputError(f"cannot write to {folder}: {reason}; choose another folder") from error
+        raise OutputError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
     free = shutil.disk_usage(folder).free
     if free < bytes_needed:
-        remove_empty(made)
         raise OutputError(
             f"{folder} has {free / 1e6:.0f} MB free, {bytes_needed / 1e6:.0f} MB are needed; "
             f"free some space or choose another folder"
@@ -166,28 +158,29 @@ def numbered_path(folder: str | Path, prefix: str, suffix: str) -> Iterator[Path
     for name in (prefix, prefix + suffix):
         if not name or Path(name).name != name or "\0" in name:
             raise ValueError(f"{name!r:.80} is not a plain file name; pass folders in `folder`")
-    made = missing_folders(Path(folder))
-    folder = prepare_folder(folder)
-    clean(folder)
+    folder = Path(folder)
+    made = missing_folders(folder)
     taken = re.compile(rf"\.?{re.escape(prefix)}_(\d{{1,15}})(?!\d)", re.IGNORECASE)
-    while True:
-        numbers = [int(match[1]) for name in os.listdir(folder) if (match := taken.match(name))]
-        path = folder / f"{prefix}_{max(numbers, default=0) + 1:05d}{suffix}"
-        # The suffix is left out: two formats must not share a number either.
-        reservation = folder / f".{path.stem}.reserved"
-        try:
-            claimed = claim(reservation)
-        except FileExistsError:
-            continue  # another process was faster; it is in the next listing
-        except OSError as error:
-            remove_empty(made)
-            raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
-        try:
-            if not os.path.lexists(path):  # else another process has finished since the check
-                yield path
-                return
-        finally:
-            with claimed:
-                unlock_on_windows(claimed)
-                reservation.unlink(missing_ok=True)
-            remove_empty(made)
+    try:
+        clean(prepare_folder(folder))
+        while True:
+            numbers = [int(match[1]) for name in os.listdir(folder) if (match := taken.match(name))]
+            path = folder / f"{prefix}_{max(numbers, default=0) + 1:05d}{suffix}"
+            # The suffix is left out: two formats must not share a number either.
+            reservation = folder / f".{path.stem}.reserved"
+            try:
+                claimed = claim(reservation)
+            except FileExistsError:
+                continue  # another process was faster; it is in the next listing
+            except OSError as error:
+                raise OutputError(f"cannot write {path}: {error.strerror or error}; choose another name") from error
+            try:
+                if not os.path.lexists(path):  # else another process has finished since the check
+                    yield path
+                    return
+            finally:
+                with claimed:
+                    unlock_on_windows(claimed)
+                    reservation.unlink(missing_ok=True)
+    finally:
+        remove_empty(made)

@@ -3,8 +3,8 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
-from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -78,30 +78,24 @@ def stream_tensors(
     Raises OutputError like `write_tensors`, ValueError if a tensor differs from `layout`.
     """
     path = Path(path)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
     # Widest first, so that every tensor starts at a multiple of its element size.
-    names = sorted(layout, key=lambda name: (-layout[name].element_size(), name))
-    ends = list(accumulate(layout[name].nbytes for name in names))
-    starts = dict(zip(names, [0, *ends], strict=False))
-    header = {
-        name: {
-            "dtype": _NAMES[layout[name].dtype],
-            "shape": list(layout[name].shape),
-            "data_offsets": [starts[name], end],
-        }
-        for name, end in zip(names, ends, strict=True)
-    }
-    text = json.dumps({"__metadata__": dict(metadata), **header}).encode()
+    for name in sorted(layout, key=lambda name: (-layout[name].element_size(), name)):
+        tensor, start, end = layout[name], end, end + layout[name].nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     data = 8 + len(text)
-    prepare_folder(path.parent, bytes_needed=data + ends[-1])
+    prepare_folder(path.parent, bytes_needed=data + end)
     with whole_file(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        missing = set(names)
+        missing = set(layout)
         for name, tensor in tensors:
             if name not in missing or (tensor.dtype, tensor.shape) != (layout[name].dtype, layout[name].shape):
                 raise ValueError(f"{path}: {name}, {tensor.dtype} {list(tensor.shape)}, differs from its layout")
             missing.remove(name)
-            file.seek(data + starts[name])
+            file.seek(data + header[name]["data_offsets"][0])
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         if missing:
             raise ValueError(f"{path}: {len(missing)} tensors of the layout are missing, such as {min(missing)}")

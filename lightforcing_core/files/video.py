@@ -5,11 +5,10 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from fractions import Fraction
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -33,32 +32,21 @@ _BOX_HEADER = 8  # bytes of size and type before every MP4 box
 _BT601, _BT709, _LIMITED_RANGE = 6, 1, 1  # H.273 code points
 
 
-@dataclass(frozen=True)
-class VideoFormat:
-    """How frames are encoded: the encoder, its constant rate factor (lower is better and larger) and options.
-
-    growing: the container's options while frames arrive, if the finished file needs others; an interrupted file plays
-        up to its last second or two.
-    """
+class VideoFormat(NamedTuple):
+    """How frames are encoded: the encoder, its constant rate factor (lower is better and larger) and its options."""
 
     codec: str
     crf: int
     worst_crf: int
-    options: Mapping[str, str] = field(default_factory=dict)
-    growing: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str]
 
 
-FORMATS: dict[str, VideoFormat] = {
-    ".mp4": VideoFormat(
-        "h264",
-        crf=19,
-        worst_crf=51,
-        growing={"movflags": "frag_keyframe+empty_moov+default_base_moof+use_metadata_tags"},
-    ),
-    ".webm": VideoFormat(
-        "libvpx-vp9", crf=30, worst_crf=63, options={"deadline": "good", "cpu-used": "4", "row-mt": "1"}
-    ),
+FORMATS = {
+    ".mp4": VideoFormat("h264", 19, 51, {}),
+    ".webm": VideoFormat("libvpx-vp9", 30, 63, {"deadline": "good", "cpu-used": "4", "row-mt": "1"}),
 }
+# An MP4 grows in fragments: an interrupted one plays up to its last second or two.
+_FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof+use_metadata_tags"}
 
 
 class VideoWriter:
@@ -88,7 +76,7 @@ class VideoWriter:
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
-        suffix = self.path.suffix.lower()
+        self._suffix = suffix = self.path.suffix.lower()
         if suffix not in FORMATS:
             known = " or ".join(FORMATS)
             raise ValueError(f"{self.path.name}: suffix {suffix!r} is not a supported video format; use {known}")
@@ -148,29 +136,17 @@ class VideoWriter:
             self.frames += 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None or self._container is None:  # None: write() already reported a failure
-            self._abandon()
-            return
-        if not self.frames:
-            self._abandon()
-            raise ValueError(f"no frame was written to {self.path}; nothing was saved")
         try:
-            self._close()
-            if self._format.growing:
-                with whole_file(self.path) as whole:
-                    _rearrange(self._growing, whole)
-            else:
-                unlock_on_windows(self._claimed)
-                os.replace(self._growing, self.path)
+            if kind is None and self._container is not None:  # None after an error in write()
+                self._finish()
         except (OSError, av.FFmpegError) as broken:
             raise self._failure(broken) from broken
-        except BaseException:
+        finally:
             self._abandon()
-            raise
-        self._delete()
 
     def _open(self) -> None:
-        container = av.open(str(self._growing), "w", container_options=dict(self._format.growing))
+        fragments = _FRAGMENTS if self._suffix == ".mp4" else {}
+        container = av.open(str(self._growing), "w", container_options=fragments)
         self._container = container
         container.metadata.update(self._metadata)
         try:
@@ -198,6 +174,19 @@ class VideoWriter:
             if self.frames:
                 container.mux(self._stream.encode())
 
+    def _finish(self) -> None:
+        if not self.frames:
+            raise ValueError(f"no frame was written to {self.path}; nothing was saved")
+        self._close()
+        if self._suffix == ".mp4":
+            with whole_file(self.path) as whole:
+                _rearrange(self._growing, whole)
+            unlock_on_windows(self._claimed)
+            self._growing.unlink()
+        else:
+            unlock_on_windows(self._claimed)
+            os.replace(self._growing, self.path)
+
     def _failure(self, error: OSError | av.FFmpegError) -> OutputError:
         """Abandon the file; returns the error, which names the part that is left."""
         self._abandon()
@@ -210,21 +199,14 @@ class VideoWriter:
         if self._container is not None:
             with suppress(av.FFmpegError):  # on a full disk the end cannot be written
                 self._close()
-        if not self._growing.exists():
-            return
-        if playable := _playable_frames(self._growing):
-            unlock_on_windows(self._claimed)
-            self.partial = free_name(self.path.with_name(f"{self.path.stem}.partial{self.path.suffix}"))
-            os.replace(self._growing, self.partial)
-            done = f"its first {playable} of {self.frames} frames are"
+        frames = _playable_frames(self._growing) if self._growing.exists() else 0
+        unlock_on_windows(self._claimed)
+        if frames:
+            self.partial = _keep_part(self._growing, self.path)
+            done = f"its first {frames} of {self.frames} frames are"
             _log.warning("[Light Forcing] %s was not finished; %s in %s", self.path, done, self.partial.name)
-        self._delete()
-
-    def _delete(self) -> None:
-        """Delete the growing file, if it has not been renamed, and unlock it."""
-        with self._claimed:
-            unlock_on_windows(self._claimed)
-            self._growing.unlink(missing_ok=True)
+        self._growing.unlink(missing_ok=True)
+        self._claimed.close()
 
 
 def rescue_abandoned(folder: Path) -> None:
@@ -232,11 +214,15 @@ def rescue_abandoned(folder: Path) -> None:
     for stem, path in abandoned(folder, growing=True):
         with suppress(OSError):  # on Windows another process may rescue it too
             if _playable_frames(path):
-                partial = free_name(folder / f"{stem}.partial{path.suffix}")
-                os.replace(path, partial)
+                partial = _keep_part(path, folder / f"{stem}{path.suffix}")
                 _log.warning("[Light Forcing] %s holds the finished part of a video from a killed process", partial)
-            else:
-                path.unlink()
+            path.unlink(missing_ok=True)
+
+
+def _keep_part(growing: Path, video: Path) -> Path:
+    partial = free_name(video.with_name(f"{video.stem}.partial{video.suffix}"))
+    os.replace(growing, partial)
+    return partial
 
 
 def _rearrange(source: Path, target: Path) -> None:

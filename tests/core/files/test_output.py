@@ -4,6 +4,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+from contextlib import nullcontext
 
 import pytest
 
@@ -17,29 +18,20 @@ from lightforcing.lightforcing_core.files.output import (
 )
 
 
-def test_file_appears_only_when_the_block_is_done(tmp_path):
+@pytest.mark.parametrize("former", [None, b"former"])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_file_appears_only_when_the_block_is_done(tmp_path, former, error):
     target = tmp_path / "clip.mp4"
-    with whole_file(target) as partial:
-        partial.write_bytes(b"half")
+    if former:
+        target.write_bytes(former)
+    with pytest.raises(error) if error else nullcontext(), whole_file(target) as partial:
+        partial.write_bytes(b"new")
         assert partial.suffix == ".mp4"
-        assert not target.exists()
-    assert target.read_bytes() == b"half"
-    assert os.listdir(tmp_path) == ["clip.mp4"]
-
-
-def test_failure_leaves_the_former_file_and_nothing_else(tmp_path):
-    target = tmp_path / "clip.mp4"
-    target.write_bytes(b"former")
-
-    def write_half():
-        with whole_file(target) as partial:
-            partial.write_bytes(b"half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_half()
-    assert target.read_bytes() == b"former"
-    assert os.listdir(tmp_path) == ["clip.mp4"]
+        assert (target.read_bytes() if target.exists() else None) == former
+        if error:
+            raise error
+    assert (target.read_bytes() if target.exists() else None) == (former if error else b"new")
+    assert os.listdir(tmp_path) == ([] if error and not former else ["clip.mp4"])
 
 
 def write_and_die(folder, writes):
@@ -144,20 +136,21 @@ def test_folder_that_cannot_be_made_is_an_error(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["dangling", "taken"]
 
 
-def test_free_name_counts_up(tmp_path):
-    for name in ("a.png", "a-2.png"):
-        (tmp_path / name).touch()
-    assert free_name(tmp_path / "a.png").name == "a-3.png"
-    assert free_name(tmp_path / "b.png").name == "b.png"
-
-
 def test_numbers_go_on_from_the_highest(tmp_path):
-    names = ("clip_00001.mp4", "CLIP_00007_.png", "clip_00003.partial.mp4", "clipper_00050.mp4", "clip_x.mp4")
+    names = (
+        "clip_00001.mp4",
+        "CLIP_99998_.png",
+        "clip_00003.partial.mp4",
+        "clipper_00050.mp4",
+        f"clip_{'9' * 200}.mp4",
+    )
     for name in names:
         (tmp_path / name).touch()
-    with numbered_path(tmp_path, "clip", ".webm") as path:
-        assert path == tmp_path / "clip_00008.webm"
-        assert not path.exists()
+    for number in ("99999", "100000"):
+        with numbered_path(tmp_path, "clip", ".webm") as path:
+            assert path == tmp_path / f"clip_{number}.webm"
+            assert not path.exists()
+            path.touch()
     with numbered_path(tmp_path / "new", "a.b (c)", ".mp4") as path:
         assert path.name == "a.b (c)_00001.mp4"
 
@@ -166,16 +159,6 @@ def test_numbers_are_reserved_while_in_use(tmp_path):
     with numbered_path(tmp_path, "clip", ".mp4") as one, numbered_path(tmp_path, "clip", ".webm") as other:
         assert (one.name, other.name) == ("clip_00001.mp4", "clip_00002.webm")
     assert os.listdir(tmp_path) == []
-
-
-def test_five_digits_are_no_limit(tmp_path):
-    for name in ("clip_99999.mp4", f"clip_{'9' * 200}.mp4"):
-        (tmp_path / name).touch()
-    with numbered_path(tmp_path, "clip", ".mp4") as path, whole_file(path) as partial:
-        partial.write_bytes(b"frames")
-    assert path.exists()
-    with numbered_path(tmp_path, "clip", ".mp4") as path:
-        assert path.name == "clip_100001.mp4"
 
 
 @pytest.mark.parametrize("left", [".clip_00001.reserved", "clip_00001.mp4"])
@@ -202,9 +185,9 @@ def test_no_folder_is_left_for_a_file_that_never_came(tmp_path):
             assert folder.is_dir()
         with pytest.raises(OutputError, match="File name too long"), numbered_path(folder, "x" * 250, ".mp4"):
             pass
-        with pytest.raises(OutputError, match="MB are needed; free some space"):
-            prepare_folder(folder, bytes_needed=1 << 60)
     assert os.listdir(tmp_path) == ["mine"]
+    with pytest.raises(OutputError, match="MB are needed; free some space"):
+        prepare_folder(tmp_path, bytes_needed=1 << 60)
 
 
 @pytest.mark.parametrize(

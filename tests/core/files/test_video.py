@@ -270,7 +270,7 @@ def test_writing_outside_the_block_is_refused(tmp_path):
 
 
 def test_a_missing_encoder_is_named(tmp_path, monkeypatch):
-    nothing = video_file.VideoFormat("no-such-encoder", crf=1, worst_crf=2)
+    nothing = video_file.VideoFormat("no-such-encoder", crf=1, worst_crf=2, options={})
     monkeypatch.setitem(video_file.FORMATS, ".mp4", nothing)
     with pytest.raises(OutputError, match="no encoder no-such-encoder; install"), writer(tmp_path / "clip.mp4"):
         pass
