@@ -3,7 +3,8 @@
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,28 @@ from ..files.json import read_json, read_text, regular_size
 from ..files.tensors import MOST_TENSORS, check_tensor, read_tensors
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
-_SHARD = re.compile(r"^(?P<stem>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
+_SHARD = re.compile(r"^(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})(?P<suffix>\.\w+)$")
+_WEB_PAGE = "this is a web page saved under the name of a weight file; download the file itself"
+_OTHER_FILES = {
+    b"gguf": "this is a GGUF file; load it with a GGUF loader node and connect its MODEL to Light Forcing Apply",
+    b"version https://git-lfs": "this is a Git LFS pointer; run `git lfs pull` or download the weights themselves",
+    **dict.fromkeys((b"<!doctype", b"<html", b"<?xml"), _WEB_PAGE),
+}
 
 
 class CheckpointError(ValueError):
     """A file cannot be used; the message names the file, its problem and the remedy."""
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Put the path in front of a ValueError's text, as a CheckpointError, unless it is one already."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def open_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, str], int]:
@@ -30,17 +48,21 @@ def open_weights(path: str | Path) -> tuple[dict[str, Any], dict[str, str], int]
     The first bytes tell the format, not the name. PyTorch files are read with `weights_only=True` only. Raises
     CheckpointError for files that are missing, empty, truncated, unsafe or of another kind.
     """
-    path = Path(path)
-    files = _files_of(path)
     contents: dict[str, Any] = {}
     metadata: dict[str, str] = {}
+    total = 0
+    with naming(path):
+        files = _files_of(Path(path))
     for file in files:
-        stored, notes = _read_one(file)
-        if twice := contents.keys() & stored.keys():
-            raise CheckpointError(f"{path}: {name_list(twice)} is in several shards; download them again")
+        with naming(file):
+            size = _size_of(file)
+            stored, notes = _read(file, size)
+            if twice := contents.keys() & stored.keys():
+                raise ValueError(f"{name_list(twice)} is in another shard too; download them again")
         contents.update(stored)
         metadata.update(notes)
-    return contents, metadata, sum(map(regular_size, files))
+        total += size
+    return contents, metadata, total
 
 
 def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
@@ -71,95 +93,82 @@ def tensor_groups(contents: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     return groups
 
 
-def _files_of(path: Path) -> tuple[Path, ...]:
+def name_list(names: Iterable[str]) -> str:
+    """The first names in alphabetical order, for a message: "a, b, c and 7 more"; each at most 80 letters."""
+    ordered = sorted(names)
+    return ", ".join(name[:80] for name in ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The path itself, or the shards of which it is one, the index or the folder."""
     if os.path.isdir(path):  # unlike path.is_dir(), False for a name that is too long
-        return _files_of_folder(path)
-    try:
-        regular_size(path)
-    except FileNotFoundError as error:
-        others = sorted(file.name for file in path.parent.glob("*") if file.suffix in SUFFIXES)
-        found = ", ".join(others[:5]) or "no weight file"
-        raise CheckpointError(f"{path}: no such file; {path.parent} holds {found}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); choose another file") from error
+        return _files_of(_only_model_in(path))
     if path.name.endswith(".index.json"):
-        return _files_of_index(path)
-    shard = _SHARD.match(path.name)
-    if shard is None:
-        return (path,)
-    count = int(shard["count"])
-    names = [f"{shard['stem']}-{i:05d}-of-{shard['count']}{shard['suffix']}" for i in range(1, count + 1)]
-    return _shards(path, path.parent, names)
+        names = _names_in_index(path)
+    elif shard := _SHARD.match(path.name):
+        of = f"{shard['count']}{shard['suffix']}"
+        names = [f"{shard['stem']}-{number:05d}-of-{of}" for number in range(1, int(shard["count"]) + 1)]
+    else:
+        return [path]
+    missing = [name for name in names if not os.path.isfile(path.parent / name)]
+    if missing or not names:
+        problem = f"{len(missing)} of its {len(names)} shards are missing ({name_list(missing)})"
+        raise ValueError(f"{problem}; download them into {path.parent}")
+    return [path.parent / name for name in names]
 
 
-def _files_of_folder(folder: Path) -> tuple[Path, ...]:
-    indexes = sorted(folder.glob("*.index.json"))
-    if len(indexes) == 1:
-        return _files_of_index(indexes[0])
-    for pattern in ("*.safetensors", "*.pt", "*.pth", "*.bin"):
+def _only_model_in(folder: Path) -> Path:
+    for pattern in ("*.index.json", "*.safetensors", "*.pt", "*.pth", "*.bin"):
         found = sorted(file for file in folder.glob(pattern) if os.path.exists(file))
         stems = {shard["stem"] if (shard := _SHARD.match(file.name)) else file.name for file in found}
         if len(stems) == 1:
-            return _files_of(found[0])
-        if found:
-            names = ", ".join(file.name for file in found[:5])
-            raise CheckpointError(f"{folder}: has {len(found)} weight files ({names}); pass the path of one of them")
-    if (folder / "transformer").is_dir():
-        return _files_of_folder(folder / "transformer")
-    raise CheckpointError(f"{folder}: has no weight file; expected *{', *'.join(SUFFIXES)} or an index.json")
+            return found[0]
+        if found and pattern != "*.index.json":
+            names = name_list(file.name for file in found)
+            raise ValueError(f"has {len(found)} weight files ({names}); pass the path of one of them")
+    if os.path.isdir(folder / "transformer"):
+        return folder / "transformer"
+    raise ValueError(f"has no weight file; expected *{', *'.join(SUFFIXES)} or an index.json")
 
 
-def _files_of_index(index: Path) -> tuple[Path, ...]:
+def _names_in_index(index: Path) -> list[str]:
+    _size_of(index)
     try:
         names = sorted(set(read_json(read_text(index))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not an index of shards (no weight_map); pass a weight file") from error
+        raise ValueError("not an index of shards (no weight_map); pass a weight file") from error
     if outside := [name for name in names if not isinstance(name, str) or Path(name).name != name]:
-        raise CheckpointError(f"{index}: points outside its folder ({str(outside[0])[:80]}); its shards must be inside")
-    return _shards(index, index.parent, names)
+        raise ValueError(f"points outside its folder ({str(outside[0])[:80]}); its shards must be inside")
+    return names
 
 
-def _shards(path: Path, folder: Path, names: list[str]) -> tuple[Path, ...]:
-    missing = [name for name in names if not os.path.isfile(folder / name)]
-    if missing or not names:
-        raise CheckpointError(
-            f"{path}: {len(missing)} of its {len(names)} shards are missing ({name_list(missing)}); "
-            f"download them into {folder}"
-        )
-    return tuple(folder / name for name in names)
-
-
-def _read_one(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _size_of(file: Path) -> int:
     try:
-        size = regular_size(file)
-        with file.open("rb") as stream:
-            head = stream.read(64)
+        return regular_size(file)
+    except FileNotFoundError as error:
+        found = name_list(other.name for other in file.parent.glob("*") if other.suffix in SUFFIXES)
+        raise ValueError(f"no such file; {file.parent} holds {found or 'no weight file'}") from error
     except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
-    if size == 0:
-        raise CheckpointError(f"{file}: the file is empty; download it again")
+        raise ValueError(f"cannot be read ({error.strerror}); choose another file") from error
+
+
+def _read(file: Path, size: int) -> tuple[dict[str, Any], dict[str, str]]:
+    with file.open("rb") as stream:
+        head = stream.read(64)
     if head[8:9] == b"{":
         try:
             return read_tensors(file)
         except ValueError as error:
-            raise CheckpointError(
-                f"{file}: truncated or damaged safetensors file of {size:,} bytes ({error!s:.120}); download it again"
-            ) from error
+            problem = f"truncated or damaged safetensors file of {size:,} bytes ({error!s:.120})"
+            raise ValueError(f"{problem}; download it again") from error
     if head.startswith(b"PK\x03\x04") or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05"):
         return _read_torch(file, size, zipped=head.startswith(b"PK")), {}
-    raise CheckpointError(f"{file}: {_describe_other(head)}")
-
-
-def _describe_other(head: bytes) -> str:
-    """The likely kind of a file that is neither safetensors nor PyTorch, and the remedy."""
-    text = head.lstrip().lower()
-    if head.startswith(b"GGUF"):
-        return "this is a GGUF file; load it with a GGUF loader node and connect its MODEL to Light Forcing Apply"
-    if text.startswith(b"version https://git-lfs"):
-        return "this is a Git LFS pointer, not the weights themselves; run `git lfs pull` or download the file"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "this is a web page saved under the name of a weight file; download the file itself"
-    return (
+    if not head:
+        raise ValueError("the file is empty; download it again")
+    for start, problem in _OTHER_FILES.items():
+        if head.lstrip().lower().startswith(start):
+            raise ValueError(problem)
+    raise ValueError(
         f"neither a safetensors nor a PyTorch file (first bytes {head[:12]!r}); "
         "choose a .safetensors, .pt or .pth file, or download it again if it is damaged"
     )
@@ -181,12 +190,12 @@ def _read_torch(file: Path, size: int, *, zipped: bool) -> dict[str, Any]:
             with file.open("rb") as stream:
                 stored = torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything; to the user it means the same
-        reason = _why_torch_refused(file, str(error) or type(error).__name__)
         if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):
-            reason = f"memory ran out reading its {size:,} bytes; free some, or use a .safetensors version of it"
-        raise CheckpointError(f"{file}: {reason}") from error
+            problem = f"memory ran out reading its {size:,} bytes"
+            raise ValueError(f"{problem}; free some, or use a .safetensors version of it") from error
+        raise ValueError(_why_torch_refused(file, str(error) or type(error).__name__)) from error
     if not isinstance(stored, Mapping):
-        raise CheckpointError(f"{file}: contains a {type(stored).__name__}, not a dict of weights; choose a checkpoint")
+        raise ValueError(f"contains a {type(stored).__name__}, not a dict of weights; choose a checkpoint")
     left = MOST_TENSORS  # counted at every visit: a small file can hold one dict a thousand times
 
     def plain(value: Mapping[Any, Any], depth: int) -> dict[str, Any]:
@@ -209,7 +218,7 @@ def _read_torch(file: Path, size: int, *, zipped: bool) -> dict[str, Any]:
     try:
         return plain(stored, depth=3)
     except ValueError as error:
-        raise CheckpointError(f"{file}: holds {error}; use a .safetensors version, or download it again") from error
+        raise ValueError(f"holds {error}; use a .safetensors version, or download it again") from error
 
 
 def _why_torch_refused(file: Path, message: str) -> str:
@@ -230,9 +239,3 @@ def _why_torch_refused(file: Path, message: str) -> str:
         )
     first_line = message.strip().partition("\n")[0][:120]
     return f"not a readable PyTorch checkpoint ({first_line}); download it again or use a .safetensors version"
-
-
-def name_list(names: Iterable[str]) -> str:
-    """The first names in alphabetical order, for a message: "a, b, c and 7 more"; each at most 80 letters."""
-    ordered = sorted(names)
-    return ", ".join(name[:80] for name in ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")

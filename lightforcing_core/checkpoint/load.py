@@ -1,10 +1,8 @@
 """Load autoregressive Wan 2.1 checkpoints of every published layout as one state dict."""
 
-import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,10 +14,10 @@ from torch import Tensor
 from ..families import FAMILIES, Family, doubt_of, family_of
 from ..files.json import mapping, read_json, read_object
 from ..model.wan import HEAD_DIM, Wan
-from .files import CheckpointError, name_list, open_weights, tensor_groups
-from .layouts import Layout, original_name, other_file, other_wan, read_layout
+from .files import CheckpointError, name_list, naming, open_weights, tensor_groups
+from .layouts import Layout, Shape, original_name, other_file, other_wan, read_layout
 from .lora import Adapter, looks_like_lora, merge_lora
-from .scaled import LAYER_FORMATS, Quantisation, convert, format_in, is_scale, read_quantisation
+from .scaled import LAYER_FORMATS, Quantisation, convert, is_scale, mark_of, read_quantisation
 
 MOST_LAYERS = 1000
 _PUBLISHED = {1536: ("1.3B", 30), 5120: ("14B", 40)}  # dim → name and layers
@@ -51,12 +49,10 @@ class CheckpointInfo:
 
     weights: the set of weights that is loaded, "generator_ema" for example; "" if the file has only one.
     other_weights: sets that could be loaded instead.
-    layout: a description of the naming of its keys.
+    layout, quantised, notes: texts for the user; quantised is None without a quantisation.
     dtypes: stored dtypes, the most frequent first.
     file_bytes: the size of all shards.
-    quantised: a description of the quantisation, None without one.
-    metadata: of the safetensors header, with layers in Wan's naming.
-    notes: sentences for the user.
+    metadata: of the safetensors header, without the formats of layers.
     """
 
     path: Path
@@ -98,9 +94,9 @@ def load_dit_state_dict(
     lora, lora_strength, lora_adapter: a LoRA to merge into the weights, see `merge_lora`.
     dequantise_all: for use without ComfyUI, convert quantised weights to bfloat16.
 
-    Returns Wan's original names → memory-mapped tensors on the CPU. ComfyUI's quantised formats (`scaled_fp8`,
-    `comfy_quant`) keep their keys, which ComfyUI reads; other weights with scales (LightX2V fp8, int8 and NVFP4) get
-    such keys without loss, or become bfloat16 if no format fits or a LoRA is merged. Raises CheckpointError, a
+    Returns Wan's original names → memory-mapped tensors on the CPU. ComfyUI's quantised formats keep their keys, which
+    ComfyUI reads; layers whose format the metadata names, and other weights with scales (LightX2V fp8, int8 and NVFP4),
+    get such keys without loss, or become bfloat16 if no format fits or a LoRA is merged. Raises CheckpointError, a
     ValueError, which names the file, its problem and the remedy.
     """
     state_dict, info, quantisation = _read(Path(path), prefer_ema, weights, family)
@@ -109,7 +105,7 @@ def load_dit_state_dict(
             f"{path}: is quantised ({info.quantised}), so a LoRA cannot be merged into it; "
             "add the LoRA with ComfyUI's LoRA loader, or use the bf16 file"
         )
-    with _naming(path):
+    with naming(path):
         state_dict = convert(state_dict, quantisation, plain=dequantise_all or lora is not None)
     if lora is not None:
         state_dict, notes = merge_lora(state_dict, lora, lora_strength, lora_adapter)
@@ -148,24 +144,15 @@ def describe(info: CheckpointInfo) -> list[tuple[str, str]]:
     ]
 
 
-@contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
-    """Put the path in front of a ValueError's text, as a CheckpointError."""
-    try:
-        yield
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
 def _read(
     path: Path, prefer_ema: bool, weights: str | None, family: Family | None
 ) -> tuple[dict[str, Tensor], CheckpointInfo, Quantisation]:
-    contents, stored_metadata, file_bytes = open_weights(path)
+    contents, metadata, file_bytes = open_weights(path)
     source = ""
     if family is None:
         family, source = family_of(path)
-    group, stored, others = _choose_weights(path, tensor_groups(contents), family, prefer_ema, weights)
-    with _naming(path):
+    with naming(path):
+        group, stored, others = _choose_weights(tensor_groups(contents), family, prefer_ema, weights)
         layout = read_layout(stored)
         if layout is None or not any(name.endswith("modulation") for name in layout.stored):
             raise ValueError(f"{other_file(stored)}; choose an autoregressive Wan 2.1 text-to-video checkpoint")
@@ -173,15 +160,13 @@ def _read(
         shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         if reason := other_wan(shapes):
             raise ValueError(reason)
-        metadata = _rename_layers(stored_metadata, layout)
-        quantisation = read_quantisation(found, metadata)
+        found |= _stated_marks(metadata.pop(LAYER_FORMATS, "{}"), layout)
+        quantisation = read_quantisation(found)
         for name in (f"{layer}.weight" for layer, kind in quantisation.other_layers.items() if kind == "nvfp4"):
             shapes[name] = (*shapes[name][:-1], *(2 * size for size in shapes[name][-1:]))  # two values in a byte
         expected = _expected_shapes(shapes, metadata)
         _check_complete(shapes, expected, quantisation.comfyui_layers, others)
 
-    unknown = [name for name in found if name not in expected and not is_scale(name)]
-    state_dict = {name: found[name] for name in expected} | {name: found[name] for name in found if is_scale(name)}
     dtypes = Counter(str(found[name].dtype).removeprefix("torch.") for name in expected)
     info = CheckpointInfo(
         path=path,
@@ -201,66 +186,60 @@ def _read(
         quantised=quantisation.title or None,
         metadata=metadata,
     )
-    notes = _notes(info)
-    if source not in ("", path.name):
-        notes.insert(0, f"family read from the folder name {source}")
-    if source and (doubt := doubt_of(path, family)):
-        notes.insert(0, doubt)
-    if skipped := [*unknown, *(key for key in layout.extra if original_name(key) is not None)]:
-        notes.append(f"{len(skipped)} weights that do not belong to Wan are skipped: {name_list(skipped)}")
-    return state_dict, replace(info, notes=tuple(notes)), quantisation
+    unknown = [name for name in found if name not in expected and not is_scale(name)]
+    skipped = [*unknown, *(key for key in layout.extra if original_name(key) is not None)]
+    notes = (
+        doubt_of(path, family) if source else None,
+        f"family read from the folder name {source}" if source not in ("", path.name) else None,
+        *_notes(info),
+        f"{len(skipped)} weights that do not belong to Wan are skipped: {name_list(skipped)}" if skipped else None,
+    )
+    state_dict = {name: found[name] for name in (*expected, *filter(is_scale, found))}
+    return state_dict, replace(info, notes=tuple(filter(None, notes))), quantisation
 
 
 def _choose_weights(
-    path: Path, groups: Mapping[str, dict[str, Tensor]], family: Family, prefer_ema: bool, weights: str | None
+    groups: Mapping[str, dict[str, Tensor]], family: Family, prefer_ema: bool, weights: str | None
 ) -> tuple[str, dict[str, Tensor], tuple[str, ...]]:
     """The set of weights to load: (name, tensors, names of the other sets)."""
-    if not groups:
-        raise CheckpointError(f"{path}: contains no weights; choose a checkpoint file")
-    models = {
-        name: group for name, group in groups.items() if not _NOT_THE_MODEL.search(name) and not looks_like_lora(group)
-    }
-    if not models and any(looks_like_lora(group) for group in groups.values()):
-        raise CheckpointError(
-            f"{path}: this is a LoRA, not a model; load the model that it is for and pass this file as lora= "
+    loras = {name for name, group in groups.items() if looks_like_lora(group)}
+    models = {name: group for name, group in groups.items() if not _NOT_THE_MODEL.search(name) and name not in loras}
+    if not models and loras:
+        raise ValueError(
+            "this is a LoRA, not a model; load the model that it is for and pass this file as lora= "
             "(in ComfyUI: with the LoRA loader)"
         )
     if not models:
-        raise CheckpointError(f"{path}: contains only {name_list(groups)}, not a model's weights; choose another file")
+        raise ValueError(
+            f"contains no weights of a model{f', only {name_list(groups)}' if groups else ''}; choose another file"
+        )
     if weights is not None:
         found = [weights] if weights in models else [name for name in models if weights == "ema" and "ema" in name]
         if not found:
             held = name_list(repr(name) if name else "one set without a name" for name in models)
-            raise CheckpointError(f"{path}: has no weights named {weights!r}, but {held}; choose that, or auto")
-        chosen = found[0]
+            raise ValueError(f"has no weights named {weights!r}, but {held}; choose that, or auto")
     else:
-        ema_first = prefer_ema and family.weights != "generator"
-        order = (*_EMA, *_PLAIN) if ema_first else (*_PLAIN, *_EMA)
-        ranked = [name for wanted in order for name in models if wanted in name.split(".")]
-        if not ranked and len(models) > 1:
-            raise CheckpointError(f"{path}: has several sets of weights, {name_list(models)}; choose one with weights=")
-        chosen = ranked[0] if ranked else next(iter(models))
+        order = (*_EMA, *_PLAIN) if prefer_ema and family.weights != "generator" else (*_PLAIN, *_EMA)
+        found = [name for wanted in order for name in models if wanted in name.split(".")]
+        if not found and len(models) > 1:
+            raise ValueError(f"has several sets of weights, {name_list(models)}; choose one with weights=")
+    chosen = next(iter(found or models))
     return chosen, models[chosen], tuple(name for name in models if name != chosen)
 
 
-def _rename_layers(metadata: Mapping[str, str], layout: Layout) -> dict[str, str]:
-    """The file's metadata, with the layers of its `LAYER_FORMATS` in Wan's naming."""
-    if LAYER_FORMATS not in metadata:
-        return dict(metadata)
+def _stated_marks(formats: str, layout: Layout) -> dict[str, Tensor]:
+    """The mark of each layer in the metadata's formats, {"layers": {layer: {"format": name}}}, under Wan's names."""
     try:
-        formats = read_json(metadata[LAYER_FORMATS])
-        formats["layers"] = {
-            original_name(layer, layout.prefix, layout.diffusers): entry
-            for layer, entry in formats.get("layers", {}).items()
+        layers = read_json(formats).get("layers", {})
+        marks = {
+            original_name(layer, layout.prefix, layout.diffusers): mark_of(entry) for layer, entry in layers.items()
         }
-        for entry in formats["layers"].values():
-            format_in(entry)
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"its {LAYER_FORMATS} is not readable ({error!s:.80}); download the file again") from error
-    return {**metadata, LAYER_FORMATS: json.dumps(formats)}
+    return {f"{layer}.comfy_quant": mark for layer, mark in marks.items() if f"{layer}.weight" in layout.stored}
 
 
-def _expected_shapes(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> dict[str, Shape]:
     """Names and shapes of all weights of a Wan with the width and layers of `shapes`.
 
     As in ComfyUI, only the metadata can state other widths of text and time than Wan 2.1's.
@@ -301,10 +280,7 @@ def _stated_sizes(config: str) -> Mapping[str, Any]:
 
 
 def _check_complete(
-    shapes: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...]],
-    packed: Mapping[str, str],
-    others: tuple[str, ...],
+    shapes: Mapping[str, Shape], expected: Mapping[str, Shape], packed: Mapping[str, str], others: tuple[str, ...]
 ) -> None:
     """Raise ValueError unless the layers have exactly the expected weights and shapes.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files.json import mapping, read_json, read_object
+from ..files.json import mapping, read_json
 from .files import name_list
 from .layouts import ATTENTION_MARK, FILE_SCALE, SCALE_NAMES
 
@@ -24,10 +24,9 @@ _PLAIN_SCALED = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "bfloat16", 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """The quantisation of a state dict.
+    """The quantisation of a state dict, with a title for users, "" for plain weights.
 
-    title: a description for users, "" for plain weights.
-    comfyui_layers: layer → format name, for layers that ComfyUI's loader recognises by their keys or the metadata.
+    comfyui_layers: layer → format name, for layers that ComfyUI's loader recognises by their keys.
     other_layers: layer → the format to convert it to, for layers that ComfyUI does not recognise (LightX2V) or reads
         wrongly (`scaled_fp8` of float8_e5m2, or with a scale per row).
     """
@@ -37,13 +36,10 @@ class Quantisation:
     other_layers: Mapping[str, str]
 
 
-def read_quantisation(state_dict: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Quantisation:
-    """The quantisation of `state_dict` (original names, in the metadata too)."""
-    stated = mapping(read_object(metadata.get(LAYER_FORMATS, "")).get("layers"))
-    comfyui = {layer: format_in(entry) for layer, entry in stated.items() if f"{layer}.weight" in state_dict}
-    for name, value in state_dict.items():
-        if name.endswith(".comfy_quant"):
-            comfyui[name.removesuffix(".comfy_quant")] = marked_format(name, value)
+def read_quantisation(state_dict: Mapping[str, Tensor]) -> Quantisation:
+    """The quantisation of `state_dict`, with original names."""
+    marks = {name: value for name, value in state_dict.items() if name.endswith(".comfy_quant")}
+    comfyui = {name.removesuffix(".comfy_quant"): marked_format(name, value) for name, value in marks.items()}
     for layer, kind in comfyui.items():
         scales = {f"{layer}.weight_scale", f"{layer}.scale_weight"}
         if kind in _PLAIN_SCALED and f"{layer}.weight" in state_dict and not scales & state_dict.keys():
@@ -94,7 +90,13 @@ def convert(state_dict: Mapping[str, Tensor], quantisation: Quantisation, *, pla
 
 def format_mark(name: str) -> Tensor:
     """The value of a layer's `comfy_quant`, which names the format of its weight."""
-    return torch.tensor(list(json.dumps({"format": name}).encode()), dtype=torch.uint8)
+    return mark_of({"format": name})
+
+
+def mark_of(entry: Any) -> Tensor:
+    """A layer's JSON object as its `comfy_quant`; ValueError if it names no format."""
+    format_in(entry)
+    return torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
 
 
 def is_scale(name: str) -> bool:

@@ -171,7 +171,7 @@ def load_checkpoint(
         log.info("[Light Forcing] %s: %s", Path(path).name, note)
     if weight_dtype == ROWWISE and info.quantised is not None:
         raise CheckpointError(f"{path} is quantised already ({info.quantised}); set weight_dtype to default")
-    formats = set(read_quantisation(state_dict, info.metadata).comfyui_layers.values())
+    formats = set(read_quantisation(state_dict).comfyui_layers.values())
     by_rows = weight_dtype == ROWWISE or BY_ROWS in formats
     if by_rows and weight_dtype != ROWWISE and (reason := why_no_rows()):
         log.warning("[Light Forcing] %s: its FP8 layers are read as bfloat16, because %s", Path(path).name, reason)

@@ -246,7 +246,7 @@ NO_FORMAT = "blocks.0.ffn.0.comfy_quant does not name a format"
         (zeros_of("emb_params"), "contains no Wan transformer"),
         ([torch.zeros(3)], "contains a list, not a dict"),
         ({"step": 3, "generator": None}, "contains no weights"),
-        ({"critic": WAN}, "contains only critic"),
+        ({"critic": WAN}, "contains no weights of a model, only critic"),
         (prefixed(WAN, "student.") | prefixed(WAN, "average."), "2 models, with the prefixes average., student."),
         (WAN | zeros_of("blocks.0.cam_encoder.weight"), "blocks.0.cam_encoder.weight"),
         (WAN | {"blocks.1.ffn.0.weight": torch.zeros(192, 64)}, ""),
