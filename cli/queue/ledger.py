@@ -76,7 +76,7 @@ class Ledger:
         (found,) = self._db.execute("SELECT max(client_id) FROM jobs").fetchone()
         self.client_id: str = found or uuid.uuid4().hex
         new = [(job.name, job.digest, self.client_id) for job in jobs if job.name not in known]
-        self._db.executemany("INSERT INTO jobs VALUES (?, ?, 'waiting', NULL, ?)", new)
+        self._db.executemany("INSERT INTO jobs (name, digest, state, client_id) VALUES (?, ?, 'waiting', ?)", new)
 
 
 def _check_free(folders: Iterable[Path]) -> None:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import anyio
 import httpx
@@ -225,7 +225,7 @@ class ComfyServer:
         target.parent.mkdir(parents=True, exist_ok=True)
         query = urllib.parse.urlencode(remote._asdict(), errors="replace")
         with whole_file(target) as partial, partial.open("wb") as file:
-            self._receive(file.write, "GET", f"/view?{query}", MOST_FILE, slowest=SLOWEST)
+            self._receive(file, "GET", f"/view?{query}", MOST_FILE, slowest=SLOWEST)
         return target
 
     def _hang_up(self) -> None:
@@ -248,19 +248,19 @@ class ComfyServer:
 
     def _read(self, method: str, path: str, most: int, body: Mapping[str, Any] | None = None) -> bytes:
         content = BytesIO()
-        self._receive(content.write, method, path, most, body)
+        self._receive(content, method, path, most, body)
         return content.getvalue()
 
     def _receive(
         self,
-        take: Callable[[bytes], object],
+        file: IO[bytes],
         method: str,
         path: str,
         most: int,
         body: Mapping[str, Any] | None = None,
         slowest: float = math.inf,
     ) -> None:
-        """Give the parts of a successful answer to `take`.
+        """Write a successful answer to `file`.
 
         Raises QueueError for any other answer, with the server's message, and for one of more than `most` bytes;
         ServerUnreachable if it is not whole after `patience` seconds and one more for every `slowest` bytes.
@@ -268,21 +268,20 @@ class ComfyServer:
 
         async def exchange() -> None:
             content = b"" if body is None else json.dumps(body).encode()
-            headers, received, error = {"Content-Type": "application/json"}, 0, bytearray()
+            headers, error = {"Content-Type": "application/json"}, BytesIO()
             with anyio.fail_after(self._patience) as limit:
                 async with self._client.stream(method, path, content=content, headers=headers) as response:
                     if response.headers.get("Content-Encoding", "identity") != "identity":
                         raise QueueError(f"{self.url} sends a compressed answer, which was not requested")
-                    bound, keep = (most, take) if response.is_success else (MOST_JSON, error.extend)
+                    bound, kept = (most, file) if response.is_success else (MOST_JSON, error)
                     async for part in response.aiter_raw():
-                        keep(part)
-                        received += len(part)
+                        kept.write(part)
                         limit.deadline += len(part) / slowest
-                        if received > bound:
+                        if kept.tell() > bound:
                             break
             if not response.is_success:
-                raise self._refusal(path, response, bytes(error), mapping(mapping(body).get("prompt")))
-            if received > most:
+                raise self._refusal(path, response, error.getvalue(), mapping(mapping(body).get("prompt")))
+            if file.tell() > most:
                 raise QueueError(f"an answer of {self.url} is larger than {most} bytes")
 
         task = self._loop.create_task(exchange())
