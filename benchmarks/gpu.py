@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..lightforcing_core import machine
+from ..lightforcing_core import machine, profile
 from ..lightforcing_core.fast_path import MIN_TRITON, one_line, why_no_kernels
 from ..lightforcing_core.model.cuda_capture import CudaRecorder
 from ..lightforcing_core.rollout.loop import rollout
@@ -55,9 +55,9 @@ def _proving(apply: bool) -> AbstractContextManager[None]:
 def facts(level: int, report: Report, put: Put) -> None:
     """Machine and versions, and advice if they do not fit."""
     device = Machine().prepare()
-    profile = machine.profile(device)
-    put("key", profile["key"])
-    found = facts_of(device) | profile["facts"]
+    key, here = profile.machine_of(device)
+    put("key", key)
+    found = facts_of(device) | here
     found["compiler"] = next((name for name in ("cl", "gcc", "clang", "cc") if shutil.which(name)), None)
     put("facts", found)
     for name, oldest in OLDEST.items():
@@ -190,4 +190,4 @@ def faults(level: int, apply: bool, report: Report, put: Put) -> str | None:
 
 def choices(level: int, apply: bool, report: Report, put: Put) -> None:
     """The choices that were measured on this machine, now or before."""
-    put("choices", machine.profile(Machine().prepare())["choices"])
+    put("choices", profile.as_json(Machine().prepare())["choices"])

@@ -13,7 +13,6 @@ through tensor descriptors (TMA, from sm_90 on), and whether the last wave's uni
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,8 +37,6 @@ COMBINED_ROWS = 16  # of a unit that was cut, per program that adds up its parts
 
 TOLERANCE = 1e-2  # between the results of two launches in 16 bits
 FULL_LIST = 64  # blocks that a query block reads of 21 frames at 480×832 and a sparsity of 88 %
-
-_launches: dict[tuple[Kind, torch.device, int], Launch] = {}  # chosen in this process, until the next measurements
 
 
 class Work(NamedTuple):
@@ -91,6 +88,7 @@ def block_sparse_attention(
     tail: tuple[Tensor, Tensor] | None = None,
     uneven: bool = False,
     used: Tensor | None = None,
+    machine: Any = None,
 ) -> Tensor:
     """Attention of every query block over its listed key blocks only, or over all.
 
@@ -100,9 +98,10 @@ def block_sparse_attention(
     scale, scales, tail: as in `sparse_attention` of the core.
     uneven: counts differ; the longest lists then start first, which costs a sort of the counts.
     used: int32 [1], the key blocks that exist, the first of k's; None for all. Means of the others must be finite.
+    machine: the core's module, which chooses launches by measurement; without it the defaults run.
 
     Returns a contiguous [B, Lq, H, D] in q's dtype. A query block with an empty list and no tail gives zeros. Nothing
-    waits on the device, except if launch parameters are measured, see `tuning`.
+    waits on the device, except if launches are measured.
 
     Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
     """
@@ -148,7 +147,7 @@ def block_sparse_attention(
     def result(launch: Launch) -> Tensor:
         return run(launch, work._replace(out=torch.empty_like(out), lists=lists and _lengthened(*lists)))
 
-    return run(_launch_for(kind, q, result))
+    return run(_launch_for(kind, q, result, machine))
 
 
 def prepared(
@@ -246,23 +245,28 @@ def capability_of(x: Tensor) -> tuple[int, int]:
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
 
 
-def _launch_for(kind: Kind, q: Tensor, result: Callable[[Launch], Tensor]) -> Launch:
+def _launch_for(kind: Kind, q: Tensor, result: Callable[[Launch], Tensor], machine: Any) -> Launch:
     """Launch parameters: chosen on a GPU by measurement, given enough work to time, else the defaults."""
     capability = capability_of(q)
-    best, machine = tuning.default_launch(kind, capability), tuning.machine
+    best = tuning.default_launch(kind, capability)
     if INTERPRETED or not q.is_cuda or machine is None:
         return best
-    if found := _launches.get((kind, q.device, machine.looks)):
+    found: Launch | None = machine.settled.get((kind, q.device))
+    if found is not None:
         return found
     units = q.shape[0] * q.shape[2] * bound.cdiv(q.shape[1], best.tile_q)
-    enough = units >= _multiprocessors(q.device) and not torch.cuda.is_current_stream_capturing()
+    if units < _multiprocessors(q.device) or torch.cuda.is_current_stream_capturing():
+        return best
     descriptors = TensorDescriptor is not None and capability[0] not in tuning.MMA_SYNC
-    for number, after in enumerate(tuning.rounds(kind, capability, descriptors=descriptors)):
-        launches = {str(tuple(launch)): launch for launch in (best, *after(best))}
-        runs = {name: partial(result, launch) for name, launch in launches.items()}
-        tolerance = TOLERANCE * (2 if kind.stored in EIGHT_BIT else 1)
-        facts = {"incumbent": str(tuple(best)), "tolerance": tolerance, "allowed": enough}
-        best = launches[machine.choose("attention launch", (kind, f"round {number}"), q.device, runs, **facts)]
-    if enough:
-        _launches[kind, q.device, machine.looks] = best
+    tolerance = TOLERANCE * (2 if kind.stored in EIGHT_BIT else 1)
+    for number, changes in enumerate(tuning.rounds(kind, capability, descriptors=descriptors)):
+        launches = {str(launch): launch for launch in (best, *(best._replace(**change) for change in changes))}
+
+        def by(name: str, launches: dict[str, Launch] = launches) -> Tensor:
+            return result(launches[name])
+
+        facts = {"incumbent": str(best), "tolerance": tolerance}
+        best = launches[machine.choose(tuning.WORK, (number, kind), q.device, launches, by, **facts)]
+    if not machine.is_trying():
+        machine.settled[kind, q.device] = best
     return best

@@ -4,7 +4,6 @@ The tests compile the defaults for every chip and allow no register spills in 16
 times the candidates once per kind of work.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ NO_INT8 = (10, 11)  # those whose int8 products Triton makes slow ones
 # Key blocks that a part of a unit walks at least.
 MIN_BLOCKS = 4
 
-# The core's `machine`, which chooses between launches; without it the defaults run.
-machine: Any = None
+# The work that is chosen, with a round and a kind of it.
+WORK = "attention launch, round {} of {}"
 
 
 class Launch(NamedTuple):
@@ -37,10 +36,6 @@ class Launch(NamedTuple):
     per_sm: int = 0
     halves: bool = False
     narrow: bool = False
-
-
-# Launches to time, given the best one so far.
-Round = Callable[[Launch], list[Launch]]
 
 
 @dataclass(frozen=True)
@@ -85,20 +80,18 @@ def _launch(kind: Kind, tile_q: int, capability: tuple[int, int]) -> Launch:
     return Launch(tile_q, min(kind.block_k, 32 if halves else 64), 8 if tile_q >= 128 else 4, 3, halves=halves)
 
 
-def rounds(kind: Kind, capability: tuple[int, int], *, descriptors: bool) -> list[Round]:
-    """Launches to time, each round given the winner so far: tiles first, then how tiles are read and units are cut.
+def rounds(kind: Kind, capability: tuple[int, int], *, descriptors: bool) -> list[list[dict[str, Any]]]:
+    """Changes of the best launch so far to time, each round starting from the winner of the one before.
 
-    A launch that the chip has too little shared memory for fails when it is tried.
+    Tiles come first, then how tiles are read and units are cut. A launch that the chip has too little shared memory for
+    fails when it is tried.
     """
-
-    def through_descriptors(best: Launch) -> list[Launch]:  # with few stages: the copies take no registers
-        return [best._replace(descriptors=True, num_stages=stages) for stages in (2, 3)]
-
-    found: list[Round] = [lambda _: candidates(kind, capability, wide=descriptors)]
-    found += [through_descriptors] if descriptors and is_tuned(kind) else []
+    found = [[launch._asdict() for launch in candidates(kind, capability, wide=descriptors)]]
+    if descriptors and is_tuned(kind):  # with few stages: the copies take no registers
+        found.append([{"descriptors": True, "num_stages": stages} for stages in (2, 3)])
     if kind.stored == torch.int8 and is_tuned(kind) and capability[0] not in NO_INT8:
-        found.append(lambda best: [best._replace(narrow=True)])
-    return [*found, lambda best: [best._replace(per_sm=units) for units in (1, 2)]]
+        found.append([{"narrow": True}])
+    return [*found, [{"per_sm": units} for units in (1, 2)]]
 
 
 def is_tuned(kind: Kind) -> bool:

@@ -40,7 +40,7 @@ _thread = threading.local()
 _failures: dict["FastPath", str] = {}
 _said: set[str] = set()
 _notes: dict[str, list[str]] = {}
-_kept: dict[Hashable, Any] = {}
+_of_a_run: list[Any] = [_failures, _said, _notes]
 
 
 class DeviceLost(RuntimeError):
@@ -91,7 +91,7 @@ class FastPath(NamedTuple):
 
 def begin_run() -> None:
     """Forget all failures, messages and kept values: a new run tries every fast path again."""
-    for memory in (_failures, _said, _notes, _kept):
+    for memory in _of_a_run:
         memory.clear()
 
 
@@ -116,8 +116,10 @@ def notes() -> dict[str, str]:
 
 
 def kept_for_a_run() -> dict[Hashable, Any]:
-    """Values that the next run makes anew."""
-    return _kept
+    """A new dict that every run begins with empty."""
+    kept: dict[Hashable, Any] = {}
+    _of_a_run.append(kept)
+    return kept
 
 
 def raise_if_fatal(error: BaseException) -> None:

@@ -387,6 +387,12 @@ def executing_node() -> tuple[str, str] | None:
     return None if context is None else (context.node_id, context.prompt_id)
 
 
+def is_prompt_waiting() -> bool:
+    """Whether ComfyUI has another prompt to run after this one."""
+    server = running_server()
+    return server is not None and server.prompt_queue.get_tasks_remaining() > 1
+
+
 def show_text(text: str) -> None:
     server, node = running_server(), executing_node()
     if server is not None and node is not None:

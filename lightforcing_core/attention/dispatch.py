@@ -11,14 +11,13 @@ from torch import Tensor
 
 from .. import fast_path, machine
 from ..fast_path import raise_if_fatal
-from ..machine import Thunk
 from .backends import BACKENDS, DENSE, REFERENCE, TRITON
 from .backends.base import EIGHT_BIT, Backend, Call
 from .blocks import FrameBlocks
 from .options import check_backend, check_block
 from .selection import BlockSelection
 
-KIND = "attention backend"  # of the choice by measurement
+WORK = "attention of {1} queries to {4} keys, {0}×{2} heads of {3} in {5}, kept in {6}"
 _BY_NAME: dict[str, Backend] = {backend.name: backend for backend in (*BACKENDS, DENSE)}
 
 
@@ -99,10 +98,10 @@ def choose_backend(
     return choose(Call(q, k, k, q_layout, k_layout, tail=(k, k) if tail else None), backend)
 
 
-def choose(call: Call, backend: str = "auto", ways: Callable[[str], Thunk] | None = None) -> BackendChoice:
+def choose(call: Call, backend: str = "auto", run: Callable[[str], Tensor] | None = None) -> BackendChoice:
     """The backend for `call`; raises `BackendUnavailable` if a named one cannot run.
 
-    ways: a function that runs such a call by the backend of a name, so that they can be measured.
+    run: runs such a call by the backend of a name, so that they can be measured.
     """
     if backend != "auto":
         if reason := _BY_NAME[backend].why_not(call):
@@ -117,17 +116,10 @@ def choose(call: Call, backend: str = "auto", ways: Callable[[str], Thunk] | Non
         if one.automatic:
             usual, declined = (usual, [reason, *declined]) if reason else (one.name, [])
     because = "; ".join(declined) or f"{usual} is the fastest backend here and can run"
-    key = (*call.q.shape, call.k.shape[1], str(call.q.dtype), str(call.k.dtype), *call.block, call.tail is not None)
-    runs = {name: ways(name) if ways else _never for name in able}
-    device, tolerance = call.q.device, machine.TOLERANCE[call.q.dtype.itemsize > 2]
-    choice = machine.choose(KIND, key, device, runs, incumbent=usual, tolerance=tolerance, allowed=ways is not None)
-    if choice != usual:
-        because = machine.reason(KIND, key, device, usual, choice)
-    return BackendChoice(choice, because)
-
-
-def _never() -> Tensor:
-    raise RuntimeError("nothing can be measured without tensors")
+    facts = (*call.q.shape, call.k.shape[1], call.q.dtype, call.k.dtype, *call.block, call.tail is not None)
+    tolerance = machine.TOLERANCE[call.q.dtype.itemsize > 2]
+    choice = machine.choose(WORK, facts, call.q.device, able, run, incumbent=usual, tolerance=tolerance)
+    return BackendChoice(choice, because if choice == usual else f"it was measured to be faster than {usual}")
 
 
 def attend(call: Call, choice: BackendChoice, backend: str = "auto") -> tuple[Tensor, BackendChoice]:

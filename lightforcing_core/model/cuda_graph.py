@@ -10,7 +10,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,6 +27,7 @@ CudaGraph = Literal["auto", "on", "off"]
 LEAST_LAUNCHES = 2
 # Largest accepted difference between the first launch of a kind and a normal pass: rounding, not another result.
 TOLERANCE = 0.02
+WORK = "CUDA graphs of {2} layers of width {1}, {3} in {4}"
 
 # Kinds of passes whose first launch in this process matched a normal pass.
 _checked: set[Hashable] = set()
@@ -131,9 +131,12 @@ class StepGraph:
             return True
         state, chunk, usual, call = call.state, call.state.chunk, "pass by pass", replace(call, watch=None)
         before = chunk.passes, self.launches
-        sizes = *map(str, call.kind[:8]), str(state.cache.storage.dtype), str(state.attention)
-        ways: dict[str, Callable[[], Tensor]] = {usual: call.run, "graph": partial(self._launched, call)}
-        name = choose("CUDA graph", sizes, call.x.device, ways, incumbent=usual, tolerance=TOLERANCE)
+        facts = *map(str, call.kind[:8]), str(state.cache.storage.dtype), str(state.attention)
+
+        def run(name: str) -> Tensor:
+            return call.run() if name == usual else self._launched(call)
+
+        name = choose(WORK, facts, call.x.device, (usual, "graph"), run, incumbent=usual, tolerance=TOLERANCE)
         chunk.passes, self.launches = before
         return name != usual
 

@@ -22,6 +22,7 @@ FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # the largest finite e4m3fn
 SMALLEST = 1e-12  # lower bound of a row's largest value, so that a row of zeros has a scale
 MULTIPLE = 16  # torch's FP8 product needs both sides of a weight to be multiples of this
+WORK = "FP8 product [{}, {}] of depth {} in {}"
 TOLERANCE = 0.1  # of an FP8 product, as a share of the largest value; its rounding is a third of that
 SCALED, SCALED_AFTER, IN_16_BITS = "FP8", "FP8 with scales applied after the product", "16 bits"
 # The quantised matrices of a transformer layer; embeddings, time and head are not quantised.
@@ -90,13 +91,17 @@ def way_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     fp8, incumbent = (SCALED, SCALED) if reason is None else (SCALED_AFTER, IN_16_BITS)
     chosen = IN_16_BITS
     if reason is None or why_not_scaled_mm(device, SCALED_AFTER, *shape) is None:
-        inputs = cache(partial(_sample, shape, dtype, device))
-        ways = {
-            fp8: lambda: product(*quantised(inputs()[0]), *inputs()[1:], None, dtype),
-            IN_16_BITS: lambda: functional.linear(inputs()[0], dequantize_rows(*inputs()[1:], dtype)),
-        }
-        key = (*shape, str(dtype))
-        chosen = machine.choose("fp8 product", key, device, ways, incumbent=incumbent, tolerance=TOLERANCE)
+        inputs, names = list[Tensor](), (fp8, IN_16_BITS)
+
+        def run(name: str) -> Tensor:
+            if not inputs:
+                inputs.extend(_sample(shape, dtype, device))
+            x, weight, scales = inputs
+            if name == IN_16_BITS:
+                return functional.linear(x, dequantize_rows(weight, scales, dtype))
+            return product(*quantised(x), weight, scales, None, dtype)
+
+        chosen = machine.choose(WORK, (*shape, dtype), device, names, run, incumbent=incumbent, tolerance=TOLERANCE)
     if chosen == IN_16_BITS:
         note("computed in 16 bits", f"{shape[1]}×{shape[2]} ({reason or 'faster than FP8 here'})")
     return chosen

@@ -24,6 +24,8 @@ DEVICES = ("cuda",)  # devices on which kernels run; tests add the CPU, for Trit
 EPILOGUES = ("cuda",)  # devices on which the GELU of a product's epilogue has the tanh form
 INSTEAD = "running the modules"
 
+_casts = kept_for_a_run()  # resident weights in x's dtype
+
 
 def norm_scale_shift(norm: Any, x: Tensor, scale: Tensor, shift: Tensor, readers: Sequence[Any] = ()) -> Tensor:
     """norm(x) · (1 + scale) + shift; x [B, F · tokens, D], others [B, F or 1, D].
@@ -294,11 +296,10 @@ def _cast(norm: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     """A resident weight in x's dtype, as ComfyUI casts it, made once per run."""
     if weight.dtype == x.dtype:
         return weight
-    casts = kept_for_a_run()
     key = id(norm), weight.data_ptr(), 0 if weight.is_inference() else weight._version, x.dtype
-    cast: Tensor = casts[key] if key in casts else weight.to(x.dtype)
+    cast: Tensor = _casts[key] if key in _casts else weight.to(x.dtype)
     if not is_recording():  # a graph frees what it makes
-        casts[key] = cast
+        _casts[key] = cast
     return cast
 
 

@@ -20,7 +20,7 @@ from ..model.wan import HEAD_DIM
 from ..pinned import Weights, indexed, to_device
 from ..refusal import NotFinite, Refusal, check_finite, is_finite
 from .cost import recipe_costs
-from .look import Looks, Rehearsal
+from .look import Looks, run_first_layer
 from .recipe import Recipe
 from .record import RunRecorder
 from .runtime import Chunk, Runtime, StepEvent
@@ -139,14 +139,13 @@ class _Loop:
         measuring = self.runtime.measuring or (None if self.runtime.denoise else machine.measuring)
         if measuring is None or machine.is_off():
             return
-        state = partial(ModelState, attention=self.recipe.attention, dense_attention=self.runtime.dense_attention)
-        looks = Looks(self.recipe, self.cache, self.runtime.kv, self.device, state)
+        looks = Looks(self.recipe, self.cache, self.runtime.kv, self.device, self.runtime.dense_attention)
 
         def run_layer(state: ModelState, index: int) -> None:
             batch, channels, _, height, width = self.shape
             self._follow(state, index)
             x = looks.random(batch, channels, self.lengths[index], height, width).float()
-            self._x0(x, 0.5, [Rehearsal(state, commits=True)])
+            self._x0(x, 0.5, [Pass(state, commits=True, run=run_first_layer)])
 
         with measuring():
             if rest:

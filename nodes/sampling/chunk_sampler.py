@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...lightforcing_core import machine
+from ...lightforcing_core import fast_path, machine
 from ...lightforcing_core.attention.backends.dense import FastestDense
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.model.causal import Pass, prompt_modules
@@ -31,6 +31,7 @@ from ..comfy import (
     dense_attentions,
     is_interrupted,
     is_out_of_memory,
+    is_prompt_waiting,
     out_of_memory,
     raise_if_interrupted,
     request_memory,
@@ -70,9 +71,8 @@ class ChunkSampler(Sampler):
         self.request, self.observers, self.saved = request, observers, saved
         self.decoder, self.own_noise = decoder, own_noise
         self.record: RunRecord | None = None
-        self._prepared: tuple[RunState, MemoryPlan] | None = None
+        self._prepared: tuple[RunState, MemoryPlan, dict[str, str]] | None = None
         self._dense_attention = FastestDense(dense_attentions())
-        self._measuring = partial(machine.measuring, show_text, is_interrupted)
 
     def prepare_run(
         self, guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor, denoise_mask: Tensor | None, seed: int
@@ -93,10 +93,11 @@ class ChunkSampler(Sampler):
                 run = RunState(recipe, model_text(model))
         plan = plan_of(model, run, KV_CACHES[self.request.kv_cache], self.decoder, saved=self.saved is not None)
         run = replace(run, kv_dtype=plan.kv.dtype)
+        fast_path.begin_run()
         if self.saved is None and self.request.speed != "safe":
-            with self._measuring():
+            with machine.measuring(show_text, is_interrupted):
                 run = replace(run, recipe=looks_of(model, run, self._dense_attention).dense_where_faster())
-        self._prepared = run, plan
+        self._prepared = run, plan, fast_path.notes()
         log.info("[Light Forcing] %s", plan)
         for observer in self.observers:
             observer.begin(run, plan)
@@ -122,7 +123,7 @@ class ChunkSampler(Sampler):
         """The video [B, 16, frames, h, w], normalised, or its start if the run was cut short."""
         required_settings(model_wrap.model_patcher)
         assert self._prepared is not None  # with the patch, ComfyUI has called `prepare_run` before
-        (run, plan), self._prepared = self._prepared, None
+        (run, plan, notes), self._prepared = self._prepared, None
         inner = model_wrap.inner_model
         dit, fresh = inner.diffusion_model, run.recipe.noise()
         video = _Video(run, noise.shape, noise.device if plan.latents_on_device else torch.device("cpu"))
@@ -146,7 +147,10 @@ class ChunkSampler(Sampler):
             if callback is not None:
                 callback(event.done - 1, video.clean.clone(), event.x, event.total)
 
-        recorder = RunRecorder(self._facts(model_wrap.model_patcher, run, plan))
+        def should_stop() -> bool:
+            return is_interrupted() or (video.is_complete and is_prompt_waiting())
+
+        recorder = RunRecorder(self._facts(model_wrap.model_patcher, run, plan) | notes)
         runtime = Runtime(
             device=noise.device,
             dtype=inner.get_dtype_inference(),
@@ -158,7 +162,7 @@ class ChunkSampler(Sampler):
             on_step=on_step,
             recorder=recorder,
             cuda_graph="auto" if plan.cuda_graph else "off",
-            measuring=self._measuring,
+            measuring=partial(machine.measuring, show_text, should_stop),
             weights=weights_of(model_wrap.model_patcher, dit, prompt_modules(dit)),
         )
         # A saved run has its own guidance; its prompts come with the passes, so any other serves as the negative one.
@@ -183,8 +187,6 @@ class ChunkSampler(Sampler):
             seconds = time.perf_counter() - begun
             counts = video.finished, video.wanted, seconds
             log.info("[Light Forcing] %s, %d of %d chunks in %.1f s", self._title, *counts)
-        lines = ["no, by speed safe"] if self.request.speed == "safe" else machine.explain()
-        recorder.fact("measured", "\n  ".join(lines) or "nothing faster than the defaults")
         self.record = recorder.finish(frames=video.end)
         return video.result()
 
@@ -205,6 +207,7 @@ class ChunkSampler(Sampler):
             "sees": "everything" if recipe.window is None else f"{recipe.window} latent frames{sinks}",
             "seed": str(recipe.seed),
             "memory": str(plan.kv),
+            "speed": self.request.speed,
         }
 
     def _accept_end(self, error: BaseException, video: "_Video", run: RunState, plan: MemoryPlan) -> None:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -11,7 +10,6 @@ from ...lightforcing_core.attention.backends.base import DenseAttention
 from ...lightforcing_core.attention.dispatch import choose_backend
 from ...lightforcing_core.memory.estimate import MemoryEstimate, ModelSize, estimate, gib
 from ...lightforcing_core.memory.plan import LADDER, MemoryPlan, plan_memory
-from ...lightforcing_core.model.causal import ModelState
 from ...lightforcing_core.model.kv_storage import KVOptions
 from ...lightforcing_core.model.wan import HEAD_DIM
 from ...lightforcing_core.rollout.look import Looks
@@ -78,8 +76,7 @@ def looks_of(model: ModelPatcher, run: RunState, dense_attention: DenseAttention
     shape = recipe.cache_shape(
         layers=1, heads=dit.dim // HEAD_DIM, head_dim=HEAD_DIM, dtype=model.model.get_dtype_inference()
     )
-    state = partial(ModelState, attention=recipe.attention, dense_attention=dense_attention)
-    return Looks(recipe, shape, KVOptions(run.kv_dtype), model.load_device, state)
+    return Looks(recipe, shape, KVOptions(run.kv_dtype), model.load_device, dense_attention)
 
 
 def memory_advice(recipe: Recipe, plan: MemoryPlan, *, decoding: bool) -> str:

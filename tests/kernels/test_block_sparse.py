@@ -296,7 +296,6 @@ def a_gpu(monkeypatch):
     """As much of an sm_90 GPU as choosing launch parameters looks at."""
     gpu = SimpleNamespace(name="GPU", multi_processor_count=4)
     monkeypatch.setattr(block_sparse, "INTERPRETED", False)
-    monkeypatch.setattr(block_sparse, "_launches", {})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -307,35 +306,32 @@ ON_GPU = SimpleNamespace(is_cuda=True, shape=(1, 4608, 12, 128), device=torch.de
 
 
 class Machine:
-    """Chooses the last candidate of every choice that may be measured."""
+    """Chooses the last candidate of every choice."""
 
-    looks = 0
+    def __init__(self, *, is_trying=False):
+        self.asked, self.settled, self.is_trying = [], {}, lambda: is_trying
 
-    def __init__(self):
-        self.asked = []
-
-    def choose(self, kind, key, device, candidates, *, incumbent, tolerance, allowed):
-        self.asked.append((incumbent, list(candidates)))
-        return list(candidates)[-1] if allowed else incumbent
+    def choose(self, work, facts, device, names, run, *, incumbent, tolerance):
+        self.asked.append((incumbent, list(names)))
+        return list(names)[-1]
 
 
 @pytest.mark.usefixtures("a_gpu")
-def test_each_round_is_given_the_winner_of_all_before_until_something_is_measured_again(monkeypatch):
-    monkeypatch.setattr(tuning, "machine", machine := Machine())
-    launch = block_sparse._launch_for(KIND, ON_GPU, print)
-    last = [candidates[-1] for _, candidates in machine.asked]
-    assert [incumbent for incumbent, _ in machine.asked] == [
-        str(tuple(tuning.default_launch(KIND, (9, 0)))),
-        *last[:-1],
-    ]
-    assert str(tuple(launch)) == last[-1]
+def test_each_round_is_given_the_winner_of_all_before_until_something_is_measured_again():
+    machine = Machine()
+    launch = block_sparse._launch_for(KIND, ON_GPU, print, machine)
+    last = [names[-1] for _, names in machine.asked]
+    assert [incumbent for incumbent, _ in machine.asked] == [str(tuning.default_launch(KIND, (9, 0))), *last[:-1]]
+    assert str(launch) == last[-1]
     assert (launch.descriptors, launch.per_sm) == (True, 2)
     asked = len(machine.asked)
-    assert block_sparse._launch_for(KIND, ON_GPU, print) == launch
+    assert block_sparse._launch_for(KIND, ON_GPU, print, machine) == launch
     assert len(machine.asked) == asked
-    machine.looks = 1
-    block_sparse._launch_for(KIND, ON_GPU, print)
+    machine.settled.clear()
+    block_sparse._launch_for(KIND, ON_GPU, print, machine)
     assert len(machine.asked) == 2 * asked
+    block_sparse._launch_for(KIND, ON_GPU, print, trying := Machine(is_trying=True))
+    assert not trying.settled
 
 
 def test_launches_are_timed_with_the_lists_of_a_full_window():
@@ -348,8 +344,8 @@ def test_launches_are_timed_with_the_lists_of_a_full_window():
 @pytest.mark.usefixtures("a_gpu")
 @pytest.mark.parametrize(("captures", "tokens"), [(True, 4608), (False, 64)])
 def test_nothing_is_measured_while_a_graph_is_captured_or_with_little_work(monkeypatch, captures, tokens):
-    monkeypatch.setattr(tuning, "machine", Machine())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
     some = SimpleNamespace(**{**vars(ON_GPU), "shape": (1, tokens, 1, 128)})
-    assert block_sparse._launch_for(KIND, some, print) == tuning.default_launch(KIND, (9, 0))
-    assert block_sparse._launches == {}
+    machine = Machine()
+    assert block_sparse._launch_for(KIND, some, print, machine) == tuning.default_launch(KIND, (9, 0))
+    assert not machine.asked

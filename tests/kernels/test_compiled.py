@@ -105,7 +105,7 @@ def tuned_launches(chip, block):
     default = tuning.default_launch(kind, capability)
     descriptors = chip in (90, 100) and block_sparse.TensorDescriptor is not None
     first, *later = tuning.rounds(kind, capability, descriptors=descriptors)
-    return default, first(default) + (later[0](default) if descriptors else [])
+    return default, [default._replace(**change) for change in first + (later[0] if descriptors else [])]
 
 
 @pytest.mark.parametrize("chip", SHARED_KIB)

@@ -49,17 +49,14 @@ def test_candidates_are_few_divide_the_blocks_and_leave_out_tiles_that_spill(chi
     "small", [kind(dtype=torch.float32), kind(block_q=32), kind(block_k=16), kind(head_dim=32), kind(head_dim=96)]
 )
 def test_what_is_not_worth_a_users_compilations_is_only_cut(small):
-    default = default_launch(small, (9, 0))
     first, last = rounds(small, (9, 0), descriptors=True)
-    assert first(default) == [default]
-    assert last(default) == [default._replace(per_sm=1), default._replace(per_sm=2)]
+    assert [Launch(**change) for change in first] == [default_launch(small, (9, 0))]
+    assert last == [{"per_sm": 1}, {"per_sm": 2}]
 
 
 def test_rounds_end_with_tma_and_int8_products_if_there_are_any_and_with_cuts():
-    best = Launch(64, 64, 4, 4)
-    tma = [best._replace(descriptors=True, num_stages=stages) for stages in (2, 3)]
-    narrow = [best._replace(narrow=True)]
-    cuts = [best._replace(per_sm=1), best._replace(per_sm=2)]
+    tma = [{"descriptors": True, "num_stages": 2}, {"descriptors": True, "num_stages": 3}]
+    narrow, cuts = [{"narrow": True}], [{"per_sm": 1}, {"per_sm": 2}]
     int8 = kind(stored=torch.int8)
     for each, chip, descriptors, want in [
         (kind(), (9, 0), True, [tma, cuts]),
@@ -71,8 +68,8 @@ def test_rounds_end_with_tma_and_int8_products_if_there_are_any_and_with_cuts():
         (kind(stored=torch.float8_e4m3fn), (12, 0), False, [cuts]),
     ]:
         first, *others = rounds(each, chip, descriptors=descriptors)
-        assert first(best) == candidates(each, chip, wide=descriptors)
-        assert [after(best) for after in others] == want
+        assert [Launch(**change) for change in first] == candidates(each, chip, wide=descriptors)
+        assert others == want
 
 
 @given(units=st.integers(1, 2000), at_once=st.integers(0, 400), blocks=st.integers(1, 600))

@@ -30,9 +30,9 @@ TORCH_WAYS: dict[str, DenseAttention] = {
     "cudnn": partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION),
     "flash": partial(_sdpa_by, SDPBackend.FLASH_ATTENTION),
 }
-
-
 ONLY_CUDA = ("cudnn", "flash")
+
+WORK = "dense attention of {1} queries to {4} keys, {0}×{2} heads of {3} in {5}"
 
 
 class FastestDense:
@@ -40,6 +40,7 @@ class FastestDense:
 
     def __init__(self, ways: Mapping[str, DenseAttention] = TORCH_WAYS) -> None:
         self.ways, self._usual = ways, next(iter(ways))
+        self._on_cpu = [name for name in ways if name not in ONLY_CUDA]
 
     def __eq__(self, other: object) -> bool:
         """Equal for the same ways: a graph that was checked in one run is not checked again in the next."""
@@ -49,10 +50,12 @@ class FastestDense:
         return hash(tuple(self.ways))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        ways = {name: partial(way, q, k, v) for name, way in self.ways.items() if q.is_cuda or name not in ONLY_CUDA}
-        key = (*q.shape, k.shape[1], str(q.dtype))
+        def run(name: str) -> Tensor:
+            return self.ways[name](q, k, v)
+
+        names, facts = self.ways if q.is_cuda else self._on_cpu, (*q.shape, k.shape[1], q.dtype)
         usual, tolerance = self._usual, machine.TOLERANCE[q.dtype.itemsize > 2]
-        return ways[machine.choose("dense attention", key, q.device, ways, incumbent=usual, tolerance=tolerance)]()
+        return run(machine.choose(WORK, facts, q.device, names, run, incumbent=usual, tolerance=tolerance))
 
 
 class Dense(Backend):

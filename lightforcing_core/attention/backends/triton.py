@@ -32,9 +32,8 @@ class Triton(Backend):
 
     def run(self, call: Call) -> Tensor:
         """Without a selection every block is read."""
-        from ....kernels import block_sparse, tuning
+        from ....kernels import block_sparse
 
-        tuning.machine = machine
         k, v, scales, tail, numbers = call.k, call.v, call.scales, call.tail, None
         if call.whole is not None:
             memory, numbers = call.whole
@@ -52,4 +51,5 @@ class Triton(Backend):
             tail=tail,
             uneven=call.uneven,
             used=None if numbers is None else numbers[-1:],
+            machine=machine,
         )

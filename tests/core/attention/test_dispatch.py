@@ -344,13 +344,13 @@ def test_options_of_saved_runs_load_without_a_policy_and_with_options_that_are_g
 def test_dense_attention_runs_in_the_way_that_machine_chooses(monkeypatch):
     asked = []
 
-    def choose(kind, key, device, ways, *, incumbent, tolerance):
-        asked.append((kind, key, incumbent))
-        return list(ways)[-1]
+    def choose(work, facts, device, names, run, *, incumbent, tolerance):
+        asked.append((facts, incumbent))
+        return list(names)[-1]
 
     monkeypatch.setattr(machine, "choose", choose)
     q, k = torch.zeros(1, 4, 2, 8), torch.zeros(1, 6, 2, 8)
     ways = {"usual": lambda q, k, v: q, "better": lambda q, k, v: q + 1}
     assert torch.equal(FastestDense(ways)(q, k, k), q + 1)
     assert torch.equal(FastestDense()(q, k, k), q)  # on a CPU torch has no other kernel
-    assert asked == [("dense attention", (1, 4, 2, 8, 6, "torch.float32"), usual) for usual in ("usual", "torch")]
+    assert asked == [((1, 4, 2, 8, 6, torch.float32), usual) for usual in ("usual", "torch")]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightforcing.lightforcing_core import fast_path
+from lightforcing.lightforcing_core import fast_path, profile
 from lightforcing.lightforcing_core.model import fp8 as quantize
 from lightforcing.lightforcing_core.model.fp8 import (
     FP8,
@@ -127,15 +127,15 @@ def test_the_way_of_a_product_is_the_fastest_proved_one(gpu, monkeypatch):
     """Without a proof: FP8 by rows if torch has it, else 16 bits; the record of the run says which and why."""
     asked, best = [], None
 
-    def choose(kind, key, device, ways, *, incumbent, tolerance):
-        asked.append((kind, key, tuple(ways), incumbent))
+    def choose(work, facts, device, names, run, *, incumbent, tolerance):
+        asked.append((work, facts, names, incumbent))
         return best or incumbent
 
     def way(device):
         return quantize.way_of(SHAPE, torch.bfloat16, device)
 
     monkeypatch.setattr(quantize.machine, "choose", choose)
-    kind, noted = ("fp8 product", (*SHAPE, "torch.bfloat16")), "computed in 16 bits"
+    kind, noted = (quantize.WORK, (*SHAPE, torch.bfloat16)), "computed in 16 bits"
     assert way(gpu(capability=(8, 6))) == IN_16_BITS
     assert "this GPU has 8.6" in fast_path.notes()[noted]
     fast_path.begin_run()
@@ -166,8 +166,8 @@ def test_ways_measured_are_the_same_product(monkeypatch, tmp_path, way):
     cpu = torch.device("cpu")
     with quantize.machine.measuring():
         quantize.way_of(SHAPE, torch.bfloat16, cpu)
-    (rows,) = quantize.machine.profile(cpu)["choices"].values()
-    assert [row["state"] for row in rows.values()] in (["verified"], ["enabled"]), rows
+    (rows,) = profile.rows(cpu).values()
+    assert [row.state for row in rows.values()] in (["verified"], ["enabled"]), rows
     weight, x = quantize_rows(normal(32, 64, seed=1)), normal(48, 64)
     monkeypatch.setattr(quantize, "way_of", lambda *_: way)
     y = quantize.multiply(x, *weight, normal(32, seed=2))

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lightforcing.lightforcing_core import fast_path, machine
+from lightforcing.lightforcing_core.attention.backends.dense import sdpa
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
-from lightforcing.lightforcing_core.model.causal import ModelState
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.rollout import look
 from lightforcing.lightforcing_core.rollout.look import DENSE, Looks
@@ -27,28 +27,28 @@ def measured(monkeypatch, tmp_path):
     tried = []
     measure = machine._measure
 
-    def seen(session, choice, unknown, candidates, *rest):
-        tried.append((choice.kind, unknown))
-        measure(session, choice, unknown, candidates, *rest)
+    def seen(session, choice, unknown, *rest):
+        tried.append((choice.work, unknown))
+        measure(session, choice, unknown, *rest)
 
     monkeypatch.setattr(machine, "_measure", seen)
-    for memory in (look._looked, machine._settled, machine._checked, machine._known):
+    for memory in (look._looked, machine.settled, machine._checked):
         memory.clear()
     yield tried
-    for memory in (look._looked, machine._settled, machine._checked, machine._known):
+    for memory in (look._looked, machine.settled, machine._checked):
         memory.clear()
 
 
 def looks_of(recipe, kv="same"):
     shape = recipe.cache_shape(layers=4, heads=2, head_dim=16, dtype=torch.float32)
-    return Looks(recipe, shape, KVOptions(kv), torch.device("cpu"), lambda cache: ModelState(cache, recipe.attention))
+    return Looks(recipe, shape, KVOptions(kv), torch.device("cpu"), sdpa)
 
 
 @pytest.mark.parametrize("kv", ["same", "int8"])
 @pytest.mark.parametrize(("times", "growth"), [((2.0, 1.0), (0.0, 0.0, 0.0, 0.6)), ((1.0, 2.0), (0.0, 0.4, 0.6, 0.6))])
 def test_dense_attention_wins_where_it_is_faster(measured, monkeypatch, times, growth, kv):
     slow_and_fast = dict(zip(("sparse", "dense"), times, strict=True))
-    monkeypatch.setattr(machine, "seconds_of", lambda run, device: 1e-3 * slow_and_fast.get(run.__name__, 1.0))
+    monkeypatch.setattr(machine, "seconds_of", lambda run, device: 1e-3 * slow_and_fast.get(run.args[0], 1.0))
     recipe = recipe_of(context=text(0), **OPTIONS)
     with machine.measuring():
         chosen = looks_of(recipe, kv).dense_where_faster()
@@ -66,7 +66,7 @@ def test_a_named_backend_is_kept(measured):
 
 
 def test_saved_run_keeps_its_dense_chunks(measured, monkeypatch, tmp_path):
-    monkeypatch.setattr(machine, "seconds_of", lambda run, device: 2e-3 if run.__name__ == "sparse" else 1e-3)
+    monkeypatch.setattr(machine, "seconds_of", lambda run, device: 2e-3 if run.args[0] == "sparse" else 1e-3)
     with machine.measuring():
         recipe = looks_of(recipe_of(context=text(0), **OPTIONS)).dense_where_faster()
     saved = load_run_state(save_run_state(RunState(recipe, "a model"), tmp_path / "run.safetensors"))
@@ -90,9 +90,8 @@ def test_a_run_measures_before_its_first_chunk_and_after_its_last_and_is_the_sam
         def once_more():
             return usual(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
-        ways = {"usual": once_more, "other": lambda: once_more() * 1.0}
-        shape = (q.shape[1], k.shape[1])
-        machine.choose("dense", shape, q.device, ways, incumbent="usual", tolerance=0.0)
+        ways, shape = ("usual", "other"), (q.shape[1], k.shape[1])
+        machine.choose("dense", shape, q.device, ways, lambda name: once_more(), incumbent="usual", tolerance=0.0)
         if machine._thread.look is not None:
             events.append("look")
         return once_more()
