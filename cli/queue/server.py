@@ -91,8 +91,7 @@ class _Stream(ClientConnection):
 class ComfyServer:
     """One ComfyUI server.
 
-    url: `host:port` or `http(s)://[user:password@]host:port[/path]`; the attribute `url` is without the login. See
-    `login_headers` for other logins.
+    url: `host:port` or `http(s)://[user:password@]host:port[/path]`; the attribute `url` is without the login.
     patience: seconds without a whole answer after which the server counts as lost.
     losses: how often the connection was lost, as it is when the server restarts.
     client_id: of the event stream, and of the prompts whose events it brings.
@@ -175,10 +174,7 @@ class ComfyServer:
         return f'"{prompt_id}"'.encode() in text
 
     def listen(self, client_id: str) -> None:
-        """Open the stream of events about this client's prompts, if the server has one.
-
-        Raises ServerUnreachable if nothing answers at the address.
-        """
+        """Open the stream of events about this client's prompts, if any; ServerUnreachable if nothing answers."""
         self.client_id, self._next_opening = client_id, time.monotonic() + RETRY_SECONDS
         try:
             self._socket = connect(

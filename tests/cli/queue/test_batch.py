@@ -5,9 +5,8 @@ import sqlite3
 
 import pytest
 
-from lightforcing.cli.queue.batch import Batch
+from lightforcing.cli.queue.batch import Batch, Ledger
 from lightforcing.cli.queue.jobs import Job
-from lightforcing.cli.queue.ledger import Ledger
 from lightforcing.cli.queue.prompt import UsageError
 
 from ...support.queue_samples import TextBatch, hold, text_of, wait_until
