@@ -96,10 +96,7 @@ _OTHER_FILES = {
 class Layout:
     """The way a file names Wan's weights.
 
-    prefix: in front of every name.
-    title: a description for users.
-    stored: original name → the file's key.
-    extra: keys that are not of the transformer.
+    title: a description for users. stored: original name → the file's key. extra: keys that are not of the transformer.
     """
 
     prefix: str

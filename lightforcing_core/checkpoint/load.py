@@ -86,7 +86,7 @@ def load_dit_state_dict(
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """Load a checkpoint of any published layout as one state dict.
 
-    path: a .safetensors or PyTorch file, a shard, an index.json, or a folder with one model.
+    path: see `open_weights`.
     prefer_ema: if the file has several sets of weights, load the EMA unless the family is published to run without it
         (LongLive, MemFlow, One-Forcing, Causal Forcing chunk by chunk); False loads the plain weights.
     weights: the set to load, "generator_ema" for example, or "ema" for any; None chooses by `prefer_ema`.
@@ -96,8 +96,7 @@ def load_dit_state_dict(
 
     Returns Wan's original names → memory-mapped tensors on the CPU. ComfyUI's quantised formats keep their keys, which
     ComfyUI reads; layers whose format the metadata names, and other weights with scales (LightX2V fp8, int8 and NVFP4),
-    get such keys without loss, or become bfloat16 if no format fits or a LoRA is merged. Raises CheckpointError, a
-    ValueError, which names the file, its problem and the remedy.
+    get such keys without loss, or become bfloat16 if no format fits or a LoRA is merged. Raises CheckpointError.
     """
     state_dict, info, quantisation = _read(Path(path), prefer_ema, weights, family)
     if lora is not None and quantisation.comfyui_layers and not dequantise_all:

@@ -16,8 +16,9 @@ MOST_DIGITS = 300  # of an integer, which a float can hold
 
 def read_json(text: str | bytes) -> Any:
     """Parse JSON, NaN and infinity too. ValueError if it is malformed or beyond the limits above."""
-    marks = ("[", "{", ",") if isinstance(text, str) else (b"[", b"{", b",")
-    if len(text) > MOST_ITEMS and sum(text.count(mark) for mark in marks) > MOST_ITEMS:  # type: ignore[arg-type,misc]
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text))
+    if sum(map(text.count, "[{,")) > MOST_ITEMS:
         raise ValueError(f"more than {MOST_ITEMS} values")
     try:
         value = json.loads(text, parse_int=_integer)

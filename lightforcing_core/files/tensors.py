@@ -35,7 +35,7 @@ def read_tensors(path: Path, *, copy: bool = False) -> tuple[dict[str, Tensor], 
     copy: read the tensors into memory of their own instead of mapping the file, which gives them any alignment; the
         rounding of a matrix product can depend on it.
 
-    Raises OSError if there is no file that can be read, ValueError with the reason if it is damaged.
+    Raises OSError if no file can be read, ValueError with the reason if it is damaged.
     """
     regular_size(path)
     try:
@@ -73,9 +73,7 @@ def stream_tensors(
     """Write a safetensors file like `write_tensors`, with one tensor in memory at a time.
 
     layout: name → a tensor of the final shape and dtype, for example on the meta device.
-    tensors: yields every name of `layout` once, in any order.
-
-    Raises OutputError like `write_tensors`, ValueError if a tensor differs from `layout`.
+    tensors: yields every name of `layout` once, in any order; ValueError if a tensor differs.
     """
     path = Path(path)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}

@@ -53,9 +53,7 @@ class VideoWriter:
     """A context manager that encodes frames as they arrive; the file gets its name when the block succeeds.
 
     path: the suffix is one of FORMATS; an existing file is replaced.
-    height, width: pixels, even.
-    fps: frames per second.
-    crf: quality; the format's own by default.
+    height, width: pixels, even. crf: quality; the format's own by default.
     metadata: texts, or values stored as JSON; ComfyUI restores a graph from "workflow" and "prompt".
 
     If the block raises, the frames so far are kept as a playable `<stem>.partial<suffix>`, whose path is then

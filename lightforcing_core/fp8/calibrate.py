@@ -27,10 +27,7 @@ HEADROOM = 2.0  # other prompts may give larger inputs; e4m3 is a floating-point
 
 
 def read_prompts(path: str | Path, text_dim: int) -> list[Tensor]:
-    """Read embeddings [1, tokens, text_dim] from Light Forcing Save Text Embeds.
-
-    Raises CheckpointError, which names the file, if it has none or they have another width.
-    """
+    """Read embeddings [1, tokens, text_dim] from Light Forcing Save Text Embeds; CheckpointError if there are none."""
     contents, *_ = open_weights(path)
     prompts = [value for name, value in sorted(contents.items()) if name.endswith(".cond")]
     if not prompts or any(not isinstance(prompt, Tensor) or prompt.ndim != 3 for prompt in prompts):
@@ -53,9 +50,7 @@ def largest_inputs(
 ) -> dict[str, float]:
     """Layer → its largest input magnitude, over a dense two-chunk video per prompt.
 
-    dit: a Wan tree (see `wan.py`), which runs on its own device.
-    prompts: [1, tokens, text_dim] each.
-    family: gives the chunk length and the denoising steps.
+    dit: a Wan tree (see `wan.py`), which runs on its own device. prompts: [1, tokens, text_dim] each.
     latent_size: (h, w) of the latents; by default those of 256×448 pixels.
     on_step: called with the number of finished denoising steps and their total.
 

@@ -38,13 +38,10 @@ def write_fp8_checkpoint(
 ) -> tuple[str, ...]:
     """Convert a checkpoint to ComfyUI's FP8 format, one layer in memory at a time.
 
-    source: any file that `load_dit_state_dict` can load, unless it is quantised.
-    out: the .safetensors file to write; it is complete or absent.
-    weights: the set of weights to use if the file has several.
+    source, weights: as of `load_dit_state_dict`, but not quantised. out: the .safetensors file to write.
     lora: merged before quantisation; a LoRA such as LongLive's cannot be merged later.
     prompts: a file of Light Forcing Save Text Embeds. A short video of each prompt determines each layer's
         `input_scale`, with the whole model in bfloat16, on a GPU if there is one.
-    overwrite: replace an existing `out`.
     on_progress: called as on_progress(stage, done, total).
 
     Other weights are stored in 16 bits, except the patch embedding, which ComfyUI computes in float32. If the family is

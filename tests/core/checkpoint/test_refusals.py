@@ -88,36 +88,31 @@ def test_other_content_under_the_name_of_a_weight_file(tmp_path, content, expect
     assert expected in refusal(path)
 
 
-def test_the_errors_of_a_missing_file_and_of_a_folder_list_the_files(tmp_path):
-    assert "no such file" in refusal(tmp_path / "nowhere" / "x.pt")
-    assert "holds no weight file" in refusal(tmp_path / "self_forcing_dmd.pt")
-    assert "has no weight file" in refusal(tmp_path)
-    for name in ("a", "b"):
-        save_file(tiny_wan(layers=1), tmp_path / f"{name}.safetensors")
-    for path in (tmp_path, tmp_path / "self_forcing_dmd.pt"):
-        assert "a.safetensors, b.safetensors" in refusal(path)
-
-
-def test_only_regular_files_are_opened(tmp_path):
+def test_only_regular_files_are_opened_and_the_files_of_a_folder_are_listed(tmp_path):
+    assert "holds no weight file" in refusal(tmp_path / "x.pt")
+    for name in ("b.safetensors", "a.safetensors", "model-00001-of-00003.safetensors"):
+        save_file(tiny_wan(layers=1), tmp_path / name)
     os.mkfifo(tmp_path / "pipe.safetensors")
     (tmp_path / "dangling.pt").symlink_to(tmp_path / "nowhere.pt")
     (tmp_path / "folder.safetensors").mkdir()
-    assert "a pipe or device, not a file" in refusal(tmp_path / "pipe.safetensors")
-    assert "no such file" in refusal(tmp_path / "dangling.pt")
-    assert "has no weight file" in refusal(tmp_path / "folder.safetensors")
-    with pytest.raises(CheckpointError, match="File name too long"):
-        load_dit_state_dict(tmp_path / ("x" * 260))
-    (tmp_path / "model").mkdir()
-    save_file(tiny_wan(), tmp_path / "model" / "x.safetensors")
-    (tmp_path / "model" / "y.safetensors").symlink_to(tmp_path / "nowhere")
-    assert load_dit_state_dict(tmp_path / "model")[1].size.layers == 2  # a link to nothing is no second model
+    listed = "a.safetensors, b.safetensors"
+    for name, reason in {
+        "nowhere/x.pt": "no such file",
+        "x.pt": listed,
+        "": listed,
+        "pipe.safetensors": "a pipe or device, not a file",
+        "dangling.pt": "no such file",
+        "folder.safetensors": "has no weight file",
+        "x" * 260: "File name too long",
+        "model-00001-of-00003.safetensors": "2 of its 3 shards are missing (model-00002-of-00003.safetensors",
+    }.items():
+        assert reason in refusal(tmp_path / name)
 
 
-def test_missing_shards_are_named(tmp_path):
-    save_file({"blocks.0.modulation": torch.zeros(1)}, tmp_path / "model-00001-of-00003.safetensors")
-    message = refusal(tmp_path / "model-00001-of-00003.safetensors")
-    assert "2 of its 3 shards are missing" in message
-    assert "model-00002-of-00003.safetensors" in message
+def test_a_link_to_nothing_is_no_second_model(tmp_path):
+    save_file(tiny_wan(), tmp_path / "x.safetensors")
+    (tmp_path / "y.safetensors").symlink_to(tmp_path / "nowhere")
+    assert load_dit_state_dict(tmp_path)[1].size.layers == 2
 
 
 @pytest.mark.parametrize(
@@ -206,7 +201,6 @@ def test_a_part_of_a_model_is_called_incomplete_and_does_not_fill_memory(tmp_pat
         ({"transformer": {"text_dim": 32, "dim": "128"}}, "no usable dim"),
         ({"transformer": {"text_dim": 32, "num_layers": None}}, "no usable num_layers"),
         ({"transformer": []}, "no usable transformer"),
-        ({"transformer": 3}, "no usable transformer"),
         ([1], "no usable transformer"),
     ],
 )
@@ -249,15 +243,10 @@ NO_FORMAT = "blocks.0.ffn.0.comfy_quant does not name a format"
         ({"critic": WAN}, "contains no weights of a model, only critic"),
         (prefixed(WAN, "student.") | prefixed(WAN, "average."), "2 models, with the prefixes average., student."),
         (WAN | zeros_of("blocks.0.cam_encoder.weight"), "blocks.0.cam_encoder.weight"),
-        (WAN | {"blocks.1.ffn.0.weight": torch.zeros(192, 64)}, ""),
-        (WAN | {"patch_embedding.weight": torch.zeros(128)}, ""),
-        (WAN | {"head.modulation": torch.zeros(())}, ""),
-        (WAN | {"head.head.weight": torch.zeros(64)}, ""),
-        (WAN | {"blocks.0.ffn.0.bias": torch.zeros(())}, ""),
-        (WAN | {"head.modulation": torch.zeros(1, 2, 100)}, ""),
-        (WAN | {"text_embedding.0.weight": torch.zeros(0)}, ""),
-        (WAN | {"text_embedding.0.weight": torch.zeros(128, 2048)}, ""),  # of another text encoder
-        (WAN | {"time_embedding.0.weight": torch.zeros(128, 128)}, ""),
+        (WAN | {"blocks.1.ffn.0.weight": torch.zeros(192, 64)}, "blocks.1.ffn.0.weight has shape (192, 64)"),
+        (WAN | {"head.modulation": torch.zeros(())}, "not head.modulation"),
+        (WAN | {"head.modulation": torch.zeros(1, 2, 100)}, "dim 100 is not a multiple"),
+        (WAN | {"text_embedding.0.weight": torch.zeros(128, 2048)}, "text_embedding.0.weight has shape"),
         # Small files that would become large in memory.
         (WAN | {"head.head.bias": torch.zeros(()).expand(1_000_000_000)}, "without all of its elements"),
         (SHARED, "more than 50000 entries"),
@@ -265,8 +254,6 @@ NO_FORMAT = "blocks.0.ffn.0.comfy_quant does not name a format"
         *((marked(text), NO_FORMAT) for text in (b"[1]", b"{}", b'{"format": ["a"]}', b'{"format": null}')),
         (WAN | {"blocks.0.ffn.0.comfy_quant": torch.tensor([0.5, 0.25])}, NO_FORMAT),
         (marked(b'{"format": "float8_e4m3fn"}'), "blocks.0.ffn.0 is marked as float8_e4m3fn but has no scale"),
-        (marked(b'{"format": "float8_e5m2"}'), "marked as float8_e5m2 but has no scale"),
-        (marked(b'{"format": "int8_tensorwise"}'), "marked as int8_tensorwise but has no scale"),
     ],
 )
 def test_contents_of_another_kind_are_refused(tmp_path, stored, message):
