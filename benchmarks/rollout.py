@@ -11,22 +11,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..lightforcing_core import machine
 from ..lightforcing_core.families import FAMILIES, Family
 from ..lightforcing_core.model.cuda_capture import CudaRecorder
 from ..lightforcing_core.model.wan import Wan, random_state_dict, wan_from_state_dict
+from ..lightforcing_core.pinned import Weights, indexed
 from ..lightforcing_core.rollout.loop import rollout
 from ..lightforcing_core.rollout.recipe import Recipe, few_step_sigmas
 from ..lightforcing_core.rollout.record import RunRecorder
 from ..lightforcing_core.rollout.runtime import Runtime
 from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
-from ..lightforcing_core.vae.graph import PassGraph, places_of
+from ..lightforcing_core.vae.graph import PassGraph
 from ..lightforcing_core.vae.overlap import OverlappedDecoder
 from ..lightforcing_core.vae.streaming import StreamingDecoder
 from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
@@ -137,10 +138,12 @@ def _seconds(
     """
     recipe, overlaps, count = recipe_of(bench, schedule, device), bench.overlap, len(schedule.chunk_lengths())
     decoder = graph = None
-    if vae and bench.cuda_graph != "off" and CudaRecorder.why_not(device) is None:
-        graph = PassGraph(CudaRecorder(device, lane="decode"), partial(places_of, vae, device))
     if vae:
-        decoder = OverlappedDecoder(StreamingDecoder(vae, graph=graph), device, concurrent=overlaps)
+        weights = Weights(vae, indexed(device))
+        if bench.cuda_graph != "off" and CudaRecorder.why_not(device) is None:
+            measuring = None if bench.cuda_graph == "on" else machine.measuring
+            graph = PassGraph(CudaRecorder(device, lane="decode"), weights, measuring)
+        decoder = OverlappedDecoder(StreamingDecoder(vae, graph=graph), weights, concurrent=overlaps)
     chunks = rollout(dit, recipe, Runtime(recorder=recorder, cuda_graph=bench.cuda_graph))
 
     def now() -> float:

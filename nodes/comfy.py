@@ -73,6 +73,15 @@ def load_on_device(patcher: ModelPatcher, memory_required: int = 0) -> None:
     comfy.model_management.load_models_gpu([patcher], memory_required=memory_required)
 
 
+def load_if_away(patcher: ModelPatcher, memory_required: int) -> None:
+    """Load a model's weights again if ComfyUI has moved all of them off the device."""
+    is_away = patcher.current_loaded_device() != patcher.load_device
+    if patcher.is_dynamic():  # the device stays, but the small weights, which have no pages, are gone
+        is_away = patcher.model.model_loaded_weight_memory == 0
+    if is_away:
+        load_on_device(patcher, memory_required)
+
+
 def weight_bytes_on_device(patcher: ModelPatcher) -> int:
     """Bytes of a model's weights that stay on the device; with --novram none do."""
     return 0 if comfy.model_management.vram_state == VRAMState.NO_VRAM else patcher.model_size()
@@ -92,22 +101,29 @@ class PagedWeights(Weights):
         self._pages: list[tuple[torch.nn.Module, Any, Any]] = []
 
     def hold(self) -> str | None:
-        self.release()
-        self.kept = set(self._apart)
-        for module in self.tree.modules():
-            if module not in self.kept and (pages := getattr(module, "_v", None)) is not None:
-                signature = model_vbar.vbar_fault(pages)
-                if signature is None:
-                    return "the GPU has no memory for all weights at once"
-                self._pages.append((module, pages, signature))
-                self.kept.add(module)
+        before, self._pages, self.kept = self._pages, [], set(self._apart)
+        try:
+            for module in self.tree.modules():
+                if module not in self.kept and (pages := getattr(module, "_v", None)) is not None:
+                    signature = model_vbar.vbar_fault(pages)
+                    if signature is None:
+                        self.release()
+                        return "the GPU has no memory for all weights at once"
+                    self._pages.append((module, pages, signature))
+                    self.kept.add(module)
+        finally:
+            self._unpin(before)  # only now, for work that is not finished may read them
         return super().hold()
 
     def release(self) -> None:
-        for module, pages, _ in self._pages:
+        self._unpin(self._pages)
+        self._pages, self.kept = [], set(self._apart)
+
+    @staticmethod
+    def _unpin(held: Iterable[tuple[torch.nn.Module, Any, Any]]) -> None:
+        for module, pages, _ in held:
             vars(module).pop("_prefetch", None)
             model_vbar.vbar_unpin(pages)
-        self._pages.clear()
 
     def are_ready(self) -> bool:
         if not (self._are_filled() and super().are_ready()):

@@ -1,46 +1,45 @@
-"""Passes of one shape through a decoder's layers as a CUDA graph, recorded once in a clip.
+"""Passes of one shape through a decoder's layers as a CUDA graph, if that was measured to be faster.
 
 A recording reads its input, the weights and the layers' past frames by address: the layers replace the past in place.
 """
 
-import itertools
 import logging
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..fast_path import FastPath, one_line, recording
-from ..pinned import why_not_resident
+from ..machine import choose
+from ..pinned import Weights
 
+TOLERANCE = 0.02  # largest difference between a launch and a normal pass: rounding, not another result
 _log = logging.getLogger(__name__)
 
 
-def places_of(tree: nn.Module, device: torch.device) -> Hashable | None:
-    """The addresses of a module tree's weights, or None if they may move."""
-    if why_not_resident(tree, device) is not None:
-        return None
-    return tuple(tensor.data_ptr() for tensor in itertools.chain(tree.parameters(), tree.buffers()))
-
-
 class PassGraph:
-    """Runs a decoder's passes, as a graph from the second one of a shape on.
+    """Runs a decoder's passes; of those of one shape and with the same weights, the second may be recorded.
 
     recorder: with `record` of `CudaRecorder`.
-    signature: equal as long as the weights lie where they lay; None if they may move, and nothing is recorded then.
+    weights: the decoder's, held by the caller.
+    measuring: a context in which `machine` may measure; None records without a proof.
     """
 
-    def __init__(self, recorder: Any, signature: Callable[[], Hashable]) -> None:
-        self._recorder, self._signature = recorder, signature
+    def __init__(
+        self, recorder: Any, weights: Weights, measuring: Callable[[], AbstractContextManager[None]] | None
+    ) -> None:
+        self._recorder, self._weights, self._measuring = recorder, weights, measuring
         self._of: tuple[Hashable, ...] | None = None
         self._recorded: tuple[Any, Tensor, Tensor] | None = None  # recording, input, output
-        self.why_off: str | None = None
+        self._is_off = False
 
     def __call__(self, run: Callable[[Tensor], Tensor], z: Tensor, past: Mapping[Any, Tensor]) -> Tensor:
         """run(z) → pixels, which the next call overwrites. past: what `run` replaces in place."""
-        weights = self._signature()
-        if self.why_off or weights is None or self._of != (z.shape, z.dtype, weights):
+        weights = None if self._is_off or not self._weights.are_ready() else self._weights.signature()
+        if weights is None or self._of != (z.shape, z.dtype, weights):
             self.free()
             self._of = z.shape, z.dtype, weights
             return run(z)
@@ -59,28 +58,37 @@ class PassGraph:
         return out
 
     def _first(self, run: Callable[[Tensor], Tensor], z: Tensor, past: Mapping[Any, Tensor]) -> Tensor:
-        """Record the pass and launch it, then run it normally: the result, to which the launch is compared."""
-        path, launched = FastPath("decode graph", z.device, z.dtype, detail=z.shape), None
+        """Record the pass and launch it; run it normally if that fails or is not faster."""
         before: list[Tensor] = []
 
-        def record() -> Tensor:
-            before.extend(frames.clone() for frames in past.values())
-            held = z.clone()
-            with recording():
-                graph, out = self._recorder.record(lambda: run(held))
-            self._recorded = graph, held, out
+        def launched() -> Tensor:
+            if self._recorded is None:
+                held = z.clone()
+                with recording():
+                    graph, out = self._recorder.record(lambda: run(held))
+                self._recorded = graph, held, out
             return self._launch(self._recorded, z).clone()
 
+        def on_same_past(work: Callable[[], Tensor]) -> Tensor:
+            for frames, kept in zip(past.values(), before, strict=False):
+                frames.copy_(kept)
+            return work()
+
+        ways = {"pass by pass": partial(on_same_past, partial(run, z)), "graph": partial(on_same_past, launched)}
+        kind, name, out = "decode graph", "graph", None
         try:
-            launched = path.attempt(record, "decoding without it")
+            before.extend(frames.clone() for frames in past.values())
+            if self._measuring is not None:
+                key = str(tuple(z.shape)), str(z.dtype), len(before), sum(frames.numel() for frames in before)
+                with self._measuring():
+                    name = choose(kind, key, z.device, ways, incumbent="pass by pass", tolerance=TOLERANCE)
+            if name == "graph":
+                path = FastPath(kind, z.device, z.dtype, detail=z.shape)
+                out = path.attempt(ways["graph"], "decoding without it")
         except torch.OutOfMemoryError as error:  # a recording keeps the memory of a pass, which may still run
-            self.why_off = one_line(error)
-        for frames, kept in zip(past.values(), before, strict=False):
-            frames.copy_(kept)
-        out = run(z)
-        # At most rounding may differ; the comparison is false for NaN.
-        if launched is None or not (launched - out).float().norm() <= 0.02 * out.float().norm():
+            _log.warning("[Light Forcing] decode is not recorded: %s", one_line(error))
+        if out is None:
+            self._is_off = True
             self.free()
-            self.why_off = self.why_off or path.failure or "a recorded pass gave another result than a normal one"
-            _log.warning("[Light Forcing] decode is no longer recorded: %s", self.why_off)
+            out = ways["pass by pass"]()
         return out

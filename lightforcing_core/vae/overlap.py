@@ -3,78 +3,100 @@
 import functools
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..pinned import Weights
 
 
 class OverlappedDecoder:
     """Decode one clip chunk by chunk, concurrently with other work on the device.
 
-    decoder: a `StreamingDecoder`; if `concurrent` is False, anything with its `decode`.
-    device: the device that decodes.
+    decoder: a `StreamingDecoder`, or without `weights` anything with its `decode`.
+    weights: the decoder's, held for recorded and concurrent decodes; None if neither is wanted.
     concurrent: whether to use a second CUDA stream, which needs the memory of a decode and of a sampling step at once.
     """
 
-    def __init__(self, decoder: Any, device: torch.device | str, *, concurrent: bool = True) -> None:
-        device = torch.device(device)
-        self._decoder = decoder
-        self._stream = SideStream(device) if concurrent and device.type == "cuda" else None
+    def __init__(self, decoder: Any, weights: Weights | None, *, concurrent: bool = True) -> None:
+        self._decoder, self._weights = decoder, weights
+        self._stream = side_stream(weights.device) if weights and concurrent else None
         self._coming: deque[Pending] = deque()
+        self._read: list[Tensor] = []
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether a decode may be running."""
-        return bool(self._coming)
-
-    def put(self, latents: Tensor, *, normalised: bool = True, beside: bool = True) -> list[Tensor]:
+    def put(self, latents: Tensor, *, normalised: bool = True) -> list[Tensor]:
         """Decode the clip's next latents [B, 16, f, h, w]; returns frames that are ready.
 
-        With a second stream, and `beside`, returns the frames [B, n, 8h, 8w, 3] of all earlier calls, in CPU memory;
-        otherwise those and the frames of these latents, on the decoder's device. Raises what `StreamingDecoder.decode`
-        raises; frames that are not finite are reported when they are ready.
+        With a second stream, and weights that can be held, returns the frames [B, n, 8h, 8w, 3] of all earlier calls,
+        in CPU memory; otherwise those and the frames of these latents, on the decoder's device. Raises what
+        `StreamingDecoder.decode` raises; frames that are not finite are reported when they are ready.
         """
-        if self._stream is None or not beside:
-            return [*self.rest(), self._decoder.decode(latents, normalised=normalised)]
-        earlier = len(self._coming)
+        weights = self._weights
+        are_held = weights is not None and weights.hold() is None
+        try:
+            if weights is None or self._stream is None or not are_held:
+                return [*self._next(len(self._coming)), self._decoder.decode(latents, normalised=normalised)]
+            earlier = len(self._coming)
 
-        def decode() -> tuple[Tensor, Tensor]:
-            frames = self._decoder.decode(latents, normalised=normalised, trusted=True)
-            return frames, self._decoder.extremes
+            def decode() -> tuple[Tensor, Tensor]:
+                frames = self._decoder.decode(latents, normalised=normalised, trusted=True)
+                return frames, self._decoder.extremes
 
-        self._coming.append(self._stream.start(decode, latents))
-        return [self._next() for _ in range(earlier)]
+            self._coming.append(self._stream.start(decode, latents))
+            # If others are put in their place meanwhile, their memory must not be used again yet.
+            self._read = [weight.data for weight in weights.tree.parameters()]
+            return self._next(earlier)
+        finally:
+            self._release()
 
     def arrived(self) -> list[Tensor]:
         """Return the frames that are ready, without waiting."""
         frames = []
         while self._coming and self._coming[0].is_there():
-            frames.append(self._next())
+            frames += self._next(1)
+        self._release()
         return frames
 
     def rest(self) -> list[Tensor]:
-        return [self._next() for _ in range(len(self._coming))]
-
-    def _next(self) -> Tensor:
-        frames, extremes = self._coming.popleft().wait()
-        self._decoder.check(extremes)
-        return frames
+        try:
+            return self._next(len(self._coming))
+        finally:
+            self._release()
 
     def drop(self) -> None:
         """Discard pending frames; later work on the device waits for their decode."""
         self._coming.clear()
         if self._stream is not None:
             self._stream.join()
+        self._release()
+
+    def _next(self, count: int) -> list[Tensor]:
+        made = []
+        for _ in range(count):
+            frames, extremes = self._coming.popleft().wait()
+            self._decoder.check(extremes)
+            made.append(frames)
+        return made
+
+    def _release(self) -> None:
+        """Let the weights move again, unless a decode that is not finished reads them."""
+        if self._weights is not None and not self._coming:
+            self._read = []
+            self._weights.release()
+
+
+@functools.cache
+def side_stream(device: torch.device) -> "SideStream | None":
+    """The second stream of a CUDA device: one per process, because cuBLAS keeps a workspace for every stream."""
+    return SideStream(device) if device.type == "cuda" else None
 
 
 class SideStream:
     """A second stream of a CUDA device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = _second_stream(device)
+        self._device, self._stream = device, torch.cuda.Stream(device)
 
     def start(self, decode: Callable[[], tuple[Tensor, Tensor]], latents: Tensor) -> "Pending":
         """Queue `decode`, which returns frames and their extremes, after all earlier work; `latents` is its input."""
@@ -93,14 +115,7 @@ class SideStream:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
-@functools.cache
-def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per process, because cuBLAS keeps a workspace for every stream."""
-    return torch.cuda.Stream(device)
-
-
-@dataclass(eq=False)
-class Pending:
+class Pending(NamedTuple):
     """Frames and their extremes being copied to the CPU; valid after `done`."""
 
     frames: Tensor

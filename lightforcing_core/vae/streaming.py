@@ -37,6 +37,7 @@ class StreamingDecoder:
     """
 
     extremes: Tensor  # of the last call's frames, before they were clamped
+    tree: nn.ModuleList  # the layers that decode
 
     def __init__(
         self,
@@ -49,18 +50,19 @@ class StreamingDecoder:
         graph: PassGraph | None = None,
     ) -> None:
         self._stack: _CausalStack | _TaeStack
-        self._entry: nn.Module
         self._takes_normalised = False
         if is_tae(vae_module):
             check_tae(vae_module)
             if tae_latents is None:
                 raise ValueError("a TAE does not tell which latents it decodes; pass tae_latents, see tae_latents_of")
             self._takes_normalised = tae_latents == "normalised"
-            self._stack, self._entry, self._lowest = _TaeStack(vae_module.decoder), nn.Identity(), 0.0
+            self.tree, self._lowest = nn.ModuleList(vae_module.decoder), 0.0
+            self._stack = _TaeStack(self.tree)
         else:
             _check_wan_vae(vae_module, "use the Wan 2.1 VAE, LightVAE, taew2_1 or lighttaew2_1")
-            decoder, self._entry, self._lowest = vae_module.decoder, vae_module.conv2, -1.0
-            self._stack = _CausalStack((decoder.conv1, *decoder.middle, *decoder.upsamples, decoder.head))
+            decoder, first = vae_module.decoder, vae_module.conv2
+            self.tree = nn.ModuleList((first, decoder.conv1, *decoder.middle, *decoder.upsamples, decoder.head))
+            self._stack, self._lowest = _CausalStack(self.tree), -1.0
         self._place = _place(vae_module, dtype, device)
         self._at_once = at_once or (FRAMES_AT_ONCE if self._place[1].type == "cuda" else 1)
         self._graph = graph
@@ -125,11 +127,8 @@ class StreamingDecoder:
 
     def _pixels(self, z: Tensor) -> Tensor:
         if self._graph is None or self._stack.at_start:
-            return self._layers(z)
-        return self._graph(self._layers, z, self._stack.past)
-
-    def _layers(self, z: Tensor) -> Tensor:
-        return self._stack(self._entry(z))
+            return self._stack(z)
+        return self._graph(self._stack, z, self._stack.past)
 
     def _passes(self, count: int) -> list[int]:
         """Latent frames per pass: cut after the first and at multiples of `at_once`, whatever the calls."""
@@ -170,8 +169,8 @@ class StreamingEncoder:
         self, vae_module: Tree, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> None:
         _check_wan_vae(vae_module, "use the Wan 2.1 VAE or LightVAE")
-        encoder, self._exit = vae_module.encoder, vae_module.conv1
-        self._stack = _CausalStack((encoder.conv1, *encoder.downsamples, *encoder.middle, encoder.head))
+        encoder, last = vae_module.encoder, vae_module.conv1
+        self._stack = _CausalStack((encoder.conv1, *encoder.downsamples, *encoder.middle, encoder.head, last))
         self._place = _place(vae_module, dtype, device)
 
     @torch.no_grad()
@@ -189,7 +188,7 @@ class StreamingEncoder:
         means = []
         for group in frames.split(first + [4] * (frames.shape[1] // 4), dim=1):
             pixels = rearrange(group.to(device=device, dtype=wide) * 2 - 1, "b t h w c -> b c t h w")
-            mean, _ = self._exit(self._stack(pixels.to(dtype).contiguous(memory_format=CHANNELS_LAST))).chunk(2, dim=1)
+            mean, _ = self._stack(pixels.to(dtype).contiguous(memory_format=CHANNELS_LAST)).chunk(2, dim=1)
             means.append(mean.to(wide))
         latents = torch.cat(means, dim=2)
         check_finite("the encoded video", latents, f"check its frames; {_remedy(dtype)}")
@@ -225,7 +224,7 @@ class _CausalStack(_Stack):
             return y + shortcut
         if hasattr(layer, "resample"):
             return self._resample(layer, x)
-        if isinstance(layer, nn.Conv3d):
+        if isinstance(layer, nn.Conv3d) and layer.kernel_size[0] > 1:
             return self._convolve(layer, x)
         if isinstance(layer, nn.Sequential):
             norm = None
@@ -235,7 +234,7 @@ class _CausalStack(_Stack):
                 elif hasattr(inner, "gamma"):
                     norm = inner  # the next convolution runs it and the SiLU between them
             return x
-        frames: Tensor = layer(x)  # attention looks at one frame only
+        frames: Tensor = layer(x)  # it looks at one frame only
         return frames
 
     def _convolve(self, conv: Tree, x: Tensor, norm: Tree | None = None) -> Tensor:
@@ -266,7 +265,7 @@ class _CausalStack(_Stack):
         if time_conv is None or speeds_up:
             return x
         last = self.past.get(time_conv)
-        self.past[time_conv] = _last_frames(x, 1)
+        self.past[time_conv] = x[:, :, -1:].clone() if x.shape[2] > 1 else x  # a view would keep all frames alive
         return x if last is None else time_conv(torch.cat([last, x], dim=2))
 
 
@@ -301,11 +300,6 @@ class _TaeStack(_Stack):
         self.past[block].copy_(framed[:, -1:])
         y: Tensor = block(x, past)
         return y
-
-
-def _last_frames(x: Tensor, count: int) -> Tensor:
-    """The last `count` frames, copied if a view would keep more frames alive."""
-    return x[:, :, -count:].clone() if x.shape[2] > count else x
 
 
 def _remedy(dtype: torch.dtype) -> str:

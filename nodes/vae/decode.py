@@ -1,8 +1,7 @@
 """Streaming decode with a Wan 2.1 VAE, LightVAE or TAE, in memory that does not grow with the video."""
 
-import functools
 import logging
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +9,12 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ...lightforcing_core import machine
 from ...lightforcing_core.memory.estimate import decode_bytes, gib
 from ...lightforcing_core.model.cuda_capture import CudaRecorder
 from ...lightforcing_core.refusal import check_finite
 from ...lightforcing_core.rollout.schedule import video_frames_of
-from ...lightforcing_core.vae.graph import PassGraph, places_of
+from ...lightforcing_core.vae.graph import PassGraph
 from ...lightforcing_core.vae.overlap import OverlappedDecoder
 from ...lightforcing_core.vae.streaming import FRAMES_AT_ONCE, StreamingDecoder
 from ...lightforcing_core.vae.taehv import TaeLatents, is_tae, tae_latents_of
@@ -22,10 +22,13 @@ from ...lightforcing_core.vae.tiled import TiledDecoder, most_tiles, tile_spans
 from ..comfy import (
     ProgressBar,
     file_of,
+    is_interrupted,
+    load_if_away,
     load_on_device,
     memory_for_a_run,
     raise_if_interrupted,
     result_dtype,
+    show_text,
     weights_of,
 )
 from ..texts import node_schema
@@ -98,36 +101,36 @@ class FrameDecoder:
         self._vae, self._shape, self._keep, self._done = vae, tuple(latent_shape), keep, 0
         self._tae_latents: TaeLatents | None = None if tae_latents == "auto" else tae_latents
         self._frames: Tensor | None = None
-        self._weights = weights_of(vae.patcher, module)
         try:
-            self.cut(0)
+            tree = self._stream().tree
         except ValueError as error:
             raise ValueError(
                 f"this VAE cannot decode piece by piece: {error}. Connect one of those, or use VAE Decode on the latent"
             ) from None
+        self._weights = weights_of(vae.patcher, tree)
+        self.cut(0)
 
     def cut(self, tiles: int, *, overlap: bool = False, cuda_graph: bool = False) -> None:
         """Decode in `tiles` × `tiles` overlapping tiles, see `estimate`; call it before `put`.
 
-        cuda_graph: record an untiled decode, if the VAE's weights stay on the GPU.
+        cuda_graph: record an untiled decode if that is faster, and the VAE's weights stay on the GPU.
         overlap: decode untiled while sampling continues, if the VAE's weights stay on the GPU; see `OverlappedDecoder`.
         """
-        self._tiles, self._overlap, self._recorded = tiles, overlap, cuda_graph and tiles <= 1
-        self._decoder = TiledDecoder(self._stream, tiles) if tiles > 1 else self._stream()
-        self._line: OverlappedDecoder | None = None
+        self._tiles, device, graph = tiles, self._vae.device, None
+        if tiles > 1:
+            self._decoder = OverlappedDecoder(TiledDecoder(lambda: self._stream(at_once=1), tiles), None)
+            return
+        if cuda_graph and CudaRecorder.why_not(device) is None:
+            measuring = partial(machine.measuring, show_text, is_interrupted)
+            graph = PassGraph(CudaRecorder(device, lane="decode"), self._weights, measuring)
+        weights = self._weights if graph or overlap else None
+        stream = self._stream(at_once=None if tiles == 0 else 1, graph=graph)
+        self._decoder = OverlappedDecoder(stream, weights, concurrent=overlap)
 
-    def _stream(self) -> StreamingDecoder:
-        vae, graph = self._vae, None
-        if self._recorded and CudaRecorder.why_not(vae.device) is None:
-            places = functools.partial(places_of, vae.first_stage_model, vae.device)
-            graph = PassGraph(CudaRecorder(vae.device, lane="decode"), places)
+    def _stream(self, **options: Any) -> StreamingDecoder:
+        vae = self._vae
         return StreamingDecoder(
-            vae.first_stage_model,
-            dtype=vae.vae_dtype,
-            device=vae.device,
-            tae_latents=self._tae_latents,
-            at_once=None if self._tiles == 0 else 1,
-            graph=graph,
+            vae.first_stage_model, dtype=vae.vae_dtype, device=vae.device, tae_latents=self._tae_latents, **options
         )
 
     @property
@@ -174,38 +177,17 @@ class FrameDecoder:
 
     def put(self, latents: Tensor, *, normalised: bool) -> list[Tensor]:
         """Decode latents [B, 16, f, h, w]; the frames [B, n, H, W, 3] that are ready."""
-        vae = self._vae
-        if vae.patcher.current_loaded_device() != vae.patcher.load_device:  # another model took the memory
-            load_on_device(vae.patcher, self.bytes_needed)
-        wanted = self._overlap and self._tiles <= 1
-        if self._line is None:  # only now is the VAE on its final device
-            self._line = OverlappedDecoder(self._decoder, vae.device, concurrent=wanted)
-        stays = wanted and self._weights.hold() is None
-        try:
-            return [self._kept(pixels) for pixels in self._line.put(latents, normalised=normalised, beside=stays)]
-        finally:
-            self._release()
+        load_if_away(self._vae.patcher, self.bytes_needed)  # another model may have taken the memory
+        return [self._kept(pixels) for pixels in self._decoder.put(latents, normalised=normalised)]
 
     def arrived(self) -> list[Tensor]:
-        return self._collected(OverlappedDecoder.arrived)
+        return [self._kept(pixels) for pixels in self._decoder.arrived()]
 
     def rest(self) -> list[Tensor]:
-        return self._collected(OverlappedDecoder.rest)
+        return [self._kept(pixels) for pixels in self._decoder.rest()]
 
     def drop(self) -> None:
-        if self._line:
-            self._line.drop()
-            self._release()
-
-    def _collected(self, collect: Callable[[OverlappedDecoder], list[Tensor]]) -> list[Tensor]:
-        frames = [self._kept(pixels) for pixels in collect(self._line)] if self._line else []
-        self._release()
-        return frames
-
-    def _release(self) -> None:
-        """Let the weights move again, unless a decode that is not finished reads them."""
-        if self._line is None or not self._line.is_busy:
-            self._weights.release()
+        self._decoder.drop()
 
     def _kept(self, pixels: Tensor) -> Tensor:
         if not self._keep:

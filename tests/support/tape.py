@@ -105,7 +105,7 @@ class TapeRecorder:
     def why_not(device):
         return None
 
-    def __init__(self, device):
+    def __init__(self, device, *, lane="steps"):
         self.count = 0
 
     def record(self, work):
@@ -115,18 +115,18 @@ class TapeRecorder:
         tape.take_back()
         self.count += 1
         self.events.append(("record", self.count))
-        return TapeRecording(tape, self.count, out), out
+        return TapeRecording(tape, self.events, self.count, out), out
 
 
 class TapeRecording:
-    def __init__(self, tape, number, out):
-        self.tape, self.number, self.out = tape, number, out
+    def __init__(self, tape, events, number, out):
+        self.tape, self.events, self.number, self.out = tape, events, number, out
 
     def launch(self):
-        TapeRecorder.events.append(("launch", self.number))
+        self.events.append(("launch", self.number))
         self.tape.run()
         TapeRecorder.spoil(self.out)
 
     def free(self):
-        TapeRecorder.events.append(("free", self.number))
+        self.events.append(("free", self.number))
         self.tape = None

@@ -84,6 +84,9 @@ class OnCard(torch.Tensor):
     def __repr__(self) -> str:
         return f"OnCard({self.held!r})"
 
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
     def tolist(self) -> list:
         return self.held.tolist()
 

@@ -39,6 +39,7 @@ chunk_sampler.plan_of = plan_of
 # What else than an NVIDIA GPU do recorded steps and fused kernels want? An ordinary weight on this card is an OnCard.
 graphs.CudaRecorder.why_not = staticmethod(lambda device: None)
 graphs.choose, graphs.is_off = lambda *_, **__: "graph", lambda: False
+comfyui.module("lightforcing_core.vae.graph").choose = graphs.choose
 fused.nn = pinned.nn = SimpleNamespace(**{**vars(torch.nn), "Parameter": OnCard})
 FOLDER.mkdir(exist_ok=True)
 save_file(

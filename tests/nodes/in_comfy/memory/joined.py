@@ -7,7 +7,6 @@ import torch
 from card_runs import CARD, card, management
 
 # The memory behind a tensor on this card, by which joined weights are found again.
-runs.OnCard.data_ptr = lambda tensor: tensor.held.data_ptr()
 runs.OnCard.untyped_storage = lambda tensor: tensor.held.untyped_storage()
 
 

@@ -1,6 +1,6 @@
 """Decode beside the sampling on the sampling node: nothing that an artist gets differs from decoding at once.
 
-A stand-in for the second stream works only when it is waited for; if `slow`, frames never arrive by themselves.
+A stand-in for the second stream works only when it is waited for; if it is slow, frames never arrive by themselves.
 """
 
 from dataclasses import replace
@@ -14,53 +14,18 @@ chunk_sampler, video_output, live_view = comfyui.modules(
     "nodes", "sampling.chunk_sampler", "video_output", "sampling.live_view"
 )
 overlap, core = comfyui.module("lightforcing_core.vae.overlap"), comfyui.module("lightforcing_core.files.video")
+Late = comfyui.module("tests.support.late").LateStream
 model, vae = comfyui.applied(comfyui.load("tiny_wan.safetensors")), comfyui.small_vae()
 node = comfyui.sampling_node()
 OUTPUT = comfyui.module("nodes.comfy").output_folder()
-log = []  # what happened, in order
-slow = False  # whether the device is so slow that frames never arrive by themselves
-
-
-class Late:
-    """A second stream that works only when it is waited for."""
-
-    def __init__(self, device):
-        pass
-
-    def start(self, work, latents):
-        log.append("put")
-        return LateFrames(work)
-
-    def join(self):
-        log.append("join")
-
-
-class LateFrames:
-    def __init__(self, work):
-        self.work = work
-
-    def is_there(self):
-        return not slow
-
-    def wait(self):
-        log.append("frames")
-        return self.work()
-
-
-class Overlapped(overlap.OverlappedDecoder):
-    def __init__(self, decoder, device, *, concurrent=True):
-        super().__init__(decoder, "cuda" if concurrent else device, concurrent=concurrent)
-
-
 plan_of = chunk_sampler.plan_of
 
 
 def overlapped(on):
     """Let runs overlap from now on, as on a GPU with enough memory, or not."""
-    overlap.SideStream = Late
-    decode.OverlappedDecoder = Overlapped
+    overlap.side_stream = Late
     chunk_sampler.plan_of = (lambda *a, **n: replace(plan_of(*a, **n), overlap=True)) if on else plan_of
-    log.clear()
+    Late.log.clear()
 
 
 def run(frames=9, **inputs):
@@ -104,7 +69,7 @@ live_view.LiveView.add_frames = seen
 found, made = {}, {}
 for way in ("at once", "beside", "beside, slow"):
     overlapped(way != "at once")
-    slow = way == "beside, slow"
+    Late.is_fast = way == "beside"
     shown.clear()
     result = run()
     logs = {
@@ -113,7 +78,7 @@ for way in ("at once", "beside", "beside, slow"):
         # The second chunk is under way before anything waits for the first.
         "beside, slow": ["put", "put", "frames", "put", "frames", "frames"],
     }
-    assert (log, shown) == (logs[way], [[0, 9], [9, 21], [21, 33]]), (way, log, shown)
+    assert (Late.log, shown) == (logs[way], [[0, 9], [9, 21], [21, 33]]), (way, Late.log, shown)
     made[way] = [*result[:2], *run(start_latent=start_latent, frames=9)[:2]]
     ends = found[way] = {"whole": sizes(result)}
     ends["step fails"] = sizes(run(model=model_failing(model, 5, oom)))
@@ -127,7 +92,7 @@ for way in ("at once", "beside", "beside, slow"):
     decode.StreamingDecoder.decode, Late.start = stream, start
     for more in ({}, {"model": model_failing(model, 8, stop)}):  # NaN of the second chunk's frames, alone or not
         latent, frames, _ = sizes(run(vae=comfyui.vae_with_nan(4), **more))
-        assert (latent, frames) == (9 if slow and not more else 6, 9), (way, latent, frames)
+        assert (latent, frames) == (9 if way == "beside, slow" and not more else 6, 9), (way, latent, frames)
     live_view.LiveView.add_frames = failing(seen, 2, stop)
     latent, frames, _ = sizes(run())  # cancelled while a chunk is handed on: both still tell the same video
     assert way == "at once" or frames == 4 * latent - 3, (way, latent, frames)
