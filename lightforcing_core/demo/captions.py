@@ -6,7 +6,6 @@ Cross-attention ignores order, so a context token is the sum of a word's embeddi
 fixed random rows; the model was trained with them, and they are shipped with it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +31,7 @@ PADDING = "<pad>"
 GRAMMAR = ("on", "a", "an", "background", "moves", "and")
 VOCABULARY = (PADDING, *GRAMMAR, *COLOURS, *SHAPES, *DIRECTIONS, *SPEEDS, *BACKGROUNDS)
 SLOTS = 18  # the longest caption has 17 words, so that at least one slot is padding
+_THING = (("a", "an"), COLOURS, SHAPES, ("moves",), tuple(DIRECTIONS), SPEEDS)
 _IDS = {word: index for index, word in enumerate(VOCABULARY)}
 
 
@@ -72,31 +72,17 @@ def parse(caption: str) -> Scene:
     Raises ValueError, which names the first wrong word and the words that are allowed there.
     """
     words = caption.lower().replace(",", " ").replace(".", " ").split(maxsplit=64)  # no caption has as many
-    place = 0
-
-    def take(allowed: Sequence[str]) -> str:
-        nonlocal place
+    grammar = [("on",), ("a",), BACKGROUNDS, ("background",), *_THING]
+    if len(words) > len(grammar):
+        grammar += [("and",), *_THING]
+    for place, allowed in enumerate(grammar):
         found = words[place] if place < len(words) else "the end"
         if found not in allowed:
             raise ValueError(f"word {place + 1} of the caption is {found!r:.80}; use {' or '.join(allowed)}")
-        place += 1
-        return found
-
-    for word in ("on", "a"):
-        take((word,))
-    background = take(BACKGROUNDS)
-    take(("background",))
-    things: list[Thing] = []
-    while not things or (len(things) < MOST_THINGS and place < len(words)):
-        if things:
-            take(("and",))
-        take(("a", "an"))
-        colour, shape = take(COLOURS), take(SHAPES)
-        take(("moves",))
-        things.append(Thing(colour, shape, take(tuple(DIRECTIONS)), take(SPEEDS)))
-    if place < len(words):
-        raise ValueError(f"the caption continues with {words[place]!r} after {MOST_THINGS} things; end it there")
-    return Scene(background, tuple(things))
+    if extra := words[len(grammar) :]:
+        raise ValueError(f"the caption continues with {extra[0]!r} after {MOST_THINGS} things; end it there")
+    things = (words[start : start + len(_THING)] for start in range(4, len(grammar), len(_THING) + 1))
+    return Scene(words[2], tuple(Thing(*thing[1:3], *thing[4:]) for thing in things))
 
 
 def word_ids(caption: str) -> list[int]:
