@@ -109,14 +109,11 @@ def inspect(
 ) -> None:
     """Describe a checkpoint, the weights that would be loaded from it, and the memory that it needs."""
     from ..lightforcing_core.checkpoint.load import describe, inspect_checkpoint
-    from ..lightforcing_core.memory.estimate import ModelSize
     from ..lightforcing_core.memory.plan import describe_memory
 
     info = inspect_checkpoint(file)
-    wan = info.size
-    size = ModelSize(wan.dim, wan.ffn_dim, wan.layers, wan.text_dim, 2 * wan.parameters)
     rows = describe(info)
-    rows += describe_memory(size, info.family, height=height, width=width, length=length)
+    rows += describe_memory(info.size, info.family, height=height, width=width, length=length)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

@@ -21,7 +21,7 @@ from lightforcing.benchmarks.record import facts
 from lightforcing.benchmarks.settings import REAL_LAYERS, Model, Picture, Place, Say
 from lightforcing.lightforcing_core.attention.dispatch import choose_backend
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
-from lightforcing.lightforcing_core.memory.estimate import MemoryEstimate, ModelSize, estimate, meta_wan
+from lightforcing.lightforcing_core.memory.estimate import MemoryEstimate, estimate, meta_wan, size_of
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.loop import rollout
@@ -130,9 +130,11 @@ def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tup
     frames = max(schedule.chunk_lengths()), visible
     q, k = (torch.empty(case.batch, n * tokens, heads, HEAD_DIM, dtype=dtype, device=device) for n in frames)
     backend = choose_backend(q, k, tokens_per_frame=tokens, backend=case.backend).name
+    dit = meta_wan(**case.sizes, dtype=dtype)
     expected = estimate(
-        ModelSize.of_module(meta_wan(**case.sizes, dtype=dtype)),
+        size_of(dit),
         case.recipe(case.schedule, dtype, "meta"),
+        weights=sum(parameter.nbytes for parameter in dit.parameters()),
         kv=case.kv,
         backend=backend,
         dtype=dtype,

@@ -22,6 +22,7 @@ from ..attention.chunk import shapes_of
 from ..attention.options import AttentionOptions
 from ..attention.policies import POLICIES, View
 from ..attention.quantised import STORED
+from ..checkpoint.load import WanSize
 from ..model.causal import ModelState, TextMemory, predict
 from ..model.kv_cache import KVCache
 from ..model.kv_storage import CacheShape, KVOptions
@@ -31,28 +32,6 @@ from ..rollout.recipe import Recipe
 from ..vae.streaming import FRAMES_AT_ONCE, StreamingDecoder
 from ..vae.tiled import TiledDecoder, tile_spans
 from ..vae.wan_vae import WanVAE
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """A Wan-layout model's widths, and the bytes of its weights on the device."""
-
-    dim: int
-    ffn_dim: int
-    layers: int
-    text_dim: int
-    weight_bytes: int
-
-    @classmethod
-    def of_module(cls, dit: Any) -> "ModelSize":
-        block = dit.blocks[0]
-        return cls(
-            dim=dit.dim,
-            ffn_dim=block.ffn[0].out_features,
-            layers=len(dit.blocks),
-            text_dim=dit.text_embedding[0].in_features,
-            weight_bytes=sum(tensor.nbytes for tensor in (*dit.parameters(), *dit.buffers())),
-        )
 
 
 @dataclass(frozen=True)
@@ -99,10 +78,22 @@ class MemoryEstimate:
         return f"needs about {gib(self.total)} GiB ({listed}){pinned}"
 
 
+def size_of(dit: Any) -> WanSize:
+    """The sizes of a module tree in Wan's layout."""
+    return WanSize(
+        dim=dit.dim,
+        ffn_dim=dit.blocks[0].ffn[0].out_features,
+        layers=len(dit.blocks),
+        text_dim=dit.text_embedding[0].in_features,
+        parameters=sum(parameter.numel() for parameter in dit.parameters()),
+    )
+
+
 def estimate(
-    model: ModelSize,
+    model: WanSize,
     recipe: Recipe,
     *,
+    weights: int,
     kv: KVOptions | None = None,
     backend: str = "triton",
     dtype: torch.dtype = torch.bfloat16,
@@ -112,6 +103,7 @@ def estimate(
 ) -> MemoryEstimate:
     """The memory of a rollout of `recipe`, whose tensors may be on the meta device.
 
+    weights: bytes of the model's on the device.
     backend: of sparse chunks, as `choose_backend` names it.
     dtype: of the computation.
     vae_dim: the width of the VAE that decodes each chunk on the same device (24 LightVAE, 96 Wan's own); None if
@@ -138,7 +130,7 @@ def estimate(
         vae, history, decode = decode_bytes(latents, vae_dim, vae_dtype, decode_tiles)
     cache = KVCache(shape, kv, "meta")
     return MemoryEstimate(
-        weights=model.weight_bytes,
+        weights=weights,
         cache=passes * cache.nbytes,
         prompt=passes * prompt,
         step=step,
@@ -151,7 +143,7 @@ def estimate(
 
 @functools.lru_cache(maxsize=8)  # by sizes alone, so that no cached result keeps tensors
 def _step_bytes(
-    model: ModelSize,
+    model: WanSize,
     shape: CacheShape,
     latents: tuple[int, ...],
     text_tokens: int,

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.load import WanSize
 from ..families import Family
 from ..model.kv_storage import KVOptions
 from ..refusal import check_size
 from ..rollout.recipe import Recipe, few_step_sigmas
 from ..rollout.schedule import Schedule, latent_frames_of
 from ..vae.wan_vae import LATENT_CHANNELS
-from .estimate import MemoryEstimate, ModelSize, estimate, gib
+from .estimate import MemoryEstimate, estimate, gib
 
 # The share that an allocator loses between tensors and a GPU needs for itself.
 HEADROOM = 0.08
@@ -118,7 +119,7 @@ def plan_memory(
     return best
 
 
-def describe_memory(model: ModelSize, family: Family, *, height: int, width: int, length: int) -> list[tuple[str, str]]:
+def describe_memory(model: WanSize, family: Family, *, height: int, width: int, length: int) -> list[tuple[str, str]]:
     """(label, value) rows: a video's memory on a GPU for each kind of KV cache."""
     check_size(height, width)
     schedule = Schedule.of_family(family, latent_frames_of(length))
@@ -128,10 +129,11 @@ def describe_memory(model: ModelSize, family: Family, *, height: int, width: int
         context=torch.empty(1, TEXT_TOKENS, model.text_dim, device="meta"),
         **schedule.arguments(),
     )
-    plain, small, far = (str(estimate(model, recipe, kv=kv, vae_dim=LIGHT_VAE)) for kv in LADDER)
+    weights = 2 * model.parameters
+    plain, small, far = (estimate(model, recipe, weights=weights, kv=kv, vae_dim=LIGHT_VAE) for kv in LADDER)
     return [
         ("memory", f"{length} frames at {height}x{width} in bfloat16, LightVAE decoding: {plain}"),
-        ("8-bit KV cache", small),
-        ("... in CPU memory", far),
-        ("full Wan VAE", str(estimate(model, recipe, vae_dim=WAN_VAE))),
+        ("8-bit KV cache", str(small)),
+        ("... in CPU memory", str(far)),
+        ("full Wan VAE", str(estimate(model, recipe, weights=weights, vae_dim=WAN_VAE))),
     ]

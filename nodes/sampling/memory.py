@@ -8,7 +8,7 @@ import torch
 
 from ...lightforcing_core.attention.backends.base import DenseAttention
 from ...lightforcing_core.attention.dispatch import choose_backend
-from ...lightforcing_core.memory.estimate import MemoryEstimate, ModelSize, estimate, gib
+from ...lightforcing_core.memory.estimate import MemoryEstimate, estimate, gib, size_of
 from ...lightforcing_core.memory.plan import LADDER, MemoryPlan, plan_memory
 from ...lightforcing_core.model.kv_storage import KVOptions
 from ...lightforcing_core.model.wan import HEAD_DIM
@@ -35,8 +35,7 @@ def plan_of(
     dtype = base.get_dtype_inference()
     recipe = run.recipe
     batch, _, frames, height, width = recipe.latent_shape
-    size = ModelSize.of_module(model.get_model_object("diffusion_model"))
-    size = replace(size, weight_bytes=weight_bytes_on_device(model))
+    size, weights = size_of(model.get_model_object("diffusion_model")), weight_bytes_on_device(model)
     tokens = height * width // 4
     visible = min(recipe.window or frames, frames)
     q, k = (
@@ -48,7 +47,7 @@ def plan_of(
 
     def needed_with(kv: KVOptions, tiles: int) -> MemoryEstimate:
         with torch.inference_mode(False):  # inference mode hides the operations that others consist of
-            needed = estimate(size, recipe, kv=kv, backend=backend, dtype=dtype)
+            needed = estimate(size, recipe, weights=weights, kv=kv, backend=backend, dtype=dtype)
         return needed if decoder is None else replace(needed, **decoder.bytes_of(tiles))
 
     ladder: Sequence[KVOptions] = LADDER
