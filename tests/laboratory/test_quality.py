@@ -3,7 +3,6 @@
 import json
 import lzma
 import math
-from collections import Counter
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +20,6 @@ from laboratory.quality.measures import against_caption, over_time, psnr, struct
 from laboratory.quality.pages import markdown
 from laboratory.quality.rows import read_rows
 from laboratory.quality.scenes import prompt_scenes
-from laboratory.training.shapes import PASSING
 from lightforcing.benchmarks.settings import Machine
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
@@ -75,18 +73,6 @@ def test_halves_skip_the_same_in_other_chunks(lengths):
     assert early[0] == late[0] == 0.0
     assert all(early[1:first_late]) and not any(early[first_late:]) and all(late[first_late:])  # noqa: PT018
     assert max(*early, *late) == pytest.approx(0.8)
-
-
-def test_prompts_are_fixed_balanced_and_fit_the_level():
-    simple, full, passing = prompt_scenes("simple"), prompt_scenes("full"), prompt_scenes("pillar", 60)
-    assert caption_of(simple[0]) == f"{PLAIN} a blue square moves down-right quickly"
-    assert all(parse(caption_of(scene)) == scene for scene in (*simple, *full))
-    assert {(scene.background, len(scene.things)) for scene in simple} == {("plain", 1)}
-    assert [len(scene.things) for scene in full[:4]] == [1, 2, 1, 2]
-    assert Counter((t.direction, t.speed) for scene in passing for t in scene.things) == dict.fromkeys(PASSING, 10)
-    for words, name in ((captions.COLOURS, "colour"), (tuple(captions.DIRECTIONS), "direction")):
-        counts = Counter(getattr(scene.things[0], name) for scene in simple)
-        assert counts == dict.fromkeys(words, 64 // len(words))
 
 
 def square_video(frames):

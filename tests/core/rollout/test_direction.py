@@ -79,11 +79,6 @@ def test_a_change_leaves_earlier_chunks_alone(dit):
         assert not torch.allclose(plain[:, :, 6:9], changed[:, :, 6:9], atol=1e-3)
 
 
-def test_changing_to_the_same_text_softly_changes_nothing(dit):
-    same = [Prompt(text(1)), Prompt(text(1), 2, "soft")]
-    assert torch.equal(video(run(dit, text(1))), video(run(dit, same)))
-
-
 @pytest.mark.parametrize("sinks", [{}, *({"window": 7, "sink_frames": 3, "sink_rope": r} for r in ("fixed", "follow"))])
 def test_a_hard_switch_equals_a_run_whose_past_was_made_under_the_new_text(dit, sinks):
     """Recomputed history, sinks included, must be what one clean pass over those frames under the new text stores."""
@@ -182,11 +177,3 @@ def test_one_chunk_may_have_its_own_seed(dit):
     other = video(run(dit, text(1), noise=seeded_noise(1, {2: 99})))
     assert torch.equal(plain[:, :, :6], other[:, :, :6])
     assert not torch.equal(plain[:, :, 6:9], other[:, :, 6:9])
-
-
-def test_a_hard_switch_does_the_same_in_a_longer_video(dit):
-    """The window holds the whole of the shorter one."""
-    prompts = [Prompt(text(1)), Prompt(text(2), 2)]
-    short = video(run(dit, prompts, frames=9, window=9, sink_frames=1))
-    longer = video(run(dit, prompts, frames=12, window=9, sink_frames=1))
-    assert torch.equal(short, longer[:, :, :9])
