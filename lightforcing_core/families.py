@@ -16,14 +16,9 @@ _LONGLIVE_2 = re.compile(r"longlive[\W_]*(v2(?!\d)|2[._]0|2[\W_]+5b|2(\.[a-z]+)?
 
 @dataclass(frozen=True)
 class SparseDefaults:
-    """Defaults of sparse attention.
+    """Defaults of sparse attention, see `AttentionOptions`; estimator and tail suit models trained without it.
 
-    keep_frames, keep_sink, keep_near: parameters of the frame selection.
-    estimator: the estimate of a block's attention mass.
-    tail: whether skipped blocks count as their mean.
     reference: latent frames of the video over which Chunk-Aware Growth meets the family's target.
-
-    The defaults of estimator and tail suit models that were trained without sparse attention.
     """
 
     keep_frames: int = 6
@@ -36,17 +31,14 @@ class SparseDefaults:
 
 @dataclass(frozen=True)
 class Family:
-    """Facts and defaults of one checkpoint family.
+    """Facts and defaults of one checkpoint family. frames_per_chunk, window, sink_frames: as in `Recipe`.
 
-    frames_per_chunk, sink_frames: latent frames.
-    window: latent frames, sinks and current chunk included; None keeps every frame.
     sink_rope: the positions of sink keys after the window has moved: "fixed" keeps their original ones (LongLive),
         "follow" puts them directly before the window (Infinite Forcing, Light Forcing long).
     denoising_steps: the few-step list on the 1000-step scale, before the shift.
     first_denoising_steps: another list for the first chunk of the video (Causal Forcing++).
     shift: the flow shift of the noise levels.
     target, base: parameters of Chunk-Aware Growth; the defaults suit models that were trained without sparse attention.
-    sparse: defaults of sparse attention.
     name_hints: fragments of published names, in lower case without separators; after a space, fragments that must be
         somewhere in the path too.
     weights: the set of weights that the published configuration uses if a file has both.
@@ -138,7 +130,6 @@ FAMILIES: dict[str, Family] = {
         Family("unknown", "another autoregressive Wan 2.1 checkpoint"),
     )
 }
-
 
 # Families of one file name: the assumed one → the fragments of the path that decide for it, and for the other.
 _ONE_NAME = {"causal_forcing": ("chunkwise", "framewise"), "wave_forcing_5step": ("5step", "4step")}

@@ -92,23 +92,20 @@ class Recipe:
     """Everything that determines a video but the weights. Raises Refusal if invalid.
 
     latent_shape: (B, C, frames, height, width) of the whole video, given latents included; an eighth of its pixels.
-    frames_per_chunk: latent frames of a chunk.
+    frames_per_chunk, window, sink_frames: in latent frames.
     sigmas: falling noise levels in (0, 1], closed by 0.
     context: the text, [B or 1, tokens, text_dim], or the prompts of a timeline.
     growth: one sparsity in [0, 1) per chunk, the last one for all later chunks; None is dense.
     window: visible latent frames, sinks and the current chunk included; None sees everything.
-    sink_frames: the first latent frames, which stay visible.
+    sink_frames: the first ones, which stay visible.
     seed: of the noise, which depends on seed, chunk and draw alone.
     initial_latents: [B or 1, C, frames, height, width], clean, with which the video starts. If `frames_per_chunk`
         does not divide them the first chunk takes the rest: one image and chunks of three give 1, 3, 3, …
         Chunk indices, and with them growth, prompts and noise, count from the start of the video.
-    attention: how sparse attention is done.
     sink_rope: the position of sinks once the window has moved on, see `KVCache`.
     last_latents: [B or 1, C, frames, height, width], clean, with which the video ends; fewer than the last chunk
         holds, so that some frames are left to lead to them. In that chunk's steps they carry `GIVEN_NOISE` of the
         others' noise, with a timestep to match; earlier chunks do not see them.
-    guidance: classifier-free guidance.
-    noise_options: noise of single chunks and of the past.
     """
 
     latent_shape: Sequence[int]
@@ -144,10 +141,25 @@ class Recipe:
         if self.initial_frames >= self.frames:
             problem = f"already fills {self.initial_frames} of the video's {self.frames} latent frames"
             raise Refusal("initial_latents", problem, "make the video longer")
-        lengths = self.chunk_lengths()
-        check_window(self.window, self.sink_frames, self.sink_rope, max(lengths))
+        check_window(self.window, self.sink_frames, self.sink_rope, max(self.chunk_lengths()))
         if self.last_latents is not None:
-            _check_end(self.last_latents.shape[2], self.frames, self.frames_per_chunk, lengths[-1])
+            self._check_end(self.last_latents.shape[2])
+
+    def _check_end(self, count: int) -> None:
+        """Refusal unless the last chunk has more latent frames than the `count` given ones at its end."""
+        per_chunk, last_chunk = self.frames_per_chunk, self.chunk_lengths()[-1]
+        if per_chunk == 1:
+            problem = "cannot be met by a frame-wise model, which finishes each frame before it sees the next"
+            raise Refusal("last_latents", problem, "use a chunk-wise checkpoint")
+        if count >= per_chunk:
+            problem = f"holds {count} latent frames, and a chunk of {per_chunk} can end with at most {per_chunk - 1}"
+            raise Refusal("last_latents", problem, f"give one image, or the last {4 * per_chunk - 4} frames of a video")
+        if count >= last_chunk:
+            whole = self.frames + per_chunk - last_chunk
+            video = f"a video of {video_frames_of(self.frames)} frames ends with a chunk of {last_chunk}"
+            problem = f"of {count} latent frames leaves nothing to lead to it: {video}"
+            remedy = f"make the video {video_frames_of(whole)} frames long ({whole} latent)"
+            raise Refusal("last_latents", problem, remedy)
 
     @property
     def frames(self) -> int:
@@ -286,20 +298,3 @@ def check_given(name: str, given: Tensor, shape: Sequence[int]) -> None:
         raise Refusal(name, f"is {sizes}", "resize its frames to the video's size before encoding them")
     _check_batch(name, given, shape[0])
     check_finite(name, given, "encode the frames again")
-
-
-def _check_end(count: int, frames: int, frames_per_chunk: int, last_chunk: int) -> None:
-    """Refusal unless the last chunk has more latent frames than the `count` given ones at its end."""
-    if frames_per_chunk == 1:
-        problem = "cannot be met by a frame-wise model, which finishes each frame before it sees the next"
-        raise Refusal("last_latents", problem, "use a chunk-wise checkpoint")
-    if count >= frames_per_chunk:
-        most = frames_per_chunk - 1
-        problem = f"holds {count} latent frames, and a chunk of {frames_per_chunk} can end with at most {most}"
-        raise Refusal("last_latents", problem, f"give one image, or the last {4 * most} frames of a video")
-    if count >= last_chunk:
-        whole = frames + frames_per_chunk - last_chunk
-        video = f"a video of {video_frames_of(frames)} frames ends with a chunk of {last_chunk}"
-        problem = f"of {count} latent frames leaves nothing to lead to it: {video}"
-        remedy = f"make the video {video_frames_of(whole)} frames long ({whole} latent)"
-        raise Refusal("last_latents", problem, remedy)
