@@ -6,7 +6,6 @@ A recording reads its input, the weights and the layers' past frames by address:
 import logging
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,8 @@ from ..fast_path import FastPath, one_line, recording
 from ..machine import choose
 from ..pinned import Weights
 
+WORK = "decode of {} in {}, keeping {} layers' {} values"
+USUAL = "pass by pass"
 TOLERANCE = 0.02  # largest difference between a launch and a normal pass: rounding, not another result
 _log = logging.getLogger(__name__)
 
@@ -61,7 +62,11 @@ class PassGraph:
         """Record the pass and launch it; run it normally if that fails or is not faster."""
         before: list[Tensor] = []
 
-        def launched() -> Tensor:
+        def by(name: str) -> Tensor:
+            for frames, kept in zip(past.values(), before, strict=False):
+                frames.copy_(kept)
+            if name == USUAL:
+                return run(z)
             if self._recorded is None:
                 held = z.clone()
                 with recording():
@@ -69,26 +74,20 @@ class PassGraph:
                 self._recorded = graph, held, out
             return self._launch(self._recorded, z).clone()
 
-        def on_same_past(work: Callable[[], Tensor]) -> Tensor:
-            for frames, kept in zip(past.values(), before, strict=False):
-                frames.copy_(kept)
-            return work()
-
-        ways = {"pass by pass": partial(on_same_past, partial(run, z)), "graph": partial(on_same_past, launched)}
-        kind, name, out = "decode graph", "graph", None
+        out, name = None, "graph"
         try:
             before.extend(frames.clone() for frames in past.values())
             if self._measuring is not None:
-                key = str(tuple(z.shape)), str(z.dtype), len(before), sum(frames.numel() for frames in before)
+                facts = "×".join(map(str, z.shape)), str(z.dtype), len(before), sum(map(Tensor.numel, before))
                 with self._measuring():
-                    name = choose(kind, key, z.device, ways, incumbent="pass by pass", tolerance=TOLERANCE)
-            if name == "graph":
-                path = FastPath(kind, z.device, z.dtype, detail=z.shape)
-                out = path.attempt(ways["graph"], "decoding without it")
+                    name = choose(WORK, facts, z.device, (USUAL, name), by, incumbent=USUAL, tolerance=TOLERANCE)
+            if name != USUAL:
+                path = FastPath("decode graph", z.device, z.dtype, detail=z.shape)
+                out = path.attempt(lambda: by(name), "decoding without it")
         except torch.OutOfMemoryError as error:  # a recording keeps the memory of a pass, which may still run
             _log.warning("[Light Forcing] decode is not recorded: %s", one_line(error))
         if out is None:
             self._is_off = True
             self.free()
-            out = ways["pass by pass"]()
+            out = by(USUAL)
         return out

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lightforcing.lightforcing_core import machine
+from lightforcing.lightforcing_core import machine, profile
 from lightforcing.lightforcing_core.pinned import Weights
 from lightforcing.lightforcing_core.vae.graph import PassGraph
 from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
@@ -90,8 +90,8 @@ def test_the_graph_is_used_if_it_was_measured_to_be_right_and_faster(
     monkeypatch.setattr(TapeRecorder, "spoil", staticmethod(lambda out: out.mul_(spoil)))
     made = [frames_of(vae, measuring=way, width=width) for way in (nullcontext, machine.measuring, nullcontext)]
     assert all(torch.equal(frames, frames_of(vae, recorded=False, width=width)) for frames in made)
-    ((row,),) = (rows.values() for rows in machine.profile(CPU)["choices"].values())
-    assert row["state"] == state
+    ((row,),) = (rows.values() for rows in profile.rows(CPU).values())
+    assert row.state == state
     *measured, (last, _) = events
     assert last == "free"
     if state == "enabled":  # the last clip is decoded by a recording of its own
