@@ -72,7 +72,6 @@ def read_model(path):
     kinds = read_quantisation(state_dict).comfyui_layers
     scaled = [layer for layer, kind in kinds.items() if kind == "float8_e4m3fn" and f"{layer}.weight" in state_dict]
     assert all({f"{layer}.weight_scale", f"{layer}.scale_weight"} & state_dict.keys() for layer in scaled)
-    assert isinstance(json.loads(info.metadata.get("config", "{}")).get("transformer", {}), dict)
     load_dit_state_dict(path, dequantise_all=True)
 
 

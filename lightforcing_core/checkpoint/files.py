@@ -193,7 +193,7 @@ def _read_torch(file: Path, size: int, *, zipped: bool) -> dict[str, Any]:
         if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):
             problem = f"memory ran out reading its {size:,} bytes"
             raise ValueError(f"{problem}; free some, or use a .safetensors version of it") from error
-        raise ValueError(_why_torch_refused(file, str(error) or type(error).__name__)) from error
+        raise ValueError(_why_torch_refused(str(error) or type(error).__name__)) from error
     if not isinstance(stored, Mapping):
         raise ValueError(f"contains a {type(stored).__name__}, not a dict of weights; choose a checkpoint")
     left = MOST_TENSORS  # counted at every visit: a small file can hold one dict a thousand times
@@ -221,18 +221,14 @@ def _read_torch(file: Path, size: int, *, zipped: bool) -> dict[str, Any]:
         raise ValueError(f"holds {error}; use a .safetensors version, or download it again") from error
 
 
-def _why_torch_refused(file: Path, message: str) -> str:
+def _why_torch_refused(message: str) -> str:
     if "TorchScript" in message:
         return "this is a compiled TorchScript program, not a checkpoint; choose the file with the weights"
     if re.search(r"central directory|zip file|runcated|EOF|Ran out of input", message):
         return "truncated or damaged; download it again and compare its size with the published one"
     if message.startswith("Weights only load failed"):
-        try:
-            foreign = name_list(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))[:120]
-        except Exception:  # damaged, or in the format before torch 1.6, which torch cannot scan
-            named = re.search(r"GLOBAL (\S+)", message)
-            foreign = named[1] if named else ""
-        detail = f" ({foreign})" if foreign else ""
+        named = re.search(r"GLOBAL (\S+)", message)
+        detail = f" ({named[1]:.120})" if named else ""
         return (
             f"refused: it contains more than tensors{detail}, and opening it could run code; nothing was run. "
             "Use a .safetensors version of it, or a file with tensors only"

@@ -112,8 +112,7 @@ class VideoWriter:
 
     def write(self, frames: Tensor | np.ndarray) -> None:
         """Append frames [n, height, width, 3]: uint8, or floating point, clamped to 0…1."""
-        if self._container is None:
-            raise RuntimeError(f"{self.path} is not open; write frames inside `with VideoWriter(...) as video:`")
+        assert self._container is not None, "frames are written inside the block, and not after an error"
         frames = torch.from_numpy(frames) if isinstance(frames, np.ndarray) else frames.detach()
         if frames.ndim != 4 or tuple(frames.shape[1:]) != (self.height, self.width, 3):
             raise ValueError(f"frames have shape {tuple(frames.shape)}; expected [n, {self.height}, {self.width}, 3]")

@@ -259,16 +259,6 @@ def test_frames_of_another_shape_or_kind_are_refused(tmp_path, frames, message):
     assert os.listdir(tmp_path) == []
 
 
-def test_writing_outside_the_block_is_refused(tmp_path):
-    video = writer(tmp_path / "clip.mp4")
-    with pytest.raises(RuntimeError, match="is not open"):
-        video.write(noise(1))
-    with video:
-        video.write(noise(1))
-    with pytest.raises(RuntimeError, match="is not open"):
-        video.write(noise(1))
-
-
 def test_a_missing_encoder_is_named(tmp_path, monkeypatch):
     nothing = video_file.VideoFormat("no-such-encoder", crf=1, worst_crf=2, options={})
     monkeypatch.setitem(video_file.FORMATS, ".mp4", nothing)
