@@ -1,7 +1,6 @@
 """A batch on a server that fails in every way it can: nothing lost or rendered twice, all resumable; and its ledger."""
 
 import json
-import sqlite3
 
 import pytest
 
@@ -29,12 +28,17 @@ def test_prompt_that_somebody_cancelled_on_the_server_fails(comfy, out):
     assert "the run was interrupted on the server" in batch.of("failed")[0]["message"]
 
 
-def test_prompt_that_somebody_deleted_on_the_server_is_not_sent_again(comfy, out):
+@pytest.mark.parametrize(
+    ("events", "sent", "message"),
+    [([], 1, "somebody deleted it there"), (["drop"], 3, "given up after it was lost 3 times")],
+)
+def test_prompt_that_the_server_forgets_fails_and_is_sent_again_only_after_a_restart(comfy, out, events, sent, message):
     comfy.record = comfy.render = None
+    comfy.events = events
     batch = TextBatch(out, comfy, 1)
     assert batch.run() == (0, 1, 0)
-    assert len(comfy.prompts) == 1
-    assert "somebody deleted it there" in batch.of("failed")[0]["message"]
+    assert len(comfy.prompts) == sent
+    assert message in batch.of("failed")[0]["message"]
 
 
 def test_prompt_of_a_server_that_restarted_is_sent_again(comfy, out):
@@ -48,15 +52,6 @@ def test_prompt_of_a_server_that_restarted_is_sent_again(comfy, out):
     assert future.result(20) == (3, 0, 0)
     assert [event["prompt"] for event in batch.of("returned")] == ["0002"]
     batch.check_complete()
-
-
-def test_prompt_that_takes_its_server_down_is_given_up(comfy, out):
-    comfy.record = comfy.render = None  # forgets every prompt
-    comfy.events = ["drop"]
-    batch = TextBatch(out, comfy, 1)
-    assert batch.run() == (0, 1, 0)
-    assert len(comfy.prompts) == 3
-    assert "given up after it was lost 3 times" in batch.of("failed")[0]["message"]
 
 
 def test_lost_server_ends_the_batch_and_the_next_start_goes_on(comfy, out):
@@ -144,15 +139,6 @@ def test_timeout_cancels_the_prompt_and_the_next_one_runs(comfy, out):
     assert "not finished after 0.6 s, cancelled" in batch.of("failed")[0]["message"]
 
 
-def test_crash_between_the_folder_and_the_ledger_is_noticed(comfy, out):
-    batch = TextBatch(out, comfy, 2)
-    batch.run()
-    with sqlite3.connect(out / "queue.sqlite3") as ledger:
-        ledger.execute("UPDATE jobs SET state = 'sent' WHERE name = '0002'")
-    assert batch.run() == (2, 0, 0)
-    batch.check_complete()
-
-
 def test_previews_of_the_run_alone_are_saved(comfy, out, tmp_path):
     def frame(**about):
         words = json.dumps(about).encode()
@@ -170,18 +156,20 @@ def test_previews_of_the_run_alone_are_saved(comfy, out, tmp_path):
     assert comfy.prompts[0]["extra_data"]["preview_method"] == "auto"
 
 
-DOG, CAT, COW = (Job(name, {"1": {"class_type": name}}) for name in ("dog", "cat", "cow"))
+DOG, CAT, COW, HEN = (Job(name, {"1": {"class_type": name}}) for name in ("dog", "cat", "cow", "hen"))
 OTHER_CAT = Job("cat", {"1": {"class_type": "lion"}})
 
 
 def test_batch_may_grow_but_not_change(tmp_path):
-    first = Ledger(tmp_path, [DOG, CAT])
+    first = Ledger(tmp_path, [DOG, CAT, COW])
     first.set("dog", "done")
-    first.set("cat", "sent", "id of cat")
+    for name in ("cat", "cow"):
+        first.set(name, "sent", f"id of {name}")
     first.close()
-    grown = Ledger(tmp_path, [DOG, CAT, COW])
+    (tmp_path / "cow").mkdir()  # as after a crash between the folder and the ledger
+    grown = Ledger(tmp_path, [DOG, CAT, COW, HEN])
     grown.close()
-    assert (grown.done, grown.sent, grown.client_id) == ({"dog"}, {"cat": "id of cat"}, first.client_id)
+    assert (grown.done, grown.sent["cat"], grown.client_id) == ({"dog", "cow"}, "id of cat", first.client_id)
     with pytest.raises(UsageError) as caught:
         Ledger(tmp_path, [DOG, OTHER_CAT, COW])
     assert "has another prompt named cat" in str(caught.value)

@@ -37,38 +37,30 @@ def run(*arguments):
 
 def test_every_published_matrix_is_fp8_with_one_scale_and_the_formats_name(source, tmp_path):
     out = tmp_path / "self_forcing_fp8.safetensors"
-    write_fp8_checkpoint(source, out)
+    written, rounding = write_fp8_checkpoint(source, out)
     stored, weights = load_file(out), tiny_wan()
     extra = {f"{layer}.{leaf}" for layer in LAYERS for leaf in ("weight_scale", "comfy_quant")}
     assert stored.keys() == weights.keys() | extra
-    for layer in LAYERS:
-        weight, scale = weights[f"{layer}.weight"], stored[f"{layer}.weight_scale"]
-        assert scale.dtype == torch.float32
-        assert scale.shape == ()
-        assert scale == weight.abs().max() / 448
-        assert stored[f"{layer}.weight"].dtype == torch.float8_e4m3fn
-        assert torch.equal(stored[f"{layer}.weight"].float(), (weight / scale).to(torch.float8_e4m3fn).float())
-        assert json.loads(bytes(stored[f"{layer}.comfy_quant"].tolist())) == {"format": "float8_e4m3fn"}
     rest = {name: value for name, value in weights.items() if name.removesuffix(".weight") not in LAYERS}
     kept = {n: v if n.startswith("patch_embedding.") else v.bfloat16() for n, v in rest.items()}
     assert_same({name: stored[name] for name in rest}, kept)
-
-
-def test_our_reader_recognises_comfyuis_format_and_dequantises_it(source, tmp_path):
-    out = tmp_path / "self_forcing_fp8.safetensors"
-    written, rounding = write_fp8_checkpoint(source, out)
     loaded, info = load_dit_state_dict(out)
-    assert_same(loaded, load_file(out))
+    assert_same(loaded, stored)
     assert info.quantised == "float8_e4m3fn in ComfyUI's format, 20 layers"
     assert info.family.id == "self_forcing"
     plain, _ = load_dit_state_dict(out, dequantise_all=True)
     wan_from_state_dict(plain)
     errors, squares = {}, torch.zeros(2)
     for layer in LAYERS:
-        weight = tiny_wan()[f"{layer}.weight"]
-        exact = loaded[f"{layer}.weight"].float() * loaded[f"{layer}.weight_scale"]
-        assert torch.equal(plain[f"{layer}.weight"], exact.bfloat16())
-        own = torch.stack([(exact - weight).square().sum(), weight.square().sum()])
+        weight, scale = weights[f"{layer}.weight"], stored[f"{layer}.weight_scale"]
+        assert (scale.dtype, scale.shape) == (torch.float32, ())
+        assert scale == weight.abs().max() / 448
+        assert stored[f"{layer}.weight"].dtype == torch.float8_e4m3fn
+        exact = (weight / scale).to(torch.float8_e4m3fn).float()
+        assert torch.equal(stored[f"{layer}.weight"].float(), exact)
+        assert torch.equal(plain[f"{layer}.weight"], (exact * scale).bfloat16())
+        assert json.loads(bytes(stored[f"{layer}.comfy_quant"].tolist())) == {"format": "float8_e4m3fn"}
+        own = torch.stack([(exact * scale - weight).square().sum(), weight.square().sum()])
         errors[layer], squares = (own[0] / own[1]).sqrt().item(), squares + own
     worst = max(errors, key=errors.__getitem__)
     assert 0.02 < errors[worst] < 0.03
