@@ -50,16 +50,8 @@ def underscored(layer):
     return layer.replace(".", "_")
 
 
-def half_dotted(layer):
-    return layer.replace("blocks.", "blocks_")
-
-
 def renamed(stored, old, new):
     return {key.replace(old, new): value for key, value in stored.items()}
-
-
-def numbers_as_such(stored):
-    return {key: value if value.ndim else float(value) for key, value in stored.items()}
 
 
 NAMINGS = {
@@ -73,10 +65,16 @@ NAMINGS = {
     "diffusers": (lambda made: down_up(made, prefix="transformer.", rename=diffusers_layer), 1.0),
     "kohya": (lambda made: down_up(made, "lora_unet_", 1, underscored), 1 / RANK),
     "wan fun": (lambda made: down_up(made, "lora_unet__", 1, underscored), 1 / RANK),
-    "half dotted": (lambda made: down_up(made, "lora_unet_", None, half_dotted), 1.0),
+    "half dotted": (
+        lambda made: down_up(made, "lora_unet_", None, lambda layer: layer.replace("blocks.", "blocks_")),
+        1.0,
+    ),
     "diffusers up and down": (lambda made: renamed(down_up(made, ""), ".lora_", "_lora."), 1.0),
     "transformers": (lambda made: renamed(down_up(made, "unet."), ".lora_", ".lora_linear_layer."), 1.0),
-    "alpha as a number": (lambda made: numbers_as_such(down_up(made, alpha=8)), 2.0),
+    "alpha as a number": (
+        lambda made: {key: x if x.ndim else float(x) for key, x in down_up(made, alpha=8).items()},
+        2.0,
+    ),
 }
 
 
