@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..checkpoint.files import CheckpointError, open_weights
 from ..families import Family
 from ..model.fp8 import LARGEST, LAYER_LINEARS, SMALLEST
+from ..model.wan import wan_from_state_dict
 from ..rollout.loop import rollout
 from ..rollout.recipe import Recipe, few_step_sigmas
 from ..rollout.runtime import Runtime, StepEvent
@@ -38,6 +39,17 @@ def read_prompts(path: str | Path, text_dim: int) -> list[Tensor]:
             "the model's own text encoder, umT5 for Wan"
         )
     return prompts
+
+
+def input_scales(
+    state_dict: Mapping[str, Tensor], prompts: Sequence[Tensor], family: Family, on_step: Callable[[int, int], None]
+) -> dict[str, float]:
+    """The divisor of each layer's inputs with which twice the largest fits e4m3, found on a GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dit = wan_from_state_dict(state_dict, dtype=torch.bfloat16, device=device)
+    prompts = [prompt.to(device, torch.bfloat16) for prompt in prompts]
+    largest = largest_inputs(dit, prompts, family, on_step=on_step)
+    return {name: HEADROOM * max(value, SMALLEST) / LARGEST for name, value in largest.items()}
 
 
 def largest_inputs(
@@ -82,8 +94,3 @@ def largest_inputs(
             for _ in rollout(dit, recipe, Runtime(on_step=partial(stepped, index))):
                 pass
     return {name: value.item() for name, value in largest.items()}
-
-
-def input_scales(largest: Mapping[str, float]) -> dict[str, float]:
-    """The divisor of each layer's inputs with which twice the largest fits e4m3."""
-    return {name: HEADROOM * max(value, SMALLEST) / LARGEST for name, value in largest.items()}

@@ -20,8 +20,7 @@ from ..files.json import mapping, read_object
 from ..files.output import prepare_folder
 from ..files.tensors import stream_tensors
 from ..model.fp8 import FP8, LAYER_LINEARS, dequantize_rows, quantize_rows, why_no_fp8
-from ..model.wan import wan_from_state_dict
-from .calibrate import input_scales, largest_inputs, read_prompts
+from .calibrate import input_scales, read_prompts
 
 _FORMAT = format_mark("float8_e4m3fn")
 
@@ -66,7 +65,7 @@ def write_fp8_checkpoint(
         state_dict, info = load_dit_state_dict(source, weights=weights, lora=lora)
 
     progress = on_progress or (lambda stage, done, total: None)
-    scales = _input_scales(state_dict, texts, info, partial(progress, "calibrating")) if texts else {}
+    scales = input_scales(state_dict, texts, info.family, partial(progress, "calibrating")) if texts else {}
     squares: dict[str, tuple[float, float]] = {}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -96,15 +95,6 @@ def write_fp8_checkpoint(
         f"{errors[worst]:.2%} ({worst})",
         *(f"note: {note}" for note in _notes(info, out, list(filter(None, reasons.values())))),
     )
-
-
-def _input_scales(
-    state_dict: Mapping[str, Tensor], texts: list[Tensor], info: CheckpointInfo, on_step: Callable[[int, int], None]
-) -> dict[str, float]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dit = wan_from_state_dict(state_dict, dtype=torch.bfloat16, device=device)
-    texts = [text.to(device, torch.bfloat16) for text in texts]
-    return input_scales(largest_inputs(dit, texts, info.family, on_step=on_step))
 
 
 def _relative_error(error: float, total: float) -> float:
