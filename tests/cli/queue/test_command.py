@@ -19,7 +19,6 @@ from ...support.queue_samples import GRAPH, events_of, hold, text_of, texts_belo
 @pytest.fixture
 def command(tmp_path, comfy):
     """Arguments of `lightforcing` for a batch of `count` prompts, more at the end."""
-    (tmp_path / "graph.json").write_text(json.dumps(GRAPH))
 
     def arguments(*more, count=4):
         (tmp_path / "prompts.txt").write_text("\n".join(f"text {number}" for number in range(1, count + 1)))
