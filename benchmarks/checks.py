@@ -1,16 +1,14 @@
-"""The stages "compile" and "numerics": a layer's fast paths and a decoder compiled, and compared with float64.
+"""The stage "kernels": a layer's fast paths and a decoder, compared with float64.
 
-Without a GPU the kernels are compiled for sm_90, and run on tiny tensors in Triton's interpreter.
+Without a GPU the kernels run on tiny tensors in Triton's interpreter.
 """
 
 import math
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -31,9 +29,11 @@ from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_
 from ..lightforcing_core.vae.streaming import StreamingDecoder
 from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
 from .layer import LayerAttention
-from .stages import NotHere, Put, Report
+from .record import Put, Record
+from .settings import GpuBench
+from .stages import NotHere
+from .step import operations
 
-AHEAD = 90  # the chip for which a machine without a GPU compiles
 SEEDS = (0, 1), (0, 1, 2, 3), (0, 1, 2, 3)  # by level; seed 0 draws what is hard: rows of zeros, equal and loud ones
 # Limits of errors, relative to the largest value, by the cache's dtype.
 LIMITS: dict[KVDtype, float] = {"same": 2e-2, "int8": 3e-2, "fp8": 1e-1}
@@ -45,7 +45,6 @@ class Size(NamedTuple):
     """The shapes of a check.
 
     grids: rows and columns of tokens, of frames that blocks do not divide and of frames that they do.
-    kernels: whether Triton kernels run; if not, the reference does.
     """
 
     device: torch.device
@@ -54,7 +53,6 @@ class Size(NamedTuple):
     dim: int
     block: int
     frames: int
-    kernels: bool
 
 
 def checks(size: Size, level: int) -> Iterator[tuple[str, Make, float]]:
@@ -94,22 +92,16 @@ def _attention(size: Size, kv: KVDtype, way: str, seed: int) -> Run:
         _draw(size, seed * part, 1, frames * tokens, size.heads, size.dim)
         for part, frames in enumerate((size.frames, past, past), 1)
     )
-    options = AttentionOptions(
-        "triton" if size.kernels else "reference",
-        (size.block, size.block),
-        keep_frames=3,
-        estimator="lse" if "lse" in words else "mean",
-        tail="tail" in words,
-    )
-    make = partial(LayerAttention, tokens_per_frame=tokens, sparsity=0.6, options=options)
-    layer = make(q, k, v, kv=kv)
+    estimator, tail = "lse" if "lse" in words else "mean", "tail" in words
+    options = AttentionOptions("reference", (size.block, size.block), keep_frames=3, estimator=estimator, tail=tail)
+    make = partial(LayerAttention, tokens_per_frame=tokens, sparsity=0.6, kv=kv)
+    layer = make(q, k, v, options=replace(options, backend="triton"))
     listed = layer.select()
 
     def run(kind: torch.dtype) -> tuple[Tensor, ...]:
         if kind is torch.float64:
-            return layer.exact(listed), make(q.double(), k.double(), v.double()).select().blocks
-        if not size.kernels:
-            return layer.attend(listed), layer.select().blocks
+            exact = make(q.double(), k.double(), v.double(), options=options)
+            return exact.arm(listed)(), exact.select().blocks
         from ..kernels import block_sparse, tuning
 
         def launch(kind: Any, q: Tensor, *_: Any) -> tuning.Launch:
@@ -117,7 +109,7 @@ def _attention(size: Size, kv: KVDtype, way: str, seed: int) -> Run:
             return found._replace(descriptors="descriptors" in words, per_sm=int("cut" in words))
 
         with mock.patch.object(block_sparse, "_launch_for", launch):
-            return layer.attend(listed), layer.select().blocks
+            return layer.arm(listed)(), layer.select().blocks
 
     return run
 
@@ -126,9 +118,7 @@ def _layer(size: Size, kv: KVDtype, seed: int) -> Run:
     """A dense layer: its flow and its share of the cache, dequantised, with all means."""
     rows, columns = size.grids[0]
     heads = max(1, size.heads * size.dim // HEAD_DIM)
-    weights = random_state_dict(
-        dim=heads * HEAD_DIM, ffn_dim=256, layers=1, text_dim=64, seed=seed, dtype=torch.bfloat16
-    )
+    weights = random_state_dict(dim=heads * HEAD_DIM, ffn_dim=256, layers=1, text_dim=64, seed=seed)
     x = _draw(size, seed, 1, 16, size.frames, 2 * rows, 2 * columns)
     text, timestep = _draw(size, seed + 9, 1, 32, 64), torch.full((1,), 500.0, device=size.device)
 
@@ -139,14 +129,15 @@ def _layer(size: Size, kv: KVDtype, seed: int) -> Run:
         state = ModelState(cache, AttentionOptions(block=(size.block, size.block)))
         state.follow(text.to(kind))
         state.open_chunk(size.frames, 0.0, size.device)
-        dit = wan_from_state_dict(weights, dtype=kind, device=size.device)
+        dit = wan_from_state_dict({name: x.bfloat16() for name, x in weights.items()}, dtype=kind, device=size.device)
         with torch.inference_mode():
             flow = predict(dit, x.to(kind), timestep, state)
         memory = cache.visible(0)
-        stored = memory.keys, memory.values
-        if memory.scales:
-            stored = dequantised(*stored, memory.scales, cache.layout, slice(None), torch.float64)
-        return flow, *stored, *memory.means
+        keys, values = memory.keys, memory.values
+        if memory.scales and memory.key_mean is not None:
+            keys, values = dequantised(keys, values, memory.scales, cache.layout, slice(None), torch.float64)
+            keys += memory.key_mean[:, None]
+        return flow, keys, values, *memory._replace(key_mean=None).means
 
     return run
 
@@ -165,91 +156,67 @@ def _decode(size: Size, seed: int) -> Run:
 # ------------------------------------------------------------------------------------------------------- stages
 
 
-def compile_kernels(level: int, report: Report, put: Put) -> str | None:
-    """What the compiler makes of the kernels of every check; on a CPU, for a chip that is not here."""
-    os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
-    if reason := fast_path.why_no_kernels():
-        raise NotHere(reason)
-    gpu = torch.cuda.is_available()
+@contextmanager
+def _interpreting() -> Iterator[None]:
+    """Let fast paths take CPU tensors."""
+    exact = mock.patch.object(selection, "why_not_fused", lambda q, *_: "exact" if q.dtype == torch.float64 else None)
+    with mock.patch.object(fused, "DEVICES", ("cpu", "cuda")), exact:
+        yield
+
+
+@contextmanager
+def _launched() -> Iterator[list[Any]]:
+    """The compiled kernels that are launched inside for the first time."""
+    kernels: list[Any] = []
     from triton import JITFunction
 
-    kernels: list[Any] = []
     run = JITFunction.run
 
-    def seen(self: Any, *arguments: Any, warmup: bool, **rest: Any) -> Any:
-        kernels.append(run(self, *arguments, warmup=warmup or not gpu, **rest))
+    def seen(self: Any, *arguments: Any, **rest: Any) -> Any:
+        kernels.append(run(self, *arguments, **rest))
         return kernels[-1]
 
-    with mock.patch.object(JITFunction, "run", seen), nullcontext() if gpu else _ahead_of_time():
-        for kind, make, _ in checks(_real(), level):
-            kernels.clear()
-            start = time.perf_counter()
-            with suppress(BackendUnavailable):
-                make(1)(torch.bfloat16)
-                row: dict[str, Any] = {"compile_s": round(time.perf_counter() - start, 2)}
-                row["launches"] = sorted({f"{kernel.name} {kernel.metadata.num_warps} warps" for kernel in kernels})
-                row["shared"] = max((kernel.metadata.shared for kernel in kernels), default=0)
-                if gpu:
-                    row["registers"] = max((kernel.n_regs or 0 for kernel in kernels), default=0)
-                    row["stack"] = 4 * max((kernel.n_spills or 0 for kernel in kernels), default=0)
-                put("kernels", {"kind": kind} | row)
-    return None if gpu else f"no GPU: compiled for sm_{AHEAD}, not run"
+    with mock.patch.object(JITFunction, "run", seen):
+        yield kernels
 
 
-def _real() -> Size:
-    """A chunk at 480×832, ragged in blocks of 64, and at 512×768; few heads on a CPU."""
-    gpu = torch.cuda.is_available()
-    device, heads, frames = torch.device("cuda" if gpu else "cpu"), 12 if gpu else 1, 3 if gpu else 1
-    return Size(device, ((30, 52), (32, 48)), heads, HEAD_DIM, 64, frames, kernels=True)
+def kernels(bench: GpuBench, record: Record, put: Put) -> str | None:
+    """Errors of every check against float64, from outputs that start as NaN; twice, for the same bits.
 
-
-def set_chip(chip: int) -> None:
-    """Let Triton compile for a chip that is not here, by as much of a driver as that needs."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    answers = {"device": chip, "stream": 0, "target": GPUTarget("cuda", chip, 32)}
-    functions = {f"get_current_{name}": lambda *_, value=value: value for name, value in answers.items()}
-    driver.set_active(SimpleNamespace(**functions))
-
-
-@contextmanager
-def _ahead_of_time() -> Iterator[None]:
-    """Let launchers take CPU tensors, for Triton to compile as if the chip were here."""
-    from ..kernels import device
-
-    set_chip(AHEAD)
-    with _on_cpu(), mock.patch.object(device, "why_not", return_value=None):
-        yield
-
-
-@contextmanager
-def _on_cpu() -> Iterator[None]:
-    """Let the model's fast paths take CPU tensors."""
-    with (
-        mock.patch.object(fused, "DEVICES", ("cpu", "cuda")),
-        mock.patch.object(selection, "why_not_fused", lambda q, *_: "exact" if q.dtype == torch.float64 else None),
-    ):
-        yield
-
-
-def numerics(level: int, report: Report, put: Put) -> str | None:
-    """Errors of every check against float64, from outputs that start as NaN; twice, for the same bits."""
+    On a GPU also what the compiler made of the kernels of each, and their milliseconds.
+    """
     gpu = torch.cuda.is_available()
     if not gpu:
         os.environ["TRITON_INTERPRET"] = "1"
-    reason = fast_path.why_no_kernels()
-    size = _real() if gpu else Size(torch.device("cpu"), ((5, 8), (4, 8)), 2, 32, 16, 1, reason is None)
+    if reason := fast_path.why_no_kernels():
+        raise NotHere(reason)
+    small = Size(torch.device("cpu"), ((5, 8), (4, 8)), 2, 32, 16, 1)
+    # A chunk at 480×832, ragged in blocks of 64, and at 512×768.
+    size = Size(torch.device("cuda"), ((30, 52), (32, 48)), 12, HEAD_DIM, 64, 3) if gpu else small
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
-    tried = {row["kind"] for row in report["kernels"] if "verified" in row}  # before a crash
-    with nullcontext() if gpu or reason else _on_cpu():
-        for kind, make, limit in checks(size, level):
+    tried = {kind for kind, row in record["kernels"].items() if "verified" in row}  # before a crash
+    with nullcontext() if gpu else _interpreting():
+        for kind, make, limit in checks(size, bench.level):
             if kind in tried:
                 continue
-            put("kernels", {"kind": kind, "verified": None})  # stays so if the process crashes
-            runs = map(make, SEEDS[level] if gpu else SEEDS[0][:1])
-            put("kernels", {"kind": kind, "limit": limit} | _verify(runs, limit))
-    return reason or (None if gpu else "no GPU: kernels ran on tiny tensors in Triton's interpreter")
+            put("kernels", kind, {"verified": None})  # stays so if the process crashes
+            with _launched() as launched:
+                found = _verify(map(make, SEEDS[bench.level] if gpu else SEEDS[0][:1]), limit)
+            put("kernels", kind, {"limit": limit} | found)
+            if gpu and launched:
+                put("kernels", kind, _costs(launched, partial(make(1), torch.bfloat16), size.device))
+    return None if gpu else "no GPU: kernels ran on tiny tensors in Triton's interpreter, not compiled or timed"
+
+
+def _costs(kernels: Sequence[Any], run: Callable[[], object], device: torch.device) -> dict[str, Any]:
+    """What kernels take of the chip, and the milliseconds of each in a call of `run`."""
+    ms = operations(run, device)
+    return {
+        "registers": max(one.n_regs or 0 for one in kernels),
+        "stack": 4 * max(one.n_spills or 0 for one in kernels),
+        "shared": max(one.metadata.shared for one in kernels),
+        "ms": {name: ms[name] for name in sorted({one.name for one in kernels}) if name in ms},
+    }
 
 
 def _verify(runs: Iterable[Run], limit: float) -> dict[str, Any]:

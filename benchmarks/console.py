@@ -1,4 +1,4 @@
-"""Commands made from settings: an option per field, a table, raw JSON in a file."""
+"""Commands made from settings: an option per field, tables of the record, raw JSON in a file."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -9,39 +9,65 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import typer
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.table import Table
 
+from .record import Put, Record, add, write
+from .settings import Say
+
 Settings = TypeVar("Settings")
-# The record, its table or tables, and lines to print below.
-Measured = tuple[dict[str, Any], Table | Group, list[str]]
-Measure = Callable[[Settings, Callable[[str], object]], Measured]
-Out = Annotated[Path | None, typer.Option(help="File for the raw JSON; by default only the table is printed.")]
+Measure = Callable[[Settings, Put, Say], object]  # puts rows; `Say` shows progress
+Out = Annotated[Path | None, typer.Option(help="File for the raw JSON; by default only tables are printed.")]
+ONLY_IN_JSON = ("arguments", "ms")
 
 
-def measurement(app: typer.Typer, kind: type[Settings]) -> Callable[[Measure[Settings]], Measure[Settings]]:
-    """Register `measure(settings, say)` as a command with its name; `say` shows progress."""
-
-    def register(measure: Measure[Settings]) -> Measure[Settings]:
-        command = partial(carry_out, measure)
-        app.command(measure.__name__, help=measure.__doc__)(with_options(kind, command, Out, None))
-        return measure
-
-    return register
-
-
-def carry_out(measure: Measure[Settings], settings: Settings, out: Path | None) -> dict[str, Any]:
+def carry_out(measure: Measure[Settings], settings: Settings, out: Path | None) -> Record:
     """Measure, print the tables and write the record, which is returned."""
-    console = new_console()
+    console = Console(width=None if Console().is_terminal else 120)  # lines of a file are long enough for tables
+    record: Record = {}
     with console.status("running") as status:
-        result, table, lines = measure(settings, status.update)
-    show(console, result, table, lines)
+        measure(settings, partial(add, record), status.update)
+    for section, rows in record.items():
+        if isinstance(rows, dict) and rows and section not in ONLY_IN_JSON:
+            console.print(table_of(section, rows))
+    if "ok" in record:
+        console.print("all is well" if record["ok"] else "something is wrong")
     if out is not None:
-        from .record import write
-
-        write(out, result)
+        write(out, record)
         console.print(f"wrote {out}", highlight=False, soft_wrap=True)
-    return result
+    return record
+
+
+def table_of(title: str, rows: dict[str, Any]) -> Table:
+    """A line per row and a column per key; a row without keys has one value."""
+    columns = {name: row if isinstance(row, dict) else {"": row} for name, row in rows.items()}
+    headings = list(dict.fromkeys(key for row in columns.values() for key in row))
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE,
+        collapse_padding=True,
+        pad_edge=False,
+        show_header=headings != [""],
+    )
+    table.add_column(no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for name, row in columns.items():
+        table.add_row(name, *(_cell(row.get(heading)) for heading in headings))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, dict) and "median" in value:
+        return f"{_cell(value['median'])} ({_cell(value['low'])}-{_cell(value['high'])})"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_cell, value))
+    return "" if value is None else str(value)
 
 
 def with_options(
@@ -108,52 +134,3 @@ def _values(text: str, name: str, kind: type, *others: Any) -> tuple[Any, ...]:
     if ... not in others and len(values) != 1 + len(others):
         raise ValueError(f"{name} {text!r} is not a list of {1 + len(others)} numbers")
     return tuple(values)
-
-
-def new_table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place == 0 else "right", no_wrap=True)
-    return table
-
-
-def table_of(title: str, rows: list[dict[str, Any]] | dict[str, Any]) -> Table:
-    """A line per row and a column per key that holds no list; of a dict, a line per fact."""
-    if isinstance(rows, dict):
-        pairs = [(key, value if isinstance(value, dict) else {"": value}) for key, value in rows.items()]
-        rows = [{title: f"{key} {name}".strip(), "": one} for key, inner in pairs for name, one in inner.items()]
-    headings = dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list))
-    table = new_table("" if title in headings else title, *headings)
-    for row in rows:
-        table.add_row(*(_cell(row.get(heading)) for heading in headings))
-    return table
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    if isinstance(value, dict):
-        return ", ".join(map(_cell, value.values()))
-    return "" if value is None else str(value)
-
-
-def ratio_text(ratio: dict[str, Any]) -> str:
-    low, high = ratio["quartiles"]
-    return f"{ratio['median']:.2f}x ({low:.2f}-{high:.2f})"
-
-
-def new_console() -> Console:
-    """A console; for a file or a pipe, with lines long enough for the tables."""
-    return Console(width=None if Console().is_terminal else 120)
-
-
-def show(console: Console, result: dict[str, Any], table: Table | Group, lines: list[str]) -> None:
-    console.print(table)
-    facts = result.get("facts", result)
-    gpu = f", {facts['gpu']['name']}" if facts.get("gpu") else ""
-    place = facts and [
-        f"{facts['machine']}{gpu}, {facts['threads']} threads, torch {facts['torch']}, commit {facts['commit']}"
-    ]
-    warm_up = [f"warm-up: {result['warm_up']}"] if "warm_up" in result else []
-    for line in [*place, *warm_up, *lines]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,14 +1,22 @@
 """One layer's sparse attention over plain tensors, as a rollout computes it."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+
 from torch import Tensor
 
-from ..lightforcing_core.attention.backends.dense import dequantised
 from ..lightforcing_core.attention.blocks import FrameBlocks
-from ..lightforcing_core.attention.dispatch import sparse_attention
 from ..lightforcing_core.attention.options import AttentionOptions
-from ..lightforcing_core.attention.quantised import STORED, KVDtype, quantise_blocks
-from ..lightforcing_core.attention.selection import BlockSelection, SelectionPlan, View, sub_block_layout
+from ..lightforcing_core.attention.policies import Plan
+from ..lightforcing_core.attention.policies.baselines import WindowPlan
+from ..lightforcing_core.attention.quantised import KVDtype
+from ..lightforcing_core.attention.selection import BlockSelection
 from ..lightforcing_core.families import FAMILIES, Family
+from ..lightforcing_core.model.causal import ModelState, attended
+from ..lightforcing_core.model.kv_cache import KVCache
+from ..lightforcing_core.model.kv_storage import CacheShape, KVOptions
 from ..lightforcing_core.rollout.schedule import chunk_sparsities
 
 HEAD_DIM = 128
@@ -30,7 +38,7 @@ def published(backend: str, block: tuple[int, int], family: Family = FAMILY) -> 
 
 
 class LayerAttention:
-    """Attention of one chunk, with k and v pooled and quantised as in the cache.
+    """Attention of one chunk, with k and v in a KV cache.
 
     q: [B, Lq, H, D], the chunk.
     k, v: [B, Lk, H, D], all visible frames, those of the chunk last.
@@ -47,62 +55,37 @@ class LayerAttention:
         options: AttentionOptions,
         kv: KVDtype = "same",
     ) -> None:
-        self.tensors, self.tokens_per_frame, self.options = (q, k, v), tokens_per_frame, options
-        self._q_layout, self._layout = (FrameBlocks(tokens_per_frame, size) for size in options.block)
-        self._sub_layout = sub_block_layout(self._layout) if options.estimator == "lse" else None
-        frames, current = k.shape[1] // tokens_per_frame, q.shape[1] // tokens_per_frame
-        view = View(range(frames), current, self._q_layout, self._layout, q.shape[0], q.shape[2], q.device)
-        budget = options.budget if sparsity else options.budget._replace(keep=frames)
-        self.plan = SelectionPlan.build(view, sparsity, budget)
-        self.k_means = self._layout.block_means(k)
-        self.tail = (self.k_means, self._layout.block_means(v)) if options.tail else None
-        self._frame_means = self._layout.frame_means(self.k_means)
-        self._sub_means = self._sub_layout.block_means(k) if self._sub_layout else None
-        self.stored, self._scales = (k, v), None
-        if kv != "same":
-            (k, k_scales), (v, v_scales) = (quantise_blocks(x, self._layout, STORED[kv]) for x in (k, v))
-            self.stored, self._scales = (k, v), (k_scales, v_scales)
+        own, frames = (x.shape[1] // tokens_per_frame for x in (q, k))
+        pools = options.pools(sparse=True)
+        shape = CacheShape(1, len(q), frames, tokens_per_frame, q.shape[2], q.shape[3], options.block[1], dtype=q.dtype)
+        shape = replace(shape, value_means=pools.values, sub_blocks=pools.parts, padded=pools.padded)
+        self.q, self.state = q, ModelState(KVCache(shape, KVOptions(kv), q.device), options)
+        # The first chunk decides the mean that an 8-bit cache keeps keys less, as in a run.
+        for start, end in pairwise(sorted({0, min(own, frames - own), frames - own, frames})):
+            part = slice(start * tokens_per_frame, end * tokens_per_frame)
+            self.state.open_chunk(end - start, sparsity if end == frames else 0.0, q.device)
+            self.state.cache.store(0, k[:, part], v[:, part])
+            self.state.cache.commit()
+
+    @property
+    def plan(self) -> Plan:
+        plan = self.state.chunk.attention.plan
+        assert plan is not None  # the chunk has a past and skips blocks
+        return plan
 
     def select(self) -> BlockSelection:
-        """Pool the chunk's q and k and select; older keys are pooled already."""
-        q, k, v = self.tensors
-        own = slice(k.shape[1] - q.shape[1], None)
-        means = (self._sub_layout or self._layout).block_means(k[:, own])
-        if self._sub_layout is None:
-            self._layout.frame_means(means)
-        if self.options.tail:
-            self._layout.block_means(v[:, own])
-        return self.plan.select(self._q_layout.block_means(q), self.k_means, self._frame_means, self._sub_means)
-
-    def attend(self, selection: BlockSelection, backend: str | None = None) -> Tensor:
-        """[B, Lq, H, D] by the options' backend or another one."""
-        return sparse_attention(
-            self.tensors[0],
-            *self.stored,
-            selection=selection,
-            tokens_per_frame=self.tokens_per_frame,
-            block=self.options.block,
-            backend=backend or self.options.backend,
-            scales=self._scales,
-            tail=self.tail,
+        """Pool the chunk's q and select; keys are pooled already."""
+        memory = self.state.cache.visible(0)
+        assert memory.key_means is not None
+        assert memory.frame_means is not None
+        q_means = FrameBlocks(self.state.cache.layout.tokens_per_frame, self.state.attention.block[0]).block_means(
+            self.q
         )
+        return self.plan.select(q_means, memory.key_means, memory.frame_means, memory.sub_means)
 
-    def exact(self, selection: BlockSelection, *, frames: int | None = None, heads: int | None = None) -> Tensor:
-        """The same in float64 from k and v as they are stored, or only of the first frames and heads."""
-        rows = slice(frames and frames * self._q_layout.per_frame)
-        q, k, v, *means = (x[:, :, :heads].double() for x in (self.tensors[0], *self.stored, *(self.tail or ())))
-        if self._scales:
-            k, v = dequantised(*self.stored, self._scales, self._layout, slice(heads), q.dtype)
-        return sparse_attention(
-            q[:, : frames and frames * self.tokens_per_frame],
-            k,
-            v,
-            selection=BlockSelection(*(x[:, :heads, rows] for x in selection)),
-            tokens_per_frame=self.tokens_per_frame,
-            block=self.options.block,
-            backend="reference",
-            tail=(means[0], means[1]) if means else None,
-        )
-
-    def __call__(self, backend: str | None = None) -> Tensor:
-        return self.attend(self.select(), backend)
+    def arm(self, selection: BlockSelection | None = None) -> Callable[[], Tensor]:
+        """A function that computes [B, Lq, H, D]; it selects the blocks to read unless they are given."""
+        state, attention = self.state, self.state.chunk.attention
+        if selection is not None:
+            attention = replace(attention, plan=WindowPlan(selection, self.plan.kept))
+        return partial(attended, self.q, None, 0, replace(state, chunk=replace(state.chunk, attention=attention)))

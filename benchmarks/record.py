@@ -1,62 +1,45 @@
-"""The facts of every record: machine, versions, commit and arguments."""
+"""The record of every measurement: sections of named rows, in JSON types, that name no path, user or machine."""
 
-import importlib.util
 import json
-import os
 import platform
-import subprocess
-from dataclasses import asdict
-from importlib.metadata import version
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..lightforcing_core.files.output import prepare_folder, whole_file
 
-ROOT = Path(__file__).resolve().parent.parent
+Record = dict[str, Any]
+Put = Callable[[str, str, Any], object]  # puts a value or columns of a row into a section: put(section, row, value)
+# The folders of a path that begins at a root or a drive.
+_FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:[\\/]+[^\s\\/:;'\"]+)*[\\/]+(?=[^\s\\/])")
 
 
-def facts(device: torch.device, settings: Any = None) -> dict[str, Any]:
-    """Machine, versions, commit and arguments of a run, in JSON types. settings: a dataclass, which is flattened."""
-    gpu, amx = None, " and AMX" if torch.cpu._is_amx_tile_supported() else ""
-    if device.type == "cuda":
-        chip = torch.cuda.get_device_properties(device)
-        gpu = {"name": chip.name, "memory_bytes": chip.total_memory, "cuda": torch.version.cuda}
-        gpu |= {"capability": f"sm_{chip.major}{chip.minor}", "multiprocessors": chip.multi_processor_count}
-        gpu |= {"shared_bytes": chip.shared_memory_per_multiprocessor, "l2_bytes": chip.L2_cache_size}
-        gpu |= {"free_bytes": torch.cuda.mem_get_info(device)[0], "allocator": torch.cuda.get_allocator_backend()}
-    return {
-        "machine": f"{os.cpu_count()}-core {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}{amx}",
-        "system": platform.system(),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton") if importlib.util.find_spec("triton") else None,
-        "commit": commit(),
-        "arguments": (_flat(asdict(settings)) if settings else {}) | {"device": str(device)},
-    }
+def add(record: Record, section: str, row: str, value: Any) -> None:
+    """Put a value into a section ("" is the record itself), or columns into its row of that name."""
+    rows, value = record.setdefault(section, {}) if section else record, _anonymous(value)
+    if isinstance(value, dict):
+        rows.setdefault(row, {}).update(value)
+    else:
+        rows[row] = value
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value) if isinstance(value, dict) else {name: value}
-    return flat
+def _anonymous(value: Any) -> Any:
+    """The value with files instead of paths, and without the names of the user and of the machine."""
+    if isinstance(value, dict):
+        return {str(key): _anonymous(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_anonymous(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    text = _FOLDERS.sub("", value.replace(str(Path.home()), ""))
+    for name in filter(None, (Path.home().name, platform.node())):
+        text = re.sub(rf"\b{re.escape(name)}\b", "…", text)
+    return text
 
 
-def commit() -> str:
-    """The checked-out commit, with "+" after it if tracked files differ from it; "unknown" outside a checkout."""
-    command = ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result as indented JSON; the file is complete or absent. OutputError if it cannot be written."""
+def write(path: Path, record: Record) -> None:
+    """Write a record as indented JSON; the file is complete or absent. OutputError if it cannot be written."""
     prepare_folder(path.parent)
     with whole_file(path) as partial:
-        partial.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")

@@ -19,8 +19,6 @@ PAIR = ("dense", "sparse")
 
 @dataclass(frozen=True)
 class Machine:
-    """The device and the CPU threads."""
-
     device: Annotated[str | None, "cpu or cuda; by default the GPU if torch sees one."] = None
     threads: Annotated[int | None, "CPU threads; torch's own choice by default.", 1] = None
 
@@ -46,7 +44,7 @@ class Place:
     dtype: Annotated[Literal["bfloat16", "float16", "float32"], "bfloat16, float16 or float32."] = "bfloat16"
 
     def prepare(self) -> tuple[torch.device, torch.dtype]:
-        """Set the number of threads; returns device and dtype. Raises ValueError if they cannot be measured here."""
+        """Device and dtype, as `Machine.prepare` does."""
         import torch
 
         return self.machine.prepare(), getattr(torch, self.dtype)
@@ -82,10 +80,12 @@ class Model:
 
 @dataclass(frozen=True)
 class AttentionBench:
+    """One layer's self-attention, chunk by chunk of an 81-frame video: the kernel alone and with its selection."""
+
     tokens_per_frame: Annotated[int, "1536 is 512x768, 1560 is 480x832."] = 1536
     heads: Annotated[int, "The 1.3B model has 12; 2 keep a CPU run short."] = 12
     block: Annotated[tuple[int, int], "Tokens per query and per key block."] = (64, 64)
-    sparsity: Annotated[float | None, "One for every chunk; the published growth by default."] = None
+    sparsity: Annotated[tuple[float, ...], "One or more for every chunk; the published growth by default."] = ()
     chunks: Annotated[tuple[int, ...], "Chunks from 2 to 7, counted from 1."] = (2, 3, 4, 5, 6, 7)
     backend: Annotated[tuple[str, ...], "Sparse backends; by default all that can run, the reference if none can."] = ()
     estimator: Annotated[str, "mean as published, or lse."] = "mean"
@@ -97,17 +97,32 @@ class AttentionBench:
 
 @dataclass(frozen=True)
 class StepBench:
+    """One forward of one chunk at real 1.3B shapes with random weights and a full cache, and its operations."""
+
     chunk: Annotated[int, "Chunk from 2 to 7, counted from 1."] = 7
     model: Model = Model()
     picture: Picture = Picture()
     backend: Annotated[str, "Sparse backend."] = "auto"
-    cuda_graph: Annotated[bool, "Measure both arms as CUDA graphs too."] = False
+    cuda_graph: Annotated[bool, "Measure dense and sparse as CUDA graphs too."] = False
+    fp8: Annotated[bool, "Measure sparse with FP8 layers too."] = False
+    repeats: Annotated[int, "Rounds in which each arm runs once.", 1] = 3
+    place: Place = Place()
+
+
+@dataclass(frozen=True)
+class DecodeBench:
+    """A chunk in the middle of a clip through VAEs and a TAE with random weights."""
+
+    vae_dims: Annotated[tuple[int, ...], "Widths of VAEs; 24 is LightVAE, 96 Wan's own."] = (24, 96)
+    picture: Picture = Picture()
     repeats: Annotated[int, "Rounds in which each arm runs once.", 1] = 3
     place: Place = Place()
 
 
 @dataclass(frozen=True)
 class RolloutBench:
+    """A whole video with random weights, tiny by default: time and peak memory of every chunk."""
+
     frames: Annotated[int, "Video frames, 1 + 4k: 81, 249, 961."] = 81
     arm: Annotated[tuple[str, ...], "Any of dense, sparse and even (no growth, to see constant cost)."] = PAIR
     setting: Annotated[Literal["short", "long"], "short sees every frame; long has window 12 and one sink."] = "short"
@@ -130,6 +145,8 @@ class RolloutBench:
 
 @dataclass(frozen=True)
 class GpuBench:
+    """Check and time everything on this machine, for a report without paths and names to paste into an issue."""
+
     quick: Annotated[bool, "About a minute: a covering set of checks, few rounds."] = False
     full: Annotated[bool, "About 15 minutes: 20 rounds of everything."] = False
     apply: Annotated[bool, "Try faster ways to compute, and use in later runs those that prove right and faster."] = (

@@ -1,33 +1,23 @@
-"""A report made in stages, each in a process of its own with a time limit; this process never touches the device.
+"""A record made in stages, each in a process of its own with a time limit; this process never touches the device.
 
-A stage sends its rows as they come. If it crashes or hangs, its rest is lost and the report says so, but
+A stage sends its rows as they come. If it crashes or hangs, its rest is lost and the record says so, but
 after a crash within a check of a kernel, the checks after it run in a new process.
 """
 
 import logging
 import multiprocessing
-import platform
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..lightforcing_core.fast_path import one_line
+from .record import Put, Record, add
 from .settings import Say
 
-Report = dict[str, Any]
-Put = Callable[[str, Any], object]  # adds a row, facts or a sentence to a section of the report
-Run = Callable[[Report, Put], str | None]
-SCHEMA = 1
+Run = Callable[[Record, Put], str | None]
 FINE = ("done", "skipped")
-# The report's sections; all but FACTS hold rows or sentences.
-FACTS = ("facts", "ceilings", "forward", "decode", "clip", "faults", "choices")
-SECTIONS = (*FACTS, "kernels", "attention", "stages", "advice")
-# The folders of a path that begins at a root or a drive.
-_FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:[\\/]+[^\s\\/:;'\"]+)*[\\/]+(?=[^\s\\/])")
 
 
 class NotHere(Exception):
@@ -35,7 +25,7 @@ class NotHere(Exception):
 
 
 class Stage(NamedTuple):
-    """run: a function that a new process can import; it reads the report so far, adds to it and may return a remark.
+    """run: a function that a new process can import; it reads the record so far, puts rows and may return a remark.
 
     seconds: its time limit.
     """
@@ -45,63 +35,66 @@ class Stage(NamedTuple):
     seconds: float
 
 
-def run_stages(stages: Iterable[Stage], say: Say) -> Report:
-    """Run the stages in order; returns the whole report, whose texts name no path, user or machine."""
-    report: Report = {"schema": SCHEMA, "key": "", "ok": True}
-    report |= {name: {} if name in FACTS else [] for name in SECTIONS}
+def run_stages(stages: Iterable[Stage], put: Put, say: Say) -> None:
+    """Run the stages in order and put all that they put; `ok`, and `advice` for what is wrong."""
+    record: Record = {"facts": {}, "kernels": {}, "stages": {}}
+
+    def put_both(*sent: Any) -> None:
+        add(record, *sent)
+        put(*sent)
+
+    put_both("", "schema", 1)
+    put_both("", "ok", False)
     for stage in stages:
         say(stage.name)
         started = time.perf_counter()
-        outcome = {"stage": stage.name} | _run(stage, report)
-        _add(report, "stages", outcome | {"seconds": round(time.perf_counter() - started, 1)})
-    wrong = [f"{row['kind']} is wrong here" for row in report["kernels"] if not row.get("verified", True)]
-    wrong += [f"stage {row['stage']} {row['state']}" for row in report["stages"] if row["state"] not in FINE]
-    report["advice"] += [f"{one}: please open an issue with this report" for one in wrong]
-    report["ok"] &= not wrong
-    return report
+        ends: list[dict[str, Any]] = []
+        while not ends or ends[-1]["state"] in ("crashed", "failed"):
+            unfinished = _unfinished(record)
+            ends.append(_run(stage, record, put_both))
+            if _unfinished(record) == unfinished:
+                break
+        rest = {"rest": ends[-1]["state"]} if len(ends) > 1 else {}
+        seconds = round(time.perf_counter() - started, 1)
+        put_both("stages", stage.name, ends[0] | rest | {"seconds": seconds})
+    wrong = {kind: "is wrong here" for kind, row in record["kernels"].items() if not row.get("verified", True)}
+    wrong |= {f"stage {name}": row["state"] for name, row in record["stages"].items() if row["state"] not in FINE}
+    for name, fault in wrong.items():
+        put("advice", name, f"{fault}: please open an issue with this report")
+    put("", "ok", not wrong and not record["facts"].get("outdated"))
 
 
-def _run(stage: Stage, report: Report) -> dict[str, Any]:
-    """Run one stage, and its rest as long as each crash leaves one more check of a kernel unfinished."""
-    unfinished = _unfinished(report)
-    outcome = _outcome(stage, report)
-    if outcome["state"] in ("crashed", "failed") and _unfinished(report) > unfinished:
-        rest = _run(stage, report)
-        outcome["rest"] = rest.get("rest", rest["state"])
-    return outcome
+def _unfinished(record: Record) -> int:
+    return sum(row.get("verified", True) is None for row in record["kernels"].values())
 
 
-def _unfinished(report: Report) -> int:
-    return sum(row.get("verified", True) is None for row in report["kernels"])
-
-
-def _outcome(stage: Stage, report: Report) -> dict[str, Any]:
-    """Run one stage and merge what it sends; returns how it ended."""
+def _run(stage: Stage, record: Record, put: Put) -> dict[str, Any]:
+    """Run one stage and put what it sends; returns how it ended."""
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
         context.set_forkserver_preload(["torch"])  # so that it is imported once
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(stage.run, report, theirs), daemon=True)
+    process = context.Process(target=_child, args=(stage.run, record, theirs), daemon=True)
     process.start()
     theirs.close()
     end = time.monotonic() + stage.seconds
     try:
         while ours.poll(max(0.0, end - time.monotonic())):
-            section, value = ours.recv()
-            if not section:
-                return value
-            _add(report, section, value)
-        return {"state": "hung", "reason": f"it did not end within {stage.seconds:g} s"}
+            sent = ours.recv()
+            if isinstance(sent, dict):
+                return sent
+            put(*sent)
+        return {"state": "hung", "remark": f"it did not end within {stage.seconds:g} s"}
     except EOFError:
         process.join()
-        return {"state": "crashed", "reason": f"its process ended with exit code {process.exitcode}"}
+        return {"state": "crashed", "remark": f"its process ended with exit code {process.exitcode}"}
     finally:
         process.kill()
         process.join(5)  # a hung driver call cannot be killed
 
 
-def _child(run: Run, report: Report, pipe: Connection) -> None:
+def _child(run: Run, record: Record, pipe: Connection) -> None:
     """Run a stage in its own process; the last message says how it ended and repeats the log's warnings."""
     warnings.simplefilter("ignore")  # of torch and Triton
     said: list[str] = []
@@ -110,36 +103,9 @@ def _child(run: Run, report: Report, pipe: Connection) -> None:
     logging.getLogger().addHandler(handler)
     state = "done"
     try:
-        reason = run(report, lambda section, value: pipe.send((section, value)))
+        remark = run(record, lambda *sent: pipe.send(sent))
     except NotHere as found:
-        state, reason = "skipped", str(found)
+        state, remark = "skipped", str(found)
     except BaseException as error:
-        state, reason = "failed", one_line(error)
-    pipe.send(("", {"state": state, "reason": reason or "", "warnings": said}))
-
-
-def _add(report: Report, section: str, value: Any) -> None:
-    """Merge a row into the one of its kind, facts into theirs; a sentence is added once."""
-    value, held = _anonymous(value), report[section]
-    if isinstance(held, dict):
-        held |= value
-    elif isinstance(value, dict) and (same := [row for row in held if row.get("kind", row) == value.get("kind")]):
-        same[0] |= value
-    elif isinstance(held, list) and value not in held:
-        held.append(value)
-    elif not isinstance(held, list):
-        report[section] = value
-
-
-def _anonymous(value: Any) -> Any:
-    """The value with files instead of paths, and without the names of the user and of the machine."""
-    if isinstance(value, dict):
-        return {key: _anonymous(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_anonymous(one) for one in value]
-    if not isinstance(value, str):
-        return value
-    text = _FOLDERS.sub("", value.replace(str(Path.home()), ""))
-    for name in filter(None, (Path.home().name, platform.node())):
-        text = re.sub(rf"\b{re.escape(name)}\b", "…", text)
-    return text
+        state, remark = "failed", one_line(error)
+    pipe.send({"state": state, "remark": remark or "", "warnings": said})

@@ -1,68 +1,77 @@
-"""Time several arms interleaved, so that a busy machine slows all equally."""
+"""The facts of the machine, and the time of several arms that take turns, so that a busy machine slows all equally."""
 
-import statistics
-import time
+import platform
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-WARM_UP = 2
+from ..lightforcing_core import machine, profile
+from ..lightforcing_core.fast_path import one_line
+from .record import Put
+
+WARM_UP = 3  # runs; the last of them record graphs
 
 
-def warm_up_rule(repeats: int) -> str:
-    """The rule of `take_turns`, as a sentence for the record."""
-    return (
-        f"every arm runs {WARM_UP} times untimed (compilation happens there), then {repeats} rounds in which each arm "
-        f"runs once, the first arm of a round rotating; medians with quartiles; a ratio is the median of the rounds' "
-        f"own ratios"
-    )
+def describe(put: Put, device: torch.device, bench: str, settings: Any) -> None:
+    """Put the facts of the machine, and the settings of a measurement."""
+    for name, fact in facts(device).items():
+        put("facts", name, fact)
+    put("arguments", bench, asdict(settings))
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    return {"median": statistics.median(values), "quartiles": list(map(float, np.quantile(values, (0.25, 0.75))))}
+def facts(device: torch.device) -> dict[str, Any]:
+    """Machine, versions and commit, in JSON types."""
+    found = profile.machine_of(device)[1] | {"system": platform.system(), "python": platform.python_version()}
+    if device.type == "cuda":
+        chip = torch.cuda.get_device_properties(device)
+        sizes = "total_memory", "multi_processor_count", "shared_memory_per_multiprocessor", "L2_cache_size"
+        found |= {name: getattr(chip, name) for name in sizes}
+        found |= {"cuda": torch.version.cuda, "free_memory": torch.cuda.mem_get_info(device)[0]}
+        found["allocator"] = torch.cuda.get_allocator_backend()
+    return found | {"commit": _commit()}
 
 
-def samples_of(arms: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    return {name: spread(seconds) | {"seconds": seconds} for name, seconds in arms.items()}
-
-
-def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-
-
-def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, Any]:
-    """The speed of the second arm relative to the first, from the rounds' ratios."""
-    return spread([a / b for a, b in zip(slow, fast, strict=True)])
+def _commit() -> str:
+    """The checked-out commit, with "+" after it if tracked files differ from it; "unknown" outside a checkout."""
+    folder = str(Path(__file__).parent)
+    command = ("git", "-C", folder, "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+")
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def take_turns(
-    arms: Mapping[str, Callable[[], object]], *, repeats: int, device: torch.device
+    arms: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, put: Put
 ) -> dict[str, list[float]]:
-    """The seconds of every arm in each of `repeats` rounds, by `warm_up_rule`."""
-    for arm in arms.values():
-        for _ in range(WARM_UP):
-            arm()
-    names = list(arms)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    """The milliseconds of every arm that runs here, in each of `repeats` rounds; puts why others do not run.
+
+    Every arm runs untimed first, then once in each round, the first arm of a round rotating.
+    """
+    taken: dict[str, list[float]] = {}
+    for name, arm in arms.items():
+        try:
+            for _ in range(WARM_UP):
+                machine.seconds_of(arm, device)
+            taken[name] = []
+        except (ImportError, RuntimeError) as error:
+            put("not here", name, one_line(error))
+    names = list(taken)
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(_seconds(arms[name], device))
-    return seconds
+            taken[name].append(1e3 * machine.seconds_of(arms[name], device))
+    return taken
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The time of one call, by events on a GPU and by the wall clock elsewhere."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    with torch.cuda.device(device):
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begun.record()
-        run()
-        ended.record()
-        ended.synchronize()
-    return float(begun.elapsed_time(ended)) / 1e3
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return dict(zip(("low", "median", "high"), np.quantile(values, (0.25, 0.5, 0.75)).tolist(), strict=True))
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
+    """How many times as fast the second arm is as the first, from the rounds' ratios."""
+    return spread([a / b for a, b in zip(slow, fast, strict=True)])

@@ -16,9 +16,10 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from lightforcing.benchmarks.console import Measured, measurement, new_table
-from lightforcing.benchmarks.record import facts
+from lightforcing.benchmarks.console import Out, carry_out, with_options
+from lightforcing.benchmarks.record import Put
 from lightforcing.benchmarks.settings import REAL_LAYERS, Model, Picture, Place, Say
+from lightforcing.benchmarks.timing import describe
 from lightforcing.lightforcing_core.attention.dispatch import choose_backend
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.memory.estimate import MemoryEstimate, estimate, meta_wan, size_of
@@ -95,31 +96,18 @@ CUDA_CASES = (
 )
 
 
-def run_memory(bench: Place, cases: tuple[MemoryCase, ...] = ()) -> dict[str, Any]:
-    """Estimate and measure cases, by default this device's; returns the record."""
+def run_memory(bench: Place, put: Put, say: Say = str) -> None:
+    """Estimated memory against the measured peak, for several configurations."""
     device, dtype = bench.prepare()
-    rows: list[dict[str, Any]] = []
-    for case in cases or (CUDA_CASES if device.type == "cuda" else CPU_CASES):
+    describe(put, device, "memory", bench)
+    for case in CUDA_CASES if device.type == "cuda" else CPU_CASES:
+        say(case.name)
         expected, backend = estimated(case, device, dtype)
         measured = measured_peak(case, device, dtype)
-        rows.append(
-            {
-                "case": asdict(case),
-                "backend": backend,
-                "estimated_bytes": expected.total,
-                "measured_bytes": measured,
-                "error": expected.total / measured - 1.0,
-                "parts": asdict(expected),
-                "summary": str(expected),
-            }
-        )
-    return {
-        "bench": "memory",
-        **facts(device, bench),
-        "measured": "peak of torch's allocator from before the weights are made to the last decoded chunk",
-        "largest_error": max(abs(row["error"]) for row in rows),
-        "cases": rows,
-    }
+        sizes = {"estimated MB": expected.total / 1e6, "measured MB": measured / 1e6}
+        put("peak memory", case.name, {"attention": backend, "error": expected.total / measured - 1.0, **sizes})
+        put("arguments", case.name, asdict(case))
+        put("parts", case.name, asdict(expected))
 
 
 def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tuple[MemoryEstimate, str]:
@@ -180,17 +168,7 @@ def measured_peak(case: MemoryCase, device: torch.device, dtype: torch.dtype) ->
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@measurement(app, Place)
-def memory(bench: Place, say: Say) -> Measured:
-    """Estimated memory against the measured peak, for several configurations."""
-    result = run_memory(bench)
-    table = new_table("peak memory", "run", "attention", "error", "estimated MB", "measured MB")
-    for row in result["cases"]:
-        sizes = (f"{row[size] / 1e6:.1f}" for size in ("estimated_bytes", "measured_bytes"))
-        table.add_row(row["case"]["name"], row["backend"], f"{row['error']:+.1%}", *sizes)
-    return result, table, []
+app.command("memory", help=run_memory.__doc__)(with_options(Place, partial(carry_out, run_memory), Out, None))
 
 
 if __name__ == "__main__":

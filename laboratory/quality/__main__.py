@@ -7,8 +7,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lightforcing.benchmarks.console import new_console, new_table, show, with_options
-from lightforcing.benchmarks.record import facts, write
+from lightforcing.benchmarks.console import carry_out, with_options
+from lightforcing.benchmarks.record import Put
+from lightforcing.benchmarks.settings import Say
+from lightforcing.benchmarks.timing import describe
 from lightforcing.lightforcing_core.demo.model import demo_video
 
 from .bench import QualityBench, run_quality
@@ -34,25 +36,26 @@ Folder = Annotated[Path, typer.Option(help="Folder for rows.jsonl, quality.json,
 
 def run(bench: QualityBench, out: Path) -> None:
     """Measure the effect of sparsity on videos: against their captions and dense ones, over time and by layer."""
-    console = new_console()
-    with console.status("running") as status:
-        rows = run_quality(bench, out, lambda done, total: status.update(f"{done} of {total} rows"))
-    record = {"bench": "quality", **facts(bench.machine.prepare(), bench)}
-    record |= {"video": asdict(demo_video(bench.models)), "rows": len(rows)}
-    record["arguments"]["models"] = bench.models.name
-    write(out / "quality.json", record)
-    found = summary(rows)
-    table = new_table(
-        "the paper's claims", "claim", "sparsity", "measure", "worse by", "95 % interval", "effect", "seeds"
-    )
-    table.add_column("verdict", justify="right")
-    for claim in found["claims"]:
-        names = f"{claim['worse'].rpartition(' ')[0]} / {claim['better'].rpartition(' ')[0] or claim['better']}"
-        interval = f"{claim['low']:.3g} to {claim['high']:.3g}"
-        effect = "-" if claim["effect"] is None else f"{claim['effect']:.2f}"
-        numbers = f"{claim['sparsity']:g}", claim["measure"], f"{claim['mean']:.3g}", interval, effect
-        table.add_row(names, *numbers, str(claim["seeds"]), claim["verdict"])
-    show(console, record, table, [f"wrote {page}" for page in write_pages(out, rows, found)])
+
+    def measure(bench: QualityBench, put: Put, say: Say) -> None:
+        rows = run_quality(bench, out, lambda done, total: say(f"{done} of {total} rows"))
+        describe(put, bench.machine.prepare(), "quality", bench)
+        put("", "bench", "quality")
+        put("", "rows", len(rows))
+        put("arguments", "quality", {"models": bench.models.name})
+        for name, value in asdict(demo_video(bench.models)).items():
+            put("video", name, value)
+        found = summary(rows)
+        for claim in found["claims"]:
+            worse, better = (claim[side].rpartition(" ")[0] or claim[side] for side in ("worse", "better"))
+            columns = {name: claim[name] for name in ("sparsity", "measure", "effect", "seeds", "verdict")}
+            interval = {"median": claim["mean"], "low": claim["low"], "high": claim["high"]}
+            name = f"{worse} / {better}, {claim['measure']} at {claim['sparsity']:g}"
+            put("the paper's claims", name, {"worse by": interval, **columns})
+        for page in write_pages(out, rows, found):
+            put("wrote", page.name, "")
+
+    carry_out(measure, bench, out / "quality.json")
 
 
 app.command("run", help=run.__doc__)(with_options(QualityBench, run, Folder, ...))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightforcing.benchmarks.settings import Machine
+from lightforcing.benchmarks.step import quantize_linears
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.demo.captions import caption_of, context_of_caption
 from lightforcing.lightforcing_core.demo.model import DIT, SHIPPED, DemoModel, DemoVideo, demo_video, load_demo_model
@@ -27,7 +28,6 @@ from lightforcing.lightforcing_core.rollout.schedule import Schedule, latent_fra
 from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
 
 from .arms import Arm, all_arms, chosen
-from .fp8 import quantize_linears
 from .measures import against_caption, against_dense, over_time
 from .probe import AttentionProbe, is_probed
 from .rows import ROWS, Row, lines_of, open_rows, rounded

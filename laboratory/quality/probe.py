@@ -66,7 +66,8 @@ class AttentionProbe:
             q, k, v = (_permuted(x, order) for x in (q, k, v))
         sparsity = arm.growth[self._chunk] if arm.growth is not None else 0.0
         layer = LayerAttention(q, k, v, tokens_per_frame=tokens, sparsity=sparsity, options=options, kv=arm.kv.dtype)
-        return _permuted(layer(), order.argsort()) if options.tiles else layer()
+        y = layer.arm()()
+        return _permuted(y, order.argsort()) if options.tiles else y
 
 
 def _permuted(x: Tensor, order: Tensor) -> Tensor:

@@ -3,15 +3,16 @@
 import json
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from lightforcing.benchmarks import attention, layer, step
-from lightforcing.benchmarks.rollout import EARLY, over_rounds, summarise
+from lightforcing.benchmarks import attention, decode, rollout, step
+from lightforcing.benchmarks.record import add
 from lightforcing.benchmarks.settings import AttentionBench, Machine, Model, Picture, Place, StepBench
-from lightforcing.benchmarks.timing import ratio, take_turns
+from lightforcing.benchmarks.timing import WARM_UP, ratio, take_turns
 from lightforcing.cli.main import app
 from lightforcing.lightforcing_core.model import cuda_graph
 
@@ -19,7 +20,6 @@ from ..support.tape import TapeRecorder
 
 CPU = torch.device("cpu")
 ON_CPU = Place(Machine("cpu"))
-MACHINE = {"machine", "threads", "torch", "triton", "commit", "arguments", "gpu", "bench"}
 TINY_MODEL = ("--dim", 128, "--ffn-dim", 128, "--layers", 1, "--height", 32, "--width", 32)
 
 
@@ -27,84 +27,65 @@ def run(*arguments):
     return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
-def record(tmp_path, *arguments):
+def record(tmp_path, name, *arguments):
     path = tmp_path / "new" / "result.json"
-    done = run(*arguments, "--device", "cpu", "--out", path)
+    done = run(name, *arguments, "--device", "cpu", "--out", path)
     assert done.exit_code == 0, done.output
     result = json.loads(path.read_text())
-    assert set(result) >= MACHINE
-    assert result["bench"] == arguments[0]
+    assert set(result["facts"]) >= {"name", "threads", "torch", "triton", "commit"}
+    assert result["arguments"][name]["place"] == {"machine": {"device": "cpu", "threads": None}, "dtype": "bfloat16"}
     return result, done.output
 
 
+def recorded(measure, bench):
+    result = {}
+    measure(bench, lambda *row: add(result, *row))
+    return result
+
+
 def median_ratio(slow, fast):
-    return statistics.median(a / b for a, b in zip(slow["seconds"], fast["seconds"], strict=True))
+    return pytest.approx(statistics.median(a / b for a, b in zip(slow, fast, strict=True)))
 
 
 def test_attention_compares_both_arms_of_each_chunk(tmp_path):
     small = ("--tokens-per-frame", 24, "--heads", 1, "--block", "16,16", "--chunks", "2,7", "--repeats", 3)
     result, output = record(tmp_path, "attention", *small, "--backend", "reference")
-    assert [row["chunk"] for row in result["chunks"]] == [2, 7]
-    assert [(row["queries"], row["keys"]) for row in result["chunks"]] == [(72, 144), (72, 504)]
-    for row in result["chunks"]:
-        arms, ratios = row["arms"], row["ratios"]["reference"]
-        assert set(arms) == {"dense sdpa", "selection", "kernel reference", "whole reference"}
-        assert all(len(arm["seconds"]) == 3 for arm in arms.values())
-        assert ratios["kernel"]["median"] == pytest.approx(median_ratio(arms["dense sdpa"], arms["kernel reference"]))
-        assert ratios["with_selection"]["median"] == pytest.approx(
-            median_ratio(arms["dense sdpa"], arms["whole reference"])
-        )
-        assert row["selection_share_of_dense"] == pytest.approx(median_ratio(arms["selection"], arms["dense sdpa"]))
-        assert row["ideal_ratio"] == row["key_blocks"] / row["kept_blocks"]
-        assert row["largest_error"]["reference"] < 0.02
-    for words in ("with selection", "warm-up: every arm runs 2 times", "commit"):
+    assert list(result["attention"]) == ["chunk 2, 83%, reference", "chunk 7, 90%, reference"]
+    for row, ms in zip(result["attention"].values(), result["ms"].values(), strict=True):
+        assert set(ms) == {"dense torch", *(f"{name} reference" for name in ("kernel", "whole", "selection"))}
+        assert all(len(times) == 3 for times in ms.values())
+        assert row["kernel ×"]["median"] == median_ratio(ms["dense torch"], ms["kernel reference"])
+        assert row["whole ×"]["median"] == median_ratio(ms["dense torch"], ms["whole reference"])
+        assert row["ideal ×"] > 5
+        assert row["error"] < 0.02
+    for words in ("chunk 7, 90%, reference", "commit", "whole ×"):
         assert words in output
 
 
 def test_attention_takes_other_options_and_refuses_to_time_a_wrong_result(monkeypatch):
     bench = AttentionBench(24, 1, (16, 16), chunks=(2,), backend=("reference",), repeats=1, place=ON_CPU)
-    options = replace(bench, estimator="lse", tail=True, kv="int8")
-    for one in (bench, options):
-        assert attention.run_attention(one, print)["chunks"][0]["largest_error"]["reference"] < 0.01
-    monkeypatch.setattr(layer, "sparse_attention", lambda q, k, v, **rest: torch.zeros_like(q))
+    options = replace(bench, estimator="lse", tail=True, kv="int8", sparsity=(0.5, 0.8))
+    for one, rows in ((bench, 1), (options, 2)):
+        found = recorded(attention.measure, one)["attention"]
+        assert [row["error"] < 0.01 for row in found.values()] == rows * [True]
+    monkeypatch.setattr(
+        attention.LayerAttention, "arm", lambda self, blocks: lambda: torch.full_like(self.q, self.q.element_size())
+    )
     with pytest.raises(RuntimeError, match="differs from the reference"):
-        attention.run_attention(bench, print)
+        recorded(attention.measure, bench)
 
 
-def test_attention_takes_every_backend_that_can_run_but_not_the_reference():
-    bench = AttentionBench(24, 1, (16, 16))
-    q, k = torch.zeros(1, 72, 1, 128), torch.zeros(1, 144, 1, 128)
-    absent = {}
-    able = attention._sparse_backends(bench, q, k, absent)
-    assert able
-    assert set(able).isdisjoint(absent)
-    assert "triton" in absent  # its interpreter is no backend to be timed
-    assert "reference" not in able or able == ["reference"]
-
-
-def test_step_times_both_arms_and_their_operations(tmp_path):
-    result, output = record(tmp_path, "step", *TINY_MODEL, "--repeats", 2, "--chunk", 3)
-    arms = result["arms"]
-    assert result["ratio"]["median"] == pytest.approx(median_ratio(arms["dense"], arms["sparse"]))
-    assert (result["queries"], result["keys"]) == (12, 36)
-    assert result["density"] < 1.0
-    for operations in result["stages"].values():
-        assert "aten::addmm" in operations
-        assert list(operations.values()) == sorted(operations.values(), reverse=True)
-    assert result["host_ms"] > 0
-    assert "one forward of 1 layers, chunk 3" in output
-
-
-def test_rollout_lists_every_chunk_and_compares_whole_videos(tmp_path):
-    result, output = record(tmp_path, "rollout", *TINY_MODEL, "--decode", "--vae-dim", 4, "--frames", 25)
-    rows = result["chunks"]
-    assert [row["latent_frames"] for row in rows] == [3, 3, 1]
-    totals = {arm: sum(sum(row[arm].values()) for row in rows) for arm in ("dense", "sparse")}
-    assert all(set(row["sparse"]) == {"sample", "decode"} for row in rows)
-    assert all(row["peak_bytes"] > 0 for row in rows)
-    assert result["dense_over_sparse"]["video"] == pytest.approx(totals["dense"] / totals["sparse"])
-    assert "flatness" not in result
-    assert "as fast as dense: video" in output
+def test_step_times_both_arms_and_their_operations(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "why_not_scaled_mm", lambda *_: None)
+    result, output = record(tmp_path, "step", *TINY_MODEL, "--repeats", 2, "--chunk", 3, "--fp8", "--cuda-graph")
+    forward, ms = result["forward"], result["ms"]["forward"]
+    assert forward["sparse"]["times as fast"]["median"] == median_ratio(ms["dense"], ms["sparse"])
+    assert forward["fp8"]["times as fast"]["median"] == median_ratio(ms["sparse"], ms["fp8"])
+    assert forward["sparse"]["density"] < 1.0
+    assert forward["sparse"]["host ms"] > 0
+    assert set(result["operations"]["aten::addmm"]) >= {"dense ms", "sparse ms"}
+    assert "CUDA graphs are for NVIDIA GPUs" in result["not here"]["graph"]
+    assert "times as fast" in output
 
 
 def test_step_measures_each_arm_as_a_graph_too(monkeypatch):
@@ -113,58 +94,73 @@ def test_step_measures_each_arm_as_a_graph_too(monkeypatch):
     monkeypatch.setattr(cuda_graph, "_checked", set())
     monkeypatch.setattr(TapeRecorder, "events", [])
     model, place = Model(128, 128, 1), Place(Machine("cpu"), "float32")
-    bench = StepBench(2, model, Picture(32, 32), repeats=2, cuda_graph=True, place=place)
-    result = step.run_step(bench)
-    arms = result["arms"]
-    assert set(arms) == {"dense", "sparse", "dense, graph", "sparse, graph"}
+    result = recorded(step.measure, StepBench(2, model, Picture(32, 32), repeats=2, cuda_graph=True, place=place))
+    ms = result["ms"]["forward"]
+    assert set(ms) == {"dense", "sparse", "dense graph", "sparse graph"}
     for name in ("dense", "sparse"):
-        assert result["graph_ratio"][name]["median"] == pytest.approx(median_ratio(arms[name], arms[f"{name}, graph"]))
-    # Recorded in the second of two warm-up runs, timed as launches only.
-    assert [kind for kind, _ in TapeRecorder.events] == 2 * ["record", "launch"] + 4 * ["launch"]
-    assert set(result["stages"]) == {"dense", "sparse"}
+        assert result["forward"][f"{name} graph"]["times as fast"]["median"] == median_ratio(
+            ms[name], ms[f"{name} graph"]
+        )
+    # Recorded in the second of the warm-up runs, then timed as launches only.
+    launches = WARM_UP - 2
+    assert [kind for kind, _ in TapeRecorder.events] == 2 * ["record", *((1 + launches) * ["launch"])] + 4 * ["launch"]
 
 
-def test_rounds_give_the_median_and_the_most_memory(tmp_path):
-    result, _ = record(tmp_path, "rollout", *TINY_MODEL, "--frames", 9, "--rounds", 3)
-    assert len(result["chunks"]) == 1
-    rows = [
-        {"chunk": 1, "dense": {"sample": seconds}, "peak_bytes": peak}
-        for seconds, peak in ((3.0, 10), (1.0, 30), (2.0, 20))
-    ]
-    assert over_rounds(rows, ["dense"]) == {"chunk": 1, "dense": {"sample": 2.0}, "peak_bytes": 30}
+def test_decode_times_vaes_and_a_tae(tmp_path):
+    result, _ = record(tmp_path, "decode", "--vae-dims", 4, "--height", 32, "--width", 48, "--repeats", 2)
+    assert set(result["decode"]) == {"TAE", "VAE 4"}
+    assert all(row["ms per chunk"]["median"] > 0 for row in result["decode"].values())
+    frames = decode.StreamingDecoder(decode.random_tae(), tae_latents="normalised").decode(torch.randn(1, 16, 2, 2, 3))
+    assert frames.shape == (1, 5, 16, 24, 3)
 
 
-def test_rollout_of_one_arm_has_no_ratio_and_says_what_became_of_cuda_graphs(tmp_path):
-    options = ("--arm", "sparse", "--setting", "long", "--frames", 21, "--cuda-graph", "auto")
-    overlap = ("--decode", "--overlap", "--vae-dim", 4)  # times sampling and decoding as one
-    result, output = record(tmp_path, "rollout", *TINY_MODEL, *options, *overlap)
-    assert [set(row["sparse"]) for row in result["chunks"]] == [{"both"}, {"both"}]
-    assert result["seconds"]["sparse"] == pytest.approx(sum(row["sparse"]["both"] for row in result["chunks"]))
-    assert result["cuda_graphs"] == {"sparse": "not used: CUDA graphs are for NVIDIA GPUs, not for cpu"}
-    assert "CUDA graphs, sparse: not used: CUDA graphs are for NVIDIA GPUs" in output
-    assert "dense_over_sparse" not in result
-    assert set(result["seconds"]) == {"sparse"}
+def test_rollout_lists_every_chunk_and_compares_whole_videos(tmp_path):
+    result, output = record(tmp_path, "rollout", *TINY_MODEL, "--decode", "--vae-dim", 4, "--frames", 25)
+    assert [row["latent frames"] for row in result["chunks"].values()] == [3, 3, 1]
+    dense, sparse = (sum(row[f"{arm} ms"] for row in result["chunks"].values()) for arm in ("dense", "sparse"))
+    assert all(row["sparse ms"] > row["sparse decode ms"] > 0 for row in result["chunks"].values())
+    assert result["times as fast as dense"]["video"]["median"] == pytest.approx(dense / sparse)
+    assert result["clip"]["sparse"]["FPS"] == pytest.approx(25e3 / sparse)
+    assert "flatness" not in result
+    assert "CUDA graphs are for NVIDIA GPUs" in output
 
 
-def test_flatness_compares_chunks_of_full_length():
-    rows = [
-        {"chunk": n, "latent_frames": 3, "sparse": {"sample": 1.0 if n <= 20 else 1.5}, "peak_bytes": 100 + n}
-        for n in range(1, 81)
-    ]
-    rows.append({"chunk": 81, "latent_frames": 1, "sparse": {"sample": 9.0}, "peak_bytes": 999})
-    result = summarise(rows, ("sparse",))
-    assert result["flatness"] == {"chunks": [10, 80], "memory": 180 / 110, "sparse_seconds": 1.5}
-    assert result["peak_bytes"] == 999
-    assert "flatness" not in summarise(rows[: 2 * EARLY - 1], ("sparse",))
+def test_rollout_of_one_arm_has_no_ratio(tmp_path):
+    options = ("--arm", "sparse", "--setting", "long", "--frames", 21, "--decode", "--overlap", "--vae-dim", 4)
+    result, _ = record(tmp_path, "rollout", *TINY_MODEL, *options)
+    assert set(result["clip"]) == {"sparse"}
+    assert "times as fast as dense" not in result
 
 
-def test_arms_take_turns_after_their_warm_up_and_a_ratio_is_made_of_rounds():
-    calls = []
-    samples = take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=3, device=CPU)
-    assert "".join(calls) == "aabb" + "ab" + "ba" + "ab"
-    assert [len(seconds) for seconds in samples.values()] == [3, 3]
+def test_rollout_takes_medians_of_rounds_and_says_how_flat_chunks_of_full_length_are():
+    def video(slower):
+        seconds = [slower * (1.0 if n <= 20 else 1.5) for n in range(1, 81)] + [9.0]
+        chunks = [
+            SimpleNamespace(index=n, frames=3 if n < 80 else 1, seconds={"denoise": s, "output": 0.0})
+            for n, s in enumerate(seconds)
+        ]
+        return SimpleNamespace(chunks=chunks, facts={}), [100.0 + n + slower for n in range(1, 82)]
+
+    result = {}
+    rollout.summarise({"sparse": [video(x) for x in (3, 1, 2)]}, lambda *row: add(result, *row))
+    assert result["chunks"]["1"] == {
+        "latent frames": 3,
+        "sparse ms": 2000.0,
+        "sparse decode ms": 0.0,
+        "sparse peak MB": 104.0,
+    }
+    assert list(result["flatness"]["sparse"].values()) == [183 / 113, 1.5]
+
+
+def test_arms_take_turns_after_their_warm_up_and_one_that_does_not_run_says_why():
+    calls, absent = [], {}
+    arms = {name: lambda name=name: calls.append(name) for name in "ab"} | {"c": lambda: torch.ones(2) @ torch.ones(3)}
+    ms = take_turns(arms, 3, CPU, lambda *row: add(absent, *row))
+    assert "".join(calls) == WARM_UP * "a" + WARM_UP * "b" + "ab" + "ba" + "ab"
+    assert {name: len(times) for name, times in ms.items()} == {"a": 3, "b": 3}
+    assert absent["not here"]["c"].startswith("RuntimeError")
     # The median of the rounds, not of the medians.
-    assert ratio((1.0, 8.0, 4.0), (1.0, 2.0, 2.0)) == {"median": 2.0, "quartiles": [1.5, 3.0]}
+    assert ratio((1.0, 8.0, 4.0), (1.0, 2.0, 2.0)) == {"low": 1.5, "median": 2.0, "high": 3.0}
 
 
 @pytest.mark.parametrize(
@@ -174,6 +170,7 @@ def test_arms_take_turns_after_their_warm_up_and_a_ratio_is_made_of_rounds():
         (["attention", "--chunks", "x"], "chunks 'x' is not a list of numbers like 2-4,7"),
         (["attention", "--block", "64"], "block '64' is not a list of 2 numbers"),
         (["attention", "--backend", "magic"], "unknown attention backend 'magic'"),
+        (["attention", "--backend", "flash4"], "attention backend 'flash4' cannot run"),
         (["step", "--chunk", "8"], "chunk 8 has no sparse arm; use 2 to 7"),
         (["step", "--dtype", "int8"], "dtype 'int8' is not known; use bfloat16, float16, float32"),
         (["rollout", "--frames", "80"], "length 80 is not 1 + 4·k video frames; use 77 or 81"),
@@ -183,7 +180,6 @@ def test_arms_take_turns_after_their_warm_up_and_a_ratio_is_made_of_rounds():
         (["rollout", "--overlap", "--decode"], "overlap cannot measure the interleaved arms dense, sparse"),
         (["rollout", "--cuda-graph", "yes"], "cuda_graph 'yes' is not known; use auto, on, off"),
         (["rollout", "--cuda-graph", "on", "--device", "cpu"], "CUDA graphs are for NVIDIA GPUs, not for cpu"),
-        (["step", "--cuda-graph", "--device", "cpu"], "CUDA graphs are for NVIDIA GPUs, not for cpu"),
         (["rollout", "--device", "mps"], "device 'mps' cannot be measured"),
     ],
 )

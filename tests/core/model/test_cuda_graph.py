@@ -9,7 +9,7 @@ import logging
 import pytest
 import torch
 
-from lightforcing.laboratory.quality.fp8 import quantize_linears
+from lightforcing.benchmarks.step import quantize_linears
 from lightforcing.lightforcing_core import machine
 from lightforcing.lightforcing_core.attention import selection
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
