@@ -22,7 +22,7 @@ from lightforcing.benchmarks.settings import REAL_LAYERS, Model, Picture, Place,
 from lightforcing.benchmarks.timing import describe
 from lightforcing.lightforcing_core.attention.dispatch import choose_backend
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
-from lightforcing.lightforcing_core.memory.estimate import MemoryEstimate, estimate, meta_wan, size_of
+from lightforcing.lightforcing_core.memory.estimate import MemoryEstimate, decode_bytes, estimate, meta_wan, size_of
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.loop import rollout
@@ -126,10 +126,10 @@ def estimated(case: MemoryCase, device: torch.device, dtype: torch.dtype) -> tup
         kv=case.kv,
         backend=backend,
         dtype=dtype,
-        vae_dim=case.vae_dim,
-        vae_dtype=dtype,
-        decode_tiles=case.decode_tiles,
     )
+    if case.vae_dim:
+        latents = case.batch, 16, frames[0], *case.picture.latent
+        expected = replace(expected, **decode_bytes(latents, case.vae_dim, dtype, case.decode_tiles))
     return expected, backend if case.schedule.target else "dense"
 
 

@@ -27,7 +27,6 @@ from ..model.causal import ModelState, TextMemory, predict
 from ..model.kv_cache import KVCache
 from ..model.kv_storage import CacheShape, KVOptions
 from ..model.wan import HEAD_DIM, Wan
-from ..refusal import Refusal
 from ..rollout.recipe import Recipe
 from ..vae.streaming import FRAMES_AT_ONCE, StreamingDecoder
 from ..vae.tiled import TiledDecoder, tile_spans
@@ -97,25 +96,16 @@ def estimate(
     kv: KVOptions | None = None,
     backend: str = "triton",
     dtype: torch.dtype = torch.bfloat16,
-    vae_dim: int | None = None,
-    vae_dtype: torch.dtype = torch.bfloat16,
-    decode_tiles: int = 0,
 ) -> MemoryEstimate:
     """The memory of a rollout of `recipe`, whose tensors may be on the meta device.
 
     weights: bytes of the model's on the device.
     backend: of sparse chunks, as `choose_backend` names it.
     dtype: of the computation.
-    vae_dim: the width of the VAE that decodes each chunk on the same device (24 LightVAE, 96 Wan's own); None if
-        nothing is decoded.
-    decode_tiles: tiles per side, see `TiledDecoder`; 0 decodes `FRAMES_AT_ONCE` latent frames of a picture at once.
 
-    Not counted: the text encoder, and the memory that an allocator wastes between tensors.
-    Raises Refusal for an unknown backend.
+    Not counted: decoding (see `decode_bytes`), the text encoder, and memory that an allocator wastes between tensors.
     """
     named = {one.name: one for one in (*BACKENDS, DENSE)}
-    if backend not in named:
-        raise Refusal("backend", f"{backend!r} is not known", f"use one of {', '.join(map(repr, named))}")
     kv, passes = kv or KVOptions(), len(recipe.guides)
     shape = recipe.cache_shape(layers=model.layers, heads=model.dim // HEAD_DIM, head_dim=HEAD_DIM, dtype=dtype)
     batch, channels, _, height, width = recipe.latent_shape
@@ -125,18 +115,12 @@ def estimate(
     # The Triton kernel reads an 8-bit cache in dense chunks too.
     runs = (*[named[backend]] * has_sparse_chunks, *[DENSE] * (options.backend != "triton"))
     step, prompt = _step_bytes(model, shape, latents, recipe.prompts[0].context.shape[1], options, runs, kv)
-    vae = history = decode = 0
-    if vae_dim is not None:
-        vae, history, decode = decode_bytes(latents, vae_dim, vae_dtype, decode_tiles)
     cache = KVCache(shape, kv, "meta")
     return MemoryEstimate(
         weights=weights,
         cache=passes * cache.nbytes,
         prompt=passes * prompt,
         step=step,
-        vae=vae,
-        history=history,
-        decode=decode,
         host=passes * cache.storage.host_bytes,
     )
 
@@ -191,11 +175,13 @@ class _DryState(ModelState):
 
 @functools.lru_cache(maxsize=16)
 def decode_bytes(
-    shape: tuple[int, ...], vae_dim: int, vae_dtype: torch.dtype, tiles: int, *, on_host: bool = False
-) -> tuple[int, int, int]:
-    """Bytes of a Wan VAE's weights, its decoder's history, and decoding one chunk of latents [B, C, frames, h, w].
+    shape: tuple[int, ...], vae_dim: int, vae_dtype: torch.dtype, tiles: int = 0, *, on_host: bool = False
+) -> dict[str, Any]:
+    """vae, history and decode of `MemoryEstimate` for chunks of latents [B, C, frames, h, w].
 
-    tiles: `decode_tiles` of `estimate`. on_host: on the CPU, where tiles that wait take the same memory.
+    vae_dim: the width of the VAE: 24 LightVAE, 96 Wan's own.
+    tiles: per side, see `TiledDecoder`; 0 decodes `FRAMES_AT_ONCE` latent frames of a picture at once.
+    on_host: on the CPU, where tiles that wait take the same memory.
     """
     with torch.device("meta"):
         vae = WanVAE(vae_dim).to(vae_dtype)
@@ -210,7 +196,7 @@ def decode_bytes(
     decode = peak.peak - history
     if not on_host:
         history //= len(tile_spans(shape[-2], tiles)) * len(tile_spans(shape[-1], tiles))
-    return sum(tensor.nbytes for tensor in vae.parameters()), history, decode
+    return {"vae": sum(tensor.nbytes for tensor in vae.parameters()), "history": history, "decode": decode}
 
 
 def meta_wan(dim: int, ffn_dim: int, layers: int, text_dim: int, dtype: torch.dtype) -> Wan:

@@ -17,7 +17,7 @@ from ..refusal import check_size
 from ..rollout.recipe import Recipe, few_step_sigmas
 from ..rollout.schedule import Schedule, latent_frames_of
 from ..vae.wan_vae import LATENT_CHANNELS
-from .estimate import MemoryEstimate, estimate, gib
+from .estimate import MemoryEstimate, decode_bytes, estimate, gib
 
 # The share that an allocator loses between tensors and a GPU needs for itself.
 HEADROOM = 0.08
@@ -129,11 +129,12 @@ def describe_memory(model: WanSize, family: Family, *, height: int, width: int, 
         context=torch.empty(1, TEXT_TOKENS, model.text_dim, device="meta"),
         **schedule.arguments(),
     )
-    weights = 2 * model.parameters
-    plain, small, far = (estimate(model, recipe, weights=weights, kv=kv, vae_dim=LIGHT_VAE) for kv in LADDER)
+    plain, small, far = (estimate(model, recipe, weights=2 * model.parameters, kv=kv) for kv in LADDER)
+    chunk = (*recipe.latent_shape[:2], max(recipe.chunk_lengths()), *recipe.latent_shape[3:])
+    light, full = (decode_bytes(chunk, dim, torch.bfloat16) for dim in (LIGHT_VAE, WAN_VAE))
     return [
-        ("memory", f"{length} frames at {height}x{width} in bfloat16, LightVAE decoding: {plain}"),
-        ("8-bit KV cache", str(small)),
-        ("... in CPU memory", str(far)),
-        ("full Wan VAE", str(estimate(model, recipe, weights=weights, vae_dim=WAN_VAE))),
+        ("memory", f"{length} frames at {height}x{width} in bfloat16, LightVAE decoding: {replace(plain, **light)}"),
+        ("8-bit KV cache", str(replace(small, **light))),
+        ("... in CPU memory", str(replace(far, **light))),
+        ("full Wan VAE", str(replace(plain, **full))),
     ]

@@ -163,17 +163,16 @@ class FrameDecoder:
     def bytes_of(self, tiles: int) -> dict[str, Any]:
         """vae, history and decode of `MemoryEstimate`, for `tiles` × `tiles` tiles."""
         batch, channels, _, height, width = self._shape
-        vae = self._vae.patcher.model_size()
+        vae = {"vae": self._vae.patcher.model_size()}
         if not self._is_tae:
             shape = (batch, channels, FRAMES_AT_ONCE, height, width)
             dim, on_host = self._vae.first_stage_model.dim, self._vae.device.type == "cpu"
             with torch.inference_mode(False):  # inference mode hides the copies that a convolution makes
-                _, history, decode = decode_bytes(shape, dim, self._vae.vae_dtype, tiles, on_host=on_host)
-            return {"vae": vae, "history": history, "decode": decode}
+                return decode_bytes(shape, dim, self._vae.vae_dtype, tiles, on_host=on_host) | vae
         tile = [max(stop - start for start, stop in tile_spans(size, tiles)) for size in (height, width)]
         frames = 4 * FRAMES_AT_ONCE * 3 * batch * 64 * height * width * torch.float32.itemsize
         alive = TAE_ELEMENTS_PER_PIXEL * batch * 64 * tile[0] * tile[1] * self._vae.vae_dtype.itemsize
-        return {"vae": vae, "history": 0, "decode": alive + frames}
+        return vae | {"history": 0, "decode": alive + frames}
 
     def put(self, latents: Tensor, *, normalised: bool) -> list[Tensor]:
         """Decode latents [B, 16, f, h, w]; the frames [B, n, H, W, 3] that are ready."""

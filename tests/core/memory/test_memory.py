@@ -10,10 +10,16 @@ import torch
 from laboratory.memory import MemoryCase, estimated, measured_peak
 from lightforcing.benchmarks.settings import Model, Picture
 from lightforcing.lightforcing_core.checkpoint.load import WanSize
-from lightforcing.lightforcing_core.memory.estimate import AllocationPeak, MemoryEstimate, estimate, meta_wan, size_of
+from lightforcing.lightforcing_core.memory.estimate import (
+    AllocationPeak,
+    MemoryEstimate,
+    decode_bytes,
+    estimate,
+    meta_wan,
+    size_of,
+)
 from lightforcing.lightforcing_core.memory.plan import HEADROOM, plan_memory
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
-from lightforcing.lightforcing_core.refusal import Refusal
 from lightforcing.lightforcing_core.rollout.recipe import Guidance, Recipe, few_step_sigmas
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
@@ -102,17 +108,13 @@ def test_peak_counts_what_is_alive_and_no_views():
         assert peak.peak == 2004
 
 
-def test_unknown_backend_is_refused():
-    with pytest.raises(Refusal, match="backend 'magic' is not known; use one of 'triton'"):
-        tiny(backend="magic")
-
-
 @functools.cache
 def estimate_of(kv, tiles):
     """The 1.3B model, 81 frames at 480×832, decoded by the full VAE."""
     case = MemoryCase("", Schedule(21, target=0.6, base=0.7), Picture(480, 832))
     recipe = case.recipe(case.schedule, torch.bfloat16, "meta")
-    return estimate(WAN, recipe, weights=2 * WAN.parameters, kv=kv, vae_dim=96, decode_tiles=tiles)
+    decoding = decode_bytes((1, 16, 3, *recipe.latent_shape[3:]), 96, torch.bfloat16, tiles)
+    return replace(estimate(WAN, recipe, weights=2 * WAN.parameters, kv=kv), **decoding)
 
 
 def plans(*, most_tiles=3, latents=200 << 20, **options):
