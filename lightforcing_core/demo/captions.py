@@ -25,7 +25,6 @@ DIRECTIONS = {  # unit steps in the picture, y pointing down
 }
 SPEEDS = ("slowly", "quickly")
 BACKGROUNDS = ("plain", "striped", "checkered", "cloudy")
-MOST_THINGS = 2
 
 PADDING = "<pad>"
 GRAMMAR = ("on", "a", "an", "background", "moves", "and")
@@ -53,8 +52,6 @@ class Scene:
     things: tuple[Thing, ...]
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.things) <= MOST_THINGS:
-            raise ValueError(f"a scene has {len(self.things)} things; use 1 to {MOST_THINGS}")
         colours = [thing.colour for thing in self.things]
         if len(set(colours)) < len(colours):
             raise ValueError(f"two things are {colours[0]}; give each another colour, which distinguishes them")
@@ -80,7 +77,7 @@ def parse(caption: str) -> Scene:
         if found not in allowed:
             raise ValueError(f"word {place + 1} of the caption is {found!r:.80}; use {' or '.join(allowed)}")
     if extra := words[len(grammar) :]:
-        raise ValueError(f"the caption continues with {extra[0]!r} after {MOST_THINGS} things; end it there")
+        raise ValueError(f"the caption continues with {extra[0]!r} after two things; end it there")
     things = (words[start : start + len(_THING)] for start in range(4, len(grammar), len(_THING) + 1))
     return Scene(words[2], tuple(Thing(*thing[1:3], *thing[4:]) for thing in things))
 

@@ -75,13 +75,12 @@ def demo_video(folder: Path) -> DemoVideo:
             f"{folder} has no demo model: {', '.join(missing)} is missing; reinstall the pack, which contains one, or "
             "pass the folder `models` that the training wrote (laboratory/training/README.md)"
         )
-    about = inspect_checkpoint(folder / DIT).metadata.get(ABOUT)
-    if about is None:
-        raise ValueError(f"{folder / DIT} has no metadata about its videos; export it again with laboratory/training")
+    about = inspect_checkpoint(folder / DIT).metadata.get(ABOUT, "")
     try:
         return DemoVideo(**read_json(about))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / DIT}: its {ABOUT} is damaged ({error}); download it again") from error
+        problem = f"its metadata {ABOUT} is missing or damaged ({error})"
+        raise ValueError(f"{folder / DIT}: {problem}; download it, or export it again") from error
 
 
 def load_demo_model(folder: Path, device: torch.device | str = "cpu") -> DemoModel:

@@ -73,11 +73,10 @@ class _Loop:
         layers, heads = len(dit.blocks), dit.dim // HEAD_DIM
         self.cache = recipe.cache_shape(layers=layers, heads=heads, head_dim=HEAD_DIM, dtype=self.dtype)
         self.weights = runtime.weights or Weights(dit, indexed(self.device))
-        self.why_no_graphs = None
-        if runtime.cuda_graph != "off":
-            self.why_no_graphs = why_no_graph(self.weights, kv_in_cpu_memory=runtime.kv.host)
-            if self.why_no_graphs and runtime.cuda_graph == "on":
-                raise Refusal("cuda_graph", f"'on' cannot run: {self.why_no_graphs}", "use 'auto' or 'off'")
+        asked = runtime.cuda_graph != "off"
+        self.why_no_graphs = why_no_graph(self.weights, kv_in_cpu_memory=runtime.kv.host) if asked else None
+        if self.why_no_graphs and runtime.cuda_graph == "on":
+            raise Refusal("cuda_graph", f"'on' cannot run: {self.why_no_graphs}", "use 'auto' or 'off'")
 
     def chunks(self) -> Generator[Chunk, None, None]:
         fast_path.begin_run()

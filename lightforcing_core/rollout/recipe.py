@@ -129,7 +129,11 @@ class Recipe:
         object.__setattr__(self, "latent_shape", shape)
         object.__setattr__(self, "sigmas", _levels("sigmas", self.sigmas))
         if self.growth is not None:
-            object.__setattr__(self, "growth", _sparsities(self.growth))
+            object.__setattr__(self, "growth", tuple(map(float, self.growth)))
+            if not self.growth:
+                raise Refusal("growth", "is empty", "give at least one sparsity, or None for dense")
+            for chunk, sparsity in enumerate(self.growth):
+                check_sparsity("growth", sparsity, chunk)
         if not isinstance(self.context, Tensor):
             object.__setattr__(self, "context", tuple(self.context))
         for name, guide in zip(("context", "negative"), self.guides, strict=False):
@@ -270,15 +274,6 @@ def _levels(name: str, sigmas: Sequence[float]) -> tuple[float, ...]:
     if not 0.0 < levels[0] <= 1.0:
         raise Refusal(name, f"starts at {levels[0]}, outside (0, 1]", remedy)
     return levels
-
-
-def _sparsities(growth: Sequence[float]) -> tuple[float, ...]:
-    values = tuple(map(float, growth))
-    if not values:
-        raise Refusal("growth", "is empty", "give at least one sparsity, or None for dense")
-    for chunk, value in enumerate(values):
-        check_sparsity("growth", value, chunk)
-    return values
 
 
 def _check_batch(name: str, x: Tensor, batch: int) -> None:

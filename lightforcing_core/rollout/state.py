@@ -152,9 +152,8 @@ def _packed(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     facts = {name: getattr(recipe, name) for name in RECIPE_FACTS}
     facts |= {"model": state.model, "kv_dtype": state.kv_dtype, "finished": len(state.finished)}
-    facts |= {"cfg": guidance.cfg, "first_sigmas": noise.first_sigmas, "context_noise": noise.context_noise}
-    facts["chunk_seeds"] = list(noise.chunk_seeds.items())
-    facts["attention"] = recipe.attention.to_saved()
+    facts |= {"cfg": guidance.cfg, "attention": recipe.attention.to_saved()}
+    facts |= {**vars(noise), "chunk_seeds": list(noise.chunk_seeds.items())}
     names = ("start_chunk", "switch", "blend_chunks")
     facts["prompts"] = [{name: getattr(prompt, name) for name in names} for prompt in recipe.prompts]
     return tensors, facts

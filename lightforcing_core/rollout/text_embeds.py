@@ -54,9 +54,8 @@ def load_embeds(path: Path) -> list[Any]:
             plain = all(isinstance(value, _SCALARS) for value in entry.values()) and not entry.get("pooled_output")
             if not plain or not cond.is_floating_point():
                 raise ValueError(f"entry {number} has another value where a tensor belongs")
+            check_text("the prompt", cond)
             conditioning.append([cond, {**entry, **own}])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error!s:.80}); save the prompt again") from error
-    for cond, _ in conditioning:
-        check_text(f"the prompt in {path}", cond)
     return conditioning

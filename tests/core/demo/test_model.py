@@ -6,14 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from laboratory.training.export import new_table
 from lightforcing.lightforcing_core.demo.captions import (
     COLOURS,
-    SLOTS,
     VOCABULARY,
     Scene,
     Thing,
-    context_of_caption,
     parse,
 )
 from lightforcing.lightforcing_core.demo.model import DIT, TEXT, load_demo_model
@@ -34,17 +31,6 @@ from ...support.tiny_demo import TEXT_DIM, TINY_VIDEO, write_tiny_demo
 def test_captions_outside_the_grammar_are_refused(caption, complaint):
     with pytest.raises(ValueError, match=complaint):
         parse(caption)
-
-
-def test_the_context_depends_on_words_and_their_order():
-    table = new_table(16, 0)
-    one = "on a plain background a red circle moves up slowly and a blue square moves down slowly"
-    two = "on a plain background a blue square moves down slowly and a red circle moves up slowly"
-    first, second = (context_of_caption(table, caption) for caption in (one, two))
-    assert first.shape == (1, SLOTS, 16)
-    assert not torch.allclose(first, second)
-    # The same words: only their slots differ.
-    torch.testing.assert_close(first.sum(1), second.sum(1))
 
 
 def test_capitals_and_punctuation_do_not_matter():
