@@ -1,6 +1,5 @@
 """The family that a checkpoint's path suggests."""
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -38,12 +37,9 @@ def test_file_name_decides_then_the_nearest_folders(path, family):
     assert family_of(path)[0].id == family
 
 
-@pytest.mark.parametrize(
-    ("words", "family"), [(("Self", "Forcing"), "self_forcing"), (("light", "forcing", "long"), "light_forcing_long")]
-)
-def test_separators_and_case_do_not_matter(words, family):
-    for separator, name in itertools.product(("", " ", "-", "_", "."), (str.lower, str.upper, str)):
-        assert family_of(f"models/{name(separator.join(words))}_ema.safetensors")[0].id == family
+def test_separators_and_case_do_not_matter():
+    for name in ("lightforcinglong", "light forcing-long", "LIGHT_FORCING.LONG", "Light-Forcing Long"):
+        assert family_of(f"models/{name}_ema.safetensors")[0].id == "light_forcing_long"
 
 
 def test_every_hint_finds_its_family():
@@ -61,9 +57,7 @@ def test_every_hint_finds_its_family():
         ("framewise/causal_forcing.pt", None),
         ("causal_forcing_chunkwise_fp8.safetensors", None),
         ("WaveForcing-1.3B.safetensors", "5step or 4step"),
-        ("waveforcing_5step.safetensors", None),
         ("self_forcing_dmd.pt", None),
-        ("LongLive2.0-5B.pt", None),
     ],
 )
 def test_a_file_name_that_two_families_share_leaves_a_doubt(path, named):

@@ -4,7 +4,6 @@ The whole-clip forms that it runs give the values that the pack computes chunk b
 """
 
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from laboratory.training.__main__ import run
 from laboratory.training.recipe import PRESETS
-from laboratory.training.stage import Paused, Session, Stage
+from laboratory.training.stage import Session
 from laboratory.training.train_vae import fold_statistics, latent_statistics, new_vae
 from laboratory.training.whole_clip import decode_clip, encode_clip, teacher_forced
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
@@ -88,34 +87,6 @@ def test_interrupted_run_equals_the_uninterrupted_one(uninterrupted, tmp_path):
     for name in (DIT, VAE, TEXT):
         mine, theirs = (load_file(folder / "models" / name) for folder in (tmp_path, uninterrupted[0]))
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
-
-
-def stage_of(folder, value=1.0, **options):
-    """A stage of a tiny module, and its loss."""
-    torch.manual_seed(0)
-    module = torch.nn.Linear(2, 1)
-    session = Session(folder, CPU, deadline=options.pop("deadline", None))
-    stage = Stage(session, "x", module, rate=0.1, save_every=100, **options)
-    return stage, lambda step: (module(torch.full((1, 2), value + step)).square().sum(), {})
-
-
-def test_stage_pauses_at_its_deadline_ends_with_its_minutes_and_refuses_nan(tmp_path):
-    first, loss = stage_of(tmp_path, steps=3, deadline=time.monotonic())
-    with pytest.raises(Paused, match="x paused after step 1"):
-        first.run(loss)
-    second, loss = stage_of(tmp_path, steps=3)
-    assert second.step == 1
-    second.run(loss)
-    assert [row["step"] for row in rows(tmp_path, "x")] == [1, 2, 3]
-    spent, loss = stage_of(tmp_path.joinpath("spent"), steps=10**6, minutes=1e-6)
-    tmp_path.joinpath("spent").mkdir()
-    spent.run(loss)
-    assert spent.step == 1
-    diverged, loss = stage_of(tmp_path.joinpath("nan"), torch.nan, steps=3)
-    tmp_path.joinpath("nan").mkdir()
-    with pytest.raises(RuntimeError, match="loss of step 0 is nan"):
-        diverged.run(loss)
-    assert not (tmp_path / "nan" / "x.pt").exists()
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

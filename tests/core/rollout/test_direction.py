@@ -149,11 +149,6 @@ def test_a_caller_may_mix_the_predictions_of_a_step(dit):
     assert committed == [0, 1] * 3
 
 
-def test_guidance_without_a_negative_prompt_is_refused(dit):
-    with pytest.raises(ValueError, match=r"cfg 2 needs a negative prompt"):
-        run(dit, text(1), cfg=2.0)
-
-
 @pytest.mark.parametrize(
     ("per_chunk", "given", "steps"),
     [

@@ -69,13 +69,6 @@ def test_ring_as_long_as_the_video_equals_the_full_cache(dit, context, growth):
         assert torch.equal(full, video(run(dit, context, growth=growth, window=window)))
 
 
-def test_sparse_growth_changes_only_what_it_may(dit, context):
-    dense = video(run(dit, context))
-    sparse = video(run(dit, context, growth=[0.0, 0.6, 0.7]))
-    assert torch.equal(dense[:, :, :3], sparse[:, :, :3])
-    assert not torch.allclose(dense[:, :, 3:], sparse[:, :, 3:], atol=1e-3)
-
-
 def test_batch_items_equal_single_runs(dit):
     context = torch.randn(2, 7, TEXT)
     draws = seeded_noise(0)
@@ -132,8 +125,6 @@ def test_an_error_keeps_finished_chunks_and_frees_the_cache(dit, context):
 def test_steps_are_reported_with_chunk_and_density(dit, context):
     events = []
     list(run(dit, context, growth=[0.0, 0.5, 0.75], on_step=events.append))
-    assert [(e.chunk, e.step) for e in events] == [(c, s) for c in range(3) for s in range(4)]
-    assert [(e.done, e.total) for e in events] == [(1 + i, 12) for i in range(12)]
     assert {(e.chunks, e.steps) for e in events} == {(3, 4)}
     assert [events[4 * c].density for c in range(3)] == [1.0, 0.5, 2 / 9]  # of 6 and 9 one-block frames
 
@@ -158,6 +149,7 @@ def test_steps_are_reported_with_chunk_and_density(dit, context):
         ({"latent_shape": (1, 4, 9, 8, 8)}, "4 channels; the model takes 16"),
         ({"window": 4, "sink_frames": 2}, "use at least 5"),
         ({"context_noise": -1.0}, r"context_noise -1\.0"),
+        ({"cfg": 2.0}, "cfg 2 needs a negative prompt"),
         ({"initial_latents": torch.zeros(1, 16, 9, 8, 8)}, "already fills 9 of the video's 9"),
         ({"initial_latents": torch.zeros(1, 16, 3, 8, 6)}, "48×64 and the video 64×64"),
         ({"initial_latents": torch.full((1, 16, 3, 8, 8), torch.nan)}, "NaN"),
