@@ -26,6 +26,10 @@ INT8_PAIRS = tl.constexpr(_ASM.format(_INT8.format("$2", "$0") + "shr.u32 x, $2,
 # Four float8_e4m3fn in $2 as bfloat16 in $0 and $1.
 _FOUR = "prmt.b32 x, $2, 0, 0x1404;", _FLOAT8.format("x", "$0"), "prmt.b32 x, $2, 0, 0x3424;", _FLOAT8.format("x", "$1")
 FLOAT8_FOUR = tl.constexpr(_ASM.format("".join(_FOUR)))
+# Four pairs in $2 and $3: the low bytes in $0, the high ones in $1.
+APART = tl.constexpr("prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;")
+# e4m3 numbers end at 448. Weights are at most 1, and those below 2^-18 become 0.
+WEIGHT_ONE = tl.constexpr(256.0)
 
 
 @triton.jit
@@ -44,14 +48,16 @@ def _dot(a, b, total):
 
 
 @triton.jit
-def _pairs(x, FLOAT8: tl.constexpr):
-    """The 8-bit numbers in the low and in the high bytes of int16 x, as bfloat16."""
+def _pairs(x, FLOAT8: tl.constexpr, STAY: tl.constexpr = False):
+    """The 8-bit numbers in the low and in the high bytes of int16 x, as bfloat16, or as they are if they STAY."""
     if IS_INTERPRETED:
         low, high = x.to(tl.int8).to(tl.int32), x.to(tl.int32) >> 8
         if FLOAT8:
             low = (((low & 0x80) << 24) | ((low & 0x7F) << 20)).to(tl.float32, bitcast=True) * 2.0**120
             high = (((high & 0x80) << 24) | ((high & 0x7F) << 20)).to(tl.float32, bitcast=True) * 2.0**120
         return low, high
+    elif STAY:
+        return tl.inline_asm_elementwise(APART, "=r,=r,r,r", [x], (tl.float8e4nv, tl.float8e4nv), True, 4)
     elif FLOAT8:
         return tl.inline_asm_elementwise(FLOAT8_PAIRS, "=r,=r,r", [x], (tl.bfloat16, tl.bfloat16), True, 2)
     else:
@@ -80,12 +86,13 @@ def _values(base, offsets, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, PADDED: t
 @triton.jit
 def _attend(
     v, v_rest, scores, factor, v_scale, row_max, row_sum, total, rest,
-    DTYPE: tl.constexpr, HALVES: tl.constexpr, BY_ROW: tl.constexpr = False,
+    dtype: tl.constexpr, HALVES: tl.constexpr, BY_ROW: tl.constexpr = False,
 ):  # fmt: skip
     """One step of the online softmax in base 2: rescale the sums so far and add this tile. Some score must exceed −inf.
 
     Scores are still to be multiplied by `factor`, which is positive; in the exponent's subtraction this costs nothing.
     HALVES: `v_rest` and `rest` are the second half of the dims; else they are not used. BY_ROW: each row has a factor.
+    v_scale: of the values; if dtype is float8_e4m3fn, that of the tile before over this one's, see `forward`.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1) * factor)
     if BY_ROW:
@@ -93,9 +100,12 @@ def _attend(
     weights = tl.exp2(scores * factor - new_max[:, None])
     fade = tl.exp2(row_max - new_max)
     row_sum = row_sum * fade + tl.sum(weights, 1)
-    if v_scale is not None:
+    if dtype == tl.float8e4nv:
+        weights = weights * WEIGHT_ONE
+        fade = fade * v_scale
+    elif v_scale is not None:
         weights = weights * v_scale
-    weights = weights.to(DTYPE)
+    weights = cast(weights, dtype)
     total = _dot(weights, v, total * fade[:, None])
     if HALVES:
         rest = _dot(weights, v_rest, rest * fade[:, None])
@@ -159,6 +169,9 @@ def forward(
     mma.sync products over columns if a product is wider than high, and every row's maximum then crosses warps. With
     PAIRS the halves are the even and the odd dims, and k_ptr and v_ptr are int16 pointers to two 8-bit numbers, which
     take matrix loads that 8-bit values do not have.
+
+    With NARROW int8 keys are multiplied by queries in int8, or float8_e4m3fn values by weights in float8_e4m3fn. The
+    sums of the latter are in units of the last tile's scale, which is neither in the weights nor in the values.
     """
     # fmt: on
     program = tl.program_id(0)
@@ -184,7 +197,9 @@ def forward(
     dims = tl.arange(0, PADDED_DIM)
     dim_is_real = dims < HEAD_DIM
     V_LANES: tl.constexpr = 2 if PAIRS else 1
-    K_LANES: tl.constexpr = 1 if NARROW else V_LANES
+    INT8_SCORES: tl.constexpr = NARROW and not FLOAT8
+    FLOAT8_WEIGHTS: tl.constexpr = NARROW and FLOAT8
+    K_LANES: tl.constexpr = 1 if INT8_SCORES else V_LANES
     k_dims = tl.arange(0, PADDED_DIM // K_LANES)
     k_dim_is_real = (k_dims < HEAD_DIM // K_LANES)[:, None]
 
@@ -196,7 +211,7 @@ def forward(
         q = tl.load(q_tile, mask=(q_within + rows < q_frame)[:, None] & dim_is_real[None, :], other=0.0)
     else:
         q = tl.load(q_tile)
-    if NARROW:
+    if INT8_SCORES:
         q_scale = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1) / 127, 1e-30)
         q_narrow = cast(q.to(tl.float32) / q_scale[:, None], tl.int8)
     elif PAIRS:
@@ -220,7 +235,8 @@ def forward(
         k_scale_ptr = k_scales_ptr + batch.to(tl.int64) * k_blocks * heads + head
         v_scale_ptr = v_scales_ptr + batch.to(tl.int64) * k_blocks * heads + head
     # Weights times values: 8-bit values fit bfloat16 exactly, and its range holds any weight times a block's scale.
-    WEIGHTS: tl.constexpr = q.dtype if k_scales_ptr is None or q.dtype == tl.float32 else tl.bfloat16
+    WIDE: tl.constexpr = q.dtype if k_scales_ptr is None or q.dtype == tl.float32 else tl.bfloat16
+    WEIGHTS: tl.constexpr = tl.float8e4nv if FLOAT8_WEIGHTS else WIDE
 
     BRANCHES: tl.constexpr = k_scales_ptr is None and TILE_Q <= 64
 
@@ -228,6 +244,7 @@ def forward(
     row_sum = tl.zeros([TILE_Q], tl.float32)
     total = tl.zeros([TILE_Q, V_DIMS], tl.float32)
     rest = total
+    unit_scale = tl.full([], 1.0, tl.float32)
     for i in range(start * SPLIT, end * SPLIT):
         if blocks_ptr is None:
             k_block = i // SPLIT
@@ -254,8 +271,8 @@ def forward(
         v_scale = None
         factor = scale_log2
         if PAIRS:
-            v, v_rest = _pairs(v, FLOAT8)
-        if NARROW:
+            v, v_rest = _pairs(v, FLOAT8, FLOAT8_WEIGHTS)
+        if INT8_SCORES:
             scores = tl.dot(q_narrow, k).to(tl.float32)
             factor *= q_scale
         elif PAIRS:
@@ -266,15 +283,19 @@ def forward(
         if k_scales_ptr is not None:
             factor *= tl.load(k_scale_ptr + k_block * heads)
             v_scale = tl.load(v_scale_ptr + k_block * heads)
+            if FLOAT8_WEIGHTS:
+                unit_scale, v_scale = v_scale, unit_scale / v_scale
         if RAGGED_K:  # noqa: SIM102 (one is known when it is compiled)
             # One tile of a frame is ragged. A branch around the mask in all others takes registers, if there are any.
             if not BRANCHES or k_within + TILE_K > k_frame:
                 scores = tl.where((k_within + columns < k_frame)[None, :], scores, float("-inf"))
         # Every block's first tile holds a real key, so the running maximum is finite from there on.
         row_max, row_sum, total, rest = _attend(
-            v, v_rest, scores, factor, v_scale, row_max, row_sum, total, rest, WEIGHTS, HALVES, NARROW
+            v, v_rest, scores, factor, v_scale, row_max, row_sum, total, rest, WEIGHTS, HALVES, INT8_SCORES
         )
 
+    if FLOAT8_WEIGHTS:
+        total, rest = total * (unit_scale / WEIGHT_ONE), rest * (unit_scale / WEIGHT_ONE)
     if PAIRS:  # from even and odd dims to all of them, and to the halves of the means
         total = tl.reshape(tl.join(total, rest), [TILE_Q, PADDED_DIM])
         total, rest = tl.split(tl.permute(tl.reshape(total, [TILE_Q, 2, V_DIMS]), [0, 2, 1]))

@@ -176,7 +176,8 @@ def prepared(
     if k.dtype in EIGHT_BIT and halves:
         halves = pairs = q.dtype == torch.bfloat16 and all(map(_paired, keys))
     if pairs:
-        keys = [k if launch.narrow else k.view(torch.int16), work.v.view(torch.int16)]
+        int8_scores = launch.narrow and k.dtype == torch.int8
+        keys = [k if int8_scores else k.view(torch.int16), work.v.view(torch.int16)]
     strides = [stride for x in keys for stride in x.stride()[:3]]
     if described:
         keys = [_described(x, k_frame, launch.tile_k, padded) for x in keys]
@@ -258,7 +259,7 @@ def _launch_for(kind: Kind, q: Tensor, result: Callable[[Launch], Tensor], machi
     if units < _multiprocessors(q.device) or torch.cuda.is_current_stream_capturing():
         return best
     descriptors = TensorDescriptor is not None and capability[0] not in tuning.MMA_SYNC
-    tolerance = TOLERANCE * (2 if kind.stored in EIGHT_BIT else 1)
+    tolerance = TOLERANCE * {torch.int8: 2, torch.float8_e4m3fn: 4}.get(kind.stored, 1)
     for number, changes in enumerate(tuning.rounds(kind, capability, descriptors=descriptors)):
         launches = {str(launch): launch for launch in (best, *(best._replace(**change) for change in changes))}
 

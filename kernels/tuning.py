@@ -12,7 +12,8 @@ import torch
 # Major capabilities of chips whose warps multiply on their own, by mma.sync. Tensor descriptors take 20 barriers per 64
 # keys there, pointers 4.
 MMA_SYNC = (8, 12)
-NO_INT8 = (10, 11)  # those whose int8 products Triton makes slow ones
+# Those on which Triton makes no fast products of a cache's own numbers.
+NO_NARROW = {torch.int8: (10, 11), torch.float8_e4m3fn: (9,)}
 # Key blocks that a part of a unit walks at least.
 MIN_BLOCKS = 4
 
@@ -25,7 +26,8 @@ class Launch(NamedTuple):
 
     descriptors: key and value tiles come through tensor descriptors. per_sm: units that one multiprocessor is taken
     to work on at once; those of an unfilled last wave are cut into parts, see `cut`. 0 cuts none. halves: values and
-    sums are taken in two halves of their dims. narrow: queries are rounded to int8 too, with a scale per row.
+    sums are taken in two halves of their dims. narrow: with int8 keys queries are rounded to int8 too, with a scale per
+    row; with float8_e4m3fn values the weights are rounded to it too.
     """
 
     tile_q: int
@@ -89,7 +91,7 @@ def rounds(kind: Kind, capability: tuple[int, int], *, descriptors: bool) -> lis
     found = [[launch._asdict() for launch in candidates(kind, capability, wide=descriptors)]]
     if descriptors and is_tuned(kind):  # with few stages: the copies take no registers
         found.append([{"descriptors": True, "num_stages": stages} for stages in (2, 3)])
-    if kind.stored == torch.int8 and is_tuned(kind) and capability[0] not in NO_INT8:
+    if kind.stored in NO_NARROW and is_tuned(kind) and capability[0] not in NO_NARROW[kind.stored]:
         found.append([{"narrow": True}])
     return [*found, [{"per_sm": units} for units in (1, 2)]]
 

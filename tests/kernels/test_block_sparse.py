@@ -95,8 +95,7 @@ def test_scores_are_scaled_by_any_number(scale, stored):
     case.check(case.attend(scale=scale, tail=case.means), want)
 
 
-@pytest.mark.parametrize("outlier", [0.0, 100.0])
-@pytest.mark.parametrize(
+NARROW = pytest.mark.parametrize(
     ("tokens_per_frame", "block", "dim", "dtype", "how"),
     [
         (70, (32, 64), 24, torch.float32, {"halves": True}),
@@ -105,6 +104,10 @@ def test_scores_are_scaled_by_any_number(scale, stored):
         (64, (16, 128), 16, torch.bfloat16, {}),
     ],
 )
+
+
+@NARROW
+@pytest.mark.parametrize("outlier", [0.0, 100.0])
 def test_int8_scores_are_those_of_queries_rounded_by_row(tokens_per_frame, block, dim, dtype, how, outlier):
     """Of each query the largest number is exact, and others are off by half a step of its 127."""
     case = Case(tokens_per_frame, block, 1, 1, 1, 2, dim, dtype, torch.int8, seed=dim)
@@ -117,9 +120,28 @@ def test_int8_scores_are_those_of_queries_rounded_by_row(tokens_per_frame, block
     assert (got.double() - want).abs().max() <= max(case.tolerance, 1e-4) * max(1.0, want.abs().max().item())
 
 
-def after_steps(text, word):
-    """$0 and $1 after the steps of an inline assembly on the 32 bits of $2."""
-    registers = {"$2": word}
+@NARROW
+@pytest.mark.parametrize("with_tail", [False, True])
+def test_weights_in_float8_are_off_by_half_a_step_each(tokens_per_frame, block, dim, dtype, how, with_tail):
+    """Which is a sixteenth of a weight, or for the smallest half of a fixed step; blocks' scales differ by up to 8."""
+    case = Case(tokens_per_frame, block, 1, 1, 1, 2, dim, dtype, torch.float8_e4m3fn, seed=dim)
+    means = case.means if with_tail else None
+    want = case.want(means=means)
+    keys, values = case.exact
+    case.exact = keys, values.abs()
+    size = case.want(means=means and (means[0], means[1].abs()))
+    with launched(**how, narrow=True), poisoned():
+        got = case.attend(tail=means)
+    error = (got.double() - want).abs()
+    assert (error <= size / 16 + case.tolerance * max(1.0, want.abs().max().item()) + values.abs().max() * 2**-12).all()
+    share = error.norm() / want.norm()
+    assert share < 0.04
+    assert with_tail or share > 1e-3
+
+
+def after_steps(text, *words):
+    """$0 and $1 after the steps of an inline assembly on the 32 bits of $2, and of $3."""
+    registers = dict(zip(("$2", "$3"), words, strict=False))
 
     def number(name):
         return registers[name] if name in registers else int(name, 0)
@@ -137,7 +159,7 @@ def after_steps(text, word):
             other = more[0] if more else 0
             result = {"mov": a, "and": a & b, "shl": a << b, "shr": a >> b, "lop3": a & b | other}[step.split(".")[0]]
         registers[to] = result & 0xFFFFFFFF
-    return [torch.tensor([registers[name]]).to(torch.uint32).view(torch.bfloat16) for name in ("$0", "$1")]
+    return [torch.tensor([registers[name]]).to(torch.uint32) for name in ("$0", "$1")]
 
 
 @pytest.mark.parametrize(
@@ -151,10 +173,14 @@ def after_steps(text, word):
 def test_machine_code_widens_every_8_bit_number_exactly(text, dtype, order):
     for first in range(0, 256, 2):
         some = [first, 255 - first, first + 1, first ^ 0x55]
-        got = torch.cat(after_steps(text.value, int.from_bytes(bytes(some), "little")))
+        got = torch.cat(after_steps(text.value, int.from_bytes(bytes(some), "little"))).view(torch.bfloat16)
         want = torch.tensor([some[i] for i in order], dtype=torch.uint8).view(dtype).to(torch.bfloat16)
         is_number = ~want.isnan()  # a block with a NaN has NaN as its scale
         assert torch.equal(got[is_number], want[is_number])
+
+
+def test_machine_code_parts_the_bytes_of_pairs():
+    assert [x.item() for x in after_steps(attend.APART.value, 0x33221100, 0x77665544)] == [0x66442200, 0x77553311]
 
 
 def test_cut_units_give_the_same_bits_every_time():

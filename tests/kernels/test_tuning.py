@@ -54,10 +54,10 @@ def test_what_is_not_worth_a_users_compilations_is_only_cut(small):
     assert last == [{"per_sm": 1}, {"per_sm": 2}]
 
 
-def test_rounds_end_with_tma_and_int8_products_if_there_are_any_and_with_cuts():
+def test_rounds_end_with_tma_and_8_bit_products_if_there_are_any_and_with_cuts():
     tma = [{"descriptors": True, "num_stages": 2}, {"descriptors": True, "num_stages": 3}]
     narrow, cuts = [{"narrow": True}], [{"per_sm": 1}, {"per_sm": 2}]
-    int8 = kind(stored=torch.int8)
+    int8, fp8 = kind(stored=torch.int8), kind(stored=torch.float8_e4m3fn)
     for each, chip, descriptors, want in [
         (kind(), (9, 0), True, [tma, cuts]),
         (kind(), (9, 0), False, [cuts]),
@@ -65,7 +65,9 @@ def test_rounds_end_with_tma_and_int8_products_if_there_are_any_and_with_cuts():
         (int8, (12, 0), False, [narrow, cuts]),
         (int8, (9, 0), True, [tma, narrow, cuts]),
         (int8, (10, 0), False, [cuts]),
-        (kind(stored=torch.float8_e4m3fn), (12, 0), False, [cuts]),
+        (fp8, (12, 0), False, [narrow, cuts]),
+        (fp8, (10, 0), True, [tma, narrow, cuts]),
+        (fp8, (9, 0), True, [tma, cuts]),
     ]:
         first, *others = rounds(each, chip, descriptors=descriptors)
         assert [Launch(**change) for change in first] == candidates(each, chip, wide=descriptors)
