@@ -7,7 +7,7 @@ from typing import Any, TypeVar, get_args
 from comfy_api.latest import io, ui
 
 from ..lightforcing_core.families import FAMILIES, Family, SinkRope, family_of
-from ..lightforcing_core.rollout.cost import clip_cost, schedule_costs
+from ..lightforcing_core.rollout.cost import flops_ratio, model_ratio, schedule_costs
 from ..lightforcing_core.rollout.schedule import CURVES, Schedule, latent_frames_of
 from .browser import watching_page
 from .comfy import ModelPatcher, find_model, running_server
@@ -185,7 +185,7 @@ def numbers_of(schedule: Schedule) -> dict[str, Any]:
     """
     lengths = schedule.chunk_lengths()
     sparsities = schedule.sparsities() or [0.0] * len(lengths)
-    cost = clip_cost(schedule_costs(sparsities, lengths, schedule.window, PLOTTED_BLOCKS))
+    costs = schedule_costs(sparsities, lengths, schedule.window, PLOTTED_BLOCKS)
     sparse = schedule_costs(sparsities, lengths, schedule.window)[max(1, schedule.dense_chunks) :]
     skipped = sum((1.0 - chunk.density) * chunk.kv_frames for chunk in sparse)
     return {
@@ -196,8 +196,8 @@ def numbers_of(schedule: Schedule) -> dict[str, Any]:
         "mean": skipped / sum(chunk.kv_frames for chunk in sparse) if skipped else None,
         "window": schedule.window,
         "sink_frames": schedule.sink_frames,
-        "attention_ratio": cost.attention_ratio,
-        "model_ratio": cost.model_ratio,
+        "attention_ratio": flops_ratio(costs),
+        "model_ratio": model_ratio(costs),
     }
 
 

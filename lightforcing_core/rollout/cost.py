@@ -1,4 +1,4 @@
-"""The FLOPs of a schedule against dense attention, for the 1.3B model at 480×832 by default."""
+"""The FLOPs of a schedule against dense attention, for the 1.3B model at 480×832."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +8,9 @@ from ..attention.blocks import FrameBlocks
 from ..attention.policies import POLICIES, View
 from ..attention.selection import kept_blocks
 from .recipe import Recipe
+
+LAYERS, DIM, FFN_DIM = 30, 1536, 8960
+FORWARDS = 5  # of a chunk: four denoising steps and the clean pass
 
 
 @dataclass(frozen=True)
@@ -61,44 +64,19 @@ def flops_ratio(chunks: Iterable[ChunkCost]) -> float:
     return sum(chunk.attention_pairs() for chunk in chunks) / sum(chunk.attention_pairs(dense=True) for chunk in chunks)
 
 
-@dataclass(frozen=True)
-class ClipCost:
-    """FLOPs of one video: self-attention as scheduled and dense, and the linear layers."""
-
-    attention: float
-    dense_attention: float
-    linears: float
-
-    @property
-    def attention_ratio(self) -> float:
-        """Self-attention over dense self-attention with the same window."""
-        return self.attention / self.dense_attention
-
-    @property
-    def model_ratio(self) -> float:
-        """The whole model over the whole model with dense attention: what sparsity can save at best."""
-        return (self.attention + self.linears) / (self.dense_attention + self.linears)
-
-
-def clip_cost(
-    chunks: Sequence[ChunkCost],
-    *,
-    tokens_per_frame: int = 1560,
-    layers: int = 30,
-    dim: int = 1536,
-    ffn_dim: int = 8960,
-    forwards: int = 5,
-) -> ClipCost:
-    """The cost of these chunks, each run `forwards` times: four denoising steps and the clean pass by default.
+def clip_flops(chunks: Sequence[ChunkCost], tokens_per_frame: int = 1560) -> tuple[float, float]:
+    """FLOPs of self-attention and of the linear layers for these chunks, each run `FORWARDS` times.
 
     Self-attention counts q·kᵀ and p·v, 4 · dim FLOPs per pair of tokens; linears count the four projections of
     self-attention, two of cross-attention (the text's are computed once) and the feed-forward's two, 2 FLOPs per
     weight and token. 81 frames at 512×768: 548 TFLOP of dense attention, 403 of linears.
     """
-    per_pair = 4.0 * layers * dim * tokens_per_frame**2 * forwards
-    per_token = 2.0 * layers * (6 * dim**2 + 2 * dim * ffn_dim) * forwards
-    return ClipCost(
-        attention=per_pair * sum(chunk.attention_pairs() for chunk in chunks),
-        dense_attention=per_pair * sum(chunk.attention_pairs(dense=True) for chunk in chunks),
-        linears=per_token * tokens_per_frame * sum(chunk.frames for chunk in chunks),
-    )
+    pairs, tokens = sum(chunk.attention_pairs() for chunk in chunks), sum(chunk.frames for chunk in chunks)
+    linears = 2.0 * (6 * DIM**2 + 2 * DIM * FFN_DIM) * tokens * tokens_per_frame
+    return LAYERS * FORWARDS * 4.0 * DIM * tokens_per_frame**2 * pairs, LAYERS * FORWARDS * linears
+
+
+def model_ratio(chunks: Sequence[ChunkCost]) -> float:
+    """FLOPs of the whole model over those with dense attention: what sparsity can save at best."""
+    attention, linears = clip_flops(chunks)
+    return (attention + linears) / (attention / flops_ratio(chunks) + linears)

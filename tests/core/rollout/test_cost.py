@@ -10,8 +10,9 @@ from lightforcing.lightforcing_core.families import FAMILIES
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.cost import (
     ChunkCost,
-    clip_cost,
+    clip_flops,
     flops_ratio,
+    model_ratio,
     recipe_costs,
     schedule_costs,
 )
@@ -23,36 +24,19 @@ from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
 
 def test_dense_clip_costs_what_is_published():
-    cost = clip_cost(schedule_costs([0.0] * 7, [3] * 7, None), tokens_per_frame=1536)
-    assert cost.dense_attention == pytest.approx(548e12, rel=2e-3)
-    assert cost.linears == pytest.approx(403e12, rel=2e-3)
-    assert cost.attention_ratio == cost.model_ratio == 1.0
+    costs = schedule_costs([0.0] * 7, [3] * 7, None)
+    assert clip_flops(costs, tokens_per_frame=1536) == pytest.approx((548e12, 403e12), rel=2e-3)
+    assert flops_ratio(costs) == model_ratio(costs) == 1.0
 
 
 def test_chunks_count_by_their_queries_and_visible_keys_and_linears_cost_the_same():
     sparsities, lengths = [0.0, 0.5, 0.75], [1, 3, 3]
-    costs, whole = (schedule_costs(sparsities, lengths, window) for window in (4, None))
+    costs, dense = (schedule_costs(shares, lengths, 4) for shares in (sparsities, [0.0] * 3))
     assert costs == [ChunkCost(1, 1, 1.0), ChunkCost(3, 4, 0.5), ChunkCost(3, 4, 0.25)]
-    cost = clip_cost(costs)
-    assert flops_ratio(costs) == cost.attention_ratio == pytest.approx((1 + 12 * 0.5 + 12 * 0.25) / 25)
-    assert cost.dense_attention / clip_cost(whole).dense_attention == pytest.approx(25 / (1 + 12 + 21))
-    saved = cost.dense_attention - cost.attention
-    assert cost.model_ratio == pytest.approx(1 - saved / (cost.dense_attention + cost.linears))
-
-
-def test_forwards_and_model_size_scale_everything():
-    chunks = schedule_costs([0.0, 0.6], [3, 3], None)
-    small, large = clip_cost(chunks, forwards=2), clip_cost(chunks, forwards=2, layers=40, dim=5120, ffn_dim=13824)
-    assert clip_cost(chunks, forwards=4).attention == pytest.approx(2 * small.attention)
-    assert large.attention / small.attention == pytest.approx(40 * 5120 / (30 * 1536))
-    assert large.linears / small.linears == pytest.approx(
-        40 * (6 * 5120**2 + 2 * 5120 * 13824) / (30 * (6 * 1536**2 + 2 * 1536 * 8960))
-    )
-
-
-def test_a_schedule_without_one_sparsity_per_chunk_is_refused():
-    with pytest.raises(ValueError, match="longer"):
-        schedule_costs([0.0, 0.5], [3, 3, 3], window=None)
+    assert flops_ratio(costs) == pytest.approx((1 + 12 * 0.5 + 12 * 0.25) / 25)
+    assert model_ratio(costs) == pytest.approx(sum(clip_flops(costs)) / sum(clip_flops(dense)))
+    whole = schedule_costs([0.0] * 3, lengths, None)
+    assert clip_flops(dense)[0] / clip_flops(whole)[0] == pytest.approx(25 / (1 + 12 + 21))
 
 
 @pytest.fixture(scope="module")
