@@ -4,9 +4,11 @@ Nothing waits on the device before `finish`: until then small tensors of the rec
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +21,6 @@ from ..model.causal import ModelState, Watch
 from .cost import ChunkCost
 
 MAP_BYTES = 32 << 20  # block maps of a run; a longer one keeps those of every second, fourth, … chunk
-
-Moment: TypeAlias = "float | torch.cuda.Event"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class RunRecorder:
     ) -> None:
         self.facts, self._map_bytes = dict(facts or {}), map_bytes
         self._chunks: list[_Open] = []
-        self._laps: list[tuple[int, str, Moment, Moment]] = []
+        self._laps: list[tuple[int, str, Any]] = []  # chunk and stage that ended at a moment
         self._notes: list[str] = []
         self._attention: dict[str, str] = {}  # backends that ran, and why
         self._every = 1
@@ -126,13 +126,11 @@ class RunRecorder:
         self._batch, _, _, height, width = latent_shape
         self._layers, self._heads = len(dit.blocks), dit.blocks[0].self_attn.num_heads
         self._grid, self._device = (height // 2, width // 2), device
-        self._last = _now(device)
+        self._laps = [(0, "", _now(device))]
 
     def lap(self, chunk: int, stage: str) -> None:
         """Count everything since the last lap as this stage of this chunk."""
-        now = _now(self._device)
-        self._laps.append((chunk, stage, self._last, now))
-        self._last = now
+        self._laps.append((chunk, stage, _now(self._device)))
 
     def note(self, text: str) -> None:
         """Keep a sentence about work that ran dense."""
@@ -180,29 +178,22 @@ class RunRecorder:
             for number, one in enumerate(self._chunks):
                 if number % self._every:
                     one.block_map = None
-            if sum(one.block_map.nbytes for one in self._chunks if one.block_map is not None) <= self._map_bytes:
-                return
-            if self._every >= len(self._chunks):
-                chunk.block_map = None
+            held = sum(one.block_map.nbytes for one in self._chunks if one.block_map is not None)
+            if held <= self._map_bytes or self._every > len(self._chunks):
                 return
             self._every *= 2
 
     def finish(self, *, frames: int | None = None) -> RunRecord:
         """Wait for the device; the record of all denoised chunks, or those within the first `frames` latent frames."""
-        if isinstance(self._last, torch.cuda.Event):
-            self._last.synchronize()
-        per_chunk: dict[int, dict[str, float]] = {}
+        per_chunk: dict[int, dict[str, float]] = defaultdict(dict)
         whole: dict[str, float] = {}
-        for index, stage, start, end in self._laps:
-            for seconds in (per_chunk.setdefault(index, {}), whole):
+        for (_, _, start), (index, stage, end) in pairwise(self._laps):
+            for seconds in (per_chunk[index], whole):
                 seconds[stage] = seconds.get(stage, 0.0) + _seconds(start, end)
-        chunks = [one.finished(per_chunk.get(one.record.index, {}), self._heads) for one in self._chunks]
+        chunks = [one.finished(per_chunk[one.record.index], self._heads) for one in self._chunks]
+        end = float("inf") if frames is None else frames
         return RunRecord(
-            tuple(
-                chunk
-                for chunk in chunks
-                if "denoise" in chunk.seconds and (frames is None or chunk.start_frame + chunk.frames <= frames)
-            ),
+            tuple(one for one in chunks if "denoise" in one.seconds and one.start_frame + one.frames <= end),
             batch=self._batch,
             layers=self._layers,
             heads=self._heads,
@@ -230,18 +221,17 @@ class _Open:
 
     def finished(self, seconds: dict[str, float], heads: int) -> ChunkRecord:
         """The chunk's record, on the CPU and in time order."""
-        record = replace(self.record, seconds=seconds)
+        density, block_map = self.record.layer_density, None
         if self.kept_sums is not None:
-            pairs = heads * record.query_blocks * len(self.slot_frames) * self.per_frame
-            record = replace(record, layer_density=tuple(kept / pairs for kept in self.kept_sums.tolist()))
-        if self.block_map is not None and record.why_dense is None:
+            pairs = heads * self.record.query_blocks * len(self.slot_frames) * self.per_frame
+            density = tuple(kept / pairs for kept in self.kept_sums.tolist())
+        if self.block_map is not None:
             by_time = sorted(range(len(self.slot_frames)), key=self.slot_frames.__getitem__)
             block_map = self.block_map.cpu().unflatten(-1, (-1, self.per_frame))[:, :, by_time]
-            record = replace(record, block_map=block_map)
-        return record
+        return replace(self.record, seconds=seconds, layer_density=density, block_map=block_map)
 
 
-def _now(device: torch.device) -> Moment:
+def _now(device: torch.device) -> Any:
     """This moment in the device's queue of work; on the CPU's clock if the device has no such events."""
     if device.type != "cuda":
         return time.perf_counter()
@@ -251,5 +241,7 @@ def _now(device: torch.device) -> Moment:
 
 
 def _seconds(start: Any, end: Any) -> float:
-    seconds: float = end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
-    return seconds
+    if isinstance(end, float):
+        return float(end - start)
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
