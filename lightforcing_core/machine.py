@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import os
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator
@@ -125,10 +124,8 @@ def choose(
         winner = _winner(choice, names, rows, run, tolerance)
     except DeviceLost:
         raise
-    except (OSError, sqlite3.Error) as error:
-        place = profile.folder() / profile.FILE
-        text = f"[Light Forcing] nothing is measured: {place} cannot be used ({error}); delete it or make it writable"
-        say_once(logging.WARNING, text, about="profile")
+    except profile.ProfileError as error:
+        say_once(logging.WARNING, f"[Light Forcing] nothing is measured: {error}", about="profile")
         if look:
             look.end = 0.0
     except Exception as error:  # the incumbent's, which its caller will meet, or no memory for two results at once

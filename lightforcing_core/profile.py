@@ -24,6 +24,10 @@ SCHEMA = """CREATE TABLE IF NOT EXISTS proofs
     (machine, choice, candidate, state, because, gain, PRIMARY KEY (machine, choice, candidate))"""
 
 
+class ProfileError(OSError):
+    """The profile cannot be read or written; the message says why and what to do."""
+
+
 class Row(NamedTuple):
     """What is known about a candidate. gain: the incumbent's time divided by its own, 0 if it was not timed."""
 
@@ -72,10 +76,14 @@ def folder() -> Path:
 @contextmanager
 def _transaction() -> Iterator[sqlite3.Connection]:
     """The open file; what is done in it is kept if nothing raises."""
-    folder().mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(folder() / FILE)) as database, database:
-        database.execute(SCHEMA)
-        yield database
+    path = folder() / FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path)) as database, database:
+            database.execute(SCHEMA)
+            yield database
+    except (OSError, sqlite3.Error) as error:
+        raise ProfileError(f"{path} cannot be used ({error}); delete it or make it writable") from error
 
 
 @functools.cache

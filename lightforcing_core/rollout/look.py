@@ -23,6 +23,7 @@ from .cost import recipe_costs
 from .recipe import Recipe
 
 DENSE = "sparse or dense attention, {} frames that see {} and are to read {:.0%}"  # the choice for each chunk
+ONE_WAY = ("cpu",)  # devices on which dense attention has one way, which may take minutes
 
 _log = logging.getLogger(__name__)
 _looked: set[Hashable] = set()  # chunks that this process has looked at
@@ -87,7 +88,7 @@ class Looks:
             def opened() -> tuple[ModelState, Tensor]:
                 state, q = stack.enter_context(self._open(index))
                 _choose_backend(state, q)
-                if self.device.type != "cpu":  # there dense attention has one way, which may take minutes
+                if self.device.type not in ONE_WAY:
                     state.attend_history(q, state.cache.visible(0))
                 return state, q
 
@@ -130,31 +131,32 @@ class Looks:
         try:
             for frames in before:
                 state.cache.open(frames)
-                state.cache.store(0, self._keys(frames), self._values(frames))
+                self._store(state, frames)
                 state.cache.commit()
             state.open_chunk(length, self.recipe.sparsity(index), self.device, steps=1)
-            state.cache.store(0, self._keys(length), self._values(length))
-            yield state, self._values(length)
+            self._store(state, length)
+            yield state, self._random(length)
         finally:
             state.close()
+
+    def _store(self, state: ModelState, frames: int) -> None:
+        """Store random keys and values of some frames.
+
+        Keys of every second head have channels far from zero, as those of trained models. They change no attention, but
+        they show the error of one that rounds keys to a few bits.
+        """
+        keys, values = self._random(frames), self._random(frames)
+        keys[:, :, ::2, ::16] += 32.0
+        state.cache.store(0, keys, values)
+
+    def _random(self, frames: int) -> Tensor:
+        """Queries, keys or values of some frames, [B, L, H, D]."""
+        shape = self.shape
+        return self.random(shape.batch, frames * shape.tokens_per_frame, shape.heads, shape.head_dim)
 
     def random(self, *size: int) -> Tensor:
         """Normal numbers in the cache's dtype, by a generator of its own."""
         return torch.randn(size, generator=self._generator, dtype=self.shape.dtype, device=self.device)
-
-    def _values(self, frames: int) -> Tensor:
-        """Values or queries of some frames, [B, L, H, D]."""
-        shape = self.shape
-        return self.random(shape.batch, frames * shape.tokens_per_frame, shape.heads, shape.head_dim)
-
-    def _keys(self, frames: int) -> Tensor:
-        """Keys of some frames; those of every second head have channels far from zero, as trained models' have.
-
-        Attention does not change with them, but its error does if keys are rounded to a few bits as they are.
-        """
-        keys = self._values(frames)
-        keys[:, :, ::2, ::16] += 8.0
-        return keys
 
 
 def _choose_backend(state: ModelState, q: Tensor) -> None:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightforcing.lightforcing_core import fast_path, machine
-from lightforcing.lightforcing_core.attention.backends.dense import sdpa
+from lightforcing.lightforcing_core import fast_path, machine, profile
+from lightforcing.lightforcing_core.attention.backends.dense import WORK, FastestDense, sdpa
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.rollout import look
@@ -39,9 +39,9 @@ def measured(monkeypatch, tmp_path):
         memory.clear()
 
 
-def looks_of(recipe, kv="same"):
+def looks_of(recipe, kv="same", dense=sdpa):
     shape = recipe.cache_shape(layers=4, heads=2, head_dim=16, dtype=torch.float32)
-    return Looks(recipe, shape, KVOptions(kv), torch.device("cpu"), sdpa)
+    return Looks(recipe, shape, KVOptions(kv), torch.device("cpu"), dense)
 
 
 @pytest.mark.parametrize("kv", ["same", "int8"])
@@ -56,6 +56,20 @@ def test_dense_attention_wins_where_it_is_faster(measured, monkeypatch, times, g
     assert measured == [(DENSE, ["dense"])] * 2
     with machine.safe():
         assert looks_of(recipe, kv).dense_where_faster() is recipe
+
+
+def test_ways_of_dense_attention_are_proved_on_outliers_before_it_is_timed_against_sparse(measured, monkeypatch):
+    def rounded_keys(q, k, v):
+        scale = k.abs().amax((1, 3), keepdim=True) / 2047  # right within 1e-3 for normal numbers
+        return sdpa(q, (k / scale).round() * scale, v)
+
+    monkeypatch.setattr(look, "ONE_WAY", ())
+    with machine.measuring():
+        dense = FastestDense({"torch": sdpa, "rounded": rounded_keys})
+        looks_of(recipe_of(context=text(0), **OPTIONS), dense=dense).dense_where_faster()
+    assert [tried for tried in measured if tried[0] == WORK] == [(WORK, ["rounded"])] * 2
+    states = [rows["rounded"].state for rows in profile.rows(torch.device("cpu")).values() if "rounded" in rows]
+    assert states == ["quarantined"] * 2
 
 
 def test_a_named_backend_is_kept(measured):
