@@ -32,7 +32,7 @@ from ..texts import node_schema
 from .patch import Settings, patched
 
 AUTO, NONE = "auto", "none"
-AS_FAMILY = -1
+AS_FAMILY, BLOCK = -1, "64"
 ROWWISE = "fp8_rowwise"
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -97,7 +97,7 @@ def option_inputs() -> list[io.Input]:
     return [
         io.Combo.Input("family", options=[AUTO, *FAMILIES], default=AUTO),
         io.Combo.Input("backend", options=[AUTO, *BACKEND_NAMES], default=AUTO, advanced=True),
-        io.Combo.Input("block", options=["16", "32", "64", "128"], default="64", advanced=True),
+        io.Combo.Input("block", options=["16", "32", "64", "128"], default=BLOCK, advanced=True),
         io.Int.Input("keep_frames", **frames),
         io.Int.Input("keep_sink", **frames),
         io.Int.Input("keep_near", **frames),
@@ -108,29 +108,18 @@ def option_inputs() -> list[io.Input]:
     ]
 
 
-def settings_from(
-    family: Family,
-    backend: str = AUTO,
-    block: str = "64",
-    keep_frames: int = AS_FAMILY,
-    keep_sink: int = AS_FAMILY,
-    keep_near: int = AS_FAMILY,
-    estimator: str = AUTO,
-    tail: str = AUTO,
-    reuse_steps: int = 1,
-    **beyond: Any,
-) -> Settings:
-    """The patch settings that `option_inputs` describe.
+def settings_from(family: Family, **widgets: Any) -> Settings:
+    """The patch settings that `option_inputs` describe. Raises ValueError for values that do not fit together.
 
-    reuse_steps has no effect; saved graphs hold it. beyond: the other options of `AttentionOptions` that go beyond the
-    published method. Raises ValueError for values that do not fit together.
+    A graph may lack the optional ones; `reuse_steps` has no effect, and saved graphs hold it.
     """
-    asked: dict[str, Any] = {"keep_frames": keep_frames, "keep_sink": keep_sink, "keep_near": keep_near}
-    kept = replace(family.sparse, **{name: frames for name, frames in asked.items() if frames != AS_FAMILY})
-    budget = kept.keep_frames, kept.keep_sink, kept.keep_near
-    beyond["estimator"] = family.sparse.estimator if estimator == AUTO else estimator
-    beyond["tail"] = family.sparse.tail if tail == AUTO else tail == "on"
-    return Settings(family, AttentionOptions(backend, (int(block), int(block)), *budget, **beyond))
+    given = {name: value for name, value in widgets.items() if value not in (AUTO, AS_FAMILY)}
+    if "tail" in given:
+        given["tail"] = given["tail"] == "on"
+    sparse = replace(family.sparse, **{name: given[name] for name in given.keys() & vars(family.sparse).keys()})
+    block, frames = int(given.get("block", BLOCK)), (sparse.keep_frames, sparse.keep_sink, sparse.keep_near)
+    beyond = sparse.estimator, sparse.tail, given.get("tiles", False)
+    return Settings(family, AttentionOptions(given.get("backend", AUTO), (block, block), *frames, *beyond))
 
 
 def chosen_family(family: str, path: str) -> Family:

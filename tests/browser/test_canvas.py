@@ -8,13 +8,11 @@ import time
 import pytest
 
 from ..support.graphs import HEIGHT, WIDTH, empty, graph, link, loader, vae_loader, video_output
-from .tiny import NAMES, WORKFLOWS, node_id, tiny_text_to_video, workflow
+from .tiny import NAMES, WORKFLOWS, node_id, opened, tiny_text_to_video, workflow
 
 LENGTH = 45  # video frames: four chunks
-SEEDS = itertools.count(100)
 PROMPT = "async () => (await app.graphToPrompt()).output"
 PLOT = "app.rootGraph.getNodeById({id}).lightForcingPlot"
-VIEW = "app.rootGraph.getNodeById({id}).lightForcingView"
 SET_WIDGET = """([id, name, value]) => {
     const widget = app.rootGraph.getNodeById(id).widgets.find((one) => one.name === name);
     widget.value = value;
@@ -155,10 +153,8 @@ def test_custom_schedule_survives_saving(canvas):
 
 
 def test_video_grows_on_the_sampler_and_ends_on_the_canvas(canvas):
-    document = tiny_text_to_video(LENGTH, seed=next(SEEDS))
-    sampler = node_id(document, "LightForcingSampler")
-    canvas.open_graph(document)
-    view, seen = VIEW.format(id=sampler), []
+    document, sampler, view = opened(canvas, LENGTH)
+    seen = []
     canvas.wait_for(f"{PLOT.format(id=node_id(document, 'LightForcingSchedule'))}?.numbers")
     canvas.evaluate("() => app.queuePrompt(0, 1)")
     end = time.monotonic() + 120
@@ -184,16 +180,15 @@ def test_video_grows_on_the_sampler_and_ends_on_the_canvas(canvas):
 
 @pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
 def test_switched_off_the_hosts_own_preview_is_shown(canvas):
-    document = tiny_text_to_video(LENGTH - 4, seed=next(SEEDS))
-    sampler, schedule = node_id(document, "LightForcingSampler"), node_id(document, "LightForcingSchedule")
     setting = "app.extensionManager.setting.set('LightForcing.LiveView', {})"
     canvas.evaluate(f"() => {setting.format('false')}")
-    canvas.open_graph(document)
+    document, _, view = opened(canvas, LENGTH - 4)
+    schedule = node_id(document, "LightForcingSchedule")
     canvas.evaluate("() => { window.sheets = 0; app.api.addEventListener('b_preview', () => (window.sheets += 1)); }")
     canvas.evaluate("() => app.queuePrompt(0, 1)")
     canvas.wait_for("[...document.querySelectorAll('video')].some((video) => video.videoWidth > 0)", seconds=120)
     assert canvas.evaluate("() => window.sheets") >= 3
-    assert canvas.evaluate(f"() => {VIEW.format(id=sampler)} === undefined")
+    assert canvas.evaluate(f"() => {view} === undefined")
     assert canvas.evaluate(f"() => app.nodeOutputs[{schedule}]") is None  # the plot is there without a picture
     canvas.evaluate(f"() => {setting.format('true')}")
 

@@ -5,10 +5,9 @@ import re
 
 import pytest
 
-from .tiny import node_id, tiny_text_to_video
+from .tiny import opened
 
 LENGTH = 45  # video frames: four chunks
-SEEDS = itertools.count(500)
 WRAP = """(id) => {
     const inner = app.rootGraph.getNodeById(id);
     return Number(app.rootGraph.convertToSubgraph(new Set([inner])).node.id);
@@ -39,14 +38,6 @@ TAKE_SLOW_THEN_FAST = """async (id) => {
     Image.prototype.decode = decode;
     return view.cells.map((cell) => cell.at);
 }"""
-
-
-def opened(canvas, length):
-    """The document of a new run, opened; the number of its sampler, and the sampler's live view in JavaScript."""
-    document = tiny_text_to_video(length, seed=next(SEEDS))
-    canvas.open_graph(document)
-    sampler = node_id(document, "LightForcingSampler")
-    return document, sampler, f"app.rootGraph.getNodeById({sampler})?.lightForcingView"
 
 
 def test_subgraph_node_shows_what_the_sampler_in_it_makes(canvas):

@@ -1,5 +1,6 @@
 """The shipped canvas workflows, cut down to weights and sizes that run on a CPU in seconds."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from ..support.graphs import EMBEDS, HEIGHT, WIDTH
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+SEEDS = itertools.count(100)
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 
 
@@ -36,6 +38,14 @@ def tiny_text_to_video(length: int, seed: int = 0) -> dict[str, Any]:
     document["nodes"] = [node for node in document["nodes"] if node["type"] != "CLIPLoader"]
     document["links"] = [link for link in document["links"] if link[5] != "CLIP"]
     return document
+
+
+def opened(canvas: Any, length: int) -> tuple[dict[str, Any], int, str]:
+    """The document of a new run, opened; the number of its sampler, and the sampler's live view in JavaScript."""
+    document = tiny_text_to_video(length, seed=next(SEEDS))
+    canvas.open_graph(document)
+    sampler = node_id(document, "LightForcingSampler")
+    return document, sampler, f"app.rootGraph.getNodeById({sampler})?.lightForcingView"
 
 
 def node_id(document: dict[str, Any], kind: str) -> int:

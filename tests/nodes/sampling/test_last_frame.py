@@ -69,14 +69,12 @@ def dense(server, length, state=None, **options):
     return latents_of(server, graph(nodes, latent=empty(length), schedule=link("plan"), **options))
 
 
-def test_saved_run_keeps_its_end_also_when_it_is_lengthened(server, end):
-    dense(server, 21, save_state("ended"), end_latent=link("end"))
-    longer = dense(server, 33, load_state("ended_00001.safetensors"))
-    assert (longer == dense(server, 33, end_latent=link("end"))).all()
-    assert (longer[:, :, -1:] - end).abs().max() <= CLOSE
-
-
-def test_saved_run_without_an_end_does_not_get_one(server, end):
-    dense(server, 21, save_state("endless"))
-    longer = dense(server, 33, load_state("endless_00001.safetensors"), end_latent=link("end"))
-    assert (longer == dense(server, 33)).all()
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [({"end_latent": link("end")}, {}), ({}, {"end_latent": link("end")})],
+    ids=["kept", "not added"],
+)
+def test_saved_run_has_the_end_with_which_it_began(server, end, first, later):
+    dense(server, 21, save_state(name := f"with_{len(first)}_ends"), **first)
+    longer = dense(server, 33, load_state(f"{name}_00001.safetensors"), **later)
+    assert (longer == dense(server, 33, **first)).all()

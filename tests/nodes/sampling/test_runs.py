@@ -23,10 +23,8 @@ from ...support.graphs import (
     image_to_video,
     latents_of,
     link,
-    load_latent,
     loader,
     save_images,
-    save_latent,
     saved_latents,
     schedule,
     vae_loader,
@@ -92,17 +90,6 @@ def test_sampler_select_runs_in_the_custom_sampler(server):
     saved, denoised = (load_file(path)["latent_tensor"] for path in latents)
     assert saved.shape == (1, 16, 6, HEIGHT // 8, WIDTH // 8)
     assert (saved - denoised).abs().max() <= 1e-4
-
-
-def test_continuing_from_the_first_half_equals_the_whole(server, models):
-    whole = latents_of(
-        server, graph({"model": loader()}, latent=empty(33), schedule=link("plan")) | {"plan": schedule(33)}
-    )
-    save_latent(models, "half.latent", whole[:, :, :3].clone())
-    prompt = graph({"model": loader()}, latent=empty(33), schedule=link("plan"), start_latent=link("half"))
-    prompt |= {"plan": schedule(33), "half": load_latent("half.latent")}
-    continued = latents_of(server, prompt)
-    assert (continued - whole).abs().max() <= 1e-3
 
 
 def test_schedule_lists_its_sparsities_if_no_page_draws_them(server):

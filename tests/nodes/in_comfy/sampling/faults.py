@@ -114,12 +114,8 @@ def advice(width, height, *, decoding=False, host_memory=False):
     return advices.memory_advice(wanted, plan, decoding=decoding)
 
 
-for size, smaller in (
-    ((832, 480), "832×480 to 720×416 (2.00 GiB less)"),
-    ((48, 32), "48×32 to 32×16 (5.33 GiB less)"),
-    ((64, 16), "64×16 to 48×16 (2.00 GiB less)"),
-):
-    assert f"lower the size from {smaller}" in advice(*size)
+assert "lower the size from 832×480 to 720×416 (2.00 GiB less)" in advice(832, 480)
+assert "lower the size from 64×16 to 48×16 (2.00 GiB less)" in advice(64, 16)
 assert advice(16, 16).startswith("lower kv_cache to int8_host (")
 assert "16×16" not in advice(16, 16)
 nothing_left = "every setting is at its lowest; close other programs"
