@@ -2,9 +2,10 @@
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeAlias
 
 from comfy_api.latest import io
 from torch import Tensor
@@ -14,6 +15,7 @@ from ..lightforcing_core.rollout.timeline import Prompt, Switch, check_text
 from .texts import node_schema
 
 TimelineType = io.Custom("LIGHTFORCING_TIMELINE")
+PromptChange: TypeAlias = tuple[float, Prompt]  # from so many seconds on
 FRAMES_PER_SECOND = 16
 # Parts of CONDITIONING that a Wan T2V rollout would silently ignore.
 UNUSED_BY_T2V = (
@@ -33,16 +35,6 @@ UNUSED_BY_T2V = (
     "end_percent",
     "vace_frames",
 )
-
-
-@dataclass(frozen=True, eq=False)
-class PromptChange:
-    """A prompt from `start` seconds on; text: [B or 1, tokens, text_dim]."""
-
-    text: Tensor
-    start: float
-    switch: Switch
-    blend_chunks: int
 
 
 class LightForcingPromptTimeline(io.ComfyNode):
@@ -75,7 +67,7 @@ class LightForcingPromptTimeline(io.ComfyNode):
         reason = unsuitable_prompt(f"prompt at {start:g} s", [{**extras, "cross_attn": text}, *positive[1:]])
         if reason:
             raise ValueError(reason)
-        return io.NodeOutput((*timeline, PromptChange(text, start, switch, blend_chunks)))
+        return io.NodeOutput((*timeline, (start, Prompt(text, 0, switch, blend_chunks))))
 
 
 def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: list[int]) -> list[Prompt]:
@@ -85,21 +77,21 @@ def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: li
     """
     prompts, taken = [Prompt(text)], {0: "the sampler's own prompt"}
     *starts, total = accumulate(chunk_lengths, initial=0)
-    for change in sorted(timeline, key=lambda change: change.start):
-        frame = latent_frame_at(int(change.start * FRAMES_PER_SECOND))
+    for start, prompt in sorted(timeline, key=itemgetter(0)):
+        frame = latent_frame_at(int(start * FRAMES_PER_SECOND))
         if frame >= total:
             seconds = video_frames_of(total) / FRAMES_PER_SECOND
-            raise ValueError(f"a prompt at {change.start:g} s is after the end at {seconds:.2f} s; start it earlier")
+            raise ValueError(f"a prompt at {start:g} s is after the end at {seconds:.2f} s; start it earlier")
         chunk = bisect_right(starts, frame) - 1
         if chunk in taken:
             frames = (max(0, video_frames_of(starts[chunk] + latents)) for latents in (0, chunk_lengths[chunk]))
             begin, end = (count / FRAMES_PER_SECOND for count in frames)
             raise ValueError(
-                f"the prompt at {change.start:g} s is in chunk {chunk} ({begin:.2f} to {end:.2f} s), which already has "
+                f"the prompt at {start:g} s is in chunk {chunk} ({begin:.2f} to {end:.2f} s), which already has "
                 f"{taken[chunk]}; move it to another chunk"
             )
-        taken[chunk] = f"the prompt at {change.start:g} s"
-        prompts.append(Prompt(change.text, chunk, change.switch, change.blend_chunks))
+        taken[chunk] = f"the prompt at {start:g} s"
+        prompts.append(replace(prompt, start_chunk=chunk))
     return prompts
 
 

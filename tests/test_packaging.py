@@ -49,11 +49,6 @@ def test_users_torch_is_never_touched(project):
         assert not TORCH_FAMILY.match(line), line
 
 
-def test_development_tools_are_pinned():
-    for line in requirements("requirements-dev.txt"):
-        assert re.match(r"^[\w-]+==[\w.]+(;|$)", line), line
-
-
 def test_version_has_its_release_notes(project):
     """What the publish workflow runs: the tag fits the version, and the changelog has something to say of it."""
 
@@ -152,10 +147,6 @@ def test_public_name_comes_from_its_module(name):
 
 def test_rollout_is_the_function():
     assert lightforcing.rollout.__module__ == "lightforcing.lightforcing_core.rollout.loop"
-
-
-def test_unknown_names_are_missing():
-    assert not hasattr(lightforcing, "NODE_CLASS_MAPPINGS")
 
 
 def test_importing_the_package_imports_no_torch():

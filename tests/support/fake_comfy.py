@@ -5,6 +5,7 @@ import threading
 from contextlib import contextmanager, suppress
 
 from aiohttp import WSMsgType, web
+from aiohttp.test_utils import TestServer
 
 SUCCESS = {"status_str": "success", "completed": True, "messages": []}
 
@@ -80,24 +81,22 @@ class FakeComfy:
                 app.router.add_get(f"/base/{name}", getattr(self, f"_get_{name.partition('/')[0]}"))
             for name in ("prompt", "queue", "interrupt"):
                 app.router.add_post(f"/base/{name}", getattr(self, f"_post_{name}"))
-            runner = web.AppRunner(app, shutdown_timeout=0.1)
-            await runner.setup()
-            site = web.TCPSite(runner, "127.0.0.1", 0)
-            await site.start()
-            self.url = f"http://127.0.0.1:{runner.addresses[0][1]}/base"
+            server = TestServer(app)
+            await server.start_server(shutdown_timeout=0.1)
+            self.url = str(server.make_url("/base"))
             self._worker = asyncio.create_task(self._work())
-            return runner
+            return server
 
         self._loop = loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, daemon=True)
         thread.start()
-        runner = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
+        server = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
         try:
             yield self
         finally:
             self.release()
             loop.call_soon_threadsafe(self._worker.cancel)
-            asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+            asyncio.run_coroutine_threadsafe(server.close(), loop).result(10)
             loop.call_soon_threadsafe(loop.stop)
             thread.join(10)
             loop.close()
