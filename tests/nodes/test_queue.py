@@ -7,18 +7,15 @@ import sys
 import pytest
 from PIL import Image
 
-from ..support.graphs import graph, loader
+from ..support.graphs import graph, link, loader, node
 
 COUNT = 8
 LARGE = 1500  # pixels a side: a prompt takes a moment, so that a command can die in the middle of one
 GRAPH = {
-    "1": {"class_type": "PrimitiveString", "inputs": {"value": "nobody"}, "_meta": {"title": "Name"}},
-    "2": {"class_type": "EmptyImage", "inputs": {"width": 32, "height": 32, "batch_size": 1, "color": 0}},
-    "3": {
-        "class_type": "ImageScale",
-        "inputs": {"image": ["2", 0], "upscale_method": "lanczos", "width": LARGE, "height": LARGE, "crop": "disabled"},
-    },
-    "4": {"class_type": "SaveImage", "inputs": {"images": ["3", 0], "filename_prefix": ["1", 0]}},
+    "1": {**node("PrimitiveString", value="nobody"), "_meta": {"title": "Name"}},
+    "2": node("EmptyImage", width=32, height=32, batch_size=1, color=0),
+    "3": node("ImageScale", image=link("2"), upscale_method="lanczos", width=LARGE, height=LARGE, crop="disabled"),
+    "4": node("SaveImage", images=link("3"), filename_prefix=link("1")),
 }
 
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ..support.graphs import empty, graph, latents_of, link, load_state, loader, save_state, schedule
+from ..support.graphs import empty, graph, latents_of, link, load_state, loader, lora, save_state, schedule
 
 LENGTH = 93  # 24 latent frames: 8 chunks
 
@@ -69,8 +69,7 @@ def test_state_of_another_video_is_refused(server, stored, latent, parts):
 
 def test_stronger_lora_is_another_model(server):
     def model(strength):
-        inputs = {"model": link("unet"), "lora_name": "tiny_lora.safetensors", "strength_model": strength}
-        return {"unet": loader(), "model": {"class_type": "LoraLoaderModelOnly", "inputs": inputs}}
+        return {"unet": loader(), "model": lora(link("unet"), strength)}
 
     server.run({**graph(model(1.0), state=link("state")), "state": save_state("lora")})
     load = load_state("lora_00001.safetensors")

@@ -7,22 +7,21 @@ from safetensors.torch import load_file, save_file
 
 WIDTH, HEIGHT, LENGTH = 96, 64, 21
 EMBEDS, OTHER_EMBEDS = "panda.safetensors", "rain.safetensors"
+CAPTION = "on a plain background a red circle moves right slowly"
 RUNS = itertools.count()  # a server that has every node cached lists no files: each prompt saves under its own name
 
 
-def link(node, slot=0):
-    return [node, slot]
+def node(kind, **inputs):
+    return {"class_type": kind, "inputs": inputs}
+
+
+def link(source, slot=0):
+    return [source, slot]
 
 
 def loader(**inputs):
-    defaults = {
-        "model_name": "tiny_wan.safetensors",
-        "weight_dtype": "default",
-        "weights": "auto",
-        "lora_name": "none",
-        **options(),
-    }
-    return {"class_type": "LightForcingModelLoader", "inputs": {**defaults, **inputs}}
+    defaults = {"model_name": "tiny_wan.safetensors", "weight_dtype": "default", "weights": "auto", "lora_name": "none"}
+    return node("LightForcingModelLoader", **{**defaults, **options(), **inputs})
 
 
 def options(**inputs):
@@ -31,59 +30,58 @@ def options(**inputs):
 
 
 def core_loader(name, weight_dtype="default"):
-    return {"class_type": "UNETLoader", "inputs": {"unet_name": name, "weight_dtype": weight_dtype}}
+    return node("UNETLoader", unet_name=name, weight_dtype=weight_dtype)
+
+
+def lora(model, strength=1.0):
+    return node("LoraLoaderModelOnly", model=model, lora_name="tiny_lora.safetensors", strength_model=strength)
 
 
 def apply(model, **inputs):
-    return {"class_type": "LightForcingApply", "inputs": {"model": model, **options(**inputs)}}
+    return node("LightForcingApply", model=model, **options(**inputs))
 
 
 def empty(length=LENGTH, width=WIDTH, height=HEIGHT, batch_size=1):
-    inputs = {"width": width, "height": height, "length": length, "batch_size": batch_size}
-    return {"class_type": "EmptyARVideoLatent", "inputs": inputs}
+    return node("EmptyARVideoLatent", width=width, height=height, length=length, batch_size=batch_size)
 
 
 def save_images(images):
-    return {"class_type": "SaveImage", "inputs": {"images": images, "filename_prefix": f"frames{next(RUNS)}"}}
+    return node("SaveImage", images=images, filename_prefix=f"frames{next(RUNS)}")
 
 
-def schedule(length=LENGTH, preset="custom", model=None, **inputs):
-    custom = {
-        "frames_per_chunk": 3,
-        "window": 0,
-        "sink_frames": 0,
-        "sink_rope": "fixed",
-        "target": 0.6,
-        "base": 0.7,
-        "curve": "inverse_sqrt",
-        "dense_chunks": 1,
-    }
-    dotted = {f"preset.{name}": value for name, value in {**custom, **inputs}.items()} if preset == "custom" else {}
-    connected = {"model": model} if model else {}
-    return {"class_type": "LightForcingSchedule", "inputs": {"length": length, "preset": preset, **dotted, **connected}}
+def save_latents(samples, prefix):
+    return node("SaveLatent", samples=samples, filename_prefix=prefix)
+
+
+def schedule(length=LENGTH, preset="custom", **inputs):
+    chunks = {"frames_per_chunk": 3, "window": 0, "sink_frames": 0, "sink_rope": "fixed"}
+    growth = {"target": 0.6, "base": 0.7, "curve": "inverse_sqrt", "dense_chunks": 1}
+    custom = {**chunks, **growth, **inputs} if preset == "custom" else {}
+    dotted = {f"preset.{name}": value for name, value in custom.items()}
+    return node("LightForcingSchedule", length=length, preset=preset, **dotted)
 
 
 def text(name=EMBEDS):
-    return {"class_type": "LightForcingLoadTextEmbeds", "inputs": {"name": name}}
+    return node("LightForcingLoadTextEmbeds", name=name)
 
 
 def change(start, switch="hard", blend_chunks=2, positive="other", before=None):
-    inputs = {"positive": link(positive), "start": start, "switch": switch, "blend_chunks": blend_chunks}
     chained = {"timeline": link(before)} if before else {}
-    return {"class_type": "LightForcingPromptTimeline", "inputs": {**inputs, **chained}}
+    own = {"start": start, "switch": switch, "blend_chunks": blend_chunks}
+    return node("LightForcingPromptTimeline", positive=link(positive), **own, **chained)
 
 
 def save_state(name="run"):
-    return {"class_type": "LightForcingSaveState", "inputs": {"name": name}}
+    return node("LightForcingSaveState", name=name)
 
 
 def load_state(file):
-    return {"class_type": "LightForcingLoadState", "inputs": {"file": file}}
+    return node("LightForcingLoadState", file=file)
 
 
 def video_output(prefix, **inputs):
     defaults = {"format": "mp4", "crf": -1, "fps": 16.0, "keep_images": False}
-    return {"class_type": "LightForcingVideoOutput", "inputs": {"filename_prefix": prefix, **defaults, **inputs}}
+    return node("LightForcingVideoOutput", filename_prefix=prefix, **{**defaults, **inputs})
 
 
 def latents_of(server, prompt):
@@ -96,7 +94,7 @@ def saved_latents(server, entry):
 
 
 def load_latent(name):
-    return {"class_type": "LoadLatent", "inputs": {"latent": name}}
+    return node("LoadLatent", latent=name)
 
 
 def save_latent(models, name, latents):
@@ -105,42 +103,33 @@ def save_latent(models, name, latents):
 
 
 def vae_loader(name="tiny_lightvae.safetensors"):
-    return {"class_type": "VAELoader", "inputs": {"vae_name": name}}
+    return node("VAELoader", vae_name=name)
 
 
-def image_to_video(size, length):
+def encoded(kind="VAEEncode", **inputs):
+    """A node that encodes the picture of node "image" with "vae"."""
+    return node(kind, pixels=link("image"), vae=link("vae"), **inputs)
+
+
+def image_to_video(length):
     """ComfyUI's node that gives a MODEL a start image, from nodes "unet", "vae" and "image"."""
-    inputs = {name: link(source) for name, source in (("model", "unet"), ("vae", "vae"), ("start_image", "image"))}
-    size = {"width": size[0], "height": size[1], "length": length, "batch_size": 1}
-    return {"class_type": "ARVideoI2V", "inputs": {**inputs, **size}}
+    sources = {"model": link("unet"), "vae": link("vae"), "start_image": link("image")}
+    return node("ARVideoI2V", width=WIDTH, height=HEIGHT, length=length, batch_size=1, **sources)
 
 
 def empty_image(color=0):
-    inputs = {"width": WIDTH, "height": HEIGHT, "batch_size": 1, "color": color}
-    return {"class_type": "EmptyImage", "inputs": inputs}
+    return node("EmptyImage", width=WIDTH, height=HEIGHT, batch_size=1, color=color)
 
 
 def graph(models, *, latent=None, vae=False, seed=3, **sampler):
     """A prompt whose `models` end in node "model"; the sampler's latent is saved, its frames too with a VAE."""
+    inputs = {"model": link("model"), "positive": link("text"), "latent": link("latent"), "seed": seed, "steps": 4}
     prompt = {
         **models,
         "text": text(),
         "latent": latent or empty(),
-        "sampler": {
-            "class_type": "LightForcingSampler",
-            "inputs": {
-                "model": link("model"),
-                "positive": link("text"),
-                "latent": link("latent"),
-                "seed": seed,
-                "steps": 4,
-                **sampler,
-            },
-        },
-        "save": {
-            "class_type": "SaveLatent",
-            "inputs": {"samples": link("sampler"), "filename_prefix": f"latents/run{next(RUNS)}"},
-        },
+        "sampler": node("LightForcingSampler", **inputs, **sampler),
+        "save": save_latents(link("sampler"), f"latents/run{next(RUNS)}"),
     }
     if vae:
         prompt["vae"] = vae_loader()
@@ -149,29 +138,21 @@ def graph(models, *, latent=None, vae=False, seed=3, **sampler):
     return prompt
 
 
-CAPTION = "on a plain background a red circle moves right slowly"
-
-
 def demo_graph(caption=CAPTION, **inputs):
     """A whole run of the demo model, its frames saved."""
     models = {"model": loader(model_name="light_forcing_demo.safetensors", block="16")}
     prompt = graph(models, latent=empty(length=33, width=48, height=32), vae=True, **inputs)
     prompt["vae"] = vae_loader("light_forcing_demo_vae.safetensors")
-    return prompt | {"text": {"class_type": "LightForcingDemoPrompt", "inputs": {"caption": caption}}}
+    return prompt | {"text": node("LightForcingDemoPrompt", caption=caption)}
 
 
 def custom_graph(models, **select):
     """The same through SamplerCustomAdvanced; `select` are inputs of Sampler Select."""
-    prompt = graph(models)
-    prompt["noise"] = {"class_type": "RandomNoise", "inputs": {"noise_seed": 3}}
-    prompt["guider"] = {
-        "class_type": "BasicGuider",
-        "inputs": {"model": link("model"), "conditioning": link("text")},
+    parts = {name: link(name) for name in ("noise", "guider", "sigmas")}
+    return graph(models) | {
+        "noise": node("RandomNoise", noise_seed=3),
+        "guider": node("BasicGuider", model=link("model"), conditioning=link("text")),
+        "select": node("LightForcingSamplerSelect", **select),
+        "sigmas": node("BasicScheduler", model=link("model"), scheduler="simple", steps=4, denoise=1.0),
+        "sampler": node("SamplerCustomAdvanced", sampler=link("select"), latent_image=link("latent"), **parts),
     }
-    prompt["select"] = {"class_type": "LightForcingSamplerSelect", "inputs": select}
-    levels = {"model": link("model"), "scheduler": "simple", "steps": 4, "denoise": 1.0}
-    prompt["sigmas"] = {"class_type": "BasicScheduler", "inputs": levels}
-    inputs = {name: link(name) for name in ("noise", "guider", "sigmas")}
-    inputs |= {"sampler": link("select"), "latent_image": link("latent")}
-    prompt["sampler"] = {"class_type": "SamplerCustomAdvanced", "inputs": inputs}
-    return prompt

@@ -7,19 +7,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ...support.graphs import (
-    EMBEDS,
     OTHER_EMBEDS,
     apply,
     change,
     core_loader,
     custom_graph,
     demo_graph,
+    empty,
     empty_image,
+    encoded,
     graph,
     image_to_video,
     link,
     load_latent,
     loader,
+    node,
     save_latent,
     schedule,
     text,
@@ -40,31 +42,30 @@ def bad_files(models):
     cond[:, 0] = 1.0
     metadata = {"format": "light_forcing_text_embeds", "entries": json.dumps([{}])}
     save_file({"0.cond": cond}, embeds / "empty.safetensors", metadata=metadata)
-    save_file({"weight": torch.zeros(2)}, embeds / "foreign.safetensors")
     for name, value in (("nan", float("nan")), ("full", 1.0)):
         save_latent(models, f"{name}.latent", torch.full((1, 16, 6, 8, 12), value))
-
-
-def with_schedule(length=21, models=None, **inputs):
-    return {**graph(models or {"model": loader()}, schedule=link("plan")), "plan": schedule(length, **inputs)}
 
 
 def through_apply(name):
     return graph({"unet": core_loader(name), "model": apply(link("unet"))})
 
 
+def with_parts(models=None, build=graph, parts=(), **inputs):
+    """A run of the usual model, with some nodes instead of others."""
+    return build(models or {"model": loader()}, **inputs) | dict(parts)
+
+
 def masked():
-    prompt = graph({"model": loader()}, latent=None)
-    prompt["empty"] = prompt["latent"]
-    prompt["mask"] = {"class_type": "SolidMask", "inputs": {"value": 1.0, "width": 96, "height": 64}}
-    prompt["latent"] = {"class_type": "SetLatentNoiseMask", "inputs": {"samples": link("empty"), "mask": link("mask")}}
-    return prompt
+    mask = node("SolidMask", value=1.0, width=96, height=64)
+    latent = node("SetLatentNoiseMask", samples=link("empty"), mask=link("mask"))
+    return with_parts(parts={"empty": empty(), "mask": mask, "latent": latent})
 
 
 def two_strengths():
     conds = {"cond1": link("text"), "cond2": link("text"), "negative": link("text")}
-    inputs = {"model": link("model"), **conds, "cfg_conds": 3.0, "cfg_cond2_negative": 2.0, "style": "regular"}
-    return custom_graph({"model": loader()}) | {"guider": {"class_type": "DualCFGGuider", "inputs": inputs}}
+    strengths = {"cfg_conds": 3.0, "cfg_cond2_negative": 2.0, "style": "regular"}
+    guider = node("DualCFGGuider", model=link("model"), **conds, **strengths)
+    return with_parts(build=custom_graph, parts={"guider": guider})
 
 
 def partial_denoise():
@@ -78,28 +79,18 @@ def with_timeline(*starts):
     for number, start in enumerate(starts):
         nodes[f"change {number}"] = change(start, before=before)
         before = f"change {number}"
-    return {**graph({"model": loader()}, timeline=link(before)), **nodes}
+    return with_parts(parts=nodes, timeline=link(before))
 
 
 def start_image_twice():
-    start = {"class_type": "VAEEncode", "inputs": {"pixels": link("image"), "vae": link("vae")}}
-    nodes = {"vae": vae_loader(), "image": empty_image(), "start": start, "unet": loader()}
-    return graph({**nodes, "model": image_to_video((96, 64), 21)}, start_latent=link("start"))
+    nodes = {"vae": vae_loader(), "image": empty_image(), "start": encoded(), "unet": loader()}
+    return with_parts({**nodes, "model": image_to_video(21)}, start_latent=link("start"))
 
 
 def create_video():
-    inputs = {"images": link("sampler", 1), "fps": 16.0}
-    prompt = {**graph({"model": loader()}), "video": {"class_type": "CreateVideo", "inputs": inputs}}
-    prompt["file"] = {
-        "class_type": "SaveVideo",
-        "inputs": {"video": link("video"), "filename_prefix": "a", "format": "auto", "codec": "auto"},
-    }
-    return prompt
-
-
-def no_shift():
-    inputs = {"model": link("unet"), "shift": 0.0}
-    return graph({"unet": loader(), "model": {"class_type": "ModelSamplingSD3", "inputs": inputs}})
+    video = node("CreateVideo", images=link("sampler", 1), fps=16.0)
+    file = node("SaveVideo", video=link("video"), filename_prefix="a", format="auto", codec="auto")
+    return with_parts(parts={"video": video, "file": file})
 
 
 def demo_prompt():
@@ -108,27 +99,26 @@ def demo_prompt():
     return prompt
 
 
-def saved_as(name):
-    save = {"class_type": "LightForcingSaveTextEmbeds", "inputs": {"conditioning": link("text"), "name": name}}
-    return {"text": text(EMBEDS), "save": save}
-
-
 CASES = {
     "Wan I2V through Apply": (lambda: through_apply("wan_i2v.safetensors"), ["36 channels"]),
     "Wan 2.2 5B through Apply": (lambda: through_apply("wan_ti2v_5b.safetensors"), ["Wan 2.1 text-to-video"]),
     "unpatched model": (lambda: graph({"model": core_loader("tiny_wan.safetensors")}), ["Light Forcing Apply"]),
-    "schedule for another length": (lambda: with_schedule(33), ["33 video frames", "21"]),
+    "schedule for another length": (
+        lambda: with_parts(schedule=link("plan"), parts={"plan": schedule(33)}),
+        ["33 video frames", "21"],
+    ),
     "chunks of another kind of checkpoint": (
-        lambda: with_schedule(models={"model": loader(family="causal_forcing_framewise")}),
+        lambda: with_parts(
+            {"model": loader(family="causal_forcing_framewise")}, schedule=link("plan"), parts={"plan": schedule()}
+        ),
         ["chunks of 3", "frame by frame", "unknown"],
     ),
     "backend that cannot run": (lambda: graph({"model": loader(backend="triton")}), ["triton"]),
     "backend without a tail": (lambda: graph({"model": loader(backend="flash4", tail="on")}), ["pooled tail"]),
-    "empty prompt": (lambda: {**graph({"model": loader()}), "text": text("empty.safetensors")}, ["prompt is empty"]),
-    "foreign embeddings": (lambda: {**graph({"model": loader()}), "text": text("foreign.safetensors")}, ["foreign"]),
+    "empty prompt": (lambda: with_parts(parts={"text": text("empty.safetensors")}), ["prompt is empty"]),
     "NaN latent": (lambda: graph({"model": loader()}, latent=load_latent("nan.latent")), ["latent", "NaN"]),
     "NaN start": (
-        lambda: {**graph({"model": loader()}, start_latent=link("start")), "start": load_latent("nan.latent")},
+        lambda: with_parts(start_latent=link("start"), parts={"start": load_latent("nan.latent")}),
         ["start_latent", "NaN"],
     ),
     "latent that is not empty": (
@@ -136,7 +126,7 @@ CASES = {
         ["not empty", "start_latent"],
     ),
     "end longer than a chunk": (
-        lambda: {**graph({"model": loader()}, end_latent=link("end")), "end": load_latent("full.latent")},
+        lambda: with_parts(end_latent=link("end"), parts={"end": load_latent("full.latent")}),
         ["end_latent", "6 latent frames", "at most 2", "last 8 frames"],
     ),
     "noise mask": (masked, ["mask"]),
@@ -155,7 +145,10 @@ CASES = {
     ),
     "two start images": (start_image_twice, ["start_latent", "ARVideoI2V"]),
     "frames without a VAE": (create_video, ["IMAGE", "CreateVideo", "vae"]),
-    "a shift of 0": (no_shift, ["shift 0", "ModelSamplingSD3"]),
+    "a shift of 0": (
+        lambda: graph({"unet": loader(), "model": node("ModelSamplingSD3", model=link("unet"), shift=0.0)}),
+        ["shift 0", "ModelSamplingSD3"],
+    ),
     "partial denoise": (partial_denoise, ["sigmas", "denoise 1"]),
 }
 
@@ -171,6 +164,7 @@ def test_message_names_the_thing_and_the_way_out(server, bad_files, case):
 
 
 def test_nothing_half_written_stays(server, bad_files, models):
-    assert "../../escape" in server.error_of(saved_as("../../escape"))
+    save = node("LightForcingSaveTextEmbeds", conditioning=link("text"), name="../../escape")
+    assert "../../escape" in server.error_of({"text": text(), "save": save})
     assert not list(models.glob("**/*escape*"))
     assert not list((models / "models" / "text_embeds").rglob(".*"))

@@ -10,6 +10,7 @@ from ...support.graphs import (
     custom_graph,
     empty,
     empty_image,
+    encoded,
     graph,
     latents_of,
     link,
@@ -17,6 +18,7 @@ from ...support.graphs import (
     load_state,
     loader,
     save_latent,
+    save_latents,
     save_state,
     schedule,
 )
@@ -43,15 +45,10 @@ def test_video_ends_with_the_given_latent_and_starts_as_ever(server, end, sample
     assert (video[:, :, 3:5] - plain[:, :, 3:5]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("encode", ["LightForcingEncode", "VAEEncode"])
+@pytest.mark.parametrize("encode", [encoded("LightForcingEncode", place="end"), encoded()], ids=["ours", "core"])
 def test_last_image_is_encoded_and_decoded_at_the_end(server, encode):
     prompt = graph({"model": loader()}, vae=True, end_latent=link("end"))
-    inputs = {"pixels": link("image"), "vae": link("vae")} | (
-        {"place": "end"} if encode == "LightForcingEncode" else {}
-    )
-    prompt["end"] = {"class_type": encode, "inputs": inputs}
-    prompt["image"] = empty_image(0x3080D0)
-    prompt["save end"] = {"class_type": "SaveLatent", "inputs": {"samples": link("end"), "filename_prefix": "ends/end"}}
+    prompt |= {"end": encode, "image": empty_image(0x3080D0), "save end": save_latents(link("end"), "ends/end")}
     entry = server.run(prompt)
     files = server.files(entry)
     (given,) = [load_file(path)["latent_tensor"] for path in files if path.parent.name == "ends"]

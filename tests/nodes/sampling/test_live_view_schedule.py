@@ -8,7 +8,7 @@ from lightforcing.lightforcing_core.families import FAMILIES
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
 from ...support.comfy_server import Refused
-from ...support.graphs import graph, link, loader, schedule, vae_loader, video_output
+from ...support.graphs import graph, link, loader, node, schedule, vae_loader, video_output
 
 CUSTOM = {name.removeprefix("preset."): value for name, value in schedule()["inputs"].items() if name != "length"}
 CUSTOM["sparsity"] = ""
@@ -101,10 +101,10 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("node", "inputs", "way_out"), REFUSED)
-def test_wrong_input_is_refused_once_when_it_is_queued(server, node, inputs, way_out):
+@pytest.mark.parametrize(("wrong", "inputs", "way_out"), REFUSED)
+def test_wrong_input_is_refused_once_when_it_is_queued(server, wrong, inputs, way_out):
     given = {"plan": {"length": 81, "sparsity": ""}, "sampler": {"vae": link("vae")}, "out": {"prefix": "a"}}
-    given[node] |= inputs
+    given[wrong] |= inputs
     prompt = graph({"model": loader(), "plan": schedule(**given["plan"]), "vae": vae_loader()}, schedule=link("plan"))
     prompt["out"] = video_output(**given["out"])
     connected = {"video_output": link("out"), **given["sampler"]}
@@ -113,12 +113,12 @@ def test_wrong_input_is_refused_once_when_it_is_queued(server, node, inputs, way
         server.queue(prompt)
     ((named, errors),) = refused.value.errors["node_errors"].items()
     (error,) = errors["errors"]
-    assert (named, way_out in error["details"]) == (node, True), error
+    assert (named, way_out in error["details"]) == (wrong, True), error
 
 
 def test_linked_length_is_not_held_against_a_schedule(server):
     prompt = graph({"model": loader(), "schedule": schedule(21, sparsity="9: 0.5")})
-    prompt["length"] = {"class_type": "PrimitiveInt", "inputs": {"value": 21}}
+    prompt["length"] = node("PrimitiveInt", value=21)
     prompt["schedule"]["inputs"]["length"] = link("length")
     prompt["sampler"]["inputs"]["schedule"] = link("schedule")
     assert "this video has chunks 0 to 1" in server.error_of(prompt)

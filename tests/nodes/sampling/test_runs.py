@@ -19,12 +19,16 @@ from ...support.graphs import (
     demo_graph,
     empty,
     empty_image,
+    encoded,
     graph,
     image_to_video,
     latents_of,
     link,
     loader,
+    lora,
+    node,
     save_images,
+    save_latents,
     saved_latents,
     schedule,
     vae_loader,
@@ -49,10 +53,8 @@ def test_every_way_to_the_same_model_gives_the_same_video(server):
 
 def test_lora_changes_the_video_the_same_through_node_and_loader(server):
     without = latents_of(server, graph({"model": loader()}))
-    inputs = {"lora_name": "tiny_lora.safetensors", "model": link("unet"), "strength_model": 1.0}
-    lora = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
-    behind = latents_of(server, graph({"unet": loader(), "model": lora}))
-    stock = {"unet": core_loader("tiny_wan.safetensors"), "lora": lora, "model": apply(link("lora"))}
+    behind = latents_of(server, graph({"unet": loader(), "model": lora(link("unet"))}))
+    stock = {"unet": core_loader("tiny_wan.safetensors"), "lora": lora(link("unet")), "model": apply(link("lora"))}
     before = latents_of(server, graph(stock))
     merged = latents_of(server, graph({"model": loader(lora_name="tiny_lora.safetensors")}))
     assert (behind - without).abs().max() > 0.05
@@ -62,19 +64,16 @@ def test_lora_changes_the_video_the_same_through_node_and_loader(server):
 
 def test_frames_decoded_while_sampling_equal_those_decoded_later(server):
     """Those of a start image included."""
-    encode = {"class_type": "VAEEncode", "inputs": {"pixels": link("image"), "vae": link("vae")}}
-    nodes = {"model": loader(), "image": empty_image(0x40A0C0), "start": encode}
+    nodes = {"model": loader(), "image": empty_image(0x40A0C0), "start": encoded()}
     prompt = graph(nodes, latent=empty(17), vae=True, start_latent=link("start"))
-    decode = {"samples": link("sampler"), "vae": link("vae")}
-    prompt["ours"] = {"class_type": "LightForcingDecode", "inputs": decode}
-    prompt["core"] = {"class_type": "VAEDecode", "inputs": decode}
-    prompt["images ours"], prompt["images core"] = save_images(link("ours")), save_images(link("core"))
+    for name, kind in (("ours", "LightForcingDecode"), ("core", "VAEDecode")):
+        prompt[name] = node(kind, samples=link("sampler"), vae=link("vae"))
+        prompt[f"images {name}"] = save_images(link(name))
     entry = server.run(prompt)
     frames = {}
-    for node in ("images", "images ours", "images core"):
-        saved = entry["outputs"][node]["images"]
-        paths = [server.base / "output" / item["subfolder"] / item["filename"] for item in saved]
-        frames[node] = np.stack([np.asarray(Image.open(path), dtype=np.int16) for path in paths])
+    for name in ("images", "images ours", "images core"):
+        paths = [server.output / item["filename"] for item in entry["outputs"][name]["images"]]
+        frames[name] = np.stack([np.asarray(Image.open(path), dtype=np.int16) for path in paths])
     assert frames["images"].shape == (17, HEIGHT, WIDTH, 3)
     assert frames["images"].std() > 1
     assert abs(frames["images"] - frames["images ours"]).max() <= 1
@@ -84,8 +83,7 @@ def test_frames_decoded_while_sampling_equal_those_decoded_later(server):
 def test_sampler_select_runs_in_the_custom_sampler(server):
     prompt = custom_graph({"model": loader()}, schedule=link("schedule"))
     prompt["schedule"] = schedule(window=6, sink_frames=1, sink_rope="follow")
-    save = {"samples": link("sampler", 1), "filename_prefix": "latents/denoised"}
-    prompt["save denoised"] = {"class_type": "SaveLatent", "inputs": save}
+    prompt["save denoised"] = save_latents(link("sampler", 1), "latents/denoised")
     latents = [path for path in server.files(server.run(prompt)) if path.suffix == ".latent"]
     saved, denoised = (load_file(path)["latent_tensor"] for path in latents)
     assert saved.shape == (1, 16, 6, HEIGHT // 8, WIDTH // 8)
@@ -117,10 +115,9 @@ def test_cancelled_run_leaves_a_healthy_server(server):
 
 def test_start_image_of_core_equals_a_start_latent_and_a_named_file_needs_no_apply(server):
     """As in ComfyUI's image-to-video template for Causal Forcing."""
-    encode = {"class_type": "VAEEncode", "inputs": {"pixels": link("image"), "vae": link("vae")}}
-    nodes = {"vae": vae_loader(), "image": empty_image(0x40A0C0), "encoded": encode}
+    nodes = {"vae": vae_loader(), "image": empty_image(0x40A0C0), "encoded": encoded()}
     nodes["unet"] = core_loader("causal_forcing-framewise.safetensors")
-    start = image_to_video((WIDTH, HEIGHT), 13)
+    start = image_to_video(13)
     alone = latents_of(server, graph({**nodes, "model": start}, latent=empty(13)))
     applied = {**nodes, "model": apply(link("unet"))}
     assert (latents_of(server, graph(applied, latent=empty(13), start_latent=link("encoded"))) == alone).all()
