@@ -68,6 +68,7 @@ class FrameOutput(Observer):
     def cut(self, reason: str) -> None:
         with contextlib.suppress(NotFinite):  # the run has its reason, and its latents are kept
             self._pass_on(self._decoder.rest())
+        self._decoder.drop()  # frames behind such ones, which nothing collects any more
 
     def add_before(self, batch: int) -> None:
         """Decode the latents that the video already has, once."""

@@ -36,9 +36,8 @@ from .live_view import LiveView
 from .observer import Observer, ProgressLine, StateWriter, runs_cut_short
 from .request import Request, model_text, run_inputs
 
-MAX_SEED, MAX_CFG = 0xFFFFFFFFFFFFFFFF, 30.0
+MAX_CFG = 30.0
 OPEN = object()  # the value of an input that is not connected
-HIDDEN = [io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo]
 
 
 class LightForcingSampler(io.ComfyNode):
@@ -53,7 +52,7 @@ class LightForcingSampler(io.ComfyNode):
                 io.Model.Input("model"),
                 io.Conditioning.Input("positive"),
                 io.Latent.Input("latent"),
-                io.Int.Input("seed", default=0, min=0, max=MAX_SEED, step=1, control_after_generate=True),
+                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, step=1, control_after_generate=True),
                 io.Int.Input("steps", default=0, min=0, max=16, step=1),
                 ScheduleType.Input("schedule", optional=True),
                 io.Vae.Input("vae", optional=True),
@@ -67,7 +66,7 @@ class LightForcingSampler(io.ComfyNode):
                 *run_inputs(),
             ],
             outputs=[io.Latent.Output(display_name="LATENT"), io.Image.Output(display_name="IMAGE")],
-            hidden=HIDDEN,
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ..support.graphs import HEIGHT, WIDTH, empty, graph, link, loader, vae_loader, video_output
+from ..support.graphs import HEIGHT, WIDTH, empty, graph, link, loader, video_output
 from .tiny import NAMES, WORKFLOWS, node_id, opened, tiny_text_to_video, workflow
 
 LENGTH = 45  # video frames: four chunks
@@ -229,8 +229,7 @@ def test_fields_in_a_videos_file_name_are_filled_in(canvas):
 @pytest.mark.parametrize("form", ["mp4", "webm"])
 def test_dropped_video_brings_its_graph_back(canvas, server, form):
     document = tiny_text_to_video(21)
-    prompt = graph({"model": loader(), "vae": vae_loader()}, latent=empty(21), video_output=link("out"))
-    prompt["sampler"]["inputs"]["vae"] = link("vae")
+    prompt = graph({"model": loader()}, latent=empty(21), vae=True, video_output=link("out"))
     prompt["out"] = video_output(f"dropped/{form}", format=form)
     (saved,) = server.run(prompt, document)["outputs"]["sampler"]["images"]
     assert canvas.evaluate("() => app.rootGraph.nodes.length") == 0
