@@ -4,7 +4,6 @@ Needs what `tests/nodes` needs, Playwright, and a Chromium (`CHROMIUM`, or one o
 """
 
 import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -101,13 +100,11 @@ class Canvas:
 
     def nodes(self) -> list[dict[str, Any]]:
         """Type, and whether the frontend knows it, of every node, those in subgraphs too."""
-        return json.loads(
-            self.evaluate(
-                """() => {
-                    const inner = (node) => (node.subgraph ? all(node.subgraph) : []);
-                    const all = (graph) => graph.nodes.flatMap((node) => [node, ...inner(node)]);
-                    const known = (node) => node.type in LiteGraph.registered_node_types;
-                    return JSON.stringify(all(app.rootGraph).map((node) => ({ type: node.type, known: known(node) })));
-                }"""
-            )
+        return self.evaluate(
+            """() => {
+                const inner = (node) => (node.subgraph ? all(node.subgraph) : []);
+                const all = (graph) => graph.nodes.flatMap((node) => [node, ...inner(node)]);
+                const known = (node) => node.type in LiteGraph.registered_node_types;
+                return all(app.rootGraph).map((node) => ({ type: node.type, known: known(node) }));
+            }"""
         )
