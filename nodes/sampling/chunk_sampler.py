@@ -126,7 +126,7 @@ class ChunkSampler(Sampler):
         (run, plan, notes), self._prepared = self._prepared, None
         inner = model_wrap.inner_model
         dit, fresh = inner.diffusion_model, run.recipe.noise()
-        video = _Video(run, noise.shape, noise.device if plan.latents_on_device else torch.device("cpu"))
+        video = _Video(run, noise.to(noise.device if plan.latents_on_device else "cpu", copy=True))
         starts = [0, *accumulate(run.recipe.chunk_lengths())]
         bar = tqdm(disable=disable_pbar, desc="Light Forcing")
 
@@ -145,7 +145,7 @@ class ChunkSampler(Sampler):
             for observer in self.observers:
                 observer.step(event)
             if callback is not None:
-                callback(event.done - 1, video.clean.clone(), event.x, event.total)
+                callback(event.done - 1, video.clean.clone(), video.noisy, event.total)
 
         def should_stop() -> bool:
             return is_interrupted() or (video.is_complete and is_prompt_waiting())
@@ -235,13 +235,13 @@ class ChunkSampler(Sampler):
 class _Video:
     """The latents of a run so far, and how much of them is finished.
 
-    clean: [B, 16, frames, h, w], where the current chunk holds its latest prediction.
+    clean, noisy: [B, 16, frames, h, w], where the current chunk holds its latest prediction and that step's input.
     end: latent frames that are finished. finished, wanted: chunks of this run.
     in_output: the chunk that observers are working on, if any.
     """
 
-    def __init__(self, run: RunState, shape: Sequence[int], device: torch.device) -> None:
-        self.clean, self.end = torch.zeros(*shape, device=device), run.finished_frames
+    def __init__(self, run: RunState, noisy: Tensor) -> None:
+        self.clean, self.noisy, self.end = torch.zeros_like(noisy), noisy, run.finished_frames
         if (past := run.latents) is not None:
             self.clean[:, :, : self.end] = past
         self.finished = 0
@@ -259,7 +259,8 @@ class _Video:
         return f"{self.finished} of {self.wanted} chunks: {' of '.join(map(str, frames))} frames"
 
     def update(self, event: StepEvent) -> None:
-        self.clean[:, :, event.start_frame : event.start_frame + event.x0.shape[2]] = event.x0
+        frames = slice(event.start_frame, event.start_frame + event.x0.shape[2])
+        self.clean[:, :, frames], self.noisy[:, :, frames] = event.x0, event.x
 
     def add(self, chunk: Chunk) -> None:
         """A chunk is finished, and its output begins."""

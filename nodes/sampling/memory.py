@@ -18,8 +18,8 @@ from ...lightforcing_core.rollout.state import RunState
 from ..comfy import ModelPatcher, memory_for_a_run, weight_bytes_on_device
 from ..vae.decode import FrameDecoder
 
-# Whole videos of latents that sampling can keep in CPU memory: the result, and a preview's copy.
-LATENT_COPIES = 2
+# Whole videos of latents that sampling can keep in CPU memory: the result, the noisy one, and a preview's copy.
+LATENT_COPIES = 3
 
 
 def plan_of(

@@ -146,7 +146,7 @@ class LightForcingSampler(io.ComfyNode):
                 sigmas = saved.recipe.sigmas if saved else few_step_sigmas(steps_of(family, steps), flow_shift(model))
                 guider = guider_for(model, vae, positive, negative, cfg if saved is None else 1.0, KEY)
                 video = guider.sample(
-                    latents,  # instead of noise, which the sampler makes
+                    latents.float(),  # instead of noise, which the sampler makes
                     latents,
                     sampler,
                     torch.tensor(sigmas),
