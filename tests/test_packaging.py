@@ -1,6 +1,5 @@
 """The package's own files agree with each other, everything that runs is published, and public names are light."""
 
-import ast
 import json
 import re
 import shutil
@@ -65,39 +64,21 @@ def test_version_has_its_release_notes(project):
     assert f"tag the release as v{project['version']}" in refused.stderr
 
 
-def nodes_of(value):
-    """Every node of a graph, those inside its subgraphs included."""
-    if isinstance(value, dict):
-        if "properties" in value and "type" in value:
-            yield value
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            yield from nodes_of(part)
-
-
 @pytest.mark.parametrize("path", [*ROOT.glob("workflows/*.json"), *ROOT.glob("subgraphs/*.json")], ids=lambda p: p.stem)
 def test_graphs_name_the_version_that_made_them(path, project):
-    graph = json.loads(path.read_text(encoding="utf-8"))
-    ours = [
-        node
-        for node in nodes_of(graph)
-        if node["type"].startswith("LightForcing") or node["properties"].get("cnr_id") == project["name"]
-    ]
-    assert ours
-    for node in ours:
-        assert (node["properties"]["cnr_id"], node["properties"]["ver"]) == (project["name"], project["version"])
+    found = []
+    json.loads(path.read_text(encoding="utf-8"), object_hook=lambda one: found.append(one) or one)
+    nodes = [(one["type"], one["properties"]) for one in found if "properties" in one and "type" in one]
+    ours = [own for kind, own in nodes if kind.startswith("LightForcing") or own.get("cnr_id") == project["name"]]
+    assert {(own["cnr_id"], own["ver"]) for own in ours} == {(project["name"], project["version"])}
 
 
 def test_shipped_code_keeps_to_the_registrys_standards():
-    """No eval or exec, no installing at run time, one statement per line, and no script that Manager would run."""
+    """No installing at run time, and no script that Manager would run; ruff finds eval and exec."""
     assert not [name for name in ("install.py", "prestartup_script.py", "uninstall.py") if (ROOT / name).exists()]
     for folder in ("kernels", "lightforcing_core", "nodes", "cli", "benchmarks"):
         for path in ROOT.joinpath(folder).rglob("*.py"):
             source = path.read_text(encoding="utf-8")
-            for node in ast.walk(ast.parse(source)):
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                    assert node.func.id not in ("eval", "exec"), f"{path.name}:{node.lineno}"
             assert not re.search(r"\bpip\b.*\binstall\b.*subprocess|subprocess.*\bpip\b", source), path.name
             assert not re.search(r"torch\.load\((?!.*weights_only=True)", source), path.name
 
