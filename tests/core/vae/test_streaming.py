@@ -122,14 +122,17 @@ def test_streamed_decode_equals_the_whole_clip_evaluation(at_once):
     torch.testing.assert_close(frames, expected, rtol=0, atol=1e-10)
 
 
-def test_encode_equals_the_whole_clip_evaluation():
+def test_encode_in_any_cut_equals_the_whole_clip_evaluation():
     frames = torch.rand(2, 13, 24, 16, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    expected = WholeClip(weights()).encode(frames)
-    latents = StreamingEncoder(vae_from_state_dict(weights())).encode(frames)
+    expected, vae = WholeClip(weights()).encode(frames), vae_from_state_dict(weights())
+    latents = StreamingEncoder(vae).encode(frames)
     assert latents.shape == (2, 16, 4, 3, 2)
-    assert torch.equal(StreamingEncoder(vae_from_state_dict(weights())).encode(frames[:, :1]), latents[:, :, :1])
     assert expected.std() > 0.1
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-10)
+    encoder = StreamingEncoder(vae)
+    assert torch.equal(torch.cat([encoder.encode(piece) for piece in frames.split((1, 8, 4), dim=1)], dim=2), latents)
+    with pytest.raises(ValueError, match=r"5 video frames are not 0 \+ 4k; use 4 or 8"):
+        encoder.encode(frames[:, :5])
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
@@ -193,15 +196,11 @@ def test_cache_does_not_grow_with_length_and_pins_no_larger_tensor():
     for piece in clip(7, dtype=torch.float32).split(1, dim=2):
         decoder.decode(piece)
         sizes.append(decoder.cache_bytes)
-    assert sizes[2:] == sizes[2:3] * 5
-    # Two past frames in front of each cached convolution; positions per frame and channels are read off the layout:
-    # 4 × 6 latent positions; conv1, two middle blocks, then three blocks per size with a time_conv after two of them.
-    low, mid, high, full = (24 * 4**level for level in range(4))
-    values = low * 16 + low * 16 * (4 + 6 + 1)
-    values += mid * (8 + 16 + 16 * 4 + 16)
-    values += high * (8 * 6)
-    values += full * (4 * 6 + 4)
-    assert sizes[-1] == 2 * 4 * values
+    # Two past frames in front of each cached convolution; positions per frame times channels, by size: conv1 and two
+    # middle blocks, then three blocks per size with a time_conv after two of them.
+    channels = 16 + 16 * (4 + 6 + 1), 8 + 16 + 16 * 4 + 16, 8 * 6, 4 * 6 + 4
+    values = sum(24 * 4**level * count for level, count in enumerate(channels))
+    assert sizes[2:] == [2 * 4 * values] * 5
     decoder.reset()
     assert decoder.cache_bytes == 0
     assert decoder.decode(clip(1, height=2, width=2, dtype=torch.float32)).shape == (1, 1, 16, 16, 3)
@@ -244,22 +243,6 @@ def test_a_vae_that_makes_nan_or_infinity_is_named_with_its_dtype(bad, name):
     for run in runs:
         with pytest.raises(ValueError, match=r"video holds NaN or infinity; .*the VAE computes in torch\.float32"):
             run()
-
-
-def test_nan_in_the_frames_to_encode_is_named():
-    frames = torch.full((1, 1, 16, 16, 3), torch.nan)
-    with pytest.raises(ValueError, match="the encoded video holds NaN or infinity; check its frames"):
-        StreamingEncoder(vae_from_state_dict(weights(torch.float32))).encode(frames)
-
-
-def test_encode_cut_into_calls_equals_one_call():
-    vae = vae_from_state_dict(weights())
-    frames = torch.rand(1, 13, 16, 24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    encoder = StreamingEncoder(vae)
-    pieces = [encoder.encode(piece) for piece in frames.split((5, 4, 4), dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=2), StreamingEncoder(vae).encode(frames), rtol=0, atol=0)
-    with pytest.raises(ValueError, match=r"5 video frames are not 0 \+ 4k; use 4 or 8"):
-        encoder.encode(frames[:, :5])
 
 
 def test_latents_that_cannot_continue_the_clip_are_refused_and_it_goes_on():
