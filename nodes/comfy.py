@@ -353,27 +353,20 @@ def progress_bars_hidden() -> bool:
 
 
 class Preview:
-    """Latent previews of one MODEL, by the method chosen in ComfyUI's settings."""
+    """Latent previews of one MODEL, by the method chosen in ComfyUI's settings.
+
+    is_foreign: whether another pack has replaced ComfyUI's previews.
+    """
 
     def __init__(self, model: ModelPatcher) -> None:
         self._model, self._format = model, model.model.latent_format
-        self._previewer = latent_preview.get_previewer(model.load_device, self._format)
-
-    @property
-    def is_on(self) -> bool:
-        return self._previewer is not None
-
-    @property
-    def is_foreign(self) -> bool:
-        """Whether another pack has replaced ComfyUI's previews."""
-        return self._previewer is not None and type(self._previewer).__module__ != latent_preview.__name__
+        self._previewer = previewer = latent_preview.get_previewer(model.load_device, self._format)
+        self.is_on = previewer is not None
+        self.is_foreign = self.is_on and type(previewer).__module__ != latent_preview.__name__
+        self.has_tiny_vae = isinstance(previewer, latent_preview.TAESDPreviewerImpl)
 
     def callback(self) -> Callable[[int, Tensor, Tensor, int], None]:
         return latent_preview.prepare_callback(self._model, 1)
-
-    @property
-    def has_tiny_vae(self) -> bool:
-        return isinstance(self._previewer, latent_preview.TAESDPreviewerImpl)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Frames [n, H, W, 3] that the tiny VAE makes of latents [1, 16, f, h, w]."""

@@ -16,7 +16,7 @@ from ..refusal import NotFinite, check_finite, check_size, is_finite
 from .graph import PassGraph
 from .norm import joined
 from .taehv import TaeLatents, check_tae, is_mem_block, is_tae
-from .wan_vae import LATENT_CHANNELS, denormalise_latents, normalise_latents
+from .wan_vae import LATENT_CHANNELS, check_channels, denormalise_latents, normalise_latents
 
 Tree: TypeAlias = Any  # a module tree with the published attribute names: ComfyUI's or ours
 
@@ -314,11 +314,7 @@ def _place(vae: Tree, dtype: torch.dtype | None, device: torch.device | str | No
 def _check_wan_vae(vae: Tree, way_out: str) -> None:
     if not isinstance(getattr(vae, "conv2", None), nn.Conv3d) or not hasattr(vae.decoder, "upsamples"):
         raise ValueError(f"{type(vae).__name__} is not a Wan VAE (no conv2, decoder.upsamples); {way_out}")
-    channels, colours = vae.conv2.in_channels, vae.decoder.head[-1].out_channels
-    if channels != LATENT_CHANNELS:
-        raise ValueError(f"the VAE has {channels} latent channels instead of {LATENT_CHANNELS}; {way_out}")
-    if colours != 3:
-        raise ValueError(f"the VAE decodes to {colours} channels instead of 3; {way_out}")
+    check_channels("VAE", vae.conv2.in_channels, vae.decoder.head[-1].out_channels, way_out)
 
 
 def _check_frames(frames: Tensor, *, first: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from .wan_vae import LATENT_CHANNELS
+from .wan_vae import check_channels
 
 # The latents that a TAE decodes: the DiT's normalised ones (taew2_1), or the VAE's own (lighttaew2_1).
 TaeLatents: TypeAlias = Literal["normalised", "raw"]
@@ -43,11 +43,7 @@ def is_tae(module: nn.Module) -> bool:
 
 def check_tae(tae: Any) -> None:
     convolutions = [layer for layer in tae.decoder if isinstance(layer, nn.Conv2d)]
-    latent, colours = convolutions[0].in_channels, convolutions[-1].out_channels
-    if latent != LATENT_CHANNELS:
-        raise ValueError(f"the TAE has {latent} latent channels instead of {LATENT_CHANNELS}; {_GET_THE_FILE}")
-    if colours != 3:
-        raise ValueError(f"the TAE decodes to {colours} channels instead of 3; {_GET_THE_FILE}")
+    check_channels("TAE", convolutions[0].in_channels, convolutions[-1].out_channels, _GET_THE_FILE)
 
 
 def is_mem_block(layer: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Decode a picture too large for one pass in blended tiles; each sees only itself, so frames are close, not equal."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,18 +66,9 @@ class TiledDecoder:
 
 def _fades(spans: list[tuple[int, int]]) -> list[Tensor]:
     """Weights per pixel along a side, float32: ramps over shared pixels, 1 elsewhere."""
-    fades = []
-    for i, (start, stop) in enumerate(spans):
-        fade = torch.ones(8 * (stop - start))
-        if i:
-            fade[: 8 * (spans[i - 1][1] - start)] = _ramp(spans[i - 1][1] - start)
-        if i + 1 < len(spans):
-            shared = stop - spans[i + 1][0]
-            fade[len(fade) - 8 * shared :] = 1 - _ramp(shared)
-        fades.append(fade)
+    fades = [torch.ones(8 * (stop - start)) for start, stop in spans]
+    for (before, after), ((_, stop), (start, _)) in zip(pairwise(fades), pairwise(spans), strict=True):
+        shared = 8 * (stop - start)
+        ramp = (torch.arange(shared) + 0.5) / shared
+        before[-shared:], after[:shared] = 1 - ramp, ramp
     return fades
-
-
-def _ramp(latents: int) -> Tensor:
-    """From just above 0 to just below 1 over 8 · `latents` pixels."""
-    return (torch.arange(8 * latents) + 0.5) / (8 * latents)

@@ -3,6 +3,7 @@
 `streaming.py` drives it. Names and shapes are those of `Wan2.1_VAE.pth` and `lightvaew2_1.safetensors`: 194 tensors.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,11 @@ LATENT_STD = (
 
 _WIDTHS = (1, 2, 4, 4)  # channels of the four resolutions, full size first, in units of dim
 _HALVES_TIME = (False, True, True)  # which of the three down-samplings also halve the frame rate
+_OTHER_KINDS = {  # by what a tensor's name begins with
+    r".*patch_embedding\.": "a diffusion model (patch_embedding), not a VAE",
+    r"taesd|decoder\.1\.|decoder\.3\.conv\.|encoder\.0\.weight": "a tiny autoencoder (TAE)",
+    r"decoder\.mid_block\.": "a VAE under diffusers' tensor names",
+}
 _GET_THE_FILE = "use Wan2.1_VAE.pth, wan_2.1_vae.safetensors or lightvaew2_1.safetensors"
 
 
@@ -56,16 +62,11 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_channels, out_channels, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2), **options)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> Tensor:
-        """x [B, C, T, H, W] → T frames; `past`: up to kernel − 1 frames, the rest zeros.
-
-        With a stride in time, x brings its own past and nothing is padded.
-        """
-        missing = self.kernel_size[0] - 1 if self.stride[0] == 1 else 0
+        """x [B, C, T, H, W] → T frames; `past`: kernel − 1 frames, else zeros. With a stride, x brings its own."""
         if past is not None:
-            missing -= past.shape[2]
             x = torch.cat([past, x], dim=2)
-        if missing > 0:
-            x = F.pad(x, (0, 0, 0, 0, missing, 0))
+        elif self.kernel_size[0] > 1 and self.stride[0] == 1:
+            x = F.pad(x, (0, 0, 0, 0, self.kernel_size[0] - 1, 0))
         return super().forward(x)
 
 
@@ -200,11 +201,16 @@ class WanVAE(nn.Module):
         self.decoder = Decoder(dim)
 
 
+def check_channels(kind: str, latent: int, colours: int, way_out: str) -> None:
+    """ValueError unless a decoder takes Wan 2.1's latents and gives colours."""
+    if latent != LATENT_CHANNELS:
+        raise ValueError(f"the {kind} has {latent} latent channels instead of {LATENT_CHANNELS}; {way_out}")
+    if colours != 3:
+        raise ValueError(f"the {kind} decodes to {colours} channels instead of 3; {way_out}")
+
+
 def vae_from_state_dict(
-    state_dict: Mapping[str, Tensor],
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    state_dict: Mapping[str, Tensor], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> WanVAE:
     """Build the Wan 2.1 VAE or LightVAE that a file's tensors describe.
 
@@ -232,12 +238,9 @@ def _not_a_wan_vae(state_dict: Mapping[str, Tensor]) -> str | None:
     """The kind of file that these tensors are instead of a Wan 2.1 VAE, or None."""
     if not state_dict:
         return "no tensors at all"
-    if any("patch_embedding." in name for name in state_dict):
-        return "a diffusion model (patch_embedding), not a VAE"
-    if any(name.startswith(("taesd", "decoder.1.", "decoder.3.conv.", "encoder.0.weight")) for name in state_dict):
-        return "a tiny autoencoder (TAE)"
-    if any(name.startswith("decoder.mid_block.") for name in state_dict):
-        return "a VAE under diffusers' tensor names"
+    for beginning, kind in _OTHER_KINDS.items():
+        if any(re.match(beginning, name) for name in state_dict):
+            return kind
     for name in ("conv2.weight", "decoder.head.0.gamma"):
         if not isinstance(state_dict.get(name), Tensor):
             return f"no {name} among its {len(state_dict)} entries (first: {next(iter(state_dict))})"

@@ -86,12 +86,7 @@ class FrameDecoder:
     """
 
     def __init__(
-        self,
-        vae: Any,
-        latent_shape: Any,
-        *,
-        keep: bool = True,
-        tae_latents: TaeLatents | Literal["auto"] = "auto",
+        self, vae: Any, latent_shape: Any, *, keep: bool = True, tae_latents: TaeLatents | Literal["auto"] = "auto"
     ) -> None:
         vae.throw_exception_if_invalid()
         module = vae.first_stage_model
