@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.options import AttentionOptions
-from ..lightforcing_core.attention.policies import Plan
 from ..lightforcing_core.attention.policies.baselines import WindowPlan
 from ..lightforcing_core.attention.quantised import KVDtype
 from ..lightforcing_core.attention.selection import BlockSelection
@@ -67,23 +66,18 @@ class LayerAttention:
             self.state.cache.store(0, k[:, part], v[:, part])
             self.state.cache.commit()
 
-    @property
-    def plan(self) -> Plan:
-        plan = self.state.chunk.attention.plan
-        assert plan is not None  # the chunk has a past and skips blocks
-        return plan
-
     def select(self) -> BlockSelection:
         """Pool the chunk's q and select; keys are pooled already."""
-        memory = self.state.cache.visible(0)
+        plan, memory = self.state.chunk.attention.plan, self.state.cache.visible(0)
+        assert plan is not None  # the chunk has a past and skips blocks
         assert memory.key_means is not None
         assert memory.frame_means is not None
         q_layout = FrameBlocks(self.state.cache.layout.tokens_per_frame, self.state.attention.block[0])
-        return self.plan.select(q_layout.block_means(self.q), memory.key_means, memory.frame_means, memory.sub_means)
+        return plan.select(q_layout.block_means(self.q), memory.key_means, memory.frame_means, memory.sub_means)
 
     def arm(self, selection: BlockSelection | None = None) -> Callable[[], Tensor]:
         """A function that computes [B, Lq, H, D]; it selects the blocks to read unless they are given."""
         state, attention = self.state, self.state.chunk.attention
         if selection is not None:
-            attention = replace(attention, plan=WindowPlan(selection, self.plan.kept))
+            attention = replace(attention, plan=WindowPlan(selection, selection.blocks.shape[-1]))
         return partial(attended, self.q, None, 0, replace(state, chunk=replace(state.chunk, attention=attention)))
