@@ -42,10 +42,13 @@ Make = Callable[[int], Run]
 
 
 class Size(NamedTuple):
-    """The shapes of a check."""
+    """The shapes of a check.
+
+    grids: rows and columns of tokens, of frames that blocks do not divide and of frames that they do.
+    """
 
     device: torch.device
-    grids: tuple[tuple[int, int], tuple[int, int]]  # rows and columns of frames that blocks do not divide, and do
+    grids: tuple[tuple[int, int], tuple[int, int]]
     heads: int
     dim: int
     block: int
@@ -120,7 +123,7 @@ def _layer(size: Size, kv: KVDtype, seed: int) -> Run:
     text, timestep = _draw(size, seed + 9, 1, 32, 64), torch.full((1,), 500.0, device=size.device)
 
     def run(kind: torch.dtype) -> tuple[Tensor, ...]:
-        shape = CacheShape(1, 1, size.frames, rows * columns, heads, HEAD_DIM, size.block, dtype=kind)
+        shape = CacheShape(1, 1, size.frames, (rows, columns), heads, HEAD_DIM, size.block, dtype=kind)
         shape = replace(shape, value_means=True, sub_blocks=True)
         cache = KVCache(shape, KVOptions("same" if kind is torch.float64 else kv), size.device)
         state = ModelState(cache, AttentionOptions(block=(size.block, size.block)))

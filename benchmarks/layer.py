@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..lightforcing_core.attention.blocks import FrameBlocks
 from ..lightforcing_core.attention.options import AttentionOptions
-from ..lightforcing_core.attention.policies.baselines import WindowPlan
+from ..lightforcing_core.attention.policies import Plan
+from ..lightforcing_core.attention.policies.static import FixedPlan
 from ..lightforcing_core.attention.quantised import KVDtype
 from ..lightforcing_core.attention.selection import BlockSelection
 from ..lightforcing_core.families import FAMILIES, Family
@@ -56,7 +57,9 @@ class LayerAttention:
     ) -> None:
         own, frames = (x.shape[1] // tokens_per_frame for x in (q, k))
         pools = options.pools(sparse=True)
-        shape = CacheShape(1, len(q), frames, tokens_per_frame, q.shape[2], q.shape[3], options.block[1], dtype=q.dtype)
+        shape = CacheShape(
+            1, len(q), frames, (1, tokens_per_frame), q.shape[2], q.shape[3], options.block[1], dtype=q.dtype
+        )
         shape = replace(shape, value_means=pools.values, sub_blocks=pools.parts, padded=pools.padded)
         self.q, self.state = q, ModelState(KVCache(shape, KVOptions(kv), q.device), options)
         # The first chunk decides the mean that an 8-bit cache keeps keys less, as in a run.
@@ -66,18 +69,27 @@ class LayerAttention:
             self.state.cache.store(0, k[:, part], v[:, part])
             self.state.cache.commit()
 
+    @property
+    def plan(self) -> Plan:
+        plan = self.state.chunk.attention.plan
+        assert plan is not None  # the chunk has a past and skips blocks
+        return plan
+
     def select(self) -> BlockSelection:
         """Pool the chunk's q and select; keys are pooled already."""
-        plan, memory = self.state.chunk.attention.plan, self.state.cache.visible(0)
-        assert plan is not None  # the chunk has a past and skips blocks
+        memory = self.state.cache.visible(0)
         assert memory.key_means is not None
         assert memory.frame_means is not None
-        q_layout = FrameBlocks(self.state.cache.layout.tokens_per_frame, self.state.attention.block[0])
-        return plan.select(q_layout.block_means(self.q), memory.key_means, memory.frame_means, memory.sub_means)
+        q_means = FrameBlocks(self.state.cache.layout.tokens_per_frame, self.state.attention.block[0]).block_means(
+            self.q
+        )
+        return self.plan.select(q_means, memory.key_means, memory.frame_means, memory.sub_means)
 
     def arm(self, selection: BlockSelection | None = None) -> Callable[[], Tensor]:
         """A function that computes [B, Lq, H, D]; it selects the blocks to read unless they are given."""
         state, attention = self.state, self.state.chunk.attention
         if selection is not None:
-            attention = replace(attention, plan=WindowPlan(selection, selection.blocks.shape[-1]))
+            attention = replace(
+                attention, plan=FixedPlan(selection, self.plan.kept, self.plan.density, self.plan.uneven)
+            )
         return partial(attended, self.q, None, 0, replace(state, chunk=replace(state.chunk, attention=attention)))

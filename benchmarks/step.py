@@ -59,9 +59,11 @@ def measure(bench: StepBench, put: Put, say: Say = str) -> None:
         "dense": partial(run_pass, dit, x, timestep, dense),
         "sparse": partial(run_pass, dit, x, timestep, sparse),
     }
-    reasons = [why_not_scaled_mm(device, way, MULTIPLE, MULTIPLE, MULTIPLE) for way in (SCALED, SCALED_AFTER)]
-    if bench.fp8 and all(reasons):
-        put("not here", "fp8", reasons[0])
+    reason = why_not_scaled_mm(device, SCALED, *3 * (MULTIPLE,)) and why_not_scaled_mm(
+        device, SCALED_AFTER, *3 * (MULTIPLE,)
+    )
+    if bench.fp8 and reason:
+        put("not here", "fp8", reason)
     elif bench.fp8:
         in_fp8 = copy.deepcopy(dit)
         quantize_linears(in_fp8)
@@ -107,7 +109,7 @@ def _state_with_history(
     """A state with an open chunk after as much random history as a real run has."""
     rows, columns = bench.picture.grid
     heads, frames = bench.model.dim // HEAD_DIM, FRAMES * bench.chunk
-    shape = CacheShape(layers, 1, frames, rows * columns, heads, HEAD_DIM, block_k=bench.picture.block[1], dtype=dtype)
+    shape = CacheShape(layers, 1, frames, (rows, columns), heads, HEAD_DIM, block_k=bench.picture.block[1], dtype=dtype)
     state = ModelState(KVCache(shape, device=device), published(bench.backend, bench.picture.block))
     past = frames - FRAMES
     state.open_chunk(past, 0.0, device)

@@ -62,7 +62,7 @@ def forward(setting: str, layers: int, dense: DenseAttention) -> Callable[[], ob
     dit = wan_from_state_dict(random_state_dict(**sizes), dtype=dtype)
     slots = PAST + CHUNK
     kept = {"value_means": bool(SETTINGS[setting]), "sub_blocks": bool(SETTINGS[setting]), "dtype": dtype}
-    shape = CacheShape(layers, 1, slots, TOKENS, DIM // HEAD_DIM, HEAD_DIM, block_k=BLOCK, **kept)
+    shape = CacheShape(layers, 1, slots, (1, TOKENS), DIM // HEAD_DIM, HEAD_DIM, block_k=BLOCK, **kept)
     state = ModelState(KVCache(shape), AttentionOptions(block=(BLOCK, BLOCK), **SETTINGS[setting]), dense)
     state.follow(torch.zeros(1, TEXT, TEXT, dtype=dtype))
     for _ in range(PAST // CHUNK):

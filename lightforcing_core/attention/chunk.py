@@ -8,7 +8,7 @@ from .backends import DENSE, TRITON
 from .backends.base import Call
 from .dispatch import BackendChoice, announce, choose
 from .options import AttentionOptions
-from .policies import POLICIES, Plan, View
+from .policies import Plan, View
 from .selection import SelectionPlan
 
 
@@ -17,7 +17,7 @@ class ChunkAttention:
     """One chunk's attention; dense without a plan, for the reason `why_dense`.
 
     choice: the backend of a chunk that skips blocks. It may still fail and be replaced while the chunk runs.
-    density: the share of visible key blocks that the chunk reads.
+    density: the share of visible key blocks that the chunk reads; 1 if that is not known before.
     """
 
     plan: Plan | None = None
@@ -50,7 +50,7 @@ def plan_chunk(
     dtype: of queries. stored: of keys and values in the cache. Raises `BackendUnavailable` if a named backend
     cannot run.
     """
-    rule = POLICIES[options.policy].selection
+    rule = options.rule
     if len(view.slot_frames) == view.current:
         return ChunkAttention(why_dense="it has no past frames")
     if sparsity == 0.0:
@@ -64,9 +64,9 @@ def plan_chunk(
         return ChunkAttention(choice=choice, why_dense=f"no sparse attention backend works here: {choice.reason}")
     plan = rule.plan(view, sparsity, options.budget)
     why_dense = None
-    if plan.kept == view.k_blocks:
+    if plan.density == 1.0:
         why_dense = f"a sparsity of {sparsity:g} leaves no whole block to skip among {view.k_blocks}"
-    return ChunkAttention(plan, choice, why_dense, plan.kept / view.k_blocks)
+    return ChunkAttention(plan, choice, why_dense, 1.0 if plan.density is None else plan.density)
 
 
 def shapes_of(options: AttentionOptions, view: View, head_dim: int, dtype: torch.dtype, stored: torch.dtype) -> Call:

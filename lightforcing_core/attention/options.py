@@ -1,13 +1,14 @@
 """The options of sparse attention, and their checks."""
 
+import functools
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 from .backends import BACKEND_NAMES, BACKENDS
 from .blocks import block_pair
-from .policies import POLICIES
+from .policies import POLICIES, SelectionRule
 from .selection import ESTIMATORS, FrameBudget
 
 # Options of earlier versions that saved runs and graphs may still hold; they no longer have an effect.
@@ -35,7 +36,7 @@ class AttentionOptions:
     block: (query, key) tokens per block, powers of two from 16 on.
     keep_frames, sink_frames, near_frames: the past latent frames that stay eligible for selection (more if those
     hold too few blocks for a chunk's density), and how many of them are the first and the nearest ones.
-    policy: one of `POLICIES`.
+    policy: one of `POLICIES`. settings: of its selection rule, by name; the others have their defaults.
 
     Options beyond the published method:
     estimator: "lse" scores a block by its parts, see `SelectionPlan.select`.
@@ -52,6 +53,7 @@ class AttentionOptions:
     tail: bool = False
     tiles: bool = False
     policy: str = "light_forcing"
+    settings: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
@@ -61,12 +63,15 @@ class AttentionOptions:
             raise ValueError(f"estimator {self.estimator!r} is not known; use one of {', '.join(ESTIMATORS)}")
         if self.policy not in POLICIES:
             raise ValueError(f"attention policy {self.policy!r} is not known; use one of {', '.join(POLICIES)}")
+        _ = self.rule  # checks the settings
 
     def to_saved(self) -> dict[str, Any]:
         """Plain values for a saved run, readable by versions that have the policy."""
         facts = asdict(self)
         if self.policy == "light_forcing":
             del facts["policy"]
+        if not self.settings:
+            del facts["settings"]
         return facts
 
     @classmethod
@@ -75,7 +80,19 @@ class AttentionOptions:
         if facts.get("reuse_steps", 1) != 1:
             _log.warning("[Light Forcing] reuse_steps of the saved run is ignored: every step selects its blocks anew")
         kept = {name: value for name, value in facts.items() if name not in RETIRED}
-        return cls(**{**kept, "block": tuple(kept["block"])})
+        settings = tuple((name, value) for name, value in kept.get("settings", ()))
+        return cls(**{**kept, "block": tuple(kept["block"]), "settings": settings})
+
+    @functools.cached_property
+    def rule(self) -> SelectionRule | None:
+        """The policy's selection rule with its settings; None reads everything."""
+        rule = POLICIES[self.policy].selection
+        known = [one.name for one in fields(rule)] if is_dataclass(rule) else list[str]()
+        for name, _ in self.settings:
+            if name not in known:
+                others = f"its settings are {', '.join(known)}" if known else "it has none"
+                raise ValueError(f"attention policy {self.policy!r} has no setting {name!r}; {others}")
+        return replace(rule, **dict(self.settings)) if self.settings and is_dataclass(rule) else rule
 
     @property
     def budget(self) -> FrameBudget:
@@ -83,7 +100,7 @@ class AttentionOptions:
 
     def pools(self, *, sparse: bool) -> Pools:
         """The means that a run's cache keeps; sparse: whether anything is skipped."""
-        rule = POLICIES[self.policy].selection
+        rule = self.rule
         if rule is None or not sparse:
             return Pools()
         parts = rule.needs_means and self.estimator == "lse"

@@ -82,6 +82,7 @@ class View(NamedTuple):
     current: the number of them, the newest, that are the chunk's own.
     q_layout, k_layout: how a frame is cut into query and key blocks.
     batch, heads: of the model.
+    grid: rows and columns of tokens in a frame. tiles: blocks are patches of it, see `tile_order`.
     """
 
     slot_frames: Sequence[int]
@@ -91,6 +92,8 @@ class View(NamedTuple):
     batch: int
     heads: int
     device: torch.device | str | None = None
+    grid: tuple[int, int] = (0, 0)
+    tiles: bool = False
 
     @property
     def q_blocks(self) -> int:
@@ -126,7 +129,7 @@ class SelectionPlan:
     kept: int
     numbers: Tensor | None = None
     width: int = 0
-    fixed = None  # nothing is selected before queries and keys are known
+    uneven = False
 
     @classmethod
     def build(cls, view: View, sparsity: float, budget: FrameBudget) -> "SelectionPlan":
@@ -152,6 +155,10 @@ class SelectionPlan:
         return cls(layout, always, middle_slots, ranks, choose, kept)
 
     @property
+    def density(self) -> float:
+        return self.kept / len(self.always)
+
+    @property
     def kind(self) -> Hashable:
         """Whether frames are chosen before blocks; a steady plan always tries."""
         return "steady" if self.tables else self.choose > 0
@@ -159,6 +166,9 @@ class SelectionPlan:
     @property
     def tables(self) -> tuple[Tensor, ...]:
         return () if self.numbers is None else (self.frame_ranks, self.numbers)
+
+    def of_layer(self, layer: int) -> None:
+        """Nothing is selected before queries and keys are known."""
 
     def steady(self, slots: int, width: int) -> "SelectionPlan":
         """The same for all `slots` of a cache, so that every chunk launches the same work on lists of `width` entries.
@@ -202,35 +212,18 @@ class SelectionPlan:
             k_means, frame_means = k_means[:, :used], frame_means[:, :frames]
             sub_means = None if sub_means is None else sub_means[:, : sub_means.shape[1] * used // k_blocks]
         if sub_means is None:
-            scores, frame_scores = self._mean_scores(q_means, k_means, frame_means)
+            scores, frame_scores = mean_scores(q_means, k_means), mean_scores(q_means, frame_means)
         else:
-            scores, frame_scores = self._lse_scores(q_means, sub_means)
-        blocks = _best(scores, self.kept, self._eligible(frame_scores)).to(torch.int32)
+            scores = lse_scores(q_means, sub_means, self.layout)
+            frame_scores = scores.unflatten(-1, (-1, self.layout.per_frame)).logsumexp(-1)
+        blocks = best(scores, self.kept, self._eligible(frame_scores)).to(torch.int32)
         return BlockSelection(blocks, _constant(rows, self.kept, q_means.device))
-
-    def _mean_scores(self, q_means: Tensor, k_means: Tensor, frame_means: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of blocks [B, H, q_blocks, k_blocks] and of frames [B, H, q_blocks, frames]: products of means."""
-        wide = torch.promote_types(q_means.dtype, torch.float32)
-        q = q_means.to(wide).transpose(1, 2)
-        return q @ k_means.to(wide).permute(0, 2, 3, 1), q @ frame_means.to(wide).permute(0, 2, 3, 1)
-
-    def _lse_scores(self, q_means: Tensor, sub_means: Tensor) -> tuple[Tensor, Tensor]:
-        """The same shapes: the log of the attention to a block's and a frame's keys, if sub-blocks were uniform."""
-        wide = torch.promote_types(q_means.dtype, torch.float32)
-        q = q_means.to(wide).transpose(1, 2) * q_means.shape[-1] ** -0.5
-        subs = sub_block_layout(self.layout)
-        tokens = subs.block_lengths(1, q.device).to(wide)
-        scores = (q @ sub_means.to(wide).permute(0, 2, 3, 1)).unflatten(-1, (-1, subs.per_frame)) + tokens.log()
-        missing = self.layout.per_frame * SUB_BLOCKS - subs.per_frame  # of a frame's ragged last block
-        scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
-        blocks = scores.unflatten(-1, (-1, SUB_BLOCKS)).logsumexp(-1)
-        return blocks.flatten(-2), blocks.logsumexp(-1)
 
     def _eligible(self, frame_scores: Tensor) -> Tensor:
         """Boolean mask of eligible blocks, broadcastable to [B, H, q_blocks, k_blocks]."""
         if self.middle_slots is None or self.choose == 0:
             return self.always
-        chosen = self.middle_slots[_best(frame_scores[..., self.middle_slots], self.choose)]
+        chosen = self.middle_slots[best(frame_scores[..., self.middle_slots], self.choose)]
         frames = torch.zeros_like(frame_scores, dtype=torch.bool).scatter_(-1, chosen, True)
         return frames.repeat_interleave(self.layout.per_frame, dim=-1) | self.always
 
@@ -255,6 +248,29 @@ class SelectionPlan:
             width=self.width,
         )
         return BlockSelection(*chosen)
+
+
+def mean_scores(q_means: Tensor, means: Tensor) -> Tensor:
+    """Products of means [B, n, H, D] of queries and of keys, in float32 or wider: [B, H, q_blocks, k_blocks]."""
+    wide = torch.promote_types(q_means.dtype, torch.float32)
+    scores: Tensor = q_means.to(wide).transpose(1, 2) @ means.to(wide).permute(0, 2, 3, 1)
+    return scores
+
+
+def lse_scores(q_means: Tensor, sub_means: Tensor, layout: FrameBlocks) -> Tensor:
+    """The log of the attention to the keys of each block, if its sub-blocks were uniform: [B, H, q_blocks, k_blocks].
+
+    q_means [B, q_blocks, H, D], sub_means [B, sub-blocks, H, D]. layout: of the key blocks.
+    """
+    wide = torch.promote_types(q_means.dtype, torch.float32)
+    subs = sub_block_layout(layout)
+    tokens = subs.block_lengths(1, q_means.device).to(wide)
+    scores = mean_scores(q_means.to(wide) * q_means.shape[-1] ** -0.5, sub_means)
+    scores = scores.unflatten(-1, (-1, subs.per_frame)) + tokens.log()
+    missing = layout.per_frame * SUB_BLOCKS - subs.per_frame  # of a frame's ragged last block
+    scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
+    blocks: Tensor = scores.unflatten(-1, (-1, SUB_BLOCKS)).logsumexp(-1).flatten(-2)
+    return blocks
 
 
 def sub_block_layout(layout: FrameBlocks) -> FrameBlocks:
@@ -291,7 +307,7 @@ def _constant(shape: tuple[int, ...], value: int, device: torch.device) -> Tenso
     return torch.full(shape, value, dtype=torch.int32, device=device)
 
 
-def _best(scores: Tensor, count: int, eligible: Tensor | None = None) -> Tensor:
+def best(scores: Tensor, count: int, eligible: Tensor | None = None) -> Tensor:
     """Ids of each row's `count` highest scores, ascending: int64 [..., count]. The module's docstring gives the rules.
 
     scores [..., n], overwritten; eligible: bool, broadcastable to scores, with at least `count` in each row.

@@ -20,7 +20,7 @@ from ..attention.backends.base import Backend
 from ..attention.blocks import FrameBlocks
 from ..attention.chunk import shapes_of
 from ..attention.options import AttentionOptions
-from ..attention.policies import POLICIES, View
+from ..attention.policies import View
 from ..attention.quantised import STORED
 from ..checkpoint.load import WanSize
 from ..model.causal import ModelState, TextMemory, predict
@@ -111,7 +111,7 @@ def estimate(
     batch, channels, _, height, width = recipe.latent_shape
     latents = batch, channels, max(recipe.chunk_lengths()), height, width
     options = replace(recipe.attention, backend="auto" if backend == DENSE.name else backend)
-    has_sparse_chunks = POLICIES[options.policy].selection is not None and recipe.is_sparse
+    has_sparse_chunks = options.rule is not None and recipe.is_sparse
     # The Triton kernel reads an 8-bit cache in dense chunks too.
     runs = (*[named[backend]] * has_sparse_chunks, *[DENSE] * (options.backend != "triton"))
     step, prompt = _step_bytes(model, shape, latents, recipe.prompts[0].context.shape[1], options, runs, kv)
@@ -141,7 +141,7 @@ def _step_bytes(
     """
     layers, dtype, (batch, _, frames, _, _) = 2, shape.dtype, latents  # layer 2 finds the memory that layer 1 keeps
     q_layout = FrameBlocks(shape.tokens_per_frame, options.block[0])
-    everything = View(range(shape.slots), frames, q_layout, shape.layout, batch, shape.heads, "meta")
+    everything = View(range(shape.slots), frames, q_layout, shape.layout, batch, shape.heads, "meta", shape.grid)
     call = shapes_of(options, everything, shape.head_dim, dtype, STORED.get(kv.dtype, dtype))
     workspace = max((one.workspace(call) for one in backends), default=0)
     dit = meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, dtype)

@@ -106,7 +106,9 @@ class ModelState:
         self.cache.open(frames)
         shape, options = self.cache.shape, self.attention
         q_layout, slot_frames = FrameBlocks(shape.tokens_per_frame, options.block[0]), self.cache.slot_frames
-        view = View(slot_frames, frames, q_layout, shape.layout, shape.batch, shape.heads, device)
+        view = View(
+            slot_frames, frames, q_layout, shape.layout, shape.batch, shape.heads, device, shape.grid, options.tiles
+        )
         attention = plan_chunk(options, view, sparsity, shape.head_dim, shape.dtype, self.cache.storage.dtype)
         if self.width:
             attention = attention.steady(shape.slots, self.width)
@@ -297,7 +299,7 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
     if plan is None or chosen is None:
         return state.attend_history(q, memory)
     q_layout = FrameBlocks(layout.tokens_per_frame, options.block[0])
-    selection, whole = plan.fixed, state.cache.storage.at(layer) if plan.tables else None
+    selection, whole = plan.of_layer(layer), state.cache.storage.at(layer) if plan.tables else None
     if selection is None:
         means = whole or memory
         sub_means = means.sub_means if options.estimator == "lse" else None
@@ -314,6 +316,7 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
         selection,
         scales=memory.scales,
         tail=memory.tail if options.tail else None,
+        uneven=plan.uneven,
         dense=state.dense_attention,
         whole=whole and (whole, plan.tables[-1]),
     )

@@ -46,7 +46,7 @@ class KVOptions:
 class CacheShape:
     """The sizes of a run's KV cache.
 
-    slots: latent frames that a chunk can see, sinks and itself included.
+    slots: latent frames that a chunk can see, sinks and itself included. grid: rows and columns of tokens in a frame.
     sink_rope: "fixed" leaves sink keys at their first positions, "follow" keeps them directly before the window.
     pooled: keep means of key blocks and frames; a run that never selects blocks needs none.
     value_means: keep means of value blocks too, for a pooled tail.
@@ -58,7 +58,7 @@ class CacheShape:
     layers: int
     batch: int
     slots: int
-    tokens_per_frame: int
+    grid: tuple[int, int]
     heads: int
     head_dim: int
     block_k: int = 64
@@ -69,6 +69,10 @@ class CacheShape:
     sub_blocks: bool = False
     padded: bool = False
     dtype: torch.dtype = torch.float32
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.grid[0] * self.grid[1]
 
     @property
     def layout(self) -> FrameBlocks:

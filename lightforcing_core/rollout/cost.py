@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from ..attention.blocks import FrameBlocks
-from ..attention.policies import POLICIES, View
+from ..attention.policies import View
 from ..attention.selection import kept_blocks
 from .recipe import Recipe
 
@@ -47,14 +47,16 @@ def schedule_costs(
 
 def recipe_costs(recipe: Recipe) -> list[ChunkCost]:
     """The cost of every chunk that a run of `recipe` generates, by the blocks that its policy keeps at its size."""
-    rule, lengths = POLICIES[recipe.attention.policy].selection, recipe.chunk_lengths()
-    tokens = recipe.latent_shape[3] // 2 * (recipe.latent_shape[4] // 2)
-    q_layout, k_layout = (FrameBlocks(tokens, size) for size in recipe.attention.block)
+    options, lengths = recipe.attention, recipe.chunk_lengths()
+    grid = recipe.latent_shape[3] // 2, recipe.latent_shape[4] // 2
+    q_layout, k_layout = (FrameBlocks(grid[0] * grid[1], size) for size in options.block)
     costs = schedule_costs([0.0] * len(lengths), lengths, recipe.window)
     for index, cost in enumerate(costs):
-        view, sparsity = View(range(cost.kv_frames), cost.frames, q_layout, k_layout, 1, 1), recipe.sparsity(index)
-        if rule is not None and sparsity and cost.kv_frames > cost.frames:
-            costs[index] = replace(cost, density=rule.kept(view, sparsity) / view.k_blocks)
+        sparsity = recipe.sparsity(index)
+        if options.rule is not None and sparsity and cost.kv_frames > cost.frames:
+            view = View(range(cost.kv_frames), cost.frames, q_layout, k_layout, 1, 1, None, grid, options.tiles)
+            density = options.rule.plan(view, sparsity, options.budget).density
+            costs[index] = replace(cost, density=1.0 if density is None else density)
     return costs[recipe.first_index :]
 
 

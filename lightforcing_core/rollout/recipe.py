@@ -220,7 +220,7 @@ class Recipe:
             layers=layers,
             batch=batch,
             slots=slots,
-            tokens_per_frame=(height // 2) * (width // 2),
+            grid=(height // 2, width // 2),
             heads=heads,
             head_dim=head_dim,
             block_k=self.attention.block[1],

@@ -71,7 +71,7 @@ def test_attention_takes_other_options_and_refuses_to_time_a_wrong_result(monkey
     monkeypatch.setattr(
         attention.LayerAttention, "arm", lambda self, blocks: lambda: torch.full_like(self.q, self.q.element_size())
     )
-    with pytest.raises(RuntimeError, match="reference differs from float64"):
+    with pytest.raises(RuntimeError, match="differs from the reference"):
         recorded(attention.measure, bench)
 
 
@@ -171,11 +171,14 @@ def test_arms_take_turns_after_their_warm_up_and_one_that_does_not_run_says_why(
         (["attention", "--block", "64"], "block '64' is not a list of 2 numbers"),
         (["attention", "--backend", "magic"], "unknown attention backend 'magic'"),
         (["attention", "--backend", "flash4"], "attention backend 'flash4' cannot run"),
+        (["step", "--chunk", "8"], "chunk 8 has no sparse arm; use 2 to 7"),
         (["step", "--dtype", "int8"], "dtype 'int8' is not known; use bfloat16, float16, float32"),
         (["rollout", "--frames", "80"], "length 80 is not 1 + 4·k video frames; use 77 or 81"),
         (["rollout", "--arm", "fast"], "must be one or more of dense, sparse, even"),
+        (["rollout", "--setting", "medium"], "setting 'medium' is not known; use short, long"),
         (["rollout", "--overlap"], "overlap needs decode; use --decode too"),
         (["rollout", "--overlap", "--decode"], "overlap cannot measure the interleaved arms dense, sparse"),
+        (["rollout", "--cuda-graph", "yes"], "cuda_graph 'yes' is not known; use auto, on, off"),
         (["rollout", "--cuda-graph", "on", "--device", "cpu"], "CUDA graphs are for NVIDIA GPUs, not for cpu"),
         (["rollout", "--device", "mps"], "device 'mps' cannot be measured"),
     ],

@@ -135,7 +135,7 @@ def test_teacher_forcing_equals_the_rollout_with_its_cache(frames, per_chunk):
     timesteps = torch.tensor([[t for t, n in zip(levels, lengths, strict=True) for _ in range(n)]]).expand(2, -1)
     got = teacher_forced(dit, noisy, clean, timesteps, context, frames_per_chunk=per_chunk)
 
-    shape = CacheShape(layers=2, batch=2, slots=frames, tokens_per_frame=6, heads=2, head_dim=128)
+    shape = CacheShape(layers=2, batch=2, slots=frames, grid=(2, 3), heads=2, head_dim=128)
     state = ModelState(KVCache(shape), AttentionOptions())
     state.follow(context)
     start = 0

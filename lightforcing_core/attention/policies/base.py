@@ -14,19 +14,26 @@ class Plan(Protocol):
 
     @property
     def kept(self) -> int:
-        """Key blocks that each query block reads."""
+        """Key blocks that a query block reads at most."""
+
+    @property
+    def density(self) -> float | None:
+        """The share of visible key blocks that query blocks read on average; None if queries and keys decide."""
+
+    @property
+    def uneven(self) -> bool:
+        """Whether query blocks may read different numbers of key blocks."""
 
     @property
     def kind(self) -> Hashable:
         """Equal for plans of one policy whose `select` does the same work."""
 
     @property
-    def fixed(self) -> BlockSelection | None:
-        """The selection of every layer and step, if no query and no key changes it."""
-
-    @property
     def tables(self) -> tuple[Tensor, ...]:
         """What `select` reads from the device in the place of numbers, see `SelectionPlan.steady`; usually nothing."""
+
+    def of_layer(self, layer: int) -> BlockSelection | None:
+        """The selection of a layer in every step, if no query and no key changes it; `select` is not called then."""
 
     def select(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None
@@ -44,9 +51,6 @@ class SelectionRule(Protocol):
     @property
     def needs_means(self) -> bool:
         """Whether its plans read block and frame means, which the cache must then keep."""
-
-    def kept(self, view: View, sparsity: float) -> int:
-        """Key blocks that each query block reads in the plan for these arguments."""
 
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> Plan:
         """The plan of a chunk that skips the share `sparsity` of key blocks, in (0, 1), and has a past."""

@@ -36,7 +36,7 @@ def test_the_fused_kernel_runs_if_nothing_is_against_it(monkeypatch, by_parts):
         inputs.append(torch.randn(1, 100, 1, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE))
     want = plan.select(*inputs)
     monkeypatch.setattr(selection_module, "why_not_fused", lambda *arguments: None)
-    monkeypatch.setattr(selection_module, "_best", None)  # the torch path cannot run
+    monkeypatch.setattr(selection_module, "best", None)  # the torch path cannot run
     got = plan.select(*inputs)
     assert torch.equal(got.blocks, want.blocks)
     assert torch.equal(got.counts, want.counts)

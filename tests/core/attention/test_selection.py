@@ -6,7 +6,7 @@ import torch
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.selection import (
     BlockSelection,
-    _best,
+    best,
     hierarchical_block_mask,
     sub_block_layout,
 )
@@ -126,7 +126,7 @@ def test_ties_go_to_the_lowest_block_and_the_oldest_frame(dtype, frames, current
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_negative_zero_ties_with_zero(dtype):
     scores = torch.tensor([-0.0, 0.0, -0.0, 0.0, -1.0], dtype=dtype)
-    assert [_best(scores.clone(), count).tolist() for count in (1, 2, 3)] == [[0], [0, 1], [0, 1, 2]]
+    assert [best(scores.clone(), count).tolist() for count in (1, 2, 3)] == [[0], [0, 1], [0, 1, 2]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -10,6 +10,7 @@ from lightforcing.lightforcing_core.attention.backends.dense import dequantised
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks, tile_order
 from lightforcing.lightforcing_core.attention.dispatch import BackendChoice
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
+from lightforcing.lightforcing_core.attention.policies import POLICIES
 from lightforcing.lightforcing_core.model import causal
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
@@ -100,7 +101,8 @@ def test_eight_bit_cache_stays_close(dit, dtype, growth):
 
 
 def test_policies_tiles_and_estimators_give_videos_of_their_own_and_dense_is_dense(dit):
-    changes = [{}, {"policy": "window"}, {"policy": "topk"}, {"tiles": True}, {"estimator": "lse"}]
+    changes = [{}, {"tiles": True}, {"estimator": "lse"}, {"policy": "mass", "settings": (("top_p", 0.5),)}]
+    changes += [{"policy": policy} for policy in POLICIES if policy not in ("light_forcing", "dense")]
     videos = [video(dit, **change) for change in changes] + [video(dit, None)]
     assert torch.equal(videos[-1], video(dit, policy="dense"))
     for one, other in itertools.combinations(videos, 2):
@@ -108,10 +110,22 @@ def test_policies_tiles_and_estimators_give_videos_of_their_own_and_dense_is_den
         torch.testing.assert_close(one[:, :, :2], other[:, :, :2], rtol=0, atol=2e-5)  # the first chunk is dense
 
 
-@pytest.mark.parametrize("kv", [KVOptions(), KVOptions("int8")])
-@pytest.mark.parametrize("options", [{"policy": "window", "tail": True}, {"policy": "topk", "estimator": "lse"}])
-def test_policies_run_with_every_other_option(dit, kv, options):
-    assert video(dit, kv=kv, **options).isfinite().all()
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"dense"}))
+def test_policies_run_with_every_other_option(dit, policy):
+    options = {"tail": True, "estimator": "lse", "tiles": True, "kv": KVOptions("int8")}
+    assert video(dit, policy=policy, **options).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings"),
+    [
+        ("sta", (("frames", 99), ("rows", 99), ("columns", 99))),
+        ("svg1", (("frames", 99),)),
+        ("mass", (("top_p", 1 - 1e-9),)),
+    ],
+)
+def test_a_rule_that_keeps_everything_is_dense(dit, policy, settings):
+    torch.testing.assert_close(video(dit, policy=policy, settings=settings), video(dit, None), rtol=0, atol=2e-5)
 
 
 def test_a_device_without_a_sparse_backend_runs_every_chunk_dense(dit, monkeypatch):

@@ -160,7 +160,7 @@ def test_a_chunks_second_pass_neither_waits_nor_brings_anything_from_the_host(sp
         layers=2,
         batch=1,
         slots=12,
-        tokens_per_frame=35,
+        grid=(5, 7),
         heads=1,
         head_dim=128,
         block_k=16,

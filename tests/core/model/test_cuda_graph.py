@@ -9,14 +9,13 @@ import logging
 import pytest
 import torch
 
-from lightforcing.benchmarks import step
+from lightforcing.benchmarks.step import quantize_linears
 from lightforcing.lightforcing_core import machine
 from lightforcing.lightforcing_core.attention import selection
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model import cuda_graph, fused
 from lightforcing.lightforcing_core.model.causal import ModelState, run_pass
 from lightforcing.lightforcing_core.model.cuda_graph import StepGraph, why_no_graph
-from lightforcing.lightforcing_core.model.fp8 import quantize_rows
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
@@ -260,7 +259,7 @@ def weights_moved(dit, state, run):
 )
 def test_a_change_within_a_chunk_is_followed(dit, events, happens, recordings):
     def passes(predict):
-        shape = CacheShape(layers=2, batch=1, slots=4, tokens_per_frame=35, heads=1, head_dim=128, block_k=16)
+        shape = CacheShape(layers=2, batch=1, slots=4, grid=(5, 7), heads=1, head_dim=128, block_k=16)
         state, out = ModelState(KVCache(shape), AttentionOptions("reference", (16, 16), 3, 1, 1)), []
         state.follow(prompt(1))
         state.open_chunk(2, 0.0, "cpu", steps=9)
@@ -353,9 +352,8 @@ def test_weights_that_are_not_simply_there_cannot_be_recorded(dit, events, chang
     assert reason in why_no_graph(Weights(dit, CPU), kv_in_cpu_memory=False)
 
 
-def test_fp8_layers_can_be_recorded(dit, events, monkeypatch):
-    monkeypatch.setattr(step, "quantised", quantize_rows)  # a tape records no interpreted kernel
-    step.quantize_linears(dit)
+def test_fp8_layers_can_be_recorded(dit, events):
+    quantize_linears(dit)
     expected = video(run(dit, "off"))
     assert torch.equal(video(run(dit, "on")), expected)
     assert events

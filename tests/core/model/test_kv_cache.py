@@ -13,7 +13,7 @@ TOKENS, HEADS, DIM = 5, 2, 12
 
 
 def make_cache(slots, sinks=0, **options):
-    shape = {"layers": 2, "batch": 2, "tokens_per_frame": TOKENS, "heads": HEADS, "head_dim": DIM, "block_k": 2}
+    shape = {"layers": 2, "batch": 2, "grid": (1, TOKENS), "heads": HEADS, "head_dim": DIM, "block_k": 2}
     return KVCache(CacheShape(slots=slots, sink_frames=sinks, **{**shape, **options}))
 
 
@@ -142,7 +142,7 @@ def test_rope_needs_no_float64_on_a_device_without_it(monkeypatch):
     [(30, 12, 1560, 12, 3.21), (30, 21, 1536, 12, 5.54), (40, 21, 1560, 40, 24.99)],
 )
 def test_allocation_equals_the_published_sizes(layers, slots, tokens, heads, gib):
-    shape = CacheShape(layers, 1, slots, tokens, heads, 128, pooled=False, dtype=torch.bfloat16)
+    shape = CacheShape(layers, 1, slots, (1, tokens), heads, 128, pooled=False, dtype=torch.bfloat16)
     assert KVCache(shape, device="meta").nbytes / 2**30 == pytest.approx(gib, abs=0.005)
 
 

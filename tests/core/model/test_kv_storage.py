@@ -19,7 +19,7 @@ LAYERS, BATCH, HEADS, DIM = 3, 2, 2, 12
 
 
 def make_cache(options, slots=6, layers=LAYERS, **more):
-    shape = {"layers": layers, "batch": BATCH, "tokens_per_frame": 10, "heads": HEADS, "head_dim": DIM, "block_k": 4}
+    shape = {"layers": layers, "batch": BATCH, "grid": (2, 5), "heads": HEADS, "head_dim": DIM, "block_k": 4}
     return KVCache(CacheShape(slots=slots, **{**shape, **more}), options)
 
 

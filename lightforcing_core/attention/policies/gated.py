@@ -1,0 +1,111 @@
+"""Rules that read as many key blocks as the scores of each query block ask for."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...pinned import to_device
+from ..blocks import FrameBlocks
+from ..selection import BlockSelection, FrameBudget, View, best, kept_blocks, lse_scores, mean_scores
+
+
+@dataclass(frozen=True)
+class Mass:
+    """The key blocks that get most of each query block's attention, if keys inside a block were equal.
+
+    Each head and query block reads as many as it needs: `top_p` 0 shares the schedule's number of blocks among all of
+    a layer by their attention; other values in (0, 1) read the largest until their sum is more than `top_p`. Sources:
+    SpargeAttn, arXiv 2502.18137, and SVG2, arXiv 2505.18875, on blocks; ragged blocks count by their tokens.
+    """
+
+    top_p: float = 0.0
+    needs_means = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.top_p < 1.0:
+            raise ValueError(f"top_p {self.top_p} is outside [0, 1); use 0 for the schedule's sparsity, or 0.9")
+
+    def plan(self, view: View, sparsity: float, budget: FrameBudget) -> "GatedPlan":
+        kept = kept_blocks(sparsity, view.k_blocks)
+        density = None if self.top_p else kept / view.k_blocks
+        return GatedPlan(self, view.k_layout, view.k_blocks, density, 0 if self.top_p else kept)
+
+    def reads(self, plan: "GatedPlan", scores: Tensor) -> Tensor:
+        shares = scores.softmax(-1)
+        if self.top_p:
+            return until_more_than(shares, self.top_p)
+        mask = torch.zeros_like(shares, dtype=torch.bool)
+        rows = shares.flatten(1, 2).shape[1]
+        first = shares.argmax(-1, keepdim=True)
+        chosen = best(shares.scatter(-1, first, torch.inf).flatten(1), plan.budget * rows)
+        return mask.flatten(1).scatter_(1, chosen, True).view_as(mask)
+
+
+@dataclass(frozen=True)
+class MixtureOfBlocks:
+    """Each query block's own block, and the best others until their share of all scores is more than `share`.
+
+    Scores are products of means, less the lowest of each row. Source: VMoBA, arXiv 2506.23858, on block
+    means instead of single queries, without its cycle of spatial layers; the schedule's sparsity is not used.
+    """
+
+    share: float = 0.25
+    needs_means = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share < 1.0:
+            raise ValueError(f"share {self.share} is outside (0, 1); the published one is 0.25")
+
+    def plan(self, view: View, sparsity: float, budget: FrameBudget) -> "GatedPlan":
+        in_time = sorted(range(len(view.slot_frames)), key=view.slot_frames.__getitem__)
+        first = torch.arange(view.q_layout.per_frame) * view.q_layout.block // view.k_layout.block
+        own = torch.tensor(in_time[-view.current :])[:, None] * view.k_layout.per_frame + first
+        return GatedPlan(self, view.k_layout, view.k_blocks, None, own=to_device(own.flatten(), view.device))
+
+    def reads(self, plan: "GatedPlan", scores: Tensor) -> Tensor:
+        weights = scores - scores.amin(-1, keepdim=True)
+        assert plan.own is not None
+        own = plan.own[:, None].expand(*weights.shape[:-1], 1)
+        limit = self.share * weights.sum(-1, keepdim=True) - weights.gather(-1, own)
+        return until_more_than(weights.scatter(-1, own, -1.0), limit.clamp(min=0.0)).scatter_(-1, own, True)
+
+
+@dataclass(frozen=True)
+class GatedPlan:
+    """A chunk's plan by `rule`. budget: blocks per query block on average. own: the block of each query block."""
+
+    rule: Mass | MixtureOfBlocks
+    layout: FrameBlocks
+    kept: int
+    density: float | None
+    budget: int = 0
+    own: Tensor | None = None
+    kind = "gated"
+    uneven = True
+    tables = ()
+
+    def of_layer(self, layer: int) -> None:
+        """Nothing is selected before queries and keys are known."""
+
+    def select(
+        self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None
+    ) -> BlockSelection:
+        if sub_means is not None:
+            scores = lse_scores(q_means, sub_means, self.layout)
+        elif isinstance(self.rule, Mass):
+            lengths = self.layout.block_lengths(frame_means.shape[1], q_means.device)
+            scores = mean_scores(q_means, k_means) * q_means.shape[-1] ** -0.5 + lengths.log()
+        else:
+            scores = mean_scores(q_means, k_means)
+        return BlockSelection.from_mask(self.rule.reads(self, scores.nan_to_num_(nan=torch.finfo(scores.dtype).min)))
+
+
+def until_more_than(weights: Tensor, limit: Tensor | float) -> Tensor:
+    """The largest weights of each row until their sum is more than `limit` ≥ 0: bool, shaped as weights [..., n].
+
+    At least the largest one; of equal weights the first ones.
+    """
+    falling = weights.sort(dim=-1, descending=True, stable=True)
+    before = falling.values.cumsum(-1) - falling.values
+    return torch.zeros_like(weights, dtype=torch.bool).scatter_(-1, falling.indices, before <= limit)
