@@ -169,8 +169,6 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
     finished = tuple(tensors[f"chunk.{i:05d}"] for i in range(count))
     state = {name: facts.pop(name) for name in ("model", "kv_dtype") if name in facts}
     noise = {name: facts.pop(name) for name in ("first_sigmas", "context_noise") if name in facts}
-    lists = facts["sigmas"], facts.get("growth"), noise.get("first_sigmas")
-    numbers = [number for some in lists for number in some or ()]
     recipe = Recipe(
         context=prompts,
         initial_latents=tensors.get("given"),
@@ -187,10 +185,9 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
     integers += [number for prompt in recipe.prompts for number in (prompt.start_chunk, prompt.blend_chunks)]
     if count < 0 or not all(type(number) is int and abs(number) < 1 << 64 for number in integers):
         raise TypeError(f"{integers!s:.80} where whole numbers are needed")
-    if type(run.model) is not str or not all(type(number) in (int, float) for number in numbers):
-        raise TypeError("model is no text, or a noise level or sparsity no number")
-    if not math.isfinite(recipe.guidance.cfg) or not all(map(Tensor.is_floating_point, tensors.values())):
-        raise TypeError("a number or tensor of another type than it needs")
+    are_floats = math.isfinite(recipe.guidance.cfg) and all(map(Tensor.is_floating_point, tensors.values()))
+    if type(run.model) is not str or not are_floats:
+        raise TypeError("a text, number or tensor of another type than it needs")
     check_choice("kv_dtype", run.kv_dtype, KVDtype)
     return run
 
