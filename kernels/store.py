@@ -342,10 +342,9 @@ def fused_store(
     even with scale = largest / 127 or / 448 of each block and head (1 if all is zero), of keys less
     `ring.key_mean`; means stay unquantised.
 
-    Raises ValueError when `why_not` gives a reason or a shape, dtype or stride is off.
+    The caller has asked `why_not`, and has all tensors of one layer. Raises ValueError for projections that are not
+    whole frames or not alike, and for norms of another width.
     """
-    if reason := why_not(k, head_dim, block, ring.keys.dtype):
-        raise ValueError(reason)
     batch, tokens, width = k.shape
     frames, heads = tokens // tokens_per_frame, width // head_dim
     if tokens % tokens_per_frame or width % head_dim or not frames:
@@ -355,19 +354,8 @@ def fused_store(
     for name, weight in {"k": k_weight, **({} if q is None else {"q": q_weight})}.items():
         if weight is None or weight.shape != (width,) or not weight.is_contiguous():
             raise ValueError(f"the norm of {name} needs a contiguous weight of {width} values")
-    for table in (cos, sin):
-        device.require("cos and sin", table.flatten(), (tokens * head_dim // 2,), torch.float32, k.device)
-    device.require("slots", slots, (frames,), torch.int32, k.device)
     ring_rows = rows_per_frame or tokens_per_frame
     ring_slots = ring.keys.shape[1] // ring_rows
-    for name, x in (("keys", ring.keys), ("values", ring.values)):
-        rows = batch, ring_slots * ring_rows, heads, head_dim
-        device.require(f"the ring's {name}", x, rows, ring.keys.dtype, k.device)
-    if (ring.scales is None) != (ring.keys.dtype not in EIGHT_BIT):
-        raise ValueError(f"the ring's {ring.keys.dtype} keys come {'with' if ring.scales else 'without'} scales")
-    if ring_slots < frames:
-        raise ValueError(f"{frames} frames do not fit into a ring of {ring_slots} slots")
-
     out = means = None
     q_blocks, k_blocks = (frames * cdiv(tokens_per_frame, size) for size in block)
     blocks = 2 * batch * k_blocks

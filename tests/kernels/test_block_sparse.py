@@ -34,20 +34,12 @@ def poisoned_outputs():
         yield
 
 
-@given(case=CASES, with_tail=st.booleans(), uneven=st.booleans(), how=HOW)
-def test_every_variant_equals_brute_force(case, with_tail, uneven, how):
-    means = case.means if with_tail else None
-    want = case.want(means=means)
+@given(case=CASES, way=st.sampled_from(["lists", "tail", "dense"]), uneven=st.booleans(), how=HOW)
+def test_every_variant_equals_brute_force(case, way, uneven, how):
+    means, mask = case.means if way == "tail" else None, torch.ones_like(case.mask) if way == "dense" else None
+    want = case.want(mask, means)
     with launched(**how), poisoned():
-        got = case.attend(tail=means, uneven=uneven)
-    case.check(got, want)
-
-
-@given(case=CASES, how=HOW)
-def test_dense_mode_equals_brute_force(case, how):
-    want = case.want(torch.ones_like(case.mask))
-    with launched(**how), poisoned():
-        got = case.attend_densely()
+        got = case.attend_densely() if way == "dense" else case.attend(tail=means, uneven=uneven)
     case.check(got, want)
 
 
@@ -183,13 +175,6 @@ def test_machine_code_parts_the_bytes_of_pairs():
     assert [x.item() for x in after_steps(attend.APART.value, 0x33221100, 0x77665544)] == [0x66442200, 0x77553311]
 
 
-def test_cut_units_give_the_same_bits_every_time():
-    case = Case(70, (32, 32), 1, 2, 1, 1, 16, torch.float32, None, seed=4)
-    with launched(per_sm=7):
-        one, other = (case.attend() for _ in "ab")
-    assert torch.equal(one, other)
-
-
 def test_longest_lists_are_begun_first():
     case = Case(40, (16, 32), 1, 2, 2, 2, 16, torch.float32, None, seed=4)
     with launched() as calls:
@@ -285,15 +270,11 @@ def test_large_scores_do_not_overflow():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict.fromkeys("qkv", torch.zeros(1, 32, 1, 64, dtype=torch.float64)), "not torch.float64"),
-        ({"q": torch.zeros(1, 32, 1, 256)}, "head dims up to 128, not 256"),
-        ({"block_q": 8}, r"blocks of 16, 32, 64, 128, 256 tokens, not \(8, 16\)"),
         (
             {"counts": torch.zeros(1, 1, 3, dtype=torch.int32)},
             r"counts must be torch.int32 \(1, 1, 2\) on .* not torch.int32 \(1, 1, 3\)",
         ),
         ({"counts": torch.zeros(1, 1, 2)}, r"counts must be torch.int32 .* not torch.float32"),
-        ({"k": torch.zeros(1, 32, 1, 64).half()}, "in q's dtype, int8 or float8_e4m3fn, not torch.float16"),
         ({"k": torch.zeros(1, 32, 1, 64).char()}, "k is torch.int8, v is torch.float32 and scales are missing"),
         ({"scales": (torch.ones(1, 2, 1),) * 2}, "k is torch.float32, v is torch.float32 and scales are given"),
         (
@@ -304,9 +285,7 @@ def test_large_scores_do_not_overflow():
 )
 def test_launcher_refuses_with_the_value(change, message):
     arguments = {
-        "q": torch.zeros(1, 32, 1, 64),
-        "k": torch.zeros(1, 32, 1, 64),
-        "v": torch.zeros(1, 32, 1, 64),
+        **dict.fromkeys("qkv", torch.zeros(1, 32, 1, 64)),
         "blocks": torch.zeros(1, 1, 2, 2, dtype=torch.int32),
         "counts": torch.zeros(1, 1, 2, dtype=torch.int32),
         "tokens_per_frame": 32,

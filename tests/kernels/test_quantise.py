@@ -118,5 +118,4 @@ def test_scales_and_bias_of_a_product_are_applied_with_one_rounding(dtype, has_b
 
 def test_what_does_not_fit_is_refused():
     assert "up to a width of 16384, not 16385" in why_not(torch.zeros(1, 16385, device=DEVICE))
-    with pytest.raises(ValueError, match=r"not torch\.float64"):
-        quantise_rows(torch.zeros(1, 16, dtype=torch.float64, device=DEVICE))
+    assert "not torch.float64" in why_not(torch.zeros(1, 16, dtype=torch.float64, device=DEVICE))
