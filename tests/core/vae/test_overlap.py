@@ -73,26 +73,23 @@ def test_frames_come_at_once_on_a_cpu_and_with_a_decoder_that_is_not_to_overlap(
         decoder.drop()
 
 
-def test_frames_come_with_the_next_chunk_and_the_last_ones_at_the_end(vae, chunks, expected, late):
-    decoder = overlapped(vae)
-    assert decoder.put(chunks[0]) == []
-    for latents, before in zip(chunks[1:], expected, strict=False):
-        assert decoder.arrived() == []
-        assert_equal(decoder.put(latents), [before])
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_frames_come_when_they_arrive_or_with_the_next_chunk_or_at_the_end(
+    is_fast, vae, chunks, expected, late, monkeypatch
+):
+    monkeypatch.setattr(LateStream, "is_fast", is_fast)
+    decoder, made = overlapped(vae), []
+    for number, latents in enumerate(chunks):
+        made += decoder.put(latents)
+        assert len(made) == number
         assert decoder._weights.is_held
-    assert_equal(decoder.rest(), expected[-1:])
-    assert decoder.rest() == []
+        made += decoder.arrived()
+        assert len(made) == number + is_fast
+        assert decoder._weights.is_held != is_fast
+    made += decoder.rest()
+    assert_equal(made, expected)
+    assert decoder.rest() == decoder.arrived() == []
     assert not decoder._weights.is_held
-
-
-def test_frames_that_have_arrived_are_there_before_the_next_chunk(vae, chunks, expected, late, monkeypatch):
-    monkeypatch.setattr(LateStream, "is_fast", True)
-    decoder = overlapped(vae)
-    for latents, own in zip(chunks, expected, strict=True):
-        assert decoder.put(latents) == []
-        assert_equal(decoder.arrived(), [own])
-        assert decoder.arrived() == []
-        assert not decoder._weights.is_held
 
 
 def test_weights_that_cannot_be_held_are_read_at_once(vae, chunks, expected, late):
