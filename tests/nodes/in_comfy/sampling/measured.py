@@ -9,7 +9,8 @@ import torch
 os.environ["LIGHTFORCING_CACHE_DIR"] = tempfile.mkdtemp()
 os.environ.pop("LIGHTFORCING_PROFILE", None)
 chunk_sampler = comfyui.module("nodes.sampling.chunk_sampler")
-machine, profile = (comfyui.module(f"lightforcing_core.{name}") for name in ("machine", "profile"))
+names = "machine", "profile", "rollout.look"
+machine, profile, look = (comfyui.module(f"lightforcing_core.{name}") for name in names)
 said, model, noise = [], comfyui.load("tiny_wan.safetensors"), comfyui.noise_of((1, 16, 9, 16, 16))
 model = comfyui.module("nodes.model.patch").patched(model, comfyui.settings_of("self_forcing", block=(16, 16)))
 chunk_sampler.show_text = said.append
@@ -54,6 +55,17 @@ again, _, second = run()
 assert not said
 assert torch.equal(again, dense)
 assert [name for name in second if name in dense_chunks] == dense_chunks
+
+
+def looked(waiting):
+    """The chunks that a run looks at if another prompt waits, or not."""
+    look._looked.clear()
+    chunk_sampler.is_prompt_waiting = lambda: waiting
+    run()
+    return len(look._looked)
+
+
+assert (looked(True), looked(False)) == (1, 3)
 video, _, report = run(speed="safe")
 assert torch.equal(video, safe)
 assert not any(name.startswith("measured") for name in report)
