@@ -5,7 +5,7 @@ Without a GPU the kernels run on tiny tensors in Triton's interpreter.
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -195,28 +195,22 @@ def kernels(bench: GpuBench, record: Record, put: Put) -> str | None:
     size = Size(torch.device("cuda"), ((30, 52), (32, 48)), 12, HEAD_DIM, 64, 3) if gpu else small
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
     tried = {kind for kind, row in record["kernels"].items() if "verified" in row}  # before a crash
-    with nullcontext() if gpu else _interpreting():
+    with nullcontext() if gpu else _interpreting(), _launched() as launched:
         for kind, make, limit in checks(size, bench.level):
             if kind in tried:
                 continue
             put("kernels", kind, {"verified": None})  # stays so if the process crashes
-            with _launched() as launched:
-                found = _verify(map(make, SEEDS[bench.level] if gpu else SEEDS[0][:1]), limit)
+            before = len(launched)
+            found = _verify(map(make, SEEDS[bench.level] if gpu else SEEDS[0][:1]), limit)
             put("kernels", kind, {"limit": limit} | found)
-            if gpu and launched:
-                put("kernels", kind, _costs(launched, partial(make(1), torch.bfloat16), size.device))
+            if new := launched[before:]:
+                put("kernels", kind, {"registers": max(one.n_regs or 0 for one in new)})
+                put("kernels", kind, {"stack": 4 * max(one.n_spills or 0 for one in new)})
+                put("kernels", kind, {"shared": max(one.metadata.shared for one in new)})
+            if gpu and "error" in found:
+                ms, names = operations(partial(make(1), torch.bfloat16), size.device), {one.name for one in launched}
+                put("kernels", kind, {"ms": {name: ms[name] for name in sorted(names & ms.keys())}})
     return None if gpu else "no GPU: kernels ran on tiny tensors in Triton's interpreter, not compiled or timed"
-
-
-def _costs(kernels: Sequence[Any], run: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """What kernels take of the chip, and the milliseconds of each in a call of `run`."""
-    ms = operations(run, device)
-    return {
-        "registers": max(one.n_regs or 0 for one in kernels),
-        "stack": 4 * max(one.n_spills or 0 for one in kernels),
-        "shared": max(one.metadata.shared for one in kernels),
-        "ms": {name: ms[name] for name in sorted({one.name for one in kernels}) if name in ms},
-    }
 
 
 def _verify(runs: Iterable[Run], limit: float) -> dict[str, Any]:

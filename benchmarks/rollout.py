@@ -127,6 +127,7 @@ def summarise(videos: Mapping[str, list[tuple[RunRecord, list[float]]]], put: Pu
         arm: [[1e3 * sum(chunk.seconds.values()) for chunk in record.chunks] for record, _ in rounds]
         for arm, rounds in videos.items()
     }
+    put("ms", "rollout", ms)
     for arm, rounds in videos.items():
         medians = [statistics.median(times) for times in zip(*ms[arm], strict=True)]
         peaks = [max(same) for same in zip(*(peaks for _, peaks in rounds), strict=True)]
