@@ -1,5 +1,7 @@
 """The command `lightforcing`; its commands import torch only when they run."""
 
+from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from typer.core import TyperGroup
 
-from ..benchmarks.commands import app as bench
-from ..benchmarks.commands import doctor
+from ..benchmarks.console import Out, carry_out, with_options
+from ..benchmarks.settings import AttentionBench, DecodeBench, GpuBench, RolloutBench, StepBench
 from ..lightforcing_core.families import Family
 from .queue.command import complain, queue
 
@@ -154,11 +156,28 @@ def quantize(
         typer.echo(line)
 
 
+@app.command()
+def doctor(
+    file: Annotated[Path | None, typer.Option("--json", help="File for the report, to paste into an issue.")] = None,
+) -> None:
+    """Check in a minute what this machine has, and that every fast path compiles and is right on it."""
+    if not carry_out(partial(_measure, "gpu", everything=False), GpuBench(quick=True), file)["ok"]:
+        raise typer.Exit(1)
+
+
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
+def _measure(name: str, *arguments: Any, **options: Any) -> None:
+    import_module(f"..benchmarks.{name}", __package__).measure(*arguments, **options)
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure dense against sparse on this machine, both in one process.")
+for _kind in AttentionBench, StepBench, DecodeBench, RolloutBench, GpuBench:
+    _name = _kind.__name__.removesuffix("Bench").lower()
+    _command = with_options(_kind, partial(carry_out, partial(_measure, _name)), Out, None)
+    bench.command(_name, help=_kind.__doc__)(_command)
 app.add_typer(bench, name="bench")
-app.command()(doctor)
 app.command()(queue)
