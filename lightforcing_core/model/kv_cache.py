@@ -106,7 +106,7 @@ class KVCache:
 
         So each pass of a first chunk takes it anew, and a run that continues from a file takes the same as one run.
         """
-        return self.storage.dtype is not self.shape.dtype and len(self._current) == len(self.slot_frames)
+        return self.storage.keeps_mean and len(self._current) == len(self.slot_frames)
 
     def take_mean(self, memory: LayerMemory, keys: Tensor) -> None:
         """Subtract the mean of `keys` [B, L, H, D] from all that are stored from now on.

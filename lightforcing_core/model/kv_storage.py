@@ -27,10 +27,12 @@ class KVOptions:
 
     dtype: "same" as the model computes in, "int8" or "fp8" (half the memory, one scale per block and head).
     host: in pinned CPU memory, one layer copied ahead; the device holds two layers instead of all.
+    key_mean: in 8 bits keep keys less their mean over the first chunk; runs that version 0.2 saved do not.
     """
 
     dtype: KVDtype = "same"
     host: bool = False
+    key_mean: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in ("same", *STORED):
@@ -114,7 +116,7 @@ class KVStorage:
     """The tensors of all layers, allocated at construction.
 
     visible: the number of slots, from the first on, that are in use; only these are copied.
-    dtype: of keys and values.
+    dtype: of keys and values. keeps_mean: keys are kept less a mean.
     """
 
     def __init__(self, shape: CacheShape, options: KVOptions, device: torch.device | str | None) -> None:
@@ -150,7 +152,8 @@ class KVStorage:
             self._held: list[int | None] = [None] * len(self._stage)  # the layer that each staging buffer holds
             self._ready: list[torch.cuda.Event | None] = [None] * len(self._stage)
         self._layers = _with_means(layers, shape, device)
-        if layers[0].scales:
+        self.keeps_mean = options.key_mean and layers[0].scales is not None
+        if self.keeps_mean:
             size = shape.layers, shape.batch, shape.heads, shape.head_dim
             means = torch.zeros(size, dtype=torch.float32, device=device)
             self._layers = [one._replace(key_mean=mean) for one, mean in zip(self._layers, means, strict=True)]

@@ -15,13 +15,14 @@ from ..attention.options import AttentionOptions
 from ..attention.quantised import KVDtype
 from ..files.json import read_json
 from ..files.tensors import read_tensors, write_tensors
+from ..model.kv_storage import KVOptions
 from ..refusal import check_choice
 from .recipe import Guidance, NoiseOptions, Recipe
 from .runtime import Chunk
 from .timeline import Prompt
 
 FORMAT = "light_forcing_run_state"
-VERSION = 2  # version 1 has no given end; a state without one is still written as 1
+VERSION = 2  # version 1 has no given end and no key_mean; a state without them is still written as 1
 MOST_FRAMES = 1_000_000  # latent frames of a saved video
 # The fields of a recipe that are saved as they are.
 RECIPE_FACTS = ("latent_shape", "frames_per_chunk", "sigmas", "growth", "window", "sink_frames", "sink_rope", "seed")
@@ -37,20 +38,25 @@ class RunState:
 
     recipe: everything that determines the video. A run with its own `noise` function cannot be saved.
     model: text that identifies the model; the caller chooses it (sizes, family, a hash of some weights).
-    kv_dtype: how the run's KV cache keeps keys and values.
+    kv_dtype, key_mean: how the run's KV cache keeps keys and values, see `KVOptions`.
     finished: the chunks generated so far, [B, C, frames, h, w] each, in the model's normalised space, on the CPU.
 
     Raises Refusal for chunks that are not this recipe's. `rollout(dit, state.recipe, runtime, state.finished)` with
-    `KVOptions(state.kv_dtype)` yields the chunks that are missing.
+    `Runtime(kv=state.kv)` yields the chunks that are missing.
     """
 
     recipe: Recipe
     model: str
     kv_dtype: KVDtype = "same"
     finished: tuple[Tensor, ...] = ()
+    key_mean: bool = True
 
     def __post_init__(self) -> None:
         self.recipe.check_finished(self.finished)
+
+    @property
+    def kv(self) -> KVOptions:
+        return KVOptions(self.kv_dtype, key_mean=self.key_mean)
 
     @property
     def finished_frames(self) -> int:
@@ -109,7 +115,7 @@ def save_run_state(state: RunState, path: str | Path) -> Path:
     """Write the state completely or not at all; OutputError if the folder or the disk cannot take the file."""
     tensors, facts = _packed(state)
     facts["checksums"] = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    version = 1 if state.recipe.last_latents is None else VERSION
+    version = 1 if state.recipe.last_latents is None and "key_mean" not in facts else VERSION
     return write_tensors(path, tensors, {"format": FORMAT, "version": str(version), "state": json.dumps(facts)})
 
 
@@ -152,6 +158,8 @@ def _packed(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     facts = {name: getattr(recipe, name) for name in RECIPE_FACTS}
     facts |= {"model": state.model, "kv_dtype": state.kv_dtype, "finished": len(state.finished)}
+    if state.key_mean and state.kv_dtype != "same":
+        facts["key_mean"] = True
     facts |= {"cfg": guidance.cfg, "attention": recipe.attention.to_saved()}
     facts |= {**vars(noise), "chunk_seeds": list(noise.chunk_seeds.items())}
     names = ("start_chunk", "switch", "blend_chunks")
@@ -168,6 +176,7 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
     count = facts.pop("finished")
     finished = tuple(tensors[f"chunk.{i:05d}"] for i in range(count))
     state = {name: facts.pop(name) for name in ("model", "kv_dtype") if name in facts}
+    key_mean = facts.pop("key_mean", state.get("kv_dtype", "same") == "same") is True
     noise = {name: facts.pop(name) for name in ("first_sigmas", "context_noise") if name in facts}
     recipe = Recipe(
         context=prompts,
@@ -178,7 +187,7 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
         noise_options=NoiseOptions(chunk_seeds=dict(facts.pop("chunk_seeds")), **noise),
         **facts,
     )
-    run = RunState(recipe, finished=finished, **state)
+    run = RunState(recipe, finished=finished, key_mean=key_mean, **state)
     # JSON has other types than these fields need, and a wrong one would fail much later.
     integers = [count, recipe.frames_per_chunk, recipe.window or 0, recipe.sink_frames, recipe.seed]
     integers += recipe.noise_options.chunk_seeds.values()

@@ -52,7 +52,7 @@ def plan_of(
 
     ladder: Sequence[KVOptions] = LADDER
     if saved:
-        ladder = [KVOptions(run.kv_dtype), KVOptions(run.kv_dtype, host=True)]
+        ladder = [run.kv, replace(run.kv, host=True)]
     elif kv is not None:
         ladder = [kv]
     on_device, is_cuda = device.type != "cpu", device.type == "cuda"
@@ -75,7 +75,7 @@ def looks_of(model: ModelPatcher, run: RunState, dense_attention: DenseAttention
     shape = recipe.cache_shape(
         layers=1, heads=dit.dim // HEAD_DIM, head_dim=HEAD_DIM, dtype=model.model.get_dtype_inference()
     )
-    return Looks(recipe, shape, KVOptions(run.kv_dtype), model.load_device, dense_attention)
+    return Looks(recipe, shape, run.kv, model.load_device, dense_attention)
 
 
 def memory_advice(recipe: Recipe, plan: MemoryPlan, *, decoding: bool) -> str:

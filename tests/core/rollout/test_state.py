@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lightforcing.lightforcing_core.files.output import OutputError
-from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.refusal import Refusal
 from lightforcing.lightforcing_core.rollout.loop import rollout
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
@@ -37,7 +36,7 @@ def start(frames=8, *, kv_dtype="same", batch=1, **options):
 
 def remaining(dit, state):
     """The chunks that a state lacks."""
-    return rollout(dit, state.recipe, Runtime(kv=KVOptions(state.kv_dtype)), state.finished)
+    return rollout(dit, state.recipe, Runtime(kv=state.kv), state.finished)
 
 
 def completed(dit, state, count=None):
@@ -273,13 +272,21 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, damage, message):
     assert str(path) in str(caught.value)
 
 
-def test_only_a_given_end_needs_the_newer_version(tmp_path):
-    """An older pack would go on without the end; without one it reads the file as ever."""
-    for end, version in ((None, "1"), (torch.zeros(1, 16, 1, *SIZE), "2")):
-        path = save_run_state(start(last_latents=end), tmp_path / "state.safetensors")
-        with safe_open(path, framework="pt") as file:
-            assert file.metadata()["version"] == version
-            assert ("last_latents" in file.keys()) == (version == "2")  # noqa: SIM118 (no mapping)
+@pytest.mark.parametrize(
+    ("options", "version"),
+    [({}, "1"), ({"last_latents": torch.zeros(1, 16, 1, *SIZE)}, "2"), ({"kv_dtype": "int8"}, "2")],
+)
+def test_only_what_older_versions_would_ignore_needs_the_newer_one(tmp_path, options, version):
+    path = save_run_state(start(**options), tmp_path / "state.safetensors")
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["version"] == version
+
+
+def test_an_older_run_goes_on_with_the_keys_that_its_cache_kept(dit, tmp_path):
+    state = replace(start(kv_dtype="int8"), key_mean=False)
+    whole = completed(dit, state).latents
+    assert torch.equal(resumed(dit, state, tmp_path / "state.safetensors", [2]).latents, whole)
+    assert not torch.equal(completed(dit, replace(state, key_mean=True)).latents, whole)
 
 
 def test_a_full_disk_keeps_the_former_state_or_leaves_nothing(tmp_path):
