@@ -131,7 +131,7 @@ class StepGraph:
             return True
         state, chunk, usual, call = call.state, call.state.chunk, "pass by pass", replace(call, watch=None)
         before = chunk.passes, self.launches
-        facts = *map(str, call.kind[:8]), str(state.cache.storage.dtype), str(state.attention)
+        facts = *map(str, call.kind[:9]), str(state.cache.storage.dtype), str(state.attention)
 
         def run(name: str) -> Tensor:
             return call.run() if name == usual else self._launched(call)
@@ -268,7 +268,8 @@ class _Call:
     def kind(self) -> tuple[object, ...]:
         """The kind of its graph; checking one graph of a kind checks them all."""
         state, dit, x, attention = self.state, self.dit, self.x, self.state.chunk.attention
-        sizes = (type(dit), dit.dim, len(dit.blocks), x.shape, x.dtype, x.device)
+        weights = sorted({str(getattr(part, "_layout_cls", part.dtype)) for part in dit.blocks[0].parameters()})
+        sizes = (type(dit), dit.dim, len(dit.blocks), tuple(weights), x.shape, x.dtype, x.device)
         sparse = attention.plan is not None and (attention.plan.kind, attention.choice)
         steps = self.timestep.shape, self.timestep.dtype, self.commits
         return (*sizes, *steps, state.cache.storage.dtype, state.attention, state.dense_attention, sparse)
