@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from triton import JITFunction
 from triton.runtime import driver
 
+TENSORS = frozenset((Tensor, Parameter))
 LIMIT = 4096  # kernels kept; a long rollout's numbers change from chunk to chunk until its window is full
 
 # By specialisation: the function that launches it, that function's own arguments, and the kernel's last ones.
@@ -27,7 +28,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
         with torch.cuda.device(device):
             return launch(kernel, grid, *arguments, **constants)
     # A kernel's own hash is that of its source, which takes longer than all else here.
-    kinds = [(x.dtype, x.data_ptr() & 15) if type(x) in (Tensor, Parameter) else x for x in arguments]
+    kinds = [(x.dtype, x.data_ptr() & 15) if type(x) in TENSORS else x for x in arguments]
     key: tuple[Any, ...] | None = id(kernel), device, *constants.values(), *kinds
     try:
         found = _bound.get(key)

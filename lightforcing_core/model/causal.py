@@ -6,6 +6,7 @@ offloaded and LoRA-patched layers keep working, in ComfyUI as without it.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ class OpenChunk:
     steps, later: the number of denoising steps left, and of chunks after this one, from which a `StepGraph` decides
     whether recording pays.
     given: the number of last frames that are given, and so get `GIVEN_NOISE` of a step's noise.
-    passes: the number of passes so far. The first one makes `rope`.
+    passes: the number of passes so far. The first one makes `rope` and `layers`, the modules that later ones run.
     """
 
     frames: int = 0
@@ -54,6 +55,7 @@ class OpenChunk:
     given: int = 0
     passes: int = 0
     rope: RopeTable | None = None
+    layers: list[SimpleNamespace] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -89,6 +91,9 @@ class ModelState:
     order: TokenOrder | None = None
     chunk: OpenChunk = field(default_factory=OpenChunk)
 
+    def __post_init__(self) -> None:
+        self.q_layout = FrameBlocks(self.cache.layout.tokens_per_frame, self.attention.block[0])
+
     def open_chunk(
         self,
         frames: int,
@@ -105,10 +110,8 @@ class ModelState:
         """
         self.cache.open(frames)
         shape, options = self.cache.shape, self.attention
-        q_layout, slot_frames = FrameBlocks(shape.tokens_per_frame, options.block[0]), self.cache.slot_frames
-        view = View(
-            slot_frames, frames, q_layout, shape.layout, shape.batch, shape.heads, device, shape.grid, options.tiles
-        )
+        slots, layout, tiles = self.cache.slot_frames, self.cache.layout, options.tiles
+        view = View(slots, frames, self.q_layout, layout, shape.batch, shape.heads, device, shape.grid, tiles)
         attention = plan_chunk(options, view, sparsity, shape.head_dim, shape.dtype, self.cache.storage.dtype)
         if self.width:
             attention = attention.steady(shape.slots, self.width)
@@ -127,7 +130,7 @@ class ModelState:
     def attend_history(self, q: Tensor, memory: LayerMemory) -> Tensor:
         """Dense attention of the chunk to all visible frames, [B, L, H, D] in and out."""
         if memory.scales is None:
-            layout = self.cache.shape.memory_layout
+            layout = self.cache.storage.layout
             return self.dense_attention(q, layout.real(memory.keys), layout.real(memory.values))
         return dense_attention_8bit(
             q, memory.keys, memory.values, memory.scales, self.cache.layout, self.attention.backend
@@ -188,7 +191,7 @@ def prompt_modules(dit: Any) -> list[nn.Module]:
 
 def tables(dit: Any, x: Tensor, state: ModelState) -> list[Tensor]:
     """Tensors that a pass reads and that each chunk has of its own. Arguments as those of `predict`."""
-    rope, _ = _prepare(dit, x, _grid(x, state), state)
+    rope, *_ = _prepare(dit, x, _grid(x, state), state)
     plan = state.chunk.attention.plan
     return [rope.cos, rope.sin, *(plan.tables if plan else ())]
 
@@ -234,7 +237,7 @@ def _run_layers(
 
     only_store: end once the last layer has stored its keys and values; the result is then not meaningful.
     """
-    rope, text = _prepare(dit, x, grid, state)
+    rope, text, layers = _prepare(dit, x, grid, state)
     state.chunk.passes += 1
     hidden = dit.patch_embedding(x.float()).to(x.dtype).flatten(2).transpose(1, 2)
     e = dit.time_embedding(_sinusoid(dit.freq_dim, timestep.flatten()).to(x.dtype))
@@ -246,12 +249,11 @@ def _run_layers(
     # Each layer's six parts, then the head's shift and scale.
     steps = _modulations([block.modulation for block in dit.blocks], e0)
     steps += _modulations([dit.head.modulation], e.unsqueeze(2))
-    projections = [(block.self_attn.q, block.self_attn.k, block.self_attn.v) for block in dit.blocks]
-    y = fused.norm_scale_shift(dit.blocks[0].norm1, hidden, steps[1], steps[0], projections[0])
-    norms = [*(block.norm1 for block in dit.blocks[1:]), dit.head.norm]
+    _, y = fused.add_norm(layers[0].norm1, hidden, None, None, steps[1], steps[0], layers[0].projections)
+    following = [(block.norm1, block.projections) for block in layers[1:]] + [(dit.head.norm, ())]
     # A layer is not a function of its own: `hidden` out here would keep its input alive until the function returned.
-    for layer, (block, next_norm, readers) in enumerate(zip(dit.blocks, norms, [*projections[1:], ()], strict=True)):
-        if only_store and layer == len(dit.blocks) - 1:
+    for layer, (block, (next_norm, readers)) in enumerate(zip(layers, following, strict=True)):
+        if only_store and layer == len(layers) - 1:
             fused.store(block.self_attn, y, layer, state.cache, rope, state.attention.block[0], with_q=False)
             break
         gate_sa, shift_ffn, scale_ffn, gate_ffn, next_shift, next_scale = steps[6 * layer + 2 : 6 * layer + 8]
@@ -266,8 +268,8 @@ def _run_layers(
 
 def _prepare(
     dit: Any, x: Tensor, grid: tuple[int, int, int], state: ModelState
-) -> tuple[RopeTable, list[tuple[Tensor, Tensor]]]:
-    """Make the chunk's rope, the prompt's keys and values, and the order of tokens."""
+) -> tuple[RopeTable, list[tuple[Tensor, Tensor]], list[SimpleNamespace]]:
+    """Make the chunk's rope and layers, the prompt's keys and values, and the order of tokens."""
     chunk, text = state.chunk, state.text
     if text is None:
         raise RuntimeError("no prompt is set; call follow() first")
@@ -280,7 +282,21 @@ def _prepare(
         head_dim, wide = state.cache.shape.head_dim, torch.promote_types(x.dtype, torch.float32)
         order = None if state.order is None else state.order.order
         chunk.rope = RopeTable(chunk.start_frame, *grid, head_dim, order=order, dtype=wide, device=x.device)
-    return chunk.rope, text.keys_values
+    chunk.layers = chunk.layers or [_looked_up(block) for block in dit.blocks]
+    return chunk.rope, text.keys_values, chunk.layers
+
+
+def _looked_up(block: Any) -> SimpleNamespace:
+    """A layer's modules as plain attributes, because `nn.Module` searches three tables for each."""
+
+    def some(module: Any, *names: str) -> SimpleNamespace:
+        return SimpleNamespace(**{name: getattr(module, name) for name in names})
+
+    found = some(block, "norm1", "norm2", "norm3", "ffn")
+    found.self_attn = some(block.self_attn, "q", "k", "v", "o", "norm_q", "norm_k")
+    found.cross_attn = some(block.cross_attn, "q", "o", "norm_q")
+    found.projections = found.self_attn.q, found.self_attn.k, found.self_attn.v
+    return found
 
 
 def _self_attention(
@@ -293,26 +309,25 @@ def _self_attention(
 
 def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, watch: Watch | None = None) -> Tensor:
     """The open chunk's attention to what its cache holds of a layer, [B, L, H, D] in and out."""
-    options, chunk, layout = state.attention, state.chunk, state.cache.layout
+    options, chunk = state.attention, state.chunk
     plan, chosen = chunk.attention.plan, chunk.attention.choice
     memory = state.cache.visible(layer)
     if plan is None or chosen is None:
         return state.attend_history(q, memory)
-    q_layout = FrameBlocks(layout.tokens_per_frame, options.block[0])
     selection, whole = plan.of_layer(layer), state.cache.storage.at(layer) if plan.tables else None
     if selection is None:
         means = whole or memory
         sub_means = means.sub_means if options.estimator == "lse" else None
         assert means.key_means is not None  # a cache that never selects blocks keeps no means
         assert means.frame_means is not None
-        q_means = q_layout.block_means(q) if q_means is None else q_means
+        q_means = state.q_layout.block_means(q) if q_means is None else q_means
         selection = plan.select(q_means, means.key_means, means.frame_means, sub_means)
     call = Call(
         q,
         memory.keys,
         memory.values,
-        q_layout,
-        state.cache.shape.memory_layout,
+        state.q_layout,
+        state.cache.storage.layout,
         selection,
         scales=memory.scales,
         tail=memory.tail if options.tail else None,
@@ -341,7 +356,7 @@ def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]
 
 def _cross_attention(attention: Any, x: Tensor, k: Tensor, v: Tensor, state: ModelState) -> Tensor:
     """Attention of the chunk to every text slot, the padded ones included."""
-    q = attention.norm_q(attention.q(x)).unflatten(-1, (attention.num_heads, -1))
+    q = attention.norm_q(attention.q(x)).unflatten(-1, (state.cache.shape.heads, -1))
     return _output(attention, state.dense_attention(q, k, v))
 
 

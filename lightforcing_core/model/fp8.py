@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from .. import machine
 from ..fast_path import FastPath, note, one_line, raise_if_fatal, why_no_kernels
-from ..pinned import ROWS_LAYOUT
+from ..pinned import ROWS_LAYOUT, parts_of
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0  # the largest finite e4m3fn
@@ -137,7 +137,7 @@ def quantised(x: Tensor, *, gelu: bool = False) -> tuple[Tensor, Tensor]:
 def takes_rows(linears: Sequence[Any], x: Tensor) -> bool:
     """Whether all linears, of one width, multiply by FP8 weights, and x's number of rows in FP8; False if none."""
     for one in linears:
-        if getattr(getattr(one, "weight", None), "_layout_cls", None) != ROWS_LAYOUT or one._forward_hooks:
+        if len(parts_of(one._parameters.get("weight"))) < 2 or one._forward_hooks:
             return False
         if one._full_precision_mm or one.weight_function or one.bias_function or one._forward_pre_hooks:
             return False

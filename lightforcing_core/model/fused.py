@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ... import kernels as all_kernels
 from ..attention.quantised import dequantise_blocks
 from ..fast_path import FastPath, is_recording, kept_for_a_run, note, why_no_kernels
 from ..pinned import parts_of
 from .fp8 import as_input, product, quantised, takes_rows
 from .kv_cache import KVCache
 from .rope import RopeTable
-from .wan import EPS, RMSNorm
 
 DEVICES = ("cuda",)  # devices on which kernels run; tests add the CPU, for Triton's interpreter
 EPILOGUES = ("cuda",)  # devices on which the GELU of a product's epilogue has the tanh form
@@ -27,46 +27,41 @@ INSTEAD = "running the modules"
 _casts = kept_for_a_run()  # resident weights in x's dtype
 
 
-def norm_scale_shift(norm: Any, x: Tensor, scale: Tensor, shift: Tensor, readers: Sequence[Any] = ()) -> Tensor:
-    """norm(x) · (1 + scale) + shift; x [B, F · tokens, D], others [B, F or 1, D].
-
-    readers: the linears that read the result; it is quantised for them if they all multiply in FP8.
-    """
-    fused: Tensor | tuple[Tensor, Tensor] | None = None
-    if _is_plain_norm(norm, x, own=False):
-        fused = _modulated("norm_scale_shift", x, scale, shift, norm.eps, fp8=takes_rows(readers, x))
-    if fused is not None:
-        made: Tensor = as_input(readers, fused, x)
-        return made
-    framed = norm(x).unflatten(1, (scale.shape[1], -1))
-    return torch.addcmul(shift.unsqueeze(2), framed, 1 + scale.unsqueeze(2)).flatten(1, 2)
-
-
 def add_norm(
     norm: Any,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     gate: Tensor | None,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     readers: Sequence[Any] = (),
 ) -> tuple[Tensor, Tensor]:
-    """x + y · gate, or x + y, and its norm, by scale and shift or by the norm's own weights.
+    """The sum x + y · gate, and norm(sum) · (1 + scale) + shift, or the norm by its own weights alone.
 
-    x, y: [B, F · tokens, D]; gate, scale, shift: [B, F or 1, D]. readers: of the norm, see `norm_scale_shift`.
+    x, y: [B, F · tokens, D]; gate, scale, shift: [B, F or 1, D]. Without y the sum is x, without a gate x + y.
+    readers: the linears that read the norm; it is quantised for them if they all multiply in FP8.
     """
-    fused: tuple[Tensor, Any] | None = None
-    if _is_plain_norm(norm, x, own=scale is None):
-        by = (scale, shift) if scale is not None else tuple(_cast(norm, part, x) for part in (norm.weight, norm.bias))
-        fused = _modulated("add_norm", x, y, gate, *by, norm.eps, fp8=takes_rows(readers, x))
-    if fused is not None:
-        return fused[0], as_input(readers, fused[1], x)
-    if gate is None:
+    kernels = _kernels_for(x)
+    if kernels and _why_not_plain(norm, x, nn.LayerNorm) is None:
+        weight, bias = norm._parameters["weight"], norm._parameters["bias"]
+        fits = (weight is None) == (bias is None) == (scale is not None)
+        if fits and kernels.modulation.why_not(x) is None:
+            by = (_cast(norm, weight, x), _cast(norm, bias, x)) if scale is None else (scale, shift)
+            fp8 = takes_rows(readers, x)
+            run = partial(kernels.modulation.add_norm, x, y, gate, *by, norm.eps, fp8=fp8)
+            made = FastPath("fused modulation", x.device, x.dtype, detail=fp8).attempt(run, INSTEAD)
+            if made is not None:
+                return made[0], as_input(readers, made[1], x)
+    if y is not None and gate is None:
         x = x + y
-    else:
+    elif y is not None and gate is not None:
         framed = (gate.shape[1], -1)
         x = torch.addcmul(x.unflatten(1, framed), y.unflatten(1, framed), gate.unsqueeze(2)).flatten(1, 2)
-    return x, norm(x) if scale is None or shift is None else norm_scale_shift(norm, x, scale, shift)
+    normed: Tensor = norm(x)
+    if scale is not None and shift is not None:
+        by_frame = normed.unflatten(1, (scale.shape[1], -1))
+        normed = torch.addcmul(shift.unsqueeze(2), by_frame, 1 + scale.unsqueeze(2)).flatten(1, 2)
+    return x, normed
 
 
 def store(
@@ -80,9 +75,10 @@ def store(
 
     Returns q [B, L, H, D], normed and roped, and its block means if the fused kernel made them.
     """
-    stored = _fused_store(attention, x, layer, cache, rope, block_q, with_q)
-    if stored is not None:
-        return stored
+    if kernels := _kernels_for(x):
+        stored = _fused_store(kernels.store, attention, x, layer, cache, rope, block_q, with_q)
+        if stored is not None:
+            return stored
     heads = (-1, cache.shape.head_dim)
     # k and v have no names here, so that they are freed before q is made.
     cache.store(
@@ -95,20 +91,22 @@ def store(
 
 def feed_forward(ffn: Any, x: Tensor) -> Tensor:
     """ffn(x), with its GELU in the first product if both are plain, or with the FP8 rows of the second one's input."""
-    if _hooked(ffn) or len(ffn) != 3 or x.device.type not in EPILOGUES or not _kernels_run(x):
-        out: Tensor = ffn(x)
-        return out
-    first, activation, second = ffn
-    is_gelu = type(activation) is nn.GELU and activation.approximate == "tanh" and not _hooked(activation)
-    if is_gelu and takes_rows((second,), x):
-        x = first(x)
-        out = second(as_input((second,), quantised(x.flatten(0, -2), gelu=True), x))
-        return out
-    y: Tensor | None = None
-    if is_gelu and _is_plain(first, x) and first.bias is not None:
-        run = partial(_product_gelu, x, first.weight, first.bias)
-        y = FastPath("GELU in a product", x.device, x.dtype).attempt(run, INSTEAD)
-    out = second(activation(first(x)) if y is None else y)
+    is_gelu = len(ffn) == 3 and isinstance(ffn[1], nn.GELU) and ffn[1].approximate == "tanh"
+    # ComfyUI's feed-forward is a subclass of nn.Sequential that computes the same.
+    is_plain = is_gelu and not (_why_not_plain(ffn, x, type(ffn)) or _why_not_plain(ffn[1], x, nn.GELU))
+    if is_plain and x.device.type in EPILOGUES and _kernels_for(x):
+        first, _, second = ffn
+        if takes_rows((second,), x):
+            x = first(x)
+            out: Tensor = second(as_input((second,), quantised(x.flatten(0, -2), gelu=True), x))
+            return out
+        if _why_not_plain(first, x) is None and first._parameters["bias"] is not None:
+            run = partial(_product_gelu, x, first._parameters["weight"], first._parameters["bias"])
+            y = FastPath("GELU in a product", x.device, x.dtype).attempt(run, INSTEAD)
+            if y is not None:
+                out = second(y)
+                return out
+    out = ffn(x)
     return out
 
 
@@ -119,27 +117,22 @@ def _product_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _fused_store(
-    attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int, with_q: bool
+    kernel: Any, attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int, with_q: bool
 ) -> tuple[Tensor | None, Tensor | None] | None:
     """Do the same in one launch after the projections; None if the kernel cannot run."""
-    q_norm, k_norm = (_plain_weight(norm, x) for norm in (attention.norm_q, attention.norm_k))
-    if not _kernels_run(x) or (torch.is_grad_enabled() and _needs_grad(*attention.parameters())):
-        return None
-    from ...kernels import store as kernel
-
     memory, head_dim, block = cache.storage.at(layer), cache.shape.head_dim, (block_q, cache.layout.block)
+    norms = q_norm, k_norm = attention.norm_q, attention.norm_k
     reason = (
-        ("sinks that follow are rotated later" if cache.keeps_originals else None)
+        next((f"a norm {why}" for norm in norms if (why := _why_not_plain(norm, x, nn.RMSNorm))), None)
+        or (None if q_norm.eps == k_norm.eps is not None else "the norms of q and k differ")
+        or ("sinks that follow are rotated later" if cache.keeps_originals else None)
         or (None if rope.cos.dtype == torch.float32 else f"RoPE is in {rope.cos.dtype}")
         or kernel.why_not(x, head_dim, block, memory.keys.dtype)
     )
-    if isinstance(q_norm, str) or isinstance(k_norm, str):
-        reason = reason or (q_norm if isinstance(q_norm, str) else str(k_norm))
-    elif q_norm[1] != k_norm[1]:
-        reason = reason or "the norms of q and k differ"
-    if reason or isinstance(q_norm, str) or isinstance(k_norm, str):
+    if reason:
         note("store", f"modules, because {reason}")
         return None
+    q_weight, k_weight = (_cast(norm, norm._parameters["weight"], x) for norm in norms)
 
     def run() -> tuple[Tensor | None, Tensor | None]:
         q, k, v = project(attention, x, with_q=with_q)
@@ -147,14 +140,14 @@ def _fused_store(
             kernel.fused_store,
             k=k,
             v=v,
-            k_weight=k_norm[0],
-            eps=k_norm[1],
+            k_weight=k_weight,
+            eps=k_norm.eps,
             cos=rope.cos,
             sin=rope.sin,
             ring=memory,
             slots=cache.current_slots(),
             tokens_per_frame=cache.layout.tokens_per_frame,
-            rows_per_frame=cache.shape.memory_layout.rows_per_frame,
+            rows_per_frame=cache.storage.layout.rows_per_frame,
             head_dim=head_dim,
             block=block,
         )
@@ -166,7 +159,7 @@ def _fused_store(
             assert written.key_scales is not None
             keys = dequantise_blocks(written.keys, written.key_scales, cache.layout, torch.float32)
             cache.take_mean(memory, keys)
-        return write(q, q_weight=q_norm[0] if with_q else None) or (None, None)
+        return write(q, q_weight=q_weight if with_q else None) or (None, None)
 
     stored = FastPath("fused store", x.device, x.dtype, block, head_dim, memory.keys.dtype).attempt(run, INSTEAD)
     if stored is not None:
@@ -179,28 +172,22 @@ def project(attention: Any, x: Tensor, *, with_q: bool) -> tuple[Tensor | None, 
 
     x may be quantised, as `fp8.as_input` makes it.
     """
-    linears, rows = (attention.q, attention.k, attention.v), parts_of(x)
-    is_fp8 = len(rows) == 2
-    if is_fp8 or all(_is_plain(linear, x) for linear in linears):
+    linears = (attention.q, attention.k, attention.v)[0 if with_q else 1 :]
+    rows, together = parts_of(x), None
+    if len(rows) == 2 or all(_why_not_plain(linear, x) is None for linear in linears):
         weights = zip(*(parts_of(linear._parameters["weight"]) for linear in linears), strict=True)
         biases = [linear._parameters["bias"] for linear in linears]
-        found, bias = [_joined(parts, x.device) for parts in weights], _joined(biases, x.device)
-        joined = [part for part in found if part is not None]
-        if len(joined) == len(found) and (bias is not None or biases == [None, None, None]):
-            width = len(joined[0]) // 3
-            first = 0 if with_q else width
-            weight, *scales = (part[first:] for part in joined)
-            bias = None if bias is None else bias[first:]
-            if is_fp8:
-                y = product(rows[0], rows[1], weight, scales[0], bias, x.dtype).unflatten(0, x.shape[:-1])
-            else:
-                y = nn.functional.linear(x, weight, bias)
-            *q, k, v = y.split(width, dim=-1)
-            return q[0] if q else None, k, v
-    return attention.q(x) if with_q else None, attention.k(x), attention.v(x)
+        weight, *scales, bias = (_joined(parts, x.device) for parts in (*weights, biases))
+        has_all = weight is not None and (bias is not None or biases == [None] * len(biases))
+        if has_all and len(rows) == 2 and scales[0] is not None:
+            together = product(rows[0], rows[1], weight, scales[0], bias, x.dtype).unflatten(0, x.shape[:-1])
+        elif has_all and len(rows) < 2:
+            together = nn.functional.linear(x, weight, bias)
+    parts = [linear(x) for linear in linears] if together is None else together.chunk(len(linears), -1)
+    return parts[0] if with_q else None, parts[-2], parts[-1]
 
 
-def _joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+def _joined(parts: Sequence[Any], device: torch.device) -> Any:
     """Weights of one shape on `device` as one tensor along their first dimension, or None.
 
     If they do not lie side by side, they are moved into one memory, which only they keep: ComfyUI may move, patch or
@@ -223,24 +210,25 @@ def _joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | No
     return first.as_strided(whole, first.stride())
 
 
-def _is_plain(module: Any, x: Tensor, kind: Any = nn.Linear) -> bool:
-    """Whether a module only applies its resident weights of x's dtype, without hooks or LoRA functions."""
+def _why_not_plain(module: Any, x: Tensor, kind: Any = nn.Linear) -> str | None:
+    """Why a module does more than apply resident weights of x's dtype, or of one that ComfyUI casts, or None."""
     own: dict[str, Any] = module.__dict__
     found: Any = type(module)
-    if not _computes_as(found, kind) or "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return False
+    if not _computes_as(found, kind) or "forward" in own:
+        return f"is a {found.__name__}" + (" with another forward" if "forward" in own else "")
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return "has a hook"
     if own.get("weight_function") or own.get("bias_function"):
-        return False
+        return "is changed by a LoRA while it is used"
     device, dtype = x.device, x.dtype
-    casts = kind is nn.LayerNorm and getattr(module, "comfy_cast_weights", False)  # as `_cast` does
     for part in own["_parameters"].values():
-        if part is not None and (type(part) is not nn.Parameter or part.device != device):
-            return False
-        if part is not None and part.dtype != dtype and not casts:
-            return False
-        if part is not None and _needs_grad(part):
-            return False
-    return True
+        if part is None:
+            continue
+        if type(part) is not nn.Parameter or part.device != device:
+            return f"has a {type(part).__name__} on {part.device}"
+        if part.dtype != dtype and (kind is nn.Linear or not getattr(module, "comfy_cast_weights", False)):
+            return f"is in {part.dtype} and x in {dtype}"  # it computes in the wider one
+    return None
 
 
 @functools.cache
@@ -249,47 +237,10 @@ def _computes_as(found: Any, kind: Any) -> bool:
     return issubclass(found, kind) and (found.forward is kind.forward or hasattr(found, "comfy_cast_weights"))
 
 
-def _is_plain_norm(norm: Any, x: Tensor, *, own: bool) -> bool:
-    """Whether a LayerNorm does nothing else, with weights of its own or without any."""
-    if not _is_plain(norm, x, nn.LayerNorm):
-        return False
-    parts = norm._parameters
-    return (parts["weight"] is not None) == (parts["bias"] is not None) == own
-
-
-def _modulated(kernel: str, x: Tensor, *arguments: Any, fp8: bool) -> Any:
-    """The result of one of the modulation kernels for x, or None if it cannot run."""
-    if not _kernels_run(x, *arguments):
-        return None
-    from ...kernels import modulation
-
-    if modulation.why_not(x):
-        return None
-    run = partial(getattr(modulation, kernel), x, *arguments, fp8=fp8)
-    return FastPath("fused modulation", x.device, x.dtype, detail=fp8).attempt(run, INSTEAD)
-
-
-def _kernels_run(*tensors: Any) -> bool:
-    """Whether kernels can run for these tensors at all; they have no backward pass."""
-    return tensors[0].device.type in DEVICES and not _needs_grad(*tensors) and why_no_kernels() is None
-
-
-def _needs_grad(*tensors: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
-
-
-def _plain_weight(norm: Any, x: Tensor) -> tuple[Tensor, float] | str:
-    """(weight in x's dtype, eps) of an RMS norm that does nothing but read its weight, else the reason."""
-    if not isinstance(norm, nn.RMSNorm | RMSNorm) or _hooked(norm):
-        return "a norm has a hook" if _hooked(norm) else f"a norm is a {type(norm).__name__}"
-    if getattr(norm, "weight_function", ()):
-        return "a LoRA changes a norm while it is used"
-    weight, eps = norm.weight, getattr(norm, "eps", EPS)
-    if type(weight) is not nn.Parameter or weight.device != x.device or eps is None:
-        return f"a norm's weight is a {type(weight).__name__} on {weight.device}"
-    if weight.dtype != x.dtype and not getattr(norm, "comfy_cast_weights", False):
-        return f"a norm's weight is {weight.dtype} and x is {x.dtype}"  # it computes in the wider one
-    return _cast(norm, weight, x), eps
+def _kernels_for(x: Tensor) -> Any:
+    """The package of kernels with its modules if they can run for x, else None; they have no backward pass."""
+    runs = x.device.type in DEVICES and not torch.is_grad_enabled() and why_no_kernels() is None
+    return all_kernels if runs else None
 
 
 def _cast(norm: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
@@ -301,7 +252,3 @@ def _cast(norm: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     if not is_recording():  # a graph frees what it makes
         _casts[key] = cast
     return cast
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

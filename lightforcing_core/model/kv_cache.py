@@ -37,6 +37,7 @@ class KVCache:
         self._current: list[int] = []  # slots of the open or last chunk, in time order
         self._committed = True
         self._next_frame = 0
+        self._views: dict[int, tuple[LayerMemory, LayerMemory]] = {}  # by layer, all of its memory and what is visible
         self.wrote_runs = False  # whether `store` has written to slots that are Python numbers
 
     @property
@@ -62,7 +63,7 @@ class KVCache:
             self.slot_frames[slot] = self._next_frame
             self._next_frame += 1
         self._committed = False
-        self.storage.visible = len(self.slot_frames)
+        self._show_slots()
         self._send_slots()
         self._move_sinks()
 
@@ -83,15 +84,16 @@ class KVCache:
             raise ValueError(f"frame {self._next_frame} is one of {sinks} sinks and cannot be passed over")
         self._next_frame += frames
         del self.slot_frames[sinks:]  # sinks were written first, so they hold the first slots
-        self.storage.visible = len(self.slot_frames)
+        self._show_slots()
 
     def store(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Write the open chunk's roped keys and values of a layer, [B, L, H, D], and pool."""
-        self.wrote_runs, runs, memory = True, self._runs(), self.storage.at(layer)
+        self._require_open()
+        self.wrote_runs, runs, memory = True, self._runs, self.storage.at(layer)
         if self.takes_mean:
             self.take_mean(memory, k)
-        write_tokens(memory.keys, memory.key_scales, k, runs, self.shape.memory_layout, memory.key_mean)
-        write_tokens(memory.values, memory.value_scales, v, runs, self.shape.memory_layout)
+        write_tokens(memory.keys, memory.key_scales, k, runs, self.storage.layout, memory.key_mean)
+        write_tokens(memory.values, memory.value_scales, v, runs, self.storage.layout)
         self.written(layer)
         self._pool_keys(memory, runs, k)
         if memory.value_means is not None:
@@ -120,7 +122,10 @@ class KVCache:
 
     def visible(self, layer: int) -> LayerMemory:
         """The visible part of one layer's memory, in slot order: views."""
-        return self.storage.at(layer).first(len(self.slot_frames), of=self.shape.slots)
+        memory = self.storage.at(layer)
+        if layer not in self._views or self._views[layer][0] is not memory:
+            self._views[layer] = memory, memory.first(len(self.slot_frames), of=self.shape.slots)
+        return self._views[layer][1]
 
     @property
     def keeps_originals(self) -> bool:
@@ -132,13 +137,13 @@ class KVCache:
 
     def current_slots(self) -> Tensor:
         """The open chunk's slots on the device, in time order: int32 [frames]."""
-        if self._committed:
-            raise RuntimeError("no chunk is open; call open() before storing keys and values")
-        return self._slot_index[: len(self._current)]
+        self._require_open()
+        return self._sent_slots
 
     def written(self, layer: int) -> None:
         """Note that the open chunk's slots of `layer` have been written."""
-        self.storage.written(layer, [(slot, many) for slot, _, many in self._runs()])
+        self._require_open()
+        self.storage.written(layer, [(slot, many) for slot, _, many in self._runs])
 
     def commit(self) -> None:
         """Keep the open chunk's last stored keys and values, its clean ones, as history."""
@@ -147,19 +152,11 @@ class KVCache:
     def free(self) -> None:
         self.storage.free()
         self._sink_keys.clear()
+        self._views.clear()
 
-    def _runs(self) -> Runs:
-        """The open chunk's slots in time order, as runs. RuntimeError if none is open."""
+    def _require_open(self) -> None:
         if self._committed:
             raise RuntimeError("no chunk is open; call open() before storing keys and values")
-        runs: list[tuple[int, int, int]] = []
-        for frame, slot in enumerate(self._current):
-            if runs and slot == runs[-1][0] + runs[-1][2]:
-                first, start, many = runs.pop()
-                runs.append((first, start, many + 1))
-            else:
-                runs.append((slot, frame, 1))
-        return runs
 
     def _require_committed(self) -> None:
         if not self._committed:
@@ -170,12 +167,25 @@ class KVCache:
         movable = [slot for slot, frame in enumerate(self.slot_frames) if frame >= self.shape.sink_frames]
         return sorted(movable, key=self.slot_frames.__getitem__)
 
+    def _show_slots(self) -> None:
+        """Let all used slots be seen."""
+        self.storage.visible = len(self.slot_frames)
+        self._views.clear()
+
     def _send_slots(self) -> None:
-        """Copy the slots to where `current_slots` reads them, without waiting."""
+        """Join the open chunk's slots to runs, and copy them to where `current_slots` reads them, without waiting."""
+        self._runs: list[tuple[int, int, int]] = []
+        for frame, slot in enumerate(self._current):
+            if self._runs and slot == self._runs[-1][0] + self._runs[-1][2]:
+                first, start, many = self._runs.pop()
+                self._runs.append((first, start, many + 1))
+            else:
+                self._runs.append((slot, frame, 1))
         index = torch.tensor(self._current, dtype=torch.int32)
         if self._slot_index.is_cuda:
             index = index.pin_memory()
-        self._slot_index[: len(index)].copy_(index, non_blocking=True)
+        self._sent_slots = self._slot_index[: len(index)]
+        self._sent_slots.copy_(index, non_blocking=True)
 
     def _pool_keys(self, memory: LayerMemory, runs: Runs, k: Tensor) -> None:
         """Pool the keys of whole frames, [B, L, H, D], into the slots of `runs`."""
@@ -200,6 +210,6 @@ class KVCache:
         runs = [(slot, frame, 1) for slot, frame in enumerate(self.slot_frames) if frame < self.shape.sink_frames]
         for layer, original in enumerate(self._sink_keys):
             moved, memory = table.rotate(original), self.storage.at(layer)
-            write_tokens(memory.keys, memory.key_scales, moved, runs, self.shape.memory_layout, memory.key_mean)
+            write_tokens(memory.keys, memory.key_scales, moved, runs, self.storage.layout, memory.key_mean)
             self.storage.written(layer, [(slot, 1) for slot, _, _ in runs])
             self._pool_keys(memory, runs, moved)

@@ -116,12 +116,12 @@ class KVStorage:
     """The tensors of all layers, allocated at construction.
 
     visible: the number of slots, from the first on, that are in use; only these are copied.
-    dtype: of keys and values. keeps_mean: keys are kept less a mean.
+    layout, dtype: of keys and values. keeps_mean: keys are kept less a mean.
     """
 
     def __init__(self, shape: CacheShape, options: KVOptions, device: torch.device | str | None) -> None:
         self.visible = 0
-        self._layout = layout = shape.memory_layout
+        self.layout = layout = shape.memory_layout
         self.dtype = STORED.get(options.dtype, shape.dtype)
         sizes: list[tuple[tuple[int, ...], torch.dtype]] = [(shape.rows(layout.rows_per_frame), self.dtype)] * 2
         if self.dtype is not shape.dtype:
@@ -228,7 +228,7 @@ class KVStorage:
 
     def _copy(self, source: LayerMemory, target: LayerMemory, first: int, many: int) -> None:
         """Copy slots sample by sample, because contiguous pieces are copied directly."""
-        tokens, blocks = self._layout.rows_per_frame, self._layout.per_frame
+        tokens, blocks = self.layout.rows_per_frame, self.layout.per_frame
         for a, b in zip(source.stored, target.stored, strict=True):
             rows = tokens if a.ndim == 4 else blocks
             part = slice(first * rows, (first + many) * rows)

@@ -12,17 +12,6 @@ HEAD_DIM = 128
 EPS = 1e-6
 
 
-class RMSNorm(nn.Module):
-    """`x · rsqrt(mean(x²) + eps) · weight` over the last dimension, in ≥ float32."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, EPS)
-
-
 class Attention(nn.Module):
     """Projections of attention; q and k are normalised before heads are split."""
 
@@ -30,7 +19,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = dim // HEAD_DIM
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, EPS), nn.RMSNorm(dim, EPS)
 
 
 class Block(nn.Module):

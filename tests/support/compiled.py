@@ -225,7 +225,7 @@ def call_select(
 def call_modulation(width=1536, batch=1, dtype="bf16", tokens=1560, frames=3):
     x = empty(batch, frames * tokens, width, dtype=dtype)
     shift, scale, gate, *_ = empty(batch, frames, 6, width, dtype=dtype).unbind(2)
-    modulation.norm_scale_shift(x, scale, shift, 1e-6)
+    modulation.add_norm(x, None, None, scale, shift, 1e-6)
     modulation.add_norm(x, x, gate, scale, shift, 1e-6)
     modulation.add_norm(x, x, gate, *empty(2, width, dtype=dtype), 1e-6)
     modulation.add_norm(x, x, None, scale, shift, 1e-6)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -163,16 +164,17 @@ def layers_of(model):
 
 def watched_norms(seen):
     """Note in `seen` what the fused store reads of a norm: whether at all, and whether ComfyUI reads the same."""
-    plain_weight = fused._plain_weight
+    store = fused.store
 
-    def watched(norm, x):
-        taken = plain_weight(norm, x)
-        is_taken = not isinstance(taken, str)
-        right = not is_taken or torch.equal(norm(x), torch.nn.functional.rms_norm(x, norm.normalized_shape, *taken))
-        seen.append((is_taken, right))
-        return taken
+    def watched(attention, x, *arguments, **named):
+        for norm in (attention.norm_q, attention.norm_k):
+            is_taken = fused._why_not_plain(norm, x, torch.nn.RMSNorm) is None
+            weight = fused._cast(norm, norm.weight, x) if is_taken else None
+            by_hand = partial(torch.nn.functional.rms_norm, x, norm.normalized_shape, weight, norm.eps)
+            seen.append((is_taken, not is_taken or torch.equal(norm(x), by_hand())))
+        return store(attention, x, *arguments, **named)
 
-    fused._plain_weight = watched
+    fused.store = watched
 
 
 def away(model):
