@@ -1,6 +1,7 @@
 """The options beyond the published method, over whole rollouts of a tiny model, and the 8-bit cache inside one."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,14 +10,14 @@ from lightforcing.lightforcing_core.attention import chunk
 from lightforcing.lightforcing_core.attention.backends.dense import dequantised
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks, tile_order
 from lightforcing.lightforcing_core.attention.dispatch import BackendChoice
-from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.attention.policies import POLICIES
 from lightforcing.lightforcing_core.model import causal
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 
-from ...support.rollouts import roll
+from ...support import rollouts
+from ...support.rollouts import FINE, roll, text
 
 LAYERS, CHUNKS = 2, 4
 
@@ -26,21 +27,10 @@ def dit():
     return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=LAYERS, text_dim=32, seed=0))
 
 
-def video(dit, growth=(0.0, 0.6, 0.7, 0.7), *, size=(14, 20), kv=None, dtype=None, **options):
-    """Latents of four chunks; frames of 70 tokens by default, which leaves ragged blocks."""
-    context = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))
-    chunks = roll(
-        dit,
-        context,
-        latent_shape=(1, 16, 2 * CHUNKS, *size),
-        frames_per_chunk=2,
-        sigmas=few_step_sigmas((1000, 750, 500, 250)),
-        growth=growth,
-        kv=kv,
-        dtype=dtype,
-        attention=AttentionOptions("reference", (16, 16), 3, 1, 1, **options),
-    )
-    return torch.cat([chunk.latents for chunk in chunks], dim=2)
+def video(dit, growth=(0.0, 0.6, 0.7, 0.7), *, kv=None, **options):
+    """Latents of four chunks; frames of 70 tokens, which leaves ragged blocks."""
+    settings = {"latent_shape": (1, 16, 2 * CHUNKS, 14, 20), "frames_per_chunk": 2, "growth": growth, "kv": kv}
+    return rollouts.video(roll(dit, text(1), attention=replace(FINE, **options), sigmas=few_step_sigmas(), **settings))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Recording is done on a tape of operations in the place of a CUDA graph, see `tap
 
 import importlib
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ import torch
 from lightforcing.benchmarks.step import quantize_linears
 from lightforcing.lightforcing_core import machine
 from lightforcing.lightforcing_core.attention import selection
-from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model import cuda_graph, fused
 from lightforcing.lightforcing_core.model.causal import ModelState, run_pass
 from lightforcing.lightforcing_core.model.cuda_graph import StepGraph, why_no_graph
@@ -26,10 +26,9 @@ from lightforcing.lightforcing_core.rollout.record import RunRecorder
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
 from ...support import tape
-from ...support.rollouts import roll, video
+from ...support.rollouts import FINE, TEXT, roll, text, video
 from ...support.tape import TapeRecorder
 
-TEXT = 32
 CPU = torch.device("cpu")
 FOUR, SIX = few_step_sigmas(), few_step_sigmas((1000, 850, 700, 550, 400, 250))
 
@@ -50,10 +49,6 @@ def events(monkeypatch):
     return TapeRecorder.events
 
 
-def prompt(seed):
-    return torch.randn(1, 6, TEXT, generator=torch.Generator().manual_seed(seed))
-
-
 def run(dit, graphs, *, seen=None, options=None, context=None, **changes):
     """Chunks of 2 frames of 35 tokens in ragged blocks of 16; `seen` gets what every pass leaves behind."""
 
@@ -70,12 +65,12 @@ def run(dit, graphs, *, seen=None, options=None, context=None, **changes):
         "frames_per_chunk": 2,
         "sigmas": FOUR,
         "growth": (0.0, 0.5, 0.6),
-        "attention": AttentionOptions("reference", (16, 16), 3, 1, 1, **(options or {})),
+        "attention": replace(FINE, **(options or {})),
         "denoise": denoise,
         "cuda_graph": graphs,
         **changes,
     }
-    return roll(dit, prompt(1) if context is None else context, **settings)
+    return roll(dit, text(1) if context is None else context, **settings)
 
 
 def left_by(state):
@@ -94,10 +89,10 @@ CASES = {
     "int8": {"kv": KVOptions("int8")},
     "tail, parts, tiles, int8": {"options": {"tail": True, "estimator": "lse", "tiles": True}, "kv": KVOptions("int8")},
     "ring wrapped, sinks follow": {"window": 4, "sink_frames": 1, "sink_rope": "follow"},
-    "guided": {"cfg": 2.0, "negative": prompt(9), "sigmas": SIX},
-    "prompt changes": {"context": [Prompt(prompt(1)), Prompt(prompt(2), 1, "soft"), Prompt(prompt(3), 2, "hard")]},
+    "guided": {"cfg": 2.0, "negative": text(9), "sigmas": SIX},
+    "prompt changes": {"context": [Prompt(text(1)), Prompt(text(2), 1, "soft"), Prompt(text(3), 2, "hard")]},
     "a longer first chunk": {"first_sigmas": SIX},
-    "a given end": {"last_latents": torch.ones(1, 16, 1, 10, 14), "cfg": 2.0, "negative": prompt(9)},
+    "a given end": {"last_latents": torch.ones(1, 16, 1, 10, 14), "cfg": 2.0, "negative": text(9)},
     "nothing chosen by frames": {"growth": (0.0, 0.5, 0.5), "latent_shape": (1, 16, 4, 10, 14)},
 }
 
@@ -121,7 +116,7 @@ def test_a_recording_replaces_one_that_serves_no_more_chunks(dit, events):
     one, two, three = ([("record", number), *3 * [("launch", number)]] for number in (1, 2, 3))
     assert events == [*one, *two, three[0], ("free", 2), *three[1:], ("free", 1), ("free", 3)]
     events.clear()
-    list(run(dit, "on", cfg=2.0, negative=prompt(9)))
+    list(run(dit, "on", cfg=2.0, negative=text(9)))
     assert sorted(number for kind, number in events if kind == "free") == [1, 2, 3, 4, 5, 6]  # of both prompts
 
 
@@ -204,7 +199,7 @@ def test_a_launch_that_gives_another_result_is_found_out_at_once(dit, events, mo
 def new_prompt(dit, state, run):
     for number in range(8):
         if number in (0, 4):
-            state.follow(prompt(number))
+            state.follow(text(number))
         run()
 
 
@@ -236,8 +231,8 @@ def weights_moved(dit, state, run):
 def test_a_change_within_a_chunk_is_followed(dit, events, happens, recordings):
     def passes(predict):
         shape = CacheShape(layers=2, batch=1, slots=4, grid=(5, 7), heads=1, head_dim=128, block_k=16)
-        state, out = ModelState(KVCache(shape), AttentionOptions("reference", (16, 16), 3, 1, 1)), []
-        state.follow(prompt(1))
+        state, out = ModelState(KVCache(shape), FINE), []
+        state.follow(text(1))
         state.open_chunk(2, 0.0, "cpu", steps=9)
         x = torch.randn(1, 16, 2, 10, 14, generator=torch.Generator().manual_seed(3))
         times = iter(torch.arange(900.0, 0.0, -50.0).split(1))
@@ -386,8 +381,7 @@ MANY = {
     ids=["window and sink, two steps", "tail, parts, int8, two videos"],
 )
 def test_one_recording_of_a_kind_serves_all_chunks(dit, events, kernels, case):
-    plainly, launched, case = [], [], MANY | {"attention": in_triton(**case.get("options", {})), **case}
-    case.pop("options", None)
+    plainly, launched, case = [], [], MANY | case | {"options": {"backend": "triton", **case.get("options", {})}}
     expected = video(run(dit, "off", seen=plainly, **case))
     assert torch.equal(video(run(dit, "on", seen=launched, **case)), expected)
     for (numbers, held), (same_numbers, same_held) in zip(plainly, launched, strict=True):
@@ -397,7 +391,3 @@ def test_one_recording_of_a_kind_serves_all_chunks(dit, events, kernels, case):
     assert [kind for kind, _ in events].count("record") == 3
     steps = len(case["sigmas"]) - 1
     assert [kind for kind, _ in events].count("launch") == 2 + 4 * steps - 1 + 2
-
-
-def in_triton(**options):
-    return AttentionOptions("triton", (16, 16), 3, 1, 1, **options)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -15,13 +16,13 @@ pytest.importorskip("triton")
 
 from lightforcing.kernels import modulation, store
 from lightforcing.lightforcing_core import fast_path
-from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model import fused
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas
 
-from ...support.rollouts import roll
+from ...support import rollouts
+from ...support.rollouts import FINE, roll, text
 
 LAYERS = 2
 ROOT = Path(__file__).parents[3]
@@ -48,30 +49,18 @@ def ran(monkeypatch):
     return calls
 
 
-def video(dit, *, growth=(0.0, 0.5, 0.6), size=(10, 14), kv=None, window=None, sinks=0, sink_rope="fixed", **options):
+def video(dit, *, size=(10, 14), **changes):
     """Latents of three chunks of 2 frames; 35 tokens per frame by default, in blocks of 16, so blocks are ragged."""
-    chunks = roll(
-        dit,
-        torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1)),
-        latent_shape=(1, 16, 6, *size),
-        frames_per_chunk=2,
-        sigmas=few_step_sigmas((1000,)),
-        growth=growth,
-        window=window,
-        sink_frames=sinks,
-        sink_rope=sink_rope,
-        kv=kv,
-        attention=AttentionOptions("reference", (16, 16), 3, 1, 1, **options),
-    )
-    return torch.cat([chunk.latents for chunk in chunks], dim=2)
+    settings = {"latent_shape": (1, 16, 6, *size), "frames_per_chunk": 2, "growth": (0.0, 0.5, 0.6)}
+    return rollouts.video(roll(dit, text(1), sigmas=few_step_sigmas((1000,)), **settings | changes))
 
 
 CASES = {
     "dense": {"growth": None},
-    "ring wrapped, sinks stay": {"window": 4, "sinks": 1},
-    "ring wrapped, sinks follow": {"window": 4, "sinks": 1, "sink_rope": "follow"},
+    "ring wrapped, sinks stay": {"window": 4, "sink_frames": 1},
+    "ring wrapped, sinks follow": {"window": 4, "sink_frames": 1, "sink_rope": "follow"},
     "int8 in CPU memory": {"kv": KVOptions("int8", host=True)},
-    "tail, parts, tiles": {"tail": True, "estimator": "lse", "tiles": True},
+    "tail, parts, tiles": {"attention": replace(FINE, tail=True, estimator="lse", tiles=True)},
 }
 
 
