@@ -63,21 +63,18 @@ class Choice(NamedTuple):
 
 @dataclass(eq=False)
 class _Look:
-    """A time in which candidates may be tried. is_busy: one is running."""
+    """A time in which candidates may be tried, see `measuring`. is_busy: one is running."""
 
-    say: Callable[[str], object]
-    should_stop: Callable[[], bool]
-    seconds: float
-    end: float
+    say: Callable[[str], object] = lambda text: None
+    should_stop: Callable[[], bool] = lambda: False
+    seconds: float = 0.0
+    end: float = 0.0
     is_busy: bool = False
-
-    def has_time(self) -> bool:
-        return time.monotonic() < self.end and not self.should_stop()
 
 
 class _Thread(threading.local):
-    look: _Look | None = None
-    is_safe = False
+    def __init__(self) -> None:
+        self.look, self.is_safe = _Look(), False
 
 
 _thread = _Thread()
@@ -117,7 +114,7 @@ def choose(
         rows = _rows(choice)
         tried = {name for name, row in rows.items() if row.state != TRYING} | {incumbent}
         unknown = [name for name in names if name not in tried and (choice, name) not in _skipped]
-        if run and unknown and look and look.has_time():
+        if run and unknown and has_time():
             look.say(f"measuring this machine, once, about {look.seconds:.0f} s")
             _measure(look, choice, unknown, run, tolerance)
             rows = _rows(choice)
@@ -126,14 +123,12 @@ def choose(
         raise
     except profile.ProfileError as error:
         say_once(logging.WARNING, f"[Light Forcing] nothing is measured: {error}", about="profile")
-        if look:
-            look.end = 0.0
+        look.end = 0.0
     except Exception as error:  # the incumbent's, which its caller will meet, or no memory for two results at once
         _skipped.update((choice, name) for name in names)
         _log.info("[Light Forcing] not measured: %s (%s)", choice.title, one_line(error))
     finally:
-        if look:
-            look.is_busy = False
+        look.is_busy = False
     for name, row in rows.items():
         if name == winner or row.state == QUARANTINED:
             note(f"measured {choice.title}", f"{name} {'is' if name == winner else 'is not used, it'} {row.because}")
@@ -182,12 +177,12 @@ def measuring(
 
 def has_time() -> bool:
     """Whether something may still be tried."""
-    return _thread.look is not None and _thread.look.has_time()
+    return time.monotonic() < _thread.look.end and not _thread.look.should_stop()
 
 
 def is_trying() -> bool:
     """Whether this is the run of a candidate, in which nothing else is settled."""
-    return _thread.look is not None and _thread.look.is_busy
+    return _thread.look.is_busy
 
 
 def _rows(choice: Choice) -> dict[str, Row]:
@@ -206,7 +201,7 @@ def _measure(look: _Look, choice: Choice, unknown: list[str], run: By, tolerance
         return
     known = _rows(choice)
     for name in unknown:
-        if not look.has_time():
+        if not has_time():
             return
         # The row that stays if the candidate ends the process: after a second time, which is no power cut, for ever.
         profile.keep(choice.device, choice.text, name, Row(QUARANTINED, CRASHED) if name in known else Row(TRYING))
