@@ -36,9 +36,11 @@ SHAPES = {
     "down": (4680, 8960, 1536),
 }
 REAL = Picture(480, 832)
+SECONDS = 150  # of a stage at level 0
+Run = Callable[[GpuBench, Record, Put], str | None]
 
 
-def facts(bench: GpuBench, record: Record, put: Put) -> None:
+def facts(bench: GpuBench, record: Record, put: Put) -> str | None:
     """Machine and versions, and advice if they do not fit."""
     device = Machine().prepare()
     key, found = profile.machine_of(device)
@@ -58,6 +60,7 @@ def facts(bench: GpuBench, record: Record, put: Put) -> None:
         put("advice", "torch", "it is a CPU build: install one with CUDA from pytorch.org")
     if not found["compiler"] and found["system"] == "Linux":
         put("advice", "compiler", "Triton and flex attention need one: install gcc and g++")
+    return None
 
 
 def ceilings(bench: GpuBench, record: Record, put: Put) -> str | None:
@@ -125,10 +128,11 @@ def faults(bench: GpuBench, record: Record, put: Put) -> str | None:
     return None
 
 
-def choices(bench: GpuBench, record: Record, put: Put) -> None:
+def choices(bench: GpuBench, record: Record, put: Put) -> str | None:
     """The choices that were measured on this machine, now or before."""
     for choice, candidates in profile.rows(Machine().prepare()).items():
         put("choices", choice, {name: f"{row.state}, {row.because}" for name, row in candidates.items()})
+    return None
 
 
 def _timed(
@@ -145,59 +149,42 @@ def _timed(
     return None if is_gpu else f"no GPU: {less}"
 
 
-# Name, seconds at level 0, and function of each stage.
-CHECKS = ("facts", 30, facts), ("ceilings", 30, ceilings), ("kernels", 150, kernels)
-MEASUREMENTS: tuple[tuple[str, int, Callable[..., str | None]], ...] = (
-    (
-        "attention",
-        60,
-        partial(
-            _timed,
-            attention.measure,
-            AttentionBench(1560, chunks=(2, 4, 7), sparsity=(0.6, 0.8, 0.88)),
-            AttentionBench(390, 1, chunks=(7,), sparsity=(0.88,), repeats=3),
-            "one head, a quarter of the tokens",
-        ),
+CHECKS: dict[str, Run] = {"facts": facts, "ceilings": ceilings, "kernels": kernels}
+MEASUREMENTS: dict[str, Run] = {
+    "attention": partial(
+        _timed,
+        attention.measure,
+        AttentionBench(1560, chunks=(2, 4, 7), sparsity=(0.6, 0.8, 0.88)),
+        AttentionBench(390, 1, chunks=(7,), sparsity=(0.88,), repeats=3),
+        "one head, a quarter of the tokens",
     ),
-    (
-        "forward",
-        60,
-        partial(
-            _timed,
-            step.measure,
-            StepBench(picture=REAL, cuda_graph=True, fp8=True),
-            StepBench(model=Model(256, 512, 1), picture=Picture(64, 96), cuda_graph=True, fp8=True, repeats=5),
-            "one layer of width 256 at 64×96",
-        ),
+    "forward": partial(
+        _timed,
+        step.measure,
+        StepBench(picture=REAL, cuda_graph=True, fp8=True),
+        StepBench(model=Model(256, 512, 1), picture=Picture(64, 96), cuda_graph=True, fp8=True, repeats=5),
+        "one layer of width 256 at 64×96",
     ),
-    (
-        "decode",
-        60,
-        partial(
-            _timed,
-            decode.measure,
-            DecodeBench(picture=REAL),
-            DecodeBench((4,), Picture(32, 48)),
-            "a tiny VAE instead of LightVAE and Wan's own, 32×48",
-        ),
+    "decode": partial(
+        _timed,
+        decode.measure,
+        DecodeBench(picture=REAL),
+        DecodeBench((4,), Picture(32, 48)),
+        "a tiny VAE instead of LightVAE and Wan's own, 32×48",
     ),
-    (
-        "clip",
-        150,
-        partial(
-            _timed,
-            rollout.measure,
-            RolloutBench(decode=True, model=Model(), picture=REAL),
-            RolloutBench(21, decode=True, vae_dim=4),
-            "21 frames of a tiny model and VAE at 64×96",
-        ),
+    "clip": partial(
+        _timed,
+        rollout.measure,
+        RolloutBench(decode=True, model=Model(), picture=REAL),
+        RolloutBench(21, decode=True, vae_dim=4),
+        "21 frames of a tiny model and VAE at 64×96",
     ),
-    ("faults", 60, faults),
-    ("choices", 30, choices),
-)
+    "faults": faults,
+    "choices": choices,
+}
 
 
 def measure(bench: GpuBench, put: Put, say: Say, *, everything: bool = True) -> None:
     """Run the checks, or all stages."""
-    chosen, slack = (*CHECKS, *MEASUREMENTS) if everything else CHECKS, (1, 3, 10)[bench.level]
-    run_stages([Stage(name, partial(run, bench), slack * seconds) for name, seconds, run in chosen], put, say)
+    chosen, seconds = CHECKS | MEASUREMENTS if everything else CHECKS, SECONDS * (1, 3, 10)[bench.level]
+    run_stages([Stage(name, partial(run, bench), seconds) for name, run in chosen.items()], put, say)

@@ -80,10 +80,8 @@ class LayerAttention:
         memory = self.state.cache.visible(0)
         assert memory.key_means is not None
         assert memory.frame_means is not None
-        q_means = FrameBlocks(self.state.cache.layout.tokens_per_frame, self.state.attention.block[0]).block_means(
-            self.q
-        )
-        return self.plan.select(q_means, memory.key_means, memory.frame_means, memory.sub_means)
+        q_layout = FrameBlocks(self.state.cache.layout.tokens_per_frame, self.state.attention.block[0])
+        return self.plan.select(q_layout.block_means(self.q), memory.key_means, memory.frame_means, memory.sub_means)
 
     def arm(self, selection: BlockSelection | None = None) -> Callable[[], Tensor]:
         """A function that computes [B, Lq, H, D]; it selects the blocks to read unless they are given."""

@@ -59,11 +59,9 @@ def measure(bench: StepBench, put: Put, say: Say = str) -> None:
         "dense": partial(run_pass, dit, x, timestep, dense),
         "sparse": partial(run_pass, dit, x, timestep, sparse),
     }
-    reason = why_not_scaled_mm(device, SCALED, *3 * (MULTIPLE,)) and why_not_scaled_mm(
-        device, SCALED_AFTER, *3 * (MULTIPLE,)
-    )
-    if bench.fp8 and reason:
-        put("not here", "fp8", reason)
+    reasons = [why_not_scaled_mm(device, way, MULTIPLE, MULTIPLE, MULTIPLE) for way in (SCALED, SCALED_AFTER)]
+    if bench.fp8 and all(reasons):
+        put("not here", "fp8", reasons[0])
     elif bench.fp8:
         in_fp8 = copy.deepcopy(dit)
         quantize_linears(in_fp8)

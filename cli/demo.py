@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from ..lightforcing_core.attention.options import AttentionOptions
 from ..lightforcing_core.demo import model as demo_model
 from ..lightforcing_core.demo.captions import context_of_caption
-from ..lightforcing_core.demo.model import DEFAULT_CAPTION, FPS, DemoModel, load_demo_model
+from ..lightforcing_core.demo.model import DEFAULT_CAPTION, FPS, load_demo_model
 from ..lightforcing_core.families import Family
 from ..lightforcing_core.files.output import prepare_folder, whole_file
 from ..lightforcing_core.refusal import check_size
@@ -27,70 +27,55 @@ from ..lightforcing_core.vae.streaming import StreamingDecoder
 WIDTH, PER_ROW = 256, 4  # of the contact sheet's thumbnails: pixels, and how many in a row
 
 
-def load_demo(
-    models: Path | None = None,
+def make_demo(
+    folder: str | Path,
+    on_progress: Callable[[str, int, int], None],
     *,
-    caption: str | None = None,
-    chunks: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    target: float = Family.target,
-    base: float = Family.base,
-    seed: int = 0,
-) -> tuple[DemoModel, Recipe, dict[str, str]]:
-    """Load the model, and make the recipe of a video and the facts of its record.
+    models: Path | None,
+    caption: str | None,
+    chunks: int | None,
+    height: int | None,
+    width: int | None,
+    target: float,
+    base: float,
+    seed: int,
+) -> tuple[RunRecord, list[Path]]:
+    """Write demo.mp4, contact_sheet.png and report.json, each complete or absent; returns the run's record and them.
 
+    on_progress: called as on_progress(stage, done, total).
     models: the folder of a demo model, by default the shipped one. Other arguments that are None take the model's own
     value; target 0 is dense.
 
-    Raises ValueError if a file is missing, and for sizes, schedules and captions that cannot be met.
+    Raises before any work: ValueError if a file is missing, and for sizes, schedules and captions that cannot be met;
+    OutputError if the folder cannot be written.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models, caption = models or demo_model.SHIPPED, caption or DEFAULT_CAPTION
     model = load_demo_model(models, device)
-    video = model.video
+    video, sparse = model.video, Family.sparse
     height, width = height or video.height, width or video.width
     check_size(height, width)
-    frames = video.frames_per_chunk * (chunks or -(-video.latent_frames // video.frames_per_chunk))
-    schedule = Schedule(frames, video.frames_per_chunk, target=target or None, base=base)
-    sparse = Family.sparse
+    count = video.frames_per_chunk * (chunks or -(-video.latent_frames // video.frames_per_chunk))
+    schedule = Schedule(count, video.frames_per_chunk, target=target or None, base=base)
     recipe = Recipe(
-        latent_shape=(1, 16, frames, height // 8, width // 8),
+        latent_shape=(1, 16, count, height // 8, width // 8),
         sigmas=few_step_sigmas(),
         context=context_of_caption(model.table, caption).to(model.dit.dtype),
         seed=seed,
         attention=AttentionOptions(block=(video.block, video.block), estimator=sparse.estimator, tail=sparse.tail),
         **schedule.arguments(),
     )
-    cuda = device.type == "cuda"
-    machine = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     facts = {
-        "video": f"{video_frames_of(frames)} frames of {width}x{height} at {FPS} per second",
+        "video": f"{video_frames_of(count)} frames of {width}x{height} at {FPS} per second",
         "caption": caption,
         "weights": f"the demo model in {models}",
         "model": f"{len(model.dit.blocks)} layers, dim {model.dit.dim}; VAE dim {model.vae.dim}",
         "schedule": f"target {target:g}, base {base:g}, blocks of {video.block} tokens, seed {seed}",
         "machine": f"{machine}, torch {torch.__version__}, {platform.platform(terse=True)}",
     }
-    return model, recipe, facts
-
-
-def run_demo(
-    model: DemoModel,
-    recipe: Recipe,
-    facts: dict[str, str],
-    folder: str | Path,
-    on_progress: Callable[[str, int, int], None],
-) -> tuple[RunRecord, list[Path]]:
-    """Write demo.mp4, contact_sheet.png and report.json, each complete or absent.
-
-    on_progress: called as on_progress(stage, done, total).
-
-    Returns the record of the run and the files. Raises OutputError before any work if the folder cannot be written.
-    """
-    _, _, frames, rows, columns = recipe.latent_shape
     # Noise compresses badly: at worst about a byte per pixel.
-    folder = prepare_folder(folder, bytes_needed=video_frames_of(frames) * 64 * rows * columns + 2**20)
+    folder = prepare_folder(folder, bytes_needed=video_frames_of(count) * height * width + 2**20)
     paths = [folder / name for name in ("demo.mp4", "contact_sheet.png", "report.json")]
     recorder, decoder = RunRecorder(facts), StreamingDecoder(model.vae)
     thumbnails: list[Image.Image] = []
@@ -98,15 +83,15 @@ def run_demo(
     def on_step(event: StepEvent) -> None:
         on_progress("denoising", event.done, event.total)
 
-    chunks = rollout(model.dit, recipe, Runtime(on_step=on_step, recorder=recorder))
-    with closing(chunks), whole_file(paths[0]) as partial, iio.imopen(partial, "w", plugin="pyav") as video:
-        video.init_video_stream("libx264", fps=FPS)
-        for chunk in chunks:
+    made = rollout(model.dit, recipe, Runtime(on_step=on_step, recorder=recorder))
+    with closing(made), whole_file(paths[0]) as partial, iio.imopen(partial, "w", plugin="pyav") as file:
+        file.init_video_stream("libx264", fps=FPS)
+        for chunk in made:
             pixels = decoder.decode(chunk.latents)[0].mul(255).round().to(torch.uint8).cpu().numpy()
             for frame in pixels:
-                video.write_frame(frame)
+                file.write_frame(frame)
             last = Image.fromarray(pixels[-1])
-            thumbnails.append(last.resize((WIDTH, max(1, round(WIDTH * last.height / last.width)))))
+            thumbnails.append(last.resize((WIDTH, max(1, round(WIDTH * height / width)))))
             on_progress("decoding", len(thumbnails), len(recipe.chunk_lengths()))
     record = recorder.finish()
     with whole_file(paths[1]) as partial:

@@ -82,11 +82,7 @@ def demo(
     console = Console()
     with console.status("loading PyTorch"):
         from ..lightforcing_core.report.pages import describe
-        from .demo import load_demo, run_demo
-
-        loaded = load_demo(
-            models, caption=caption, chunks=chunks, height=height, width=width, target=target, base=base, seed=seed
-        )
+        from .demo import make_demo
     with _progress(console) as progress:
         bars: dict[str, TaskID] = {}
 
@@ -97,7 +93,8 @@ def demo(
             if not console.is_terminal and stage == "decoding":
                 console.print(f"chunk {done} of {total} done", highlight=False)
 
-        record, files = run_demo(*loaded, out, show)
+        sizes: dict[str, Any] = {"chunks": chunks, "height": height, "width": width, "target": target, "base": base}
+        record, files = make_demo(out, show, models=models, caption=caption, seed=seed, **sizes)
     for line in (describe(record), *(f"wrote {path}" for path in files)):
         typer.echo(line)
 
