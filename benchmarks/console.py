@@ -42,14 +42,8 @@ def table_of(title: str, rows: dict[str, Any]) -> Table:
     """A line per row and a column per key; a row without keys has one value."""
     columns = {name: row if isinstance(row, dict) else {"": row} for name, row in rows.items()}
     headings = list(dict.fromkeys(key for row in columns.values() for key in row))
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE,
-        collapse_padding=True,
-        pad_edge=False,
-        show_header=headings != [""],
-    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, collapse_padding=True, pad_edge=False)
+    table.show_header = headings != [""]
     table.add_column(no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")

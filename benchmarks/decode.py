@@ -1,5 +1,6 @@
 """`bench decode`: a chunk through LightVAE, Wan's own VAE and a TAE, with random weights."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
@@ -33,15 +34,22 @@ class MemBlock(nn.Module):
         return torch.relu(self.conv(torch.cat([x, past], dim=1)) + x)
 
 
+class SoftClamp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
 def random_tae() -> nn.Module:
-    """A decoder with the work of taew2_1."""
-    layers: list[nn.Module] = [nn.Tanh(), nn.Conv2d(LATENT_CHANNELS, TAE_WIDTHS[0], 3, padding=1), nn.ReLU()]
+    """The decoder of taew2_1 with its published names: `decoder` is a plain row of layers."""
+    layers: list[nn.Module] = [SoftClamp(), nn.Conv2d(LATENT_CHANNELS, TAE_WIDTHS[0], 3, padding=1), nn.ReLU()]
     for width, narrower, frames in zip(TAE_WIDTHS, TAE_WIDTHS[1:], (1, 2, 2), strict=False):
-        grow = nn.Conv2d(width, frames * width, 1, bias=False), nn.Unflatten(1, (frames, width)), nn.Flatten(0, 1)
-        layers += [MemBlock(width), MemBlock(width), MemBlock(width), nn.Upsample(scale_factor=2), *grow]
+        layers += [MemBlock(width), MemBlock(width), MemBlock(width), nn.Upsample(scale_factor=2)]
+        conv = nn.Conv2d(width, frames * width, 1, bias=False)
+        split, join = nn.Unflatten(1, (frames, width)), nn.Flatten(0, 1)
+        layers.append(nn.Sequential(OrderedDict(conv=conv, split=split, join=join)))
         layers.append(nn.Conv2d(width, narrower, 3, padding=1, bias=False))
     layers += [nn.ReLU(), nn.Conv2d(TAE_WIDTHS[-1], 3, 3, padding=1)]
-    return nn.ModuleDict({"decoder": nn.Sequential(*layers)}).requires_grad_(False)
+    return nn.ModuleDict({"decoder": nn.Sequential(*layers)}).eval().requires_grad_(False)
 
 
 def measure(bench: DecodeBench, put: Put, say: Say = str) -> None:

@@ -43,8 +43,7 @@ Run = Callable[[GpuBench, Record, Put], str | None]
 def facts(bench: GpuBench, record: Record, put: Put) -> str | None:
     """Machine and versions, and advice if they do not fit."""
     device = Machine().prepare()
-    key, found = profile.machine_of(device)
-    found = found | facts_of(device) | {"key": key}
+    found = facts_of(device) | {"key": profile.machine_of(device)[0]}
     found["compiler"] = next((name for name in ("cl", "gcc", "clang", "cc") if shutil.which(name)), None)
     for name, oldest in OLDEST.items():
         if found[name] and tuple(map(int, found[name].split(".")[:2])) < oldest:

@@ -29,10 +29,8 @@ class Machine:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise ValueError(f"device {self.device!r} cannot be measured; use cpu or cuda")
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device 'cuda' is not available to torch; use --device cpu")
+        if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_available()):
+            raise ValueError(f"device {self.device!r} cannot be measured here; use cpu, or cuda if torch sees a GPU")
         return device
 
 

@@ -124,5 +124,5 @@ def test_taes_that_do_not_fit_are_refused(weights):
         StreamingDecoder(wan22, tae_latents="raw")
     with pytest.raises(ValueError, match="decodes to 12 channels instead of 3"):
         StreamingDecoder(layered, tae_latents="raw")
-    with pytest.raises(ValueError, match="TaeDecoder is not a Wan VAE"):
+    with pytest.raises(ValueError, match="is not a Wan VAE"):
         StreamingEncoder(tae_from_state_dict(weights))
