@@ -5,7 +5,7 @@ base 0.98): q [1, 3 · tokens, H, 128] against k, v [1, 6 … 21 frames · token
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -17,7 +17,6 @@ from torch import Tensor
 from ..lightforcing_core.attention.backends import BACKEND_NAMES, REFERENCE
 from ..lightforcing_core.attention.backends.dense import ONLY_CUDA, TORCH_WAYS
 from ..lightforcing_core.attention.dispatch import BackendUnavailable
-from ..lightforcing_core.attention.options import AttentionOptions
 from ..lightforcing_core.attention.selection import BlockSelection
 from .layer import CHUNKS, FRAMES, HEAD_DIM, SPARSITIES, LayerAttention, check_chunk, published
 from .record import Put
@@ -63,7 +62,7 @@ def _measure_chunk(
             put("not here", name, str(error))
     layers = layers or {REFERENCE.name: make(*qkv, options=options)}
     selection = next(iter(layers.values())).select()
-    errors = {name: _error(layer.arm(selection)(), make, qkv, options, selection) for name, layer in layers.items()}
+    errors = _errors(layers, selection, make(*(x[:, :, :1].double() for x in qkv), options=options))
     arms: dict[str, Callable[[], object]] = {}
     for name, way in TORCH_WAYS.items():
         if qkv[0].is_cuda or name not in ONLY_CUDA:
@@ -89,19 +88,15 @@ def _measure_chunk(
         put("attention", f"{chunk}, {name}", row | {"dense": best.removeprefix("dense "), "dense ms": ms[best]})
 
 
-def _error(
-    out: Tensor,
-    make: Callable[..., LayerAttention],
-    qkv: tuple[Tensor, ...],
-    options: AttentionOptions,
-    selection: BlockSelection,
-) -> float:
-    """Largest relative difference to float64 in the first frame and head; RuntimeError above 5 %."""
-    frame, blocks = (x.shape[1] // FRAMES for x in (out, selection.counts.transpose(1, 2)))
-    exact = make(*(x[:, :, :1].double() for x in qkv), options=options)
+def _errors(layers: Mapping[str, LayerAttention], selection: BlockSelection, exact: LayerAttention) -> dict[str, float]:
+    """Largest relative differences to float64 in the first frame and head; RuntimeError above 5 %."""
+    frame, blocks = exact.q.shape[1] // FRAMES, selection.counts.shape[2] // FRAMES
     exact.q = exact.q[:, :frame]
     expected = exact.arm(BlockSelection(*(x[:, :1, :blocks] for x in selection)))()
-    worst = float((out[:, :frame, :1] - expected).abs().max() / expected.abs().max())
-    if not worst < 0.05:
-        raise RuntimeError(f"a sparse arm differs from the reference by {worst:.1%} of the largest value; report a bug")
-    return worst
+    errors = {}
+    for name, layer in layers.items():
+        apart = layer.arm(selection)()[:, :frame, :1] - expected
+        errors[name] = float(apart.abs().max() / expected.abs().max())
+        if not errors[name] < 0.05:
+            raise RuntimeError(f"{name} differs from float64 by {errors[name]:.1%} of the largest value; report a bug")
+    return errors

@@ -42,13 +42,10 @@ Make = Callable[[int], Run]
 
 
 class Size(NamedTuple):
-    """The shapes of a check.
-
-    grids: rows and columns of tokens, of frames that blocks do not divide and of frames that they do.
-    """
+    """The shapes of a check."""
 
     device: torch.device
-    grids: tuple[tuple[int, int], tuple[int, int]]
+    grids: tuple[tuple[int, int], tuple[int, int]]  # rows and columns of frames that blocks do not divide, and do
     heads: int
     dim: int
     block: int

@@ -55,13 +55,6 @@ def keep(device: torch.device, choice: str, candidate: str, row: Row | None) -> 
             database.execute("INSERT INTO proofs VALUES (?, ?, ?, ?, ?, ?)", (*place, *row))
 
 
-def as_json(device: torch.device) -> dict[str, Any]:
-    """All that is known on this machine, as JSON values: {key, facts, choices: {choice: {candidate: row}}}."""
-    key, facts = machine_of(device)
-    choices = {choice: {name: row._asdict() for name, row in known.items()} for choice, known in rows(device).items()}
-    return {"key": key, "facts": facts, "choices": choices}
-
-
 def folder() -> Path:
     """$LIGHTFORCING_CACHE_DIR or the platform's cache folder."""
     if chosen := os.environ.get("LIGHTFORCING_CACHE_DIR"):

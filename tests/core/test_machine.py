@@ -1,6 +1,5 @@
 """Choices by measurement, with made-up candidates and an injected clock."""
 
-import json
 import logging
 import os
 import subprocess
@@ -285,13 +284,6 @@ def test_profile_that_cannot_be_written_is_read(restart, monkeypatch):
     restart()
     assert choose("fast", measures=False) == "fast"
     assert choose("faster", facts=(1, 2)) == "usual"
-
-
-def test_profile_is_json_and_names_no_path(restart):
-    choose("fast", "wrong")
-    text = json.dumps(profile.as_json(CPU))
-    assert "/" not in text
-    assert os.uname().nodename not in text
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
