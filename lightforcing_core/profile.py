@@ -72,7 +72,9 @@ def _transaction() -> Iterator[sqlite3.Connection]:
     path = folder() / FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path)) as database, database:
+        # A write takes its lock at once, because sqlite gives up a read that becomes a write while another waits.
+        connection = sqlite3.connect(path, timeout=60.0, isolation_level="IMMEDIATE")
+        with closing(connection) as database, database:
             database.execute(SCHEMA)
             yield database
     except (OSError, sqlite3.Error) as error:
