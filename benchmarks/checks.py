@@ -19,7 +19,7 @@ from ..lightforcing_core import fast_path
 from ..lightforcing_core.attention import selection
 from ..lightforcing_core.attention.backends.dense import dequantised
 from ..lightforcing_core.attention.dispatch import BackendUnavailable
-from ..lightforcing_core.attention.options import AttentionOptions
+from ..lightforcing_core.attention.options import AttentionOptions, Pools
 from ..lightforcing_core.attention.quantised import KVDtype
 from ..lightforcing_core.model import fused
 from ..lightforcing_core.model.causal import ModelState, predict
@@ -120,8 +120,8 @@ def _layer(size: Size, kv: KVDtype, seed: int) -> Run:
     text, timestep = _draw(size, seed + 9, 1, 32, 64), torch.full((1,), 500.0, device=size.device)
 
     def run(kind: torch.dtype) -> tuple[Tensor, ...]:
-        shape = CacheShape(1, 1, size.frames, (rows, columns), heads, HEAD_DIM, size.block, dtype=kind)
-        shape = replace(shape, value_means=True, sub_blocks=True)
+        sizes = 1, 1, size.frames, (rows, columns), heads, HEAD_DIM, size.block
+        shape = CacheShape(*sizes, pools=Pools(True, True, True), dtype=kind)
         cache = KVCache(shape, KVOptions("same" if kind is torch.float64 else kv), size.device)
         state = ModelState(cache, AttentionOptions(block=(size.block, size.block)))
         state.follow(text.to(kind))

@@ -56,11 +56,8 @@ class LayerAttention:
         kv: KVDtype = "same",
     ) -> None:
         own, frames = (x.shape[1] // tokens_per_frame for x in (q, k))
-        pools = options.pools(sparse=True)
-        shape = CacheShape(
-            1, len(q), frames, (1, tokens_per_frame), q.shape[2], q.shape[3], options.block[1], dtype=q.dtype
-        )
-        shape = replace(shape, value_means=pools.values, sub_blocks=pools.parts, padded=pools.padded)
+        sizes = 1, len(q), frames, (1, tokens_per_frame), q.shape[2], q.shape[3], options.block[1]
+        shape = CacheShape(*sizes, pools=options.pools(sparse=True), dtype=q.dtype)
         self.q, self.state = q, ModelState(KVCache(shape, KVOptions(kv), q.device), options)
         # The first chunk decides the mean that an 8-bit cache keeps keys less, as in a run.
         for start, end in pairwise(sorted({0, min(own, frames - own), frames - own, frames})):

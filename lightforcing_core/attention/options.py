@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 class Pools(NamedTuple):
     """Means that the KV cache must keep: of key blocks and frames, of value blocks, of parts of key blocks.
 
-    padded: whether a frame's keys and values must be whole blocks.
+    padded: whether a frame's keys and values take whole blocks of rows, for backends that read only whole blocks.
     """
 
     keys: bool = False

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.layer_memory import LayerMemory
 from ..attention.blocks import FrameBlocks
+from ..attention.options import Pools
 from ..attention.quantised import STORED, KVDtype, quantise_blocks
 from ..attention.selection import sub_block_layout
 from ..families import SinkRope
@@ -19,6 +20,7 @@ from ..pinned import CpuMemory, bytes_of
 
 # (first slot, first frame of the source, number of frames) of frames that are neighbours in both.
 Runs = Sequence[tuple[int, int, int]]
+KEY_MEANS = Pools(keys=True)
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,7 @@ class CacheShape:
 
     slots: latent frames that a chunk can see, sinks and itself included. grid: rows and columns of tokens in a frame.
     sink_rope: "fixed" leaves sink keys at their first positions, "follow" keeps them directly before the window.
-    pooled: keep means of key blocks and frames; a run that never selects blocks needs none.
-    value_means: keep means of value blocks too, for a pooled tail.
-    sub_blocks: keep means of the parts of key blocks too, for the estimator "lse".
-    padded: keys and values of a frame take whole blocks of rows, for backends that read only whole blocks.
+    pools: the means to keep; a run that never selects blocks needs none.
     dtype: the model's, in which means are kept.
     """
 
@@ -66,10 +65,7 @@ class CacheShape:
     block_k: int = 64
     sink_frames: int = 0
     sink_rope: SinkRope = "fixed"
-    pooled: bool = True
-    value_means: bool = False
-    sub_blocks: bool = False
-    padded: bool = False
+    pools: Pools = KEY_MEANS
     dtype: torch.dtype = torch.float32
 
     @property
@@ -83,7 +79,7 @@ class CacheShape:
     @property
     def memory_layout(self) -> FrameBlocks:
         """The layout of stored keys and values."""
-        return replace(self.layout, padded=self.padded)
+        return replace(self.layout, padded=self.pools.padded)
 
     def rows(self, per_slot: int) -> tuple[int, int, int, int]:
         """The shape of a tensor with `per_slot` head vectors per slot."""
@@ -127,7 +123,7 @@ class KVStorage:
         if self.dtype is not shape.dtype:
             sizes += [(shape.rows(layout.per_frame)[:3], torch.float32)] * 2
 
-        empty = torch.zeros if shape.padded else torch.empty  # nothing writes to the padding
+        empty = torch.zeros if shape.pools.padded else torch.empty  # nothing writes to the padding
 
         def on_device() -> LayerMemory:
             return LayerMemory(*(empty(size, dtype=dtype, device=device) for size, dtype in sizes))
@@ -146,7 +142,7 @@ class KVStorage:
             else:
                 self._host = CpuMemory(nbytes, device=self._device)
             layers = [LayerMemory(*(self._host.take(*size) for size in sizes)) for _ in range(shape.layers)]
-            if shape.padded:
+            if shape.pools.padded:
                 for layer in layers:
                     layer.keys.zero_(), layer.values.zero_()
             self._held: list[int | None] = [None] * len(self._stage)  # the layer that each staging buffer holds
@@ -238,7 +234,7 @@ class KVStorage:
 
 def _with_means(layers: list[LayerMemory], shape: CacheShape, device: torch.device | str | None) -> list[LayerMemory]:
     """The same layers with memory for the means that `shape` asks for."""
-    if not shape.pooled:
+    if not shape.pools.keys:
         return layers
 
     def means(per_slot: int) -> Tensor:  # zeros, because a kernel may multiply those of unused slots by zero
@@ -251,8 +247,8 @@ def _with_means(layers: list[LayerMemory], shape: CacheShape, device: torch.devi
             key_means=means(shape.layout.per_frame),
             frame_means=means(1),
             arrivals=arrivals,
-            value_means=means(shape.layout.per_frame) if shape.value_means else None,
-            sub_means=means(sub_block_layout(shape.layout).per_frame) if shape.sub_blocks else None,
+            value_means=means(shape.layout.per_frame) if shape.pools.values else None,
+            sub_means=means(sub_block_layout(shape.layout).per_frame) if shape.pools.parts else None,
         )
         for layer in layers
     ]

@@ -215,7 +215,6 @@ class Recipe:
         """The KV cache that a model of these sizes needs for one prompt."""
         batch, _, frames, height, width = self.latent_shape
         slots = frames if self.window is None else min(self.window, frames)
-        pools = self.attention.pools(sparse=self.is_sparse)
         return CacheShape(
             layers=layers,
             batch=batch,
@@ -226,10 +225,7 @@ class Recipe:
             block_k=self.attention.block[1],
             sink_frames=min(self.sink_frames, slots - 1),
             sink_rope=self.sink_rope if slots < frames else "fixed",  # nothing to follow if the window never moves
-            pooled=pools.keys,
-            value_means=pools.values,
-            sub_blocks=pools.parts,
-            padded=pools.padded,
+            pools=self.attention.pools(sparse=self.is_sparse),
             dtype=dtype,
         )
 

@@ -166,8 +166,7 @@ def test_a_chunks_second_pass_neither_waits_nor_brings_anything_from_the_host(sp
         block_k=16,
         sink_frames=1,
         sink_rope="follow",
-        value_means=options.get("tail", False),
-        sub_blocks=options.get("estimator") == "lse",
+        pools=AttentionOptions(**options).pools(sparse=True),
         dtype=dtype,
     )
     cache = KVCache(shape, KVOptions(kv), "meta")

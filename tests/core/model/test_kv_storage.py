@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
+from lightforcing.lightforcing_core.attention.options import Pools
 from lightforcing.lightforcing_core.attention.quantised import STORED, dequantise_blocks, quantise_blocks
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
@@ -64,7 +65,7 @@ def test_eight_bits_err_by_at_most_half_a_step_of_the_blocks_largest(dtype, magn
 @pytest.mark.parametrize("dtype", ["same", "int8", "fp8"])
 @pytest.mark.parametrize("host", [False, True])
 def test_bytes_equal_the_stated_formula(dtype, host):
-    cache = make_cache(KVOptions(dtype, host), pooled=False, dtype=torch.bfloat16)
+    cache = make_cache(KVOptions(dtype, host), pools=Pools(), dtype=torch.bfloat16)
     rows = 10 * DIM * 2 if dtype == "same" else 10 * DIM + 3 * 4  # 3 blocks with a scale of 4 bytes
     whole = 2 * LAYERS * BATCH * 6 * HEADS * rows
     mean = 0 if dtype == "same" else LAYERS * BATCH * HEADS * DIM * 4
