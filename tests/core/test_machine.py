@@ -280,7 +280,7 @@ def test_profile_that_cannot_be_used_costs_a_warning_and_nothing_is_tried(restar
 def test_profile_that_cannot_be_written_is_read(restart, monkeypatch):
     choose("fast")
     connect = profile.sqlite3.connect
-    monkeypatch.setattr(profile.sqlite3, "connect", lambda path: connect(f"file:{path}?mode=ro", uri=True))
+    monkeypatch.setattr(profile.sqlite3, "connect", lambda path, **_: connect(f"file:{path}?mode=ro", uri=True))
     restart()
     assert choose("fast", measures=False) == "fast"
     assert choose("faster", facts=(1, 2)) == "usual"
