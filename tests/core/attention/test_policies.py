@@ -17,7 +17,7 @@ from lightforcing.lightforcing_core.attention.policies import POLICIES, FrameBud
 from lightforcing.lightforcing_core.attention.policies.gated import Mass, MixtureOfBlocks, until_more_than
 from lightforcing.lightforcing_core.attention.policies.static import Radial, SlidingTile, SpatialBand
 
-from ...support import policies_by_hand as by_hand
+from . import policies_by_hand as by_hand
 
 BUDGET = FrameBudget(keep=3, sinks=1, near=1)
 

@@ -11,8 +11,8 @@ from lightforcing.lightforcing_core.vae.graph import PassGraph
 from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
 from lightforcing.lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
 
-from ...support.tae import random_tae_state_dict, tae_from_state_dict
 from ...support.tape import TapeRecorder
+from .tae import random_tae_state_dict, tae_from_state_dict
 
 CPU = torch.device("cpu")
 

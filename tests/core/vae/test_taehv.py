@@ -10,7 +10,7 @@ from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder, Strea
 from lightforcing.lightforcing_core.vae.taehv import tae_latents_of
 from lightforcing.lightforcing_core.vae.wan_vae import denormalise_latents
 
-from ...support.tae import random_tae_state_dict, tae_from_state_dict
+from .tae import random_tae_state_dict, tae_from_state_dict
 
 
 @pytest.fixture(scope="module")
