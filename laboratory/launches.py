@@ -58,12 +58,11 @@ class Launches(TorchDispatchMode):
 def forward(setting: str, layers: int, dense: DenseAttention) -> Callable[[], object]:
     """A step of an open chunk that skips 60 % of the key blocks."""
     dtype = torch.bfloat16
-    sizes = {"dim": DIM, "ffn_dim": DIM, "layers": layers, "text_dim": TEXT}
-    dit = wan_from_state_dict(random_state_dict(**sizes), dtype=dtype)
+    dit = wan_from_state_dict(random_state_dict(dim=DIM, ffn_dim=DIM, layers=layers, text_dim=TEXT), dtype=dtype)
     slots = PAST + CHUNK
-    kept = {"value_means": bool(SETTINGS[setting]), "sub_blocks": bool(SETTINGS[setting]), "dtype": dtype}
-    shape = CacheShape(layers, 1, slots, (1, TOKENS), DIM // HEAD_DIM, HEAD_DIM, block_k=BLOCK, **kept)
-    state = ModelState(KVCache(shape), AttentionOptions(block=(BLOCK, BLOCK), **SETTINGS[setting]), dense)
+    options = AttentionOptions(block=(BLOCK, BLOCK), **SETTINGS[setting])
+    sizes = layers, 1, slots, (1, TOKENS), DIM // HEAD_DIM, HEAD_DIM, BLOCK
+    state = ModelState(KVCache(CacheShape(*sizes, pools=options.pools(sparse=True), dtype=dtype)), options, dense)
     state.follow(torch.zeros(1, TEXT, TEXT, dtype=dtype))
     for _ in range(PAST // CHUNK):
         state.open_chunk(CHUNK, 0.0, None)
