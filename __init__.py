@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .lightforcing_core.attention.dispatch import sparse_attention as sparse_attention
     from .lightforcing_core.attention.options import AttentionOptions as AttentionOptions
     from .lightforcing_core.attention.policies import POLICIES as POLICIES
+    from .lightforcing_core.attention.roles import read_roles as read_roles
     from .lightforcing_core.attention.selection import hierarchical_block_mask as hierarchical_block_mask
     from .lightforcing_core.checkpoint.load import load_dit_state_dict as load_dit_state_dict
     from .lightforcing_core.model.wan import wan_from_state_dict as wan_from_state_dict
@@ -33,6 +34,7 @@ PUBLIC = {
     "few_step_sigmas": "rollout.recipe",
     "hierarchical_block_mask": "attention.selection",
     "load_dit_state_dict": "checkpoint.load",
+    "read_roles": "attention.roles",
     "rollout": "rollout.loop",
     "sparse_attention": "attention.dispatch",
     "vae_from_state_dict": "vae.wan_vae",

@@ -57,6 +57,8 @@ def plan_chunk(
         return ChunkAttention(why_dense="its scheduled sparsity is 0")
     if rule is None:
         return ChunkAttention(why_dense=f"the attention policy {options.policy!r} reads everything")
+    if options.head_rule is not None and (reason := options.head_rule.why_all(view)):
+        return ChunkAttention(why_dense=reason)
     call = shapes_of(options, view, head_dim, dtype, stored)
     choice = choose(call, options.backend)
     if choice.name == DENSE.name:

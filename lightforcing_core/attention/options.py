@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from .backends import BACKEND_NAMES, BACKENDS
 from .blocks import block_pair
-from .policies import POLICIES, SelectionRule
+from .policies import POLICIES, HeadRule, SelectionRule
+from .roles import Roles
 from .selection import ESTIMATORS, FrameBudget
 
 # Options of earlier versions that saved runs and graphs may still hold; they no longer have an effect.
@@ -37,6 +38,7 @@ class AttentionOptions:
     keep_frames, sink_frames, near_frames: the past latent frames that stay eligible for selection (more if those
     hold too few blocks for a chunk's density), and how many of them are the first and the nearest ones.
     policy: one of `POLICIES`. settings: of its selection rule, by name; the others have their defaults.
+    roles: of the model's heads, for policies that read by role; () lets an early clean pass of the run decide them.
 
     Options beyond the published method:
     estimator: "lse" scores a block by its parts, see `SelectionPlan.select`.
@@ -54,6 +56,7 @@ class AttentionOptions:
     tiles: bool = False
     policy: str = "light_forcing"
     settings: tuple[tuple[str, float], ...] = ()
+    roles: Roles = ()
 
     def __post_init__(self) -> None:
         check_backend(self.backend)
@@ -64,14 +67,19 @@ class AttentionOptions:
         if self.policy not in POLICIES:
             raise ValueError(f"attention policy {self.policy!r} is not known; use one of {', '.join(POLICIES)}")
         _ = self.rule  # checks the settings
+        if self.roles and self.head_rule is None:
+            raise ValueError(f"attention policy {self.policy!r} does not read by roles of heads; leave roles out")
+        if self.head_rule is not None:
+            self.head_rule.check(self.roles)
 
     def to_saved(self) -> dict[str, Any]:
         """Plain values for a saved run, readable by versions that have the policy."""
         facts = asdict(self)
         if self.policy == "light_forcing":
             del facts["policy"]
-        if not self.settings:
-            del facts["settings"]
+        for name in ("settings", "roles"):
+            if not facts[name]:
+                del facts[name]
         return facts
 
     @classmethod
@@ -81,7 +89,8 @@ class AttentionOptions:
             _log.warning("[Light Forcing] reuse_steps of the saved run is ignored: every step selects its blocks anew")
         kept = {name: value for name, value in facts.items() if name not in RETIRED}
         settings = tuple((name, value) for name, value in kept.get("settings", ()))
-        return cls(**{**kept, "block": tuple(kept["block"]), "settings": settings})
+        roles = tuple(tuple(map(int, layer)) for layer in kept.get("roles", ()))
+        return cls(**{**kept, "block": tuple(kept["block"]), "settings": settings, "roles": roles})
 
     @functools.cached_property
     def rule(self) -> SelectionRule | None:
@@ -93,6 +102,11 @@ class AttentionOptions:
                 others = f"its settings are {', '.join(known)}" if known else "it has none"
                 raise ValueError(f"attention policy {self.policy!r} has no setting {name!r}; {others}")
         return replace(rule, **dict(self.settings)) if self.settings and is_dataclass(rule) else rule
+
+    @property
+    def head_rule(self) -> HeadRule | None:
+        """The rule if it reads by roles of heads."""
+        return self.rule if isinstance(self.rule, HeadRule) else None
 
     @property
     def budget(self) -> FrameBudget:

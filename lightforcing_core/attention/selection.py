@@ -20,6 +20,7 @@ from torch import Tensor
 from ..fast_path import FastPath, is_recording, why_no_kernels
 from ..pinned import to_device
 from .blocks import FrameBlocks, block_pair
+from .roles import Roles
 
 # How a block's share of attention is estimated: by the product of means, or by the log-sum-exp over sub-blocks.
 ESTIMATORS = ("mean", "lse")
@@ -83,6 +84,7 @@ class View(NamedTuple):
     q_layout, k_layout: how a frame is cut into query and key blocks.
     batch, heads: of the model.
     grid: rows and columns of tokens in a frame. tiles: blocks are patches of it, see `tile_order`.
+    roles: of the model's heads, () if they are not known. changed: see `HeadRule.changed`, of the last commit.
     """
 
     slot_frames: Sequence[int]
@@ -94,6 +96,18 @@ class View(NamedTuple):
     device: torch.device | str | None = None
     grid: tuple[int, int] = (0, 0)
     tiles: bool = False
+    roles: Roles = ()
+    changed: Tensor | None = None
+
+    @property
+    def in_time(self) -> list[int]:
+        """The slots, oldest frame first."""
+        return sorted(range(len(self.slot_frames)), key=self.slot_frames.__getitem__)
+
+    @property
+    def start(self) -> int:
+        """The chunk's first latent frame: as many are committed."""
+        return max(self.slot_frames) + 1 - self.current
 
     @property
     def q_blocks(self) -> int:
@@ -138,8 +152,7 @@ class SelectionPlan:
         if not 0.0 <= sparsity < 1.0:
             raise ValueError(f"sparsity {sparsity} is outside [0, 1); 0 keeps every block, 0.88 skips 88 % of them")
         slot_frames, layout, k_blocks = view.slot_frames, view.k_layout, view.k_blocks
-        slots_by_time = sorted(range(len(slot_frames)), key=slot_frames.__getitem__)
-        past = slots_by_time[: -view.current]
+        past = view.in_time[: -view.current]
         ranks = torch.full((len(slot_frames),), -1, dtype=torch.int32)
         middle_slots, choose = None, 0
         kept = kept_blocks(sparsity, k_blocks) if past else k_blocks

@@ -20,6 +20,7 @@ from ..attention.chunk import ChunkAttention, plan_chunk
 from ..attention.dispatch import BackendChoice, attend, dense_attention_8bit
 from ..attention.options import AttentionOptions
 from ..attention.policies import View
+from ..attention.roles import Roles, group_masses
 from ..attention.selection import BlockSelection
 from ..pinned import to_device
 from . import fused
@@ -45,6 +46,7 @@ class OpenChunk:
     whether recording pays.
     given: the number of last frames that are given, and so get `GIVEN_NOISE` of a step's noise.
     passes: the number of passes so far. The first one makes `rope` and `layers`, the modules that later ones run.
+    masses: `group_masses` of each layer so far, if a pass is to show the roles of heads.
     """
 
     frames: int = 0
@@ -56,6 +58,7 @@ class OpenChunk:
     passes: int = 0
     rope: RopeTable | None = None
     layers: list[SimpleNamespace] = field(default_factory=list)
+    masses: list[Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -80,6 +83,7 @@ class ModelState:
     dense_attention: runs dense chunks and cross-attention. order: made by the first pass, if `attention` asks for one.
     guide: the index of its prompt in `Recipe.guides`.
     width: entries of each list of key blocks, if sparse chunks shall launch the same work on lists of any length.
+    roles: of heads, () as long as they are not known. changed: see `View`.
     """
 
     cache: KVCache
@@ -90,8 +94,11 @@ class ModelState:
     text: TextMemory | None = None
     order: TokenOrder | None = None
     chunk: OpenChunk = field(default_factory=OpenChunk)
+    roles: Roles = ()
+    changed: Tensor | None = None
 
     def __post_init__(self) -> None:
+        self.roles = self.roles or self.attention.roles
         self.q_layout = FrameBlocks(self.cache.layout.tokens_per_frame, self.attention.block[0])
 
     def open_chunk(
@@ -110,8 +117,9 @@ class ModelState:
         """
         self.cache.open(frames)
         shape, options = self.cache.shape, self.attention
-        slots, layout, tiles = self.cache.slot_frames, self.cache.layout, options.tiles
-        view = View(slots, frames, self.q_layout, layout, shape.batch, shape.heads, device, shape.grid, tiles)
+        slots, layout = self.cache.slot_frames, self.cache.layout
+        view = View(slots, frames, self.q_layout, layout, shape.batch, shape.heads, device)
+        view = view._replace(grid=shape.grid, tiles=options.tiles, roles=self.roles, changed=self.changed)
         attention = plan_chunk(options, view, sparsity, shape.head_dim, shape.dtype, self.cache.storage.dtype)
         if self.width:
             attention = attention.steady(shape.slots, self.width)
@@ -122,6 +130,26 @@ class ModelState:
         self.cache.reopen()
         frames = self.cache.current_frames
         self.chunk = OpenChunk(len(frames), frames[0] if frames else 0)
+
+    @property
+    def shows_roles(self) -> bool:
+        """Whether heads have unknown roles, and the open chunk sees enough for its clean pass to show them."""
+        rule, visible = self.attention.head_rule, len(self.cache.slot_frames)
+        if rule is None or self.roles:
+            return False
+        return self.chunk.frames < visible and visible >= min(rule.probe_frames, self.cache.shape.slots)
+
+    def commit(self) -> None:
+        """Keep the open chunk as history, with what its clean pass says about heads and changes."""
+        rule, chunk, cache = self.attention.head_rule, self.chunk, self.cache
+        cache.commit()
+        if rule is None:
+            return
+        if chunk.masses:
+            self.roles = rule.decide(torch.stack(chunk.masses))
+        is_due = self.changed is not None or chunk.start_frame >= rule.split
+        if is_due and rule.segments and len(self.roles) > 1:
+            self.changed = rule.changed(cache.keys_in_time(1), cache.layout, self.roles)
 
     def follow(self, text: Tensor) -> None:
         """Make `text`, [B, tokens, text_dim], the prompt from now on."""
@@ -170,7 +198,7 @@ def commit(dit: Any, x: Tensor, timestep: Tensor, state: ModelState) -> None:
     Arguments and errors as those of `predict`. The pass ends once the last layer's keys and values are stored.
     """
     run_pass(dit, x, timestep, state, commits=True)
-    state.cache.commit()
+    state.commit()
 
 
 def run_pass(
@@ -253,7 +281,7 @@ def _run_layers(
     following = [(block.norm1, block.projections) for block in layers[1:]] + [(dit.head.norm, ())]
     # A layer is not a function of its own: `hidden` out here would keep its input alive until the function returned.
     for layer, (block, (next_norm, readers)) in enumerate(zip(layers, following, strict=True)):
-        if only_store and layer == len(layers) - 1:
+        if only_store and layer == len(layers) - 1 and state.chunk.masses is None:
             fused.store(block.self_attn, y, layer, state.cache, rope, state.attention.block[0], with_q=False)
             break
         gate_sa, shift_ffn, scale_ffn, gate_ffn, next_shift, next_scale = steps[6 * layer + 2 : 6 * layer + 8]
@@ -311,6 +339,10 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
     """The open chunk's attention to what its cache holds of a layer, [B, L, H, D] in and out."""
     options, chunk = state.attention, state.chunk
     plan, chosen = chunk.attention.plan, chunk.attention.choice
+    if chunk.masses is not None and options.head_rule is not None:
+        groups = options.head_rule.groups(len(state.cache.slot_frames) - chunk.frames, chunk.frames)
+        sizes = [frames * state.q_layout.tokens_per_frame for frames in groups]
+        chunk.masses.append(group_masses(q[0], state.cache.keys_in_time(layer), sizes))
     memory = state.cache.visible(layer)
     if plan is None or chosen is None:
         return state.attend_history(q, memory)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.layer_memory import LayerMemory
+from ..attention.quantised import dequantise_blocks
 from ..attention.selection import sub_block_layout
 from .kv_storage import CacheShape, KVOptions, KVStorage, Runs, copy_frames, write_tokens
 from .rope import RopeTable, axis_dims
@@ -126,6 +127,16 @@ class KVCache:
         if layer not in self._views or self._views[layer][0] is not memory:
             self._views[layer] = memory, memory.first(len(self.slot_frames), of=self.shape.slots)
         return self._views[layer][1]
+
+    def keys_in_time(self, layer: int) -> Tensor:
+        """The first video's visible keys of a layer, oldest frame first: [L, H, D]."""
+        memory = self.visible(layer)
+        keys = self.shape.memory_layout.real(memory.keys[:1])
+        if memory.key_scales is not None and memory.key_mean is not None:
+            keys = dequantise_blocks(keys, memory.key_scales[:1], self.layout, torch.float32)
+            keys += memory.key_mean[:1, None]
+        frames = keys[0].split(self.layout.tokens_per_frame)
+        return torch.cat([frames[slot] for slot in sorted(range(len(frames)), key=self.slot_frames.__getitem__)])
 
     @property
     def keeps_originals(self) -> bool:

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import torch
+
 from ..attention.blocks import FrameBlocks
 from ..attention.policies import View
 from ..attention.selection import kept_blocks
@@ -50,11 +52,18 @@ def recipe_costs(recipe: Recipe) -> list[ChunkCost]:
     options, lengths = recipe.attention, recipe.chunk_lengths()
     grid = recipe.latent_shape[3] // 2, recipe.latent_shape[4] // 2
     q_layout, k_layout = (FrameBlocks(grid[0] * grid[1], size) for size in options.block)
-    costs = schedule_costs([0.0] * len(lengths), lengths, recipe.window)
+    slots, sinks = recipe.ring
+    costs, starts = schedule_costs([0.0] * len(lengths), lengths, slots), [0, *accumulate(lengths)]
     for index, cost in enumerate(costs):
         sparsity = recipe.sparsity(index)
         if options.rule is not None and sparsity and cost.kv_frames > cost.frames:
-            view = View(range(cost.kv_frames), cost.frames, q_layout, k_layout, 1, 1, None, grid, options.tiles)
+            kept, end, rule = min(sinks, starts[index]), starts[index + 1], options.head_rule
+            visible = [*range(kept), *range(end - cost.kv_frames + kept, end)]
+            view = View(visible, cost.frames, q_layout, k_layout, 1, 1, None, grid, options.tiles, options.roles)
+            if rule is not None and (reads := rule.segments) and starts[index - 1] >= rule.split:
+                view = view._replace(changed=torch.arange(reads))
+            if rule is not None and rule.why_all(view):
+                continue
             density = options.rule.plan(view, sparsity, options.budget).density
             costs[index] = replace(cost, density=1.0 if density is None else density)
     return costs[recipe.first_index :]

@@ -71,7 +71,8 @@ class Looks:
         A saved run holds this recipe, so that it continues in the same way whatever is measured later.
         """
         recipe = self.recipe
-        if machine.is_off() or recipe.attention.backend != "auto" or not recipe.is_sparse:
+        by_role = recipe.attention.head_rule is not None  # its cache holds too little for a dense chunk
+        if machine.is_off() or recipe.attention.backend != "auto" or not recipe.is_sparse or by_role:
             return recipe
         growth = [recipe.sparsity(index) for index in range(max(self._kinds) + 2)]  # the last is for longer videos
         for index in self._kinds:

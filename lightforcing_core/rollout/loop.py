@@ -115,10 +115,15 @@ class _Loop:
                 if index < len(self.lengths) - 1:
                     with graph.held():
                         for state in states:
-                            self._clean_pass(state, latents, graph)
+                            state.roles = states[0].roles  # decided by the first guide for all
+                            shows = self.recipe.is_sparse and state.shows_roles
+                            state.chunk.masses = [] if shows else None
+                            self._clean_pass(state, latents, run_pass if shows else graph)
                     self.recorder.lap(index, "replay" if is_given else "clean pass")
                 past = [*past, latents][-self.cache.slots :]
             graph.finish()
+            if (rule := self.recipe.attention.head_rule) and states[0].roles:
+                self.recorder.fact("roles of heads", rule.described(states[0].roles))
             try:
                 self._look(graph, rest=True)
             except (KeyboardInterrupt, SystemExit):
@@ -255,7 +260,7 @@ class _Loop:
     def _clean_pass(self, state: ModelState, latents: Tensor, run: Run = run_pass) -> None:
         """Commit clean latents as history."""
         self._x0(latents, self.recipe.noise_options.context_noise / 1000.0, [Pass(state, commits=True, run=run)])
-        state.cache.commit()
+        state.commit()
 
     def _x0(self, x: Tensor, sigma: float, passes: Sequence[Pass]) -> Tensor:
         """x0 from the prompt's prediction and, with guidance, the negative one's."""
@@ -278,6 +283,10 @@ def _check_model(dit: Any, recipe: Recipe) -> None:
         for width in (prompt.context.shape[2] for prompt in guide.prompts):
             if width != wanted:
                 raise Refusal(name, f"is {width} wide and the model takes {wanted}", "use the model's text encoder")
+    roles, sizes = recipe.attention.roles, (len(dit.blocks), dit.dim // HEAD_DIM)
+    if roles and (listed := (len(roles), len(roles[0]))) != sizes:
+        problem = f"are of {listed[0]} layers and {listed[1]} heads, and the model has {sizes[0]} and {sizes[1]}"
+        raise Refusal("roles", problem, "use this model's, or none, so that the run decides them")
 
 
 def _with_end(x: Tensor, end: Tensor) -> Tensor:

@@ -211,10 +211,21 @@ class Recipe:
         opens = index == opening_chunk(self.frames_per_chunk, self.initial_frames)
         return self.noise_options.first_sigmas or self.sigmas if opens else self.sigmas
 
+    @property
+    def ring(self) -> tuple[int, int]:
+        """The latent frames that a KV cache holds, and how many of them are sinks."""
+        slots, sinks = min(self.window or self.frames, self.frames), self.sink_frames
+        rule, longest = self.attention.head_rule, max(self.chunk_lengths())
+        # Not `is_sparse`, which may differ in a longer video of the same growth.
+        if rule is not None and any(self.growth or ()):
+            sinks = max(sinks, min(rule.sinks, slots - longest))
+            slots = min(slots, sinks + int(rule.near) + longest)
+        return slots, min(sinks, slots - 1)
+
     def cache_shape(self, *, layers: int, heads: int, head_dim: int, dtype: torch.dtype) -> CacheShape:
         """The KV cache that a model of these sizes needs for one prompt."""
         batch, _, frames, height, width = self.latent_shape
-        slots = frames if self.window is None else min(self.window, frames)
+        slots, sinks = self.ring
         return CacheShape(
             layers=layers,
             batch=batch,
@@ -223,7 +234,7 @@ class Recipe:
             heads=heads,
             head_dim=head_dim,
             block_k=self.attention.block[1],
-            sink_frames=min(self.sink_frames, slots - 1),
+            sink_frames=sinks,
             sink_rope=self.sink_rope if slots < frames else "fixed",  # nothing to follow if the window never moves
             pools=self.attention.pools(sparse=self.is_sparse),
             dtype=dtype,

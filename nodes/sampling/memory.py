@@ -34,10 +34,10 @@ def plan_of(
     base, device = model.model, model.load_device
     dtype = base.get_dtype_inference()
     recipe = run.recipe
-    batch, _, frames, height, width = recipe.latent_shape
+    batch, _, _, height, width = recipe.latent_shape
     size, weights = size_of(model.get_model_object("diffusion_model")), weight_bytes_on_device(model)
     tokens = height * width // 4
-    visible = min(recipe.window or frames, frames)
+    visible, _ = recipe.ring
     q, k = (
         torch.empty(1, dtype=dtype, device=device).expand(batch, length * tokens, size.dim // HEAD_DIM, HEAD_DIM)
         for length in (max(recipe.chunk_lengths()), visible)
@@ -88,7 +88,7 @@ def memory_advice(recipe: Recipe, plan: MemoryPlan, *, decoding: bool) -> str:
 
 def _ways_to_need_less(recipe: Recipe, plan: MemoryPlan) -> list[str]:
     """Settings that can be lowered, as `setting from old to new (GiB less)`."""
-    batch, _, frames, h, w = recipe.latent_shape
+    batch, _, _, h, w = recipe.latent_shape
     cache = plan.estimate.cache
     ways = []
     if batch > 1:
@@ -102,7 +102,7 @@ def _ways_to_need_less(recipe: Recipe, plan: MemoryPlan) -> list[str]:
         ways.append(f"kv_cache to int8 ({gib(cache * 15 // 32)} GiB less)")
     elif not plan.kv.host:
         ways.append(f"kv_cache to int8_host ({gib(cache * 9 // 10)} GiB less, slower)")
-    visible = min(recipe.window or frames, frames)
+    visible, _ = recipe.ring
     window = max(visible * 3 // 4, recipe.sink_frames + recipe.frames_per_chunk)
     if window < visible:
         saved = cache * (visible - window) // visible

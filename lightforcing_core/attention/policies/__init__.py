@@ -3,6 +3,7 @@
 from ..selection import FrameBudget, View
 from .base import Plan, Policy, SelectionRule
 from .gated import Mass, MixtureOfBlocks
+from .heads import DummyForcing, ForcingKV, HeadRule
 from .light_forcing import Hierarchical, UniformTopK
 from .static import Radial, SlidingTile, SpatialBand, Window
 
@@ -16,6 +17,8 @@ POLICIES = {
     "sta": Policy(SlidingTile()),
     "svg1": Policy(SpatialBand()),
     "vmoba": Policy(MixtureOfBlocks()),
+    "forcing_kv": Policy(ForcingKV()),
+    "dummy_forcing": Policy(DummyForcing()),
 }
 
-__all__ = ["POLICIES", "FrameBudget", "Plan", "Policy", "SelectionRule", "View"]
+__all__ = ["POLICIES", "FrameBudget", "HeadRule", "Plan", "Policy", "SelectionRule", "View"]

@@ -58,9 +58,8 @@ class MixtureOfBlocks:
             raise ValueError(f"share {self.share} is outside (0, 1); the published one is 0.25")
 
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> "GatedPlan":
-        in_time = sorted(range(len(view.slot_frames)), key=view.slot_frames.__getitem__)
         first = torch.arange(view.q_layout.per_frame) * view.q_layout.block // view.k_layout.block
-        own = torch.tensor(in_time[-view.current :])[:, None] * view.k_layout.per_frame + first
+        own = torch.tensor(view.in_time[-view.current :])[:, None] * view.k_layout.per_frame + first
         return GatedPlan(self, view.k_layout, view.k_blocks, None, own=to_device(own.flatten(), view.device))
 
     def reads(self, plan: "GatedPlan", scores: Tensor) -> Tensor:

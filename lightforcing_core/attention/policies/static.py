@@ -44,10 +44,9 @@ class Static(ABC):
         """
 
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> FixedPlan:
-        slots = sorted(range(len(view.slot_frames)), key=view.slot_frames.__getitem__)
         in_time = self.reads(view._replace(slot_frames=sorted(view.slot_frames)), sparsity, budget)
         mask = torch.empty_like(in_time)
-        mask[:, :, slots] = in_time
+        mask[:, :, view.in_time] = in_time
         blocks, counts = BlockSelection.from_mask(mask.view(1, 1, view.q_blocks, view.k_blocks))
         kept, read = int(counts.max()), int(counts.sum())
         listed = BlockSelection(blocks[..., :kept].contiguous(), counts)

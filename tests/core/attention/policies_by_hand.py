@@ -4,6 +4,7 @@ Frames are in the order of time. Each function returns the key blocks that one q
 """
 
 import math
+from itertools import pairwise
 
 
 def blocks_of(tokens, size):
@@ -96,3 +97,52 @@ def vmoba(scores, own, limit):
         read.add(block)
         sum_of_others += shares[block]
     return sorted(read)
+
+
+def segments(blocks):
+    """The ids of a frame's blocks in six runs, the longer ones first."""
+    short, longer = divmod(blocks, 6)
+    ids, runs = list(range(blocks)), []
+    for run in range(6):
+        size = short + (run < longer)
+        runs.append(ids[:size])
+        ids = ids[size:]
+    return runs
+
+
+def forcing_kv(frames, own, dynamic, changed, per_frame):
+    """changed: (frame among the three before the last past one, segment) pairs. frames: how many are visible."""
+    past = frames - own
+    read = {at * per_frame + block for at in (0, past - 1, *range(past, frames)) for block in range(per_frame)}
+    for at, segment in changed if dynamic else ():
+        read |= {(past - 4 + at) * per_frame + block for block in segments(per_frame)[segment]}
+    return sorted(read)
+
+
+def dummy_forcing(frames, own, role, near, per_frame):
+    past = frames - own
+    reads = {"first": range(1), "near": range(max(0, past - near), past), "last": range(past - 1, past)}[role]
+    return sorted(at * per_frame + block for at in (*reads, *range(past, frames)) for block in range(per_frame))
+
+
+def changed(keys, heads, tokens, block, count):
+    """The segments that differ most from the next frame: keys [frame][token][head] are lists of numbers."""
+    scores = []
+    of_block = {block: number for number, run in enumerate(segments(-(-tokens // block))) for block in run}
+    for now, following in pairwise(keys):
+        alike = [[] for _ in range(6)]
+        for token in range(tokens):
+            a, b = ([x for head in heads for x in frame[token][head]] for frame in (now, following))
+            product = sum(x * y for x, y in zip(a, b, strict=True))
+            alike[of_block[token // block]].append(product / math.hypot(*a) / math.hypot(*b))
+        scores += [sum(one) / len(one) for one in alike]
+    return sorted(sorted(range(len(scores)), key=scores.__getitem__)[:count])
+
+
+def masses(q, keys, groups):
+    """The mean share of attention of each group of keys; q, keys: lists of vectors, groups: lists of key indices."""
+    totals = [0.0] * len(groups)
+    for row in q:
+        shares = softmax([sum(x * y for x, y in zip(row, key, strict=True)) / len(row) ** 0.5 for key in keys])
+        totals = [total + sum(shares[key] for key in group) for total, group in zip(totals, groups, strict=True)]
+    return [total / len(q) for total in totals]
