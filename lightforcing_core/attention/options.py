@@ -14,6 +14,7 @@ from .selection import ESTIMATORS, FrameBudget
 
 # Options of earlier versions that saved runs and graphs may still hold; they no longer have an effect.
 RETIRED = frozenset({"reuse_steps"})
+MOST = 1_000_000  # that a setting of a policy can be
 _log = logging.getLogger(__name__)
 
 
@@ -97,10 +98,14 @@ class AttentionOptions:
         """The policy's selection rule with its settings; None reads everything."""
         rule = POLICIES[self.policy].selection
         known = [one.name for one in fields(rule)] if is_dataclass(rule) else list[str]()
-        for name, _ in self.settings:
+        for name, value in self.settings:
             if name not in known:
                 others = f"its settings are {', '.join(known)}" if known else "it has none"
                 raise ValueError(f"attention policy {self.policy!r} has no setting {name!r}; {others}")
+            whole = isinstance(getattr(rule, name), int)
+            if type(value) not in (int, float) or not abs(value) <= MOST or (whole and value != int(value)):
+                kind = "whole number" if whole else "number"
+                raise ValueError(f"setting {name} {value!r:.80} of policy {self.policy!r} is no {kind} up to {MOST:,}")
         return replace(rule, **dict(self.settings)) if self.settings and is_dataclass(rule) else rule
 
     @property

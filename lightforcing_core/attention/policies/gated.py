@@ -44,7 +44,7 @@ class Mass:
 
 @dataclass(frozen=True)
 class MixtureOfBlocks:
-    """Each query block's own block, and the best others until their share of all scores is more than `share`.
+    """Each query block's own key blocks, and the best others until their share of all scores is more than `share`.
 
     Scores are products of means, less the lowest of each row. Source: VMoBA, arXiv 2506.23858, on block
     means instead of single queries, without its cycle of spatial layers; the schedule's sparsity is not used.
@@ -58,21 +58,28 @@ class MixtureOfBlocks:
             raise ValueError(f"share {self.share} is outside (0, 1); the published one is 0.25")
 
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> "GatedPlan":
-        first = torch.arange(view.q_layout.per_frame) * view.q_layout.block // view.k_layout.block
-        own = torch.tensor(view.in_time[-view.current :])[:, None] * view.k_layout.per_frame + first
-        return GatedPlan(self, view.k_layout, view.k_blocks, None, own=to_device(own.flatten(), view.device))
+        size, starts = view.k_layout.block, torch.arange(0, view.q_layout.tokens_per_frame, view.q_layout.block)
+        keys = torch.arange(view.k_layout.per_frame) * size
+        shared = (keys < starts[:, None] + view.q_layout.block) & (starts[:, None] < keys + size)
+        own = torch.zeros(view.current, *shared.shape[:1], len(view.in_time), *shared.shape[1:], dtype=torch.bool)
+        for number, slot in enumerate(view.in_time[-view.current :]):
+            own[number, :, slot] = shared
+        own = to_device(own.view(view.q_blocks, view.k_blocks), view.device)
+        return GatedPlan(self, view.k_layout, view.k_blocks, None, own=own)
 
     def reads(self, plan: "GatedPlan", scores: Tensor) -> Tensor:
         weights = scores - scores.amin(-1, keepdim=True)
         assert plan.own is not None
-        own = plan.own[:, None].expand(*weights.shape[:-1], 1)
-        limit = self.share * weights.sum(-1, keepdim=True) - weights.gather(-1, own)
-        return until_more_than(weights.scatter(-1, own, -1.0), limit.clamp(min=0.0)).scatter_(-1, own, True)
+        limit = self.share * weights.sum(-1, keepdim=True) - (weights * plan.own).sum(-1, keepdim=True)
+        return until_more_than(weights.masked_fill(plan.own, -1.0), limit.clamp(min=0.0)) | plan.own
 
 
 @dataclass(frozen=True)
 class GatedPlan:
-    """A chunk's plan by `rule`. budget: blocks per query block on average. own: the block of each query block."""
+    """A chunk's plan by `rule`.
+
+    budget: blocks per query block on average. own: bool [q_blocks, k_blocks], whether a key block is a query block's.
+    """
 
     rule: Mass | MixtureOfBlocks
     layout: FrameBlocks

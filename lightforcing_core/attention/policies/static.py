@@ -83,6 +83,10 @@ class Radial(Static):
 
     decay: float = 0.2
 
+    def __post_init__(self) -> None:
+        if self.decay <= 0.0:
+            raise ValueError(f"decay {self.decay} is not positive; the published one is 0.2")
+
     def reads(self, view: View, sparsity: float, budget: FrameBudget) -> Tensor:
         tokens, mask = view.k_layout.tokens_per_frame, _nothing(view)
         for row, query_frame in enumerate(view.slot_frames[-view.current :]):
@@ -127,6 +131,10 @@ class SlidingTile(Static):
     rows: int = 3
     columns: int = 3
 
+    def __post_init__(self) -> None:
+        if min(self.frames, self.rows, self.columns) < 1:
+            raise ValueError(f"a box of {self.frames} × {self.rows} × {self.columns} blocks is empty; use 5 × 3 × 3")
+
     def box(self, view: View) -> Tensor:
         """The blocks in the box alone, shaped as what `reads` returns."""
         frame, side = torch.arange(len(view.slot_frames)) + 0.5, view.k_layout.block**0.5
@@ -170,6 +178,10 @@ class SpatialBand(Static):
     """
 
     frames: int = 2
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"a band of {self.frames} frames is empty; the published one is 2")
 
     def reads(self, view: View, sparsity: float, budget: FrameBudget) -> Tensor:
         tokens, frame = view.k_layout.tokens_per_frame, torch.tensor(view.slot_frames)

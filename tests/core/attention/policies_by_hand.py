@@ -90,9 +90,9 @@ def vmoba(scores, own, limit):
     lowest = min(scores)
     total = sum(score - lowest for score in scores)
     shares = [(score - lowest) / total for score in scores]
-    read, sum_of_others = {own}, 0.0
-    for block in sorted(set(range(len(scores))) - {own}, key=lambda block: (-shares[block], block)):
-        if len(read) > 1 and sum_of_others > limit - shares[own]:
+    read, sum_of_others = set(own), 0.0
+    for block in sorted(set(range(len(scores))) - own, key=lambda block: (-shares[block], block)):
+        if len(read) > len(own) and sum_of_others > limit - sum(shares[block] for block in own):
             break
         read.add(block)
         sum_of_others += shares[block]

@@ -30,7 +30,10 @@ def views(most_frames=9):
         frames = draw(st.integers(2, most_frames))
         first = draw(st.integers(0, 30))
         order = draw(st.permutations(range(first, first + frames)))
-        layouts = [FrameBlocks(draw(st.shared(st.integers(1, 40), key="tokens")), 16) for _ in "qk"]
+        layouts = [
+            FrameBlocks(draw(st.shared(st.integers(1, 40), key="tokens")), draw(st.sampled_from([16, 32])))
+            for _ in "qk"
+        ]
         return View(order, draw(st.integers(1, frames - 1)), *layouts, draw(st.integers(1, 2)), draw(st.integers(1, 2)))
 
     return view()
@@ -233,7 +236,9 @@ def test_mixture_of_blocks_equals_brute_force(view, share, seed):
     in_time = sorted(view.slot_frames)[-view.current :]
     for b, h, row in rows_of(selection):
         frame, block = divmod(row, view.q_layout.per_frame)
-        own = view.slot_frames.index(in_time[frame]) * view.k_layout.per_frame + block
+        tokens = by_hand.blocks_of(view.q_layout.tokens_per_frame, view.q_layout.block)[block]
+        slot = view.slot_frames.index(in_time[frame])
+        own = {slot * view.k_layout.per_frame + token // view.k_layout.block for token in tokens}
         scores = [float(q[b, row, h] @ k[b, j, h]) for j in range(view.k_blocks)]
         assert read_by(selection, b, h, row) == by_hand.vmoba(scores, own, share)
 
@@ -261,6 +266,8 @@ def test_scores_that_are_not_finite_leave_no_query_block_without_keys(rule, bad)
     [
         ((("decay", 0.5),), "attention policy 'mass' has no setting 'decay'; its settings are top_p"),
         ((("top_p", 1.0),), "top_p 1.0 is outside"),
+        ((("top_p", "x"),), "setting top_p 'x' of policy 'mass' is no number up to 1,000,000"),
+        ((("top_p", math.nan),), "setting top_p nan of policy 'mass' is no number"),
     ],
 )
 def test_settings_that_a_policy_does_not_have_are_refused(settings, message):
