@@ -40,7 +40,7 @@ def measure(bench: AttentionBench, put: Put, say: Say = str) -> None:
         own, seen = (frames * bench.tokens_per_frame for frames in (FRAMES, chunk * FRAMES))
         for sparsity in bench.sparsity or (SPARSITIES[chunk - 1],):
             say(f"chunk {chunk}, {sparsity:.0%}")
-            make = partial(LayerAttention, tokens_per_frame=bench.tokens_per_frame, sparsity=sparsity, kv=bench.kv)
+            make = partial(LayerAttention, grid=(1, bench.tokens_per_frame), sparsity=sparsity, kv=bench.kv)
             with torch.inference_mode():
                 _measure_chunk(
                     bench, f"chunk {chunk}, {sparsity:.0%}", make, (q[:, :own], k[:, :seen], v[:, :seen]), put

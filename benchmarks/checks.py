@@ -91,7 +91,7 @@ def _attention(size: Size, kv: KVDtype, way: str, seed: int) -> Run:
     )
     estimator, tail = "lse" if "lse" in words else "mean", "tail" in words
     options = AttentionOptions("reference", (size.block, size.block), keep_frames=3, estimator=estimator, tail=tail)
-    make = partial(LayerAttention, tokens_per_frame=tokens, sparsity=0.6, kv=kv)
+    make = partial(LayerAttention, grid=size.grids["even" in words], sparsity=0.6, kv=kv)
     layer = make(q, k, v, options=replace(options, backend="triton"))
     listed = layer.select()
 

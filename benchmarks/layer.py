@@ -1,5 +1,6 @@
 """One layer's sparse attention over plain tensors, as a rollout computes it."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -41,7 +42,7 @@ class LayerAttention:
     """Attention of one chunk, with k and v in a KV cache.
 
     q: [B, Lq, H, D], the chunk.
-    k, v: [B, Lk, H, D], all visible frames, those of the chunk last.
+    k, v: [B, Lk, H, D], all visible frames, those of the chunk last. grid: rows and columns of a frame's tokens.
     """
 
     def __init__(
@@ -50,13 +51,14 @@ class LayerAttention:
         k: Tensor,
         v: Tensor,
         *,
-        tokens_per_frame: int,
+        grid: tuple[int, int],
         sparsity: float,
         options: AttentionOptions,
         kv: KVDtype = "same",
     ) -> None:
+        tokens_per_frame = math.prod(grid)
         own, frames = (x.shape[1] // tokens_per_frame for x in (q, k))
-        sizes = 1, len(q), frames, (1, tokens_per_frame), q.shape[2], q.shape[3], options.block[1]
+        sizes = 1, len(q), frames, grid, q.shape[2], q.shape[3], options.block[1]
         shape = CacheShape(*sizes, pools=options.pools(sparse=True), dtype=q.dtype)
         self.q, self.state = q, ModelState(KVCache(shape, KVOptions(kv), q.device), options)
         # The first chunk decides the mean that an 8-bit cache keeps keys less, as in a run.

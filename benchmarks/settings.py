@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 Say = Callable[[str], object]  # shows progress
-REAL_LAYERS = 30  # of Wan 2.1 1.3B
+REAL_LAYERS, REAL_HEADS = 30, 12  # of Wan 2.1 1.3B
 PAIR = ("dense", "sparse")
 
 
@@ -90,6 +90,19 @@ class AttentionBench:
     tail: Annotated[bool, "Skipped blocks take part as their means."] = False
     kv: Annotated[Literal["same", "int8", "fp8"], "How keys and values are stored."] = "same"
     repeats: Annotated[int, "Rounds in which each arm runs once.", 1] = 5
+    place: Place = Place()
+
+
+@dataclass(frozen=True)
+class PoliciesBench:
+    """Every attention policy at equal FLOPs: error on the demo model's videos, time of a layer, KV cache."""
+
+    sparsity: Annotated[float, "The share of key blocks to skip, mean of the sparse chunks."] = 0.6
+    seeds: Annotated[int, "Videos of the demo model.", 1] = 8
+    picture: Picture = Picture()
+    heads: Annotated[int, "Of the layer that is timed; the 1.3B model has 12."] = 1
+    backend: Annotated[str, "Sparse backend of the layer that is timed."] = "auto"
+    repeats: Annotated[int, "Rounds in which each arm runs once.", 1] = 3
     place: Place = Place()
 
 

@@ -11,28 +11,48 @@ from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
 STEP_TO_BASE, HIGHEST_BASE = 0.1, 0.98  # growth tends to the target plus 0.1, as published, and never past 98 %
 LONG = "long "  # prefix of the names of long rollouts
-EVERY_FRAME = 1 << 20  # as keep_frames: no frame is ever ruled out, so blocks are chosen in one stage
 
-# The changes of each option to the published method at the same sparsities.
+# The changes of each option or policy to the published method at the same sparsities.
 OPTIONS: dict[str, dict[str, object]] = {
     "tail": {"tail": True},
     "tiles": {"tiles": True},
     "lse": {"estimator": "lse"},
     "tail+lse": {"tail": True, "estimator": "lse"},
     "tail+tiles": {"tail": True, "tiles": True},
+    "mass": {"policy": "mass"},
+    "mass+tail": {"policy": "mass", "tail": True},
+    "mass+lse": {"policy": "mass", "estimator": "lse"},
+    "mass+tail+lse": {"policy": "mass", "tail": True, "estimator": "lse"},
+    "topk+tail+lse": {"policy": "topk", "tail": True, "estimator": "lse"},
+    "window": {"policy": "window"},
+    "window+tail": {"policy": "window", "tail": True},
+}
+# Policies with a density of their own; each is compared with the published method at the densities that it has.
+OWN_DENSITY: dict[str, dict[str, object]] = {
+    "radial": {"policy": "radial"},
+    "sta": {"policy": "sta"},
+    "sta+tiles": {"policy": "sta", "tiles": True},
+    "svg1": {"policy": "svg1"},
+    "vmoba": {"policy": "vmoba"},
+    "forcing_kv": {"policy": "forcing_kv"},
+    "dummy_forcing": {"policy": "dummy_forcing"},
 }
 EIGHT_BIT = {"kv int8": KVOptions("int8"), "kv fp8": KVOptions("fp8")}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to make a video. growth: a sparsity per chunk, None for dense; fp8: linear layers in FP8."""
+    """One way to make a video. growth: a sparsity per chunk, None for dense; fp8: linear layers in FP8.
+
+    like: the arm whose densities, chunk by chunk, replace `growth`.
+    """
 
     name: str
     growth: tuple[float, ...] | None
     attention: AttentionOptions
     kv: KVOptions = field(default_factory=KVOptions)
     fp8: bool = False
+    like: str = ""
 
     @property
     def is_long(self) -> bool:
@@ -51,6 +71,10 @@ def all_arms(
     arms += [Arm("dense fp8 linears", None, attention, fp8=True)]
     if long is not None:
         arms.append(Arm(f"{LONG}dense", None, attention))
+    for name, changes in OWN_DENSITY.items():
+        growth = growth_of(short, 0.5)  # which chunks are sparse
+        arms.append(Arm(name, growth, replace(attention, **changes)))  # type: ignore[arg-type]
+        arms.append(Arm(f"published as {name}", growth, attention, like=name))
     for sparsity in sparsities:
         if not 0.0 < sparsity < 1.0:
             raise ValueError(f"sparsity {sparsity} is outside (0, 1); 0.88 skips 88 % of the key blocks")
@@ -58,8 +82,7 @@ def all_arms(
         published = Arm(f"published {sparsity:g}", growth, attention)
         arms.append(published)
         arms.append(Arm(f"uniform {sparsity:g}", growth_of(short, sparsity, "constant"), attention))
-        one_stage = replace(attention, keep_frames=EVERY_FRAME)
-        arms.append(Arm(f"one-stage {sparsity:g}", growth, one_stage))
+        arms.append(Arm(f"one-stage {sparsity:g}", growth, replace(attention, policy="topk")))
         for name, changes in OPTIONS.items():
             options = replace(attention, **changes)  # type: ignore[arg-type]
             arms.append(replace(published, name=f"{name} {sparsity:g}", attention=options))
@@ -85,7 +108,7 @@ def chosen(arms: dict[str, Arm], patterns: Sequence[str]) -> dict[str, Arm]:
         names = {name for name in arms if any(fnmatch.fnmatch(part, pattern) for part in (name, kind_of(name)))}
         if not names:
             raise ValueError(f"no arm is called {pattern!r}; there are {', '.join(arms)}")
-        found |= names
+        found |= names | {arms[name].like for name in names}
     return {name: arm for name, arm in arms.items() if name in found}
 
 

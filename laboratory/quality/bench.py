@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from lightforcing.benchmarks.settings import Machine
 from lightforcing.benchmarks.step import quantize_linears
+from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.demo.captions import caption_of, context_of_caption
 from lightforcing.lightforcing_core.demo.model import DIT, SHIPPED, DemoModel, DemoVideo, demo_video, load_demo_model
 from lightforcing.lightforcing_core.rollout.loop import rollout
 from lightforcing.lightforcing_core.rollout.recipe import Recipe, few_step_sigmas, seeded_noise
-from lightforcing.lightforcing_core.rollout.runtime import Chunk, Runtime, StepEvent
+from lightforcing.lightforcing_core.rollout.record import RunRecorder
+from lightforcing.lightforcing_core.rollout.runtime import Chunk, Runtime
 from lightforcing.lightforcing_core.rollout.schedule import Schedule, latent_frames_of
 from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
 
@@ -98,7 +101,7 @@ def run_quality(
     missing = [key for key in wanted if key not in done]
     if not missing:
         return rows
-    maker = _Maker(bench, load_demo_model(bench.models, device))
+    maker = _Maker(bench, load_demo_model(bench.models, device), rows)
     made = 0
     with (folder / ROWS).open("a", encoding="utf-8") as file:
         for found in maker.rows(arms, missing):
@@ -120,10 +123,13 @@ def _key(row: Row) -> tuple[str, str, int]:
 
 
 class _Maker:
-    """A loaded model and, if an arm wants one, its FP8 twin, which make the rows."""
+    """A loaded model and, if an arm wants one, its FP8 twin, which make the rows.
 
-    def __init__(self, bench: QualityBench, model: DemoModel) -> None:
-        self._bench, self._model, self._video = bench, model, model.video
+    made: all rows so far, in which an arm finds the densities of the one that it is `like`.
+    """
+
+    def __init__(self, bench: QualityBench, model: DemoModel, made: Sequence[Row]) -> None:
+        self._bench, self._model, self._video, self._rows = bench, model, model.video, made
         self._short, self._long = bench.schedules(model.video)
         self._scenes = prompt_scenes(model.video.level)
         self._sigmas = few_step_sigmas()
@@ -141,13 +147,29 @@ class _Maker:
                     continue
                 if not arm.is_long and dense is None:
                     dense = self._made(arms.get("dense") or Arm("dense", None, arm.attention), seeds)[:2]
-                yield self._judged(arm, seeds, left, dense)
-            probed = [arm for arm in arms.values() if any(key[:2] == ("attention", arm.name) for key in todo)]
+                yield self._judged(self._at_densities(arm, seeds), seeds, left, dense)
+            probed = [
+                self._at_densities(arm, seeds)
+                for arm in arms.values()
+                if any(key[:2] == ("attention", arm.name) for key in todo)
+            ]
             if probed:
                 found = self._probed(
                     probed, [seed for seed in seeds if seed in self._bench.seeds[: self._bench.probes]]
                 )
                 yield [row for row in found if _key(row) in todo]
+
+    def _at_densities(self, arm: Arm, seeds: Sequence[int]) -> Arm:
+        """`arm` with the growth that reads as much as the arm that it is like read in videos of these seeds."""
+        if not arm.like:
+            return arm
+        read = [row["densities"] for row in self._rows if _key(row)[:2] == ("video", arm.like) and row["seed"] in seeds]
+        per_frame = FrameBlocks(self._video.height * self._video.width // 256, arm.attention.block[1]).per_frame
+        # Half a block more, because a rule rounds its number of blocks down.
+        halves = [0.5 / (per_frame * end) for end in accumulate(self._short.chunk_lengths())]
+        read_on_average = map(statistics.fmean, zip(*read, strict=True))
+        growth = (max(0.0, 1.0 - share - half) for share, half in zip(read_on_average, halves, strict=True))
+        return replace(arm, growth=tuple(growth))
 
     def _judged(
         self, arm: Arm, seeds: Sequence[int], left: Sequence[int], dense: tuple[Tensor, Tensor] | None
@@ -191,18 +213,21 @@ class _Maker:
         return rows
 
     def _made(self, arm: Arm, seeds: Sequence[int]) -> tuple[Tensor, Tensor, list[float]]:
-        """Latents [B, 16, F, h, w], videos [B, frames, H, W, 3] in 0…1, and the density of each chunk; on the CPU."""
-        densities: dict[int, float] = {}
+        """Latents [B, 16, F, h, w], videos [B, frames, H, W, 3] in 0…1, and the density of each chunk; on the CPU.
 
-        def on_step(event: StepEvent) -> None:
-            densities[event.index] = event.density
-
-        decoder = StreamingDecoder(self._model.vae)
+        A density is the share of all frames in the schedule's window, also if the cache holds fewer.
+        """
+        recorder, decoder = RunRecorder(), StreamingDecoder(self._model.vae)
         latents, videos = [], []
-        for chunk in self._chunks(arm, seeds, on_step=on_step):
+        for chunk in self._chunks(arm, seeds, recorder=recorder):
             latents.append(chunk.latents.float().cpu())
             videos.append(decoder.decode(chunk.latents).float().cpu())
-        return torch.cat(latents, 2), torch.cat(videos, 1), [densities[index] for index in sorted(densities)]
+        window = self._schedule(arm).window or self._schedule(arm).latent_frames
+        densities = [
+            one.density * len(one.visible) / min(one.start_frame + one.frames, window)
+            for one in recorder.finish().chunks
+        ]
+        return torch.cat(latents, 2), torch.cat(videos, 1), densities
 
     def _chunks(self, arm: Arm, seeds: Sequence[int], **callbacks: Any) -> Iterator[Chunk]:
         schedule, dit = self._schedule(arm), self._model.dit

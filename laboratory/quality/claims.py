@@ -47,6 +47,7 @@ CLAIMS = {
     "hierarchical selection (HSA) beats one-stage top-k at equal density": ("one-stage", "published"),
 }
 JUDGED = ("latent_error", "psnr", "ms_ssim", "position_error", "right", "attention_error")  # the measures of claims
+DEFAULT, DEFAULT_MEASURES = "tail+lse 0.6", ("psnr", "right", "identity", "position_error", "velocity_error")
 DRIFT = "long sparse rollouts do not drift more than dense ones"
 
 
@@ -121,12 +122,13 @@ def paired(differences: Sequence[float]) -> Difference:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Claims, the effect of each option, and means, in JSON types."""
+    """Claims, the effect of each option, comparisons with the default, and means, in JSON types."""
     table = Table(rows)
     sparsities = table.sparsities()
     return {
         "claims": [entry for sparsity in sparsities for entry in _claims(table, sparsity)],
         "options": [entry for sparsity in sparsities for entry in _options(table, sparsity)],
+        "default": list(_against_default(table)),
         "means": means(table),
     }
 
@@ -152,6 +154,20 @@ def _options(table: Table, sparsity: str) -> Iterator[dict[str, Any]]:
     for name in (*OPTIONS, *EIGHT_BIT, "fp8 linears"):
         for kind in ("video", "attention"):
             yield from _entries(table, name, kind, f"{name} {sparsity}", f"published {sparsity}")
+
+
+def _against_default(table: Table) -> Iterator[dict[str, Any]]:
+    """How much worse every arm is than the default for untrained models (negative: better), by each measure."""
+    for arm in table.arms("video"):
+        found = {name: table.worse("video", arm, DEFAULT, name) for name in DEFAULT_MEASURES}
+        if arm != DEFAULT and any(found.values()):
+            seeds, flops = max(one.seeds for one in found.values() if one), table.mean("video", arm, "flops")
+            yield {
+                "arm": arm,
+                "seeds": seeds,
+                "flops": flops,
+                **{name: one and asdict(one) for name, one in found.items()},
+            }
 
 
 def _entries(table: Table, says: str, kind: str, worse: str, better: str) -> Iterator[dict[str, Any]]:

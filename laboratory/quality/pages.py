@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from lightforcing.lightforcing_core.files.output import whole_file
 
 from .arms import EIGHT_BIT, LONG, OPTIONS
-from .claims import Row, Table
+from .claims import DEFAULT, DEFAULT_MEASURES, Row, Table
 
 LINES = ("published", "uniform", "one-stage", *OPTIONS)
 LINE: dict[str, Any] = {"marker": "o", "linewidth": 1.2, "markersize": 4}
@@ -54,7 +54,7 @@ def write_pages(folder: Path, rows: Sequence[Row], summary: Summary) -> list[Pat
 
 
 def markdown(summary: Summary) -> str:
-    """Claims, options and means as tables."""
+    """Claims, options, comparisons with the default, and means as tables."""
     head = ("sparsity", "measure", "worse by", "95 % interval", "effect", "worse in", "seeds", "verdict")
     lines = []
     for says in dict.fromkeys(claim["says"] for claim in summary["claims"]):
@@ -63,6 +63,13 @@ def markdown(summary: Summary) -> str:
     lines += ["## Options against the published method", "", "Negative is better.", ""]
     found = [option for option in summary["options"] if option["measure"] in OPTION_MEASURES]
     lines += _rows(("option", *head), [(option["says"], *_cells(option)) for option in found])
+    if summary["default"]:
+        cells = [
+            (row["arm"], str(row["seeds"]), _number(row["flops"]), *(_interval(row[name]) for name in DEFAULT_MEASURES))
+            for row in summary["default"]
+        ]
+        lines += ["", f"## Worse than the default for untrained models, {DEFAULT}", "", "Negative is better.", ""]
+        lines += _rows(("arm", "seeds", "flops", *DEFAULT_MEASURES), cells)
     for kind, (title, *columns) in MEANS.items():
         found = [row for row in summary["means"] if row["kind"] == kind]
         if found:
@@ -73,6 +80,10 @@ def markdown(summary: Summary) -> str:
 
 def _rows(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *cells)]
+
+
+def _interval(entry: Mapping[str, Any] | None) -> str:
+    return f"{_number(entry['mean'])} ({_number(entry['low'])} to {_number(entry['high'])})" if entry else "–"
 
 
 def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:

@@ -19,7 +19,9 @@ from .arms import Arm
 
 
 def is_probed(arm: Arm) -> bool:
-    """Whether an arm changes attention itself: not the linear layers, and not only the length of the video."""
+    """Whether an arm changes attention itself, without roles of heads, which whole runs decide."""
+    if arm.attention.head_rule is not None:
+        return False
     return not arm.is_long and not arm.fp8 and (arm.growth is not None or arm.kv.dtype != "same")
 
 
@@ -60,12 +62,12 @@ class AttentionProbe:
 
     def _of_arm(self, arm: Arm, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention of `arm` over the same tensors, in the order of their tokens."""
-        tokens, options = self._grid[0] * self._grid[1], arm.attention
+        options = arm.attention
         if options.tiles:
             order = tile_order(*self._grid, options.block[1]).to(q.device)
             q, k, v = (_permuted(x, order) for x in (q, k, v))
         sparsity = arm.growth[self._chunk] if arm.growth is not None else 0.0
-        layer = LayerAttention(q, k, v, tokens_per_frame=tokens, sparsity=sparsity, options=options, kv=arm.kv.dtype)
+        layer = LayerAttention(q, k, v, grid=self._grid, sparsity=sparsity, options=options, kv=arm.kv.dtype)
         y = layer.arm()()
         return _permuted(y, order.argsort()) if options.tiles else y
 

@@ -9,14 +9,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lightforcing.benchmarks import attention, decode, rollout, step
+from lightforcing.benchmarks import attention, decode, policies, rollout, step
 from lightforcing.benchmarks.record import add
 from lightforcing.benchmarks.settings import AttentionBench, Machine, Model, Picture, Place, StepBench
 from lightforcing.benchmarks.timing import WARM_UP, ratio, take_turns
 from lightforcing.cli.main import app
+from lightforcing.lightforcing_core.attention.policies import POLICIES
 from lightforcing.lightforcing_core.model import cuda_graph
 
 from ..support.tape import TapeRecorder
+from ..support.tiny_demo import write_tiny_demo
 
 CPU = torch.device("cpu")
 ON_CPU = Place(Machine("cpu"))
@@ -73,6 +75,30 @@ def test_attention_takes_other_options_and_refuses_to_time_a_wrong_result(monkey
     )
     with pytest.raises(RuntimeError, match="reference differs from float64"):
         recorded(attention.measure, bench)
+
+
+def test_policies_are_compared_with_the_method_that_reads_as_much(tmp_path, monkeypatch):
+    monkeypatch.setattr(policies, "SHIPPED", write_tiny_demo(tmp_path / "models"))
+    small = ("--seeds", 2, "--height", 64, "--width", 64, "--block", "16,16", "--repeats", 2)
+    result, output = record(tmp_path, "policies", *small, "--backend", "reference")
+    errors, layers, ms = result["error"], result["layer"], result["ms"]["layer"]
+    assert set(POLICIES) - set(errors) == {"forcing_kv", "dummy_forcing"}  # whole runs decide roles
+    assert set(errors) == set(layers) == set(ms)
+    assert errors["dense"] == {"read": 1, "error": dict.fromkeys(("low", "median", "high"), 0)}
+    for name in ("light_forcing", "light_forcing, lse + tail"):
+        assert set(errors[name]["over light_forcing"].values()) == {1}
+    for name in ("mass", "topk"):  # they read what the schedule says
+        assert errors[name]["read"] == pytest.approx(errors["light_forcing"]["read"])
+    assert errors["radial"]["read"] != errors["light_forcing"]["read"]
+    assert errors["mass, lse + tail"]["error"]["median"] < errors["mass"]["error"]["median"]
+    assert layers["light_forcing"]["times as fast"]["median"] == median_ratio(ms["dense"], ms["light_forcing"])
+    dense, means, values = (layers[name]["KV GB"] for name in ("dense", "mass", "window, tail"))
+    # 21 frames of 16 tokens, 12 heads of 128 in 30 layers.
+    assert dense == pytest.approx(2 * 2 * 21 * 16 * 12 * 128 * 30 / 1e9)
+    assert dense < means < values
+    assert "over light_forcing" in output
+    done = run("policies", "--sparsity", 1)
+    assert "sparsity 1 is outside (0, 1)" in done.stderr
 
 
 def test_step_times_both_arms_and_their_operations(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from laboratory.quality import __main__ as command
-from laboratory.quality.arms import all_arms, growth_of, halves
+from laboratory.quality.arms import OWN_DENSITY, all_arms, growth_of, halves
 from laboratory.quality.bench import QualityBench, run_quality
 from laboratory.quality.claims import paired, summary
 from laboratory.quality.measures import against_caption, psnr, structural_similarity
@@ -23,13 +23,13 @@ from laboratory.quality.scenes import prompt_scenes
 from lightforcing.benchmarks.settings import Machine
 from lightforcing.lightforcing_core.attention.blocks import FrameBlocks
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
+from lightforcing.lightforcing_core.attention.policies import View
 from lightforcing.lightforcing_core.demo import captions
 from lightforcing.lightforcing_core.demo import model as demo_model
 from lightforcing.lightforcing_core.demo.captions import caption_of, parse
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 from lightforcing.lightforcing_core.rollout.schedule import Schedule
 
-from ..support.attention_problems import selection_plan
 from ..support.rollouts import roll
 from ..support.tiny_demo import TINY_VIDEO, write_tiny_demo
 
@@ -44,12 +44,11 @@ SIZES = {"frames_per_chunk": 3, "sigmas": few_step_sigmas()}
 
 def kept_blocks(schedule, growth, attention, per_frame=6):
     """Key blocks that each chunk's query blocks keep, and how many there are."""
-    budget = {name: getattr(attention, name) for name in ("keep_frames", "sink_frames", "near_frames")}
     lengths, layout = schedule.chunk_lengths(), FrameBlocks(per_frame * 16, 16)
-    return [
-        (selection_plan(range(end), frames, layout, sparsity=sparsity, **budget).kept, end * per_frame)
-        for frames, end, sparsity in zip(lengths, accumulate(lengths), growth, strict=True)
-    ]
+    ends = accumulate(lengths)
+    views = [View(range(end), frames, layout, layout, 1, 1) for frames, end in zip(lengths, ends, strict=True)]
+    plans = [attention.rule.plan(*one, attention.budget) for one in zip(views, growth, strict=True)]
+    return [(plan.kept, view.k_blocks) for plan, view in zip(plans, views, strict=True)]
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75, 0.88, 0.97])
@@ -60,7 +59,7 @@ def test_growing_uniform_and_one_stage_sparsity_skip_the_same(sparsity):
     assert published.growth != uniform.growth
     np.testing.assert_allclose(np.dot(weights, published.growth), np.dot(weights, uniform.growth))
     hsa, flat = (kept_blocks(SHORT, arm.growth, arm.attention) for arm in (published, one_stage))
-    assert one_stage.attention.keep_frames > 10**6
+    assert one_stage.attention.policy == "topk"
     assert hsa == flat
 
 
@@ -202,6 +201,20 @@ def test_probe_finds_the_error_of_each_layer_in_the_chunks_that_skip(bench, tmp_
     for dtype, most in (("int8", 0.02), ("fp8", 0.06)):
         assert (errors[f"dense kv {dtype}"] > 1e-4).all()
         assert (errors[f"dense kv {dtype}"] < most).all()
+
+
+def test_policies_of_their_own_density_have_a_peer_that_reads_as_much(bench, tmp_path):
+    bench = replace(bench, arms=("published as *", "mass", "published"), seeds=(0, 1), probes=1)
+    rows = run_quality(bench, tmp_path)
+    videos = {(row["arm"], row["seed"]): row for row in rows if row["kind"] == "video"}
+    for name in OWN_DENSITY:
+        own, peer = (np.array(videos[arm, 1]["densities"]) for arm in (name, f"published as {name}"))
+        assert own[0] == 1.0
+        assert own[2] < 1.0
+        assert (abs(own - peer) <= 0.5 / np.array([3, 6, 9])).all(), name  # a frame this small is one block
+    assert videos["mass 0.75", 0]["densities"] == videos["published 0.75", 0]["densities"]
+    probed = {row["arm"] for row in rows if row["kind"] == "attention"}
+    assert {arm for arm, _ in videos} - probed == {"forcing_kv", "dummy_forcing"}
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say_and_effects_are_in_deviations():
