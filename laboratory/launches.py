@@ -36,6 +36,7 @@ ALLOCATIONS = ("empty", "empty_like", "new_empty")
 SETTINGS: dict[str, dict[str, Any]] = {"published": {}, "with a tail": {"tail": True, "estimator": "lse"}}
 # Launches and host time per layer while every step was a launch of its own; the time in those of a `torch.add`.
 BEFORE = {"published": (22, 356), "with a tail": (23, 369)}
+fired: Counter[str] = Counter()  # launches of kernels by name; bound kernels outlive one count
 
 
 class Launches(TorchDispatchMode):
@@ -72,8 +73,8 @@ def forward(setting: str, layers: int, dense: DenseAttention) -> Callable[[], ob
 
 
 @contextmanager
-def absent_gpu(fired: Counter[str]) -> Iterator[None]:
-    """Kernels are bound for a GPU that is not here; `fired` counts their launches by name."""
+def absent_gpu() -> Iterator[None]:
+    """Kernels are bound for a GPU that is not here; `fired` counts their launches."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
@@ -126,8 +127,7 @@ def allocated(x: torch.Tensor, *_: Any) -> torch.Tensor:
 
 def counted(setting: str, layers: int) -> Counter[str]:
     """Launches of a step's forward, by name."""
-    fired: Counter[str] = Counter()
-    with absent_gpu(fired):
+    with absent_gpu():
         run = forward(setting, layers, sdpa)
         run()
         fired.clear()
@@ -140,7 +140,7 @@ def milliseconds(setting: str, repeats: int) -> tuple[float, float]:
     """Median process time of a step's forward and, between them, of a `torch.add` of one number."""
     one = torch.zeros(1)
     samples, adds = [], []
-    with absent_gpu(Counter()), ExitStack() as stack:
+    with absent_gpu(), ExitStack() as stack:
         run = forward(setting, LAYERS, allocated)
         run()
         for owner, name, value in (
