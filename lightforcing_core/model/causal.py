@@ -133,11 +133,10 @@ class ModelState:
 
     @property
     def shows_roles(self) -> bool:
-        """Whether heads have unknown roles, and the open chunk sees enough for its clean pass to show them."""
+        """Whether the open chunk sees enough of its past for its clean pass to show the roles of heads."""
         rule, visible = self.attention.head_rule, len(self.cache.slot_frames)
-        if rule is None or self.roles:
-            return False
-        return self.chunk.frames < visible and visible >= min(rule.probe_frames, self.cache.shape.slots)
+        enough = 0 if rule is None else min(rule.probe_frames, self.cache.shape.slots)
+        return self.chunk.frames < visible and visible >= enough
 
     def commit(self) -> None:
         """Keep the open chunk as history, with what its clean pass says about heads and changes."""

@@ -94,7 +94,7 @@ class _Loop:
             for index, length in enumerate(self.lengths):
                 is_given = index < self.first_index
                 self._follow_prompts(states, index, past)
-                if is_given and not self._is_replayed(index):
+                if is_given and not self._is_replayed(index) and not self._lacks_roles(states[0]):
                     for state in states:
                         state.cache.skip(length)
                     past.append(self._given(index))
@@ -116,7 +116,7 @@ class _Loop:
                     with graph.held():
                         for state in states:
                             state.roles = states[0].roles  # decided by the first guide for all
-                            shows = self.recipe.is_sparse and state.shows_roles
+                            shows = self._lacks_roles(state) and state.shows_roles
                             state.chunk.masses = [] if shows else None
                             self._clean_pass(state, latents, run_pass if shows else graph)
                     self.recorder.lap(index, "replay" if is_given else "clean pass")
@@ -174,6 +174,10 @@ class _Loop:
         given, sinks = self.starts[self.first_index], self.cache.sink_frames
         still_visible = self.starts[index + 1] > given - (self.cache.slots - sinks)
         return self.runtime.replay == "all" or self.starts[index] < sinks or still_visible
+
+    def _lacks_roles(self, state: ModelState) -> bool:
+        """Whether a clean pass is still to decide the roles of heads, from the same chunk however much is replayed."""
+        return self.recipe.is_sparse and self.recipe.attention.head_rule is not None and not state.roles
 
     def _given(self, index: int) -> Tensor:
         assert self.known is not None

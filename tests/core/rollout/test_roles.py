@@ -140,6 +140,13 @@ def test_every_option_runs_and_resumed_equals_uninterrupted(dit, policy, options
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_a_run_that_reads_only_its_window_again_decides_the_same_roles(dit, policy):
+    whole, record = run(dit, policy, frames=24)
+    _, rest = run(dit, policy, whole[:7], frames=24, replay="window")
+    assert rest.facts["roles of heads"] == record.facts["roles of heads"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("frames", [6, 9, 12])
 def test_a_lengthened_video_equals_a_long_one(dit, policy, frames):
     short, _ = run(dit, policy, frames=frames)
