@@ -188,8 +188,8 @@ class DummyForcing(HeadRule):
     probe_frames = 6
 
     def __post_init__(self) -> None:
-        if self.near < 1 or self.near != int(self.near):
-            raise ValueError(f"near {self.near} is no number of frames; the published ones are 3 and 6")
+        if self.near < 1:
+            raise ValueError(f"near {self.near} reads no near frame; the published numbers are 3 and 6")
         if not 0.0 <= self.dummies <= 1.0:
             raise ValueError(f"dummies {self.dummies} is outside [0, 1]; the published share is 0.5")
 

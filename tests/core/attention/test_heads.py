@@ -207,7 +207,7 @@ def test_everything_visible_is_read_for_a_reason(rule, view, reason):
         ({"policy": "topk", "roles": ((0,),)}, "attention policy 'topk' does not read by roles"),
         ({"policy": "forcing_kv", "roles": ((0, 2),)}, "0 for static, 1 for dynamic"),
         ({"policy": "dummy_forcing", "roles": ((0, 1), (0,))}, "as many numbers in each layer"),
-        ({"policy": "dummy_forcing", "settings": (("near", 1.5),)}, "near 1.5 is no number of frames"),
+        ({"policy": "dummy_forcing", "settings": (("near", 0),)}, "near 0 reads no near frame"),
         ({"policy": "dummy_forcing", "settings": (("dummies", 2.0),)}, r"dummies 2.0 is outside \[0, 1\]"),
         ({"policy": "forcing_kv", "settings": (("share", -0.1),)}, "share -0.1 is outside"),
     ],
