@@ -49,10 +49,10 @@ def measure(bench: PoliciesBench, put: Put, say: Say = str) -> None:
 
 
 def arms(backend: str, block: tuple[int, int]) -> dict[str, AttentionOptions]:
-    """The options of every policy: as it is, and with a tail and, if it scores blocks, `lse`."""
+    """The options of every policy that one layer shows: as it is, and with a tail and, if it scores blocks, `lse`."""
     found = {}
     for name, policy in POLICIES.items():
-        if isinstance(policy.selection, HeadRule):
+        if isinstance(policy.selection, HeadRule) or policy.cache is not None:  # known in whole runs only
             continue
         found[name] = replace(published(backend, block), policy=name)
         if policy.selection is not None and policy.selection.needs_means:

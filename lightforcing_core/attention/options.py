@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .backends import BACKEND_NAMES, BACKENDS
 from .blocks import block_pair
-from .policies import POLICIES, HeadRule, SelectionRule
+from .policies import POLICIES, HeadRule, RollingSink, SelectionRule
 from .roles import Roles
 from .selection import ESTIMATORS, FrameBudget
 
@@ -38,7 +38,7 @@ class AttentionOptions:
     block: (query, key) tokens per block, powers of two from 16 on.
     keep_frames, sink_frames, near_frames: the past latent frames that stay eligible for selection (more if those
     hold too few blocks for a chunk's density), and how many of them are the first and the nearest ones.
-    policy: one of `POLICIES`. settings: of its selection rule, by name; the others have their defaults.
+    policy: one of `POLICIES`. settings: of its rules, by name; the others have their defaults.
     roles: of the model's heads, for policies that read by role; () lets an early clean pass of the run decide them.
 
     Options beyond the published method:
@@ -67,7 +67,16 @@ class AttentionOptions:
             raise ValueError(f"estimator {self.estimator!r} is not known; use one of {', '.join(ESTIMATORS)}")
         if self.policy not in POLICIES:
             raise ValueError(f"attention policy {self.policy!r} is not known; use one of {', '.join(POLICIES)}")
-        _ = self.rule  # checks the settings
+        known = POLICIES[self.policy].settings
+        for name, value in self.settings:
+            if name not in known:
+                others = f"its settings are {', '.join(known)}" if known else "it has none"
+                raise ValueError(f"attention policy {self.policy!r} has no setting {name!r}; {others}")
+            whole = isinstance(known[name], int)
+            if type(value) not in (int, float) or not abs(value) <= MOST or (whole and value != int(value)):
+                kind = "whole number" if whole else "number"
+                raise ValueError(f"setting {name} {value!r:.80} of policy {self.policy!r} is no {kind} up to {MOST:,}")
+        _ = self.rule, self.cache_rule  # check the settings' values
         if self.roles and self.head_rule is None:
             raise ValueError(f"attention policy {self.policy!r} does not read by roles of heads; leave roles out")
         if self.head_rule is not None:
@@ -96,17 +105,19 @@ class AttentionOptions:
     @functools.cached_property
     def rule(self) -> SelectionRule | None:
         """The policy's selection rule with its settings; None reads everything."""
-        rule = POLICIES[self.policy].selection
-        known = [one.name for one in fields(rule)] if is_dataclass(rule) else list[str]()
-        for name, value in self.settings:
-            if name not in known:
-                others = f"its settings are {', '.join(known)}" if known else "it has none"
-                raise ValueError(f"attention policy {self.policy!r} has no setting {name!r}; {others}")
-            whole = isinstance(getattr(rule, name), int)
-            if type(value) not in (int, float) or not abs(value) <= MOST or (whole and value != int(value)):
-                kind = "whole number" if whole else "number"
-                raise ValueError(f"setting {name} {value!r:.80} of policy {self.policy!r} is no {kind} up to {MOST:,}")
-        return replace(rule, **dict(self.settings)) if self.settings and is_dataclass(rule) else rule
+        rule: SelectionRule | None = self._with_settings(POLICIES[self.policy].selection)
+        return rule
+
+    @functools.cached_property
+    def cache_rule(self) -> RollingSink | None:
+        """The policy's cache rule with its settings; None keeps sinks and the newest frames."""
+        rule: RollingSink | None = self._with_settings(POLICIES[self.policy].cache)
+        return rule
+
+    def _with_settings(self, rule: Any) -> Any:
+        own = {one.name for one in fields(rule)} if is_dataclass(rule) else set()
+        values = {name: value for name, value in self.settings if name in own}
+        return replace(rule, **values) if values else rule
 
     @property
     def head_rule(self) -> HeadRule | None:

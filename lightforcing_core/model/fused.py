@@ -125,7 +125,7 @@ def _fused_store(
     reason = (
         next((f"a norm {why}" for norm in norms if (why := _why_not_plain(norm, x, nn.RMSNorm))), None)
         or (None if q_norm.eps == k_norm.eps is not None else "the norms of q and k differ")
-        or ("sinks that follow are rotated later" if cache.keeps_originals else None)
+        or ("its frames are also kept as first stored" if cache.keeps_originals else None)
         or (None if rope.cos.dtype == torch.float32 else f"RoPE is in {rope.cos.dtype}")
         or kernel.why_not(x, head_dim, block, memory.keys.dtype)
     )

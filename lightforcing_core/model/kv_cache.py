@@ -2,8 +2,10 @@
 
 Evicting a frame is renaming its slot: nothing is shifted, cloned or concatenated, and all bookkeeping is Python
 ints, so nothing waits on the device. Keys are stored roped at their global frame index. Only sinks that follow the
-window are rotated, once per chunk and always from their first value, so rounding errors do not accumulate.
+window and frames that come back are rotated, always from their first value, so rounding errors do not accumulate.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,22 +31,18 @@ class KVCache:
         self.shape, self.layout = shape, shape.layout
         self.storage = KVStorage(shape, options or KVOptions(), device)
         self._slot_index = torch.zeros(shape.slots, dtype=torch.int32, device=device)
-        self._sink_keys: list[Tensor] = []  # as first stored, of sinks that follow
-        if shape.sink_rope == "follow" and shape.sink_frames:
-            batch, _, heads, dim = shape.rows(1)
-            size = (batch, shape.sink_frames * shape.tokens_per_frame, heads, dim)
-            self._sink_keys = [torch.empty(size, dtype=shape.dtype, device=device) for _ in range(shape.layers)]
         self.slot_frames: list[int] = []  # global latent-frame index held by each used slot, in memory order
         self._current: list[int] = []  # slots of the open or last chunk, in time order
         self._committed = True
         self._next_frame = 0
+        self._first_original = 0  # the frame of the first original
         self._views: dict[int, tuple[LayerMemory, LayerMemory]] = {}  # by layer, all of its memory and what is visible
         self.wrote_runs = False  # whether `store` has written to slots that are Python numbers
 
     @property
     def nbytes(self) -> int:
-        """Bytes on the computing device, with pooled keys and sink originals."""
-        return self.storage.device_bytes + sum(keys.nbytes for keys in self._sink_keys)
+        """Bytes on the computing device, with pooled keys and originals."""
+        return self.storage.device_bytes
 
     @property
     def current_frames(self) -> list[int]:
@@ -66,7 +64,8 @@ class KVCache:
         self._committed = False
         self._show_slots()
         self._send_slots()
-        self._move_sinks()
+        if self.shape.sink_rope == "follow":
+            self._put_back(self._sink_moves())
 
     def reopen(self) -> None:
         """Reopen all visible frames, so that one pass can recompute them; without sinks once a frame was evicted."""
@@ -75,14 +74,17 @@ class KVCache:
         is_whole = self._next_frame == len(self.slot_frames)
         self._current = list(range(self._next_frame)) if is_whole else self._movable_slots()
         self._committed = not self._current
+        if self.shape.rolling and self._current:
+            # Frames of the old text would bring its scene back, so the recomputed ones are the anchors from now on.
+            self._first_original = self.current_frames[0]
         self._send_slots()
 
     def skip(self, frames: int) -> None:
-        """Skip `frames` latent frames, and forget all earlier ones except sinks."""
+        """Skip `frames` latent frames, and forget all earlier ones except sinks and originals."""
         self._require_committed()
-        sinks = self.shape.sink_frames
-        if self._next_frame < sinks:
-            raise ValueError(f"frame {self._next_frame} is one of {sinks} sinks and cannot be passed over")
+        sinks, kept = self.shape.sink_frames, self.shape.first_frames
+        if self._next_frame < kept:
+            raise ValueError(f"frame {self._next_frame} is one of the first {kept} and cannot be passed over")
         self._next_frame += frames
         del self.slot_frames[sinks:]  # sinks were written first, so they hold the first slots
         self._show_slots()
@@ -93,15 +95,12 @@ class KVCache:
         self.wrote_runs, runs, memory = True, self._runs, self.storage.at(layer)
         if self.takes_mean:
             self.take_mean(memory, k)
-        write_tokens(memory.keys, memory.key_scales, k, runs, self.storage.layout, memory.key_mean)
-        write_tokens(memory.values, memory.value_scales, v, runs, self.storage.layout)
+        for frame, original in self._kept:
+            tokens = slice(frame * self.layout.tokens_per_frame, (frame + 1) * self.layout.tokens_per_frame)
+            for kept, x in zip(self.storage.originals[layer], (k, v), strict=False):
+                kept[original].copy_(x[:, tokens], non_blocking=True)
+        self._write(memory, runs, k, v)
         self.written(layer)
-        self._pool_keys(memory, runs, k)
-        if memory.value_means is not None:
-            copy_frames(memory.value_means, self.layout.block_means(v), runs, self.layout.per_frame)
-        if self._sink_keys:
-            sinks = [(frame, i, 1) for i, frame in enumerate(self.current_frames) if frame < self.shape.sink_frames]
-            copy_frames(self._sink_keys[layer], k, sinks, self.layout.tokens_per_frame)
 
     @property
     def takes_mean(self) -> bool:
@@ -140,11 +139,11 @@ class KVCache:
 
     @property
     def keeps_originals(self) -> bool:
-        """Whether the open chunk holds sinks whose keys are kept as first stored.
+        """Whether the open chunk holds frames that are also kept as first stored.
 
         If not, a kernel may write to `current_slots` of `storage.at(layer)` itself; then call `written`.
         """
-        return bool(self._sink_keys) and any(frame < self.shape.sink_frames for frame in self.current_frames)
+        return bool(self._kept)
 
     def current_slots(self) -> Tensor:
         """The open chunk's slots on the device, in time order: int32 [frames]."""
@@ -159,10 +158,12 @@ class KVCache:
     def commit(self) -> None:
         """Keep the open chunk's last stored keys and values, its clean ones, as history."""
         self._committed = True
+        if (rule := self.shape.rolling) and self._current:
+            held, committed = self.slot_frames, self.current_frames
+            self._put_back(rule.moves(held, committed, self.shape.slots, self._first_original))
 
     def free(self) -> None:
         self.storage.free()
-        self._sink_keys.clear()
         self._views.clear()
 
     def _require_open(self) -> None:
@@ -192,14 +193,22 @@ class KVCache:
                 self._runs.append((first, start, many + 1))
             else:
                 self._runs.append((slot, frame, 1))
+        # The open chunk's frames that are also kept as first stored, by their index in it and in the originals.
+        originals = ((i, frame - self._first_original) for i, frame in enumerate(self.current_frames))
+        self._kept = [(i, original) for i, original in originals if 0 <= original < self.shape.originals]
         index = torch.tensor(self._current, dtype=torch.int32)
         if self._slot_index.is_cuda:
             index = index.pin_memory()
         self._sent_slots = self._slot_index[: len(index)]
         self._sent_slots.copy_(index, non_blocking=True)
 
-    def _pool_keys(self, memory: LayerMemory, runs: Runs, k: Tensor) -> None:
-        """Pool the keys of whole frames, [B, L, H, D], into the slots of `runs`."""
+    def _write(self, memory: LayerMemory, runs: Runs, k: Tensor, v: Tensor | None = None) -> None:
+        """Write keys, and values if given, of whole frames [B, L, H, D] into the slots of `runs`, and pool."""
+        write_tokens(memory.keys, memory.key_scales, k, runs, self.storage.layout, memory.key_mean)
+        if v is not None:
+            write_tokens(memory.values, memory.value_scales, v, runs, self.storage.layout)
+            if memory.value_means is not None:
+                copy_frames(memory.value_means, self.layout.block_means(v), runs, self.layout.per_frame)
         if memory.key_means is not None and memory.frame_means is not None:
             block_means = self.layout.block_means(k)
             copy_frames(memory.key_means, block_means, runs, self.layout.per_frame)
@@ -208,19 +217,24 @@ class KVCache:
             sub_layout = sub_block_layout(self.layout)
             copy_frames(memory.sub_means, sub_layout.block_means(k), runs, sub_layout.per_frame)
 
-    def _move_sinks(self) -> None:
-        """Put sinks that follow directly before the window, from their original keys."""
-        movable = self._movable_slots()
-        shift = self.slot_frames[movable[0]] - self.shape.sink_frames if movable else 0
-        if not self._sink_keys or not shift:
+    def _sink_moves(self) -> list[tuple[int, int, int]]:
+        """Moves of sinks that follow to the place directly before the window, see `_put_back`."""
+        movable, sinks = self._movable_slots(), self.shape.sink_frames
+        shift = self.slot_frames[movable[0]] - sinks if movable else 0
+        return [(slot, slot, slot + shift) for slot in range(sinks)] if shift else []
+
+    def _put_back(self, moves: Sequence[tuple[int, int, int]]) -> None:
+        """Write originals to slots, rotated in time: (slot, original, frame at which it then stands)."""
+        if not moves:
             return
+        head_dim, device = self.shape.head_dim, self._slot_index.device
         wide = torch.promote_types(self.shape.dtype, torch.float32)
-        device = self._sink_keys[0].device
+        shifts = [frame - self._first_original - original for _, original, frame in moves]
         # Row and column 0 rotate by nothing.
-        table = RopeTable(shift, 1, 1, 1, self.shape.head_dim, dtype=wide, device=device)
-        runs = [(slot, frame, 1) for slot, frame in enumerate(self.slot_frames) if frame < self.shape.sink_frames]
-        for layer, original in enumerate(self._sink_keys):
-            moved, memory = table.rotate(original), self.storage.at(layer)
-            write_tokens(memory.keys, memory.key_scales, moved, runs, self.storage.layout, memory.key_mean)
-            self.storage.written(layer, [(slot, 1) for slot, _, _ in runs])
-            self._pool_keys(memory, runs, moved)
+        tables = [RopeTable(shift, 1, 1, 1, head_dim, dtype=wide, device=device) for shift in shifts]
+        for layer, originals in enumerate(self.storage.originals):
+            memory = self.storage.at(layer)
+            for (slot, original, _), table in zip(moves, tables, strict=True):
+                k, *v = (kept[original].to(device, non_blocking=True) for kept in originals)
+                self._write(memory, [(slot, 0, 1)], table.rotate(k), *v)
+            self.storage.written(layer, [(slot, 1) for slot, _, _ in moves])

@@ -4,8 +4,9 @@ With keys and values in CPU memory the device holds the layer in use and the nex
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from ...kernels.layer_memory import LayerMemory
 from ..attention.blocks import FrameBlocks
 from ..attention.options import Pools
+from ..attention.policies import RollingSink
 from ..attention.quantised import STORED, KVDtype, quantise_blocks
 from ..attention.selection import sub_block_layout
 from ..families import SinkRope
@@ -52,6 +54,7 @@ class CacheShape:
 
     slots: latent frames that a chunk can see, sinks and itself included. grid: rows and columns of tokens in a frame.
     sink_rope: "fixed" leaves sink keys at their first positions, "follow" keeps them directly before the window.
+    rolling: brings first frames back, its number of anchors fitted.
     pools: the means to keep; a run that never selects blocks needs none.
     dtype: the model's, in which means are kept.
     """
@@ -65,12 +68,24 @@ class CacheShape:
     block_k: int = 64
     sink_frames: int = 0
     sink_rope: SinkRope = "fixed"
+    rolling: RollingSink | None = None
     pools: Pools = KEY_MEANS
     dtype: torch.dtype = torch.float32
 
     @property
     def tokens_per_frame(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def originals(self) -> int:
+        """First frames whose keys, and values if they come back, are also kept as first stored."""
+        following = self.sink_frames if self.sink_rope == "follow" else 0
+        return self.rolling.anchors if self.rolling else following
+
+    @property
+    def first_frames(self) -> int:
+        """Frames at the start of the video that later chunks may see however long it is."""
+        return max(self.sink_frames, self.originals)
 
     @property
     def layout(self) -> FrameBlocks:
@@ -112,6 +127,8 @@ class KVStorage:
     """The tensors of all layers, allocated at construction.
 
     visible: the number of slots, from the first on, that are in use; only these are copied.
+    originals: of each layer first frames' keys and, if they come back, values: [frames, B, tokens, H, D]. Copies into
+        CPU memory run before those of `written`, for which `free` waits.
     layout, dtype: of keys and values. keeps_mean: keys are kept less a mean.
     """
 
@@ -123,6 +140,8 @@ class KVStorage:
         if self.dtype is not shape.dtype:
             sizes += [(shape.rows(layout.per_frame)[:3], torch.float32)] * 2
 
+        kept = shape.originals, shape.batch, shape.tokens_per_frame, shape.heads, shape.head_dim
+        originals = [(kept, shape.dtype) for _ in range(2 if shape.rolling else 1) if shape.originals]
         empty = torch.zeros if shape.pools.padded else torch.empty  # nothing writes to the padding
 
         def on_device() -> LayerMemory:
@@ -132,21 +151,24 @@ class KVStorage:
         self._stage: list[LayerMemory] = []
         if not options.host:
             layers = [on_device() for _ in range(shape.layers)]
+            take: Callable[..., Tensor] = partial(torch.empty, device=device)
         else:
             self._stage = [on_device() for _ in range(min(2, shape.layers))]
             self._device = self._stage[0].keys.device
             self._copier = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-            nbytes = shape.layers * bytes_of(sizes)
+            nbytes = shape.layers * bytes_of([*sizes, *originals])
             if self._copier is not None:
                 self._host = CpuMemory(nbytes, gpu=self._device, wait=self._copier.synchronize)
             else:
                 self._host = CpuMemory(nbytes, device=self._device)
-            layers = [LayerMemory(*(self._host.take(*size) for size in sizes)) for _ in range(shape.layers)]
+            take = self._host.take
+            layers = [LayerMemory(*(take(size, dtype=dtype) for size, dtype in sizes)) for _ in range(shape.layers)]
             if shape.pools.padded:
                 for layer in layers:
                     layer.keys.zero_(), layer.values.zero_()
             self._held: list[int | None] = [None] * len(self._stage)  # the layer that each staging buffer holds
             self._ready: list[torch.cuda.Event | None] = [None] * len(self._stage)
+        self.originals = [[take(size, dtype=dtype) for size, dtype in originals] for _ in layers]
         self._layers = _with_means(layers, shape, device)
         self.keeps_mean = options.key_mean and layers[0].scales is not None
         if self.keeps_mean:
@@ -158,11 +180,14 @@ class KVStorage:
     def device_bytes(self) -> int:
         """Bytes on the computing device, without the counters of a fused kernel."""
         means = sum(_bytes(layer.means) for layer in self._layers)
-        return means + sum(_bytes(layer.stored) for layer in self._stage or self._layers)
+        stored = sum(_bytes(layer.stored) for layer in self._stage or self._layers)
+        return means + stored + (0 if self._stage else sum(map(_bytes, self.originals)))
 
     @property
     def host_bytes(self) -> int:
-        return sum(_bytes(layer.stored) for layer in self._layers) if self._stage else 0
+        if not self._stage:
+            return 0
+        return sum(map(_bytes, (*self.originals, *(layer.stored for layer in self._layers))))
 
     def at(self, layer: int) -> LayerMemory:
         """All slots of one layer, on the device, to read and to write.
@@ -197,6 +222,7 @@ class KVStorage:
 
     def free(self) -> None:
         self._layers.clear()
+        self.originals.clear()
         if self._host is not None:
             if self._copier is not None:
                 self._copier.synchronize()  # unfinished copies use memory that is about to be freed

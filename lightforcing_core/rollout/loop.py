@@ -170,10 +170,12 @@ class _Loop:
             state.open_chunk(self.lengths[index], sparsity, self.device, steps=steps, later=later, given=given)
 
     def _is_replayed(self, index: int) -> bool:
-        """Whether an initial chunk is fed through the model: all are, or those that hold sinks or are still visible."""
-        given, sinks = self.starts[self.first_index], self.cache.sink_frames
-        still_visible = self.starts[index + 1] > given - (self.cache.slots - sinks)
-        return self.runtime.replay == "all" or self.starts[index] < sinks or still_visible
+        """Whether an initial chunk is fed through the model: all are, or those that later chunks may see."""
+        given, cache = self.starts[self.first_index], self.cache
+        still_visible = self.starts[index + 1] > given - (cache.slots - cache.sink_frames)
+        # After a hard switch the frames that come back are some in the middle.
+        switched = cache.rolling is not None and any(one.switch == "hard" for one in self.recipe.prompts[1:])
+        return self.runtime.replay == "all" or self.starts[index] < cache.first_frames or still_visible or switched
 
     def _lacks_roles(self, state: ModelState) -> bool:
         """Whether a clean pass is still to decide the roles of heads, from the same chunk however much is replayed."""

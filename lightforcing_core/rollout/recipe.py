@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention.options import AttentionOptions
+from ..attention.policies.rolling import WINDOW
 from ..families import SinkRope
 from ..model.kv_storage import CacheShape
 from ..refusal import Refusal, check_finite, check_size
@@ -96,7 +97,7 @@ class Recipe:
     sigmas: falling noise levels in (0, 1], closed by 0.
     context: the text, [B or 1, tokens, text_dim], or the prompts of a timeline.
     growth: one sparsity in [0, 1) per chunk, the last one for all later chunks; None is dense.
-    window: visible latent frames, sinks and the current chunk included; None sees everything.
+    window: visible latent frames, sinks and the current chunk included; None sees everything, or a cache rule's own.
     sink_frames: the first ones, which stay visible.
     seed: of the noise, which depends on seed, chunk and draw alone.
     initial_latents: [B or 1, C, frames, height, width], clean, with which the video starts. If `frames_per_chunk`
@@ -146,6 +147,13 @@ class Recipe:
             problem = f"already fills {self.initial_frames} of the video's {self.frames} latent frames"
             raise Refusal("initial_latents", problem, "make the video longer")
         check_window(self.window, self.sink_frames, self.sink_rope, max(self.chunk_lengths()))
+        if (rule := self.attention.cache_rule) is not None:
+            window = WINDOW if self.window is None else self.window
+            object.__setattr__(self, "window", window)
+            rule.fitted(window, max(self.chunk_lengths()))
+            if self.sink_frames:
+                problem = f"{self.sink_frames} would stay visible, and {self.attention.policy} brings first frames back"
+                raise Refusal("sink_frames", problem, "use 0")
         if self.last_latents is not None:
             self._check_end(self.last_latents.shape[2])
 
@@ -226,6 +234,7 @@ class Recipe:
         """The KV cache that a model of these sizes needs for one prompt."""
         batch, _, frames, height, width = self.latent_shape
         slots, sinks = self.ring
+        rule = self.attention.cache_rule if slots < frames else None  # nothing comes back if the window never moves
         return CacheShape(
             layers=layers,
             batch=batch,
@@ -236,6 +245,7 @@ class Recipe:
             block_k=self.attention.block[1],
             sink_frames=sinks,
             sink_rope=self.sink_rope if slots < frames else "fixed",  # nothing to follow if the window never moves
+            rolling=rule and rule.fitted(slots, max(self.chunk_lengths())),
             pools=self.attention.pools(sparse=self.is_sparse),
             dtype=dtype,
         )

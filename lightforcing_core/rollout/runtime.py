@@ -67,7 +67,7 @@ class Runtime:
     denoise: denoise(x, sigma, passes) → x0, for callers that run the model and do the guidance themselves; x is float32
         [B, C, f, h, w]. A step has a pass for each of the recipe's guides, a commit has one; see `causal.Pass`.
     replay: how a continued video is read again. "all" feeds every frame, so that the result equals one long run;
-        "window" only the sinks and the frames still visible, at a cost that does not grow with the video.
+        "window" only the frames that later chunks may see, at a cost that does not grow with the video.
     on_step: called after every denoising step.
     recorder: records the blocks that the run reads and the time it takes.
     measuring: a context in which `machine` measures, before the first chunk and after the last: it runs single layers,

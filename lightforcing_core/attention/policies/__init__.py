@@ -5,6 +5,7 @@ from .base import Plan, Policy, SelectionRule
 from .gated import Mass, MixtureOfBlocks
 from .heads import DummyForcing, ForcingKV, HeadRule
 from .light_forcing import Hierarchical, UniformTopK
+from .rolling import RollingSink
 from .static import Radial, SlidingTile, SpatialBand, Window
 
 POLICIES = {
@@ -19,6 +20,7 @@ POLICIES = {
     "vmoba": Policy(MixtureOfBlocks()),
     "forcing_kv": Policy(ForcingKV()),
     "dummy_forcing": Policy(DummyForcing()),
+    "rolling_sink": Policy(None, RollingSink()),
 }
 
-__all__ = ["POLICIES", "FrameBudget", "HeadRule", "Plan", "Policy", "SelectionRule", "View"]
+__all__ = ["POLICIES", "FrameBudget", "HeadRule", "Plan", "Policy", "RollingSink", "SelectionRule", "View"]

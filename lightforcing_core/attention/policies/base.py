@@ -1,12 +1,13 @@
 """The parts of an attention policy: its rules, and the plan that its selection rule makes for each chunk."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from ..selection import BlockSelection, FrameBudget, View
+from .rolling import RollingSink
 
 
 class Plan(Protocol):
@@ -58,6 +59,17 @@ class SelectionRule(Protocol):
 
 @dataclass(frozen=True)
 class Policy:
-    """How a video's chunks attend to their past; `selection` chooses key blocks, None reads all of them."""
+    """How a video's chunks attend to their past.
+
+    selection: chooses key blocks; None reads all of them.
+    cache: chooses the frames that the KV cache shows; None keeps sinks and the newest.
+    """
 
     selection: SelectionRule | None
+    cache: RollingSink | None = None
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """The settings of its rules with their defaults."""
+        rules = [rule for rule in (self.selection, self.cache) if is_dataclass(rule)]
+        return {one.name: getattr(rule, one.name) for rule in rules for one in fields(rule)}

@@ -9,6 +9,7 @@ import torch
 
 from laboratory.memory import MemoryCase, estimated, measured_peak
 from lightforcing.benchmarks.settings import Model, Picture
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.checkpoint.load import WanSize
 from lightforcing.lightforcing_core.memory.estimate import (
     AllocationPeak,
@@ -70,6 +71,15 @@ def test_cache_is_the_stated_formula_plus_pooled_keys_and_sink_originals_of_a_wi
     fixed, follow = (tiny(Schedule(12, sink_rope=rope, **window)) for rope in ("fixed", "follow"))
     assert follow.cache - fixed.cache == 3 * 2 * 24 * 2 * 128 * 2
     assert tiny(Schedule(6, sink_rope="follow", **window)).cache == tiny(Schedule(6)).cache  # nothing is evicted
+
+
+def test_frames_that_come_back_are_kept_once_more_on_the_device_or_in_cpu_memory():
+    shape, text = (1, 16, 60, 60, 104), torch.empty(1, 512, 4096, device="meta")
+    recipe = Recipe(shape, 3, few_step_sigmas(), text, attention=AttentionOptions(policy="rolling_sink"))
+    near, far = (estimate(WAN, recipe, weights=1, kv=KVOptions(host=host)) for host in (False, True))
+    slot = 287_539_200  # bytes of a latent frame's keys and values
+    assert near.cache == (21 + 18) * slot
+    assert (far.cache, far.host) == (21 * slot * 2 // 30, (21 + 18) * slot)
 
 
 def test_guidance_keeps_a_second_cache_and_prompt_and_length_costs_nothing_once_the_window_is_full():

@@ -91,7 +91,7 @@ def test_frames_before_a_skip_are_forgotten_but_the_sinks():
 
 
 def test_sinks_cannot_be_skipped():
-    with pytest.raises(ValueError, match="frame 0 is one of 2 sinks"):
+    with pytest.raises(ValueError, match="frame 0 is one of the first 2"):
         make_cache(8, 2).skip(3)
 
 
