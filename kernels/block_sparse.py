@@ -248,14 +248,15 @@ def _launch_for(kind: Kind, q: Tensor, result: Callable[[Launch], Tensor], machi
     """Launch parameters: chosen on a GPU by measurement, given enough work to time, else the defaults."""
     capability = capability_of(q)
     best = tuning.default_launch(kind, capability)
-    if INTERPRETED or not q.is_cuda or machine is None:
+    if INTERPRETED or not q.is_cuda or machine is None or machine.is_off():
         return best
     found: Launch | None = machine.settled.get((kind, q.device))
     if found is not None:
         return found
     units = q.shape[0] * q.shape[2] * bound.cdiv(q.shape[1], best.tile_q)
-    if units < _multiprocessors(q.device) or torch.cuda.is_current_stream_capturing():
+    if units < _multiprocessors(q.device):
         return best
+    captures = torch.cuda.is_current_stream_capturing()
     descriptors = TensorDescriptor is not None and capability[0] not in tuning.MMA_SYNC
     tolerance = TOLERANCE * {torch.int8: 2, torch.float8_e4m3fn: 4}.get(kind.stored, 1)
     for number, changes in enumerate(tuning.rounds(kind, capability, descriptors=descriptors)):
@@ -265,7 +266,9 @@ def _launch_for(kind: Kind, q: Tensor, result: Callable[[Launch], Tensor], machi
             return result(launches[name])
 
         facts = {"incumbent": str(best), "tolerance": tolerance}
-        best = launches[machine.choose(tuning.WORK, (number, kind), q.device, launches, by, **facts)]
-    if not machine.is_trying():
+        best = launches[
+            machine.choose(tuning.WORK, (number, kind), q.device, launches, None if captures else by, **facts)
+        ]
+    if not (captures or machine.is_trying()):
         machine.settled[kind, q.device] = best
     return best

@@ -33,11 +33,14 @@ ENOUGH = 0.2  # seconds after which a candidate and the incumbent have been time
 SECONDS = 8.0  # of a look
 SHARE = 1 / 16  # of a look's time that one run of the incumbent may take; slower work is not measured
 CRASHED = "ended or froze the process that tried it, twice"
+LEASE = 600.0  # seconds for which another process may still be trying a candidate
 
 Thunk = Callable[[], Tensor]
 By = Callable[[str], Tensor]  # runs the candidate of a name
 
-settled: dict[Hashable, Any] = kept_for_a_run()  # winners of this run; emptied when a choice may have another one
+settled: dict[Hashable, Any] = kept_for_a_run()  # winners of this run
+_open: dict[Hashable, Any] = kept_for_a_run()  # of these the choices for which something is still to be tried
+_unusable: dict[Hashable, Any] = kept_for_a_run()  # holds "profile" once that failed in this run
 _checked: set[tuple["Choice", str]] = set()  # candidates that were right in this process
 _skipped: set[tuple["Choice", str]] = set()  # candidates that this process does not try
 _log = logging.getLogger(__name__)
@@ -105,9 +108,9 @@ def choose(
     if len(names) < 2 or _thread.is_safe:
         return incumbent
     choice, look = Choice(work, facts, device, incumbent), _thread.look
-    if settled.get(choice) in names:
-        return str(settled[choice])
-    if is_off() or is_recording() or device.type == "meta" or is_trying():
+    if (found := settled.get(choice)) in names:
+        return str(found)
+    if is_off() or _unusable or is_recording() or device.type == "meta" or is_trying():
         return incumbent
     rows, winner = dict[str, Row](), incumbent
     try:
@@ -123,7 +126,7 @@ def choose(
         raise
     except profile.ProfileError as error:
         say_once(logging.WARNING, f"[Light Forcing] nothing is measured: {error}", about="profile")
-        look.end = 0.0
+        look.end, _unusable["profile"] = 0.0, True
     except Exception as error:  # the incumbent's, which its caller will meet, or no memory for two results at once
         _skipped.update((choice, name) for name in names)
         _log.info("[Light Forcing] not measured: %s (%s)", choice.title, one_line(error))
@@ -134,6 +137,8 @@ def choose(
             note(f"measured {choice.title}", f"{name} {'is' if name == winner else 'is not used, it'} {row.because}")
     if run:
         settled[choice] = winner
+        if any(name not in rows or rows[name].state == TRYING for name in names if name != incumbent):
+            _open[choice] = True
     return winner
 
 
@@ -146,12 +151,10 @@ def is_off() -> bool:
 def safe() -> Iterator[None]:
     """Make every choice in this thread its incumbent; nothing is measured."""
     before, _thread.is_safe = _thread.is_safe, True
-    settled.clear()
     try:
         yield
     finally:
         _thread.is_safe = before
-        settled.clear()
 
 
 @contextlib.contextmanager
@@ -166,7 +169,10 @@ def measuring(
     say: shows a line to the user, once something is tried. should_stop: whether to try no more of them.
     seconds: after which none is tried any more; one that runs is not interrupted.
     """
-    settled.clear()  # a choice that was settled for want of time can be measured now
+    for choice in list(settled):  # but not decided ones, which a graph that is recorded later finds here
+        if choice in _open or not isinstance(choice, Choice):
+            settled.pop(choice, None)
+    _open.clear()
     say = cache(say)  # shows each line once
     before, _thread.look = _thread.look, _Look(say, should_stop, seconds, time.monotonic() + seconds)
     try:
@@ -203,19 +209,27 @@ def _measure(look: _Look, choice: Choice, unknown: list[str], run: By, tolerance
     for name in unknown:
         if not has_time():
             return
-        # The row that stays if the candidate ends the process: after a second time, which is no power cut, for ever.
-        profile.keep(choice.device, choice.text, name, Row(QUARANTINED, CRASHED) if name in known else Row(TRYING))
-        row = None
+        former, row = known.get(name), None
+        if former and time.time() - former.gain < LEASE:
+            continue
+        # This row is still there if the candidate ends the process. Once may be a power cut, twice is not.
+        attempt = Row(TRYING, "again" if former else "", time.time())
+        if former and former.because:
+            profile.keep(choice.device, choice.text, name, Row(QUARANTINED, CRASHED))
+            continue
+        profile.keep(choice.device, choice.text, name, attempt)
         try:
             row = _row(partial(run, name), usual, choice, expected, tolerance)
             _wait(choice.device)
         except torch.OutOfMemoryError:  # says nothing about the candidate
             _skipped.add((choice, name))
-        except DeviceLost as error:
-            row = Row(QUARANTINED, f"made the GPU unusable ({one_line(error)})")
+        except BaseException as error:
+            is_lost = isinstance(error, DeviceLost)
+            row = Row(QUARANTINED, f"made the GPU unusable ({one_line(error)})") if is_lost else None
+            with contextlib.suppress(profile.ProfileError):
+                profile.keep(choice.device, choice.text, name, row)
             raise
-        finally:
-            profile.keep(choice.device, choice.text, name, row)
+        profile.keep(choice.device, choice.text, name, row)
         if row is not None:
             _log.info("[Light Forcing] measured %s: %s is %s, %s", choice.title, name, *row[:2])
             _checked.add((choice, name))

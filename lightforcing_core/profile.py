@@ -29,7 +29,11 @@ class ProfileError(OSError):
 
 
 class Row(NamedTuple):
-    """What is known about a candidate. gain: the incumbent's time divided by its own, 0 if it was not timed."""
+    """What is known about a candidate.
+
+    gain: the incumbent's time divided by its own, 0 if it was not timed. Of a candidate that is being tried the time
+    at which that began, and because is "again" if the process that tried it before did not come to an end.
+    """
 
     state: str
     because: str = ""
@@ -38,10 +42,12 @@ class Row(NamedTuple):
 
 def rows(device: torch.device, choice: str | None = None) -> dict[str, dict[str, Row]]:
     """What is known about each candidate of one choice, or of all: {choice: {candidate: row}}."""
-    query = "SELECT * FROM proofs WHERE machine = ? AND choice = coalesce(?, choice)"
+    query = (
+        "SELECT choice, candidate, state, because, gain FROM proofs WHERE machine = ? AND choice = coalesce(?, choice)"
+    )
     found: dict[str, dict[str, Row]] = {}
     with _transaction() as database:
-        for _, title, candidate, *row in database.execute(query, (machine_of(device)[0], choice)):
+        for title, candidate, *row in database.execute(query, (machine_of(device)[0], choice)):
             found.setdefault(title, {})[candidate] = Row(*row)
     return found
 
@@ -52,7 +58,10 @@ def keep(device: torch.device, choice: str, candidate: str, row: Row | None) -> 
     with _transaction() as database:
         database.execute("DELETE FROM proofs WHERE machine = ? AND choice = ? AND candidate = ?", place)
         if row is not None:
-            database.execute("INSERT INTO proofs VALUES (?, ?, ?, ?, ?, ?)", (*place, *row))
+            database.execute(
+                "INSERT INTO proofs (machine, choice, candidate, state, because, gain) VALUES (?, ?, ?, ?, ?, ?)",
+                (*place, *row),
+            )
 
 
 def folder() -> Path:
@@ -73,12 +82,13 @@ def _transaction() -> Iterator[sqlite3.Connection]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # A write takes its lock at once, because sqlite gives up a read that becomes a write while another waits.
-        connection = sqlite3.connect(path, timeout=60.0, isolation_level="IMMEDIATE")
+        connection = sqlite3.connect(path, timeout=10.0, isolation_level="IMMEDIATE")
         with closing(connection) as database, database:
             database.execute(SCHEMA)
             yield database
     except (OSError, sqlite3.Error) as error:
-        raise ProfileError(f"{path} cannot be used ({error}); delete it or make it writable") from error
+        remedy = "end the process that holds it" if "locked" in str(error) else "delete it or make it writable"
+        raise ProfileError(f"{path} cannot be used ({error}); {remedy}") from error
 
 
 @functools.cache
@@ -107,8 +117,9 @@ def machine_of(device: torch.device) -> tuple[str, dict[str, Any]]:
 
 
 def _nvidia_driver() -> str | None:
-    """The version of NVIDIA's driver; torch knows only the newest CUDA that it can run."""
+    """The version of NVIDIA's driver, or the newest CUDA that it can run where its tool is missing."""
     command = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()[0]
-    return None
+    newest = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return f"CUDA {newest()}" if newest else None

@@ -27,7 +27,7 @@ CudaGraph = Literal["auto", "on", "off"]
 LEAST_LAUNCHES = 2
 # Largest accepted difference between the first launch of a kind and a normal pass: rounding, not another result.
 TOLERANCE = 0.02
-WORK = "CUDA graphs of {2} layers of width {1}, {3} in {4}"
+WORK = "CUDA graphs of {2} layers of width {1}, {4} in {5}"
 
 # Kinds of passes whose first launch in this process matched a normal pass.
 _checked: set[Hashable] = set()

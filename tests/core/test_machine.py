@@ -196,6 +196,22 @@ def test_a_lost_device_is_raised_and_its_cause_quarantined(restart, monkeypatch)
     assert state_of("fast") == "quarantined"
 
 
+def test_a_lost_device_is_raised_if_the_profile_is_lost_too(restart, monkeypatch):
+    def lost():
+        damaged(profile.folder())
+        raise fast_path.DeviceLost("illegal memory access")
+
+    monkeypatch.setitem(CANDIDATES, "fast", lost)
+    with pytest.raises(fast_path.DeviceLost):
+        choose("fast")
+
+
+def test_measuring_again_forgets_no_winner_that_a_recording_needs(restart):
+    assert choose("fast") == "fast"
+    with machine.measuring(), fast_path.recording():
+        assert choose("fast", measures=False) == "fast"
+
+
 def test_incumbent_that_fails_decides_nothing(restart, monkeypatch):
     monkeypatch.setitem(CANDIDATES, "usual", fails(RuntimeError("no kernel image")))
     assert choose("fast") == "usual"
@@ -215,6 +231,7 @@ def test_another_machine_or_shape_is_not_concerned(restart, monkeypatch):
 CHILD = """
 import os, sys, torch
 from lightforcing.lightforcing_core import machine
+machine.LEASE = {lease}
 x = torch.ones(4)
 machine.seconds_of = lambda run, device: 0.1 if run.args[0] == "usual" else 0.05
 def run(name):
@@ -226,14 +243,16 @@ for number in range({keys}):
 """
 
 
-def child(name, *, crashes=False, keys=1):
-    code = CHILD.format(crashes=crashes, keys=keys)
+def child(name, *, crashes=False, keys=1, lease=0.0):
+    code = CHILD.format(crashes=crashes, keys=keys, lease=lease)
     return subprocess.Popen([sys.executable, "-c", code, name], stdout=subprocess.PIPE, text=True, env=os.environ)
 
 
 def test_candidate_that_ends_the_process_twice_is_never_tried_again(restart):
     for name in "aba":
         assert child(name, crashes=True).wait() == 7
+    assert child("b", lease=60.0).communicate()[0] == "usual\n"  # as if another process were still trying it
+    assert state_of("fast") == "trying"
     assert child("a").communicate()[0] == "usual\n"
     assert sorted(rows["fast"].state for rows in profile.rows(CPU).values()) == ["quarantined", "trying"]
     assert child("b").communicate()[0] == "fast\n"  # whose process may have ended in a power cut
@@ -273,7 +292,7 @@ def test_profile_that_cannot_be_used_costs_a_warning_and_nothing_is_tried(restar
     choose("fast")
     happens(profile.folder())
     restart()
-    assert choose("fast", "faster", run=never) == choose("fast", facts=(1, 2)) == "usual"
+    assert choose("fast", "faster", run=never) == choose("fast", facts=(1, 2), run=never) == "usual"
     assert caplog.text.count("delete it or make it writable") == 1
 
 
