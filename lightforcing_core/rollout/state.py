@@ -178,6 +178,8 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
     state = {name: facts.pop(name) for name in ("model", "kv_dtype") if name in facts}
     key_mean = facts.pop("key_mean", state.get("kv_dtype", "same") == "same") is True
     noise = {name: facts.pop(name) for name in ("first_sigmas", "context_noise") if name in facts}
+    lists = facts["sigmas"], facts.get("growth"), noise.get("first_sigmas")
+    are_numbers = all(type(number) in (int, float) for some in lists for number in some or ())
     recipe = Recipe(
         context=prompts,
         initial_latents=tensors.get("given"),
@@ -195,7 +197,7 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
     if count < 0 or not all(type(number) is int and abs(number) < 1 << 64 for number in integers):
         raise TypeError(f"{integers!s:.80} where whole numbers are needed")
     are_floats = math.isfinite(recipe.guidance.cfg) and all(map(Tensor.is_floating_point, tensors.values()))
-    if type(run.model) is not str or not are_floats:
+    if type(run.model) is not str or not are_floats or not are_numbers:
         raise TypeError("a text, number or tensor of another type than it needs")
     check_choice("kv_dtype", run.kv_dtype, KVDtype)
     return run
