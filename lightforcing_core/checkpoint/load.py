@@ -156,7 +156,7 @@ def _read(
         shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         if reason := other_wan(shapes):
             raise ValueError(reason)
-        found |= _stated_marks(metadata.pop(LAYER_FORMATS, "{}"), layout)
+        found = _stated_marks(metadata.pop(LAYER_FORMATS, "{}"), layout) | found  # a layer's own mark counts first
         quantisation = read_quantisation(found)
         for name in (f"{layer}.weight" for layer, kind in quantisation.other_layers.items() if kind == "nvfp4"):
             shapes[name] = (*shapes[name][:-1], *(2 * size for size in shapes[name][-1:]))  # two values in a byte

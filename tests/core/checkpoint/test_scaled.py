@@ -161,8 +161,9 @@ def test_comfyuis_keys_are_unchanged_and_become_plain_on_request_unless_packed(t
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_quantisation_in_the_metadata_becomes_a_mark_of_each_layer(tmp_path, naming):
+def test_quantisation_in_the_metadata_becomes_a_mark_of_each_layer_without_one(tmp_path, naming):
     stored, _ = quantised(tiny_wan(), "weight_scale", "tensor")
+    stored[f"{LAYERS[0]}.comfy_quant"] = comfy_quant("float8_e4m3fn", full_precision_matrix_mult=True)
     marks = {f"{layer}.weight_scale_2": torch.ones(1) for layer in LAYERS}  # one tensor per layer gives its stored name
     their_layers = [name.removesuffix(".weight_scale_2") for name in NAMINGS[naming](marks)]
     header = {"format_version": "1.0", "layers": {layer: {"format": "float8_e4m3fn"} for layer in their_layers}}
@@ -170,7 +171,7 @@ def test_quantisation_in_the_metadata_becomes_a_mark_of_each_layer(tmp_path, nam
         NAMINGS[naming](stored), tmp_path / "x.safetensors", metadata={"_quantization_metadata": json.dumps(header)}
     )
     loaded, info = load_dit_state_dict(tmp_path / "x.safetensors")
-    assert_same(loaded, stored | {f"{layer}.comfy_quant": comfy_quant("float8_e4m3fn") for layer in LAYERS})
+    assert_same(loaded, {f"{layer}.comfy_quant": comfy_quant("float8_e4m3fn") for layer in LAYERS} | stored)
     assert info.metadata == {}
 
 
