@@ -96,11 +96,16 @@ def custom_inputs() -> list[io.Input]:
 
 
 def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None) -> Schedule:
-    """The schedule of the node's inputs; `family`: the connected model's, if any. ValueError if it cannot be met."""
+    """The schedule of the node's inputs; `family`: the connected model's, if any.
+
+    Raises ValueError for one that cannot be met, TypeError for an input that a custom schedule does not have.
+    """
     frames = _latent_frames_of(length)
     settings = dict(preset)
     name = settings.pop("preset")
     if name == CUSTOM:
+        if foreign := settings.keys() - {one.id for one in custom_inputs()}:
+            raise TypeError(f"{min(foreign)!r:.80} is not an input of a custom schedule")
         target, window = settings.pop("target"), settings.pop("window")
         own = numbers_per_chunk(settings.pop("sparsity", None) or "", "sparsity", float, lists=True)
         overrides = tuple(sorted(own.items()))

@@ -61,7 +61,7 @@ SCHEDULES = (
     {"preset": {"preset": "auto"}, "file": 5},
     {"preset": {**CUSTOM, "frames_per_chunk": None}},
     {"preset": {**CUSTOM, "target": "0.5"}},
-    {"preset": {**CUSTOM, "frames": 30}},
+    {"preset": {**CUSTOM, "reference": 30}},  # a field of the schedule
     {"preset": {"preset": ["auto"]}, "family": {}},
 )
 PAGES = ({"client_id": [1], "plays": True}, {"preset": "x" * 1000})
