@@ -3,7 +3,7 @@
 ComfyUI calls a sampler, and the sampler calls the model through ComfyUI, so that hooks, LoRAs and offloading work. The
 patch adds two ways from the sampler into the model, both as wrappers that chain with others and belong to the clone:
 
-1. Before sampling, `ChunkSampler.prepare_run` checks the inputs and requests memory, while no weights are loaded yet.
+1. Before sampling, `CausalSampler.prepare_run` checks the inputs and requests memory, while no weights are loaded yet.
 2. In each forward, the passes of the rollout arrive in `transformer_options`, the one argument that ComfyUI hands from
    a sampler to the model unchanged (`run_passes` puts them there, `_forward` takes them out). The text comes from the
    pass, because prompts change during a run; ComfyUI's own conditioning is computed as usual, and not used.
@@ -14,7 +14,7 @@ refused by name.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,12 @@ class Settings:
 
     family: Family
     attention: AttentionOptions
+
+
+class CausalSampler(Sampler):
+    """A SAMPLER of this pack; `prepare_run` checks a run and plans its memory before any weight is loaded."""
+
+    prepare_run: Callable[..., None]
 
 
 def settings_of(model: ModelPatcher) -> Settings | None:
@@ -116,9 +122,8 @@ def _outer_sample(
     **named: Any,
 ) -> Tensor:
     """The OUTER_SAMPLE wrapper, around a whole sampling: the first way in."""
-    prepare = getattr(sampler, "prepare_run", None)
-    if prepare is not None:
-        prepare(executor.class_obj, noise, latent_image, sigmas, denoise_mask, seed or 0)
+    if isinstance(sampler, CausalSampler):
+        sampler.prepare_run(executor.class_obj, noise, latent_image, sigmas, denoise_mask, seed or 0)
     else:
         log.warning(
             "[Light Forcing] this sampler is not Light Forcing's, so the model runs as an ordinary bidirectional one. "

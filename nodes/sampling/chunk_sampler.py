@@ -27,7 +27,6 @@ from ...lightforcing_core.rollout.state import RunState
 from ..comfy import (
     Interrupted,
     ModelPatcher,
-    Sampler,
     dense_attentions,
     is_interrupted,
     is_out_of_memory,
@@ -38,7 +37,7 @@ from ..comfy import (
     show_text,
     weights_of,
 )
-from ..model.patch import KEY, conflicting_patch, required_settings, run_passes
+from ..model.patch import KEY, CausalSampler, conflicting_patch, required_settings, run_passes
 from ..vae.decode import FrameDecoder
 from .memory import looks_of, memory_advice, plan_of
 from .observer import Observer
@@ -47,7 +46,7 @@ from .request import KV_CACHES, Request, model_text, named_for_the_canvas, unsui
 log = logging.getLogger(__name__)
 
 
-class ChunkSampler(Sampler):
+class ChunkSampler(CausalSampler):
     """The rollout as a ComfyUI SAMPLER, with the guider's cfg and prompts.
 
     request: the inputs of the node.
