@@ -211,9 +211,11 @@ def _growth(curve: str, ends: list[int], target: float, base: float | None) -> t
     count = len(ends)
     if curve == "constant":
         return [target] * count, [1.0] * count
-    if base is None or not target <= base <= 1.0:
+    remedy = f"use a base of at least {target}, a lower target, or the constant curve"
+    if base is None:
+        raise Refusal("base", "is missing, and growth ends at it", remedy)
+    if not target <= base <= 1.0:
         problem = f"{base} is not between target {target} and 1: growth starts below the target and ends at base"
-        remedy = f"use a base of at least {target}, a lower target, or the constant curve"
         raise Refusal("base", problem, remedy)
     if curve == "linear":
         return [base] * count, [1.0 - i / max(count - 1, 1) for i in range(count)]

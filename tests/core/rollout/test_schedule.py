@@ -120,7 +120,7 @@ def test_a_given_list_keeps_its_shape():
         ({"target": -0.1, "base": 0.5}, "target -0.1"),
         ({"target": math.nan, "base": 0.5}, "target nan"),
         ({"target": 0.5, "base": 1.5}, "base 1.5"),
-        ({"target": 0.5}, "base None is not between"),
+        ({"target": 0.5}, "base is missing, and growth ends at it; use a base of at least 0.5"),
         ({"target": 0.5, "base": 0.6, "window": 2}, "window 2 .* at least 3"),
         ({"target": 0.5, "base": 0.6, "curve": "steep"}, "'steep'.*inverse_sqrt"),
         ({"target": 0.5, "curve": [0.5]}, "1 values for 7 chunks"),
