@@ -5,6 +5,7 @@ Recording is done on a tape of operations in the place of a CUDA graph, see `tap
 
 import importlib
 import logging
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -195,6 +196,24 @@ def test_a_launch_that_gives_another_result_is_found_out_at_once(dit, events, mo
     assert torch.equal(video(run(dit, "auto", recorder=recorder)), expected)
     assert "a recorded step and a normal one gave different results" in recorder.finish().facts["CUDA graphs"]
     assert [kind for kind, _ in events] == ["record", "launch", "free"]
+
+
+def test_only_first_steps_recordings_and_the_first_check_of_a_kind_run_the_modules(dit, events, monkeypatch):
+    calls = Counter()
+
+    def count(name, module):
+        forward = module.forward
+        monkeypatch.setattr(module, "forward", lambda *given: calls.update([name]) or forward(*given))
+
+    for name, module in (("head", dit.head.head), ("first", dit.blocks[0].ffn), ("last", dit.blocks[1].ffn)):
+        count(name, module)
+    # Twelve steps, of which nine are launched; replayed operations are no calls. Kinds are dense, sparse, and sparse
+    # with frames to choose from; each is compared once in a process.
+    for how, steps in (("off", 12), ("on", 3 + 3 + 3), ("on", 3 + 3)):
+        list(run(dit, how))
+        # Clean passes of all but the last chunk skip what only the output needs.
+        assert calls == {"head": steps, "first": steps + 2, "last": steps}
+        calls.clear()
 
 
 def new_prompt(dit, state, run):
