@@ -25,6 +25,7 @@ MULTIPLE = 16  # torch's FP8 product needs both sides of a weight to be multiple
 WORK = "FP8 product [{}, {}] of depth {} in {}"
 TOLERANCE = 0.1  # of an FP8 product, as a share of the largest value; its rounding is a third of that
 SCALED, SCALED_AFTER, IN_16_BITS = "FP8", "FP8 with scales applied after the product", "16 bits"
+WIDENED = f"computed in {IN_16_BITS}"  # the fact of a run's record about layers in FP8 that run in 16 bits
 # The quantised matrices of a transformer layer; embeddings, time and head are not quantised.
 LAYER_LINEARS = (
     *(f"{attention}.{name}" for attention in ("self_attn", "cross_attn") for name in "qkvo"),
@@ -103,7 +104,7 @@ def way_of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
         chosen = machine.choose(WORK, (*shape, dtype), device, names, run, incumbent=incumbent, tolerance=TOLERANCE)
     if chosen == IN_16_BITS:
-        note("computed in 16 bits", f"{shape[1]}×{shape[2]} ({reason or 'faster than FP8 here'})")
+        note(WIDENED, f"{shape[1]}×{shape[2]} ({reason or 'faster than FP8 here'})")
     return chosen
 
 

@@ -23,6 +23,7 @@ from ...lightforcing_core.model.fp8 import (
     LAYER_LINEARS,
     MULTIPLE,
     SCALED,
+    WIDENED,
     dequantize_rows,
     multiply,
     product,
@@ -81,7 +82,7 @@ def _linear(_: Any, args: tuple, kwargs: dict) -> Tensor:
     if not (isinstance(x, QuantizedTensor) and isinstance(weight, QuantizedTensor)):
         if isinstance(weight, QuantizedTensor):
             reason = why_not_scaled_mm(x.device, SCALED, *(3 * (MULTIPLE,))) or "as ComfyUI or the file asks"
-            note("computed in 16 bits", f"FP8 layers ({reason})")
+            note(WIDENED, f"FP8 layers ({reason})")
         return torch.nn.functional.linear(*dequantize_args((x, weight, bias)))
     (values, scales), weights = (RowwiseFP8Layout.get_plain_tensors(tensor) for tensor in (x, weight))
     if scales is None:

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ...lightforcing_core.families import Family, family_of
 from ...lightforcing_core.files.video import VideoWriter
+from ...lightforcing_core.model.fp8 import WIDENED
 from ...lightforcing_core.rollout.recipe import check_guidance, few_step_sigmas
 from ..comfy import (
     ExecutionBlocker,
@@ -164,8 +165,8 @@ class LightForcingSampler(io.ComfyNode):
         notes = [note for note in (line.why_cut, line.why_dense) if note]
         if sampler.record is not None:
             made[RECORD] = sampler.record
-            if (wide := "computed in 16 bits") in sampler.record.facts:  # layers in FP8
-                notes.append(f"{wide}: {sampler.record.facts[wide]}")
+            if WIDENED in sampler.record.facts:
+                notes.append(f"{WIDENED}: {sampler.record.facts[WIDENED]}")
         if line.why_cut:
             show_text("\n· ".join(notes))
         return io.NodeOutput(made, images_of(decoder), ui=shown(videos, notes))
