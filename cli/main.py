@@ -157,7 +157,7 @@ def quantize(
 def doctor(
     file: Annotated[Path | None, typer.Option("--json", help="File for the report, to paste into an issue.")] = None,
 ) -> None:
-    """Check in a minute what this machine has, and that every fast path compiles and is right on it."""
+    """Check in a minute what this machine has, and that every fast path is right on it and, on a GPU, compiles."""
     if not carry_out(partial(_measure, "gpu", everything=False), GpuBench(quick=True), file)["ok"]:
         raise typer.Exit(1)
 

@@ -106,7 +106,7 @@ class KVCache:
     def takes_mean(self) -> bool:
         """Whether an 8-bit cache holds the open chunk alone, whose stores then decide the mean that keys are kept less.
 
-        So each pass of a first chunk takes it anew, and a run that continues from a file takes the same as one run.
+        So each pass of a first chunk takes it anew, and a continued run that is replayed whole takes the same.
         """
         return self.storage.keeps_mean and len(self._current) == len(self.slot_frames)
 
