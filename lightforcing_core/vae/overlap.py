@@ -22,8 +22,8 @@ class OverlappedDecoder:
     def __init__(self, decoder: Any, weights: Weights | None, *, concurrent: bool = True) -> None:
         self._decoder, self._weights = decoder, weights
         self._stream = side_stream(weights.device) if weights and concurrent else None
-        self._coming: deque[Pending] = deque()
-        self._read: list[Tensor] = []
+        # With the weights that it reads: if others replace them, their memory must not be used again yet.
+        self._coming: deque[tuple[Pending, list[Tensor]]] = deque()
 
     def put(self, latents: Tensor, *, normalised: bool = True) -> list[Tensor]:
         """Decode the clip's next latents [B, 16, f, h, w]; returns frames that are ready.
@@ -36,16 +36,18 @@ class OverlappedDecoder:
         are_held = weights is not None and weights.hold() is None
         try:
             if weights is None or self._stream is None or not are_held:
-                return [*self._next(len(self._coming)), self._decoder.decode(latents, normalised=normalised)]
+                made = self._next(len(self._coming))
+                if not are_held:
+                    self._release()  # weights of the decode that has ended
+                return [*made, self._decoder.decode(latents, normalised=normalised)]
             earlier = len(self._coming)
 
             def decode() -> tuple[Tensor, Tensor]:
                 frames = self._decoder.decode(latents, normalised=normalised, trusted=True)
                 return frames, self._decoder.extremes
 
-            self._coming.append(self._stream.start(decode, latents))
-            # If others are put in their place meanwhile, their memory must not be used again yet.
-            self._read = [weight.data for weight in weights.tree.parameters()]
+            pending = self._stream.start(decode, latents)
+            self._coming.append((pending, [weight.data for weight in weights.tree.parameters()]))
             return self._next(earlier)
         finally:
             self._release()
@@ -53,7 +55,7 @@ class OverlappedDecoder:
     def arrived(self) -> list[Tensor]:
         """Return the frames that are ready, without waiting."""
         frames = []
-        while self._coming and self._coming[0].is_there():
+        while self._coming and self._coming[0][0].is_there():
             frames += self._next(1)
         self._release()
         return frames
@@ -66,15 +68,16 @@ class OverlappedDecoder:
 
     def drop(self) -> None:
         """Discard pending frames; later work on the device waits for their decode."""
-        self._coming.clear()
         if self._stream is not None:
             self._stream.join()
+        self._coming.clear()
         self._release()
 
     def _next(self, count: int) -> list[Tensor]:
         made = []
         for _ in range(count):
-            frames, extremes = self._coming.popleft().wait()
+            pending, _read = self._coming.popleft()
+            frames, extremes = pending.wait()
             self._decoder.check(extremes)
             made.append(frames)
         return made
@@ -82,7 +85,6 @@ class OverlappedDecoder:
     def _release(self) -> None:
         """Let the weights move again, unless a decode that is not finished reads them."""
         if self._weights is not None and not self._coming:
-            self._read = []
             self._weights.release()
 
 
