@@ -26,6 +26,7 @@ class SparseDefaults:
     keep_near: int = 2
     estimator: Literal["mean", "lse"] = "lse"
     tail: bool = True
+    policy: str = "light_forcing"
     reference: int = 21
 
 

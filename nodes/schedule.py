@@ -4,13 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, get_args
 
+import torch
 from comfy_api.latest import io, ui
 
+from ..lightforcing_core.attention.options import AttentionOptions
 from ..lightforcing_core.families import FAMILIES, Family, SinkRope, family_of
-from ..lightforcing_core.rollout.cost import flops_ratio, model_ratio, schedule_costs
+from ..lightforcing_core.rollout.cost import flops_ratio, model_ratio, recipe_costs, schedule_costs
+from ..lightforcing_core.rollout.recipe import Recipe
 from ..lightforcing_core.rollout.schedule import CURVES, Schedule, latent_frames_of
 from .browser import watching_page
 from .comfy import ModelPatcher, find_model, running_server
+from .model.loader import settings_from
 from .model.patch import settings_of
 from .texts import node_schema
 
@@ -28,7 +32,7 @@ MOST_FRAMES = 16001
 MOST_NUMBERS = latent_frames_of(MOST_FRAMES)  # one per chunk
 MOST_TEXT = 1 << 17  # characters of all of them
 NO_PRESET = f"this preset does not exist; use {AUTO}, {DENSE}, {GENTLE}, {CUSTOM} or a family"
-PLOTTED_BLOCKS = 25  # key blocks of 64 tokens in a frame of 480×832
+PLOTTED = 60, 104  # the latent size of 480×832
 ANY_LONG_VIDEO = 961  # checks a schedule whose length is not known before the graph runs
 Number = TypeVar("Number", int, float)
 
@@ -78,7 +82,8 @@ class LightForcingSchedule(io.ComfyNode):
         settings = settings_of(model) if model is not None else None
         schedule = schedule_from(length, preset, settings.family if settings else None)
         is_drawn = watching_page(running_server()) is not None
-        return io.NodeOutput(schedule, ui=None if is_drawn else ui.PreviewText(_listed(schedule)))
+        options = settings.attention if settings else AttentionOptions()
+        return io.NodeOutput(schedule, ui=None if is_drawn else ui.PreviewText(_listed(schedule, options)))
 
 
 def custom_inputs() -> list[io.Input]:
@@ -162,8 +167,8 @@ def numbers_per_chunk(text: str, name: str, number: Callable[[str], Number], *, 
 def plot_numbers(asked: dict[str, Any]) -> dict[str, Any]:
     """The numbers of the canvas's plot; `follows` if only a run knows the model, `error` if it cannot be met.
 
-    asked: `length` and `preset` of the node, and `family` and `file` of the connected model as far as the canvas
-    knows them; a request that no node makes raises what its values raise.
+    asked: `length` and `preset` of the node, and `family`, `file` and the attention's `widgets` of the connected model
+    as far as the canvas knows them; a request that no node makes raises what its values raise.
     """
     family, file = FAMILIES.get(asked.get("family") or ""), asked.get("file")
     if family is None and file is not None:
@@ -171,39 +176,53 @@ def plot_numbers(asked: dict[str, Any]) -> dict[str, Any]:
     if asked["preset"]["preset"] in FOLLOWING and family is None:
         return {"follows": "the connected model decides when the graph runs"}
     try:
-        return numbers_of(schedule_from(asked["length"], asked["preset"], family))
+        schedule = schedule_from(asked["length"], asked["preset"], family)
+        settings = settings_from(family or FAMILIES["unknown"], **asked.get("widgets") or {})
+        return numbers_of(schedule, settings.attention)
     except ValueError as error:
         return {"error": str(error)}
 
 
-def numbers_of(schedule: Schedule) -> dict[str, Any]:
+def numbers_of(schedule: Schedule, options: AttentionOptions) -> dict[str, Any]:
     """A schedule as the canvas plots it.
 
-    The size is not known. FLOPs are those of 480×832 in blocks of 64; at another size, and in the sparsities and their
-    mean, each chunk differs from a run by less than one block. The mean is that of all chunks but the dense ones,
-    weighted as for a target; None if nothing is skipped.
+    The size is not known. FLOPs, and the sparsities of a policy that decides them itself, are those of 480×832; at
+    another size, and in the other sparsities and their mean, each chunk differs from a run by less than one block. The
+    mean is that of all chunks but the dense ones, weighted as for a target; None if nothing is skipped. Numbers that
+    queries and keys decide are None.
     """
-    lengths = schedule.chunk_lengths()
+    lengths, rule = schedule.chunk_lengths(), options.rule
     sparsities = schedule.sparsities() or [0.0] * len(lengths)
-    costs = schedule_costs(sparsities, lengths, schedule.window, PLOTTED_BLOCKS)
-    sparse = schedule_costs(sparsities, lengths, schedule.window)[max(1, schedule.dense_chunks) :]
+    shape, text = (1, 16, schedule.latent_frames, *PLOTTED), torch.zeros(1, 1, 1)
+    costs = recipe_costs(Recipe(shape, sigmas=(1.0, 0.0), context=text, attention=options, **schedule.arguments()))
+    drawn: list[float | None] = [None if cost.by_keys else 1.0 - cost.density for cost in costs]
+    sparse = costs
+    if rule is not None and rule.uses_sparsity:
+        drawn, sparse = [*sparsities], schedule_costs(sparsities, lengths, schedule.window)
+    known, sparse = None not in drawn, sparse[max(1, schedule.dense_chunks) :]
     skipped = sum((1.0 - chunk.density) * chunk.kv_frames for chunk in sparse)
     return {
         "title": schedule.title,
         "lengths": lengths,
-        "sparsities": sparsities,
+        "policy": options.policy_text if options.policy != "light_forcing" else "",
+        "sparsities": drawn,
         "target": schedule.target,
         "mean": skipped / sum(chunk.kv_frames for chunk in sparse) if skipped else None,
         "window": schedule.window,
         "sink_frames": schedule.sink_frames,
-        "attention_ratio": flops_ratio(costs),
-        "model_ratio": model_ratio(costs),
+        "attention_ratio": flops_ratio(costs) if known else None,
+        "model_ratio": model_ratio(costs) if known else None,
     }
 
 
-def _listed(schedule: Schedule) -> str:
+def _listed(schedule: Schedule, options: AttentionOptions) -> str:
     """The schedule as text, for clients that do not draw the plot."""
-    numbers = numbers_of(schedule)
-    each, mean = ", ".join(f"{one:.3f}" for one in numbers["sparsities"]), numbers["mean"] or 0.0
-    count = len(numbers["lengths"])
-    return f"{schedule.title}: {count} chunks, sparsity {each}; mean of the sparse chunks {mean:.3f}"
+    numbers = numbers_of(schedule, options)
+    mean = numbers["mean"] if None in numbers["sparsities"] else numbers["mean"] or 0.0
+    each, mean = ", ".join(map(_sparsity, numbers["sparsities"])), _sparsity(mean)
+    title = ", ".join(filter(None, (schedule.title, numbers["policy"])))
+    return f"{title}: {len(numbers['lengths'])} chunks, sparsity {each}; mean of the sparse chunks {mean}"
+
+
+def _sparsity(value: float | None) -> str:
+    return "by the keys" if value is None else f"{value:.3f}"

@@ -20,7 +20,7 @@ def node_schema(node_id: str, **fields: Any) -> io.Schema:
     texts = TEXTS[node_id]
     schema = io.Schema(node_id, texts["display_name"], "Light Forcing", description=texts["description"], **fields)
     for key, field in inputs_of(schema.inputs):
-        field.tooltip = texts["inputs"][key]["tooltip"]
+        field.tooltip = texts["inputs"].get(key, {}).get("tooltip")  # a policy from elsewhere may have no text
     for index, output in enumerate(schema.outputs):
         output.tooltip = texts["outputs"][str(index)]["tooltip"]
     return schema

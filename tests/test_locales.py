@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lightforcing.lightforcing_core.attention.policies import POLICIES
 from lightforcing.tools import help_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,3 +86,11 @@ def test_help_pages_are_titled_as_the_node_and_list_its_inputs(language):
         page = help_tables.page_of(node, language).read_text(encoding="utf-8")
         assert page.startswith(f"# {texts['display_name']}\n")
         assert page == help_tables.renewed(node, language), f"{node}, {language}: run `make help-tables`"
+
+
+@pytest.mark.parametrize("language", help_tables.HEADS)
+def test_help_says_of_each_policy_what_it_is_for(language):
+    page = help_tables.page_of("LightForcingModelLoader", language).read_text(encoding="utf-8")
+    for name, policy in POLICIES.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` | ")]
+        assert policy.standing in row

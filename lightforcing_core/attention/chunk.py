@@ -37,6 +37,11 @@ class ChunkAttention:
         return bool(self.plan and self.plan.tables and self.choice and self.choice.name == TRITON.name)
 
     @property
+    def by_keys(self) -> bool:
+        """Whether queries and keys decide how many blocks are read."""
+        return self.plan is not None and self.plan.density is None
+
+    @property
     def no_backend(self) -> str | None:
         """Why no sparse backend works, if the chunk is dense for that reason."""
         return self.choice.reason if self.choice and self.choice.name == DENSE.name else None

@@ -125,6 +125,14 @@ class AttentionOptions:
         return self.rule if isinstance(self.rule, HeadRule) else None
 
     @property
+    def policy_text(self) -> str:
+        """The policy for display, with its settings and the schedule's part in it."""
+        policy, rule = POLICIES[self.policy], self.rule
+        settings = (f"{name} {value:g}" for name, value in self.settings)
+        text = ", ".join([f"{self.policy} ({policy.standing})", *settings])
+        return text if rule is None or rule.uses_sparsity else f"{text}; decides itself how much it reads"
+
+    @property
     def budget(self) -> FrameBudget:
         return FrameBudget(self.keep_frames, self.sink_frames, self.near_frames)
 

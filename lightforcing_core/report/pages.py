@@ -34,12 +34,13 @@ def describe(record: RunRecord) -> str:
     for chunk in record.chunks:
         span = f"{chunk.start_frame}-{chunk.start_frame + chunk.frames - 1}"
         stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in chunk.seconds.items())
+        to_skip = "–" if chunk.sparsity is None else f"{chunk.sparsity:.1%}"
         lines.append(
-            f"{chunk.index:>5}  {span:>13}  {len(chunk.visible):>4}  {chunk.sparsity:>7.1%}  {chunk.density:>5.1%}"
+            f"{chunk.index:>5}  {span:>13}  {len(chunk.visible):>4}  {to_skip:>7}  {chunk.density:>5.1%}"
             f"  {chunk.steps:>5}  {stages}"
         )
     stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in record.seconds.items())
-    lines += ["", *_layer_lines(record), f"seconds: {stages or 'none'}", *_reasons(record)]
+    lines += ["", *_layer_lines(record), *_head_lines(record), f"seconds: {stages or 'none'}", *_reasons(record)]
     return "\n".join(lines)
 
 
@@ -93,6 +94,17 @@ def _layer_lines(record: RunRecord) -> list[str]:
     layers = enumerate(zip(*(chunk.layer_density for chunk in record.chunks), strict=True))
     rows = [f"{layer:>5}  " + " ".join(f"{share:.1%}" for share in shares) for layer, shares in layers]
     return ["read by each layer, per chunk", *rows]
+
+
+def _head_lines(record: RunRecord) -> list[str]:
+    """The heads that read least and most in the last chunk with a map."""
+    chunk = next((one for one in reversed(record.chunks) if one.block_map is not None), None)
+    if chunk is None or chunk.block_map is None:
+        return []
+    shares = chunk.block_map.float().mean((2, 3)) / chunk.query_blocks  # [layers, heads]
+    ends = [divmod(int(place), record.heads) for place in (shares.argmin(), shares.argmax())]
+    least, most = (f"{float(shares[layer, head]):.1%} (layer {layer}, head {head})" for layer, head in ends)
+    return [f"heads of chunk {chunk.index} read between {least} and {most}"] if least != most else []
 
 
 def _reasons(record: RunRecord) -> list[str]:
@@ -152,8 +164,9 @@ def _density_page(record: RunRecord) -> Image.Image:
     bars, layers = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.3))
     index = [chunk.index for chunk in record.chunks]
     bars.bar(index, [chunk.density for chunk in record.chunks], width=0.8, color=FILL, label="read")
-    scheduled = [1 - chunk.sparsity for chunk in record.chunks]
-    bars.step(index, scheduled, where="mid", color=BUDGET, linewidth=1.5, linestyle="--", label="scheduled")
+    if all(chunk.sparsity is not None for chunk in record.chunks):
+        scheduled = [1 - (chunk.sparsity or 0.0) for chunk in record.chunks]
+        bars.step(index, scheduled, where="mid", color=BUDGET, linewidth=1.5, linestyle="--", label="scheduled")
     bars.set_ylim(0, 1.12)
     bars.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     bars.grid(axis="y", color=GRID, linewidth=0.8)

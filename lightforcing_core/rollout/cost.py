@@ -12,16 +12,21 @@ from ..attention.selection import kept_blocks
 from .recipe import Recipe
 
 LAYERS, DIM, FFN_DIM = 30, 1536, 8960
+MOST_PLANNED = 256  # latent frames
 FORWARDS = 5  # of a chunk: four denoising steps and the clean pass
 
 
 @dataclass(frozen=True)
 class ChunkCost:
-    """One chunk: `frames` latent frames that read the share `density` of `kv_frames`, its own included."""
+    """One chunk: `frames` latent frames that read the share `density` of `kv_frames`, its own included.
+
+    by_keys: queries and keys decide how much is read; the density is then the most that it can be.
+    """
 
     frames: int
     kv_frames: int
     density: float
+    by_keys: bool = False
 
     def attention_pairs(self, *, dense: bool = False) -> float:
         """Query frames × key frames that one attention call computes, or would compute dense."""
@@ -48,24 +53,35 @@ def schedule_costs(
 
 
 def recipe_costs(recipe: Recipe) -> list[ChunkCost]:
-    """The cost of every chunk that a run of `recipe` generates, by the blocks that its policy keeps at its size."""
+    """The cost of every chunk that a run of `recipe` generates, by the blocks that its policy keeps at its size.
+
+    Chunks that see more than `MOST_PLANNED` frames read the share that they would read of so many. Once the window has
+    moved on by twice its length, chunks of equal length and sparsity read the same.
+    """
     options, lengths = recipe.attention, recipe.chunk_lengths()
     grid = recipe.latent_shape[3] // 2, recipe.latent_shape[4] // 2
     q_layout, k_layout = (FrameBlocks(grid[0] * grid[1], size) for size in options.block)
     slots, sinks = recipe.ring
     costs, starts = schedule_costs([0.0] * len(lengths), lengths, slots), [0, *accumulate(lengths)]
+    known: dict[tuple[float, ...], ChunkCost] = {}
     for index, cost in enumerate(costs):
-        sparsity = recipe.sparsity(index)
-        if options.rule is not None and sparsity and cost.kv_frames > cost.frames:
-            kept, end, rule = min(sinks, starts[index]), starts[index + 1], options.head_rule
-            visible = [*range(kept), *range(end - cost.kv_frames + kept, end)]
+        sparsity, end, rule = recipe.sparsity(index), starts[index + 1], options.head_rule
+        if options.rule is None or not sparsity or cost.kv_frames == cost.frames:
+            continue
+        seen = min(cost.kv_frames, MOST_PLANNED)
+        key = cost.frames, cost.kv_frames, min(end - seen, 2 * seen), sparsity
+        if key not in known:
+            kept = min(sinks, end - seen)
+            visible = [*range(kept), *range(end - seen + kept, end)]
             view = View(visible, cost.frames, q_layout, k_layout, 1, 1, None, grid, options.tiles, options.roles)
             if rule is not None and (reads := rule.segments) and starts[index - 1] >= rule.split:
                 view = view._replace(changed=torch.arange(reads))
             if rule is not None and rule.why_all(view):
-                continue
-            density = options.rule.plan(view, sparsity, options.budget).density
-            costs[index] = replace(cost, density=1.0 if density is None else density)
+                known[key] = replace(cost, by_keys=not options.roles)
+            else:
+                density = options.rule.plan(view, sparsity, options.budget).density
+                known[key] = replace(cost, density=1.0 if density is None else density, by_keys=density is None)
+        costs[index] = known[key]
     return costs[recipe.first_index :]
 
 

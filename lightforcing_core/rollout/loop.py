@@ -63,6 +63,7 @@ class _Loop:
         if self.first_index == len(self.lengths):
             problem = f"already holds all {recipe.frames} latent frames of the video"
             raise Refusal("finished", problem, "ask for a longer video")
+        self.read: float | None = None  # the share of key blocks that the last chunk read, if recorded
         self.done, self.total = 0, sum(len(recipe.levels(i)) - 1 for i in range(self.first_index, len(self.lengths)))
         self.known = recipe.latents_with(made)
         if self.known is not None:
@@ -109,6 +110,8 @@ class _Loop:
                         problem = f"of the video holds NaN or infinity; the model computes in {self.dtype}"
                         remedy = "use another dtype of its weights, or its LoRA at a lower strength or not at all"
                         raise NotFinite(f"chunk {index}", problem, remedy)
+                    if states[0].chunk.attention.by_keys:
+                        self.read = self.recorder.share_read()
                     self.recorder.lap(index, "denoise")
                     yield Chunk(index, self.starts[index], latents)
                     self.recorder.lap(index, "output")
@@ -241,6 +244,7 @@ class _Loop:
                 x0 = _with_end(x0, end)
             self.done += 1
             if self.runtime.on_step is not None:
+                attention = states[0].chunk.attention
                 event = StepEvent(
                     chunk=index - self.first_index,
                     chunks=len(self.lengths) - self.first_index,
@@ -253,7 +257,7 @@ class _Loop:
                     no_backend=states[0].chunk.attention.no_backend,
                     x=x,
                     x0=x0,
-                    density=states[0].chunk.attention.density,
+                    density=self.read if attention.by_keys else attention.density,
                 )
                 self.runtime.on_step(event)
             if following > 0.0:

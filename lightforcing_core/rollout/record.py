@@ -28,9 +28,9 @@ class ChunkRecord:
     """One generated chunk: `frames` latent frames from `start_frame` on.
 
     visible: the latent frames it attended to, oldest first, its own included.
-    sparsity: the share of key blocks that the schedule skips.
+    sparsity: the share of key blocks that the schedule skips; None if the policy decides how many are read.
     layer_density: the share of visible key blocks that each layer read at the last denoising step, the mean over heads
-        and query blocks.
+        and query blocks; 1 if it was neither planned nor recorded.
     seconds: per stage, `denoise`, `clean pass`, `output`.
     why_dense: the reason if every block was read, else None.
     query_blocks: the number of query blocks behind the counts in `block_map`.
@@ -45,7 +45,7 @@ class ChunkRecord:
     start_frame: int
     frames: int
     visible: tuple[int, ...]
-    sparsity: float
+    sparsity: float | None
     layer_density: tuple[float, ...]
     steps: int
     seconds: dict[str, float]
@@ -144,13 +144,13 @@ class RunRecorder:
         """Begin a chunk to generate, which `state` has just opened."""
         layout, options, chunk = state.cache.layout, state.attention, state.chunk
         queries = FrameBlocks(layout.tokens_per_frame, options.block[0])
-        slot_frames = tuple(state.cache.slot_frames)
+        slot_frames, rule = tuple(state.cache.slot_frames), options.rule
         record = ChunkRecord(
             index,
             chunk.start_frame,
             chunk.frames,
             visible=tuple(sorted(slot_frames)),
-            sparsity=sparsity,
+            sparsity=sparsity if not sparsity or rule is None or rule.uses_sparsity else None,
             layer_density=(chunk.attention.density,) * self._layers,
             steps=steps,
             seconds={},
@@ -182,6 +182,11 @@ class RunRecorder:
             if held <= self._map_bytes or self._every > len(self._chunks):
                 return
             self._every *= 2
+
+    def share_read(self) -> float | None:
+        """The share of key blocks that the last chunk read, if that is recorded; waits for the device."""
+        shares = self._chunks[-1].shares_read(self._heads)
+        return sum(shares) / len(shares) if shares else None
 
     def finish(self, *, frames: int | None = None) -> RunRecord:
         """Wait for the device; the record of all denoised chunks, or those within the first `frames` latent frames."""
@@ -219,12 +224,14 @@ class _Open:
     kept_sums: Tensor | None = None
     block_map: Tensor | None = None
 
+    def shares_read(self, heads: int) -> tuple[float, ...]:
+        """The share of key blocks that each layer read; empty if that is not recorded."""
+        pairs = heads * self.record.query_blocks * len(self.slot_frames) * self.per_frame
+        return () if self.kept_sums is None else tuple(kept / pairs for kept in self.kept_sums.tolist())
+
     def finished(self, seconds: dict[str, float], heads: int) -> ChunkRecord:
         """The chunk's record, on the CPU and in time order."""
-        density, block_map = self.record.layer_density, None
-        if self.kept_sums is not None:
-            pairs = heads * self.record.query_blocks * len(self.slot_frames) * self.per_frame
-            density = tuple(kept / pairs for kept in self.kept_sums.tolist())
+        density, block_map = self.shares_read(heads) or self.record.layer_density, None
         if self.block_map is not None:
             by_time = sorted(range(len(self.slot_frames)), key=self.slot_frames.__getitem__)
             block_map = self.block_map.cpu().unflatten(-1, (-1, self.per_frame))[:, :, by_time]

@@ -38,7 +38,8 @@ class StepEvent:
     index, start_frame: of the chunk in the video, see `Chunk`.
     done, total: steps of the whole run.
     x, x0: [B, C, frames, h, w], the step's input and its prediction.
-    density, no_backend: see `ChunkAttention`.
+    density, no_backend: see `ChunkAttention`. If queries and keys decide the density, it is that of the last chunk of
+        which it is recorded, or None.
     """
 
     chunk: int
@@ -51,7 +52,7 @@ class StepEvent:
     total: int
     x: Tensor
     x0: Tensor
-    density: float
+    density: float | None
     no_backend: str | None = None
 
 

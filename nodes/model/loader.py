@@ -11,6 +11,7 @@ from comfy_api.latest import io, ui
 
 from ...lightforcing_core.attention.backends import BACKEND_NAMES
 from ...lightforcing_core.attention.options import AttentionOptions
+from ...lightforcing_core.attention.policies import POLICIES
 from ...lightforcing_core.attention.selection import ESTIMATORS
 from ...lightforcing_core.checkpoint.files import CheckpointError, name_list
 from ...lightforcing_core.checkpoint.load import load_dit_state_dict
@@ -60,6 +61,7 @@ class LightForcingModelLoader(io.ComfyNode):
                 *option_inputs(),
             ],
             outputs=[io.Model.Output(display_name="MODEL")],
+            accept_all_inputs=True,  # otherwise ComfyUI drops a policy that this version does not have
         )
 
     @classmethod
@@ -69,8 +71,9 @@ class LightForcingModelLoader(io.ComfyNode):
         path = model_path("diffusion_models", model_name)
         lora = None if lora_name == NONE else model_path("loras", lora_name)
         chosen = chosen_family(family, path)
+        settings = settings_from(chosen, **options)
         model = load_checkpoint(path, weights, lora, weight_dtype, chosen)
-        return io.NodeOutput(patched(model, settings_from(chosen, **options)), ui=assumed(chosen, family, path))
+        return io.NodeOutput(patched(model, settings), ui=assumed(chosen, family, path))
 
 
 class LightForcingApply(io.ComfyNode):
@@ -82,6 +85,7 @@ class LightForcingApply(io.ComfyNode):
             "LightForcingApply",
             inputs=[io.Model.Input("model"), *option_inputs()],
             outputs=[io.Model.Output(display_name="MODEL")],
+            accept_all_inputs=True,  # otherwise ComfyUI drops a policy that this version does not have
         )
 
     @classmethod
@@ -105,21 +109,42 @@ def option_inputs() -> list[io.Input]:
         io.Combo.Input("tail", options=[AUTO, "on", "off"], default=AUTO, optional=True, advanced=True),
         io.Boolean.Input("tiles", default=False, optional=True, advanced=True),
         io.Int.Input("reuse_steps", default=1, min=1, max=16, step=1, optional=True, advanced=True),
+        io.DynamicCombo.Input("policy", options=policy_options(), optional=True),
     ]
+
+
+def policy_options() -> list[io.DynamicCombo.Option]:
+    """Every attention policy with the settings of its rule."""
+
+    def field(name: str, value: float) -> io.Input:
+        if isinstance(value, int):
+            return io.Int.Input(name, default=value, min=0, max=100, step=1, optional=True)
+        return io.Float.Input(name, default=value, min=0.0, max=1.0, step=0.01, optional=True)
+
+    listed = {name: [field(*one) for one in policy.settings.items()] for name, policy in POLICIES.items()}
+    return [io.DynamicCombo.Option(name, inputs) for name, inputs in ({AUTO: []} | listed).items()]
 
 
 def settings_from(family: Family, **widgets: Any) -> Settings:
     """The patch settings that `option_inputs` describe. Raises ValueError for values that do not fit together.
 
-    A graph may lack the optional ones; `reuse_steps` has no effect, and saved graphs hold it.
+    A graph may lack the optional ones; `reuse_steps` has no effect, and saved graphs hold it. The settings of a policy
+    come with its name, as {"policy": "mass", "top_p": 0.9}, or as "policy.top_p".
     """
+    rule = {name: value for name, value in widgets.items() if name.startswith("policy.")}
+    rule = {name.removeprefix("policy."): value for name, value in rule.items()}
+    if isinstance(chosen := widgets.get("policy"), dict):
+        rule |= chosen
+        widgets["policy"] = rule.pop("policy")
     given = {name: value for name, value in widgets.items() if value not in (AUTO, AS_FAMILY)}
     if "tail" in given:
         given["tail"] = given["tail"] == "on"
     sparse = replace(family.sparse, **{name: given[name] for name in given.keys() & vars(family.sparse).keys()})
     block, frames = int(given.get("block", BLOCK)), (sparse.keep_frames, sparse.keep_sink, sparse.keep_near)
     beyond = sparse.estimator, sparse.tail, given.get("tiles", False)
-    return Settings(family, AttentionOptions(given.get("backend", AUTO), (block, block), *frames, *beyond))
+    settings = tuple((name, value) for name, value in rule.items() if value is not None)  # None: not in the graph
+    policy: dict[str, Any] = {"policy": sparse.policy, "settings": settings}
+    return Settings(family, AttentionOptions(given.get("backend", AUTO), (block, block), *frames, *beyond, **policy))
 
 
 def chosen_family(family: str, path: str) -> Family:

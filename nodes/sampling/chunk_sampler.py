@@ -199,10 +199,14 @@ class ChunkSampler(CausalSampler):
         batch, _, frames, height, width = recipe.latent_shape
         videos = "" if batch == 1 else f"{batch} videos of "
         sinks = f", {recipe.sink_frames} of them sinks" if recipe.sink_frames else ""
+        costs = recipe_costs(recipe)
+        ratio = f"{flops_ratio(costs):.1%} of dense attention FLOPs planned"
+        planned = "the keys decide how much is read" if any(cost.by_keys for cost in costs) else ratio
         return {
             "model": f"{required_settings(model).family.title}, {run.model}",
             "video": f"{videos}{video_frames_of(frames)} frames ({frames} latent) at {8 * width}×{8 * height}",
-            "schedule": f"{self._title}, {flops_ratio(recipe_costs(recipe)):.1%} of dense attention FLOPs planned",
+            "schedule": f"{self._title}, {planned}",
+            "policy": recipe.attention.policy_text,
             "sees": "everything" if recipe.window is None else f"{recipe.window} latent frames{sinks}",
             "seed": str(recipe.seed),
             "memory": str(plan.kv),

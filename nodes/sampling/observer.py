@@ -74,7 +74,8 @@ class ProgressLine(Observer):
             self._pace = f"{(now - self._begun) / event.chunk:.1f} s per chunk · "
         if now - self._shown >= LINE_PAUSE:
             self._shown = now
-            steps = f"step {event.step + 1}/{event.steps} · {self._pace}density {100 * event.density:.0f} %"
+            density = "decided by the keys" if event.density is None else f"{100 * event.density:.0f} %"
+            steps = f"step {event.step + 1}/{event.steps} · {self._pace}density {density}"
             self._show(f"chunk {event.chunk + 1}/{event.chunks} · {steps}")
 
     def cut(self, reason: str) -> None:

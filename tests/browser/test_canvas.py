@@ -130,6 +130,20 @@ def test_plot_follows_the_widgets(canvas):
     canvas.evaluate(SET_WIDGET, [schedule, "preset", "auto"])
     canvas.evaluate(SET_WIDGET, [loader, "model_name", "long_video_gen.pt"])
     assert shown("n.title === 'Light Forcing, long video'")[0]["window"] == 12
+    canvas.evaluate(SET_WIDGET, [loader, "policy", "radial"])
+    own, bars = shown("n.policy.startsWith('radial')")
+    assert 0.0 < own["attention_ratio"] < 1.0
+    canvas.evaluate(SET_WIDGET, [loader, "policy.decay", 1.0])
+    assert shown("n.policy.includes('decay 1')")[0]["attention_ratio"] > own["attention_ratio"]
+    canvas.evaluate(SET_WIDGET, [loader, "policy", "vmoba"])
+    assert shown("n.attention_ratio === null")[1] < 0.3 * bars
+    saved = canvas.evaluate("() => app.rootGraph.serialize()")
+    canvas.open_graph(saved)
+    inputs = canvas.evaluate(PROMPT)[str(loader)]["inputs"]
+    assert {name: value for name, value in inputs.items() if "policy" in name} == {
+        "policy": "vmoba",
+        "policy.share": 0.25,
+    }
 
 
 def test_custom_schedule_survives_saving(canvas):

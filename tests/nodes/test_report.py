@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ..support.graphs import change, custom_graph, empty, graph, link, loader, save_images, schedule, text
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
+from lightforcing.lightforcing_core.attention.policies import POLICIES
+
+from ..support.graphs import change, custom_graph, demo_graph, empty, graph, link, loader, save_images, schedule, text
 
 WIDTH, HEIGHT = 160, 128  # 80 tokens per latent frame: two blocks of 64
 
@@ -83,3 +86,37 @@ def test_the_record_of_samplercustomadvanced_comes_with_its_sampler(server):
     assert "dense: chunk 1-2: its scheduled sparsity is 0" in words
     assert "the hard prompt switch at chunk" in words
     assert "recompute" in words
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_runs_and_the_report_shows_what_it_read(server, policy):
+    """Chosen in the API form, with a setting if it has one that is published with another value."""
+    settings = {"mass": {"top_p": 0.9}, "radial": {"decay": 0.5}}.get(policy, {})
+    prompt = demo_graph(schedule=link("schedule"))
+    prompt |= {"schedule": schedule(45), "latent": empty(45, WIDTH, HEIGHT), "report": report()}
+    prompt["model"]["inputs"] |= {"policy": policy, **{f"policy.{name}": value for name, value in settings.items()}}
+    words = server.run(prompt)["outputs"]["report"]["text"][0]
+    options = AttentionOptions(policy=policy, settings=tuple(settings.items()))
+    assert f"policy: {options.policy_text}\n" in words
+    rows = [line.split() for line in words.splitlines() if line.strip()[:1].isdigit() and "denoise" in line]
+    assert [row[3] == "–" for row in rows] == [False, *[bool(options.rule) and not options.rule.uses_sparsity] * 3]
+    read = [float(row[4][:-1]) for row in rows]
+    if options.rule is None:
+        assert read == [100.0] * 4
+    elif options.rule.uses_sparsity:
+        assert read[3] <= 100.1 - float(rows[3][3][:-1])
+    else:
+        assert 0 < read[3] < 100
+    assert ("the keys decide how much is read" in words) == (policy in ("mass", "vmoba", "forcing_kv", "dummy_forcing"))
+
+
+@pytest.mark.parametrize(
+    ("policy", "problem"),
+    [
+        ({"policy": "later"}, "attention policy 'later' is not known; use one of light_forcing, "),
+        ({"policy": "radial", "policy.top_p": 0.9}, "'radial' has no setting 'top_p'; its settings are decay"),
+        ({"policy": "vmoba", "policy.share": 0.0}, "share 0.0 is outside (0, 1)"),
+    ],
+)
+def test_a_policy_that_is_not_there_is_refused_by_name(server, policy, problem):
+    assert problem in server.error_of(graph({"model": loader(**policy)}))

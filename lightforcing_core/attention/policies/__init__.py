@@ -9,18 +9,18 @@ from .rolling import RollingSink
 from .static import Radial, SlidingTile, SpatialBand, Window
 
 POLICIES = {
-    "light_forcing": Policy(Hierarchical()),
+    "light_forcing": Policy(Hierarchical(), standing="published"),
     "dense": Policy(None),
     "window": Policy(Window()),
     "topk": Policy(UniformTopK()),
-    "mass": Policy(Mass()),
+    "mass": Policy(Mass(), standing="untrained"),
     "radial": Policy(Radial()),
     "sta": Policy(SlidingTile()),
     "svg1": Policy(SpatialBand()),
     "vmoba": Policy(MixtureOfBlocks()),
-    "forcing_kv": Policy(ForcingKV()),
-    "dummy_forcing": Policy(DummyForcing()),
-    "rolling_sink": Policy(None, RollingSink()),
+    "forcing_kv": Policy(ForcingKV(), standing="untrained"),
+    "dummy_forcing": Policy(DummyForcing(), standing="untrained"),
+    "rolling_sink": Policy(None, RollingSink(), standing="untrained"),
 }
 
 __all__ = ["POLICIES", "FrameBudget", "HeadRule", "Plan", "Policy", "RollingSink", "SelectionRule", "View"]

@@ -2,12 +2,14 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from ..selection import BlockSelection, FrameBudget, View
 from .rolling import RollingSink
+
+Standing = Literal["published", "untrained", "baseline", "experimental"]
 
 
 class Plan(Protocol):
@@ -53,6 +55,10 @@ class SelectionRule(Protocol):
     def needs_means(self) -> bool:
         """Whether its plans read block and frame means, which the cache must then keep."""
 
+    @property
+    def uses_sparsity(self) -> bool:
+        """Whether the schedule's sparsity says how much is read; if not, it only makes chunks dense or sparse."""
+
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> Plan:
         """The plan of a chunk that skips the share `sparsity` of key blocks, in (0, 1), and has a past."""
 
@@ -63,10 +69,13 @@ class Policy:
 
     selection: chooses key blocks; None reads all of them.
     cache: chooses the frames that the KV cache shows; None keeps sinks and the newest.
+    standing: "published" with checkpoints that were trained with it, "untrained" for those that were not, a "baseline"
+        to compare with, or "experimental".
     """
 
     selection: SelectionRule | None
     cache: RollingSink | None = None
+    standing: Standing = "baseline"
 
     @property
     def settings(self) -> dict[str, float]:

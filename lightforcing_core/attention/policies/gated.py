@@ -26,6 +26,10 @@ class Mass:
         if not 0.0 <= self.top_p < 1.0:
             raise ValueError(f"top_p {self.top_p} is outside [0, 1); use 0 for the schedule's sparsity, or 0.9")
 
+    @property
+    def uses_sparsity(self) -> bool:
+        return not self.top_p
+
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> "GatedPlan":
         kept = kept_blocks(sparsity, view.k_blocks)
         density = None if self.top_p else kept / view.k_blocks
@@ -52,6 +56,7 @@ class MixtureOfBlocks:
 
     share: float = 0.25
     needs_means = True
+    uses_sparsity = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share < 1.0:

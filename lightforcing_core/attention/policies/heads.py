@@ -55,6 +55,7 @@ class HeadRule(ABC):
     near: int
     split: int
     needs_means = False
+    uses_sparsity = False
 
     @property
     def segments(self) -> int:

@@ -10,6 +10,7 @@ class Hierarchical:
     """
 
     needs_means = True
+    uses_sparsity = True
 
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> SelectionPlan:
         return SelectionPlan.build(view, sparsity, budget)

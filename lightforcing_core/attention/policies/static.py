@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Static(ABC):
     """A rule about places; every head shares one list of its blocks."""
 
     needs_means = False
+    uses_sparsity = False
 
     @abstractmethod
     def reads(self, view: View, sparsity: float, budget: FrameBudget) -> Tensor:
@@ -60,6 +62,8 @@ class Window(Static):
     Reads whole frames within ⌊(1 − sparsity) · blocks⌋ key blocks, but never less than the chunk itself.
     Source: StreamingLLM, arXiv 2309.17453.
     """
+
+    uses_sparsity = True
 
     def reads(self, view: View, sparsity: float, budget: FrameBudget) -> Tensor:
         frames, past = len(view.slot_frames), len(view.slot_frames) - view.current
@@ -102,6 +106,7 @@ class Radial(Static):
         return mask
 
 
+@lru_cache(maxsize=64)
 def _band(q_layout: FrameBlocks, k_layout: FrameBlocks, width: int) -> Tensor:
     """Blocks that a band of `width` tokens on both sides covers: bool [q_blocks, k_blocks] of two frames.
 

@@ -23,21 +23,23 @@ function inputsOf(node) {
   return { length: valueOf(node, "length"), preset, ...modelOf(node) };
 }
 
-/** Family and file of the connected model, as far as the loaders on the way to it know. */
+/** Family, file and attention widgets of the connected model, as far as the loaders on the way to it know. */
 function modelOf(node) {
-  let family = null;
+  let [family, widgets] = [null, null];
   for (let at = originOf(node, "model"), hops = 0; at && hops < 50; hops += 1) {
     const loader = at.node;
     const file = FILE_WIDGETS.map((name) => valueOf(loader, name)).find((value) => typeof value === "string");
     if (/^LightForcing(ModelLoader|Apply)$/.test(loader.type)) {
       const chosen = valueOf(loader, "family");
       if (chosen && chosen !== "auto") family ??= chosen;
+      const names = loader.widgets.map((widget) => widget.name).filter((name) => name !== "family");
+      widgets ??= Object.fromEntries(names.map((name) => [name, valueOf(loader, name)]));
     }
-    if (file !== undefined) return { family, file };
+    if (file !== undefined) return { family, file, widgets };
     const input = loader.inputs?.find((one) => one.type === "MODEL");
     at = input ? originOf(loader, input.name) : null;
   }
-  return { family, file: null };
+  return { family, file: null, widgets };
 }
 
 class SchedulePlot {
@@ -122,10 +124,11 @@ function draw(ctx, width, height, numbers) {
     paragraph(ctx, width, numbers.error ?? `The plot follows: ${numbers.follows}.`, numbers.error ? ink.error : ink.faint);
     return;
   }
-  const { lengths, sparsities } = numbers;
+  const { lengths, sparsities, policy } = numbers;
   const total = lengths.reduce((sum, one) => sum + one, 0);
   const x = (frame) => MARGIN.left + (frame / total) * (width - MARGIN.left - MARGIN.right);
-  const y = (share) => height - MARGIN.bottom - share * (height - MARGIN.top - MARGIN.bottom);
+  const top = MARGIN.top + (policy ? 16 : 0);
+  const y = (share) => height - MARGIN.bottom - share * (height - top - MARGIN.bottom);
 
   ctx.font = "600 12px Inter, sans-serif";
   ctx.fillStyle = ink.text;
@@ -134,6 +137,7 @@ function draw(ctx, width, height, numbers) {
   ctx.font = "11px Inter, sans-serif";
   ctx.fillStyle = ink.faint;
   ctx.fillText(details(numbers), 6, 28);
+  if (policy) ctx.fillText(policy, 6, 44);
 
   for (const share of [0, 0.5, 1]) {
     ctx.strokeStyle = ink.grid;
@@ -149,13 +153,14 @@ function draw(ctx, width, height, numbers) {
 
   let frame = 0;
   lengths.forEach((length, index) => {
-    const [left, right, top] = [x(frame), x(frame + length), y(sparsities[index])];
+    const [left, right, skipped] = [x(frame), x(frame + length), sparsities[index]];
+    frame += length;
+    if (skipped === null) return; // only a run knows it
     const gap = Math.min(1, (right - left) / 6);
     ctx.fillStyle = `${ink.fill}66`;
-    ctx.fillRect(left + gap / 2, top, right - left - gap, y(0) - top);
+    ctx.fillRect(left + gap / 2, y(skipped), right - left - gap, y(0) - y(skipped));
     ctx.fillStyle = ink.fill;
-    ctx.fillRect(left + gap / 2, top - 1, right - left - gap, 2);
-    frame += length;
+    ctx.fillRect(left + gap / 2, y(skipped) - 1, right - left - gap, 2);
   });
   if (numbers.mean !== null) {
     ctx.strokeStyle = ink.mean;
@@ -170,6 +175,7 @@ function draw(ctx, width, height, numbers) {
 }
 
 function headline({ attention_ratio: attention, model_ratio: model }) {
+  if (attention === null) return "The keys decide how much is skipped";
   if (attention === 1) return "Dense: nothing is skipped";
   return `Attention ${percent(attention)} of dense · whole model ${percent(model)} (FLOPs)`;
 }

@@ -68,6 +68,20 @@ def test_the_text_has_the_run_every_chunk_and_the_reasons_for_dense_attention(re
     ]
 
 
+def test_a_policy_that_decides_itself_has_no_scheduled_share():
+    block_map = torch.tensor([[8, 0], [4, 0]])[None, :, None].expand(1, 2, 4, 2)
+    own = replace(chunk_of(1, block_map=block_map), sparsity=None)
+    record = record_of(chunk_of(0, dense="it has no past frames"), own, heads=2)
+    assert describe(record).splitlines()[5].split()[3:5] == ["–", "37.5%"]
+    assert "heads of chunk 1 read between 25.0% (layer 0, head 1) and 50.0% (layer 0, head 0)" in describe(record)
+
+    def dashes(record):
+        page = np.asarray(pages(record)[0]).astype(int)
+        return (np.abs(page - (0xD1, 0x49, 0x5B)).sum(-1) < 6).sum()
+
+    assert dashes(record) == 0 < dashes(record_of(chunk_of(0), chunk_of(1)))
+
+
 def test_equal_layers_take_one_line_and_equal_reasons_are_listed_once():
     chunks = [chunk_of(index, layer_density=(0.25, 0.25)) for index in range(2)]
     chunks += [chunk_of(index, dense="its scheduled sparsity is 0") for index in (2, 3, 5)]

@@ -1,5 +1,6 @@
 """What a run's record holds: the plan that ran, the blocks that were read, the time and the reasons."""
 
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -70,6 +71,18 @@ def test_density_is_the_share_of_blocks_that_the_plan_keeps(record):
     kept = [blocks[0], *(int((1 - s) * n) for s, n in zip([*GROWTH[1:], 0.7], blocks[1:], strict=True))]
     for chunk, n, k in zip(record.chunks, blocks, kept, strict=True):
         assert chunk.layer_density == pytest.approx([k / n] * 3)
+
+
+def test_what_keys_decide_is_reported_once_it_was_read(dit, context):
+    """The density of a step is that of the chunk before, and a record's that of its own chunk."""
+    events, recorder = [], RunRecorder()
+    attention = replace(FINE, policy="vmoba")
+    record = recorded(dit, context, recorder, attention=attention, on_step=events.append)
+    read = [chunk.density for chunk in record.chunks]
+    assert all(0.0 < share < 1.0 for share in read[1:])
+    assert [chunk.sparsity for chunk in record.chunks] == [0.0, *[None] * 5]
+    assert [event.density for event in events[::2]] == pytest.approx([1.0, None, *read[1:-1]])
+    assert len({density for chunk in record.chunks for density in chunk.layer_density}) > 3
 
 
 def test_maps_are_the_selections_of_the_last_step(dit, context, monkeypatch):

@@ -56,6 +56,24 @@ def test_presets_that_follow_the_model_do(numbers):
     assert (dense["attention_ratio"], dense["target"], dense["window"]) == (1.0, None, 12)
 
 
+def test_plot_draws_what_a_policy_with_its_own_density_skips(numbers):
+    def of(**widgets):
+        return numbers(preset={"preset": "light_forcing_short"}, widgets={"block": "64", "keep_sink": -1, **widgets})
+
+    radial = of(policy="radial", **{"policy.decay": 0.2})
+    read = [1.0, 0.6576, 0.4775, 0.3873, 0.3332, 0.2971, 0.2639]  # frames of 1560 tokens, from 3 to 21 of them visible
+    assert radial["sparsities"] == pytest.approx([1.0 - share for share in read], abs=1e-4)
+    pairs = sum(share * 3 * chunk for chunk, share in enumerate(read, 1))
+    assert radial["attention_ratio"] == pytest.approx(pairs / 84, abs=1e-4)
+    assert radial["policy"] == "radial (baseline), decay 0.2; decides itself how much it reads"
+    by_keys = of(policy="mass", **{"policy.top_p": 0.9})
+    assert by_keys["sparsities"] == [0.0, *[None] * 6]
+    assert (by_keys["attention_ratio"], by_keys["model_ratio"], by_keys["mean"]) == (None, None, None)
+    assert of(policy="mass")["sparsities"] == of()["sparsities"] == of(policy="auto")["sparsities"]
+    assert of(policy="dense")["attention_ratio"] == 1.0
+    assert "no setting 'share'" in of(policy="radial", **{"policy.share": 1})["error"]
+
+
 SCHEDULES = (
     {"preset": "auto"},
     {"preset": {"preset": "auto"}, "file": 5},
@@ -63,6 +81,9 @@ SCHEDULES = (
     {"preset": {**CUSTOM, "target": "0.5"}},
     {"preset": {**CUSTOM, "reference": 30}},  # a field of the schedule
     {"preset": {"preset": ["auto"]}, "family": {}},
+    {"preset": CUSTOM, "widgets": [1]},
+    {"preset": CUSTOM, "widgets": {"policy": {}}},
+    {"preset": CUSTOM, "widgets": {"policy": "radial", "policy.decay": "x"}},
 )
 PAGES = ({"client_id": [1], "plays": True}, {"preset": "x" * 1000})
 UNREAD = (b"", b"{", b"\xff", b"[" * 100_000, b'"' + b"x" * (1 << 18) + b'"', b"[]", b"{}")
