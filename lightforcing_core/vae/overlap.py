@@ -36,10 +36,7 @@ class OverlappedDecoder:
         are_held = weights is not None and weights.hold() is None
         try:
             if weights is None or self._stream is None or not are_held:
-                made = self._next(len(self._coming))
-                if not are_held:
-                    self._release()  # weights of the decode that has ended
-                return [*made, self._decoder.decode(latents, normalised=normalised)]
+                return [*self._next(len(self._coming)), self._decoder.decode(latents, normalised=normalised)]
             earlier = len(self._coming)
 
             def decode() -> tuple[Tensor, Tensor]:
