@@ -8,9 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from lightforcing.benchmarks.console import carry_out, with_options
-from lightforcing.benchmarks.record import Put
+from lightforcing.benchmarks.record import Put, describe
 from lightforcing.benchmarks.settings import Say
-from lightforcing.benchmarks.timing import describe
 from lightforcing.lightforcing_core.demo.model import demo_video
 
 from .bench import QualityBench, run_quality

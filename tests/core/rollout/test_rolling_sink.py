@@ -1,4 +1,4 @@
-"""First frames that come back (Rolling Sink): their published order, what chunks see, and runs that continue."""
+"""Windows by the book: sinks that follow, and first frames that come back (Rolling Sink), in continued runs too."""
 
 from functools import partial
 from itertools import chain, cycle, islice
@@ -17,7 +17,7 @@ from lightforcing.lightforcing_core.rollout.state import RunState, load_run_stat
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
 from ...support.rollouts import TEXT, recipe_of, roll, text, video
-from ...support.unroped import assert_video_sees
+from .unroped import assert_video_sees
 
 ROLLING = AttentionOptions("reference", (16, 16), policy="rolling_sink")
 
@@ -182,3 +182,14 @@ def test_after_a_hard_switch_the_recomputed_frames_are_the_anchors(one_layer):
 def test_what_cannot_work_is_refused_before_the_run(settings, options, message):
     with pytest.raises(ValueError, match=message):
         run(None, text(1), attention=AttentionOptions(policy="rolling_sink", settings=(*settings.items(),)), **options)
+
+
+@pytest.mark.parametrize(("window", "sinks", "per_chunk", "frames"), [(7, 1, 3, 15), (8, 2, 2, 14), (3, 1, 1, 6)])
+def test_following_sinks_give_the_published_rollout(window, sinks, per_chunk, frames):
+    def shown(past, length):
+        """The sinks and the newest past frames that fit; positions count from the window's start."""
+        recent = max(sinks, past + length - (window - sinks))
+        return dict(enumerate([*range(min(sinks, past)), *range(recent, past)]))
+
+    ring = {"window": window, "sink_frames": sinks, "sink_rope": "follow"}
+    assert_video_sees(shown, frames, frames_per_chunk=per_chunk, **ring)

@@ -7,8 +7,8 @@ import torch
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 
-from . import naive_wan as naive
-from .rollouts import TEXT, roll, text
+from ...support import naive_wan as naive
+from ...support.rollouts import TEXT, roll, text
 
 LAYERS, ROWS, COLUMNS, SEED = 2, 2, 3, 4
 TOKENS = ROWS * COLUMNS
