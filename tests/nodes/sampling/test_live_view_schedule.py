@@ -72,6 +72,7 @@ def test_plot_draws_what_a_policy_with_its_own_density_skips(numbers):
     assert of(policy="mass")["sparsities"] == of()["sparsities"] == of(policy="auto")["sparsities"]
     assert of(policy="dense")["attention_ratio"] == 1.0
     assert "no setting 'share'" in of(policy="radial", **{"policy.share": 1})["error"]
+    assert "is no number" in of(policy="radial", **{"policy.decay": "x"})["error"]
 
 
 SCHEDULES = (
@@ -83,7 +84,6 @@ SCHEDULES = (
     {"preset": {"preset": ["auto"]}, "family": {}},
     {"preset": CUSTOM, "widgets": [1]},
     {"preset": CUSTOM, "widgets": {"policy": {}}},
-    {"preset": CUSTOM, "widgets": {"policy": "radial", "policy.decay": "x"}},
 )
 PAGES = ({"client_id": [1], "plays": True}, {"preset": "x" * 1000})
 UNREAD = (b"", b"{", b"\xff", b"[" * 100_000, b'"' + b"x" * (1 << 18) + b'"', b"[]", b"{}")
