@@ -18,9 +18,10 @@ from ..lightforcing_core.attention.backends import BACKEND_NAMES, REFERENCE
 from ..lightforcing_core.attention.backends.dense import ONLY_CUDA, TORCH_WAYS
 from ..lightforcing_core.attention.dispatch import BackendUnavailable
 from ..lightforcing_core.attention.selection import BlockSelection
+from .console import Put
 from .layer import CHUNKS, FRAMES, HEAD_DIM, SPARSITIES, LayerAttention, check_chunk, published
-from .record import Put, describe, ratio, take_turns
 from .settings import AttentionBench, Say
+from .timing import describe, ratio, take_turns
 
 
 def measure(bench: AttentionBench, put: Put, say: Say = str) -> None:

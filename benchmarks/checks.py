@@ -28,8 +28,8 @@ from ..lightforcing_core.model.kv_storage import CacheShape, KVOptions
 from ..lightforcing_core.model.wan import HEAD_DIM, random_state_dict, wan_from_state_dict
 from ..lightforcing_core.vae.streaming import StreamingDecoder
 from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
+from .console import Put, Record
 from .layer import LayerAttention
-from .record import Put, Record
 from .settings import GpuBench
 from .stages import NotHere
 from .step import operations

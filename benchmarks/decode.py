@@ -12,9 +12,10 @@ from ..lightforcing_core.pinned import Weights, indexed
 from ..lightforcing_core.vae.graph import PassGraph
 from ..lightforcing_core.vae.streaming import StreamingDecoder
 from ..lightforcing_core.vae.wan_vae import LATENT_CHANNELS, random_vae_state_dict, vae_from_state_dict
+from .console import Put
 from .layer import FRAMES
-from .record import Put, describe, ratio, spread, take_turns
 from .settings import DecodeBench, Say
+from .timing import describe, ratio, spread, take_turns
 
 TAE_WIDTHS = 256, 128, 64, 64  # channels of the four resolutions of taew2_1, the smallest picture first
 

@@ -21,10 +21,10 @@ from ..lightforcing_core.rollout import loop
 from ..lightforcing_core.rollout.runtime import Runtime, StepEvent
 from . import attention, decode, rollout, step
 from .checks import kernels
-from .record import Put, Record
-from .record import facts as facts_of
+from .console import Put, Record
 from .settings import AttentionBench, DecodeBench, GpuBench, Machine, Model, Picture, RolloutBench, Say, StepBench
 from .stages import Stage, run_stages
+from .timing import facts as facts_of
 
 OLDEST = {"torch": (2, 7), "triton": MIN_TRITON}
 # Products of a chunk at 480×832 in the 1.3B model, as rows, depth and columns.

@@ -27,9 +27,10 @@ from ..lightforcing_core.model.kv_cache import KVCache
 from ..lightforcing_core.rollout.loop import rollout
 from ..lightforcing_core.rollout.recipe import Recipe, few_step_sigmas
 from ..lightforcing_core.rollout.runtime import Runtime, StepEvent
+from .console import Put
 from .layer import CHUNKS, FRAMES, HEAD_DIM, LayerAttention, published
-from .record import Put, describe, ratio, spread, take_turns
 from .settings import REAL_HEADS, REAL_LAYERS, PoliciesBench, Say
+from .timing import describe, ratio, spread, take_turns
 
 Layers = list[tuple[Tensor, Tensor, Tensor]]  # q, k and v [B, L, H, D] of each
 

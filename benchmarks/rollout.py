@@ -28,10 +28,11 @@ from ..lightforcing_core.vae.graph import PassGraph
 from ..lightforcing_core.vae.overlap import OverlappedDecoder
 from ..lightforcing_core.vae.streaming import StreamingDecoder
 from ..lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
+from .console import Put
 from .layer import published
-from .record import Put, describe, ratio
 from .settings import PAIR, RolloutBench, Say
 from .step import TEXT_DIM, random_wan
+from .timing import describe, ratio
 
 ARMS = (*PAIR, "even")
 TEXT_TOKENS = 64

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from ..lightforcing_core.fast_path import one_line
-from .record import Put, Record, add
+from .console import Put, Record, add
 from .settings import Say
 
 Run = Callable[[Record, Put], str | None]

@@ -31,9 +31,10 @@ from ..lightforcing_core.model.kv_cache import KVCache
 from ..lightforcing_core.model.kv_storage import CacheShape
 from ..lightforcing_core.model.wan import HEAD_DIM, Wan, random_state_dict, wan_from_state_dict
 from ..lightforcing_core.pinned import Weights, indexed
+from .console import Put
 from .layer import FRAMES, SPARSITIES, check_chunk, published
-from .record import Put, describe, ratio, spread, take_turns
 from .settings import REAL_LAYERS, Model, Say, StepBench
+from .timing import describe, ratio, spread, take_turns
 
 TEXT_TOKENS, TEXT_DIM = 512, 4096
 OPERATIONS = 12  # that are listed

@@ -16,9 +16,9 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile
 
-from lightforcing.benchmarks.console import Out, carry_out, with_options
-from lightforcing.benchmarks.record import Put, describe
+from lightforcing.benchmarks.console import Out, Put, carry_out, with_options
 from lightforcing.benchmarks.settings import REAL_LAYERS, Model, Picture, Place, Say
+from lightforcing.benchmarks.timing import describe
 from lightforcing.lightforcing_core.attention.dispatch import choose_backend
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.memory.estimate import MemoryEstimate, decode_bytes, estimate, meta_wan, size_of

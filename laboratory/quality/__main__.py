@@ -7,9 +7,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lightforcing.benchmarks.console import carry_out, with_options
-from lightforcing.benchmarks.record import Put, describe
+from lightforcing.benchmarks.console import Put, carry_out, with_options
 from lightforcing.benchmarks.settings import Say
+from lightforcing.benchmarks.timing import describe
 from lightforcing.lightforcing_core.demo.model import demo_video
 
 from .bench import QualityBench, run_quality

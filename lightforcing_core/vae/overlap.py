@@ -22,8 +22,8 @@ class OverlappedDecoder:
     def __init__(self, decoder: Any, weights: Weights | None, *, concurrent: bool = True) -> None:
         self._decoder, self._weights = decoder, weights
         self._stream = side_stream(weights.device) if weights and concurrent else None
-        # With the weights that it reads: if others replace them, their memory must not be used again yet.
-        self._coming: deque[tuple[Pending, list[Tensor]]] = deque()
+        self._coming: deque[Pending] = deque()
+        self._read: list[Tensor] = []
 
     def put(self, latents: Tensor, *, normalised: bool = True) -> list[Tensor]:
         """Decode the clip's next latents [B, 16, f, h, w]; returns frames that are ready.
@@ -43,8 +43,9 @@ class OverlappedDecoder:
                 frames = self._decoder.decode(latents, normalised=normalised, trusted=True)
                 return frames, self._decoder.extremes
 
-            pending = self._stream.start(decode, latents)
-            self._coming.append((pending, [weight.data for weight in weights.tree.parameters()]))
+            self._coming.append(self._stream.start(decode, latents))
+            # If others are put in their place meanwhile, their memory must not be used again yet.
+            self._read = [weight.data for weight in weights.tree.parameters()]
             return self._next(earlier)
         finally:
             self._release()
@@ -52,7 +53,7 @@ class OverlappedDecoder:
     def arrived(self) -> list[Tensor]:
         """Return the frames that are ready, without waiting."""
         frames = []
-        while self._coming and self._coming[0][0].is_there():
+        while self._coming and self._coming[0].is_there():
             frames += self._next(1)
         self._release()
         return frames
@@ -65,16 +66,15 @@ class OverlappedDecoder:
 
     def drop(self) -> None:
         """Discard pending frames; later work on the device waits for their decode."""
+        self._coming.clear()
         if self._stream is not None:
             self._stream.join()
-        self._coming.clear()
         self._release()
 
     def _next(self, count: int) -> list[Tensor]:
         made = []
         for _ in range(count):
-            pending, _read = self._coming.popleft()
-            frames, extremes = pending.wait()
+            frames, extremes = self._coming.popleft().wait()
             self._decoder.check(extremes)
             made.append(frames)
         return made
@@ -82,6 +82,7 @@ class OverlappedDecoder:
     def _release(self) -> None:
         """Let the weights move again, unless a decode that is not finished reads them."""
         if self._weights is not None and not self._coming:
+            self._read = []
             self._weights.release()
 
 

@@ -10,8 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from lightforcing.benchmarks import attention, decode, policies, rollout, step
-from lightforcing.benchmarks.record import WARM_UP, add, ratio, take_turns
+from lightforcing.benchmarks.console import add
 from lightforcing.benchmarks.settings import AttentionBench, Machine, Model, Picture, Place, StepBench
+from lightforcing.benchmarks.timing import WARM_UP, ratio, take_turns
 from lightforcing.cli.main import app
 from lightforcing.lightforcing_core.attention.policies import POLICIES
 from lightforcing.lightforcing_core.model import cuda_graph

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from lightforcing.benchmarks import checks, gpu
-from lightforcing.benchmarks.record import add
+from lightforcing.benchmarks.console import add
 from lightforcing.benchmarks.settings import GpuBench
 from lightforcing.benchmarks.stages import NotHere, Stage, run_stages
 from lightforcing.cli.main import app

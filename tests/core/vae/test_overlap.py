@@ -5,7 +5,6 @@ from unittest.mock import call as call_of
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightforcing.lightforcing_core.pinned import Weights
 from lightforcing.lightforcing_core.vae import overlap
@@ -14,7 +13,7 @@ from lightforcing.lightforcing_core.vae.streaming import StreamingDecoder
 from lightforcing.lightforcing_core.vae.tiled import TiledDecoder
 from lightforcing.lightforcing_core.vae.wan_vae import random_vae_state_dict, vae_from_state_dict
 
-from ...support.late import LateFrames, LateStream
+from ...support.late import LateStream
 
 CUDA = torch.device("cuda", 0)
 
@@ -99,16 +98,6 @@ def test_weights_that_cannot_be_held_are_read_at_once(vae, chunks, expected, lat
     decoder._weights.device = torch.device("meta")
     assert_equal(decoder.put(chunks[1]), expected[:2])
     assert late == ["put", "frames"]
-
-
-def test_weights_that_are_replaced_outlive_the_decode_that_reads_them(vae, chunks, late, monkeypatch):
-    decoder, weight, alive = overlapped(vae), next(vae.parameters()), []
-    old, wait = StorageWeakRef(weight.untyped_storage()), LateFrames.wait
-    monkeypatch.setattr(LateFrames, "wait", lambda frames: alive.append(not old.expired()) or wait(frames))
-    for latents in chunks[:2]:
-        decoder.put(latents)
-        weight.data = weight.data.clone()
-    assert (alive, old.expired()) == ([True], True)
 
 
 def test_frames_of_the_chunk_before_outlive_memory_that_runs_out(vae, chunks, expected, late, monkeypatch):

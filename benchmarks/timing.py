@@ -1,8 +1,6 @@
-"""The record of a measurement: sections of named rows that name no path, user or machine, facts, and times of arms."""
+"""The facts of the machine, and the time of several arms that take turns, so that a busy machine slows all equally."""
 
-import json
 import platform
-import re
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,43 +12,9 @@ import torch
 
 from ..lightforcing_core import machine, profile
 from ..lightforcing_core.fast_path import one_line
-from ..lightforcing_core.files.output import prepare_folder, whole_file
+from .console import Put
 
 WARM_UP = 3  # runs; the last of them record graphs
-Record = dict[str, Any]
-Put = Callable[[str, str, Any], object]  # puts a value or columns of a row into a section: put(section, row, value)
-# The folders of a path that begins at a root or a drive.
-_FOLDERS = re.compile(r"(?<![\w.])(?:[A-Za-z]:)?(?:[\\/]+[^\s\\/:;'\"]+)*[\\/]+(?=[^\s\\/])")
-
-
-def add(record: Record, section: str, row: str, value: Any) -> None:
-    """Put a value into a section ("" is the record itself), or columns into its row of that name."""
-    rows, value = record.setdefault(section, {}) if section else record, _anonymous(value)
-    if isinstance(value, dict):
-        rows.setdefault(row, {}).update(value)
-    else:
-        rows[row] = value
-
-
-def _anonymous(value: Any) -> Any:
-    """The value with files instead of paths, and without the names of the user and of the machine."""
-    if isinstance(value, dict):
-        return {str(key): _anonymous(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_anonymous(one) for one in value]
-    if not isinstance(value, str):
-        return value
-    text = _FOLDERS.sub("", value.replace(str(Path.home()), ""))
-    for name in filter(None, (Path.home().name, platform.node())):
-        text = re.sub(rf"\b{re.escape(name)}\b", "…", text)
-    return text
-
-
-def write(path: Path, record: Record) -> None:
-    """Write a record as indented JSON; the file is complete or absent. OutputError if it cannot be written."""
-    prepare_folder(path.parent)
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def describe(put: Put, device: torch.device, bench: str, settings: Any) -> None:
