@@ -1,6 +1,6 @@
 """Launches and host time of a forward's layers, counted on a CPU: python -m laboratory.launches.
 
-The host code takes the same path as on a GPU, but compiled kernels (for sm_90) are not executed. When host time is
+Python takes the same path as on a GPU, but the kernels, compiled for sm_90, are not launched. When host time is
 measured, each matrix product, dense attention and RMS norm, one launch each on a GPU, is replaced by an allocation.
 """
 

@@ -212,12 +212,11 @@ def _measure(look: _Look, choice: Choice, unknown: list[str], run: By, tolerance
         former, row = known.get(name), None
         if former and time.time() - former.gain < LEASE:
             continue
-        # This row is still there if the candidate ends the process. Once may be a power cut, twice is not.
-        attempt = Row(TRYING, "again" if former else "", time.time())
         if former and former.because:
             profile.keep(choice.device, choice.text, name, Row(QUARANTINED, CRASHED))
             continue
-        profile.keep(choice.device, choice.text, name, attempt)
+        # This row is still there if the candidate ends the process. Once may be a power cut, twice is not.
+        profile.keep(choice.device, choice.text, name, Row(TRYING, "again" if former else "", time.time()))
         try:
             row = _row(partial(run, name), usual, choice, expected, tolerance)
             _wait(choice.device)

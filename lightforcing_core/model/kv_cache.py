@@ -131,9 +131,10 @@ class KVCache:
         """The first video's visible keys of a layer, oldest frame first: [L, H, D]."""
         memory = self.visible(layer)
         keys = self.shape.memory_layout.real(memory.keys[:1])
-        if memory.key_scales is not None and memory.key_mean is not None:
+        if memory.key_scales is not None:
             keys = dequantise_blocks(keys, memory.key_scales[:1], self.layout, torch.float32)
-            keys += memory.key_mean[:1, None]
+        if memory.key_mean is not None:
+            keys = keys + memory.key_mean[:1, None]
         frames = keys[0].split(self.layout.tokens_per_frame)
         return torch.cat([frames[slot] for slot in sorted(range(len(frames)), key=self.slot_frames.__getitem__)])
 
