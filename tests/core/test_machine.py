@@ -2,8 +2,10 @@
 
 import logging
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -287,13 +289,39 @@ def no_folder(place):
     place.touch()
 
 
-@pytest.mark.parametrize("happens", [damaged, folder_of_that_name, no_folder])
+def of_another_shape(place):
+    with closing(sqlite3.connect(place / profile.FILE)) as database:
+        database.executescript("DROP TABLE proofs; CREATE TABLE proofs (key, value)")
+
+
+@pytest.mark.parametrize("happens", [damaged, folder_of_that_name, no_folder, of_another_shape])
 def test_profile_that_cannot_be_used_costs_a_warning_and_nothing_is_tried(restart, caplog, happens):
     choose("fast")
     happens(profile.folder())
     restart()
     assert choose("fast", "faster", run=never) == choose("fast", facts=(1, 2), run=never) == "usual"
     assert caplog.text.count("delete it or make it writable") == 1
+
+
+def test_profile_that_another_process_holds_costs_a_warning(restart, monkeypatch, caplog):
+    choose("fast")
+    restart()
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, timeout, **how: connect(path, timeout=0.01, **how))
+    with closing(connect(profile.folder() / profile.FILE, isolation_level="EXCLUSIVE")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        assert choose("fast", run=never) == "usual"
+        assert "locked); end the process that holds it" in caplog.text
+    restart()
+    assert choose("fast") == "fast"
+
+
+def test_a_safe_run_uses_incumbents_alone(restart):
+    choose("fast")
+    restart()
+    with machine.safe():
+        assert choose("fast", run=never) == "usual"
+    assert choose("fast") == "fast"
 
 
 def test_profile_that_cannot_be_written_is_read(restart, monkeypatch):
