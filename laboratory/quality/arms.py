@@ -37,6 +37,7 @@ OWN_DENSITY: dict[str, dict[str, object]] = {
     "forcing_kv": {"policy": "forcing_kv"},
     "dummy_forcing": {"policy": "dummy_forcing"},
 }
+LONG_OPTIONS = ("tail+lse", "topk+tail+lse", "mass+tail+lse")  # of these long rollouts too
 EIGHT_BIT = {"kv int8": KVOptions("int8"), "kv fp8": KVOptions("fp8")}
 
 
@@ -71,6 +72,7 @@ def all_arms(
     arms += [Arm("dense fp8 linears", None, attention, fp8=True)]
     if long is not None:
         arms.append(Arm(f"{LONG}dense", None, attention))
+        arms.append(Arm(f"{LONG}rolling_sink", None, replace(attention, policy="rolling_sink")))
     for name, changes in OWN_DENSITY.items():
         growth = growth_of(short, 0.5)  # which chunks are sparse
         arms.append(Arm(name, growth, replace(attention, **changes)))  # type: ignore[arg-type]
@@ -92,7 +94,10 @@ def all_arms(
         for name, half in zip(("early", "late"), halves(short.chunk_lengths(), sparsity), strict=True):
             arms.append(Arm(f"{name} {sparsity:g}", half, attention))
         if long is not None:
-            arms.append(Arm(f"{LONG}published {sparsity:g}", growth_of(long, sparsity), attention))
+            arms.append(replace(published, name=f"{LONG}published {sparsity:g}", growth=growth_of(long, sparsity)))
+            for name in LONG_OPTIONS:
+                options = replace(attention, **OPTIONS[name])  # type: ignore[arg-type]
+                arms.append(Arm(f"{LONG}{name} {sparsity:g}", growth_of(long, sparsity), options))
     return {arm.name: arm for arm in arms}
 
 

@@ -124,7 +124,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def bench(models):
-    arms = ("dense", "published", "tail", "long *")
+    arms = ("dense", "published", "tail", "long [dpr]*")
     sizes = {"keep": (3, 1, 1), "long_frames": 45, "window": (7, 1), "probes": 2, "batch": 2}
     return QualityBench(models, arms, seeds=(0, 1, 5), sparsities=(0.75,), machine=Machine("cpu"), **sizes)
 
@@ -136,7 +136,7 @@ def without_seconds(rows):
 def test_interrupted_run_continues_where_it_was(bench, tmp_path):
     whole = run_quality(bench, tmp_path / "whole")
     kinds = {(row["kind"], row["arm"], row["seed"]) for row in whole}
-    assert len(kinds) == len(whole) == 3 * 3 + 2 * 3 + 2 * 2  # videos, long ones, probes of two sparse arms
+    assert len(kinds) == len(whole) == 3 * 3 + 3 * 3 + 2 * 2  # videos, long ones, probes of two sparse arms
     made, left = [], []
 
     def stop(done, total):
@@ -233,7 +233,7 @@ def test_recorded_rows_give_the_recorded_tables(name):
     assert settings["keep"] == [6, 1, 2]
     assert markdown(summary(rows)) == (RESULTS / name / "table.md").read_text(encoding="utf-8")
     assert len(rows) == json.loads((RESULTS / name / "quality.json").read_text())["rows"]
-    assert sum(file.stat().st_size for file in RESULTS.rglob("rows*")) < 150_000
+    assert sum(file.stat().st_size for file in RESULTS.rglob("rows*")) < 300_000
 
 
 def run(*arguments):
