@@ -101,18 +101,18 @@ class PagedWeights(Weights):
         self._pages: list[tuple[torch.nn.Module, Any, Any]] = []
 
     def hold(self) -> str | None:
-        held, self.kept = list[tuple[torch.nn.Module, Any, Any]](), set(self._apart)
+        before, self._pages, self.kept = self._pages, [], set(self._apart)
         try:
             for module in self.tree.modules():
                 if module not in self.kept and (pages := getattr(module, "_v", None)) is not None:
                     signature = model_vbar.vbar_fault(pages)
                     if signature is None:
+                        self.release()
                         return "the GPU has no memory for all weights at once"
-                    held.append((module, pages, signature))
+                    self._pages.append((module, pages, signature))
                     self.kept.add(module)
-            held, self._pages = self._pages, held
         finally:
-            self._unpin(held)  # after a failure the new ones: unfinished work may read the old ones until `release`
+            self._unpin(before)  # only now, for work that is not finished may read them
         return super().hold()
 
     def release(self) -> None:
