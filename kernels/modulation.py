@@ -51,13 +51,15 @@ def _add_norm(
         total = cast(x + y, sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + tile, total, mask=real)
         x = total.to(tl.float32)
-    mean = tl.sum(x, 1) / WIDTH
-    x = tl.where(real, x - mean[:, None], 0.0)
+    if shift_ptr is not None:
+        mean = tl.sum(x, 1) / WIDTH
+        x = tl.where(real, x - mean[:, None], 0.0)
     inverse = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
     place = columns if OWN else modulation
     scale = tl.load(scale_ptr + place, mask=column_is_real, other=0.0).to(tl.float32) + (0.0 if OWN else 1.0)
-    shift = tl.load(shift_ptr + place, mask=column_is_real, other=0.0).to(tl.float32)
-    out = x * inverse[:, None] * scale[None, :] + shift[None, :]
+    out = x * inverse[:, None] * scale[None, :]
+    if shift_ptr is not None:
+        out += tl.load(shift_ptr + place, mask=column_is_real, other=0.0).to(tl.float32)[None, :]
     if row_scales_ptr is None:
         out = cast(out, out_ptr.dtype.element_ty)
     else:
@@ -74,12 +76,20 @@ def why_not(x: Tensor) -> str | None:
 
 
 def add_norm(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, *, fp8: bool = False
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    *,
+    fp8: bool = False,
 ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
     """The sum x + y · gate, and its LayerNorm · (1 + scale) + shift.
 
     x, y: [B, F · tokens, D]; gate, scale, shift: [B, F or 1, D]. Without y the sum is x, without a gate x + y.
-    scale and shift of shape [D] are the norm's own weight and bias: LayerNorm(sum) · scale + shift.
+    scale and shift of shape [D] are the norm's own weight and bias: LayerNorm(sum) · scale + shift. Without a shift the
+    norm is RMSNorm(sum) · scale.
 
     The sum is computed in float32 and rounded once, as `torch.addcmul` does. The norm is that of the rounded sum, in
     float32 and rounded once: closer than the unfused steps, which also round the norm and 1 + scale. Returns contiguous
@@ -94,7 +104,8 @@ def add_norm(
     own = scale.ndim == 1
     frames = 1 if own and gate is None else (scale if gate is None else gate).shape[1]
     framed = batch, frames, width
-    fits = scale.shape == shift.shape == ((width,) if own else framed) and scale.dtype == shift.dtype == dtype
+    fits = scale.shape == ((width,) if own else framed) and scale.dtype == dtype
+    fits = fits and (own if shift is None else shift.shape == scale.shape and shift.dtype == dtype)
     fits = fits and length % frames == 0 and (gate is None or (gate.shape == framed and gate.dtype == dtype))
     if not fits:
         given = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in (gate, scale, shift) if part is not None)

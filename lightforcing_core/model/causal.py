@@ -387,7 +387,7 @@ def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]
 
 def _cross_attention(attention: Any, x: Tensor, k: Tensor, v: Tensor, state: ModelState) -> Tensor:
     """Attention of the chunk to every text slot, the padded ones included."""
-    q = attention.norm_q(attention.q(x)).unflatten(-1, (state.cache.shape.heads, -1))
+    q = fused.rms_norm(attention.norm_q, attention.q(x)).unflatten(-1, (state.cache.shape.heads, -1))
     return _output(attention, state.dense_attention(q, k, v))
 
 

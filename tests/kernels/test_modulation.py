@@ -69,6 +69,17 @@ def test_norm_scale_shift_is_closer_to_float64_than_the_unfused_steps(batch, fra
     assert ((got.double() - exact).abs() <= near * 1.001).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("batch", "tokens", "width"), [(2, 21, 72), (1, 5, 1536), (2, 1, 5120)])
+def test_a_norm_without_a_shift_is_rms_norm_rounded_once(batch, tokens, width, dtype):
+    x = random(batch, tokens, width, dtype=dtype, seed=width, spread=3.0, centre=5.0)
+    weight = random(width, dtype=dtype, seed=1)
+    got = poisoned(norm_scale_shift, x, weight, None, EPS)
+    exact = torch.nn.functional.rms_norm(x.double(), (width,), weight.double(), EPS)
+    near = 8 * torch.finfo(dtype).eps if dtype == torch.float32 else 0.5 * torch.finfo(dtype).eps
+    assert ((got.double() - exact).abs() <= near * 1.001 * exact.abs() + 1e-7).all()
+
+
 def test_a_far_mean_costs_no_variance():
     x = random(1, 4, 1536, dtype=torch.float32, seed=2, centre=1000.0)
     zero = torch.zeros(1, 1, 1536, device=DEVICE)
@@ -138,6 +149,8 @@ def test_add_norm_refuses_parts_that_differ():
         add_norm(x, gate, gate, gate, gate, EPS)
     with pytest.raises(ValueError, match=r"torch.float32 \(64,\) do not .* or \[D\] for the norm's own"):
         add_norm(x, x, gate, gate, gate[0, 0], EPS)
+    with pytest.raises(ValueError, match=r"torch.float32 \(1, 3, 64\) do not .* or \[D\] for the norm's own"):
+        add_norm(x, x, gate, gate, None, EPS)
 
 
 @pytest.mark.parametrize(("batch", "frames", "tokens", "width"), [(2, 3, 7, 72), (1, 2, 3, 5120)])

@@ -229,6 +229,7 @@ def call_modulation(width=1536, batch=1, dtype="bf16", tokens=1560, frames=3):
     modulation.add_norm(x, x, gate, scale, shift, 1e-6)
     modulation.add_norm(x, x, gate, *empty(2, width, dtype=dtype), 1e-6)
     modulation.add_norm(x, x, None, scale, shift, 1e-6)
+    modulation.add_norm(x, None, None, scale[0, 0], None, 1e-6)
 
 
 def call_channel_norm(channels=24, batch=1, dtype="bf16", frames=12, height=480, width=832):
