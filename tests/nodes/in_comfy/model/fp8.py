@@ -120,6 +120,7 @@ fused.DEVICES = ("cuda",)
 assert launches == {
     ("add_norm", True): 9 + 8 * 5 + 3,
     ("add_norm", False): 8,  # the head, in 16 bits
+    ("add_norm",): 8 * 2 + 1,  # RMSNorm of cross-attention's queries
     ("quantise_rows", True): 8 * 2 + 1,
     ("quantise_rows", False): 8 * 4 + 2 + 4,  # and the text, once
 }, launches
