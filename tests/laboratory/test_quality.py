@@ -227,7 +227,7 @@ def test_intervals_cover_the_mean_as_often_as_they_say_and_effects_are_in_deviat
     assert paired([1.0, 1.0]).effect is None
 
 
-@pytest.mark.parametrize("name", ["quality", "quality-pillar", "policies"])
+@pytest.mark.parametrize("name", ["quality", "quality-pillar", "policies", "policies-60s"])
 def test_recorded_rows_give_the_recorded_tables(name):
     settings, rows = read_rows(RESULTS / name)
     assert settings["keep"] == [6, 1, 2]
