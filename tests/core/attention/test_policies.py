@@ -320,6 +320,9 @@ def test_a_dense_chunk_has_no_plan_and_says_why(change, reason):
 def test_a_plan_that_keeps_every_block_says_so():
     assert planned(0.01, policy="topk").why_dense is None
     assert planned(1e-17).why_dense == "a sparsity of 1e-17 leaves no whole block to skip among 12"
+    view = VIEW._replace(grid=(5, 8))
+    everything = planned(view=view, policy="sta", settings=(("frames", 99), ("rows", 99), ("columns", 99)))
+    assert everything.why_dense == "the policy 'sta' leaves no whole block to skip among 12"
     assert ChunkAttention().density == 1.0
 
 
