@@ -94,8 +94,12 @@ class HeadRule(ABC):
     def decide(self, masses: Tensor) -> Roles:
         """The roles, from the `group_masses` of all layers, [layers, H, groups]; waits for the device."""
 
-    def changed(self, keys: Tensor, layout: FrameBlocks, roles: Roles) -> Tensor | None:
-        """What a committed chunk says about its frames, for `View.changed`; see `ForcingKV`."""
+    def watched(self, roles: Roles) -> int | None:
+        """The layer whose keys a committed chunk shows to `changed`; None if it is not asked."""
+        return None
+
+    def changed(self, keys: Tensor, layout: FrameBlocks, roles: Sequence[int]) -> Tensor | None:
+        """What the watched layer's keys and roles say about a committed chunk's frames, for `View.changed`."""
         return None
 
 
@@ -145,15 +149,20 @@ class ForcingKV(HeadRule):
     def decide(self, masses: Tensor) -> Roles:
         return forcing_kv_roles(masses)
 
-    def changed(self, keys: Tensor, layout: FrameBlocks, roles: Roles) -> Tensor | None:
+    def watched(self, roles: Roles) -> int | None:
+        """Layer 1 as in the released code, or the first after it that has dynamic heads."""
+        dynamic = (layer for layer, heads in enumerate(roles) if layer and DYNAMIC in heads)
+        return next(dynamic, None) if self.segments else None
+
+    def changed(self, keys: Tensor, layout: FrameBlocks, roles: Sequence[int]) -> Tensor | None:
         """The segments of the three frames before the last one whose keys differ most from the next frame's.
 
-        keys: [frames · tokens, H, D] of layer 1, oldest first, of which dynamic heads count, after RoPE; None if
+        keys: [frames · tokens, H, D] of the layer, oldest first, of which dynamic heads count, after RoPE; None if
         there are fewer than four frames. Returns int64 [segments], ascending: a segment's frame · 6 + its place.
         """
-        heads = [head for head, role in enumerate(roles[1]) if role == DYNAMIC]
+        heads = [head for head, role in enumerate(roles) if role == DYNAMIC]
         frames = keys.unflatten(0, (-1, layout.tokens_per_frame))[-4:]
-        if len(frames) < 4 or not heads:
+        if len(frames) < 4:
             return None
         x = torch.stack([frames[:, :, head] for head in heads], dim=2).flatten(2).float()
         alike = torch.cosine_similarity(x[:-1], x[1:], dim=-1)
