@@ -37,7 +37,7 @@ OWN_DENSITY: dict[str, dict[str, object]] = {
     "forcing_kv": {"policy": "forcing_kv"},
     "dummy_forcing": {"policy": "dummy_forcing"},
 }
-LONG_OPTIONS = ("tail+lse", "topk+tail+lse", "mass+tail+lse")  # of these long rollouts too
+LONG_ARMS = ("published", "tail+lse", "topk+tail+lse", "mass+tail+lse")  # come as long rollouts too
 EIGHT_BIT = {"kv int8": KVOptions("int8"), "kv fp8": KVOptions("fp8")}
 
 
@@ -94,9 +94,8 @@ def all_arms(
         for name, half in zip(("early", "late"), halves(short.chunk_lengths(), sparsity), strict=True):
             arms.append(Arm(f"{name} {sparsity:g}", half, attention))
         if long is not None:
-            arms.append(replace(published, name=f"{LONG}published {sparsity:g}", growth=growth_of(long, sparsity)))
-            for name in LONG_OPTIONS:
-                options = replace(attention, **OPTIONS[name])  # type: ignore[arg-type]
+            for name in LONG_ARMS:
+                options = replace(attention, **OPTIONS.get(name, {}))  # type: ignore[arg-type]
                 arms.append(Arm(f"{LONG}{name} {sparsity:g}", growth_of(long, sparsity), options))
     return {arm.name: arm for arm in arms}
 

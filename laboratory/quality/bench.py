@@ -255,7 +255,7 @@ class _Maker:
     def _schedule(self, arm: Arm) -> Schedule:
         schedule = self._long if arm.is_long else self._short
         assert schedule is not None
-        if arm.attention.cache_rule is not None:  # which sees as far as the model did, and brings first frames back
+        if arm.attention.cache_rule is not None:  # it brings first frames back itself, into the window of training
             return replace(schedule, window=self._video.latent_frames, sink_frames=0, sink_rope="fixed")
         return schedule
 

@@ -72,8 +72,8 @@ def plan_chunk(
     plan = rule.plan(view, sparsity, options.budget)
     why_dense = None
     if plan.density == 1.0:
-        one = f"a sparsity of {sparsity:g}" if rule.uses_sparsity else f"the policy {options.policy!r}"
-        why_dense = f"{one} leaves no whole block to skip among {view.k_blocks}"
+        cause = f"a sparsity of {sparsity:g}" if rule.uses_sparsity else f"the policy {options.policy!r}"
+        why_dense = f"{cause} leaves no whole block to skip among {view.k_blocks}"
     return ChunkAttention(plan, choice, why_dense, 1.0 if plan.density is None else plan.density)
 
 

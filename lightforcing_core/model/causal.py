@@ -147,8 +147,8 @@ class ModelState:
         if chunk.masses:
             self.roles = rule.decide(torch.stack(chunk.masses))
         is_due = self.changed is not None or chunk.start_frame >= rule.split
-        if is_due and (layer := rule.watched(self.roles)) is not None:
-            self.changed = rule.changed(cache.keys_in_time(layer), cache.layout, self.roles[layer])
+        if is_due:
+            self.changed = rule.changed(cache.keys_in_time, cache.layout, self.roles)
 
     def follow(self, text: Tensor) -> None:
         """Make `text`, [B, tokens, text_dim], the prompt from now on."""

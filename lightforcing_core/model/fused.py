@@ -66,16 +66,13 @@ def add_norm(
 
 def rms_norm(norm: Any, x: Tensor) -> Tensor:
     """norm(x) for x [B, L, D], in one launch; a torch without a fused RMSNorm takes up to six."""
-    kernels, weight = _kernels_for(x), norm._parameters.get("weight")
+    kernels, weight, made = _kernels_for(x), norm._parameters.get("weight"), None
     is_plain = kernels and weight is not None and norm.eps is not None and _why_not_plain(norm, x, nn.RMSNorm) is None
     if is_plain and kernels.modulation.why_not(x) is None:
         run = partial(kernels.modulation.add_norm, x, None, None, _cast(norm, weight, x), None, norm.eps)
         made = FastPath("fused modulation", x.device, x.dtype, detail=False).attempt(run, INSTEAD)
-        if made is not None:
-            normed: Tensor = made[1]
-            return normed
-    found: Tensor = norm(x)
-    return found
+    normed: Tensor = norm(x) if made is None else made[1]
+    return normed
 
 
 def store(

@@ -6,7 +6,7 @@ of chunks. The schedule's sparsity is not used, except that a chunk of sparsity 
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -94,12 +94,8 @@ class HeadRule(ABC):
     def decide(self, masses: Tensor) -> Roles:
         """The roles, from the `group_masses` of all layers, [layers, H, groups]; waits for the device."""
 
-    def watched(self, roles: Roles) -> int | None:
-        """The layer whose keys a committed chunk shows to `changed`; None if it is not asked."""
-        return None
-
-    def changed(self, keys: Tensor, layout: FrameBlocks, roles: Sequence[int]) -> Tensor | None:
-        """What the watched layer's keys and roles say about a committed chunk's frames, for `View.changed`."""
+    def changed(self, keys_of: Callable[[int], Tensor], layout: FrameBlocks, roles: Roles) -> Tensor | None:
+        """What the keys of a committed chunk say about its frames, for `View.changed`; see `ForcingKV`."""
         return None
 
 
@@ -149,19 +145,18 @@ class ForcingKV(HeadRule):
     def decide(self, masses: Tensor) -> Roles:
         return forcing_kv_roles(masses)
 
-    def watched(self, roles: Roles) -> int | None:
-        """Layer 1 as in the released code, or the first after it that has dynamic heads."""
-        dynamic = (layer for layer, heads in enumerate(roles) if layer and DYNAMIC in heads)
-        return next(dynamic, None) if self.segments else None
-
-    def changed(self, keys: Tensor, layout: FrameBlocks, roles: Sequence[int]) -> Tensor | None:
+    def changed(self, keys_of: Callable[[int], Tensor], layout: FrameBlocks, roles: Roles) -> Tensor | None:
         """The segments of the three frames before the last one whose keys differ most from the next frame's.
 
-        keys: [frames · tokens, H, D] of the layer, oldest first, of which dynamic heads count, after RoPE; None if
-        there are fewer than four frames. Returns int64 [segments], ascending: a segment's frame · 6 + its place.
+        keys_of: gives the keys of a layer, [frames · tokens, H, D], oldest first, after RoPE. Those of dynamic heads
+        count, of layer 1 as in the released code, or of the first layer after it that has some. None if no layer has,
+        and for fewer than four frames. Returns int64 [segments], ascending: a segment's frame · 6 + its place.
         """
-        heads = [head for head, role in enumerate(roles) if role == DYNAMIC]
-        frames = keys.unflatten(0, (-1, layout.tokens_per_frame))[-4:]
+        layer = next((layer for layer, one in enumerate(roles) if layer and DYNAMIC in one), None)
+        if layer is None or not self.segments:
+            return None
+        heads = [head for head, role in enumerate(roles[layer]) if role == DYNAMIC]
+        frames = keys_of(layer).unflatten(0, (-1, layout.tokens_per_frame))[-4:]
         if len(frames) < 4:
             return None
         x = torch.stack([frames[:, :, head] for head in heads], dim=2).flatten(2).float()
@@ -169,7 +164,7 @@ class ForcingKV(HeadRule):
         # A product, because sums by index add in any order on a GPU. NaN of a segment without blocks is the highest.
         of_token = _segment_of_block(layout)[layout.block_of_token(1)]
         weights = torch.nn.functional.one_hot(of_token, SEGMENTS).float()
-        means = alike @ to_device(weights / weights.sum(0), keys.device)
+        means = alike @ to_device(weights / weights.sum(0), alike.device)
         return lowest(means.flatten(), self.segments)
 
 

@@ -158,24 +158,32 @@ def test_dummy_forcing_equals_brute_force(view, near):
 @given(tokens=st.integers(81, 130), frames=st.integers(4, 6), seed=st.integers(0, 99))
 def test_changed_segments_equal_brute_force(tokens, frames, seed):
     keys = torch.randn(frames * tokens, 3, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = ForcingKV().changed(keys, FrameBlocks(tokens, 16), (DYNAMIC, STATIC, DYNAMIC))
+    found = ForcingKV().changed(
+        lambda layer: keys, FrameBlocks(tokens, 16), ((STATIC,) * 3, (DYNAMIC, STATIC, DYNAMIC))
+    )
     want = by_hand.changed(keys.unflatten(0, (frames, -1))[-4:].tolist(), (0, 2), tokens, 16, 6)
     assert found.tolist() == want
 
 
 def test_nothing_has_changed_in_fewer_than_four_frames_or_in_segments_without_blocks():
     keys, layout = torch.randn(96, 2, 4), FrameBlocks(24, 16)
-    assert ForcingKV().changed(keys, layout, (DYNAMIC,) * 2).tolist() == [0, 1, 6, 7, 12, 13]
-    assert ForcingKV().changed(keys[:72], layout, (DYNAMIC,) * 2) is None
+    roles = ((DYNAMIC,) * 2,) * 2
+    assert ForcingKV().changed(lambda layer: keys, layout, roles).tolist() == [0, 1, 6, 7, 12, 13]
+    assert ForcingKV().changed(lambda layer: keys[:72], layout, roles) is None
 
 
 def test_changes_are_those_of_the_first_layer_behind_layer_0_that_has_dynamic_heads():
-    static, mixed = (STATIC, STATIC), (STATIC, DYNAMIC)
-    assert ForcingKV().watched((mixed, mixed, mixed)) == 1
-    assert ForcingKV().watched((mixed, static, mixed)) == 2
-    assert ForcingKV().watched((mixed, static)) is None
-    assert ForcingKV(share=0.0).watched((mixed, mixed)) is None
-    assert DummyForcing().watched((mixed, mixed)) is None
+    static, mixed, layers = (STATIC, STATIC), (STATIC, DYNAMIC), []
+
+    def changed(roles, rule):
+        layers.clear()
+        return rule.changed(lambda layer: layers.append(layer) or torch.randn(96, 2, 4), FrameBlocks(24, 16), roles)
+
+    assert (changed((mixed, mixed, mixed), ForcingKV()) is not None, layers) == (True, [1])
+    assert (changed((mixed, static, mixed), ForcingKV()) is not None, layers) == (True, [2])
+    assert (changed((mixed, static), ForcingKV()), layers) == (None, [])
+    assert (changed((mixed, mixed), ForcingKV(share=0.0)), layers) == (None, [])
+    assert (changed((mixed, mixed), DummyForcing()), layers) == (None, [])
 
 
 @pytest.mark.parametrize("dtype", ["same", "int8", "fp8"])

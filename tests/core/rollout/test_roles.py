@@ -158,9 +158,10 @@ def test_changed_segments_are_found_anew_when_a_prompt_switch_reads_the_past_aga
     """From the chunk at frame 6 on, and by both guides with the first one's roles."""
     found, real = [], ForcingKV.changed
 
-    def changed(self, keys, layout, roles):
+    def changed(self, keys_of, layout, roles):
+        keys = keys_of(1)
         found.append((len(keys) // 96, roles, keys.sum().item()))
-        return real(self, keys, layout, roles)
+        return real(self, keys_of, layout, roles)
 
     monkeypatch.setattr(ForcingKV, "changed", changed)
     prompts = [Prompt(text(1)), Prompt(text(2), 4, "hard")]
