@@ -4,6 +4,7 @@ It drives the tree's own submodules by Wan's attribute names and never touches t
 offloaded and LoRA-patched layers keep working, in ComfyUI as without it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.layer_memory import LayerMemory
+from .. import machine
 from ..attention.backends.base import Call, DenseAttention
 from ..attention.backends.dense import sdpa
 from ..attention.blocks import FrameBlocks, tile_order
@@ -31,6 +33,9 @@ from .rope import RopeTable
 # them; at 0 the model takes them for its past and does not move towards them. With the demo model this value led best;
 # values from 0.6 to 0.85 were nearly as good.
 GIVEN_NOISE = 0.75
+SLOTS = 64  # text slots are left out by so many, so that few widths are measured; torch copies masks of odd widths
+CROSS_WORK = "attention of {1} queries to {4} text slots, {0}×{2} heads of {3}, {5} in use, in {6}"
+ALL_SLOTS, FEW_SLOTS = "all slots", "the padding as one"
 
 # Runs a pass as `run_pass` does, with the same arguments.
 Run = Callable[..., Tensor]
@@ -63,10 +68,14 @@ class OpenChunk:
 
 @dataclass(eq=False)
 class TextMemory:
-    """The prompt [B, tokens, text_dim], and each layer's keys and values [B, tokens, H, D], made when first needed."""
+    """The prompt [B, tokens, text_dim], and each layer's keys and values [B, tokens, H, D], made when first needed.
+
+    bias: see `padding_bias`; on a CPU there is none, so that results stay the same bit for bit.
+    """
 
     embeds: Tensor
     keys_values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    bias: Tensor | None = None
 
 
 class TokenOrder(NamedTuple):
@@ -302,6 +311,7 @@ def _prepare(
         raise RuntimeError("no prompt is set; call follow() first")
     if not text.keys_values:
         text.keys_values = _cross_keys_values(dit, dit.text_embedding(text.embeds))
+        text.bias = padding_bias(text.embeds, x.dtype) if x.is_cuda else None
     if state.attention.tiles and state.order is None:
         tiled = to_device(tile_order(*grid[1:], state.attention.block[1]), x.device)
         state.order = TokenOrder(tiled, tiled.argsort())
@@ -386,9 +396,42 @@ def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]
 
 
 def _cross_attention(attention: Any, x: Tensor, k: Tensor, v: Tensor, state: ModelState) -> Tensor:
-    """Attention of the chunk to every text slot, the padded ones included."""
+    """Attention of the chunk to every text slot, the padded ones included; few of them stand for all if that pays."""
     q = fused.rms_norm(attention.norm_q, attention.q(x)).unflatten(-1, (state.cache.shape.heads, -1))
-    return _output(attention, state.dense_attention(q, k, v))
+    bias = state.text.bias if state.text else None
+    if bias is None:
+        return _output(attention, state.dense_attention(q, k, v))
+
+    def attend(name: str) -> Tensor:
+        if name == ALL_SLOTS:
+            return state.dense_attention(q, k, v)
+        few = bias.shape[1]
+        return sdpa(q, k[:, :few], v[:, :few], bias)
+
+    facts, tolerance = (*q.shape, k.shape[1], bias.shape[1], q.dtype), machine.TOLERANCE[q.dtype.itemsize > 2]
+    names = ALL_SLOTS, FEW_SLOTS
+    way = machine.choose(CROSS_WORK, facts, q.device, names, attend, incumbent=ALL_SLOTS, tolerance=tolerance)
+    return _output(attention, attend(way))
+
+
+def padding_bias(embeds: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A bias of scores with which the first text slots stand for all: [1, width] in `dtype`; None if that saves none.
+
+    embeds: [B, tokens, text_dim]. Slots behind a prompt are equal, and so are their keys and values; n of them count
+    as much as one whose score is log(n) higher. Since 16 bits do not hold log(n), three slots share n. Waits once.
+    """
+    tokens = embeds.shape[1]
+    equal = (embeds == embeds[:, -1:]).flatten(2).all(-1).all(0)
+    padded = int(equal.flip(0).cumprod(0).sum())
+    width = -(-(tokens - padded + 3) // SLOTS) * SLOTS
+    if width >= tokens:
+        return None
+    left, terms = float(tokens - width + 3), list[float]()
+    for last in (False, False, True):
+        least = math.log(left) - (0 if last else 0.51 * torch.finfo(dtype).eps * abs(math.log(left)))
+        terms.append(float(torch.tensor(least, dtype=dtype)))  # rounded; all but the last stay below `left`
+        left -= math.exp(terms[-1])
+    return torch.tensor([[0.0] * (width - 3) + terms], dtype=dtype, device=embeds.device)
 
 
 def _output(attention: Any, y: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from ..quantised import dequantise_blocks
 from .base import EIGHT_BIT, Backend, Call, DenseAttention
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Dense attention through torch, [B, L, H, D] in and out."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Dense attention through torch, [B, L, H, D] in and out. bias: [1, Lk], added to each key's scores."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
 def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

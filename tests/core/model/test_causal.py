@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from lightforcing.lightforcing_core import machine
+from lightforcing.lightforcing_core.attention.backends.dense import sdpa
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
-from lightforcing.lightforcing_core.model.causal import ModelState, commit, predict
+from lightforcing.lightforcing_core.model.causal import FEW_SLOTS, ModelState, commit, padding_bias, predict
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.kv_storage import CacheShape
 from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
@@ -122,6 +124,50 @@ def test_keys_of_a_prompt_are_computed_once_and_commits_skip_what_only_the_outpu
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
     run_cached(dit, torch.randn(1, 16, 9, HEIGHT, WIDTH), [3, 3, 3], 500.0, torch.randn(1, 7, TEXT), make_state(9))
     assert calls == ["prompt", "output"]  # the output is of the denoising pass alone
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("lengths", "width"), [((1, 1), 64), ((61, 7), 64), ((62, 0), 128), ((300, 2), 320)])
+def test_a_few_text_slots_stand_for_the_padding(lengths, width, dtype):
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.zeros(2, 512, 8)
+    for row, length in zip(embeds, lengths, strict=True):
+        row[:length] = torch.randn(length, 8, generator=generator)
+    q = torch.randn(2, 5, 1, 8, generator=generator, dtype=torch.float64)
+    k = torch.einsum("blc,cd->bld", embeds.double() + 0.3, torch.randn(8, 8, generator=generator).double())[:, :, None]
+    v = torch.sin(3 * k)
+    bias = padding_bias(embeds, dtype)
+    assert bias.dtype == dtype
+    assert bias.shape == (1, width)
+    few = sdpa(q, k[:, :width], v[:, :width], bias.double())
+    torch.testing.assert_close(few, sdpa(q, k, v), atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(512, 500), (64, 3), (512, 512)])
+def test_a_prompt_with_little_padding_uses_all_slots(tokens, length):
+    embeds = torch.randn(1, tokens, 8)
+    embeds[:, length:] = 0.5
+    assert padding_bias(embeds, torch.bfloat16) is None
+
+
+def test_a_pass_over_few_text_slots_equals_one_over_all(weights, monkeypatch):
+    dit, asked = wan_from_state_dict(weights), []
+    context = torch.zeros(1, 200, TEXT)
+    context[:, :9] = torch.randn(1, 9, TEXT)
+    latents, state = torch.randn(1, 16, 2, HEIGHT, WIDTH), make_state(2)
+    expected = run_cached(dit, latents, [2], 700.0, context, state)
+
+    def choose(work, facts, device, names, run, **named):
+        asked.append((work.format(*facts), named["incumbent"]))
+        return FEW_SLOTS
+
+    monkeypatch.setattr(machine, "choose", choose)
+    state.text.bias = padding_bias(context, torch.float32)
+    actual = predict(dit, latents, torch.tensor([700.0]), state)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.equal(actual, expected)
+    title = "attention of 12 queries to 200 text slots, 1×2 heads of 128, 64 in use, in torch.float32"
+    assert asked == [(title, "all slots")] * LAYERS
 
 
 def test_wrong_frames_and_sizes_and_passes_without_a_chunk_or_a_prompt_are_named(weights):
