@@ -155,6 +155,19 @@ class RolloutBench:
 
 
 @dataclass(frozen=True)
+class CoreBench:
+    """Whole videos with random weights by ComfyUI core's sampler and ours; COMFYUI_PATH and COMFYUI_PYTHON name it."""
+
+    frames: Annotated[int, "Video frames, 1 + 4k."] = 81
+    target: Annotated[tuple[float, ...], "More targets for models trained without sparsity."] = ()
+    model: Model = Model(512, 2048, 2)
+    picture: Picture = Picture()
+    backend: Annotated[str, "Sparse backend."] = "auto"
+    rounds: Annotated[int, "Rounds in which each arm makes the video once.", 1] = 3
+    quick: Annotated[bool, "33 frames in one round, for a first look."] = False
+
+
+@dataclass(frozen=True)
 class GpuBench:
     """Check and time everything on this machine, for a report without paths and names to paste into an issue."""
 

@@ -47,16 +47,16 @@ def _commit() -> str:
 
 
 def take_turns(
-    arms: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, put: Put
+    arms: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, put: Put, *, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
     """The milliseconds of every arm that runs here, in each of `repeats` rounds; puts why others do not run.
 
-    Every arm runs untimed first, then once in each round, the first arm of a round rotating.
+    Every arm runs `warm_up` times untimed, then once in each round, the first arm of a round rotating.
     """
     taken: dict[str, list[float]] = {}
     for name, arm in arms.items():
         try:
-            for _ in range(WARM_UP):
+            for _ in range(warm_up):
                 machine.seconds_of(arm, device)
             taken[name] = []
         except (ImportError, RuntimeError) as error:

@@ -13,7 +13,15 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from ..benchmarks.console import Out, carry_out, with_options
-from ..benchmarks.settings import AttentionBench, DecodeBench, GpuBench, PoliciesBench, RolloutBench, StepBench
+from ..benchmarks.settings import (
+    AttentionBench,
+    CoreBench,
+    DecodeBench,
+    GpuBench,
+    PoliciesBench,
+    RolloutBench,
+    StepBench,
+)
 from ..lightforcing_core.families import Family
 from .queue.command import complain, queue
 
@@ -172,7 +180,7 @@ def _measure(name: str, *arguments: Any, **options: Any) -> None:
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure dense against sparse on this machine, both in one process.")
-for _kind in AttentionBench, PoliciesBench, StepBench, DecodeBench, RolloutBench, GpuBench:
+for _kind in AttentionBench, PoliciesBench, StepBench, DecodeBench, RolloutBench, CoreBench, GpuBench:
     _name = _kind.__name__.removesuffix("Bench").lower()
     _command = with_options(_kind, partial(carry_out, partial(_measure, _name)), Out, None)
     bench.command(_name, help=_kind.__doc__)(_command)

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,9 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lightforcing.benchmarks import attention, decode, policies, rollout, step
+from lightforcing.benchmarks import attention, core, decode, policies, rollout, step
 from lightforcing.benchmarks.console import add
-from lightforcing.benchmarks.settings import AttentionBench, Machine, Model, Picture, Place, StepBench
+from lightforcing.benchmarks.settings import AttentionBench, CoreBench, Machine, Model, Picture, Place, StepBench
 from lightforcing.benchmarks.timing import WARM_UP, ratio, take_turns
 from lightforcing.cli.main import app
 from lightforcing.lightforcing_core.attention.policies import POLICIES
@@ -211,3 +212,14 @@ def test_impossible_requests_are_one_line_on_stderr(arguments, message):
     assert done.exit_code == 1, done.output
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("python", "message"), [("", "COMFYUI_PYTHON '' are not"), (sys.executable, "exit code 1: ModuleNotFoundError")]
+)
+def test_core_refuses_without_a_comfyui_that_starts(python, message, tmp_path, monkeypatch):
+    (tmp_path / "comfy").mkdir()
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    monkeypatch.setenv("COMFYUI_PYTHON", python)
+    with pytest.raises(ValueError, match=message):
+        recorded(core.measure, CoreBench())

@@ -1,5 +1,7 @@
 """Scripts that assert what only ComfyUI's Python can see; the first line of each says what that is."""
 
+import json
+
 import pytest
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -61,3 +63,14 @@ def test_comfyui_holds_and_computes_both_forms_of_fp8_as_expected(run_inside, mo
         assert result.exit_code == 0, result.output
     checkpoint, cut, calibrated = files
     run_inside("model/fp8", "tiny_wan.safetensors", checkpoint, OUTLIER, cut, calibrated, returns=False)
+
+
+def test_bench_core_times_whole_videos_of_cores_sampler_and_ours(comfyui, tmp_path):
+    sizes = ["--frames", "33", "--height", "64", "--width", "96", "--dim", "256", "--ffn-dim", "512", "--layers", "1"]
+    command = ["bench", "core", *sizes, "--rounds", "1", "--target", "0.7", "--out", str(tmp_path / "core.json")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "core.json").read_text())
+    assert list(record["video"]) == ["core", "dense", "published", "default", "target 0.7"]
+    assert all(row["times as fast as core"]["median"] > 0 for row in record["video"].values())
+    assert record["facts"]["ComfyUI"] in result.output
