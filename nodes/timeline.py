@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..lightforcing_core.rollout.schedule import latent_frame_at, video_frames_of
-from ..lightforcing_core.rollout.timeline import Prompt, Switch, check_text
+from ..lightforcing_core.rollout.timeline import FARTHEST, Prompt, Switch, check_text
 from .texts import node_schema
 
 TimelineType = io.Custom("LIGHTFORCING_TIMELINE")
@@ -47,9 +47,11 @@ class LightForcingPromptTimeline(io.ComfyNode):
             inputs=[
                 io.Conditioning.Input("positive"),
                 io.Float.Input("start", default=3.0, min=0.0, max=3600.0, step=0.25),
-                io.Combo.Input("switch", options=["hard", "soft", "blend"], default="hard"),
+                io.Combo.Input("switch", options=list(get_args(Switch)), default="hard"),
                 io.Int.Input("blend_chunks", default=4, min=1, max=1000, step=1),
                 TimelineType.Input("timeline", optional=True),
+                io.Int.Input("jump", default=Prompt.jump, min=0, max=FARTHEST, step=1, optional=True, advanced=True),
+                io.Int.Input("pin", default=Prompt.pin, min=0, max=64, step=1, optional=True, advanced=True),
             ],
             outputs=[TimelineType.Output(display_name="timeline")],
         )
@@ -62,12 +64,14 @@ class LightForcingPromptTimeline(io.ComfyNode):
         switch: Switch,
         blend_chunks: int,
         timeline: tuple[PromptChange, ...] = (),
+        jump: int = Prompt.jump,
+        pin: int = Prompt.pin,
     ) -> io.NodeOutput:
         text, extras = positive[0]
         reason = unsuitable_prompt(f"prompt at {start:g} s", [{**extras, "cross_attn": text}, *positive[1:]])
         if reason:
             raise ValueError(reason)
-        return io.NodeOutput((*timeline, (start, Prompt(text, 0, switch, blend_chunks))))
+        return io.NodeOutput((*timeline, (start, Prompt(text, 0, switch, blend_chunks, jump, pin))))
 
 
 def prompts_of(text: Tensor, timeline: Sequence[PromptChange], chunk_lengths: list[int]) -> list[Prompt]:

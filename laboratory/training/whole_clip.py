@@ -78,7 +78,7 @@ def teacher_forced(
     e = dit.time_embedding(_sinusoid(dit.freq_dim, steps.flatten())).unflatten(0, (batch, -1))
     e0 = dit.time_projection(e).unflatten(2, (6, -1))
     text = dit.text_embedding(context)
-    table = RopeTable(0, *grid, HEAD_DIM, dtype=torch.float32, device=noisy.device)
+    table = RopeTable(range(grid[0]), *grid[1:], HEAD_DIM, dtype=torch.float32, device=noisy.device)
     cos, sin = (torch.cat([t[:, :seen], t], dim=1) for t in (table.cos, table.sin))
 
     for block in dit.blocks:

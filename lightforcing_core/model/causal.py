@@ -5,7 +5,7 @@ offloaded and LoRA-patched layers keep working, in ComfyUI as without it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -47,6 +47,7 @@ Watch = Callable[[int, BlockSelection, BackendChoice], object]
 class OpenChunk:
     """State of one open chunk; a new object makes recorded passes out of date.
 
+    positions: of its frames in time, see `KVCache.jump`.
     steps, later: the number of denoising steps left, and of chunks after this one, from which a `StepGraph` decides
     whether recording pays.
     given: the number of last frames that are given, and so get `GIVEN_NOISE` of a step's noise.
@@ -56,6 +57,7 @@ class OpenChunk:
 
     frames: int = 0
     start_frame: int = 0
+    positions: Sequence[int] = ()
     attention: ChunkAttention = field(default_factory=ChunkAttention)
     steps: int = 0
     later: int = 0
@@ -132,13 +134,14 @@ class ModelState:
         attention = plan_chunk(options, view, sparsity, shape.head_dim, shape.dtype, self.cache.storage.dtype)
         if self.width:
             attention = attention.steady(shape.slots, self.width)
-        self.chunk = OpenChunk(frames, self.cache.current_frames[0], attention, steps, later, given)
+        start, positions = self.cache.current_frames[0], self.cache.positions
+        self.chunk = OpenChunk(frames, start, positions, attention, steps, later, given)
 
     def reopen_visible(self) -> None:
         """Begin a dense pass that recomputes visible frames at once, see `KVCache.reopen`."""
         self.cache.reopen()
         frames = self.cache.current_frames
-        self.chunk = OpenChunk(len(frames), frames[0] if frames else 0)
+        self.chunk = OpenChunk(len(frames), frames[0] if frames else 0, self.cache.positions)
 
     @property
     def shows_roles(self) -> bool:
@@ -318,7 +321,7 @@ def _prepare(
     if chunk.rope is None:
         head_dim, wide = state.cache.shape.head_dim, torch.promote_types(x.dtype, torch.float32)
         order = None if state.order is None else state.order.order
-        chunk.rope = RopeTable(chunk.start_frame, *grid, head_dim, order=order, dtype=wide, device=x.device)
+        chunk.rope = RopeTable(chunk.positions, *grid[1:], head_dim, order=order, dtype=wide, device=x.device)
     chunk.layers = chunk.layers or [_looked_up(block) for block in dit.blocks]
     return chunk.rope, text.keys_values, chunk.layers
 

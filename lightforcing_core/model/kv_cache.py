@@ -35,6 +35,8 @@ class KVCache:
         self._current: list[int] = []  # slots of the open or last chunk, in time order
         self._committed = True
         self._next_frame = 0
+        self._jumps: list[tuple[int, int]] = []  # (frame, how far it and later ones were moved ahead)
+        self._pinned = range(0)  # frames that stay visible
         self._first_original = 0  # the frame of the first original
         self._views: dict[int, tuple[LayerMemory, LayerMemory]] = {}  # by layer, all of its memory and what is visible
         self.wrote_runs = False  # whether `store` has written to slots that are Python numbers
@@ -48,10 +50,33 @@ class KVCache:
     def current_frames(self) -> list[int]:
         return [self.slot_frames[slot] for slot in self._current]
 
-    def open(self, frames: int) -> None:
-        """Prepare slots for the next `frames` frames, evicting the oldest except sinks.
+    @property
+    def positions(self) -> list[int]:
+        """The positions in time of the open or last chunk's frames."""
+        return [self._position_of(frame) for frame in self.current_frames]
 
-        Sinks and chunk must fit into the window, which a `Recipe` checks. RuntimeError when the last chunk is not
+    def _position_of(self, frame: int) -> int:
+        return frame + sum(far for first, far in self._jumps if first <= frame)
+
+    def jump(self, frames: int) -> None:
+        """Move the next frame and all later ones `frames` latent frames ahead in time.
+
+        The past stays visible, farther away than a model was trained for: so a scene ends. Sources: the cut of
+        Infinity-RoPE, arXiv 2511.20649, with 42, and of LongLive 2.0 with 8.
+        """
+        self._require_committed()
+        self._jumps.append((self._next_frame, frames))
+
+    def pin(self, frames: int) -> None:
+        """Keep the last chunk's first `frames` frames visible, instead of those pinned before."""
+        self._require_committed()
+        start = self.current_frames[0]
+        self._pinned = range(start, start + min(frames, len(self._current)))
+
+    def open(self, frames: int) -> None:
+        """Prepare slots for the next `frames` frames, evicting the oldest except sinks and pinned ones.
+
+        These and the chunk must fit into the window, which a `Recipe` checks. RuntimeError when the last chunk is not
         committed.
         """
         self._require_committed()
@@ -68,7 +93,7 @@ class KVCache:
             self._put_back(self._sink_moves())
 
     def reopen(self) -> None:
-        """Reopen all visible frames, so that one pass can recompute them; without sinks once a frame was evicted."""
+        """Reopen all visible frames, so that one pass can recompute them; once one was evicted, those that move."""
         self._require_committed()
         # As LongLive does: sinks keep their values only if the frames that follow them are gone.
         is_whole = self._next_frame == len(self.slot_frames)
@@ -176,8 +201,9 @@ class KVCache:
             raise RuntimeError(f"the chunk of frames {self.current_frames} is not committed yet; run its clean pass")
 
     def _movable_slots(self) -> list[int]:
-        """The used slots that hold no sink, oldest frame first."""
-        movable = [slot for slot, frame in enumerate(self.slot_frames) if frame >= self.shape.sink_frames]
+        """The used slots that hold no sink and nothing pinned, oldest frame first."""
+        kept = [*range(self.shape.sink_frames), *self._pinned]
+        movable = [slot for slot, frame in enumerate(self.slot_frames) if frame not in kept]
         return sorted(movable, key=self.slot_frames.__getitem__)
 
     def _show_slots(self) -> None:
@@ -221,7 +247,7 @@ class KVCache:
     def _sink_moves(self) -> list[tuple[int, int, int]]:
         """Moves of sinks that follow to the place directly before the window, see `_put_back`."""
         movable, sinks = self._movable_slots(), self.shape.sink_frames
-        shift = self.slot_frames[movable[0]] - sinks if movable else 0
+        shift = self._position_of(self.slot_frames[movable[0]]) - sinks if movable else 0
         return [(slot, slot, slot + shift) for slot in range(sinks)] if shift else []
 
     def _put_back(self, moves: Sequence[tuple[int, int, int]]) -> None:
@@ -232,7 +258,7 @@ class KVCache:
         wide = torch.promote_types(self.shape.dtype, torch.float32)
         shifts = [frame - self._first_original - original for _, original, frame in moves]
         # Row and column 0 rotate by nothing.
-        tables = [RopeTable(shift, 1, 1, 1, head_dim, dtype=wide, device=device) for shift in shifts]
+        tables = [RopeTable([shift], 1, 1, head_dim, dtype=wide, device=device) for shift in shifts]
         for layer, originals in enumerate(self.storage.originals):
             memory = self.storage.at(layer)
             for (slot, original, _), table in zip(moves, tables, strict=True):

@@ -5,8 +5,12 @@ A head's D/2 pairs (2i, 2i+1) are split into temporal, height and width pairs; e
 float64, so no frame index is too large.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from ..pinned import to_device
 
 THETA = 10000.0
 
@@ -27,7 +31,7 @@ WITHOUT_FLOAT64 = ("mps", "xpu")  # devices that cannot compute in it, at least 
 
 
 class RopeTable:
-    """cos and sin of the tokens of `frames` latent frames from `start` on.
+    """cos and sin of the tokens of latent frames at `positions` in time.
 
     The tokens of a frame are `height` × `width` patches, width fastest, or in `order`, see `blocks.tile_order`.
     cos, sin: [1, L, 1, D/2] in `dtype`.
@@ -35,8 +39,7 @@ class RopeTable:
 
     def __init__(
         self,
-        start: int,
-        frames: int,
+        positions: Sequence[int],
         height: int,
         width: int,
         head_dim: int,
@@ -46,15 +49,12 @@ class RopeTable:
         device: torch.device | str | None = None,
     ) -> None:
         place = "cpu" if torch.empty(0, device=device).device.type in WITHOUT_FLOAT64 else device
-        axes = [
-            torch.arange(first, first + size, device=place)
-            for first, size in ((start, frames), (0, height), (0, width))
-        ]
-        positions = torch.cartesian_prod(*axes).unbind(1)
-        pairs = zip(positions, axis_dims(head_dim), strict=True)
+        rows, columns = (torch.arange(size, device=place) for size in (height, width))
+        tokens = torch.cartesian_prod(to_device(torch.tensor(positions), place), rows, columns).unbind(1)
+        pairs = zip(tokens, axis_dims(head_dim), strict=True)
         angles = torch.cat([_angles(position, dim) for position, dim in pairs], dim=-1)
         if order is not None:
-            angles = angles.unflatten(0, (frames, -1))[:, order.to(angles.device)].flatten(0, 1)
+            angles = angles.unflatten(0, (len(positions), -1))[:, order.to(angles.device)].flatten(0, 1)
         angles = angles[None, :, None]
         self.cos, self.sin = (table.to(dtype).to(device) for table in (angles.cos(), angles.sin()))
 

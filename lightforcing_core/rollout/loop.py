@@ -122,6 +122,8 @@ class _Loop:
                             shows = self._lacks_roles(state) and state.shows_roles
                             state.chunk.masses = [] if shows else None
                             self._clean_pass(state, latents, run_pass if shows else graph)
+                            if (cut := self.recipe.guides[0].cut_at(index)) and cut.pin:
+                                state.cache.pin(cut.pin)
                     self.recorder.lap(index, "replay" if is_given else "clean pass")
                 past = [*past, latents][-self.cache.slots :]
             graph.finish()
@@ -176,8 +178,9 @@ class _Loop:
         """Whether an initial chunk is fed through the model: all are, or those that later chunks may see."""
         given, cache = self.starts[self.first_index], self.cache
         still_visible = self.starts[index + 1] > given - (cache.slots - cache.sink_frames)
-        # After a hard switch the frames that come back are some in the middle.
+        # After a hard switch the frames that come back are some in the middle, and so are those that a cut pins.
         switched = cache.rolling is not None and any(one.switch == "hard" for one in self.recipe.prompts[1:])
+        switched |= any(one.pin for one in self.recipe.cuts)
         return self.runtime.replay == "all" or self.starts[index] < cache.first_frames or still_visible or switched
 
     def _lacks_roles(self, state: ModelState) -> bool:
@@ -199,14 +202,21 @@ class _Loop:
     @torch.no_grad()
     def _follow_prompts(self, states: list[ModelState], index: int, past: list[Tensor]) -> None:
         """Give each cache its text when it changes; a hard switch recomputes the visible past with the new text."""
+        cut = self.recipe.guides[0].cut_at(index)
+        if cut:
+            self.recorder.note(f"the cut at chunk {index} moves it {cut.jump} latent frames ahead")
         for state in states:
+            if cut:
+                state.cache.jump(cut.jump)
             change = self.recipe.guides[state.guide].changes_at(index)
             if index == 0 or change:
                 self._follow(state, index)
             if change == "hard":
                 state.reopen_visible()
                 if frames := state.chunk.frames:
-                    self._clean_pass(state, torch.cat(past, dim=2)[:, :, -frames:])
+                    known = torch.cat(past, dim=2)
+                    first = self.starts[index] - known.shape[2]
+                    self._clean_pass(state, known[:, :, [frame - first for frame in state.cache.current_frames]])
                     self.recorder.note(f"the hard prompt switch at chunk {index} read {frames} frames again")
                     self.recorder.lap(index, "recompute")
 

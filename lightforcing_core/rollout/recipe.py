@@ -156,6 +156,21 @@ class Recipe:
                 raise Refusal("sink_frames", problem, "use 0")
         if self.last_latents is not None:
             self._check_end(self.last_latents.shape[2])
+        for cut in self.cuts:
+            self._check_cut(cut)
+
+    def _check_cut(self, cut: Prompt) -> None:
+        """Refusal unless sinks end before a cut, its pinned frames fit the window, and the policy allows both."""
+        start, policy = [0, *accumulate(self.chunk_lengths())][cut.start_chunk], self.attention.policy
+        if self.attention.cache_rule is not None:
+            problem = f"'cut' cannot end a scene that {policy} brings back"
+            raise Refusal("switch", problem, "use another policy, or 'hard'")
+        if start < self.sink_frames:
+            problem = f"'cut' at chunk {cut.start_chunk} is inside the first {self.sink_frames} frames, the sinks"
+            raise Refusal("switch", problem, "cut later, or use fewer sink_frames")
+        if cut.pin and self.attention.head_rule is not None:
+            raise Refusal("pin", f"{cut.pin} would take the place of frames that {policy} reads", "use pin 0")
+        check_window(self.window, self.sink_frames + cut.pin, self.sink_rope, max(self.chunk_lengths()))
 
     def _check_end(self, count: int) -> None:
         """Refusal unless the last chunk has more latent frames than the `count` given ones at its end."""
@@ -195,6 +210,11 @@ class Recipe:
         if guidance.negative is None or guidance.cfg == 1.0:
             return (prompts,)
         return prompts, Timeline([Prompt(guidance.negative)])
+
+    @property
+    def cuts(self) -> list[Prompt]:
+        """The prompts that begin with a cut in this video."""
+        return [one for one in self.prompts if one.switch == "cut" and 0 < one.start_chunk < len(self.chunk_lengths())]
 
     def chunk_lengths(self) -> list[int]:
         """Latent frames of every chunk of the video."""

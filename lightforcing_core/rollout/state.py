@@ -22,9 +22,11 @@ from .runtime import Chunk
 from .timeline import Prompt
 
 FORMAT = "light_forcing_run_state"
-VERSION = 2  # version 1 has no given end and no key_mean; a state without them is still written as 1
+# Version 1 has no given end and no key_mean, version 2 no cuts; a state without them is still written as such.
+VERSION = 3
 MOST_FRAMES = 1_000_000  # latent frames of a saved video
-# The fields of a recipe that are saved as they are.
+# The fields of a prompt and of a recipe that are saved as they are.
+PROMPT_FACTS = ("start_chunk", "switch", "blend_chunks", "jump", "pin")  # the last two of a cut only
 RECIPE_FACTS = ("latent_shape", "frames_per_chunk", "sigmas", "growth", "window", "sink_frames", "sink_rope", "seed")
 
 
@@ -115,7 +117,8 @@ def save_run_state(state: RunState, path: str | Path) -> Path:
     """Write the state completely or not at all; OutputError if the folder or the disk cannot take the file."""
     tensors, facts = _packed(state)
     facts["checksums"] = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    version = 1 if state.recipe.last_latents is None and "key_mean" not in facts else VERSION
+    version = 1 if state.recipe.last_latents is None and "key_mean" not in facts else 2
+    version = 3 if any(one["switch"] == "cut" for one in facts["prompts"]) else version
     return write_tensors(path, tensors, {"format": FORMAT, "version": str(version), "state": json.dumps(facts)})
 
 
@@ -162,8 +165,10 @@ def _packed(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts["key_mean"] = True
     facts |= {"cfg": guidance.cfg, "attention": recipe.attention.to_saved()}
     facts |= {**vars(noise), "chunk_seeds": list(noise.chunk_seeds.items())}
-    names = ("start_chunk", "switch", "blend_chunks")
-    facts["prompts"] = [{name: getattr(prompt, name) for name in names} for prompt in recipe.prompts]
+    facts["prompts"] = [
+        {name: getattr(one, name) for name in PROMPT_FACTS[: None if one.switch == "cut" else 3]}
+        for one in recipe.prompts
+    ]
     return tensors, facts
 
 
@@ -193,7 +198,7 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
     # JSON has other types than these fields need, and a wrong one would fail much later.
     integers = [count, recipe.frames_per_chunk, recipe.window or 0, recipe.sink_frames, recipe.seed]
     integers += recipe.noise_options.chunk_seeds.values()
-    integers += [number for prompt in recipe.prompts for number in (prompt.start_chunk, prompt.blend_chunks)]
+    integers += [getattr(prompt, name) for prompt in recipe.prompts for name in PROMPT_FACTS if name != "switch"]
     if count < 0 or not all(type(number) is int and abs(number) < 1 << 64 for number in integers):
         raise TypeError(f"{integers!s:.80} where whole numbers are needed")
     are_floats = math.isfinite(recipe.guidance.cfg) and all(map(Tensor.is_floating_point, tensors.values()))

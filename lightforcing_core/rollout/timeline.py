@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 
 from ..refusal import Refusal, check_choice, check_finite
 
-Switch = Literal["hard", "soft", "blend"]
+Switch = Literal["hard", "soft", "blend", "cut"]
+FARTHEST = 1000  # latent frames of a cut
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,10 @@ class Prompt:
 
     context: [B or 1, tokens, text_dim].
     switch: "hard" recomputes the visible past under the new text (LongLive's KV re-cache), "soft" changes the text
-        only, so the picture follows gradually, and "blend" moves from the old text to the new one over
-        `blend_chunks` chunks, each of them a soft change.
+        only, so the picture follows gradually, "blend" moves from the old text to the new one over `blend_chunks`
+        chunks, each of them a soft change, and "cut" begins a new scene: the text changes, and so does the time.
+    jump: latent frames by which a cut moves its chunk and all later ones ahead of the past, see `KVCache.jump`.
+    pin: first latent frames of a cut's chunk that stay visible until the next such cut.
 
     Raises Refusal for anything else.
     """
@@ -30,6 +33,8 @@ class Prompt:
     start_chunk: int = 0
     switch: Switch = "hard"
     blend_chunks: int = 1
+    jump: int = 42
+    pin: int = 0
 
     def __post_init__(self) -> None:
         check_text("context", self.context)
@@ -38,6 +43,10 @@ class Prompt:
         check_choice("switch", self.switch, Switch)
         if self.blend_chunks < 1:
             raise Refusal("blend_chunks", f"{self.blend_chunks} is not positive", "1 switches at once")
+        for name in ("jump", "pin"):
+            if not 0 <= getattr(self, name) <= FARTHEST:
+                problem = f"{getattr(self, name)} is outside 0 to {FARTHEST} latent frames"
+                raise Refusal(name, problem, "use 42 and 0 for checkpoints of 5 s, 8 and 8 for those trained with cuts")
 
 
 def check_text(field: str, context: Tensor) -> None:
@@ -83,6 +92,11 @@ class Timeline:
         if not prompt.start_chunk or chunk - prompt.start_chunk >= (prompt.blend_chunks if blends else 1):
             return None
         return "soft" if blends else prompt.switch
+
+    def cut_at(self, chunk: int) -> Prompt | None:
+        """The prompt whose cut chunk `chunk` begins with."""
+        prompt = self.prompts[self._index(chunk)]
+        return prompt if prompt.switch == "cut" and prompt.start_chunk == chunk else None
 
     def _index(self, chunk: int) -> int:
         return max(i for i, prompt in enumerate(self.prompts) if prompt.start_chunk <= chunk)

@@ -33,7 +33,7 @@ class Case:
 
         self.q, self.k, self.v = (random(*shape, spread=spread) for spread in (1.0, 3.0, 0.5))
         self.q_weight, self.k_weight = (random(shape[-1], spread=0.1, centre=1.0) for _ in range(2))
-        self.rope = RopeTable(11, *grid, head_dim, device=DEVICE)
+        self.rope = RopeTable(range(11, 11 + grid[0]), *grid[1:], head_dim, device=DEVICE)
         self.layout, self.parts = FrameBlocks(self.tokens, block[1]), FrameBlocks(self.tokens, block[1] // 4)
 
     def ring(self, dtype=None, pooled=True, rows=None):

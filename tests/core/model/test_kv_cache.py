@@ -90,6 +90,33 @@ def test_frames_before_a_skip_are_forgotten_but_the_sinks():
     assert sorted(cache.slot_frames) == [0, 9, 10, 11, 12, 13, 14]
 
 
+def test_pinned_frames_stay_until_others_are_pinned_and_jumps_move_what_follows():
+    """The trace of chunks in LongLive 2.0's cache of four, with cuts at 2 and 6."""
+    cache, seen, positions = make_cache(4, 1), [], []
+    for index in range(9):
+        if index in (2, 6):
+            cache.jump(8)
+        cache.open(1)
+        seen.append(sorted(cache.slot_frames))
+        positions += cache.positions
+        cache.commit()
+        if index in (2, 6):
+            cache.pin(8)
+    late = [[0, 1, 2, 3], [0, 2, 3, 4], [0, 2, 4, 5], [0, 2, 5, 6], [0, 5, 6, 7], [0, 6, 7, 8]]
+    assert seen == [[0], [0, 1], [0, 1, 2], *late]
+    assert positions == [0, 1, 10, 11, 12, 13, 22, 23, 24]
+    cache.reopen()
+    assert (cache.current_frames, cache.positions) == ([7, 8], [23, 24])
+
+    whole = make_cache(6)
+    for jump in (0, 42):
+        whole.jump(jump)
+        whole.open(3)
+        whole.commit()
+    whole.reopen()
+    assert whole.positions == [0, 1, 2, 45, 46, 47]
+
+
 def test_sinks_cannot_be_skipped():
     with pytest.raises(ValueError, match="frame 0 is one of the first 2"):
         make_cache(8, 2).skip(3)
@@ -97,15 +124,15 @@ def test_sinks_cannot_be_skipped():
 
 def test_rotation_in_time_shifts_only_the_frame_index():
     k = torch.randn(1, 12, 2, 128, dtype=torch.float64)
-    moved = RopeTable(7, 1, 1, 1, 128, dtype=torch.float64, device=k.device).rotate(
-        RopeTable(2, 1, 3, 4, 128, dtype=torch.float64).rotate(k)
+    moved = RopeTable([7], 1, 1, 128, dtype=torch.float64, device=k.device).rotate(
+        RopeTable([2], 3, 4, 128, dtype=torch.float64).rotate(k)
     )
-    torch.testing.assert_close(moved, RopeTable(9, 1, 3, 4, 128, dtype=torch.float64).rotate(k))
+    torch.testing.assert_close(moved, RopeTable([9], 3, 4, 128, dtype=torch.float64).rotate(k))
 
 
 def test_rope_splits_a_head_as_wan_does_and_has_no_last_frame():
     assert axis_dims(128) == (44, 42, 42)
-    table = RopeTable(5000, 1, 1, 1, 128, dtype=torch.float64)
+    table = RopeTable([5000], 1, 1, 128, dtype=torch.float64)
     expected = torch.tensor([5000 / 10000 ** (2 * j / 44) for j in range(22)], dtype=torch.float64).cos()
     torch.testing.assert_close(table.cos[0, 0, 0, :22], expected)
     assert (table.cos[0, 0, 0, 22:] == 1).all()
@@ -121,9 +148,9 @@ def test_rope_needs_no_float64_on_a_device_without_it(monkeypatch):
     arguments = {"order": torch.arange(11, -1, -1), "device": "meta"}
     with Refuse():
         with pytest.raises(AssertionError):
-            RopeTable(2, 1, 3, 4, 128, **arguments)
+            RopeTable([2], 3, 4, 128, **arguments)
         monkeypatch.setattr(rope, "WITHOUT_FLOAT64", ("meta",))
-        assert RopeTable(2, 1, 3, 4, 128, **arguments).cos.device.type == "meta"
+        assert RopeTable([2], 3, 4, 128, **arguments).cos.device.type == "meta"
 
 
 def test_a_chunk_must_be_committed_before_the_next_opens():

@@ -3,13 +3,16 @@
 import pytest
 import torch
 
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 from lightforcing.lightforcing_core.rollout.timeline import Prompt, Timeline
 
 from ...support.rollouts import FINE, TEXT, roll, text, video
+from .unroped import assert_video_sees
 
 SIZE = (4, 6)
+ROLLING, ROLES = (AttentionOptions(block=(16, 16), policy=policy) for policy in ("rolling_sink", "forcing_kv"))
 SIGMAS = few_step_sigmas((1000, 500))
 
 
@@ -63,6 +66,8 @@ class TestTimeline:
             (lambda: Prompt(text(1), -1), "start_chunk -1"),
             (lambda: Prompt(text(1), 1, "fade"), "'fade'"),
             (lambda: Prompt(text(1), 1, "blend", 0), "blend_chunks 0"),
+            (lambda: Prompt(text(1), 1, "cut", jump=-1), "jump -1 is outside 0 to 1000"),
+            (lambda: Prompt(text(1), 1, "cut", pin=1001), "pin 1001 is outside"),
             (lambda: Prompt(torch.zeros(7, 16)), r"\[7, 16\]"),
         ],
     )
@@ -99,8 +104,69 @@ def test_a_hard_switch_recomputes_the_visible_past_and_sinks_unless_frames_are_g
     assert seen[len(ordinary) - 2] == (0.0, recomputed, True)
 
 
-def test_soft_switches_cost_no_pass(dit):
-    assert passes(dit, [Prompt(text(1)), Prompt(text(2), 2, "soft")]) == passes(dit, text(1))
+@pytest.mark.parametrize("switch", ["soft", "cut"])
+def test_soft_switches_and_cuts_cost_no_pass(dit, switch):
+    assert passes(dit, [Prompt(text(1)), Prompt(text(2), 2, switch)]) == passes(dit, text(1))
+
+
+CUT = 6  # the first frame of chunk 2
+
+
+def after_cut(frame):
+    return frame + 42 * (frame >= CUT)
+
+
+@pytest.mark.parametrize(
+    ("shown", "options"),
+    [
+        (lambda past, length: {after_cut(frame): frame for frame in range(past)}, {}),
+        (
+            # A sink that follows is directly before the oldest of the newest frames.
+            lambda past, length: (
+                ({after_cut(max(1, past + length - 5)) - 1: 0} if past else {})
+                | {after_cut(frame): frame for frame in range(max(1, past + length - 5), past)}
+            ),
+            {"window": 6, "sink_frames": 1, "sink_rope": "follow"},
+        ),
+    ],
+)
+def test_a_cut_moves_its_chunk_and_all_later_ones_away_from_the_past(shown, options):
+    prompts = [Prompt(text(1)), Prompt(text(1), 2, "cut")]
+    assert_video_sees(shown, 15, prompts=prompts, place=after_cut, frames_per_chunk=3, **options)
+
+
+def test_pinned_frames_of_a_cut_stay_visible():
+    seen = {0: [], 3: range(3), 6: range(6), 9: range(3, 9), 12: range(6, 12), 15: [6, 7, 8, *range(12, 15)]}
+    prompts = [Prompt(text(1)), Prompt(text(1), 2, "cut", pin=3)]
+
+    def shown(past, length):
+        return {after_cut(frame): frame for frame in seen[past]}
+
+    assert_video_sees(shown, 18, prompts=prompts, place=after_cut, frames_per_chunk=3, window=9)
+
+
+def test_cuts_act_on_the_negative_prompt_and_leave_a_hard_switch_its_positions(dit):
+    prompts = [Prompt(text(1)), Prompt(text(2), 1, "cut"), Prompt(text(1), 2, "cut", pin=3), Prompt(text(3), 3)]
+    plain = list(run(dit, prompts, window=9))
+    guided = list(run(dit, prompts, window=9, cfg=2.0, negative=text(4)))
+    assert not torch.equal(plain[-1].latents, guided[-1].latents)
+    for options in ({}, {"replay": "window"}):
+        rest = list(run(dit, prompts, window=9, finished=[one.latents for one in plain[:3]], **options))
+        assert torch.equal(rest[0].latents, plain[3].latents)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (Prompt(text(2), 1, "cut"), {"attention": ROLLING}, "switch 'cut' cannot end a scene that rolling_sink brings"),
+        (Prompt(text(2), 1, "cut"), {"window": 9, "sink_frames": 4}, "'cut' at chunk 1 is inside the first 4 frames"),
+        (Prompt(text(2), 1, "cut", pin=3), {"window": 5}, "window 5 cannot hold 3 sink frames and a chunk of 3"),
+        (Prompt(text(2), 1, "cut", pin=3), {"attention": ROLES}, "pin 3 would take the place of frames"),
+    ],
+)
+def test_cuts_that_cannot_work_are_refused(dit, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(dit, [Prompt(text(1)), prompt], **options)
 
 
 def test_replaying_the_window_runs_only_sinks_and_visible_frames_and_sees_the_same(dit, monkeypatch):

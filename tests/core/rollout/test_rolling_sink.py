@@ -100,7 +100,7 @@ def test_slots_hold_rotated_originals_as_if_they_had_been_stored_there(kv):
             for place in plain.current_frames:
                 frame = sources(start + 3, 3, 7, 4)[place]
                 k, v = stored[layer, frame]
-                parts.append((k if place == frame else RopeTable(place - frame, 1, 1, 1, 12).rotate(k), v))
+                parts.append((k if place == frame else RopeTable([place - frame], 1, 1, 12).rotate(k), v))
             plain.store(layer, *(torch.cat(both, 1) for both in zip(*parts, strict=True)))
             for one, other in zip(rolling.visible(layer), plain.visible(layer), strict=True):
                 assert one is other is None or torch.equal(one, other)

@@ -70,16 +70,18 @@ def filled(state, seed=0):
 def runs(draw):
     frames, per_chunk = draw(st.integers(3, 11)), draw(st.integers(1, 4))
     sinks = draw(st.integers(0, 2))
-    switches = st.sampled_from(["hard", "soft", "blend"])
+    switches = st.sampled_from(["hard", "soft", "blend", *["cut"] * (sinks < 2)])
     changes = draw(st.dictionaries(st.integers(1, 4), st.tuples(switches, st.integers(1, 3)), max_size=2))
-    prompts = [Prompt(text(1)), *(Prompt(text(10 + c, 4 + c), c, how, n) for c, (how, n) in changes.items())]
+    cut = {"cut": {"jump": draw(st.integers(0, 50)), "pin": draw(st.integers(0, 1))}}
+    prompts = [Prompt(text(10 + c, 4 + c), c, how, n, **cut.get(how, {})) for c, (how, n) in changes.items()]
+    prompts.insert(0, Prompt(text(1)))
     given_frames = draw(st.integers(0, min(5, frames - 1)))
     state = start(
         frames,
         frames_per_chunk=per_chunk,
         first_sigmas=draw(st.sampled_from([None, (1.0, 0.0)])),
         growth=draw(st.sampled_from([None, (0.0, 0.3, 0.6)])),
-        window=draw(st.none() | st.integers(sinks + per_chunk, sinks + per_chunk + 4)),
+        window=draw(st.none() | st.integers(sinks + per_chunk + 1, sinks + per_chunk + 4)),
         sink_frames=sinks,
         sink_rope=draw(st.sampled_from(["fixed", "follow"])),
         seed=draw(st.integers(0, 2**64 - 1)),
@@ -262,7 +264,7 @@ UNREADABLE = [
     (lambda path: (path.unlink(), path.mkdir()), r"cannot be read \(a folder, not a file\)"),
     (os.remove, r"cannot be read \(No such file or directory\); choose another file"),
     (lambda path: save_file({"x": torch.zeros(2)}, path, metadata={"format": "pt"}), "holds no run state.*pt"),
-    (lambda path: rewritten(path, version="3"), "version 3, this one reads up to 2; update"),
+    (lambda path: rewritten(path, version="4"), "version 4, this one reads up to 3; update"),
     (lambda path: rewritten(path, ("chunk.00001",)), r"chunk\.00001 is missing"),
     (with_a_flipped_bit, "damaged"),
 ]
@@ -279,7 +281,12 @@ def test_a_file_that_cannot_be_used_says_why(tmp_path, damage, message):
 
 @pytest.mark.parametrize(
     ("options", "version"),
-    [({}, "1"), ({"last_latents": torch.zeros(1, 16, 1, *SIZE)}, "2"), ({"kv_dtype": "int8"}, "2")],
+    [
+        ({}, "1"),
+        ({"last_latents": torch.zeros(1, 16, 1, *SIZE)}, "2"),
+        ({"kv_dtype": "int8"}, "2"),
+        ({"context": [Prompt(text(1)), Prompt(text(2), 1, "cut")]}, "3"),
+    ],
 )
 def test_only_what_older_versions_would_ignore_needs_the_newer_one(tmp_path, options, version):
     path = save_run_state(start(**options), tmp_path / "state.safetensors")

@@ -14,10 +14,11 @@ LAYERS, ROWS, COLUMNS, SEED = 2, 2, 3, 4
 TOKENS = ROWS * COLUMNS
 
 
-def assert_video_sees(shown, frames, given=None, **options):
+def assert_video_sees(shown, frames, given=None, prompts=None, place=None, **options):
     """Assert that the rollout's video is the one whose chunks see `shown(past, length)`: {place in time: frame}.
 
-    past: frames before the chunk. length: its own frames, whose places follow. given: latents at the start.
+    past: frames before the chunk. length: its own frames, whose places follow, or begin at `place(past)`.
+    given: latents at the start. prompts: of the rollout, all of them `text(1)`.
     """
     weights = random_state_dict(dim=256, ffn_dim=320, layers=LAYERS, text_dim=TEXT)
     dit, shape = wan_from_state_dict(weights, dtype=torch.float64), (1, 16, frames, 2 * ROWS, 2 * COLUMNS)
@@ -27,7 +28,7 @@ def assert_video_sees(shown, frames, given=None, **options):
     def flow(x, timestep, commit=False):
         def attend(layer, q, k, v):
             past = shown(len(held[layer][0]), len(k) // TOKENS)
-            first = max(past, default=-1) + 1
+            first = place(len(held[layer][0])) if place else max(past, default=-1) + 1
             places = torch.tensor([*past, *range(first, first + len(k) // TOKENS)])
             keys, values = held[layer]
             seen = [torch.cat([*map(one.__getitem__, past.values()), new]) for one, new in ((keys, k), (values, v))]
@@ -42,7 +43,8 @@ def assert_video_sees(shown, frames, given=None, **options):
 
     if given is not None:
         flow(given[0], 0.0, commit=True)
-    for chunk in roll(dit, text(1), latent_shape=shape, sigmas=sigmas, seed=SEED, initial_latents=given, **options):
+    options |= {"latent_shape": shape, "sigmas": sigmas, "seed": SEED, "initial_latents": given}
+    for chunk in roll(dit, prompts or text(1), **options):
         shape = chunk.latents.shape
         x = draw(chunk.index, 0, shape)[0]
         for step, (sigma, following) in enumerate(pairwise(sigmas)):

@@ -22,6 +22,7 @@ def steered(server, nodes=(), **options):
     [
         ({"timeline": link("change")}, "hard"),
         ({"timeline": link("change")}, "soft"),
+        ({"timeline": link("change")}, "cut"),
         ({"chunk_seeds": "1: 99"}, "hard"),
         ({"context_noise": 300.0}, "hard"),
     ],
