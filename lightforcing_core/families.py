@@ -6,7 +6,7 @@ from itertools import islice, product, takewhile
 from pathlib import PurePath
 from typing import Any, Literal
 
-SinkRope = Literal["fixed", "follow"]
+SinkRope = Literal["fixed", "follow", "average", "average_float32"]
 Weights = Literal["generator", "generator_ema"]
 
 _MODEL_FOLDERS = ("models", "diffusion_models", "unet", "checkpoints")  # ComfyUI's: folders above name no family
@@ -35,7 +35,9 @@ class Family:
     """Facts and defaults of one checkpoint family. frames_per_chunk, window, sink_frames: as in `Recipe`.
 
     sink_rope: the positions of sink keys after the window has moved: "fixed" keeps their original ones (LongLive),
-        "follow" puts them directly before the window (Infinite Forcing, Light Forcing long).
+        "follow" puts them directly before the window (Infinite Forcing, Light Forcing long), and "average" does too and
+        adds a thousandth of each chunk that leaves the window (Reward Forcing); "average_float32" does not round that
+        to the model's dtype, in which most of it is lost.
     denoising_steps: the few-step list on the 1000-step scale, before the shift.
     first_denoising_steps: another list for the first chunk of the video (Causal Forcing++).
     shift: the flow shift of the noise levels.
@@ -93,7 +95,12 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("longlive", "LongLive", window=12, sink_frames=3, name_hints=("longlive",), weights="generator"),
         Family("memflow", "MemFlow", window=12, sink_frames=3, name_hints=("memflow",), weights="generator"),
-        Family("reward_forcing", "Reward Forcing", name_hints=("rewardforcing",), **(_FOLLOWING_SINKS | {"window": 9})),
+        Family(
+            "reward_forcing",
+            "Reward Forcing",
+            name_hints=("rewardforcing",),
+            **(_FOLLOWING_SINKS | {"window": 9, "sink_rope": "average"}),
+        ),
         Family(
             "infinite_forcing",
             "Infinite Forcing",

@@ -2,7 +2,7 @@
 
 Evicting a frame is renaming its slot: nothing is shifted, cloned or concatenated, and all bookkeeping is Python
 ints, so nothing waits on the device. Keys are stored roped at their global frame index. Only sinks that follow the
-window and frames that come back are rotated, always from their first value, so rounding errors do not accumulate.
+window and frames that come back are rotated, always from their original, so rounding errors do not accumulate.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from ..attention.quantised import dequantise_blocks
 from ..attention.selection import sub_block_layout
 from .kv_storage import CacheShape, KVOptions, KVStorage, Runs, copy_frames, write_tokens
 from .rope import RopeTable, axis_dims
+
+KEPT = 0.999  # of a sink, when a chunk that leaves the window is averaged into it
 
 
 class KVCache:
@@ -81,7 +83,10 @@ class KVCache:
         """
         self._require_committed()
         free = list(range(len(self.slot_frames), min(len(self.slot_frames) + frames, self.shape.slots)))
-        self._current = sorted(self._movable_slots()[: frames - len(free)] + free)
+        gone = self._movable_slots()[: frames - len(free)]
+        if self.shape.averages and len(gone) == self.shape.sink_frames:
+            self._average(gone)
+        self._current = sorted(gone + free)
         self.slot_frames += [-1] * len(free)
         for slot in self._current:
             self.slot_frames[slot] = self._next_frame
@@ -89,7 +94,7 @@ class KVCache:
         self._committed = False
         self._show_slots()
         self._send_slots()
-        if self.shape.sink_rope == "follow":
+        if self.shape.sink_rope != "fixed":
             self._put_back(self._sink_moves())
 
     def reopen(self) -> None:
@@ -154,14 +159,20 @@ class KVCache:
 
     def keys_in_time(self, layer: int) -> Tensor:
         """The first video's visible keys of a layer, oldest frame first: [L, H, D]."""
-        memory = self.visible(layer)
-        keys = self.shape.memory_layout.real(memory.keys[:1])
-        if memory.key_scales is not None:
-            keys = dequantise_blocks(keys, memory.key_scales[:1], self.layout, torch.float32)
-        if memory.key_mean is not None:
-            keys = keys + memory.key_mean[:1, None]
-        frames = keys[0].split(self.layout.tokens_per_frame)
-        return torch.cat([frames[slot] for slot in sorted(range(len(frames)), key=self.slot_frames.__getitem__)])
+        memory, slots = self.visible(layer), sorted(range(len(self.slot_frames)), key=self.slot_frames.__getitem__)
+        return torch.cat([self._stored(memory, slot, slice(1))[0][0] for slot in slots])
+
+    def _stored(self, memory: LayerMemory, slot: int, videos: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Keys and values of the frame in a slot, [B, tokens, H, D] each; of an 8-bit cache dequantised."""
+        layout = self.storage.layout
+        start, blocks = slot * layout.rows_per_frame, slice(slot * layout.per_frame, (slot + 1) * layout.per_frame)
+        k, v = (x[videos, start : start + layout.tokens_per_frame] for x in (memory.keys, memory.values))
+        if memory.scales is not None:
+            k, v = (
+                dequantise_blocks(x, scales[videos, blocks], self.layout, torch.float32)
+                for x, scales in zip((k, v), memory.scales, strict=True)
+            )
+        return k if memory.key_mean is None else k + memory.key_mean[videos, None], v
 
     @property
     def keeps_originals(self) -> bool:
@@ -249,6 +260,20 @@ class KVCache:
         movable, sinks = self._movable_slots(), self.shape.sink_frames
         shift = self._position_of(self.slot_frames[movable[0]]) - sinks if movable else 0
         return [(slot, slot, slot + shift) for slot in range(sinks)] if shift else []
+
+    def _average(self, slots: Sequence[int]) -> None:
+        """Average the frames in `slots`, which are about to leave, into the originals of the sinks, one into one."""
+        head_dim, device = self.shape.head_dim, self._slot_index.device
+        wide = torch.promote_types(self.shape.dtype, torch.float32)
+        moves = [sink - self._position_of(self.slot_frames[slot]) for sink, slot in enumerate(slots)]
+        tables = [RopeTable([far], 1, 1, head_dim, dtype=wide, device=device) for far in moves]
+        for layer, originals in enumerate(self.storage.originals):
+            memory = self.storage.at(layer)
+            for sink, (slot, table) in enumerate(zip(slots, tables, strict=True)):
+                k, v = self._stored(memory, slot)
+                for kept, x in zip(originals, (table.rotate(k), v), strict=True):
+                    old = kept[sink].to(device, non_blocking=True)
+                    kept[sink].copy_(KEPT * old + (1 - KEPT) * x.to(old.dtype), non_blocking=True)
 
     def _put_back(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """Write originals to slots, rotated in time: (slot, original, frame at which it then stands)."""

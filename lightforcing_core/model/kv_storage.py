@@ -53,7 +53,7 @@ class CacheShape:
     """The sizes of a run's KV cache.
 
     slots: latent frames that a chunk can see, sinks and itself included. grid: rows and columns of tokens in a frame.
-    sink_rope: "fixed" leaves sink keys at their first positions, "follow" keeps them directly before the window.
+    sink_rope: see `Family`.
     rolling: brings first frames back, its number of anchors fitted.
     pools: the means to keep; a run that never selects blocks needs none.
     dtype: the model's, in which means are kept.
@@ -78,9 +78,14 @@ class CacheShape:
 
     @property
     def originals(self) -> int:
-        """First frames whose keys, and values if they come back, are also kept as first stored."""
-        following = self.sink_frames if self.sink_rope == "follow" else 0
+        """First frames whose keys, and values if they come back or change, are also kept as first stored."""
+        following = 0 if self.sink_rope == "fixed" else self.sink_frames
         return self.rolling.anchors if self.rolling else following
+
+    @property
+    def averages(self) -> bool:
+        """Whether frames that leave the window change the sinks."""
+        return self.sink_rope.startswith("average")
 
     @property
     def first_frames(self) -> int:
@@ -127,8 +132,8 @@ class KVStorage:
     """The tensors of all layers, allocated at construction.
 
     visible: the number of slots, from the first on, that are in use; only these are copied.
-    originals: of each layer first frames' keys and, if they come back, values: [frames, B, tokens, H, D]. Copies into
-        CPU memory run before those of `written`, for which `free` waits.
+    originals: of each layer first frames' keys and, if they come back or change, values: [frames, B, tokens, H, D].
+        Copies into CPU memory run before those of `written`, for which `free` waits.
     layout, dtype: of keys and values. keeps_mean: keys are kept less a mean.
     """
 
@@ -141,7 +146,8 @@ class KVStorage:
             sizes += [(shape.rows(layout.per_frame)[:3], torch.float32)] * 2
 
         kept = shape.originals, shape.batch, shape.tokens_per_frame, shape.heads, shape.head_dim
-        originals = [(kept, shape.dtype) for _ in range(2 if shape.rolling else 1) if shape.originals]
+        kind = torch.promote_types(shape.dtype, torch.float32) if shape.sink_rope == "average_float32" else shape.dtype
+        originals = [(kept, kind)] * (2 if shape.rolling or shape.averages else 1) if shape.originals else []
         empty = torch.zeros if shape.pools.padded else torch.empty  # nothing writes to the padding
 
         def on_device() -> LayerMemory:

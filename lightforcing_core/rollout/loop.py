@@ -181,6 +181,7 @@ class _Loop:
         # After a hard switch the frames that come back are some in the middle, and so are those that a cut pins.
         switched = cache.rolling is not None and any(one.switch == "hard" for one in self.recipe.prompts[1:])
         switched |= any(one.pin for one in self.recipe.cuts)
+        switched |= cache.averages  # everything has changed the sinks
         return self.runtime.replay == "all" or self.starts[index] < cache.first_frames or still_visible or switched
 
     def _lacks_roles(self, state: ModelState) -> bool:

@@ -103,7 +103,7 @@ class Recipe:
     initial_latents: [B or 1, C, frames, height, width], clean, with which the video starts. If `frames_per_chunk`
         does not divide them the first chunk takes the rest: one image and chunks of three give 1, 3, 3, …
         Chunk indices, and with them growth, prompts and noise, count from the start of the video.
-    sink_rope: the position of sinks once the window has moved on, see `KVCache`.
+    sink_rope: the position of sinks once the window has moved on, and whether they change, see `Family`.
     last_latents: [B or 1, C, frames, height, width], clean, with which the video ends; fewer than the last chunk
         holds, so that some frames are left to lead to them. In that chunk's steps they carry `GIVEN_NOISE` of the
         others' noise, with a timestep to match; earlier chunks do not see them.
@@ -154,10 +154,23 @@ class Recipe:
             if self.sink_frames:
                 problem = f"{self.sink_frames} would stay visible, and {self.attention.policy} brings first frames back"
                 raise Refusal("sink_frames", problem, "use 0")
+        if self.sink_rope.startswith("average") and (self.window or self.frames) < self.frames:
+            self._check_average()
         if self.last_latents is not None:
             self._check_end(self.last_latents.shape[2])
         for cut in self.cuts:
             self._check_cut(cut)
+
+    def _check_average(self) -> None:
+        """Refusal unless whole chunks leave the window for as many sinks."""
+        if self.sink_frames != self.frames_per_chunk:
+            problem = (
+                f"{self.sink_rope!r} averages chunks of {self.frames_per_chunk} into {self.sink_frames} sink frames"
+            )
+            raise Refusal("sink_rope", problem, f"use {self.frames_per_chunk} sink_frames, or 'follow'")
+        if self.attention.head_rule is not None:
+            problem = f"{self.sink_rope!r} changes sinks, and {self.attention.policy} keeps frames of its own"
+            raise Refusal("sink_rope", problem, "use 'follow', or another policy")
 
     def _check_cut(self, cut: Prompt) -> None:
         """Refusal unless sinks end before a cut, its pinned frames fit the window, and the policy allows both."""

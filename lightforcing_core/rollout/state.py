@@ -22,7 +22,7 @@ from .runtime import Chunk
 from .timeline import Prompt
 
 FORMAT = "light_forcing_run_state"
-# Version 1 has no given end and no key_mean, version 2 no cuts; a state without them is still written as such.
+# Version 1 has no given end and no key_mean, version 2 no cuts and averaged sinks; saved as the lowest that has all.
 VERSION = 3
 MOST_FRAMES = 1_000_000  # latent frames of a saved video
 # The fields of a prompt and of a recipe that are saved as they are.
@@ -118,7 +118,8 @@ def save_run_state(state: RunState, path: str | Path) -> Path:
     tensors, facts = _packed(state)
     facts["checksums"] = {name: _checksum(tensor) for name, tensor in tensors.items()}
     version = 1 if state.recipe.last_latents is None and "key_mean" not in facts else 2
-    version = 3 if any(one["switch"] == "cut" for one in facts["prompts"]) else version
+    changes_sinks = state.recipe.sink_rope.startswith("average")
+    version = 3 if changes_sinks or any(one["switch"] == "cut" for one in facts["prompts"]) else version
     return write_tensors(path, tensors, {"format": FORMAT, "version": str(version), "state": json.dumps(facts)})
 
 

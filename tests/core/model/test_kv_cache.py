@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightforcing.lightforcing_core.model import rope
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
-from lightforcing.lightforcing_core.model.kv_storage import CacheShape
+from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
 from lightforcing.lightforcing_core.model.rope import RopeTable, axis_dims
 
 TOKENS, HEADS, DIM = 5, 2, 12
@@ -115,6 +115,52 @@ def test_pinned_frames_stay_until_others_are_pinned_and_jumps_move_what_follows(
         whole.commit()
     whole.reopen()
     assert whole.positions == [0, 1, 2, 45, 46, 47]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("same", 1e-6), ("int8", 0.02)])
+def test_sinks_take_a_thousandth_of_what_leaves(dtype, error):
+    """In chunks of two, by keys that are roped anew at the place directly before the window."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 12, 2, TOKENS, HEADS, DIM, generator=generator, dtype=torch.float64)  # k and v of each frame
+    shape = CacheShape(2, 2, 6, (1, TOKENS), HEADS, DIM, 2, sink_frames=2, sink_rope="average", dtype=torch.float64)
+    cache = KVCache(shape, KVOptions(dtype))
+
+    def roped(k, place):
+        return RopeTable([place], 1, TOKENS, DIM, dtype=torch.float64).rotate(k)
+
+    sinks = x[:, :2].clone()
+    for start in range(0, 12, 2):
+        if start >= 6:
+            sinks = 0.999 * sinks + 0.001 * x[:, start - 4 : start - 2]
+        cache.open(2)
+        k = torch.cat([roped(x[:, frame, 0], frame) for frame in (start, start + 1)], dim=1)
+        for layer in range(2):
+            cache.store(layer, k, x[:, start : start + 2, 1].flatten(1, 2))
+        cache.commit()
+        before_window = max(0, start - 4)
+        for layer in range(2):
+            for sink in range(2):
+                k, v = cache._stored(cache.visible(layer), cache.slot_frames.index(sink))
+                torch.testing.assert_close(
+                    k.double(), roped(sinks[:, sink, 0], before_window + sink), rtol=0, atol=error
+                )
+                torch.testing.assert_close(v.double(), sinks[:, sink, 1], rtol=0, atol=error)
+
+
+@pytest.mark.parametrize(("rope", "moved", "distance"), [("average", 0.61, 0.0082), ("average_float32", 1.0, 0.0952)])
+def test_most_of_an_average_is_lost_in_bfloat16(rope, moved, distance):
+    """After 100 chunks of unit normal values have left, as counted of the released code and of exact averages."""
+    shape = CacheShape(1, 1, 2, (10, 20), 4, 16, sink_frames=1, sink_rope=rope, dtype=torch.bfloat16)
+    cache, generator = KVCache(shape), torch.Generator().manual_seed(0)
+    for _ in range(102):
+        cache.open(1)
+        values = torch.randn(1, 200, 4, 16, generator=generator).bfloat16()
+        cache.store(0, values, values)
+        cache.commit()
+        first = values if cache.current_frames == [0] else first  # noqa: F821
+    change = cache.storage.originals[0][1][0].float() - first.float()
+    assert float((change != 0).float().mean()) == pytest.approx(moved, abs=0.02)
+    assert float(change.square().mean().sqrt()) == pytest.approx(distance, rel=0.05)
 
 
 def test_sinks_cannot_be_skipped():

@@ -187,6 +187,25 @@ def test_replaying_the_window_runs_only_sinks_and_visible_frames_and_sees_the_sa
         assert seen[-2:] == [[0, 18, 19, 20, 21, 22, 23], [0, 21, 22, 23, 24, 25, 26]]
 
 
+@pytest.mark.parametrize(("rope", "replayed"), [("follow", 3), ("average", 7)])
+def test_sinks_that_change_need_the_whole_past(dit, rope, replayed):
+    options = {"window": 9, "sink_frames": 3, "sink_rope": rope, "frames": 24, "replay": "window"}
+    given = torch.randn(1, 16, 21, *SIZE)
+    assert passes(dit, text(1), initial_latents=given, **options)[:-2] == [(0.0, 3, True)] * replayed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sink_frames": 2}, "sink_rope 'average' averages chunks of 3 into 2 sink frames; use 3 sink_frames"),
+        ({"sink_frames": 3, "attention": ROLES}, "'average' changes sinks, and forcing_kv keeps frames of its own"),
+    ],
+)
+def test_averages_that_cannot_work_are_refused(dit, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(dit, text(1), window=9, sink_rope="average", **options)
+
+
 def test_guidance_is_a_mix_of_two_predictions(dit):
     alone = video(run(dit, text(1), frames=3, sigmas=[1.0, 0.0]))
     negative = video(run(dit, text(2), frames=3, sigmas=[1.0, 0.0]))

@@ -99,7 +99,7 @@ def runs(draw):
 CASES = (
     start(8, cfg=3.0, negative=text(9)),
     start(8, growth=(0.0, 0.5), window=5, sink_frames=1, context=[Prompt(text(1)), Prompt(text(2), 2)]),
-    start(8, initial_latents=torch.zeros(1, 16, 1, *SIZE)),
+    start(14, initial_latents=torch.zeros(1, 16, 1, *SIZE), window=6, sink_frames=3, sink_rope="average"),
     start(8, last_latents=torch.ones(1, 16, 1, *SIZE), cfg=3.0, negative=text(9)),
     start(9, last_latents=torch.ones(1, 16, 2, *SIZE), growth=(0.0, 0.5), window=5, sink_frames=1),
     start(context=[Prompt(first := text(1)), Prompt(text(2), 1), Prompt(first, 2)]),
