@@ -23,12 +23,15 @@ def read_roles(text: str) -> Roles:
     A list of {"static_head": [...], "dynamic_head": [...]}, or an object that has such a list as "layers". Raises
     ValueError unless each layer names every head once and all have as many.
     """
-    data = read_json(text)
+    remedy = 'use [{"static_head": [0, …], "dynamic_head": [1, …]}, …]'
+    try:
+        data = read_json(text)
+    except ValueError as error:
+        raise ValueError(f"the roles are no JSON ({error}); {remedy}") from error
     layers = listing(mapping(data).get("layers", data))
     roles = tuple(_roles_of(number, mapping(layer)) for number, layer in enumerate(layers))
     if len({len(layer) for layer in roles}) != 1:
-        problem = "the roles are no list of layers of equally many heads"
-        raise ValueError(f'{problem}; use [{{"static_head": [0, …], "dynamic_head": [1, …]}}, …]')
+        raise ValueError(f"the roles are no list of layers of equally many heads; {remedy}")
     return roles
 
 

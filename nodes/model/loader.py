@@ -1,5 +1,6 @@
 """Nodes that make a patched MODEL: from a checkpoint file of any published layout, or from another loader's MODEL."""
 
+import contextlib
 import logging
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ from comfy_api.latest import io, ui
 from ...lightforcing_core.attention.backends import BACKEND_NAMES
 from ...lightforcing_core.attention.options import AttentionOptions
 from ...lightforcing_core.attention.policies import POLICIES
+from ...lightforcing_core.attention.roles import read_roles
 from ...lightforcing_core.attention.selection import ESTIMATORS
 from ...lightforcing_core.checkpoint.files import CheckpointError, name_list
 from ...lightforcing_core.checkpoint.load import load_dit_state_dict
@@ -65,6 +67,10 @@ class LightForcingModelLoader(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, policy: Any = None) -> bool:
+        return check_policy(policy)
+
+    @classmethod
     def execute(
         cls, model_name: str, weight_dtype: str, weights: str, lora_name: str, family: str, **options: Any
     ) -> io.NodeOutput:
@@ -87,6 +93,10 @@ class LightForcingApply(io.ComfyNode):
             outputs=[io.Model.Output(display_name="MODEL")],
             accept_all_inputs=True,  # otherwise ComfyUI drops a policy that this version does not have
         )
+
+    @classmethod
+    def validate_inputs(cls, policy: Any = None) -> bool:
+        return check_policy(policy)
 
     @classmethod
     def execute(cls, model: ModelPatcher, family: str, **options: Any) -> io.NodeOutput:
@@ -114,15 +124,28 @@ def option_inputs() -> list[io.Input]:
 
 
 def policy_options() -> list[io.DynamicCombo.Option]:
-    """Every attention policy with the settings of its rule."""
+    """Every attention policy with the settings of its rule, in bounds that ComfyUI checks when a graph is queued."""
 
-    def field(name: str, value: float) -> io.Input:
-        if isinstance(value, int):
-            return io.Int.Input(name, default=value, min=0, max=100, step=1, optional=True)
-        return io.Float.Input(name, default=value, min=0.0, max=1.0, step=0.01, optional=True)
+    def is_allowed(policy: str, name: str, value: float) -> bool:
+        with contextlib.suppress(ValueError):
+            return bool(AttentionOptions(policy=policy, settings=((name, value),)))
+        return False
 
-    listed = {name: [field(*one) for one in policy.settings.items()] for name, policy in POLICIES.items()}
+    def field(policy: str, name: str, value: float) -> io.Input:
+        kind, low, high, step = (io.Int, 0, 100, 1) if isinstance(value, int) else (io.Float, 0.0, 1.0, 0.01)
+        low += 0 if is_allowed(policy, name, low) else step
+        high -= 0 if is_allowed(policy, name, high) else step
+        return kind.Input(name, default=value, min=low, max=high, step=step, optional=True)
+
+    listed = {name: [field(name, *one) for one in policy.settings.items()] for name, policy in POLICIES.items()}
+    listed["forcing_kv"].append(io.String.Input("roles", default="", multiline=True, optional=True))
     return [io.DynamicCombo.Option(name, inputs) for name, inputs in ({AUTO: []} | listed).items()]
+
+
+def check_policy(policy: Any) -> bool:
+    """Refuse a policy that is not there when a graph is queued; ComfyUI checks its settings by their bounds."""
+    settings_from(FAMILIES["unknown"], policy=AUTO if policy is None else policy)  # a linked input is None
+    return True
 
 
 def settings_from(family: Family, **widgets: Any) -> Settings:
@@ -131,8 +154,7 @@ def settings_from(family: Family, **widgets: Any) -> Settings:
     A graph may lack the optional ones; `reuse_steps` has no effect, and saved graphs hold it. The settings of a policy
     come with its name, as {"policy": "mass", "top_p": 0.9}, or as "policy.top_p".
     """
-    rule = {name: value for name, value in widgets.items() if name.startswith("policy.")}
-    rule = {name.removeprefix("policy."): value for name, value in rule.items()}
+    rule = {name.removeprefix("policy."): value for name, value in widgets.items() if name.startswith("policy.")}
     if isinstance(chosen := widgets.get("policy"), dict):
         rule |= chosen
         widgets["policy"] = rule.pop("policy")
@@ -142,8 +164,13 @@ def settings_from(family: Family, **widgets: Any) -> Settings:
     sparse = replace(family.sparse, **{name: given[name] for name in given.keys() & vars(family.sparse).keys()})
     block, frames = int(given.get("block", BLOCK)), (sparse.keep_frames, sparse.keep_sink, sparse.keep_near)
     beyond = sparse.estimator, sparse.tail, given.get("tiles", False)
+    roles = rule.pop("roles", None)
     settings = tuple((name, value) for name, value in rule.items() if value is not None)  # None: not in the graph
-    policy: dict[str, Any] = {"policy": sparse.policy, "settings": settings}
+    policy: dict[str, Any] = {
+        "policy": sparse.policy,
+        "settings": settings,
+        "roles": read_roles(roles) if roles else (),
+    }
     return Settings(family, AttentionOptions(given.get("backend", AUTO), (block, block), *frames, *beyond, **policy))
 
 

@@ -115,7 +115,6 @@ def test_every_policy_runs_and_the_report_shows_what_it_read(server, policy):
     [
         ({"policy": "later"}, "attention policy 'later' is not known; use one of light_forcing, "),
         ({"policy": "radial", "policy.top_p": 0.9}, "'radial' has no setting 'top_p'; its settings are decay"),
-        ({"policy": "vmoba", "policy.share": 0.0}, "share 0.0 is outside (0, 1)"),
     ],
 )
 def test_a_policy_that_is_not_there_is_refused_by_name(server, policy, problem):

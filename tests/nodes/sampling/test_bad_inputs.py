@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ...support.comfy_server import Refused
 from ...support.graphs import (
     OTHER_EMBEDS,
     apply,
@@ -149,6 +150,10 @@ CASES = {
         lambda: graph({"unet": loader(), "model": node("ModelSamplingSD3", model=link("unet"), shift=0.0)}),
         ["shift 0", "ModelSamplingSD3"],
     ),
+    "roles that are no JSON": (
+        lambda: graph({"model": loader(policy="forcing_kv", **{"policy.roles": "heads"})}),
+        ["the roles are no JSON", "static_head"],
+    ),
     "partial denoise": (partial_denoise, ["sigmas", "denoise 1"]),
 }
 
@@ -161,6 +166,25 @@ def test_message_names_the_thing_and_the_way_out(server, bad_files, case):
         assert part in message, message
     assert len(message) < 600, message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({"policy": "magic"}, "magic"),
+        ({"policy": "mass", "policy.top_p": 1.0}, "Value 1.0 bigger than max of 0.99"),
+        ({"policy": "vmoba", "policy.share": 0.0}, "Value 0.0 smaller than min of 0.01"),
+        ({"policy": "sta", "policy.rows": 0}, "Value 0 smaller than min of 1"),
+    ],
+)
+@pytest.mark.parametrize("place", ["loader", "apply"])
+def test_a_policy_is_refused_when_the_graph_is_queued(server, place, chosen, expected):
+    places = {"loader": loader(), "apply": apply(link("unet"))}
+    prompt = graph({"unet": core_loader("tiny_wan.safetensors"), "model": places[place]})
+    prompt["model"]["inputs"] |= chosen
+    with pytest.raises(Refused) as refused:
+        server.run(prompt)
+    assert expected in str(refused.value.errors), refused.value.errors
 
 
 def test_nothing_half_written_stays(server, bad_files, models):
