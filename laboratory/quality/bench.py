@@ -222,11 +222,7 @@ class _Maker:
         for chunk in self._chunks(arm, seeds, recorder=recorder):
             latents.append(chunk.latents.float().cpu())
             videos.append(decoder.decode(chunk.latents).float().cpu())
-        window = self._schedule(arm).window or self._schedule(arm).latent_frames
-        densities = [
-            one.density * len(one.visible) / min(one.start_frame + one.frames, window)
-            for one in recorder.finish().chunks
-        ]
+        densities = [one.cost.density for one in recorder.finish().chunks]
         return torch.cat(latents, 2), torch.cat(videos, 1), densities
 
     def _chunks(self, arm: Arm, seeds: Sequence[int], **callbacks: Any) -> Iterator[Chunk]:

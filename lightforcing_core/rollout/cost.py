@@ -62,13 +62,15 @@ def recipe_costs(recipe: Recipe) -> list[ChunkCost]:
     grid = recipe.latent_shape[3] // 2, recipe.latent_shape[4] // 2
     q_layout, k_layout = (FrameBlocks(grid[0] * grid[1], size) for size in options.block)
     slots, sinks = recipe.ring
-    costs, starts = schedule_costs([0.0] * len(lengths), lengths, slots), [0, *accumulate(lengths)]
+    costs, starts = schedule_costs([0.0] * len(lengths), lengths, recipe.window), [0, *accumulate(lengths)]
     known: dict[tuple[float, ...], ChunkCost] = {}
     for index, cost in enumerate(costs):
         sparsity, end, rule = recipe.sparsity(index), starts[index + 1], options.head_rule
+        held = min(cost.kv_frames, slots)  # a cache of roles holds less than the window
+        costs[index] = replace(cost, density=held / cost.kv_frames)
         if options.rule is None or not sparsity or cost.kv_frames == cost.frames:
             continue
-        seen = min(cost.kv_frames, MOST_PLANNED)
+        seen = min(held, MOST_PLANNED)
         key = cost.frames, cost.kv_frames, min(end - seen, 2 * seen), sparsity
         if key not in known:
             kept = min(sinks, end - seen)
@@ -77,10 +79,11 @@ def recipe_costs(recipe: Recipe) -> list[ChunkCost]:
             if rule is not None and (reads := rule.segments) and starts[index - 1] >= rule.split:
                 view = view._replace(changed=torch.arange(reads))
             if rule is not None and rule.why_all(view):
-                known[key] = replace(cost, by_keys=not options.roles)
+                known[key] = replace(costs[index], by_keys=not options.roles)
             else:
                 density = options.rule.plan(view, sparsity, options.budget).density
-                known[key] = replace(cost, density=1.0 if density is None else density, by_keys=density is None)
+                read = held / cost.kv_frames * (1.0 if density is None else density)
+                known[key] = replace(cost, density=read, by_keys=density is None)
         costs[index] = known[key]
     return costs[recipe.first_index :]
 

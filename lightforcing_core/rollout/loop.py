@@ -240,7 +240,7 @@ class _Loop:
                 raise Refusal("noise", problem, f"return one of {list(shape)}")
             return to_device(drawn.float(), self.device)
 
-        self.recorder.open(index, self.recipe.sparsity(index), len(levels) - 1, states[0])
+        self.recorder.open(index, self.recipe, states[0])
         end = self._end_of(index)
         noise = draw(0)
         x = levels[0] * noise if levels[0] < 1.0 else noise

@@ -19,6 +19,7 @@ from ..attention.dispatch import BackendChoice
 from ..attention.selection import BlockSelection
 from ..model.causal import ModelState, Watch
 from .cost import ChunkCost
+from .recipe import Recipe
 
 MAP_BYTES = 32 << 20  # block maps of a run; a longer one keeps those of every second, fourth, … chunk
 
@@ -27,7 +28,8 @@ MAP_BYTES = 32 << 20  # block maps of a run; a longer one keeps those of every s
 class ChunkRecord:
     """One generated chunk: `frames` latent frames from `start_frame` on.
 
-    visible: the latent frames it attended to, oldest first, its own included.
+    visible: the latent frames it attended to, oldest first, its own included. window: the latent frames that dense
+        attention sees, more than the visible ones if the cache holds only those that roles of heads need.
     sparsity: the share of key blocks that the schedule skips; None if the policy decides how many are read.
     layer_density: the share of visible key blocks that each layer read at the last denoising step, the mean over heads
         and query blocks; 1 if it was neither planned nor recorded.
@@ -45,6 +47,7 @@ class ChunkRecord:
     start_frame: int
     frames: int
     visible: tuple[int, ...]
+    window: int
     sparsity: float | None
     layer_density: tuple[float, ...]
     steps: int
@@ -63,7 +66,7 @@ class ChunkRecord:
     @property
     def cost(self) -> ChunkCost:
         """The chunk's share of the attention's FLOPs."""
-        return ChunkCost(self.frames, len(self.visible), self.density)
+        return ChunkCost(self.frames, self.window, self.density * len(self.visible) / self.window)
 
 
 @dataclass(frozen=True)
@@ -140,19 +143,21 @@ class RunRecorder:
         """Keep a fact of the run; a later text replaces an earlier one."""
         self.facts[name] = text
 
-    def open(self, index: int, sparsity: float, steps: int, state: ModelState) -> None:
+    def open(self, index: int, recipe: Recipe, state: ModelState) -> None:
         """Begin a chunk to generate, which `state` has just opened."""
         layout, options, chunk = state.cache.layout, state.attention, state.chunk
         queries = FrameBlocks(layout.tokens_per_frame, options.block[0])
         slot_frames, rule = tuple(state.cache.slot_frames), options.rule
+        end, sparsity = chunk.start_frame + chunk.frames, recipe.sparsity(index)
         record = ChunkRecord(
             index,
             chunk.start_frame,
             chunk.frames,
             visible=tuple(sorted(slot_frames)),
-            sparsity=sparsity if not sparsity or rule is None or rule.uses_sparsity else None,
+            window=min(end, recipe.window or end),
+            sparsity=sparsity if not sparsity or (rule and rule.uses_sparsity) else None,
             layer_density=(chunk.attention.density,) * self._layers,
-            steps=steps,
+            steps=len(recipe.levels(index)) - 1,
             seconds={},
             why_dense=chunk.attention.why_dense,
             query_blocks=self._batch * chunk.frames * queries.per_frame,

@@ -99,7 +99,7 @@ def test_every_policy_runs_and_the_report_shows_what_it_read(server, policy):
     options = AttentionOptions(policy=policy, settings=tuple(settings.items()))
     assert f"policy: {options.policy_text}\n" in words
     rows = [line.split() for line in words.splitlines() if line.strip()[:1].isdigit() and "denoise" in line]
-    assert [row[3] == "–" for row in rows] == [False, *[bool(options.rule) and not options.rule.uses_sparsity] * 3]
+    assert [row[3] == "–" for row in rows] == [False, *[not (options.rule and options.rule.uses_sparsity)] * 3]
     read = [float(row[4][:-1]) for row in rows]
     if options.rule is None:
         assert read == [100.0] * 4

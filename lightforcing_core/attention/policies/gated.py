@@ -35,6 +35,10 @@ class Mass:
         density = None if self.top_p else kept / view.k_blocks
         return GatedPlan(self, view.k_layout, view.k_blocks, density, 0 if self.top_p else kept)
 
+    def scores(self, q_means: Tensor, k_means: Tensor, lengths: Tensor) -> Tensor:
+        scores: Tensor = mean_scores(q_means, k_means) * q_means.shape[-1] ** -0.5
+        return scores + lengths.log()
+
     def reads(self, plan: "GatedPlan", scores: Tensor) -> Tensor:
         shares = scores.softmax(-1)
         if self.top_p:
@@ -72,6 +76,9 @@ class MixtureOfBlocks:
         own = to_device(own.view(view.q_blocks, view.k_blocks), view.device)
         return GatedPlan(self, view.k_layout, view.k_blocks, None, own=own)
 
+    def scores(self, q_means: Tensor, k_means: Tensor, lengths: Tensor) -> Tensor:
+        return mean_scores(q_means, k_means)
+
     def reads(self, plan: "GatedPlan", scores: Tensor) -> Tensor:
         weights = scores - scores.amin(-1, keepdim=True)
         assert plan.own is not None
@@ -104,11 +111,8 @@ class GatedPlan:
     ) -> BlockSelection:
         if sub_means is not None:
             scores = lse_scores(q_means, sub_means, self.layout)
-        elif isinstance(self.rule, Mass):
-            lengths = self.layout.block_lengths(frame_means.shape[1], q_means.device)
-            scores = mean_scores(q_means, k_means) * q_means.shape[-1] ** -0.5 + lengths.log()
         else:
-            scores = mean_scores(q_means, k_means)
+            scores = self.rule.scores(q_means, k_means, self.layout.block_lengths(frame_means.shape[1], q_means.device))
         return BlockSelection.from_mask(self.rule.reads(self, scores.nan_to_num_(nan=torch.finfo(scores.dtype).min)))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...pinned import to_device
 from ..blocks import FrameBlocks
-from ..roles import DYNAMIC, Roles, dummy_forcing_roles, forcing_kv_roles
+from ..roles import DYNAMIC, STATIC, Roles, dummy_forcing_roles, forcing_kv_roles
 from ..selection import BlockSelection, FrameBudget, View
 from .static import FixedPlan
 
@@ -138,6 +138,9 @@ class ForcingKV(HeadRule):
         mean = kept + len(changed) / SEGMENTS * per_frame * kinds.float().mean().item()
         most = min(kept + len(changed) * int(segment.bincount().max()), view.k_blocks)
         return HeadPlan.build(view, masks, kinds, most, mean / view.k_blocks)
+
+    def described(self, roles: Roles) -> str:
+        return super().described(((STATIC,) * len(roles[0]), *roles[1:]))
 
     def groups(self, past: int, own: int) -> Sequence[int]:
         return [1] * (past + own)

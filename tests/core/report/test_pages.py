@@ -17,6 +17,7 @@ def chunk_of(index, *, dense=None, block_map=None, layer_density=(0.25, 0.5), vi
         start_frame=2 * index,
         frames=2,
         visible=frames,
+        window=len(frames),
         sparsity=0.0 if dense else 0.6,
         layer_density=(1.0, 1.0) if dense else layer_density,
         steps=4,

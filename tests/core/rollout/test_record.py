@@ -99,8 +99,8 @@ def test_maps_are_the_selections_of_the_last_step(dit, context, monkeypatch):
     slots, chunks = [], []
 
     class Spy(RunRecorder):
-        def open(self, index, sparsity, steps, state):
-            super().open(index, sparsity, steps, state)
+        def open(self, index, recipe, state):
+            super().open(index, recipe, state)
             slots.append(list(state.cache.slot_frames))
             chunks.append(len(seen))
 

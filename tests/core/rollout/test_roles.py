@@ -12,7 +12,7 @@ from lightforcing.lightforcing_core.checkpoint.load import WanSize
 from lightforcing.lightforcing_core.memory.estimate import estimate
 from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.refusal import Refusal
-from lightforcing.lightforcing_core.rollout.cost import recipe_costs
+from lightforcing.lightforcing_core.rollout.cost import flops_ratio, recipe_costs
 from lightforcing.lightforcing_core.rollout.loop import rollout
 from lightforcing.lightforcing_core.rollout.recipe import Recipe
 from lightforcing.lightforcing_core.rollout.record import RunRecorder
@@ -185,6 +185,7 @@ def test_published_roles_cost_what_is_published(policy, share, slots):
     recipe = Recipe(**{**options, "attention": replace(options["attention"], block=(64, 64))})
     pairs = sum(cost.attention_pairs() for cost in recipe_costs(recipe))
     assert round(pairs / (3 * sum(accumulate([3] * 7))), 4) == share
+    assert round(flops_ratio(recipe_costs(recipe)), 4) == share
     assert recipe.ring == (slots, 1)
     wan = WanSize(1536, 8960, 30, 4096, 1_418_996_800)
     whole = replace(recipe, attention=AttentionOptions(policy="window"))
