@@ -52,8 +52,8 @@ def arms(backend: str, block: tuple[int, int]) -> dict[str, AttentionOptions]:
     """The options of every policy that one layer shows: as it is, and with a tail and, if it scores blocks, `lse`."""
     found = {}
     for name, policy in POLICIES.items():
-        if isinstance(policy.selection, HeadRule) or policy.cache is not None:  # known in whole runs only
-            continue
+        if isinstance(policy.selection, HeadRule) or policy.cache is not None or policy.joint:
+            continue  # known in whole runs only
         found[name] = replace(published(backend, block), policy=name)
         if policy.selection is not None and policy.selection.needs_means:
             found[f"{name}, lse + tail"] = replace(found[name], estimator="lse", tail=True)

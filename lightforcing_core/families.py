@@ -114,6 +114,7 @@ FAMILIES: dict[str, Family] = {
             "rolling_forcing",
             "Rolling Forcing",
             name_hints=("rollingforcing", "causalforcinglong", "longvideo chunkwise", "longvideo causalforcing"),
+            sparse=SparseDefaults(policy="rolling_forcing"),
             **_FIVE_STEPS,
         ),
         Family("wave_forcing_4step", "WaveForcing, 4 steps", name_hints=("waveforcing 4step",), **_FOLLOWING_SINKS),

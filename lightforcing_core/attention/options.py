@@ -125,6 +125,11 @@ class AttentionOptions:
         return self.rule if isinstance(self.rule, HeadRule) else None
 
     @property
+    def joint(self) -> bool:
+        """Whether several chunks are denoised at once, see `Policy`."""
+        return POLICIES[self.policy].joint
+
+    @property
     def policy_text(self) -> str:
         """The policy for display, with its settings and the schedule's part in it."""
         policy, rule = POLICIES[self.policy], self.rule

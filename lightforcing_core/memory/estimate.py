@@ -24,6 +24,7 @@ from ..attention.policies import View
 from ..attention.quantised import STORED
 from ..checkpoint.load import WanSize
 from ..model.causal import ModelState, TextMemory, predict
+from ..model.joint_cache import JointCache
 from ..model.kv_cache import KVCache
 from ..model.kv_storage import CacheShape, KVOptions
 from ..model.wan import HEAD_DIM, Wan
@@ -109,16 +110,17 @@ def estimate(
     kv, passes = kv or KVOptions(), len(recipe.guides)
     shape = recipe.cache_shape(layers=model.layers, heads=model.dim // HEAD_DIM, head_dim=HEAD_DIM, dtype=dtype)
     batch, channels, _, height, width = recipe.latent_shape
-    latents = batch, channels, max(recipe.chunk_lengths()), height, width
+    latents = batch, channels, recipe.pass_frames, height, width
     options = replace(recipe.attention, backend="auto" if backend == DENSE.name else backend)
     has_sparse_chunks = options.rule is not None and recipe.is_sparse
     # The Triton kernel reads an 8-bit cache in dense chunks too.
     runs = (*[named[backend]] * has_sparse_chunks, *[DENSE] * (options.backend != "triton"))
     step, prompt = _step_bytes(model, shape, latents, recipe.prompts[0].context.shape[1], options, runs, kv)
     cache = KVCache(shape, kv, "meta")
+    joint = JointCache(cache, "meta").nbytes if recipe.attention.joint else 0
     return MemoryEstimate(
         weights=weights,
-        cache=passes * cache.nbytes,
+        cache=passes * (cache.nbytes + joint),
         prompt=passes * prompt,
         step=step,
         host=passes * cache.storage.host_bytes,
@@ -137,7 +139,7 @@ def _step_bytes(
 ) -> tuple[int, int]:
     """Bytes of one forward's activations, and of the prompt's keys and values.
 
-    latents: of the longest chunk, [B, C, frames, h, w]. backends: those whose workspace attention takes.
+    latents: of the longest pass, [B, C, frames, h, w]. backends: those whose workspace attention takes.
     """
     layers, dtype, (batch, _, frames, _, _) = 2, shape.dtype, latents  # layer 2 finds the memory that layer 1 keeps
     q_layout = FrameBlocks(shape.tokens_per_frame, options.block[0])

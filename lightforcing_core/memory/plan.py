@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..attention.options import AttentionOptions
 from ..checkpoint.load import WanSize
 from ..families import Family
 from ..model.kv_storage import KVOptions
@@ -127,6 +128,7 @@ def describe_memory(model: WanSize, family: Family, *, height: int, width: int, 
         latent_shape=(1, LATENT_CHANNELS, schedule.latent_frames, height // 8, width // 8),
         sigmas=few_step_sigmas(family.denoising_steps, family.shift),
         context=torch.empty(1, TEXT_TOKENS, model.text_dim, device="meta"),
+        attention=AttentionOptions(policy=family.sparse.policy),
         **schedule.arguments(),
     )
     plain, small, far = (estimate(model, recipe, weights=2 * model.parameters, kv=kv) for kv in LADDER)

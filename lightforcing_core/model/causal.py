@@ -240,15 +240,21 @@ class Pass:
     """One pass over the open chunk, for a `denoise` function to run: a step's prediction, or a commit of clean latents.
 
     run: `run_pass`, or a `StepGraph`. watch: see `predict`.
+    shares: the noise of each frame as a share of the step's, float [F], if they differ: the flow is then scaled by it,
+        so that the step's level gives each frame's x0.
     """
 
     state: ModelState
     commits: bool = False
     run: Run = run_pass
     watch: Watch | None = None
+    shares: Tensor | None = None
 
     def __call__(self, dit: Any, x: Tensor, timestep: Tensor) -> Tensor:
-        return self.run(dit, x, timestep, self.state, self.watch, commits=self.commits)
+        if self.shares is None:
+            return self.run(dit, x, timestep, self.state, self.watch, commits=self.commits)
+        flow = self.run(dit, x, timestep[:, None] * self.shares, self.state, self.watch)
+        return flow * self.shares[:, None, None]  # in the wider dtype of the two
 
 
 def _grid(x: Tensor, state: ModelState) -> tuple[int, int, int]:

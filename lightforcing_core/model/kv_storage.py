@@ -55,6 +55,7 @@ class CacheShape:
     slots: latent frames that a chunk can see, sinks and itself included. grid: rows and columns of tokens in a frame.
     sink_rope: see `Family`.
     rolling: brings first frames back, its number of anchors fitted.
+    anchors: first frames that a `JointCache` reads.
     pools: the means to keep; a run that never selects blocks needs none.
     dtype: the model's, in which means are kept.
     """
@@ -69,6 +70,7 @@ class CacheShape:
     sink_frames: int = 0
     sink_rope: SinkRope = "fixed"
     rolling: RollingSink | None = None
+    anchors: int = 0
     pools: Pools = KEY_MEANS
     dtype: torch.dtype = torch.float32
 
@@ -80,7 +82,7 @@ class CacheShape:
     def originals(self) -> int:
         """First frames whose keys, and values if they come back or change, are also kept as first stored."""
         following = 0 if self.sink_rope == "fixed" else self.sink_frames
-        return self.rolling.anchors if self.rolling else following
+        return self.rolling.anchors if self.rolling else self.anchors or following
 
     @property
     def averages(self) -> bool:
@@ -147,7 +149,8 @@ class KVStorage:
 
         kept = shape.originals, shape.batch, shape.tokens_per_frame, shape.heads, shape.head_dim
         kind = torch.promote_types(shape.dtype, torch.float32) if shape.sink_rope == "average_float32" else shape.dtype
-        originals = [(kept, kind)] * (2 if shape.rolling or shape.averages else 1) if shape.originals else []
+        has_values = shape.rolling or shape.anchors or shape.averages
+        originals = [(kept, kind)] * (2 if has_values else 1) if shape.originals else []
         empty = torch.zeros if shape.pools.padded else torch.empty  # nothing writes to the padding
 
         def on_device() -> LayerMemory:
@@ -200,7 +203,7 @@ class KVStorage:
 
         Keys and values in CPU memory stay valid until this is called for the layer after the next.
         """
-        memory = self._layers[layer]
+        memory = self._layers[layer % len(self._layers)]  # all layers share those of a `JointCache`
         if not self._stage:
             return memory
         buffer = layer % len(self._stage)

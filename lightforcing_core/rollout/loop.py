@@ -5,6 +5,7 @@ Closing the generator cancels; chunks that were yielded before an error stay val
 
 import logging
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from .. import fast_path, machine
+from ..attention.chunk import ChunkAttention
 from ..model.causal import GIVEN_NOISE, ModelState, Pass, Run, run_pass
 from ..model.cuda_graph import StepGraph, why_no_graph
+from ..model.joint_cache import JointCache
 from ..model.kv_cache import KVCache
 from ..model.wan import HEAD_DIM
 from ..pinned import Weights, indexed, to_device
@@ -36,25 +39,31 @@ def rollout(
     recipe: Recipe,
     runtime: Runtime = Runtime(),  # noqa: B008 (frozen)
     finished: Sequence[Tensor | Chunk] = (),
+    begun: Tensor | None = None,
 ) -> Generator[Chunk, None, None]:
     """Generate the chunks of a video that are not `finished` yet.
 
     dit: a Wan 2.1 T2V module tree, from `wan_from_state_dict` or ComfyUI's.
     finished: the chunks that an earlier run of this recipe made, from the first on; they are not yielded again.
+    begun: what came with the last of them, see `Chunk`; only needed if that is a tensor.
 
     Latents are in the model's normalised space. The KV cache exists only during iteration. Raises Refusal, before
     anything runs, for a recipe that does not match the model. Source: Self Forcing's few-step rollout.
     """
-    return _Loop(dit, recipe, runtime, finished).chunks()
+    if finished and isinstance(finished[-1], Chunk):
+        begun = finished[-1].begun
+    return _Loop(dit, recipe, runtime, finished, begun).chunks()
 
 
 class _Loop:
     """One run. Arguments as in `rollout`."""
 
-    def __init__(self, dit: Any, recipe: Recipe, runtime: Runtime, finished: Sequence[Tensor | Chunk]) -> None:
+    def __init__(
+        self, dit: Any, recipe: Recipe, runtime: Runtime, finished: Sequence[Tensor | Chunk], begun: Tensor | None
+    ) -> None:
         _check_model(dit, recipe)
         made = [one.latents if isinstance(one, Chunk) else one for one in finished]
-        recipe.check_finished(made)
+        recipe.check_finished(made, begun)
         self.dit, self.recipe, self.runtime = dit, recipe, runtime
         self.recorder = runtime.recorder or RunRecorder(reads_blocks=False)
         self.shape, self.lengths = recipe.latent_shape, recipe.chunk_lengths()
@@ -64,24 +73,30 @@ class _Loop:
             problem = f"already holds all {recipe.frames} latent frames of the video"
             raise Refusal("finished", problem, "ask for a longer video")
         self.read: float | None = None  # the share of key blocks that the last chunk read, if recorded
-        self.done, self.total = 0, sum(len(recipe.levels(i)) - 1 for i in range(self.first_index, len(self.lengths)))
+        self.begun = begun
+        self.done, self.total = 0, sum(map(self._steps_of, range(self.first_index, len(self.lengths))))
         self.known = recipe.latents_with(made)
         if self.known is not None:
             check_finite("finished", self.known, "start a new video")
+        if begun is not None:
+            check_finite("begun", begun, "start a new video")
         self.noise = runtime.noise or recipe.noise()
         self.dtype = runtime.dtype or dit.dtype
         self.device = torch.device(runtime.device or recipe.prompts[0].context.device)
         layers, heads = len(dit.blocks), dit.dim // HEAD_DIM
         self.cache = recipe.cache_shape(layers=layers, heads=heads, head_dim=HEAD_DIM, dtype=self.dtype)
         self.weights = runtime.weights or Weights(dit, indexed(self.device))
-        asked = runtime.cuda_graph != "off"
-        self.why_no_graphs = why_no_graph(self.weights, kv_in_cpu_memory=runtime.kv.host) if asked else None
+        self.why_no_graphs = None
+        if runtime.cuda_graph != "off":
+            joint = f"{recipe.attention.policy} runs each pass over other frames" if recipe.attention.joint else None
+            self.why_no_graphs = joint or why_no_graph(self.weights, kv_in_cpu_memory=runtime.kv.host)
         if self.why_no_graphs and runtime.cuda_graph == "on":
             raise Refusal("cuda_graph", f"'on' cannot run: {self.why_no_graphs}", "use 'auto' or 'off'")
 
     def chunks(self) -> Generator[Chunk, None, None]:
         fast_path.begin_run()
         states: list[ModelState] = []
+        joint: list[ModelState] = []  # for chunks that are denoised at once
         past: list[Tensor] = []  # clean chunks as far back as any of them is visible
         self.recorder.start(self.dit, self.shape, self.device)
         note, wanted = partial(self.recorder.fact, "CUDA graphs"), self.runtime.cuda_graph
@@ -91,6 +106,8 @@ class _Loop:
                 cache = KVCache(self.cache, self.runtime.kv, self.device)
                 states.append(ModelState(cache, self.recipe.attention, self.runtime.dense_attention, guide))
                 states[-1].width = 0 if graph.why_off else self._list_width()
+                if self.recipe.attention.joint:
+                    joint.append(replace(states[-1], cache=JointCache(cache, self.device)))
             self._look(graph)
             for index, length in enumerate(self.lengths):
                 is_given = index < self.first_index
@@ -105,7 +122,10 @@ class _Loop:
                     latents = self._given(index)
                 else:
                     with graph.held():
-                        latents = self._denoise_chunk(states, graph, index)
+                        if joint:
+                            latents = self._denoise_at_once(joint, states, index)
+                        else:
+                            latents = self._denoise_chunk(states, graph, index)
                     if not is_finite(latents):  # waits for the device, once per chunk
                         problem = f"of the video holds NaN or infinity; the model computes in {self.dtype}"
                         remedy = "use another dtype of its weights, or its LoRA at a lower strength or not at all"
@@ -113,7 +133,7 @@ class _Loop:
                     if states[0].chunk.attention.by_keys:
                         self.read = self.recorder.share_read()
                     self.recorder.lap(index, "denoise")
-                    yield Chunk(index, self.starts[index], latents)
+                    yield Chunk(index, self.starts[index], latents, self.begun)
                     self.recorder.lap(index, "output")
                 if index < len(self.lengths) - 1:
                     with graph.held():
@@ -140,7 +160,7 @@ class _Loop:
         finally:
             graph.free()
             # A traceback or a hook of ComfyUI may still hold the states, so their memory is freed explicitly.
-            for state in states:
+            for state in (*joint, *states):
                 state.close()
 
     def _look(self, graph: StepGraph, *, rest: bool = False) -> None:
@@ -229,20 +249,10 @@ class _Loop:
     @torch.no_grad()
     def _denoise_chunk(self, states: list[ModelState], run: Run, index: int) -> Tensor:
         """A finished chunk from noise."""
-        batch, channels, _, height, width = self.shape
-        shape = (batch, channels, self.lengths[index], height, width)
         levels = self.recipe.levels(index)
-
-        def draw(number: int) -> Tensor:
-            drawn = self.noise(index, number, shape)
-            if drawn.shape != shape:
-                problem = f"({index}, {number}, …) has shape {list(drawn.shape)}"
-                raise Refusal("noise", problem, f"return one of {list(shape)}")
-            return to_device(drawn.float(), self.device)
-
         self.recorder.open(index, self.recipe, states[0])
         end = self._end_of(index)
-        noise = draw(0)
+        noise = self._draw(index, 0)
         x = levels[0] * noise if levels[0] < 1.0 else noise
         for step, (sigma, following) in enumerate(pairwise(levels)):
             watch = self.recorder.watch if following == 0.0 else None
@@ -253,29 +263,83 @@ class _Loop:
             x0 = self._x0(x, sigma, passes)
             if end is not None:
                 x0 = _with_end(x0, end)
-            self.done += 1
-            if self.runtime.on_step is not None:
-                attention = states[0].chunk.attention
-                event = StepEvent(
-                    chunk=index - self.first_index,
-                    chunks=len(self.lengths) - self.first_index,
-                    index=index,
-                    start_frame=self.starts[index],
-                    step=step,
-                    steps=len(levels) - 1,
-                    done=self.done,
-                    total=self.total,
-                    no_backend=states[0].chunk.attention.no_backend,
-                    x=x,
-                    x0=x0,
-                    density=self.read if attention.by_keys else attention.density,
-                )
-                self.runtime.on_step(event)
+            self._report(states[0].chunk.attention, index, step, x, x0)
             if following > 0.0:
-                noise = draw(step + 1)
+                noise = self._draw(index, step + 1)
                 x = (1.0 - following) * x0 + following * noise
         self.recorder.close()
         return x0
+
+    @torch.no_grad()
+    def _denoise_at_once(self, joint: list[ModelState], states: list[ModelState], index: int) -> Tensor:
+        """A finished chunk; those behind it, each one level of noise higher, wait in `begun` for the next pass.
+
+        Source: Rolling Forcing, arXiv 2509.25161. Its clean passes of unfinished chunks are left out: none reads them.
+        """
+        levels, passes = self.recipe.levels(index), self._steps_of(index)
+        steps, chunks = len(levels) - 1, list[Tensor]()
+        if self.begun is not None:
+            begun = to_device(self.begun.float(), self.device)
+            chunks += begun.split(self.lengths[index : index + steps - 1], dim=2)
+        for number in range(passes):
+            age = steps - passes + number  # steps that the first chunk is ahead of one that begins now
+            if index + age < len(self.lengths):
+                chunks.append(levels[0] * self._draw(index + age, 0))
+            x, lengths = torch.cat(chunks, dim=2), [chunk.shape[2] for chunk in chunks]
+            highest = levels[age + 1 - len(chunks)]
+            shares = [levels[age - place] / highest for place, many in enumerate(lengths) for _ in range(many)]
+            for state, behind in zip(joint, states, strict=True):
+                state.text = behind.text
+                state.open_chunk(x.shape[2], self.recipe.sparsity(index), self.device)
+            if number == passes - 1:
+                self.recorder.open(index, self.recipe, joint[0])
+            on_device = to_device(torch.tensor(shares), self.device)
+            first, *others = self._x0(x, highest, [Pass(state, shares=on_device) for state in joint]).split(lengths, 2)
+            self._report(joint[0].chunk.attention, index, number, chunks[0], first)
+            chunks = []
+            for place, x0 in enumerate([first, *others]):
+                following = levels[age - place + 1]
+                if following > 0.0:
+                    x0 = (1.0 - following) * x0 + following * self._draw(index + place, age - place + 1)
+                chunks.append(x0)
+        self.begun = torch.cat(chunks[1:], dim=2) if chunks[1:] else None
+        return chunks[0]
+
+    def _steps_of(self, index: int) -> int:
+        """The passes that chunk `index` waits for, but the clean one."""
+        steps = len(self.recipe.levels(index)) - 1
+        return 1 if self.recipe.attention.joint and (index > self.first_index or self.begun is not None) else steps
+
+    def _draw(self, index: int, number: int) -> Tensor:
+        """Noise number `number` of a chunk."""
+        batch, channels, _, height, width = self.shape
+        shape = (batch, channels, self.lengths[index], height, width)
+        drawn = self.noise(index, number, shape)
+        if drawn.shape != shape:
+            problem = f"({index}, {number}, …) has shape {list(drawn.shape)}"
+            raise Refusal("noise", problem, f"return one of {list(shape)}")
+        return to_device(drawn.float(), self.device)
+
+    def _report(self, attention: ChunkAttention, index: int, step: int, x: Tensor, x0: Tensor) -> None:
+        """Count a step of a chunk and report it."""
+        self.done += 1
+        if self.runtime.on_step is None:
+            return
+        event = StepEvent(
+            chunk=index - self.first_index,
+            chunks=len(self.lengths) - self.first_index,
+            index=index,
+            start_frame=self.starts[index],
+            step=step,
+            steps=self._steps_of(index),
+            done=self.done,
+            total=self.total,
+            no_backend=attention.no_backend,
+            x=x,
+            x0=x0,
+            density=self.read if attention.by_keys else attention.density,
+        )
+        self.runtime.on_step(event)
 
     @torch.no_grad()
     def _clean_pass(self, state: ModelState, latents: Tensor, run: Run = run_pass) -> None:

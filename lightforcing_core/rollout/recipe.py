@@ -154,6 +154,8 @@ class Recipe:
             if self.sink_frames:
                 problem = f"{self.sink_frames} would stay visible, and {self.attention.policy} brings first frames back"
                 raise Refusal("sink_frames", problem, "use 0")
+        if self.attention.joint:
+            self._check_joint()
         if self.sink_rope.startswith("average") and (self.window or self.frames) < self.frames:
             self._check_average()
         if self.last_latents is not None:
@@ -168,9 +170,28 @@ class Recipe:
                 f"{self.sink_rope!r} averages chunks of {self.frames_per_chunk} into {self.sink_frames} sink frames"
             )
             raise Refusal("sink_rope", problem, f"use {self.frames_per_chunk} sink_frames, or 'follow'")
-        if self.attention.head_rule is not None:
+        if self.attention.head_rule is not None or self.attention.joint:
             problem = f"{self.sink_rope!r} changes sinks, and {self.attention.policy} keeps frames of its own"
             raise Refusal("sink_rope", problem, "use 'follow', or another policy")
+
+    def _check_joint(self) -> None:
+        """Refusal of what chunks that are denoised at once cannot have; a window of None becomes the trained one."""
+        policy, steps = self.attention.policy, len(self.sigmas) - 1
+        if len(self.prompts) > 1:
+            problem = f"changes, and {policy} denoises {steps} chunks at once under one text"
+            raise Refusal("context", problem, "use one prompt, or another policy")
+        if self.last_latents is not None:
+            problem = f"cannot be met by {policy}, whose last chunks are denoised at once"
+            raise Refusal("last_latents", problem, "leave it out, or use another policy")
+        if self.noise_options.first_sigmas is not None:
+            problem = f"give one chunk other steps than those that {policy} denoises it with"
+            raise Refusal("first_sigmas", problem, "leave them out, or use another policy")
+        window, least = WINDOW if self.window is None else self.window, self.sink_frames + self.pass_frames
+        object.__setattr__(self, "window", window)
+        if window < min(least, self.frames):
+            at_once = f"{self.pass_frames} frames that {policy} denoises at once in {steps} steps"
+            problem = f"{window} cannot hold {self.sink_frames} sink frames and {at_once}"
+            raise Refusal("window", problem, f"use at least {least} latent frames, or fewer steps")
 
     def _check_cut(self, cut: Prompt) -> None:
         """Refusal unless sinks end before a cut, its pinned frames fit the window, and the policy allows both."""
@@ -234,6 +255,13 @@ class Recipe:
         return chunk_lengths(self.frames, self.frames_per_chunk, self.initial_frames)
 
     @property
+    def pass_frames(self) -> int:
+        """The most latent frames that one pass computes."""
+        lengths, steps = self.chunk_lengths()[self.first_index :], len(self.sigmas) - 1
+        joint = sum(sorted(lengths)[-steps:]) if self.attention.joint else 0
+        return max(joint, *self.chunk_lengths())
+
+    @property
     def first_index(self) -> int:
         """The index in the video of the first chunk that is generated."""
         return [0, *accumulate(self.chunk_lengths())].index(self.initial_frames)
@@ -276,8 +304,9 @@ class Recipe:
             heads=heads,
             head_dim=head_dim,
             block_k=self.attention.block[1],
-            sink_frames=sinks,
+            sink_frames=0 if self.attention.joint else sinks,
             sink_rope=self.sink_rope if slots < frames else "fixed",  # nothing to follow if the window never moves
+            anchors=sinks if self.attention.joint else 0,
             rolling=rule and rule.fitted(slots, max(self.chunk_lengths())),
             pools=self.attention.pools(sparse=self.is_sparse),
             dtype=dtype,
@@ -287,8 +316,8 @@ class Recipe:
         """The noise of this video; draw 0 starts a chunk, draw s ≥ 1 follows step s."""
         return seeded_noise(self.seed, self.noise_options.chunk_seeds)
 
-    def check_finished(self, finished: Sequence[Tensor]) -> None:
-        """Refusal unless these latents are the video's first generated chunks."""
+    def check_finished(self, finished: Sequence[Tensor], begun: Tensor | None = None) -> None:
+        """Refusal unless these latents are the video's first generated chunks, and `begun` what `Chunk` says."""
         batch, channels, _, *size = self.latent_shape
         lengths = self.chunk_lengths()[self.first_index :]
         if len(finished) > len(lengths):
@@ -298,6 +327,13 @@ class Recipe:
             shape, expected = list(latents.shape), [batch, channels, frames, *size]
             if shape != expected:
                 raise Refusal("finished", f"holds chunk {number} of shape {shape}", f"pass one of {expected}")
+        more = len(self.sigmas) - 2 if self.attention.joint and finished else 0
+        frames = sum(lengths[len(finished) : len(finished) + more])
+        given = None if begun is None else list(begun.shape)
+        wanted = [batch, channels, frames, *size] if frames else None
+        if given != wanted:
+            problem = f"has shape {given}, and the chunks begun behind the finished ones have {wanted}"
+            raise Refusal("begun", problem, "pass what came with the last finished chunk")
 
     def latents_with(self, finished: Sequence[Tensor]) -> Tensor | None:
         """Initial latents, then finished ones, [B or 1, C, frames, height, width]."""

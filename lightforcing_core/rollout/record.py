@@ -144,15 +144,16 @@ class RunRecorder:
         self.facts[name] = text
 
     def open(self, index: int, recipe: Recipe, state: ModelState) -> None:
-        """Begin a chunk to generate, which `state` has just opened."""
+        """Begin a chunk to generate, which `state` has just opened, maybe with later ones."""
         layout, options, chunk = state.cache.layout, state.attention, state.chunk
         queries = FrameBlocks(layout.tokens_per_frame, options.block[0])
         slot_frames, rule = tuple(state.cache.slot_frames), options.rule
+        frames = recipe.chunk_lengths()[index]
         end, sparsity = chunk.start_frame + chunk.frames, recipe.sparsity(index)
         record = ChunkRecord(
             index,
             chunk.start_frame,
-            chunk.frames,
+            frames,
             visible=tuple(sorted(slot_frames)),
             window=min(end, recipe.window or end),
             sparsity=sparsity if not sparsity or (rule and rule.uses_sparsity) else None,
@@ -160,7 +161,7 @@ class RunRecorder:
             steps=len(recipe.levels(index)) - 1,
             seconds={},
             why_dense=chunk.attention.why_dense,
-            query_blocks=self._batch * chunk.frames * queries.per_frame,
+            query_blocks=self._batch * frames * queries.per_frame,
             key_block=layout.block,
             tiles=options.tiles,
         )

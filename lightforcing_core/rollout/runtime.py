@@ -24,17 +24,22 @@ Replay = Literal["all", "window"]
 
 @dataclass(frozen=True)
 class Chunk:
-    """A finished chunk: its index in the video, its first latent frame and latents [B, C, frames, h, w]."""
+    """A finished chunk: its index in the video, its first latent frame and latents [B, C, frames, h, w].
+
+    begun: noisy latents of the chunks behind it that were denoised with it, if any; a continued run needs them.
+    """
 
     index: int
     start_frame: int
     latents: Tensor
+    begun: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class StepEvent:
     """One finished denoising step: the `step`-th of `steps` (from 0) of the `chunk`-th of `chunks` generated chunks.
 
+    With chunks that are denoised at once, it is that of the first of them, and counts their common steps.
     index, start_frame: of the chunk in the video, see `Chunk`.
     done, total: steps of the whole run.
     x, x0: [B, C, frames, h, w], the step's input and its prediction.

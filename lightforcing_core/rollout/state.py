@@ -16,7 +16,7 @@ from ..attention.quantised import KVDtype
 from ..files.json import read_json
 from ..files.tensors import read_tensors, write_tensors
 from ..model.kv_storage import KVOptions
-from ..refusal import check_choice
+from ..refusal import Refusal, check_choice
 from .recipe import Guidance, NoiseOptions, Recipe
 from .runtime import Chunk
 from .timeline import Prompt
@@ -42,9 +42,10 @@ class RunState:
     model: text that identifies the model; the caller chooses it (sizes, family, a hash of some weights).
     kv_dtype, key_mean: how the run's KV cache keeps keys and values, see `KVOptions`.
     finished: the chunks generated so far, [B, C, frames, h, w] each, in the model's normalised space, on the CPU.
+    begun: of the last one, see `Chunk`.
 
-    Raises Refusal for chunks that are not this recipe's. `rollout(dit, state.recipe, runtime, state.finished)` with
-    `Runtime(kv=state.kv)` yields the chunks that are missing.
+    Raises Refusal for chunks that are not this recipe's. `rollout(dit, state.recipe, runtime, state.finished,
+    state.begun)` with `Runtime(kv=state.kv)` yields the chunks that are missing.
     """
 
     recipe: Recipe
@@ -52,9 +53,10 @@ class RunState:
     kv_dtype: KVDtype = "same"
     finished: tuple[Tensor, ...] = ()
     key_mean: bool = True
+    begun: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self.recipe.check_finished(self.finished)
+        self.recipe.check_finished(self.finished, self.begun)
 
     @property
     def kv(self) -> KVOptions:
@@ -84,14 +86,16 @@ class RunState:
             problem = f"chunk {chunk.index} starts at latent frame {chunk.start_frame}, the state ends before {place}"
             raise StateError(f"{problem}; add chunks in order")
         latents = chunk.latents.detach().to("cpu", torch.float32, copy=True)
-        return replace(self, finished=(*self.finished, latents))
+        begun = None if chunk.begun is None else chunk.begun.detach().to("cpu", torch.float32, copy=True)
+        return replace(self, finished=(*self.finished, latents), begun=begun)
 
     def lengthened(self, latent_frames: int) -> "RunState":
         """The same run for a longer video, equal to a run of the same growth that had this length from the start.
 
         A short last chunk would be longer in the longer video, so it is dropped and generated again. The same applies
         to a last chunk with given last latents, because now the longer video ends with them. `growth` stays: that
-        of a family's schedule suits any length, another one's last value applies to the added chunks.
+        of a family's schedule suits any length, another one's last value applies to the added chunks. StateError if
+        chunks that are denoised at once have ended with the shorter video.
         """
         recipe = self.recipe
         batch, channels, frames, height, width = recipe.latent_shape
@@ -102,7 +106,11 @@ class RunState:
         if recipe.last_latents is not None:
             planned = planned[: len(recipe.chunk_lengths()) - 1 - recipe.first_index]
         whole = [chunk for chunk, length in zip(self.finished, planned, strict=False) if chunk.shape[2] == length]
-        return replace(self, recipe=longer, finished=tuple(whole))
+        try:
+            return replace(self, recipe=longer, finished=tuple(whole))
+        except Refusal:
+            problem = f"{recipe.attention.policy} has denoised the last chunks of this video at once, as its end"
+            raise StateError(f"{problem}; start a new video that begins with this one's frames") from None
 
     def check_model(self, model: str) -> None:
         """StateError, naming both, unless the state was made by this model."""
@@ -158,6 +166,7 @@ def _packed(state: RunState) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {f"chunk.{i:05d}": chunk for i, chunk in enumerate(state.finished)}
     tensors |= {f"prompt.{i}": prompt.context for i, prompt in enumerate(recipe.prompts)}
     given = {"given": recipe.initial_latents, "last_latents": recipe.last_latents, "negative": guidance.negative}
+    given["begun"] = state.begun
     tensors |= {name: tensor for name, tensor in given.items() if tensor is not None}
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     facts = {name: getattr(recipe, name) for name in RECIPE_FACTS}
@@ -195,7 +204,7 @@ def _unpacked(tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> RunState:
         noise_options=NoiseOptions(chunk_seeds=dict(facts.pop("chunk_seeds")), **noise),
         **facts,
     )
-    run = RunState(recipe, finished=finished, key_mean=key_mean, **state)
+    run = RunState(recipe, finished=finished, key_mean=key_mean, begun=tensors.get("begun"), **state)
     # JSON has other types than these fields need, and a wrong one would fail much later.
     integers = [count, recipe.frames_per_chunk, recipe.window or 0, recipe.sink_frames, recipe.seed]
     integers += recipe.noise_options.chunk_seeds.values()

@@ -100,11 +100,10 @@ class ChunkSampler(CausalSampler):
         log.info("[Light Forcing] %s", plan)
         for observer in self.observers:
             observer.begin(run, plan)
-        longest = max(run.recipe.chunk_lengths())
 
         def memory(one_frame: int) -> int:
             # ComfyUI adds the weights itself, and its estimate of a step includes the prompt.
-            return replace(plan.estimate, weights=0, vae=0, prompt=0, step=longest * one_frame).total
+            return replace(plan.estimate, weights=0, vae=0, prompt=0, step=run.recipe.pass_frames * one_frame).total
 
         request_memory(guider, KEY, memory)
 
@@ -171,7 +170,7 @@ class ChunkSampler(CausalSampler):
         speed = machine.safe() if self.request.speed == "safe" else contextlib.nullcontext()
         try:
             with named_for_the_canvas():
-                chunks = rollout(dit, run.recipe, runtime, run.finished)
+                chunks = rollout(dit, run.recipe, runtime, run.finished, run.begun)
             with speed, contextlib.closing(chunks):
                 for chunk in chunks:
                     video.add(chunk)

@@ -40,7 +40,7 @@ def plan_of(
     visible, _ = recipe.ring
     q, k = (
         torch.empty(1, dtype=dtype, device=device).expand(batch, length * tokens, size.dim // HEAD_DIM, HEAD_DIM)
-        for length in (max(recipe.chunk_lengths()), visible)
+        for length in (recipe.pass_frames, visible)
     )
     backend, block, tail = recipe.attention.backend, recipe.attention.block, recipe.attention.tail
     backend = choose_backend(q, k, tokens_per_frame=tokens, block=block, backend=backend, tail=tail).name
@@ -65,7 +65,7 @@ def plan_of(
         most_tiles=1 if decoder is None else decoder.most_tiles,
         latents=LATENT_COPIES * 4 * math.prod(recipe.latent_shape) if on_device else 0,
         overlap=is_cuda and decoder is not None and decoder.can_overlap,
-        cuda_graph=is_cuda,
+        cuda_graph=is_cuda and not recipe.attention.joint,
     )
 
 
@@ -103,7 +103,7 @@ def _ways_to_need_less(recipe: Recipe, plan: MemoryPlan) -> list[str]:
     elif not plan.kv.host:
         ways.append(f"kv_cache to int8_host ({gib(cache * 9 // 10)} GiB less, slower)")
     visible, _ = recipe.ring
-    window = max(visible * 3 // 4, recipe.sink_frames + recipe.frames_per_chunk)
+    window = max(visible * 3 // 4, recipe.sink_frames + recipe.pass_frames)
     if window < visible:
         saved = cache * (visible - window) // visible
         ways.append(f"the schedule's window from {visible} to {window} latent frames ({gib(saved)} GiB less KV cache)")

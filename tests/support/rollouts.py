@@ -33,10 +33,10 @@ def recipe_of(**options):
     return Recipe(guidance=guidance, noise_options=noise, **{"attention": FINE, **options})
 
 
-def roll(dit, context, finished=(), **options):
+def roll(dit, context, finished=(), begun=None, **options):
     """`rollout` with the fields of Recipe and Runtime given flat."""
     runtime = Runtime(**_taken(Runtime, options))
-    return rollout(dit, recipe_of(context=context, **options), runtime, finished)
+    return rollout(dit, recipe_of(context=context, **options), runtime, finished, begun)
 
 
 def video(chunks):

@@ -21,6 +21,7 @@ POLICIES = {
     "forcing_kv": Policy(ForcingKV(), standing="untrained"),
     "dummy_forcing": Policy(DummyForcing(), standing="untrained"),
     "rolling_sink": Policy(None, RollingSink(), standing="untrained"),
+    "rolling_forcing": Policy(None, standing="published", joint=True),
 }
 
 __all__ = ["POLICIES", "FrameBudget", "HeadRule", "Plan", "Policy", "RollingSink", "SelectionRule", "View"]

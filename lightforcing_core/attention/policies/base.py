@@ -69,6 +69,7 @@ class Policy:
 
     selection: chooses key blocks; None reads all of them.
     cache: chooses the frames that the KV cache shows; None keeps sinks and the newest.
+    joint: as many chunks as there are steps are denoised at once, one level of noise apart, and the first one finished.
     standing: "published" with checkpoints that were trained with it, "untrained" for those that were not, a "baseline"
         to compare with, or "experimental".
     """
@@ -76,6 +77,7 @@ class Policy:
     selection: SelectionRule | None
     cache: RollingSink | None = None
     standing: Standing = "baseline"
+    joint: bool = False
 
     @property
     def settings(self) -> dict[str, float]:

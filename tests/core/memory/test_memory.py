@@ -82,6 +82,21 @@ def test_frames_that_come_back_are_kept_once_more_on_the_device_or_in_cpu_memory
     assert (far.cache, far.host) == (21 * slot * 2 // 30, (21 + 18) * slot)
 
 
+def test_chunks_denoised_at_once_need_one_more_layer_and_the_activations_of_all():
+    shape, text = (1, 16, 60, 60, 104), torch.empty(1, 512, 4096, device="meta")
+    steps, sinks = few_step_sigmas((1000, 800, 600, 400, 200)), {"sink_frames": 3, "sink_rope": "follow"}
+    plain, joint = (
+        Recipe(shape, 3, steps, text, window=21, attention=AttentionOptions(policy=policy), **sinks)
+        for policy in ("dense", "rolling_forcing")
+    )
+    plain, near = (estimate(WAN, recipe, weights=1) for recipe in (plain, joint))
+    slot = 287_539_200  # bytes of a latent frame's keys and values
+    assert near.cache == (21 + 3) * slot + 21 * slot // 30
+    assert 4.5 * plain.step < near.step < 5.5 * plain.step
+    far = estimate(WAN, joint, weights=1, kv=KVOptions("int8", host=True))
+    assert far.host < near.cache < far.host * 2
+
+
 def test_guidance_keeps_a_second_cache_and_prompt_and_length_costs_nothing_once_the_window_is_full():
     long, longer = (tiny(Schedule(frames, window=6, sink_frames=1)) for frames in (12, 1200))
     assert long == longer
