@@ -53,6 +53,7 @@ def make_demo(
     models, caption = models or demo_model.SHIPPED, caption or DEFAULT_CAPTION
     model = load_demo_model(models, device)
     video, sparse = model.video, Family.sparse
+    video.check(caption)
     height, width = height or video.height, width or video.width
     check_size(height, width)
     count = video.frames_per_chunk * (chunks or -(-video.latent_frames // video.frames_per_chunk))

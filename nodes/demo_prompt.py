@@ -1,11 +1,12 @@
 """The demo model in ComfyUI: its prompt node, and its files in the loaders' lists."""
 
+import contextlib
 from pathlib import Path
 
 from comfy_api.latest import io
 
 from ..lightforcing_core.demo.captions import context_of_caption, parse
-from ..lightforcing_core.demo.model import DEFAULT_CAPTION, DIT, SHIPPED, TEXT, VAE, load_table
+from ..lightforcing_core.demo.model import DEFAULT_CAPTION, DIT, SHIPPED, TEXT, VAE, demo_video, load_table
 from .comfy import add_model_folder, models_root
 from .texts import node_schema
 
@@ -22,23 +23,31 @@ class LightForcingDemoPrompt(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, caption: str | None) -> bool | str:
-        """Refuse a caption outside the grammar before anything runs; None if linked."""
-        try:
-            if caption is not None:
-                parse(caption)
-        except ValueError as error:
-            return f"{error}. Captions read like: {DEFAULT_CAPTION}"
+    def validate_inputs(cls, caption: str | None) -> bool:
+        """Refuse a caption that the model cannot draw before anything runs; None if linked."""
+        if caption is not None:
+            check_caption(caption, find_table())
         return True
 
     @classmethod
     def execute(cls, caption: str) -> io.NodeOutput:
-        parse(caption)
         table = find_table()
+        check_caption(caption, table)
         if table is None:
             raise ValueError(f"{TEXT} is no longer in {SHIPPED}; reinstall the pack, which contains the demo model")
         context = context_of_caption(load_table(table), caption)
         return io.NodeOutput([[context, {"pooled_output": None}]])
+
+
+def check_caption(caption: str, table: Path | None) -> None:
+    """ValueError unless the model of this table draws what the caption says, or, without its file, for wrong words."""
+    video = None
+    with contextlib.suppress(ValueError):  # the model lies elsewhere
+        video = demo_video(table.parent) if table else None
+    try:
+        video.check(caption) if video else parse(caption)
+    except ValueError as error:
+        raise ValueError(f"{error}. Captions read like: {DEFAULT_CAPTION}") from error
 
 
 def find_table() -> Path | None:

@@ -21,7 +21,7 @@ from ..files.tensors import read_tensors
 from ..model.wan import Wan, wan_from_state_dict
 from ..rollout.schedule import latent_frames_of
 from ..vae.wan_vae import WanVAE, vae_from_state_dict
-from .captions import VOCABULARY
+from .captions import VOCABULARY, parse
 
 SHIPPED = Path(__file__).resolve().parents[2] / "workflows" / "models"
 DIT = "diffusion_models/light_forcing_demo.safetensors"
@@ -56,6 +56,13 @@ class DemoVideo:
     @property
     def latent_frames(self) -> int:
         return latent_frames_of(self.frames)
+
+    def check(self, caption: str) -> None:
+        """ValueError for a caption outside the grammar, and for one that the model was not trained to draw."""
+        scene = parse(caption)
+        if self.level != "full" and (scene.background != "plain" or len(scene.things) > 1):
+            found = f"{len(scene.things)} on a {scene.background} background"
+            raise ValueError(f"this model draws one thing on a plain background, not {found}; leave the others out")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The demo model: captions and files, and their errors."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lightforcing.lightforcing_core.demo.captions import (
     Thing,
     parse,
 )
-from lightforcing.lightforcing_core.demo.model import DIT, TEXT, load_demo_model
+from lightforcing.lightforcing_core.demo.model import DEFAULT_CAPTION, DIT, TEXT, load_demo_model
 
 from ...support.tiny_demo import TEXT_DIM, TINY_VIDEO, write_tiny_demo
 
@@ -31,6 +32,20 @@ from ...support.tiny_demo import TEXT_DIM, TINY_VIDEO, write_tiny_demo
 def test_captions_outside_the_grammar_are_refused(caption, complaint):
     with pytest.raises(ValueError, match=complaint):
         parse(caption)
+
+
+@pytest.mark.parametrize(
+    ("caption", "found"),
+    [
+        ("on a striped background a red circle moves up slowly", "1 on a striped background"),
+        (f"{DEFAULT_CAPTION} and a blue circle moves up slowly", "2 on a plain background"),
+    ],
+)
+def test_only_what_a_model_was_trained_to_draw_is_taken(caption, found):
+    with pytest.raises(ValueError, match=f"this model draws one thing on a plain background, not {found}"):
+        TINY_VIDEO.check(caption)
+    replace(TINY_VIDEO, level="full").check(caption)
+    TINY_VIDEO.check(DEFAULT_CAPTION)
 
 
 def test_capitals_and_punctuation_do_not_matter():

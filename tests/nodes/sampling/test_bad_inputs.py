@@ -144,6 +144,10 @@ CASES = {
         lambda: demo_graph("on a plain background a red cube moves right slowly"),
         ["'cube'; use circle or square or triangle. Captions read like: "],
     ),
+    "caption that the model cannot draw": (
+        lambda: demo_graph("on a striped background a red circle moves right slowly"),
+        ["one thing on a plain background", "Captions read like: on a plain background"],
+    ),
     "two start images": (start_image_twice, ["start_latent", "ARVideoI2V"]),
     "frames without a VAE": (create_video, ["IMAGE", "CreateVideo", "vae"]),
     "a shift of 0": (
