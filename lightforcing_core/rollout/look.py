@@ -56,11 +56,13 @@ class Looks:
     def __init__(
         self, recipe: Recipe, shape: CacheShape, kv: KVOptions, device: torch.device, dense_attention: DenseAttention
     ) -> None:
-        self.recipe, self.shape, self.kv = recipe, replace(shape, layers=1), replace(kv, host=False)
+        self.recipe, self.shape, self.kv = recipe, replace(shape, layers=1, anchors=0), replace(kv, host=False)
         self.device, self.dense_attention = device, dense_attention
         self._generator = torch.Generator(device).manual_seed(0)
         costs = enumerate(recipe_costs(recipe), start=recipe.first_index)
         kinds = {index: (cost.frames, cost.kv_frames, round(cost.density, 2)) for index, cost in costs}
+        if recipe.attention.joint:  # all passes but the first few and the clean ones
+            kinds, self.kv = {recipe.first_index: (recipe.pass_frames, shape.slots, 1.0)}, KVOptions()
         # The chunk that sees most comes first.
         self._kinds = dict(sorted(kinds.items(), key=lambda one: -one[1][0] * one[1][1]))
 
@@ -128,6 +130,9 @@ class Looks:
     def _open(self, index: int) -> Iterator[tuple[ModelState, Tensor]]:
         """A state in which chunk `index` is open, and queries."""
         *before, length = self.recipe.chunk_lengths()[: index + 1]
+        if self.recipe.attention.joint:
+            length = self.recipe.pass_frames
+            before = [self.shape.slots - length] if self.shape.slots > length else []
         state = ModelState(KVCache(self.shape, self.kv, self.device), self.recipe.attention, self.dense_attention)
         try:
             for frames in before:

@@ -173,7 +173,7 @@ class _Loop:
         def run_layer(state: ModelState, index: int) -> None:
             batch, channels, _, height, width = self.shape
             self._follow(state, index)
-            x = looks.random(batch, channels, self.lengths[index], height, width).float()
+            x = looks.random(batch, channels, state.chunk.frames, height, width).float()
             self._x0(x, 0.5, [Pass(state, commits=True, run=run_first_layer)])
 
         with measuring():

@@ -72,6 +72,18 @@ def test_ways_of_dense_attention_are_proved_on_outliers_before_it_is_timed_again
     assert states == ["quarantined"] * 2
 
 
+def test_chunks_denoised_at_once_are_measured_together(measured):
+    joint = {"attention": AttentionOptions(block=(16, 16), policy="rolling_forcing"), "latent_shape": (1, 16, 40, 8, 8)}
+    recipe, seen = recipe_of(context=text(0), **OPTIONS | joint, sink_frames=3, sink_rope="follow"), []
+
+    def run_layer(state, index):
+        seen.append((index, state.chunk.frames, len(state.cache.slot_frames), state.cache.storage.dtype))
+
+    looks_of(recipe, "int8").look(run_layer)
+    looks_of(recipe, "int8").look(run_layer, rest=True)
+    assert seen == [(0, 12, 21, torch.float32)]
+
+
 def test_a_named_backend_is_kept(measured):
     recipe = recipe_of(context=text(0), **OPTIONS | {"attention": AttentionOptions("reference", (16, 16))})
     with machine.measuring():

@@ -54,7 +54,7 @@ for frames_per_chunk in (3, 1):
         assert (actual - expected).abs().max() <= 1e-5, (frames_per_chunk, place)
 
 # Chunks that are denoised at once, whose frames differ in noise: with guidance, a batch and an image at the start.
-loop, runtimes = comfyui.modules("lightforcing_core.rollout", "loop", "runtime")
+loop, runtimes, states = comfyui.modules("lightforcing_core.rollout", "loop", "runtime", "state")
 noise, start = comfyui.noise_of((2, 16, 22, 8, 12), seed=2), comfyui.noise_of((1, 16, 1, 8, 12), seed=5)
 model = patch.patched(plain, comfyui.settings_of("rolling_forcing", policy="rolling_forcing"))
 sigmas = comfyui.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 3)
@@ -63,11 +63,31 @@ prompts = {"positive": comfyui.prompt(), "negative": comfyui.prompt(tokens=5)}
 guider.inner_set_conds(prompts)
 guider.set_cfg(2.0)
 request = chunk_sampler.Request(schedules.Schedule(22, 3, 13, 3, "follow"), start_latent={"samples": start})
-ours = chunk_sampler.ChunkSampler(request)
-actual = guider.sample(noise, torch.zeros_like(noise), ours, sigmas, disable_pbar=True, seed=SEED)
+made = []
+
+
+class Seen(chunk_sampler.Observer):
+    """Keeps the state after every chunk."""
+
+    def begin(self, run, plan):
+        made.append(run)
+
+    def chunk(self, chunk, *, is_last):
+        made.append(made[-1].extended_by(chunk))
+
+
+def sampled(sampler):
+    return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=SEED)
+
+
+ours = chunk_sampler.ChunkSampler(request, [Seen()])
+actual = sampled(ours)
+begun = states.load_run_state(states.save_run_state(made[4], comfyui.BASE + "/begun.safetensors"))
+assert begun.finished_frames == 13
+assert (sampled(chunk_sampler.ChunkSampler(request, saved=begun)) == actual).all()
 guider.conds = {name: [{"cross_attn": texts[0][0]}] for name, texts in prompts.items()}
-made = request.recipe(guider, patch.settings_of(model), sigmas.tolist(), noise.shape, SEED)
-fresh, first = made.noise(), [0, *range(1, 22, 3)]
+recipe_of_run = request.recipe(guider, patch.settings_of(model), sigmas.tolist(), noise.shape, SEED)
+fresh, first = recipe_of_run.noise(), [0, *range(1, 22, 3)]
 
 
 def draw(chunk_index, number, shape):
@@ -75,7 +95,7 @@ def draw(chunk_index, number, shape):
     return fresh(chunk_index, number, shape) if number else noise[:, :, start : start + 3]
 
 
-chunks = loop.rollout(model.model.diffusion_model, made, runtimes.Runtime(device="cpu", noise=draw))
+chunks = loop.rollout(model.model.diffusion_model, recipe_of_run, runtimes.Runtime(device="cpu", noise=draw))
 expected = model.model.process_latent_out(torch.cat([chunk.latents for chunk in chunks], dim=2))
 assert expected.std() > 0.1
 assert (actual[:, :, 1:] - expected).abs().max() <= 1e-4
