@@ -130,6 +130,18 @@ CASES = {
         lambda: with_parts(end_latent=link("end"), parts={"end": load_latent("full.latent")}),
         ["end_latent", "6 latent frames", "at most 2", "last 8 frames"],
     ),
+    "an end of chunks denoised at once": (
+        lambda: with_parts(
+            {"model": loader(family="rolling_forcing")},
+            end_latent=link("end"),
+            parts={"end": load_latent("full.latent")},
+        ),
+        ["end_latent", "rolling_forcing", "leave it out"],
+    ),
+    "two prompts for chunks denoised at once": (
+        lambda: with_timeline(0.6) | {"model": loader(family="rolling_forcing")},
+        ["the positive prompt changes", "rolling_forcing denoises 4 chunks at once", "use one prompt"],
+    ),
     "noise mask": (masked, ["mask"]),
     "a guider with two strengths": (two_strengths, ["DualCFG", "CFGGuider"]),
     "two prompts on one chunk": (lambda: with_timeline(0.6, 0.8), ["0.8 s", "chunk 1 (0.56 to 1.31 s)", "0.6 s"]),
