@@ -37,7 +37,7 @@ def make_demo(
     height: int | None,
     width: int | None,
     target: float,
-    base: float,
+    base: float | None,
     seed: int,
 ) -> tuple[RunRecord, list[Path]]:
     """Write demo.mp4, contact_sheet.png and report.json, each complete or absent; returns the run's record and them.
@@ -72,7 +72,7 @@ def make_demo(
         "caption": caption,
         "weights": f"the demo model in {models}",
         "model": f"{len(model.dit.blocks)} layers, dim {model.dit.dim}; VAE dim {model.vae.dim}",
-        "schedule": f"target {target:g}, base {base:g}, blocks of {video.block} tokens, seed {seed}",
+        "schedule": f"target {target:g}, base {base or 'auto'}, blocks of {video.block} tokens, seed {seed}",
         "machine": f"{machine}, torch {torch.__version__}, {platform.platform(terse=True)}",
     }
     # Noise compresses badly: at worst about a byte per pixel.

@@ -82,7 +82,9 @@ def demo(
     target: Annotated[
         float, typer.Option(help="Mean sparsity of the sparse chunks; 0.6 skips 60 % of the blocks, 0 none.")
     ] = Family.target,
-    base: Annotated[float, typer.Option(help="Sparsity that late chunks approach, at least the target.")] = Family.base,
+    base: Annotated[
+        float | None, typer.Option(help="Sparsity that late chunks approach; by default the target + 0.1.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     models: Annotated[Path | None, typer.Option(help="Folder of a demo model; by default the one of the pack.")] = None,
 ) -> None:

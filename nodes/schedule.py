@@ -49,12 +49,10 @@ class LightForcingSchedule(io.ComfyNode):
                 io.DynamicCombo.Input(
                     "preset",
                     options=[
-                        io.DynamicCombo.Option(AUTO, []),
-                        *(io.DynamicCombo.Option(family, []) for family in FAMILIES),
-                        io.DynamicCombo.Option(DENSE, []),
+                        *(io.DynamicCombo.Option(name, []) for name in (AUTO, GENTLE, DENSE)),
                         io.DynamicCombo.Option(CUSTOM, custom_inputs()),
-                        *(io.DynamicCombo.Option(name, []) for name in H100),
-                        io.DynamicCombo.Option(GENTLE, []),
+                        # Saved graphs may hold "unknown".
+                        *(io.DynamicCombo.Option(name, []) for name in PUBLISHED if name != "unknown"),
                     ],
                 ),
                 io.Model.Input("model", optional=True),
@@ -93,7 +91,7 @@ def custom_inputs() -> list[io.Input]:
         io.Int.Input("sink_frames", default=0, min=0, max=32, step=1),
         io.Combo.Input("sink_rope", options=list(SINK_ROPES), default=SINK_ROPES[0], advanced=True),
         io.Float.Input("target", default=0.6, min=0.0, max=0.99, step=0.01),
-        io.Float.Input("base", default=0.7, min=0.0, max=1.0, step=0.01),
+        io.Float.Input("base", default=0.0, min=0.0, max=1.0, step=0.01),
         io.Combo.Input("curve", options=list(CURVES), default=CURVES[0], advanced=True),
         io.Int.Input("dense_chunks", default=1, min=0, max=1000, step=1, advanced=True),
         io.String.Input("sparsity", default="", optional=True, advanced=True),
@@ -111,12 +109,10 @@ def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None)
     if name == CUSTOM:
         if foreign := settings.keys() - {one.id for one in custom_inputs()}:
             raise TypeError(f"{min(foreign)!r:.80} is not an input of a custom schedule")
-        target, window = settings.pop("target"), settings.pop("window")
+        target, base, window = (settings.pop(name) or None for name in ("target", "base", "window"))
         own = numbers_per_chunk(settings.pop("sparsity", None) or "", "sparsity", float, lists=True)
         overrides = tuple(sorted(own.items()))
-        return Schedule(
-            frames, window=window or None, target=target or None, title=CUSTOM, overrides=overrides, **settings
-        )
+        return Schedule(frames, window=window, target=target, base=base, title=CUSTOM, overrides=overrides, **settings)
     if name in PUBLISHED:
         return Schedule.of_family(PUBLISHED[name], frames)
     if name not in FOLLOWING:

@@ -14,6 +14,7 @@ from ..refusal import Refusal, check_choice
 
 Curve = Literal["inverse_sqrt", "linear", "exponential", "constant"]
 CURVES = get_args(Curve)
+HEADROOM = 0.1  # of the base over the target
 LARGEST = math.nextafter(1.0, 0.0)  # sparsities live in [0, 1)
 
 
@@ -169,7 +170,7 @@ def chunk_sparsities(
 
     target: the mean sparsity over the sparse chunks, each weighted by the key frames it sees,
         `kv_i = min(frames up to its end, window)`; β is solved from `Σ (1 − s_i) · kv_i = (1 − target) · Σ kv_i`.
-    base: the sparsity that growth tends to.
+    base: the sparsity that growth tends to; None is the target + 0.1, as published.
     dense_chunks: chunks at the start that skip nothing: s_i is 0.
     curve: the shape g_i, one of
         "inverse_sqrt": the published `1/√(frames up to the chunk's end)`;
@@ -212,8 +213,7 @@ def _growth(curve: str, ends: list[int], target: float, base: float | None) -> t
     if curve == "constant":
         return [target] * count, [1.0] * count
     remedy = f"use a base of at least {target}, a lower target, or the constant curve"
-    if base is None:
-        raise Refusal("base", "is missing, and growth ends at it", remedy)
+    base = min(target + HEADROOM, 1.0) if base is None else base
     if not target <= base <= 1.0:
         problem = f"{base} is not between target {target} and 1: growth starts below the target and ends at base"
         raise Refusal("base", problem, remedy)

@@ -114,9 +114,9 @@ def test_plot_follows_the_widgets(canvas):
     canvas.evaluate(SET_WIDGET, [schedule, "preset", "light_forcing_short"])
     sparse, sparse_bars = shown("n.target === 0.88")
     assert sparse["attention_ratio"] < auto["attention_ratio"]
-    assert sparse_bars > 1.2 * gentle_bars > 0
+    assert gentle_bars > 1.2 * sparse_bars > 0
     canvas.evaluate(SET_WIDGET, [schedule, "preset", "dense"])
-    assert shown("n.target === null")[1] < 0.3 * gentle_bars
+    assert shown("n.target === null")[1] > 1.2 * gentle_bars
     canvas.evaluate(SET_WIDGET, [schedule, "preset", "custom"])
     custom, _ = shown("n.title === 'custom'")
     canvas.evaluate(SET_WIDGET, [schedule, "preset.target", 0.3])
@@ -136,7 +136,7 @@ def test_plot_follows_the_widgets(canvas):
     canvas.evaluate(SET_WIDGET, [loader, "policy.decay", 1.0])
     assert shown("n.policy.includes('decay 1')")[0]["attention_ratio"] > own["attention_ratio"]
     canvas.evaluate(SET_WIDGET, [loader, "policy", "vmoba"])
-    assert shown("n.attention_ratio === null")[1] < 0.3 * bars
+    assert 0 < shown("n.attention_ratio === null")[1] < 0.6 * bars  # only a dense first chunk is known
     saved = canvas.evaluate("() => app.rootGraph.serialize()")
     canvas.open_graph(saved)
     inputs = canvas.evaluate(PROMPT)[str(loader)]["inputs"]

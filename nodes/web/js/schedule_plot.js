@@ -149,27 +149,28 @@ function draw(ctx, width, height, numbers) {
   }
   ctx.textAlign = "center";
   for (const frame of ticks(total)) ctx.fillText(String(frame), x(frame), height - MARGIN.bottom + 10);
-  ctx.fillText("latent frames, chunk by chunk", x(total / 2), height - 8);
+  ctx.fillText("attention computed, of dense · by latent frame", x(total / 2), height - 8);
 
   let frame = 0;
   lengths.forEach((length, index) => {
-    const [left, right, skipped] = [x(frame), x(frame + length), sparsities[index]];
+    const [left, right] = [x(frame), x(frame + length)];
     frame += length;
-    if (skipped === null) return; // only a run knows it
+    if (sparsities[index] === null) return; // only a run knows it
+    const computed = y(1 - sparsities[index]);
     const gap = Math.min(1, (right - left) / 6);
     ctx.fillStyle = `${ink.fill}66`;
-    ctx.fillRect(left + gap / 2, y(skipped), right - left - gap, y(0) - y(skipped));
+    ctx.fillRect(left + gap / 2, computed, right - left - gap, y(0) - computed);
     ctx.fillStyle = ink.fill;
-    ctx.fillRect(left + gap / 2, y(skipped) - 1, right - left - gap, 2);
+    ctx.fillRect(left + gap / 2, computed - 1, right - left - gap, 2);
   });
   if (numbers.mean !== null) {
     ctx.strokeStyle = ink.mean;
     ctx.setLineDash([5, 4]);
-    line(ctx, x(0), y(numbers.mean), x(total), y(numbers.mean));
+    line(ctx, x(0), y(1 - numbers.mean), x(total), y(1 - numbers.mean));
     ctx.setLineDash([]);
     ctx.fillStyle = ink.mean;
-    ctx.textAlign = "left";
-    ctx.fillText(`mean ${percent(numbers.mean)}`, x(0) + 3, y(numbers.mean) - 8);
+    ctx.textAlign = "right";
+    ctx.fillText(`mean of sparse chunks ${percent(1 - numbers.mean)}`, x(total) - 3, y(1 - numbers.mean) - 18);
   }
   ctx.textAlign = "left";
 }

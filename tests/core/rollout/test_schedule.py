@@ -98,6 +98,12 @@ def test_budget_holds_exactly_and_sparsity_grows(frames, per_chunk, target, head
         assert budget(result, lengths, window, dense) == pytest.approx(1 - target, abs=1e-9)
 
 
+@pytest.mark.parametrize(("target", "base"), [(0.6, 0.7), (0.85, 0.95), (0.88, 0.98), (0.95, 1.0)])
+def test_the_base_follows_the_target(target, base):
+    assert chunk_sparsities(21, 3, target=target) == pytest.approx(chunk_sparsities(21, 3, target=target, base=base))
+    assert chunk_sparsities(21, 3, target=0.6) == chunk_sparsities(21, 3, target=0.6, base=0.7)
+
+
 @pytest.mark.parametrize("curve", [*CURVES, GIVEN, [0.0, 0.0, *[0.99] * 5]], ids=str)
 @pytest.mark.parametrize(("target", "base"), [(0.6, 0.7), (0.88, 0.98), (0.5, 0.99), (0.95, 0.95)])
 def test_every_curve_meets_the_same_budget(curve, target, base):
@@ -120,7 +126,6 @@ def test_a_given_list_keeps_its_shape():
         ({"target": -0.1, "base": 0.5}, "target -0.1"),
         ({"target": math.nan, "base": 0.5}, "target nan"),
         ({"target": 0.5, "base": 1.5}, "base 1.5"),
-        ({"target": 0.5}, "base is missing, and growth ends at it; use a base of at least 0.5"),
         ({"target": 0.5, "base": 0.6, "window": 2}, "window 2 .* at least 3"),
         ({"target": 0.5, "base": 0.6, "curve": "steep"}, "'steep'.*inverse_sqrt"),
         ({"target": 0.5, "curve": [0.5]}, "1 values for 7 chunks"),
