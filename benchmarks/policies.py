@@ -18,7 +18,7 @@ from torch import Tensor
 from ..lightforcing_core.attention.backends import REFERENCE
 from ..lightforcing_core.attention.backends.dense import sdpa
 from ..lightforcing_core.attention.options import AttentionOptions
-from ..lightforcing_core.attention.policies import POLICIES, HeadRule
+from ..lightforcing_core.attention.policies import POLICIES, HeadRule, PersistentBlocks
 from ..lightforcing_core.attention.selection import BlockSelection
 from ..lightforcing_core.demo.captions import context_of_caption
 from ..lightforcing_core.demo.model import DEFAULT_CAPTION, SHIPPED, DemoModel, load_demo_model
@@ -52,7 +52,8 @@ def arms(backend: str, block: tuple[int, int]) -> dict[str, AttentionOptions]:
     """The options of every policy that one layer shows: as it is, and with a tail and, if it scores blocks, `lse`."""
     found = {}
     for name, policy in POLICIES.items():
-        if isinstance(policy.selection, HeadRule) or policy.cache is not None or policy.joint:
+        by_run = isinstance(policy.selection, HeadRule | PersistentBlocks) or policy.cache is not None
+        if by_run or policy.joint:
             continue  # known in whole runs only
         found[name] = replace(published(backend, block), policy=name)
         if policy.selection is not None and policy.selection.needs_means:

@@ -71,7 +71,7 @@ def plan_chunk(
         return ChunkAttention(choice=choice, why_dense=f"no sparse attention backend works here: {choice.reason}")
     plan = rule.plan(view, sparsity, options.budget)
     why_dense = None
-    if plan.density == 1.0:
+    if plan.density == 1.0 and not view.pool:
         cause = f"a sparsity of {sparsity:g}" if rule.uses_sparsity else f"the policy {options.policy!r}"
         why_dense = f"{cause} leaves no whole block to skip among {view.k_blocks}"
     return ChunkAttention(plan, choice, why_dense, 1.0 if plan.density is None else plan.density)
@@ -86,6 +86,7 @@ def shapes_of(options: AttentionOptions, view: View, head_dim: int, dtype: torch
 
     tokens = view.q_layout.tokens_per_frame
     k_layout = replace(view.k_layout, padded=options.pads_frames)
-    q, k = empty(view.current * tokens, dtype), empty(len(view.slot_frames) * k_layout.rows_per_frame, stored)
-    means = empty(view.k_blocks, dtype)
+    slots = len(view.slot_frames) + view.pool
+    q, k = empty(view.current * tokens, dtype), empty(slots * k_layout.rows_per_frame, stored)
+    means = empty(slots * k_layout.per_frame, dtype)
     return Call(q, k, k, view.q_layout, k_layout, tail=(means, means) if options.tail else None)

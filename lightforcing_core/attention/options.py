@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .backends import BACKEND_NAMES, BACKENDS
 from .blocks import block_pair
-from .policies import POLICIES, HeadRule, RollingSink, SelectionRule
+from .policies import POLICIES, HeadRule, PersistentBlocks, RollingSink, SelectionRule
 from .roles import Roles
 from .selection import ESTIMATORS, FrameBudget
 
@@ -123,6 +123,11 @@ class AttentionOptions:
     def head_rule(self) -> HeadRule | None:
         """The rule if it reads by roles of heads."""
         return self.rule if isinstance(self.rule, HeadRule) else None
+
+    @property
+    def pool_rule(self) -> PersistentBlocks | None:
+        """The rule if it keeps blocks that have left the window."""
+        return self.rule if isinstance(self.rule, PersistentBlocks) else None
 
     @property
     def joint(self) -> bool:

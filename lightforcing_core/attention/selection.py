@@ -85,6 +85,7 @@ class View(NamedTuple):
     batch, heads: of the model.
     grid: rows and columns of tokens in a frame. tiles: blocks are patches of it, see `tile_order`.
     roles: of the model's heads, () if they are not known. changed: see `HeadRule.changed`, of the last commit.
+    pool: slots with blocks that have left the window, see `PersistentBlocks`; they come after it.
     """
 
     slot_frames: Sequence[int]
@@ -98,6 +99,7 @@ class View(NamedTuple):
     tiles: bool = False
     roles: Roles = ()
     changed: Tensor | None = None
+    pool: int = 0
 
     @property
     def in_time(self) -> list[int]:

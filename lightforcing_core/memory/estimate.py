@@ -144,6 +144,7 @@ def _step_bytes(
     layers, dtype, (batch, _, frames, _, _) = 2, shape.dtype, latents  # layer 2 finds the memory that layer 1 keeps
     q_layout = FrameBlocks(shape.tokens_per_frame, options.block[0])
     everything = View(range(shape.slots), frames, q_layout, shape.layout, batch, shape.heads, "meta", shape.grid)
+    everything = everything._replace(pool=shape.pool)
     call = shapes_of(options, everything, shape.head_dim, dtype, STORED.get(kv.dtype, dtype))
     workspace = max((one.workspace(call) for one in backends), default=0)
     dit = meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, dtype)

@@ -22,6 +22,7 @@ from ..attention.chunk import ChunkAttention, plan_chunk
 from ..attention.dispatch import BackendChoice, attend, dense_attention_8bit
 from ..attention.options import AttentionOptions
 from ..attention.policies import View
+from ..attention.policies.pool import importance
 from ..attention.roles import Roles, group_masses
 from ..attention.selection import BlockSelection
 from ..pinned import to_device
@@ -52,7 +53,8 @@ class OpenChunk:
     whether recording pays.
     given: the number of last frames that are given, and so get `GIVEN_NOISE` of a step's noise.
     passes: the number of passes so far. The first one makes `rope` and `layers`, the modules that later ones run.
-    masses: `group_masses` of each layer so far, if a pass is to show the roles of heads.
+    masses: of each layer so far, if a pass is to show the roles of heads or the importance of blocks: `group_masses` or
+    `importance`.
     """
 
     frames: int = 0
@@ -130,7 +132,8 @@ class ModelState:
         shape, options = self.cache.shape, self.attention
         slots, layout = self.cache.slot_frames, self.cache.layout
         view = View(slots, frames, self.q_layout, layout, shape.batch, shape.heads, device)
-        view = view._replace(grid=shape.grid, tiles=options.tiles, roles=self.roles, changed=self.changed)
+        view = view._replace(grid=shape.grid, tiles=options.tiles, roles=self.roles)
+        view = view._replace(changed=self.changed, pool=self.cache.pooled)
         attention = plan_chunk(options, view, sparsity, shape.head_dim, shape.dtype, self.cache.storage.dtype)
         if self.width:
             attention = attention.steady(shape.slots, self.width)
@@ -154,6 +157,8 @@ class ModelState:
         """Keep the open chunk as history, with what its clean pass says about heads and changes."""
         rule, chunk, cache = self.attention.head_rule, self.chunk, self.cache
         cache.commit()
+        if cache.shape.pool and chunk.masses:
+            cache.importance = chunk.masses
         if rule is None:
             return
         if chunk.masses:
@@ -361,6 +366,11 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
         groups = options.head_rule.groups(len(state.cache.slot_frames) - chunk.frames, chunk.frames)
         sizes = [frames * state.q_layout.tokens_per_frame for frames in groups]
         chunk.masses.append(group_masses(q[0], state.cache.keys_in_time(layer), sizes))
+    if chunk.masses is not None and options.pool_rule is not None:
+        q_means = state.q_layout.block_means(q) if q_means is None else q_means
+        held = state.cache.with_pool(layer).key_means
+        assert held is not None
+        chunk.masses.append(importance(q_means, held, state.cache.layout))
     memory = state.cache.visible(layer)
     if plan is None or chosen is None:
         return state.attend_history(q, memory)
@@ -372,6 +382,7 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
         assert means.frame_means is not None
         q_means = state.q_layout.block_means(q) if q_means is None else q_means
         selection = plan.select(q_means, means.key_means, means.frame_means, sub_means)
+    memory = state.cache.with_pool(layer)
     call = Call(
         q,
         memory.keys,

@@ -287,7 +287,7 @@ class _Call:
         if not self.commits:
             return out.float()
         cache = self.state.cache
-        values = cache.storage.at(cache.shape.layers - 1).values.unflatten(1, (cache.shape.slots, -1))
+        values = cache.storage.at(cache.shape.layers - 1).values.unflatten(1, (cache.shape.all_slots, -1))
         return torch.stack([values[:, cache.slot_frames.index(frame)].float() for frame in cache.current_frames])
 
 

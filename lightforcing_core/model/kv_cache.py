@@ -13,6 +13,7 @@ from torch import Tensor
 from ...kernels.layer_memory import LayerMemory
 from ..attention.quantised import dequantise_blocks
 from ..attention.selection import sub_block_layout
+from .block_pool import keep_best
 from .kv_storage import CacheShape, KVOptions, KVStorage, Runs, copy_frames, write_tokens
 from .rope import RopeTable, axis_dims
 
@@ -40,6 +41,8 @@ class KVCache:
         self._jumps: list[tuple[int, int]] = []  # (frame, how far it and later ones were moved ahead)
         self._pinned = range(0)  # frames that stay visible
         self._first_original = 0  # the frame of the first original
+        self.pooled = 0  # slots in use of the pool
+        self.importance: Sequence[Tensor] = ()  # of each layer's blocks, see `pool.importance`; () if all are equal
         self._views: dict[int, tuple[LayerMemory, LayerMemory]] = {}  # by layer, all of its memory and what is visible
         self.wrote_runs = False  # whether `store` has written to slots that are Python numbers
 
@@ -86,6 +89,8 @@ class KVCache:
         gone = self._movable_slots()[: frames - len(free)]
         if self.shape.averages and len(gone) == self.shape.sink_frames:
             self._average(gone)
+        if self.shape.pool and gone:
+            self._keep_blocks(gone)
         self._current = sorted(gone + free)
         self.slot_frames += [-1] * len(free)
         for slot in self._current:
@@ -104,6 +109,7 @@ class KVCache:
         is_whole = self._next_frame == len(self.slot_frames)
         self._current = list(range(self._next_frame)) if is_whole else self._movable_slots()
         self._committed = not self._current
+        self.pooled = 0  # as the anchors below
         if self.shape.rolling and self._current:
             # Frames of the old text would bring its scene back, so the recomputed ones are the anchors from now on.
             self._first_original = self.current_frames[0]
@@ -154,8 +160,13 @@ class KVCache:
         """The visible part of one layer's memory, in slot order: views."""
         memory = self.storage.at(layer)
         if layer not in self._views or self._views[layer][0] is not memory:
-            self._views[layer] = memory, memory.first(len(self.slot_frames), of=self.shape.slots)
+            self._views[layer] = memory, memory.first(len(self.slot_frames), of=self.shape.all_slots)
         return self._views[layer][1]
+
+    def with_pool(self, layer: int) -> LayerMemory:
+        """The same with the pool behind it."""
+        slots = len(self.slot_frames) + self.pooled  # the window is full once there is a pool
+        return self.storage.at(layer).first(slots, of=self.shape.all_slots) if self.pooled else self.visible(layer)
 
     def keys_in_time(self, layer: int) -> Tensor:
         """The first video's visible keys of a layer, oldest frame first: [L, H, D]."""
@@ -219,7 +230,7 @@ class KVCache:
 
     def _show_slots(self) -> None:
         """Let all used slots be seen."""
-        self.storage.visible = len(self.slot_frames)
+        self.storage.visible = len(self.slot_frames) + self.pooled
         self._views.clear()
 
     def _send_slots(self) -> None:
@@ -274,6 +285,18 @@ class KVCache:
                 for kept, x in zip(originals, (table.rotate(k), v), strict=True):
                     old = kept[sink].to(device, non_blocking=True)
                     kept[sink].copy_(KEPT * old + (1 - KEPT) * x.to(old.dtype), non_blocking=True)
+
+    def _keep_blocks(self, slots: Sequence[int]) -> None:
+        """Keep the best blocks of the pool and of the frames in `slots`, which are about to leave, in the pool."""
+        shape, first = self.shape, self.shape.slots
+        sources = [*range(first, first + self.pooled), *slots]
+        self.pooled = min(shape.pool, len(sources))
+        equal = torch.zeros(shape.batch, shape.heads, shape.all_slots * self.layout.per_frame)
+        for layer in range(shape.layers):
+            importance = self.importance[layer] if self.importance else equal.to(self._slot_index.device)
+            memory, layout = self.storage.at(layer), self.storage.layout
+            keep_best(memory, layout, sources, first, self.pooled, importance)
+            self.storage.written(layer, [(first, self.pooled)])
 
     def _put_back(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """Write originals to slots, rotated in time: (slot, original, frame at which it then stands)."""

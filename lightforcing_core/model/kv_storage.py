@@ -56,6 +56,7 @@ class CacheShape:
     sink_rope: see `Family`.
     rolling: brings first frames back, its number of anchors fitted.
     anchors: first frames that a `JointCache` reads.
+    pool: further slots, behind the others, for blocks that have left the window, see `block_pool`.
     pools: the means to keep; a run that never selects blocks needs none.
     dtype: the model's, in which means are kept.
     """
@@ -71,12 +72,18 @@ class CacheShape:
     sink_rope: SinkRope = "fixed"
     rolling: RollingSink | None = None
     anchors: int = 0
+    pool: int = 0
     pools: Pools = KEY_MEANS
     dtype: torch.dtype = torch.float32
 
     @property
     def tokens_per_frame(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def all_slots(self) -> int:
+        """Slots in memory."""
+        return self.slots + self.pool
 
     @property
     def originals(self) -> int:
@@ -105,7 +112,7 @@ class CacheShape:
 
     def rows(self, per_slot: int) -> tuple[int, int, int, int]:
         """The shape of a tensor with `per_slot` head vectors per slot."""
-        return self.batch, self.slots * per_slot, self.heads, self.head_dim
+        return self.batch, self.all_slots * per_slot, self.heads, self.head_dim
 
 
 def copy_frames(target: Tensor, source: Tensor, runs: Runs, rows: int, rows_per_slot: int | None = None) -> None:

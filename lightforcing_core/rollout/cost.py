@@ -71,11 +71,13 @@ def recipe_costs(recipe: Recipe) -> list[ChunkCost]:
         if options.rule is None or not sparsity or cost.kv_frames == cost.frames:
             continue
         seen = min(held, MOST_PLANNED)
-        key = cost.frames, cost.kv_frames, min(end - seen, 2 * seen), sparsity
+        pool = recipe.pool_slots(index)
+        key = cost.frames, cost.kv_frames, min(end - seen, 2 * seen), sparsity, pool
         if key not in known:
             kept = min(sinks, end - seen)
             visible = [*range(kept), *range(end - seen + kept, end)]
             view = View(visible, cost.frames, q_layout, k_layout, 1, 1, None, grid, options.tiles, options.roles)
+            view = view._replace(pool=pool)
             if rule is not None and (reads := rule.segments) and starts[index - 1] >= rule.split:
                 view = view._replace(changed=torch.arange(reads))
             if rule is not None and rule.why_all(view):

@@ -169,7 +169,7 @@ def _choose_backend(state: ModelState, q: Tensor) -> None:
     """Choose the backend of the open chunk's attention."""
     if state.attention.backend != "auto" or state.chunk.attention.plan is None:
         return
-    options, memory, layout = state.attention, state.cache.visible(0), state.cache.storage.layout
+    options, memory, layout = state.attention, state.cache.with_pool(0), state.cache.storage.layout
     q_layout, tail = FrameBlocks(layout.tokens_per_frame, options.block[0]), memory.tail if options.tail else None
 
     def by(name: str) -> Tensor:

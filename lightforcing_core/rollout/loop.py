@@ -139,7 +139,7 @@ class _Loop:
                     with graph.held():
                         for state in states:
                             state.roles = states[0].roles  # decided by the first guide for all
-                            shows = self._lacks_roles(state) and state.shows_roles
+                            shows = state.cache.shape.pool or (self._lacks_roles(state) and state.shows_roles)
                             state.chunk.masses = [] if shows else None
                             self._clean_pass(state, latents, run_pass if shows else graph)
                             if (cut := self.recipe.guides[0].cut_at(index)) and cut.pin:
@@ -201,7 +201,7 @@ class _Loop:
         # After a hard switch the frames that come back are some in the middle, and so are those that a cut pins.
         switched = cache.rolling is not None and any(one.switch == "hard" for one in self.recipe.prompts[1:])
         switched |= any(one.pin for one in self.recipe.cuts)
-        switched |= cache.averages  # everything has changed the sinks
+        switched |= cache.averages or cache.pool > 0  # everything has changed the sinks or the pool
         return self.runtime.replay == "all" or self.starts[index] < cache.first_frames or still_visible or switched
 
     def _lacks_roles(self, state: ModelState) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..attention.options import AttentionOptions
+from ..attention.policies.pool import POOL_WINDOW
 from ..attention.policies.rolling import WINDOW
 from ..families import SinkRope
 from ..model.kv_storage import CacheShape
@@ -97,7 +98,7 @@ class Recipe:
     sigmas: falling noise levels in (0, 1], closed by 0.
     context: the text, [B or 1, tokens, text_dim], or the prompts of a timeline.
     growth: one sparsity in [0, 1) per chunk, the last one for all later chunks; None is dense.
-    window: visible latent frames, sinks and the current chunk included; None sees everything, or a cache rule's own.
+    window: visible latent frames, sinks and the current chunk included; None sees everything, or a policy's own.
     sink_frames: the first ones, which stay visible.
     seed: of the noise, which depends on seed, chunk and draw alone.
     initial_latents: [B or 1, C, frames, height, width], clean, with which the video starts. If `frames_per_chunk`
@@ -147,6 +148,12 @@ class Recipe:
             problem = f"already fills {self.initial_frames} of the video's {self.frames} latent frames"
             raise Refusal("initial_latents", problem, "make the video longer")
         check_window(self.window, self.sink_frames, self.sink_rope, max(self.chunk_lengths()))
+        if self.attention.pool_rule is not None:
+            longest, window = max(self.chunk_lengths()), POOL_WINDOW if self.window is None else self.window
+            object.__setattr__(self, "window", window)
+            if window <= longest < self.frames:
+                problem = f"{window} shows a chunk of {longest} nothing of its past to choose from"
+                raise Refusal("window", problem, f"use {2 * longest} latent frames or more")
         if (rule := self.attention.cache_rule) is not None:
             window = WINDOW if self.window is None else self.window
             object.__setattr__(self, "window", window)
@@ -196,7 +203,7 @@ class Recipe:
     def _check_cut(self, cut: Prompt) -> None:
         """Refusal unless sinks end before a cut, its pinned frames fit the window, and the policy allows both."""
         start, policy = [0, *accumulate(self.chunk_lengths())][cut.start_chunk], self.attention.policy
-        if self.attention.cache_rule is not None:
+        if self.attention.cache_rule is not None or self.attention.pool_rule is not None:
             problem = f"'cut' cannot end a scene that {policy} brings back"
             raise Refusal("switch", problem, "use another policy, or 'hard'")
         if start < self.sink_frames:
@@ -291,10 +298,20 @@ class Recipe:
             slots = min(slots, sinks + int(rule.near) + longest)
         return slots, min(sinks, slots - 1)
 
+    def pool_slots(self, index: int) -> int:
+        """The slots of the pool that chunk `index` finds in use; a hard switch empties it."""
+        rule, ends, slots = self.attention.pool_rule, [0, *accumulate(self.chunk_lengths())], self.ring[0]
+        if rule is None or not self.is_sparse:
+            return 0
+        switches = [one.start_chunk for one in self.prompts[1:] if one.switch == "hard" and one.start_chunk <= index]
+        gone, before = (max(0, end - slots) for end in (ends[index + 1], ends[max(switches, default=0)]))
+        return min(int(rule.persistent), gone - before)
+
     def cache_shape(self, *, layers: int, heads: int, head_dim: int, dtype: torch.dtype) -> CacheShape:
         """The KV cache that a model of these sizes needs for one prompt."""
         batch, _, frames, height, width = self.latent_shape
         slots, sinks = self.ring
+        pool = self.attention.pool_rule
         rule = self.attention.cache_rule if slots < frames else None  # nothing comes back if the window never moves
         return CacheShape(
             layers=layers,
@@ -307,6 +324,7 @@ class Recipe:
             sink_frames=0 if self.attention.joint else sinks,
             sink_rope=self.sink_rope if slots < frames else "fixed",  # nothing to follow if the window never moves
             anchors=sinks if self.attention.joint else 0,
+            pool=int(pool.persistent) if pool and slots < frames and self.is_sparse else 0,
             rolling=rule and rule.fitted(slots, max(self.chunk_lengths())),
             pools=self.attention.pools(sparse=self.is_sparse),
             dtype=dtype,

@@ -165,12 +165,12 @@ class RunRecorder:
             key_block=layout.block,
             tiles=options.tiles,
         )
-        self._chunks.append(_Open(record, slot_frames, layout.per_frame))
+        self._chunks.append(_Open(record, slot_frames, layout.per_frame, state.cache.pooled))
 
     def _note_attention(self, layer: int, selection: BlockSelection, choice: BackendChoice) -> None:
         self._attention.setdefault(choice.name, choice.reason)
         chunk = self._chunks[-1]
-        mask = selection.to_mask(len(chunk.slot_frames) * chunk.per_frame)
+        mask = selection.to_mask((len(chunk.slot_frames) + chunk.pool) * chunk.per_frame)
         chunk.kept[layer] = mask.sum((0, 2), dtype=torch.int16)
 
     def close(self) -> None:
@@ -220,12 +220,14 @@ class RunRecorder:
 class _Open:
     """A chunk while it runs: its record so far, and small tensors on the device.
 
+    pool: slots in use behind those of frames; maps leave them out.
     kept: by layer, int16 [heads, key blocks] in slot order. block_map: all layers of it. kept_sums: int64 [layers].
     """
 
     record: ChunkRecord
     slot_frames: tuple[int, ...]
     per_frame: int
+    pool: int
     kept: dict[int, Tensor] = field(default_factory=dict)
     kept_sums: Tensor | None = None
     block_map: Tensor | None = None

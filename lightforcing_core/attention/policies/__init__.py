@@ -5,6 +5,7 @@ from .base import Plan, Policy, SelectionRule
 from .gated import Mass, MixtureOfBlocks
 from .heads import DummyForcing, ForcingKV, HeadRule
 from .light_forcing import Hierarchical, UniformTopK
+from .pool import PersistentBlocks
 from .rolling import RollingSink
 from .static import Radial, SlidingTile, SpatialBand, Window
 
@@ -21,7 +22,18 @@ POLICIES = {
     "forcing_kv": Policy(ForcingKV(), standing="untrained"),
     "dummy_forcing": Policy(DummyForcing(), standing="untrained"),
     "rolling_sink": Policy(None, RollingSink(), standing="untrained"),
+    "pbsa": Policy(PersistentBlocks(), standing="untrained"),
     "rolling_forcing": Policy(None, standing="published", joint=True),
 }
 
-__all__ = ["POLICIES", "FrameBudget", "HeadRule", "Plan", "Policy", "RollingSink", "SelectionRule", "View"]
+__all__ = [
+    "POLICIES",
+    "FrameBudget",
+    "HeadRule",
+    "PersistentBlocks",
+    "Plan",
+    "Policy",
+    "RollingSink",
+    "SelectionRule",
+    "View",
+]

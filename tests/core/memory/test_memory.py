@@ -82,6 +82,17 @@ def test_frames_that_come_back_are_kept_once_more_on_the_device_or_in_cpu_memory
     assert (far.cache, far.host) == (21 * slot * 2 // 30, (21 + 18) * slot)
 
 
+def test_persistent_blocks_take_the_memory_of_their_frames_with_means():
+    shape, text = (1, 16, 21, 64, 96), torch.empty(1, 512, 4096, device="meta")
+    pool, none = (
+        estimate(WAN, Recipe(shape, 3, [1, 0], text, (0.5,), 9, attention=AttentionOptions(policy=policy)), weights=1)
+        for policy in ("pbsa", "topk")
+    )
+    rows = 2 * 1536 + 24 + 1  # keys, values, means of 24 blocks and of a frame
+    assert pool.cache - none.cache == 3 * rows * 1536 * 30 * 2
+    assert pool.step == none.step
+
+
 def test_chunks_denoised_at_once_need_one_more_layer_and_the_activations_of_all():
     shape, text = (1, 16, 60, 60, 104), torch.empty(1, 512, 4096, device="meta")
     steps, sinks = few_step_sigmas((1000, 800, 600, 400, 200)), {"sink_frames": 3, "sink_rope": "follow"}
