@@ -182,19 +182,20 @@ def plot_numbers(asked: dict[str, Any]) -> dict[str, Any]:
 def numbers_of(schedule: Schedule, options: AttentionOptions) -> dict[str, Any]:
     """A schedule as the canvas plots it.
 
-    The size is not known. FLOPs, and the sparsities of a policy that decides them itself, are those of 480×832; at
-    another size, and in the other sparsities and their mean, each chunk differs from a run by less than one block. The
-    mean is that of all chunks but the dense ones, weighted as for a target; None if nothing is skipped. Numbers that
-    queries and keys decide are None.
+    The size is not known. FLOPs, and the sparsities of a policy that decides them itself or reads a pool too, are those
+    of 480×832; at another size, and in the other sparsities and their mean, each chunk differs from a run by less than
+    one block. The mean is that of all chunks but the dense ones, weighted as for a target; None if nothing is skipped.
+    Numbers that queries and keys decide are None.
     """
     lengths, rule = schedule.chunk_lengths(), options.rule
     sparsities = schedule.sparsities() or [0.0] * len(lengths)
     shape, text = (1, 16, schedule.latent_frames, *PLOTTED), torch.zeros(1, 1, 1)
-    costs = recipe_costs(Recipe(shape, sigmas=(1.0, 0.0), context=text, attention=options, **schedule.arguments()))
-    drawn: list[float | None] = [None if cost.by_keys else 1.0 - cost.density for cost in costs]
+    recipe = Recipe(shape, sigmas=(1.0, 0.0), context=text, attention=options, **schedule.arguments())
+    costs = recipe_costs(recipe)
+    drawn: list[float | None] = [None if cost.by_keys else max(0.0, 1.0 - cost.density) for cost in costs]
     sparse = costs
-    if rule is not None and rule.uses_sparsity:
-        drawn, sparse = [*sparsities], schedule_costs(sparsities, lengths, schedule.window)
+    if rule is not None and rule.uses_sparsity and options.pool_rule is None:
+        drawn, sparse = [*sparsities], schedule_costs(sparsities, lengths, recipe.window)
     known, sparse = None not in drawn, sparse[max(1, schedule.dense_chunks) :]
     skipped = sum((1.0 - chunk.density) * chunk.kv_frames for chunk in sparse)
     return {
@@ -204,7 +205,7 @@ def numbers_of(schedule: Schedule, options: AttentionOptions) -> dict[str, Any]:
         "sparsities": drawn,
         "target": schedule.target,
         "mean": skipped / sum(chunk.kv_frames for chunk in sparse) if skipped else None,
-        "window": schedule.window,
+        "window": recipe.window,
         "sink_frames": schedule.sink_frames,
         "attention_ratio": flops_ratio(costs) if known else None,
         "model_ratio": model_ratio(costs) if known else None,

@@ -149,6 +149,9 @@ class _Loop:
             graph.finish()
             if (rule := self.recipe.attention.head_rule) and states[0].roles:
                 self.recorder.fact("roles of heads", rule.described(states[0].roles))
+            if slots := states[0].cache.pooled:
+                kept = slots * self.cache.layout.per_frame
+                self.recorder.fact("persistent blocks", f"{kept} of each head, all read in chunks that skip blocks")
             try:
                 self._look(graph, rest=True)
             except (KeyboardInterrupt, SystemExit):

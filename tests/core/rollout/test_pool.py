@@ -138,6 +138,7 @@ def test_record_and_cost_count_the_pool(dit, prompts):
     pools = [0, 0, 3, 5, 5, 3 if prompts is SWITCH else 5, 5]  # a hard switch empties it
     assert read == pytest.approx([1.0, *(0.5 + pool / 6 for pool in pools[1:])])
     assert record.chunks[-1].block_map.shape[2] == 6
+    assert record.facts["persistent blocks"].startswith("10 of each head")
 
 
 def test_a_run_has_its_window_and_pool_and_keeps_them_when_saved(tmp_path):

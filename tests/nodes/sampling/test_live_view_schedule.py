@@ -70,6 +70,10 @@ def test_plot_draws_what_a_policy_with_its_own_density_skips(numbers):
     assert by_keys["sparsities"] == [0.0, *[None] * 6]
     assert (by_keys["attention_ratio"], by_keys["model_ratio"], by_keys["mean"]) == (None, None, None)
     assert of(policy="mass")["sparsities"] == of()["sparsities"] == of(policy="auto")["sparsities"]
+    pool = of(policy="pbsa")  # a window of 9 latent frames, and the blocks of 3 that have left it
+    skipped = [one - (1 / 3 if chunk > 2 else 0) for chunk, one in enumerate(of()["sparsities"])]
+    assert (pool["sparsities"], pool["window"]) == (pytest.approx(skipped, abs=0.01), 9)
+    assert of(policy="rolling_sink")["window"] == 21
     assert of(policy="dense")["attention_ratio"] == 1.0
     assert "no setting 'share'" in of(policy="radial", **{"policy.share": 1})["error"]
     assert "is no number" in of(policy="radial", **{"policy.decay": "x"})["error"]
