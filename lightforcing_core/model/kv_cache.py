@@ -42,7 +42,7 @@ class KVCache:
         self._pinned = range(0)  # frames that stay visible
         self._first_original = 0  # the frame of the first original
         self.pooled = 0  # slots in use of the pool
-        self.importance: Sequence[Tensor] = ()  # of each layer's blocks, see `pool.importance`; () if all are equal
+        self.importance: Sequence[Tensor] = ()  # of each layer's blocks, see `importance`; () if all are equal
         self._views: dict[int, tuple[LayerMemory, LayerMemory]] = {}  # by layer, all of its memory and what is visible
         self.wrote_runs = False  # whether `store` has written to slots that are Python numbers
 
@@ -291,11 +291,10 @@ class KVCache:
         shape, first = self.shape, self.shape.slots
         sources = [*range(first, first + self.pooled), *slots]
         self.pooled = min(shape.pool, len(sources))
-        equal = torch.zeros(shape.batch, shape.heads, shape.all_slots * self.layout.per_frame)
-        for layer in range(shape.layers):
-            importance = self.importance[layer] if self.importance else equal.to(self._slot_index.device)
-            memory, layout = self.storage.at(layer), self.storage.layout
-            keep_best(memory, layout, sources, first, self.pooled, importance)
+        size = shape.batch, shape.heads, shape.all_slots * self.layout.per_frame
+        importance = self.importance or [torch.zeros(size, device=self._slot_index.device)] * shape.layers
+        for layer, one in enumerate(importance):
+            keep_best(self.storage.at(layer), self.storage.layout, sources, first, self.pooled, one)
             self.storage.written(layer, [(first, self.pooled)])
 
     def _put_back(self, moves: Sequence[tuple[int, int, int]]) -> None:

@@ -149,6 +149,7 @@ class Watchdog(TorchDispatchMode):
         (0.5, {"tail": True}, "same"),
         (0.5, {"estimator": "lse"}, "same"),
         (0.5, {"tiles": True}, "same"),
+        (0.5, {"policy": "pbsa"}, "int8"),
         (0.5, {"tail": True, "estimator": "lse", "tiles": True}, "fp8"),
     ],
 )
@@ -166,6 +167,7 @@ def test_a_chunks_second_pass_neither_waits_nor_brings_anything_from_the_host(sp
         block_k=16,
         sink_frames=1,
         sink_rope="follow",
+        pool=2 if "policy" in options else 0,
         pools=AttentionOptions(**options).pools(sparse=True),
         dtype=dtype,
     )
@@ -174,7 +176,7 @@ def test_a_chunks_second_pass_neither_waits_nor_brings_anything_from_the_host(sp
     x, text = torch.empty(1, 16, 3, 10, 14, dtype=dtype, device="meta"), torch.empty(1, 6, 32, device="meta")
     state.follow(text.to(dtype))
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(4 if shape.pool else 3):
             state.open_chunk(3, sparsity, "meta")
             cache.commit()
         state.open_chunk(3, sparsity, "meta")

@@ -95,6 +95,7 @@ CASES = {
     "prompt changes": {"context": [Prompt(text(1)), Prompt(text(2), 1, "soft"), Prompt(text(3), 2, "hard")]},
     "a longer first chunk": {"first_sigmas": SIX},
     "a given end": {"last_latents": torch.ones(1, 16, 1, 10, 14), "cfg": 2.0, "negative": text(9)},
+    "a pool": {"options": {"policy": "pbsa", "settings": (("persistent", 1),)}, "window": 4},
     "nothing chosen by frames": {"growth": (0.0, 0.5, 0.5), "latent_shape": (1, 16, 4, 10, 14)},
 }
 
