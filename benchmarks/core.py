@@ -6,6 +6,7 @@ The variables COMFYUI_PATH and COMFYUI_PYTHON name a checkout of ComfyUI and the
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,7 +27,7 @@ from .timing import facts, ratio, spread, take_turns
 PACK = Path(__file__).resolve().parents[1]
 TEXT_TOKENS, QUICK_FRAMES = 64, 33
 PUBLISHED, UNTRAINED = FAMILIES["light_forcing_short"], FAMILIES["self_forcing"]
-# Loads ComfyUI, then this pack by its folder as ComfyUI does.
+# Loads ComfyUI with PyTorch's attention, its usual one on GPUs, then this pack by its folder as ComfyUI does.
 START = """
 import importlib.util, sys
 checkout, pack, settings = sys.argv[1:]
@@ -34,6 +35,7 @@ del sys.argv[1:]
 sys.path.insert(0, checkout)
 import comfy.cli_args, torch
 comfy.cli_args.args.cpu = not torch.cuda.is_available()
+comfy.cli_args.args.use_pytorch_cross_attention = True
 place = importlib.util.spec_from_file_location("lightforcing", pack + "/__init__.py", submodule_search_locations=[pack])
 sys.modules["lightforcing"] = importlib.util.module_from_spec(place)
 place.loader.exec_module(sys.modules["lightforcing"])
@@ -72,6 +74,8 @@ def inside(text: str) -> None:
     samplers, sd = (import_module(f"comfy.{name}") for name in ("samplers", "sd"))
     nodes = "model.patch", "model.loader", "sampling.chunk_sampler"
     patch, loader, sampling = (import_module(f"..nodes.{name}", __package__) for name in nodes)
+    if given["threads"]:
+        torch.set_num_threads(given["threads"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     versions = {"ComfyUI": import_module("comfyui_version").__version__, "dtype": str(dtype).removeprefix("torch.")}
@@ -103,11 +107,20 @@ def inside(text: str) -> None:
         arms[name] = partial(video, patch.patched(plain, options), partial(ours, family, name == "dense"))
     for arm in arms.values():  # compiles what the arm runs
         arm(2 * UNTRAINED.frames_per_chunk)
-    videos = {name: partial(arm, frames) for name, arm in arms.items()}
-    taken = take_turns(videos, given["rounds"], device, put, warm_up=0)
+    spent: dict[str, list[float]] = {name: [] for name in arms}
+
+    def timed(name: str) -> None:
+        begun = time.process_time()
+        arms[name](frames)
+        spent[name].append(1e3 * (time.process_time() - begun))
+
+    taken = take_turns({name: partial(timed, name) for name in arms}, given["rounds"], device, put, warm_up=0)
     for name, ms in taken.items():
         put("video", name, {"ms": spread(ms), "times as fast as core": ratio(taken["core"], ms)})
+        if device.type == "cpu":  # other work on the machine changes this less
+            put("video", name, {"by CPU time": ratio(spent["core"], spent[name])})
     put("ms", "video", taken)
+    put("ms", "CPU time", spent)
 
 
 def families(targets: list[float]) -> Mapping[str, Family]:

@@ -164,6 +164,7 @@ class CoreBench:
     picture: Picture = Picture()
     backend: Annotated[str, "Sparse backend."] = "auto"
     rounds: Annotated[int, "Rounds in which each arm makes the video once.", 1] = 3
+    threads: Annotated[int | None, "CPU threads; torch's own choice by default.", 1] = None
     quick: Annotated[bool, "33 frames in one round, for a first look."] = False
 
 
