@@ -80,7 +80,7 @@ def demo(
     height: Annotated[int | None, typer.Option(help="Video height in pixels, a multiple of 16.")] = None,
     width: Annotated[int | None, typer.Option(help="Video width in pixels, a multiple of 16.")] = None,
     target: Annotated[
-        float, typer.Option(help="Mean sparsity of the sparse chunks; 0.6 skips 60 % of the blocks, 0 none.")
+        float, typer.Option(help="Mean sparsity of the sparse chunks; 0.7 skips 70 % of the blocks, 0 none.")
     ] = Family.target,
     base: Annotated[
         float | None, typer.Option(help="Sparsity that late chunks approach; by default the target + 0.1.")

@@ -56,8 +56,8 @@ class Family:
     denoising_steps: tuple[int, ...] = (1000, 750, 500, 250)
     first_denoising_steps: tuple[int, ...] | None = None
     shift: float = 5.0
-    target: float = 0.6
-    base: float = 0.7
+    target: float = 0.7
+    base: float = 0.8
     sparse: SparseDefaults = SparseDefaults()
     name_hints: tuple[str, ...] = ()
     weights: Weights = "generator_ema"

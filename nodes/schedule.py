@@ -90,7 +90,7 @@ def custom_inputs() -> list[io.Input]:
         io.Int.Input("window", default=0, min=0, max=4001, step=1),
         io.Int.Input("sink_frames", default=0, min=0, max=32, step=1),
         io.Combo.Input("sink_rope", options=list(SINK_ROPES), default=SINK_ROPES[0], advanced=True),
-        io.Float.Input("target", default=0.6, min=0.0, max=0.99, step=0.01),
+        io.Float.Input("target", default=Family.target, min=0.0, max=0.99, step=0.01),
         io.Float.Input("base", default=0.0, min=0.0, max=1.0, step=0.01),
         io.Combo.Input("curve", options=list(CURVES), default=CURVES[0], advanced=True),
         io.Int.Input("dense_chunks", default=1, min=0, max=1000, step=1, advanced=True),
@@ -123,8 +123,7 @@ def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None)
             f"Forcing Model Loader or Light Forcing Apply, or choose the checkpoint's family"
         )
     if name == GENTLE:
-        # The defaults are safe for checkpoints that were never trained sparse.
-        family = replace(family, title=f"{family.title}, gentle", target=Family.target, base=Family.base)
+        family = replace(family, title=f"{family.title}, gentle", target=0.6, base=0.7)
     schedule = Schedule.of_family(family, frames)
     return schedule.dense() if name == DENSE else schedule
 

@@ -109,14 +109,14 @@ def test_plot_follows_the_widgets(canvas):
         numbers = canvas.evaluate(f"() => {plot}.numbers")
         return numbers, canvas.evaluate(BARS, schedule)
 
-    auto, gentle_bars = shown("n.title === 'Self Forcing' && n.lengths.length === 7")
-    assert auto["target"] == 0.6
+    auto, auto_bars = shown("n.title === 'Self Forcing' && n.lengths.length === 7")
+    assert auto["target"] == 0.7
     canvas.evaluate(SET_WIDGET, [schedule, "preset", "light_forcing_short"])
     sparse, sparse_bars = shown("n.target === 0.88")
     assert sparse["attention_ratio"] < auto["attention_ratio"]
-    assert gentle_bars > 1.2 * sparse_bars > 0
+    assert auto_bars > 1.2 * sparse_bars > 0
     canvas.evaluate(SET_WIDGET, [schedule, "preset", "dense"])
-    assert shown("n.target === null")[1] > 1.2 * gentle_bars
+    assert shown("n.target === null")[1] > 1.2 * auto_bars
     canvas.evaluate(SET_WIDGET, [schedule, "preset", "custom"])
     custom, _ = shown("n.title === 'custom'")
     canvas.evaluate(SET_WIDGET, [schedule, "preset.target", 0.3])

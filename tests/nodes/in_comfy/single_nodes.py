@@ -60,5 +60,5 @@ for family, expected in (
 
 # A schedule takes the family of the connected model.
 plan = schedule.LightForcingSchedule.execute(81, {"preset": "auto"}, comfyui.applied(framewise, "auto"))[0]
-assert (plan.frames_per_chunk, plan.target) == (1, 0.6)
+assert (plan.frames_per_chunk, plan.target) == (1, 0.7)
 assert "connect the MODEL" in comfyui.error_of(schedule.LightForcingSchedule.execute, 81, {"preset": "auto"})
