@@ -3,6 +3,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { addElement, removeElement } from "./element.js";
 import { pathOfExecution } from "./graph.js";
 
 const NODE = "LightForcingSampler";
@@ -145,34 +146,9 @@ function attach(node, view) {
   node.lightForcingView = view;
   if (!node.widgets?.some((widget) => widget.name === WIDGET)) {
     node.lightForcingScreen = new Screen();
-    const widget = node.addDOMWidget(WIDGET, "LIGHT_FORCING_LIVE_VIEW", node.lightForcingScreen.element, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => MIN_HEIGHT + 20,
-      getValue: () => "",
-    });
-    widget.serialize = false;
-    keep(node, widget);
-    node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
-    node.setDirtyCanvas(true, true);
+    addElement(node, WIDGET, node.lightForcingScreen.element, MIN_HEIGHT + 20);
   }
   if (node.lightForcingScreen.view !== view) node.lightForcingScreen.show(view);
-}
-
-/** A subgraph node drawn by Vue rebuilds its list of widgets from its inputs, so ours is added to each new list. */
-function keep(node, widget) {
-  const made = Object.getOwnPropertyDescriptor(node, "widgets");
-  if (node.widgets.includes(widget) || !made?.get || !made.configurable) return;
-  Object.defineProperty(node, "widgets", { ...made, get: () => [...made.get.call(node), widget] });
-  made.get.call(node).push(widget); // a change that Vue notices; the next reading takes it out again
-}
-
-function detach(node) {
-  const place = node?.widgets?.findIndex((widget) => widget.name === WIDGET) ?? -1;
-  if (place < 0) return;
-  node.widgets[place].onRemove?.();
-  node.widgets.splice(place, 1);
-  node.setDirtyCanvas(true, true);
 }
 
 function endOfRun(promptId) {
@@ -197,7 +173,7 @@ app.registerExtension({
     });
     api.addEventListener("executed", ({ detail }) => {
       // A node that shows its own video file needs no pictures as well.
-      if (detail.output?.images && views.has(detail.node)) detach(pathOfExecution(detail.node).at(-1));
+      if (detail.output?.images && views.has(detail.node)) removeElement(pathOfExecution(detail.node).at(-1), WIDGET);
     });
     for (const name of ["execution_success", "execution_error", "execution_interrupted"])
       api.addEventListener(name, ({ detail }) => endOfRun(detail.prompt_id));

@@ -1,8 +1,9 @@
-// The schedule node's plot: sparsity per chunk, its mean, and FLOPs relative to dense; it follows the widgets.
-// The server computes the numbers, as it does for the run.
+// The schedule node's plot: the attention that each chunk computes, its mean, and FLOPs relative to dense. It follows
+// the widgets; the server computes the numbers, as it does for the run.
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { addElement } from "./element.js";
 import { originOf, valueOf } from "./graph.js";
 
 const NODE = "LightForcingSchedule";
@@ -222,13 +223,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
     const plot = new SchedulePlot(node);
-    const widget = node.addDOMWidget(WIDGET, "LIGHT_FORCING_SCHEDULE_PLOT", plot.element, {
-      serialize: false,
-      hideOnZoom: false,
-      getMinHeight: () => MIN_HEIGHT + 20,
-      getValue: () => "",
-    });
-    widget.serialize = false;
+    addElement(node, WIDGET, plot.element, MIN_HEIGHT + 20);
     node.lightForcingPlot = plot;
     const removed = node.onRemoved;
     node.onRemoved = function (...args) {
