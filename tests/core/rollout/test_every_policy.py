@@ -1,0 +1,77 @@
+"""Every policy of the registry with every option: it runs, and a saved run continues bit for bit, or it is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lightforcing.lightforcing_core.attention.options import AttentionOptions
+from lightforcing.lightforcing_core.attention.policies import POLICIES
+from lightforcing.lightforcing_core.model.kv_storage import KVOptions
+from lightforcing.lightforcing_core.refusal import Refusal
+from lightforcing.lightforcing_core.rollout.loop import rollout
+from lightforcing.lightforcing_core.rollout.runtime import Runtime
+from lightforcing.lightforcing_core.rollout.state import RunState, load_run_state, save_run_state
+from lightforcing.lightforcing_core.rollout.timeline import Prompt
+
+from ...support.rollouts import recipe_of, text, video
+
+SIZE = 8, 12  # frames of 24 tokens: a whole key block and a ragged one
+SINKS = {"sink_frames": 3, "window": 9}
+# Fields of AttentionOptions, KVOptions, Recipe and its parts; "frames" and "batch" of the latents.
+OPTIONS = {
+    "ragged": {},
+    "batch 2": {"batch": 2},
+    "cfg": {"cfg": 2.0, "negative": text(2)},
+    "int8": {"kv": KVOptions("int8")},
+    "fp8 in CPU memory": {"kv": KVOptions("fp8", host=True)},
+    "lse and tail": {"attention": {"estimator": "lse", "tail": True}},
+    "tiles": {"attention": {"tiles": True}},
+    "window": {"window": 9},
+    "sinks": SINKS,
+    "following sinks": SINKS | {"sink_rope": "follow"},
+    "changing sinks": SINKS | {"sink_rope": "average"},
+    "image": {"initial_latents": torch.zeros(1, 16, 1, *SIZE), "frames": 16},
+    "given chunks": {"initial_latents": torch.ones(1, 16, 6, *SIZE)},
+    "frame-wise": {"frames_per_chunk": 1, "frames": 7},
+    "given end": {"last_latents": torch.zeros(1, 16, 1, *SIZE)},
+    "hard switch": {"context": [Prompt(text(1)), Prompt(text(2), 3)]},
+    "cut": {"context": [Prompt(text(1)), Prompt(text(2), 2, "cut", jump=8)]},
+    "pinned cut": {"context": [Prompt(text(1)), Prompt(text(2), 2, "cut", pin=3)], "window": 9},
+}
+REFUSED = {
+    ("rolling_sink", "sinks"): "sink_frames 3 would stay visible",
+    ("rolling_sink", "following sinks"): "sink_frames 3 would stay visible",
+    ("rolling_sink", "changing sinks"): "sink_frames 3 would stay visible",
+    ("rolling_sink", "cut"): "'cut' cannot end a scene that rolling_sink brings back",
+    ("rolling_sink", "pinned cut"): "'cut' cannot end a scene that rolling_sink brings back",
+    ("pbsa", "cut"): "'cut' cannot end a scene that pbsa brings back",
+    ("pbsa", "pinned cut"): "'cut' cannot end a scene that pbsa brings back",
+    **{(policy, "changing sinks"): "'average' changes sinks" for policy in ("forcing_kv", "dummy_forcing")},
+    **{(policy, "pinned cut"): "pin 3 would take the place" for policy in ("forcing_kv", "dummy_forcing")},
+    ("rolling_forcing", "changing sinks"): "'average' changes sinks",
+    ("rolling_forcing", "given end"): "last_latents cannot be met",
+    **{("rolling_forcing", name): "context changes" for name in ("hard switch", "cut", "pinned cut")},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_policy_runs_and_continues_with_an_option_or_is_refused(dit, tmp_path, policy, name):
+    options = {"frames": 15, "frames_per_chunk": 3, "context": text(1), **OPTIONS[name]}
+    attention = AttentionOptions("reference", (16, 16), 3, 1, 1, policy=policy)
+    options["attention"] = replace(attention, **options.get("attention", {}))
+    kv, shape = options.pop("kv", KVOptions()), (options.pop("batch", 1), 16, options.pop("frames"), *SIZE)
+    options |= {"latent_shape": shape, "sigmas": (1.0, 0.5, 0.0), "growth": (0.0, 0.5)}
+    if expected := REFUSED.get((policy, name)):
+        with pytest.raises(Refusal, match=expected):
+            list(rollout(dit, recipe_of(**options), Runtime(kv=kv)))
+        return
+    state = RunState(recipe_of(**options), "tiny", kv.dtype)
+    whole = list(rollout(dit, state.recipe, Runtime(kv=kv)))
+    for done, chunk in enumerate(whole[:-1], start=1):
+        state = state.extended_by(chunk)
+        if done in (1, 3):
+            loaded = load_run_state(save_run_state(state, tmp_path / "run.safetensors"))
+            rest = rollout(dit, loaded.recipe, Runtime(kv=kv), loaded.finished, loaded.begun)
+            assert torch.equal(video(rest), video(whole[done:]))
