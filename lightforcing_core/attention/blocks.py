@@ -119,6 +119,13 @@ class FrameBlocks:
         lengths = self.block_lengths(x.shape[1] // self.tokens_per_frame, x.device)
         return (sums / lengths[None, :, None, None]).to(x.dtype)
 
+    def self_similarity(self, x: Tensor) -> Tensor:
+        """Mean cosine of all pairs of tokens in each block, themselves included.
+
+        x: [B, frames · tokens_per_frame, H, D] → float32 [B, H, frames · per_frame].
+        """
+        return self.block_means(torch.nn.functional.normalize(x.float(), dim=-1)).square().sum(-1).transpose(1, 2)
+
     def frame_means(self, block_means: Tensor) -> Tensor:
         """Mean over the real tokens of each frame, from its weighted block means.
 

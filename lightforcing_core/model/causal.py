@@ -21,7 +21,7 @@ from ..attention.blocks import FrameBlocks, tile_order
 from ..attention.chunk import ChunkAttention, plan_chunk
 from ..attention.dispatch import BackendChoice, attend, dense_attention_8bit
 from ..attention.options import AttentionOptions
-from ..attention.policies import View
+from ..attention.policies import GatedPlan, View
 from ..attention.policies.pool import importance
 from ..attention.roles import Roles, group_masses
 from ..attention.selection import BlockSelection
@@ -381,6 +381,8 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
         assert means.key_means is not None  # a cache that never selects blocks keeps no means
         assert means.frame_means is not None
         q_means = state.q_layout.block_means(q) if q_means is None else q_means
+        if isinstance(plan, GatedPlan) and plan.similarity:
+            plan = plan.seeing(state.q_layout.self_similarity(q), state.cache.self_similarity(layer))
         selection = plan.select(q_means, means.key_means, means.frame_means, sub_means)
     memory = state.cache.with_pool(layer)
     call = Call(

@@ -173,6 +173,14 @@ class KVCache:
         memory, slots = self.visible(layer), sorted(range(len(self.slot_frames)), key=self.slot_frames.__getitem__)
         return torch.cat([self._stored(memory, slot, slice(1))[0][0] for slot in slots])
 
+    def self_similarity(self, layer: int) -> Tensor:
+        """That of the visible blocks of keys less their common mean, float32 [B, H, blocks] by slot."""
+        memory = self.visible(layer)
+        assert memory.frame_means is not None  # a policy that asks for it keeps means
+        mean = memory.frame_means.float().mean(1, keepdim=True)
+        frames = (self._stored(memory, slot)[0].float() - mean for slot in range(len(self.slot_frames)))
+        return torch.cat([self.layout.self_similarity(frame) for frame in frames], dim=-1)
+
     def _stored(self, memory: LayerMemory, slot: int, videos: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Keys and values of the frame in a slot, [B, tokens, H, D] each; of an 8-bit cache dequantised."""
         layout = self.storage.layout

@@ -2,7 +2,7 @@
 
 from ..selection import FrameBudget, View
 from .base import Plan, Policy, SelectionRule
-from .gated import Mass, MixtureOfBlocks
+from .gated import GatedPlan, Mass, MixtureOfBlocks
 from .heads import DummyForcing, ForcingKV, HeadRule
 from .light_forcing import Hierarchical, UniformTopK
 from .pool import PersistentBlocks
@@ -29,6 +29,7 @@ POLICIES = {
 __all__ = [
     "POLICIES",
     "FrameBudget",
+    "GatedPlan",
     "HeadRule",
     "PersistentBlocks",
     "Plan",

@@ -1,6 +1,6 @@
 """Rules that read as many key blocks as the scores of each query block ask for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,14 +17,20 @@ class Mass:
     Each head and query block reads as many as it needs: `top_p` 0 shares the schedule's number of blocks among all of
     a layer by their attention; other values in (0, 1) read the largest until their sum is more than `top_p`. Sources:
     SpargeAttn, arXiv 2502.18137, and SVG2, arXiv 2505.18875, on blocks; ragged blocks count by their tokens.
+
+    similarity: a mean does not stand for a block whose tokens are less alike than this, as SpargeAttn tests: all query
+    blocks read such a key block, and such a query block reads everything. 0: no test. A test reads all keys once more.
     """
 
     top_p: float = 0.0
+    similarity: float = 0.0
     needs_means = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.top_p < 1.0:
             raise ValueError(f"top_p {self.top_p} is outside [0, 1); use 0 for the schedule's sparsity, or 0.9")
+        if not 0.0 <= self.similarity < 1.0:
+            raise ValueError(f"similarity {self.similarity} is outside [0, 1); use 0 for no test, or 0.6")
 
     @property
     def uses_sparsity(self) -> bool:
@@ -32,8 +38,9 @@ class Mass:
 
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> "GatedPlan":
         kept = kept_blocks(sparsity, view.k_blocks)
-        density = None if self.top_p else kept / view.k_blocks
-        return GatedPlan(self, view.k_layout, view.k_blocks, density, 0 if self.top_p else kept)
+        density = None if self.top_p or self.similarity else kept / view.k_blocks
+        share = 0 if self.top_p else kept
+        return GatedPlan(self, view.k_layout, view.k_blocks, density, share, similarity=self.similarity)
 
     def scores(self, q_means: Tensor, k_means: Tensor, lengths: Tensor) -> Tensor:
         scores: Tensor = mean_scores(q_means, k_means) * q_means.shape[-1] ** -0.5
@@ -91,6 +98,7 @@ class GatedPlan:
     """A chunk's plan by `rule`.
 
     budget: blocks per query block on average. own: bool [q_blocks, k_blocks], whether a key block is a query block's.
+    similarity: see `Mass`. alike: whether each query and each key block passes that test, bool [B, H, blocks] both.
     """
 
     rule: Mass | MixtureOfBlocks
@@ -99,12 +107,18 @@ class GatedPlan:
     density: float | None
     budget: int = 0
     own: Tensor | None = None
+    similarity: float = 0.0
+    alike: tuple[Tensor, Tensor] | None = None
     kind = "gated"
     uneven = True
     tables = ()
 
     def of_layer(self, layer: int) -> None:
         """Nothing is selected before queries and keys are known."""
+
+    def seeing(self, queries: Tensor, keys: Tensor) -> "GatedPlan":
+        """The plan for blocks of this self-similarity, [B, H, blocks] both."""
+        return replace(self, alike=(queries > self.similarity, keys > self.similarity))
 
     def select(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None
@@ -113,7 +127,12 @@ class GatedPlan:
             scores = lse_scores(q_means, sub_means, self.layout)
         else:
             scores = self.rule.scores(q_means, k_means, self.layout.block_lengths(frame_means.shape[1], q_means.device))
-        return BlockSelection.from_mask(self.rule.reads(self, scores.nan_to_num_(nan=torch.finfo(scores.dtype).min)))
+        least = torch.finfo(scores.dtype).min
+        scores.nan_to_num_(nan=least)
+        if self.alike is None:
+            return BlockSelection.from_mask(self.rule.reads(self, scores))
+        queries, keys = self.alike[0][..., None], self.alike[1][:, :, None]
+        return BlockSelection.from_mask(self.rule.reads(self, scores.masked_fill(~keys, least)) | ~keys | ~queries)
 
 
 def until_more_than(weights: Tensor, limit: Tensor | float) -> Tensor:

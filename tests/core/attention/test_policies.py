@@ -229,6 +229,22 @@ def test_top_p_over_blocks_of_different_sizes(limit, read):
     assert until_more_than(shares, limit).nonzero().flatten().tolist() == read
 
 
+def test_blocks_of_unlike_tokens_are_read_by_all_and_read_all():
+    """The worked numbers: key block 1 fails, so the others' shares are those without it."""
+    tokens = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 1]])
+    layout = FrameBlocks(4, 16)
+    assert layout.self_similarity(tokens[None, :, None]).item() == pytest.approx(0.640165, abs=1e-6)
+    view = in_time(5, current=2, tokens=16, block=16)
+    q, k = torch.zeros(1, 2, 1, 2), torch.zeros(1, 5, 1, 2)
+    q[..., 0], k[0, :, 0, 0] = 1.0, torch.tensor([3.0, 2, 1, 0, -1])
+    plan = Mass(0.85, 0.6).plan(view, 0.5, BUDGET)
+    assert plan.density is None
+    alike = torch.tensor([0.61, 0.5]), torch.tensor([0.9, 0.6, 0.7, 0.9, 0.9])
+    selection = plan.seeing(*(x.view(1, 1, -1) for x in alike)).select(q, k, k)
+    assert [read_by(selection, 0, 0, row) for row in range(2)] == [[0, 1, 2], [0, 1, 2, 3, 4]]
+    assert read_by(plan.select(q, k, k), 0, 0, 0) == [0, 1, 2]
+
+
 @given(view=views(5), share=st.sampled_from([0.1, 0.25, 0.9]), seed=st.integers(0, 99))
 def test_mixture_of_blocks_equals_brute_force(view, share, seed):
     q, k, frames = means(view, seed)

@@ -14,7 +14,7 @@ from lightforcing.lightforcing_core.rollout.runtime import Runtime
 from lightforcing.lightforcing_core.rollout.state import RunState, load_run_state, save_run_state
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
-from ...support.rollouts import recipe_of, text, video
+from ...support.rollouts import recipe_of, roll, text, video
 
 SIZE = 8, 12  # frames of 24 tokens: a whole key block and a ragged one
 SINKS = {"sink_frames": 3, "window": 9}
@@ -56,10 +56,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, "mass with a test"])
 def test_a_policy_runs_and_continues_with_an_option_or_is_refused(dit, tmp_path, policy, name):
     options = {"frames": 15, "frames_per_chunk": 3, "context": text(1), **OPTIONS[name]}
-    attention = AttentionOptions("reference", (16, 16), 3, 1, 1, policy=policy)
+    attention = AttentionOptions("reference", (16, 16), 3, 1, 1, policy=policy.split()[0])
+    if policy.endswith("test"):
+        attention = replace(attention, settings=(("similarity", 0.15),))
     options["attention"] = replace(attention, **options.get("attention", {}))
     kv, shape = options.pop("kv", KVOptions()), (options.pop("batch", 1), 16, options.pop("frames"), *SIZE)
     options |= {"latent_shape": shape, "sigmas": (1.0, 0.5, 0.0), "growth": (0.0, 0.5)}
@@ -75,3 +77,10 @@ def test_a_policy_runs_and_continues_with_an_option_or_is_refused(dit, tmp_path,
             loaded = load_run_state(save_run_state(state, tmp_path / "run.safetensors"))
             rest = rollout(dit, loaded.recipe, Runtime(kv=kv), loaded.finished, loaded.begun)
             assert torch.equal(video(rest), video(whole[done:]))
+
+
+def test_where_no_mean_stands_for_its_block_a_run_is_dense(dit):
+    options = {"frames_per_chunk": 3, "sigmas": (1.0, 0.5, 0.0), "latent_shape": (1, 16, 12, *SIZE)}
+    strict = AttentionOptions("reference", (16, 16), policy="mass", settings=(("similarity", 0.99),))
+    sparse, dense = (video(roll(dit, text(1), growth=g, attention=strict, **options)) for g in ((0.0, 0.8), None))
+    torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-5)
