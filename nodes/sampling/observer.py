@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...lightforcing_core.memory.plan import MemoryPlan
 from ...lightforcing_core.rollout.runtime import Chunk, StepEvent
+from ...lightforcing_core.rollout.schedule import video_frames_of
 from ...lightforcing_core.rollout.state import RunState, save_run_state
 from ..comfy import show_text
 
@@ -47,22 +48,29 @@ class StateWriter(Observer):
 
 
 class ProgressLine(Observer):
-    """Lines on the running node: chunk, step, pace and density; then the plan.
+    """Lines on the running node: chunk, step, pace, time left and density; then the plan.
 
     why_dense: why attention runs dense although sparsity was asked for, once that is known.
+    warning: what the start image will probably do, if it is too short for the model.
     why_cut: why the run ended early, if it did; it then runs again when queued.
     """
 
     def __init__(self, node_id: str | None) -> None:
-        self._node_id, self._plan, self._pace = node_id, "", ""
+        self._node_id, self._plan, self._pace, self._left = node_id, "", "", ""
         self.why_dense: str | None = None
+        self.warning: str | None = None
         self.why_cut: str | None = None
         self._shown = self._begun = 0.0
         self._last: StepEvent | None = None
 
     def begin(self, run: RunState, plan: MemoryPlan) -> None:
-        self._plan = str(plan)
-        show_text(self._plan)
+        self._plan, many = str(plan), run.recipe.frames_per_chunk
+        if run.recipe.initial_frames == 1 < many:
+            fault = (
+                f"one start image fills 1 of the {many} latent frames that this model makes at a time, and may dissolve"
+            )
+            self.warning = f"{fault}; repeat the image {video_frames_of(many)} times, or use a frame-wise checkpoint"
+        show_text("\n· ".join(filter(None, (self._plan, self.warning))))
 
     def step(self, event: StepEvent) -> None:
         now, self._last = time.perf_counter(), event
@@ -71,11 +79,14 @@ class ProgressLine(Observer):
         if event.done == 1:
             self._shown, self._begun, self._pace = -math.inf, now, ""
         elif event.step == 0:
-            self._pace = f"{(now - self._begun) / event.chunk:.1f} s per chunk · "
+            pace = (now - self._begun) / event.chunk
+            left = pace * (event.chunks - event.chunk)
+            self._pace = f"{pace:.1f} s per chunk · "
+            self._left = f"{left:.0f} s left · " if left < 100 else f"{left / 60:.0f} min left · "
         if now - self._shown >= LINE_PAUSE:
             self._shown = now
             density = "decided by the keys" if event.density is None else f"{100 * event.density:.0f} %"
-            steps = f"step {event.step + 1}/{event.steps} · {self._pace}density {density}"
+            steps = f"step {event.step + 1}/{event.steps} · {self._pace}{self._left}density {density}"
             self._show(f"chunk {event.chunk + 1}/{event.chunks} · {steps}")
 
     def cut(self, reason: str) -> None:
@@ -88,4 +99,4 @@ class ProgressLine(Observer):
 
     def _show(self, line: str) -> None:
         # Nodes drawn by Vue append further lines to the first one.
-        show_text("\n· ".join(filter(None, (line, self.why_dense, self._plan))))
+        show_text("\n· ".join(filter(None, (line, self.why_dense, self.warning, self._plan))))

@@ -114,8 +114,15 @@ class LightForcingSampler(io.ComfyNode):
         if settings_of(model) is None and family_of(file_of(model))[1]:
             model = LightForcingApply.execute(model, AUTO)[0]
         family = required_settings(model).family
-        if vae is None and (user := user_of_images(cls.hidden)):
-            raise ValueError(f"IMAGE is connected to {user}, but vae to nothing; connect Load VAE, or disconnect IMAGE")
+        if user := user_of_images(cls.hidden):
+            if vae is None:
+                problem = "vae to nothing; connect Load VAE"
+            elif video_output is not None and not video_output.keep_images:
+                problem = "keep_images of Light Forcing Video Output is off; turn it on"
+            else:
+                problem = ""
+            if problem:
+                raise ValueError(f"IMAGE is connected to {user}, but {problem}, or disconnect IMAGE")
         request, latents = Request(**inputs), empty_latents(model, latent)
         start = request.start(model.model_options)
         saved = state.continued(latents.shape) if state else None
@@ -162,7 +169,7 @@ class LightForcingSampler(io.ComfyNode):
                 for writer in videos:
                     writer.__exit__(InterruptedError)  # a file that ends early does not get its name
         made: dict[str, Any] = {"samples": video.to(result_device())}
-        notes = [note for note in (line.why_cut, line.why_dense) if note]
+        notes = [note for note in (line.why_cut, line.why_dense, line.warning) if note]
         if sampler.record is not None:
             made[RECORD] = sampler.record
             if WIDENED in sampler.record.facts:

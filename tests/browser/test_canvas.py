@@ -244,7 +244,7 @@ def test_fields_in_a_videos_file_name_are_filled_in(canvas):
 def test_dropped_video_brings_its_graph_back(canvas, server, form):
     document = tiny_text_to_video(21)
     prompt = graph({"model": loader()}, latent=empty(21), vae=True, video_output=link("out"))
-    prompt["out"] = video_output(f"dropped/{form}", format=form)
+    prompt["out"] = video_output(f"dropped/{form}", format=form, keep_images=True)
     (saved,) = server.run(prompt, document)["outputs"]["sampler"]["images"]
     assert canvas.evaluate("() => app.rootGraph.nodes.length") == 0
     canvas.evaluate(DROP, saved)

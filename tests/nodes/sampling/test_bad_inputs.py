@@ -27,6 +27,7 @@ from ...support.graphs import (
     schedule,
     text,
     vae_loader,
+    video_output,
 )
 
 
@@ -162,6 +163,10 @@ CASES = {
     ),
     "two start images": (start_image_twice, ["start_latent", "ARVideoI2V"]),
     "frames without a VAE": (create_video, ["IMAGE", "CreateVideo", "vae"]),
+    "frames that are not kept": (
+        lambda: graph({"model": loader(), "out": video_output("a")}, vae=True, video_output=link("out")),
+        ["IMAGE is connected to SaveImage", "keep_images", "turn it on, or disconnect IMAGE"],
+    ),
     "a shift of 0": (
         lambda: graph({"unet": loader(), "model": node("ModelSamplingSD3", model=link("unet"), shift=0.0)}),
         ["shift 0", "ModelSamplingSD3"],

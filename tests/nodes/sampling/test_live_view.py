@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import shutil
 import struct
 import uuid
@@ -13,7 +14,20 @@ import pytest
 from PIL import Image
 from websockets.sync.client import connect
 
-from ...support.graphs import HEIGHT, WIDTH, apply, core_loader, demo_graph, empty, graph, link, loader
+from ...support.graphs import (
+    HEIGHT,
+    WIDTH,
+    apply,
+    core_loader,
+    demo_graph,
+    empty,
+    empty_image,
+    encoded,
+    graph,
+    link,
+    loader,
+    vae_loader,
+)
 
 LENGTH = 45  # video frames: four chunks
 
@@ -145,8 +159,16 @@ def test_line_tells_chunk_step_pace_and_density(client):
     one.run(run_of(3))
     steps = [line.splitlines()[0] for line in one.lines if line.startswith("chunk ")]
     assert steps[0] == "chunk 1/4 · step 1/4 · density 100 %"
-    assert any(line.startswith("chunk 4/4") and "s per chunk · density " in line for line in steps)
+    assert any(re.match(r"chunk 4/4 · .* s per chunk · \d+ s left · density ", line) for line in steps)
     assert one.lines[-1].startswith("4 of 4 chunks · ")
+
+
+def test_a_start_image_alone_in_a_chunk_wise_model_is_warned_of(server):
+    parts = {"model": loader(), "vae": vae_loader(), "image": empty_image(), "start": encoded()}
+    ran = server.run(graph(parts, latent=empty(25), start_latent=link("start"), seed=77))
+    (text,) = ran["outputs"]["sampler"]["text"]
+    assert text.startswith("one start image fills 1 of the 3 latent frames that this model makes at a time")
+    assert "repeat the image 9 times" in text
 
 
 OWN = {"keep_near": 2}  # no other test has these, so the node is not cached
