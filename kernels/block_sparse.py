@@ -138,7 +138,7 @@ def block_sparse_attention(
     work = Work(kind, tokens_per_frame, scale, q, k, v, out, lists, order, scales, tail_and_bias)
 
     def run(launch: Launch, work: Work = work) -> Tensor:
-        for kernel, grid, arguments, constants in prepared(work, launch, _multiprocessors(q.device)):
+        for kernel, grid, arguments, constants in prepared(work, launch, device.multiprocessors(q.device)):
             bound.launch(kernel, grid, *arguments, **constants)
         return work.out
 
@@ -235,10 +235,6 @@ def _described(x: Tensor, frame: int, rows: int, columns: int) -> Any:
     return TensorDescriptor(x, shape, strides, [1, 1, 1, rows, columns])
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def capability_of(x: Tensor) -> tuple[int, int]:
     """The compute capability of a tensor's GPU; for the interpreter that of a Hopper."""
     return torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
@@ -254,7 +250,7 @@ def _launch_for(kind: Kind, q: Tensor, result: Callable[[Launch], Tensor], machi
     if found is not None:
         return found
     units = q.shape[0] * q.shape[2] * bound.cdiv(q.shape[1], best.tile_q)
-    if units < _multiprocessors(q.device):
+    if units < device.multiprocessors(q.device):
         return best
     captures = torch.cuda.is_current_stream_capturing()
     descriptors = TensorDescriptor is not None and capability[0] not in tuning.MMA_SYNC

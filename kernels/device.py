@@ -1,5 +1,7 @@
 """What a chip and this Triton can do, asked once for all kernels."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -39,6 +41,11 @@ def why_not(kernel: str, x: torch.Tensor, *, float8: bool = False) -> str | None
     if float8 and capability < MIN_CAPABILITY_FLOAT8:
         return f"Triton has no float8_e4m3fn on {chip}; keep the cache in int8 there"
     return None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def require(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

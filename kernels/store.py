@@ -24,8 +24,7 @@ EIGHT_BIT = (torch.int8, torch.float8_e4m3fn)
 # Parts of a key block that have means of their own, for selection that looks inside blocks.
 SUB_BLOCKS = 4
 PARTS = tl.constexpr(SUB_BLOCKS)  # for device code
-# Programs that a launch should have: two for each of the 132 multiprocessors of an H100 or H200.
-PROGRAMS = 264
+PROGRAMS = 2  # per multiprocessor that a launch should have
 
 
 @triton.jit
@@ -363,7 +362,7 @@ def fused_store(
         out = torch.empty(batch, tokens, heads, head_dim, dtype=q.dtype, device=q.device)
         means = torch.empty(batch, q_blocks, heads, head_dim, dtype=q.dtype, device=q.device)
         blocks += batch * q_blocks
-    heads_per_program = cdiv(heads, min(heads, cdiv(PROGRAMS, blocks)))
+    heads_per_program = cdiv(heads, min(heads, cdiv(PROGRAMS * device.multiprocessors(k.device), blocks)))
     row = k.stride(1)
     if any(x is not None and x.stride() != (tokens * row, row, 1) for x in (q, k, v)):
         q, k, v, row = None if q is None else q.contiguous(), k.contiguous(), v.contiguous(), width

@@ -79,7 +79,7 @@ def absent_gpu() -> Iterator[None]:
     from triton.compiler import CompiledKernel
     from triton.runtime import driver
 
-    from lightforcing.kernels import block_sparse, device
+    from lightforcing.kernels import device
     from lightforcing.kernels import selection as select_kernel
 
     class Absent:
@@ -103,7 +103,7 @@ def absent_gpu() -> Iterator[None]:
         for owner, name, value in (
             (CompiledKernel, "_init_handles", no_handles),
             (device, "why_not", lambda *_, **__: None),
-            (block_sparse, "_multiprocessors", lambda _: 132),
+            (device, "multiprocessors", lambda _: 132),
             (fused, "DEVICES", ("cuda", "cpu")),
             (fused, "EPILOGUES", ("cuda", "cpu")),
             (TRITON, "why_not_auto", lambda _: None),

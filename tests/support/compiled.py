@@ -151,7 +151,8 @@ def call_attention(
         found = tuning.Launch(*launch) if launch else tuning.default_launch(kind, divmod(driver.active.chip, 10))
         return found._replace(descriptors="tma" in ways, per_sm=int("cut" in ways), narrow="narrow" in ways)
 
-    with mock.patch.multiple(block_sparse, _launch_for=chosen, _multiprocessors=lambda _: MULTIPROCESSORS):
+    few = mock.patch.object(gpu, "multiprocessors", return_value=MULTIPROCESSORS)
+    with few, mock.patch.object(block_sparse, "_launch_for", chosen):
         lists = [None, None]
         if "dense" not in ways:
             lists = [empty(1, heads, q_blocks, *last, dtype=torch.int32) for last in ((width,), ())]
