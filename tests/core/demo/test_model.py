@@ -37,8 +37,8 @@ def test_captions_outside_the_grammar_are_refused(caption, complaint):
 @pytest.mark.parametrize(
     ("caption", "found"),
     [
-        ("on a striped background a red circle moves up slowly", "1 on a striped background"),
-        (f"{DEFAULT_CAPTION} and a blue circle moves up slowly", "2 on a plain background"),
+        ("on a striped background a red circle moves up slowly", "on a striped one; write plain"),
+        (f"{DEFAULT_CAPTION} and a blue circle moves up slowly", "two; leave one out"),
     ],
 )
 def test_only_what_a_model_was_trained_to_draw_is_taken(caption, found):
