@@ -3,6 +3,7 @@
 A recording reads its input, the weights and the layers' past frames by address: the layers replace the past in place.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
@@ -89,5 +90,6 @@ class PassGraph:
         if out is None:
             self._is_off = True
             self.free()
+            gc.collect()  # what the failed recording left in cycles may be all the memory that is missing
             out = by(USUAL)
         return out
