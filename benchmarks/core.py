@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
@@ -18,7 +18,7 @@ import torch
 
 from ..lightforcing_core.families import FAMILIES, Family
 from ..lightforcing_core.model.wan import random_state_dict
-from ..lightforcing_core.rollout.schedule import Schedule, latent_frames_of
+from ..lightforcing_core.rollout.schedule import HEADROOM, Schedule, latent_frames_of
 from .console import Put
 from .settings import CoreBench, Say
 from .step import TEXT_DIM
@@ -51,7 +51,8 @@ def measure(bench: CoreBench, put: Put, say: Say = str) -> None:
             f"COMFYUI_PATH {checkout!r} and COMFYUI_PYTHON {python!r} are not a checkout of ComfyUI and its Python; "
             "set both"
         )
-    latent_frames_of(bench.frames)  # refuses a wrong length before ComfyUI starts
+    for family in families(bench.target).values():
+        Schedule.of_family(family, latent_frames_of(bench.frames))  # refuses what cannot be met before ComfyUI starts
     if bench.quick:
         bench = replace(bench, frames=QUICK_FRAMES, rounds=1)
     put("arguments", "core", asdict(bench))
@@ -123,9 +124,11 @@ def inside(text: str) -> None:
     put("ms", "CPU time", spent)
 
 
-def families(targets: list[float]) -> Mapping[str, Family]:
+def families(targets: Sequence[float]) -> Mapping[str, Family]:
     """The settings of our arms: dense, published, the default of models trained without sparsity, and other targets."""
-    others = {f"target {target:g}": replace(UNTRAINED, target=target, base=target + 0.1) for target in targets}
+    others = {
+        f"target {target:g}": replace(UNTRAINED, target=target, base=min(target + HEADROOM, 1.0)) for target in targets
+    }
     return {"dense": UNTRAINED, "published": PUBLISHED, "default": UNTRAINED} | others
 
 

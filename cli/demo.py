@@ -72,7 +72,7 @@ def make_demo(
         "caption": caption,
         "weights": f"the demo model in {models}",
         "model": f"{len(model.dit.blocks)} layers, dim {model.dit.dim}; VAE dim {model.vae.dim}",
-        "schedule": f"target {target:g}, base {base or 'auto'}, blocks of {video.block} tokens, seed {seed}",
+        "schedule": f"target {target:g}, base {base or target + 0.1:g}, blocks of {video.block} tokens, seed {seed}",
         "machine": f"{machine}, torch {torch.__version__}, {platform.platform(terse=True)}",
     }
     # Noise compresses badly: at worst about a byte per pixel.

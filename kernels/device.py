@@ -45,6 +45,7 @@ def why_not(kernel: str, x: torch.Tensor, *, float8: bool = False) -> str | None
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
+    """The multiprocessors of a GPU; 1 for a CPU, so that the interpreter runs few programs."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

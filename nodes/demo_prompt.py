@@ -45,7 +45,10 @@ def check_caption(caption: str, table: Path | None) -> None:
     with contextlib.suppress(ValueError):  # the model lies elsewhere
         video = demo_video(table.parent) if table else None
     try:
-        video.check(caption) if video else parse(caption)
+        if video:
+            video.check(caption)
+        else:
+            parse(caption)
     except ValueError as error:
         raise ValueError(f"{error}. Captions read like: {DEFAULT_CAPTION}") from error
 

@@ -51,7 +51,7 @@ class LightForcingSchedule(io.ComfyNode):
                     options=[
                         *(io.DynamicCombo.Option(name, []) for name in (AUTO, GENTLE, DENSE)),
                         io.DynamicCombo.Option(CUSTOM, custom_inputs()),
-                        # Saved graphs may hold "unknown".
+                        # Not "unknown", which `schedule_from` still takes from saved graphs.
                         *(io.DynamicCombo.Option(name, []) for name in PUBLISHED if name != "unknown"),
                     ],
                 ),

@@ -97,7 +97,8 @@ class _Loop:
         fast_path.begin_run()
         states: list[ModelState] = []
         joint: list[ModelState] = []  # for chunks that are denoised at once
-        past: list[Tensor] = []  # clean chunks as far back as any of them is visible
+        past: list[Tensor] = []  # clean chunks as far back as any of them is visible, which a pin does not bound
+        far = len(self.lengths) if any(cut.pin for cut in self.recipe.cuts) else self.cache.slots
         self.recorder.start(self.dit, self.shape, self.device)
         note, wanted = partial(self.recorder.fact, "CUDA graphs"), self.runtime.cuda_graph
         graph = StepGraph(self.weights, note, wanted, self.why_no_graphs)
@@ -126,7 +127,8 @@ class _Loop:
                             latents = self._denoise_at_once(joint, states, index)
                         else:
                             latents = self._denoise_chunk(states, graph, index)
-                    if not is_finite(latents):  # waits for the device, once per chunk
+                    begun = () if self.begun is None else (self.begun,)
+                    if not all(map(is_finite, (latents, *begun))):  # waits for the device, once per chunk
                         problem = f"of the video holds NaN or infinity; the model computes in {self.dtype}"
                         remedy = "use another dtype of its weights, or its LoRA at a lower strength or not at all"
                         raise NotFinite(f"chunk {index}", problem, remedy)
@@ -145,7 +147,7 @@ class _Loop:
                             if (cut := self.recipe.guides[0].cut_at(index)) and cut.pin:
                                 state.cache.pin(cut.pin)
                     self.recorder.lap(index, "replay" if is_given else "clean pass")
-                past = [*past, latents][-self.cache.slots :]
+                past = [*past, latents][-far:]
             graph.finish()
             if (rule := self.recipe.attention.head_rule) and states[0].roles:
                 self.recorder.fact("roles of heads", rule.described(states[0].roles))

@@ -177,6 +177,9 @@ class Recipe:
                 f"{self.sink_rope!r} averages chunks of {self.frames_per_chunk} into {self.sink_frames} sink frames"
             )
             raise Refusal("sink_rope", problem, f"use {self.frames_per_chunk} sink_frames, or 'follow'")
+        if self.window and self.window % self.frames_per_chunk:
+            problem = f"{self.window} lets parts of chunks leave, and {self.sink_rope!r} averages whole ones"
+            raise Refusal("window", problem, f"use a multiple of {self.frames_per_chunk}, or sink_rope 'follow'")
         if self.attention.head_rule is not None or self.attention.joint:
             problem = f"{self.sink_rope!r} changes sinks, and {self.attention.policy} keeps frames of its own"
             raise Refusal("sink_rope", problem, "use 'follow', or another policy")

@@ -96,7 +96,7 @@ class Timeline:
     def cut_at(self, chunk: int) -> Prompt | None:
         """The prompt whose cut chunk `chunk` begins with."""
         prompt = self.prompts[self._index(chunk)]
-        return prompt if prompt.switch == "cut" and prompt.start_chunk == chunk else None
+        return prompt if prompt.switch == "cut" and prompt.start_chunk == chunk > 0 else None
 
     def _index(self, chunk: int) -> int:
         return max(i for i, prompt in enumerate(self.prompts) if prompt.start_chunk <= chunk)

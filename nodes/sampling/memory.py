@@ -103,13 +103,19 @@ def _ways_to_need_less(recipe: Recipe, plan: MemoryPlan) -> list[str]:
     elif not plan.kv.host:
         ways.append(f"kv_cache to int8_host ({gib(cache * 9 // 10)} GiB less, slower)")
     visible, _ = recipe.ring
-    window = max(visible * 3 // 4, recipe.sink_frames + recipe.pass_frames)
-    if window < visible:
+    if window := next((few for few in range(visible * 3 // 4, visible) if _is_allowed(recipe, few)), 0):
         saved = cache * (visible - window) // visible
         ways.append(f"the schedule's window from {visible} to {window} latent frames ({gib(saved)} GiB less KV cache)")
     if len(recipe.guides) > 1:
         ways.append(f"cfg to 1 ({gib(cache // 2)} GiB less KV cache)")
     return ways
+
+
+def _is_allowed(recipe: Recipe, window: int) -> bool:
+    try:
+        return bool(replace(recipe, window=window))
+    except ValueError:
+        return False
 
 
 def _smaller_side(pixels: int) -> int:

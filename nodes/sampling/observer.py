@@ -77,10 +77,10 @@ class ProgressLine(Observer):
         if event.no_backend and self.why_dense is None:
             self.why_dense = f"dense attention: {event.no_backend}"
         if event.done == 1:
-            self._shown, self._begun, self._pace = -math.inf, now, ""
+            self._shown, self._begun, self._pace, self._left = -math.inf, now, "", ""
         elif event.step == 0:
             pace = (now - self._begun) / event.chunk
-            left = pace * (event.chunks - event.chunk)
+            left = (now - self._begun) / (event.done - 1) * (event.total - event.done + 1)
             self._pace = f"{pace:.1f} s per chunk · "
             self._left = f"{left:.0f} s left · " if left < 100 else f"{left / 60:.0f} min left · "
         if now - self._shown >= LINE_PAUSE:

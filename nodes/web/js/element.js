@@ -1,6 +1,6 @@
 // Widgets that hold an HTML element of the pack, on nodes drawn by either renderer; they are never saved.
 
-/** Adds a widget with `element`, once per node and name, and makes room for it. */
+/** Adds a widget with `element`; once for each node and name. */
 export function addElement(node, name, element, minHeight) {
   const widget = node.addDOMWidget(name, name.toUpperCase(), element, {
     serialize: false,
@@ -10,6 +10,10 @@ export function addElement(node, name, element, minHeight) {
   });
   widget.serialize = false;
   keep(node, widget);
+}
+
+/** Makes a node that is on the canvas as high as its widgets need. */
+export function fit(node) {
   node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
   node.setDirtyCanvas(true, true);
 }

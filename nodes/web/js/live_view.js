@@ -3,7 +3,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { addElement, removeElement } from "./element.js";
+import { addElement, fit, removeElement } from "./element.js";
 import { pathOfExecution } from "./graph.js";
 
 const NODE = "LightForcingSampler";
@@ -147,6 +147,7 @@ function attach(node, view) {
   if (!node.widgets?.some((widget) => widget.name === WIDGET)) {
     node.lightForcingScreen = new Screen();
     addElement(node, WIDGET, node.lightForcingScreen.element, MIN_HEIGHT + 20);
+    fit(node);
   }
   if (node.lightForcingScreen.view !== view) node.lightForcingScreen.show(view);
 }

@@ -3,7 +3,7 @@
 
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { addElement, removeElement } from "./element.js";
+import { addElement, fit, removeElement } from "./element.js";
 import { pathOfExecution } from "./graph.js";
 
 const WIDGET = "light_forcing_message";
@@ -31,7 +31,9 @@ function show(id) {
     const colour = isError ? "var(--error-text, #ff6666)" : "var(--input-text, #dddddd)";
     const font = { font: "12px Inter, sans-serif", whiteSpace: "pre-wrap", overflowWrap: "anywhere" };
     Object.assign(element.style, { ...font, color: colour, overflow: "auto", userSelect: "text", padding: "4px 8px" });
-    if (!shown) addElement(node, WIDGET, element, MIN_HEIGHT);
+    if (shown) continue;
+    addElement(node, WIDGET, element, MIN_HEIGHT);
+    fit(node);
   }
 }
 
@@ -58,7 +60,7 @@ app.registerExtension({
       }
     };
     api.addEventListener("execution_error", ({ detail }) => say(detail.node_id, detail.exception_message?.trim(), true));
-    api.addEventListener("execution_interrupted", ({ detail }) => say(detail.node_id, "cancelled, nothing was kept", false));
+    api.addEventListener("execution_interrupted", ({ detail }) => say(detail.node_id, "cancelled", false));
     api.addEventListener("executed", ({ detail }) => say(detail.node, detail.output?.text?.join("\n"), false));
   },
   afterConfigureGraph() {

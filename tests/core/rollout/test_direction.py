@@ -155,6 +155,32 @@ def test_cuts_act_on_the_negative_prompt_and_leave_a_hard_switch_its_positions(d
         assert torch.equal(rest[0].latents, plain[3].latents)
 
 
+def test_frames_that_a_later_pin_lets_go_are_read_again_as_they_are(dit, monkeypatch):
+    """A hard switch after two pins, so late that the first pin's frames are far behind the window."""
+    cuts = [Prompt(text(1), chunk, "cut", pin=3) for chunk in (1, 13)]
+    seen, frames = [], []
+    real = KVCache.reopen
+
+    def reopen(self):
+        real(self)
+        frames.append(list(self.current_frames))
+
+    def denoise(x, sigma, passes):
+        seen.append(x)
+        return 0.5 * x
+
+    monkeypatch.setattr(KVCache, "reopen", reopen)
+    made = video(run(dit, [Prompt(text(1)), *cuts, Prompt(text(2), 14)], frames=48, window=9, denoise=denoise))
+    assert frames == [[3, 4, 5, 36, 37, 38]]
+    assert any(x.shape[2] == 6 and torch.equal(x, made[:, :, frames[0]]) for x in seen)
+
+
+def test_a_cut_at_the_start_is_none(dit):
+    options = {"window": 9, "sink_frames": 3, "sink_rope": "follow"}
+    plain, cut = (video(run(dit, [Prompt(text(1), 0, switch, pin=3)], **options)) for switch in ("hard", "cut"))
+    assert torch.equal(plain, cut)
+
+
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
@@ -198,12 +224,13 @@ def test_sinks_that_change_need_the_whole_past(dit, rope, replayed):
     ("options", "message"),
     [
         ({"sink_frames": 2}, "sink_rope 'average' averages chunks of 3 into 2 sink frames; use 3 sink_frames"),
+        ({"sink_frames": 3, "window": 10}, "window 10 lets parts of chunks leave, and 'average' averages whole ones"),
         ({"sink_frames": 3, "attention": ROLES}, "'average' changes sinks, and forcing_kv keeps frames of its own"),
     ],
 )
 def test_averages_that_cannot_work_are_refused(dit, options, message):
     with pytest.raises(ValueError, match=message):
-        run(dit, text(1), window=9, sink_rope="average", **options)
+        run(dit, text(1), **{"window": 9, "sink_rope": "average", **options})
 
 
 def test_guidance_is_a_mix_of_two_predictions(dit):
