@@ -141,7 +141,7 @@ def test_a_saved_run_continues_bit_for_bit_and_lengthens_only_before_its_end(dit
         ({"last_latents": torch.zeros(1, 16, 1, 4, 6)}, "last_latents cannot be met by rolling_forcing"),
         ({"first_sigmas": [1, 0.5, 0]}, "first_sigmas give one chunk other steps"),
         ({"window": 11}, "window 11 cannot hold 3 sink frames and 9 frames.*use at least 12"),
-        ({"sink_rope": "average"}, "sink_rope 'average' changes sinks, and rolling_forcing keeps frames of its own"),
+        ({"sink_rope": "average", "window": 12}, "sink_rope 'average' changes sinks, and rolling_forcing"),
         ({"cuda_graph": "on"}, "cuda_graph 'on' cannot run: rolling_forcing"),
     ],
 )
