@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..fast_path import FastPath, is_recording, why_no_kernels
+from ..parallel.shares import WHOLE, Shares
 from ..pinned import to_device
 from .blocks import FrameBlocks, block_pair
 from .roles import Roles
@@ -82,9 +83,9 @@ class View(NamedTuple):
     slot_frames: the latent frames in the cache, in memory order.
     current: the number of them, the newest, that are the chunk's own.
     q_layout, k_layout: how a frame is cut into query and key blocks.
-    batch, heads: of the model.
+    batch, heads: of the model; of several `shares` the heads of this one.
     grid: rows and columns of tokens in a frame. tiles: blocks are patches of it, see `tile_order`.
-    roles: of the model's heads, () if they are not known. changed: see `HeadRule.changed`, of the last commit.
+    roles: of these heads, () if they are not known. changed: see `HeadRule.changed`, of the last commit.
     pool: slots with blocks that have left the window, see `PersistentBlocks`; they come after it.
     """
 
@@ -100,6 +101,7 @@ class View(NamedTuple):
     roles: Roles = ()
     changed: Tensor | None = None
     pool: int = 0
+    shares: Shares = WHOLE
 
     @property
     def in_time(self) -> list[int]:

@@ -25,6 +25,7 @@ from ..attention.policies import GatedPlan, View
 from ..attention.policies.pool import importance
 from ..attention.roles import Roles, group_masses
 from ..attention.selection import BlockSelection
+from ..parallel.shares import WHOLE, Shares
 from ..pinned import to_device
 from . import fused
 from .kv_cache import KVCache
@@ -96,7 +97,8 @@ class ModelState:
     dense_attention: runs dense chunks and cross-attention. order: made by the first pass, if `attention` asks for one.
     guide: the index of its prompt in `Recipe.guides`.
     width: entries of each list of key blocks, if sparse chunks shall launch the same work on lists of any length.
-    roles: of heads, () as long as they are not known. changed: see `View`.
+    roles: of all heads, () as long as they are not known. changed: see `View`.
+    shares: the part of it that this rank has; the cache is of its heads.
     """
 
     cache: KVCache
@@ -109,6 +111,7 @@ class ModelState:
     chunk: OpenChunk = field(default_factory=OpenChunk)
     roles: Roles = ()
     changed: Tensor | None = None
+    shares: Shares = WHOLE
 
     def __post_init__(self) -> None:
         self.roles = self.roles or self.attention.roles
@@ -132,8 +135,8 @@ class ModelState:
         shape, options = self.cache.shape, self.attention
         slots, layout = self.cache.slot_frames, self.cache.layout
         view = View(slots, frames, self.q_layout, layout, shape.batch, shape.heads, device)
-        view = view._replace(grid=shape.grid, tiles=options.tiles, roles=self.roles)
-        view = view._replace(changed=self.changed, pool=self.cache.pooled)
+        view = view._replace(grid=shape.grid, tiles=options.tiles, roles=self.shares.own_roles(self.roles))
+        view = view._replace(changed=self.changed, pool=self.cache.pooled, shares=self.shares)
         attention = plan_chunk(options, view, sparsity, shape.head_dim, shape.dtype, self.cache.storage.dtype)
         if self.width:
             attention = attention.steady(shape.slots, self.width)
@@ -162,10 +165,11 @@ class ModelState:
         if rule is None:
             return
         if chunk.masses:
-            self.roles = rule.decide(torch.stack(chunk.masses))
+            self.roles = rule.decide(self.shares.all_heads(torch.stack(chunk.masses)))
         is_due = self.changed is not None or chunk.start_frame >= rule.split
         if is_due:
-            self.changed = rule.changed(cache.keys_in_time, cache.layout, self.roles)
+            keys_of = lambda layer: self.shares.all_heads(cache.keys_in_time(layer))  # noqa: E731
+            self.changed = rule.changed(keys_of, cache.layout, self.roles)
 
     def follow(self, text: Tensor) -> None:
         """Make `text`, [B, tokens, text_dim], the prompt from now on."""
@@ -202,7 +206,7 @@ def predict(dit: Any, x: Tensor, timestep: Tensor, state: ModelState, watch: Wat
     grid = _grid(x, state)
     if chunk.given:
         timestep = _with_given(timestep, chunk.frames, chunk.given)
-    out = dit.head.head(_run_layers(dit, x, timestep, grid, state, watch))
+    out = state.shares.all_tokens(dit.head.head(_run_layers(dit, x, timestep, grid, state, watch)))
     if state.order is not None:
         out = _reordered(out, state.order.back)
     return _unpatchify(out, grid)
@@ -283,7 +287,7 @@ def _run_layers(
     *,
     only_store: bool = False,
 ) -> Tensor:
-    """Run all layers and the head's norm: [B, L, D].
+    """Run all layers and the head's norm: [B, L, D] of this rank's tokens.
 
     only_store: end once the last layer has stored its keys and values; the result is then not meaningful.
     """
@@ -295,6 +299,7 @@ def _run_layers(
     e0 = dit.time_projection(e).unflatten(2, (6, -1))
     if state.order is not None:
         hidden = _reordered(hidden, state.order.order)
+    hidden = state.shares.own_tokens(hidden)
 
     # Each layer's six parts, then the head's shift and scale.
     steps = _modulations([block.modulation for block in dit.blocks], e0)
@@ -304,7 +309,9 @@ def _run_layers(
     # A layer is not a function of its own: `hidden` out here would keep its input alive until the function returned.
     for layer, (block, (next_norm, readers)) in enumerate(zip(layers, following, strict=True)):
         if only_store and layer == len(layers) - 1 and state.chunk.masses is None:
-            fused.store(block.self_attn, y, layer, state.cache, rope, state.attention.block[0], with_q=False)
+            fused.store(
+                block.self_attn, y, layer, state.cache, rope, state.attention.block[0], state.shares, with_q=False
+            )
             break
         gate_sa, shift_ffn, scale_ffn, gate_ffn, next_shift, next_scale = steps[6 * layer + 2 : 6 * layer + 8]
         y = _self_attention(block.self_attn, y, layer, rope, state, watch)
@@ -332,7 +339,8 @@ def _prepare(
     if chunk.rope is None:
         head_dim, wide = state.cache.shape.head_dim, torch.promote_types(x.dtype, torch.float32)
         order = None if state.order is None else state.order.order
-        chunk.rope = RopeTable(chunk.positions, *grid[1:], head_dim, order=order, dtype=wide, device=x.device)
+        chunk.rope = rope = RopeTable(chunk.positions, *grid[1:], head_dim, order=order, dtype=wide, device=x.device)
+        rope.cos, rope.sin = map(state.shares.own_tokens, (rope.cos, rope.sin))
     chunk.layers = chunk.layers or [_looked_up(block) for block in dit.blocks]
     return chunk.rope, text.keys_values, chunk.layers
 
@@ -353,9 +361,10 @@ def _looked_up(block: Any) -> SimpleNamespace:
 def _self_attention(
     attention: Any, x: Tensor, layer: int, rope: RopeTable, state: ModelState, watch: Watch | None
 ) -> Tensor:
-    q, q_means = fused.store(attention, x, layer, state.cache, rope, state.attention.block[0])
+    block_q = state.attention.block[0]
+    q, q_means = fused.store(attention, x, layer, state.cache, rope, block_q, state.shares)
     assert q is not None
-    return _output(attention, attended(q, q_means, layer, state, watch))
+    return _output(attention, state.shares.to_tokens(attended(q, q_means, layer, state, watch)))
 
 
 def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, watch: Watch | None = None) -> Tensor:
@@ -419,7 +428,7 @@ def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]
 
 def _cross_attention(attention: Any, x: Tensor, k: Tensor, v: Tensor, state: ModelState) -> Tensor:
     """Attention of the chunk to every text slot, the padded ones included; few of them stand for all if that pays."""
-    q = fused.rms_norm(attention.norm_q, attention.q(x)).unflatten(-1, (state.cache.shape.heads, -1))
+    q = fused.rms_norm(attention.norm_q, attention.q(x)).unflatten(-1, (-1, state.cache.shape.head_dim))
     bias = state.text.bias if state.text else None
     if bias is None:
         return _output(attention, state.dense_attention(q, k, v))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ... import kernels as all_kernels
 from ..attention.quantised import dequantise_blocks
 from ..fast_path import FastPath, is_recording, kept_for_a_run, note, why_no_kernels
+from ..parallel.shares import WHOLE, Shares
 from ..pinned import parts_of
 from .fp8 import as_input, product, quantised, takes_rows
 from .kv_cache import KVCache
@@ -76,21 +77,36 @@ def rms_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def store(
-    attention: Any, x: Tensor, layer: int, cache: KVCache, rope: RopeTable, block_q: int, *, with_q: bool = True
+    attention: Any,
+    x: Tensor,
+    layer: int,
+    cache: KVCache,
+    rope: RopeTable,
+    block_q: int,
+    shares: Shares = WHOLE,
+    *,
+    with_q: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Project x [B, L, D], norm and rotate q and k, store and pool k and v.
 
     attention: a layer's self-attention module.
     block_q: query tokens per attention block.
+    shares: x has this rank's tokens, and all else its heads.
     with_q: whether to compute queries too.
 
     Returns q [B, L, H, D], normed and roped, and its block means if the fused kernel made them.
     """
+    heads = (-1, cache.shape.head_dim)
+    if shares.size > 1:
+        q_k = [(attention.norm_k, attention.k), (attention.norm_q, attention.q)][: 1 + with_q]
+        sent = [rope.rotate(norm(linear(x)).unflatten(-1, heads)) for norm, linear in q_k]
+        k, v, *q = shares.to_heads(sent[0], attention.v(x).unflatten(-1, heads), *sent[1:])
+        cache.store(layer, k, v)
+        return q[0] if q else None, None
     if kernels := _kernels_for(x):
         stored = _fused_store(kernels.store, attention, x, layer, cache, rope, block_q, with_q)
         if stored is not None:
             return stored
-    heads = (-1, cache.shape.head_dim)
     # k and v have no names here, so that they are freed before q is made.
     cache.store(
         layer,

@@ -20,6 +20,7 @@ from ..model.cuda_graph import StepGraph, why_no_graph
 from ..model.joint_cache import JointCache
 from ..model.kv_cache import KVCache
 from ..model.wan import HEAD_DIM
+from ..parallel.shares import shares_of
 from ..pinned import Weights, indexed, to_device
 from ..refusal import NotFinite, Refusal, check_finite, is_finite
 from .cost import recipe_costs
@@ -84,6 +85,8 @@ class _Loop:
         self.dtype = runtime.dtype or dit.dtype
         self.device = torch.device(runtime.device or recipe.prompts[0].context.device)
         layers, heads = len(dit.blocks), dit.dim // HEAD_DIM
+        self.shares = shares_of(runtime.exchange, heads, self.shape[3] * self.shape[4] // 4)
+        heads = self.shares.heads_of(heads)
         self.cache = recipe.cache_shape(layers=layers, heads=heads, head_dim=HEAD_DIM, dtype=self.dtype)
         self.weights = runtime.weights or Weights(dit, indexed(self.device))
         self.why_no_graphs = None
@@ -105,7 +108,8 @@ class _Loop:
         try:
             for guide in range(len(self.recipe.guides)):
                 cache = KVCache(self.cache, self.runtime.kv, self.device)
-                states.append(ModelState(cache, self.recipe.attention, self.runtime.dense_attention, guide))
+                dense, attention = self.runtime.dense_attention, self.recipe.attention
+                states.append(ModelState(cache, attention, dense, guide, shares=self.shares))
                 states[-1].width = 0 if graph.why_off else self._list_width()
                 if self.recipe.attention.joint:
                     joint.append(replace(states[-1], cache=JointCache(cache, self.device)))
@@ -171,7 +175,7 @@ class _Loop:
     def _look(self, graph: StepGraph, *, rest: bool = False) -> None:
         """Measure ways to run the chunk that sees most, or the rest, as far as they are not known."""
         measuring = self.runtime.measuring or (None if self.runtime.denoise else machine.measuring)
-        if measuring is None or machine.is_off():
+        if measuring is None or machine.is_off() or self.shares.size > 1:  # ranks measure differently
             return
         looks = Looks(self.recipe, self.cache, self.runtime.kv, self.device, self.runtime.dense_attention)
 

@@ -13,6 +13,7 @@ from ..attention.backends.dense import FastestDense
 from ..model.causal import Pass
 from ..model.cuda_graph import CudaGraph
 from ..model.kv_storage import KVOptions
+from ..parallel.shares import Exchange
 from ..pinned import Weights
 from ..refusal import check_choice
 from .recipe import Noise
@@ -81,6 +82,8 @@ class Runtime:
     cuda_graph: whether passes are launched as CUDA graphs, see `cuda_graph`; "auto" does so if possible and otherwise
         records why not, "on" refuses to run without.
     weights: keeps the model's weights in place for graphs; None if they do not move.
+    exchange: the ranks that compute this video together, each in a call of its own with the same recipe and the same
+        other choices; None if this one does so alone. Every rank yields every chunk.
     """
 
     device: torch.device | str | None = None
@@ -95,6 +98,7 @@ class Runtime:
     cuda_graph: CudaGraph = "auto"
     measuring: Callable[[], AbstractContextManager[None]] | None = None
     weights: Weights | None = None
+    exchange: Exchange | None = None
 
     def __post_init__(self) -> None:
         check_choice("replay", self.replay, Replay)

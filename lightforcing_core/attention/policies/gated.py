@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...parallel.shares import WHOLE, Shares
 from ...pinned import to_device
 from ..blocks import FrameBlocks
 from ..selection import BlockSelection, FrameBudget, View, best, kept_blocks, lse_scores, mean_scores
@@ -40,7 +41,8 @@ class Mass:
         kept = kept_blocks(sparsity, view.k_blocks)
         density = None if self.top_p or self.similarity else kept / view.k_blocks
         share = 0 if self.top_p else kept
-        return GatedPlan(self, view.k_layout, view.k_blocks, density, share, similarity=self.similarity)
+        test = self.similarity
+        return GatedPlan(self, view.k_layout, view.k_blocks, density, share, similarity=test, shares=view.shares)
 
     def scores(self, q_means: Tensor, k_means: Tensor, lengths: Tensor) -> Tensor:
         scores: Tensor = mean_scores(q_means, k_means) * q_means.shape[-1] ** -0.5
@@ -50,11 +52,10 @@ class Mass:
         shares = scores.softmax(-1)
         if self.top_p:
             return until_more_than(shares, self.top_p)
-        mask = torch.zeros_like(shares, dtype=torch.bool)
-        rows = shares.flatten(1, 2).shape[1]
-        first = shares.argmax(-1, keepdim=True)
-        chosen = best(shares.scatter(-1, first, torch.inf).flatten(1), plan.budget * rows)
-        return mask.flatten(1).scatter_(1, chosen, True).view_as(mask)
+        shares = plan.shares.all_heads(shares.scatter(-1, shares.argmax(-1, keepdim=True), torch.inf))
+        mask, rows = torch.zeros_like(shares, dtype=torch.bool), shares.flatten(1, 2).shape[1]
+        chosen = best(shares.flatten(1), plan.budget * rows)
+        return plan.shares.own_heads(mask.flatten(1).scatter_(1, chosen, True).view_as(mask))
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class GatedPlan:
     own: Tensor | None = None
     similarity: float = 0.0
     alike: tuple[Tensor, Tensor] | None = None
+    shares: Shares = WHOLE
     kind = "gated"
     uneven = True
     tables = ()
