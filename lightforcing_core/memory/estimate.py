@@ -28,6 +28,7 @@ from ..model.joint_cache import JointCache
 from ..model.kv_cache import KVCache
 from ..model.kv_storage import CacheShape, KVOptions
 from ..model.wan import HEAD_DIM, Wan
+from ..parallel.shares import parts_of, shares_of
 from ..rollout.recipe import Recipe
 from ..vae.streaming import FRAMES_AT_ONCE, StreamingDecoder
 from ..vae.tiled import TiledDecoder, tile_spans
@@ -97,25 +98,28 @@ def estimate(
     kv: KVOptions | None = None,
     backend: str = "triton",
     dtype: torch.dtype = torch.bfloat16,
+    ranks: int = 1,
 ) -> MemoryEstimate:
     """The memory of a rollout of `recipe`, whose tensors may be on the meta device.
 
     weights: bytes of the model's on the device.
     backend: of sparse chunks, as `choose_backend` names it.
     dtype: of the computation.
+    ranks: that compute the video together; the first one, which has most, is estimated.
 
     Not counted: decoding (see `decode_bytes`), the text encoder, and memory that an allocator wastes between tensors.
     """
     named = {one.name: one for one in (*BACKENDS, DENSE)}
     kv, passes = kv or KVOptions(), len(recipe.guides)
-    shape = recipe.cache_shape(layers=model.layers, heads=model.dim // HEAD_DIM, head_dim=HEAD_DIM, dtype=dtype)
+    heads = parts_of(model.dim // HEAD_DIM, ranks)[0]
+    shape = recipe.cache_shape(layers=model.layers, heads=heads, head_dim=HEAD_DIM, dtype=dtype)
     batch, channels, _, height, width = recipe.latent_shape
     latents = batch, channels, recipe.pass_frames, height, width
     options = replace(recipe.attention, backend="auto" if backend == DENSE.name else backend)
     has_sparse_chunks = options.rule is not None and recipe.is_sparse
     # The Triton kernel reads an 8-bit cache in dense chunks too.
     runs = (*[named[backend]] * has_sparse_chunks, *[DENSE] * (options.backend != "triton"))
-    step, prompt = _step_bytes(model, shape, latents, recipe.prompts[0].context.shape[1], options, runs, kv)
+    step, prompt = _step_bytes(model, shape, latents, recipe.prompts[0].context.shape[1], options, runs, kv, ranks)
     cache = KVCache(shape, kv, "meta")
     joint = JointCache(cache, "meta").nbytes if recipe.attention.joint else 0
     return MemoryEstimate(
@@ -136,6 +140,7 @@ def _step_bytes(
     options: AttentionOptions,
     backends: tuple[Backend, ...],
     kv: KVOptions,
+    ranks: int,
 ) -> tuple[int, int]:
     """Bytes of one forward's activations, and of the prompt's keys and values.
 
@@ -149,7 +154,8 @@ def _step_bytes(
     workspace = max((one.workspace(call) for one in backends), default=0)
     dit = meta_wan(model.dim, model.ffn_dim, layers, model.text_dim, dtype)
     cache = KVCache(replace(shape, layers=layers), kv, "meta")
-    state = _DryState(cache, options, lambda q, k, v: torch.empty_like(q), workspace=workspace)
+    shares = shares_of(_DryExchange(ranks), model.dim // HEAD_DIM, shape.tokens_per_frame)
+    state = _DryState(cache, options, lambda q, k, v: torch.empty_like(q), shares=shares, workspace=workspace)
     state.open_chunk(frames, 0.0, "meta")
     timestep = torch.empty(batch, device="meta")
     with torch.no_grad(), AllocationPeak() as peak:
@@ -163,6 +169,20 @@ def _step_bytes(
         predict(dit, x0.to(dtype), timestep, state)
     # One text serves a whole batch; its keys and values do not.
     return peak.peak - text.nbytes - prompt_bytes, text.nbytes // batch + model.layers * prompt_bytes // layers
+
+
+@dataclass
+class _DryExchange:
+    """The first of ranks that exchange tensors without data."""
+
+    size: int
+    rank: int = 0
+
+    def all_to_all(self, sent: Tensor, give: list[int], take: list[int]) -> Tensor:
+        return sent.new_empty(sum(take))
+
+    def agree(self, yes: bool) -> bool:
+        return yes
 
 
 @dataclass

@@ -27,6 +27,7 @@ CudaGraph = Literal["auto", "on", "off"]
 LEAST_LAUNCHES = 2
 # Largest accepted difference between the first launch of a kind and a normal pass: rounding, not another result.
 TOLERANCE = 0.02
+ANOTHER = "another rank could not"
 WORK = "CUDA graphs of {2} layers of width {1}, {4} in {5}"
 
 # Kinds of passes whose first launch in this process matched a normal pass.
@@ -52,12 +53,18 @@ class StepGraph:
     weights: the model's. note: called with a sentence about the graphs for the run's record.
     wanted: "off" runs all passes normally; "on" raises a RuntimeError if a pass turns out not to be recordable.
     why_not: as `why_no_graph` gives it.
+    agree: tells whether all ranks say yes. They record and check the same passes, as each needs the others in all.
     """
 
     def __init__(
-        self, weights: Weights, note: Callable[[str], object], wanted: CudaGraph = "on", why_not: str | None = None
+        self,
+        weights: Weights,
+        note: Callable[[str], object],
+        wanted: CudaGraph = "on",
+        why_not: str | None = None,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
-        self._weights, self._note, self._must = weights, note, wanted == "on"
+        self._weights, self._note, self._must, self._agree = weights, note, wanted == "on", agree
         if wanted == "auto" and is_off():
             why_not = why_not or "nothing is chosen by measurement in this run"
         self.why_off = "it was not asked for" if wanted == "off" else why_not
@@ -73,8 +80,10 @@ class StepGraph:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep the weights in place for the passes of a chunk."""
-        if not self.why_off and (reason := self._weights.hold()):
-            self._stop(reason)
+        if not self.why_off:
+            reason = self._weights.hold()
+            if not self._agree(reason is None):
+                self._stop(reason or ANOTHER)
         try:
             yield
         finally:
@@ -105,7 +114,8 @@ class StepGraph:
                 self._stop(reason)
                 return call.run()
         has_run = call.key in self._ran and state.text is not None and bool(state.text.keys_values)
-        if has_run and call.launches >= LEAST_LAUNCHES and self._weights.are_ready() and self._pays(call):
+        wanted = has_run and call.launches >= LEAST_LAUNCHES and self._weights.are_ready() and self._pays(call)
+        if self._agree(wanted):
             return self._first_launch(call)
         self._ran.add(call.key)
         return self._plain(call)
@@ -194,7 +204,13 @@ class StepGraph:
         """Launch a recording of this pass, which is made now if there is none."""
         recorded = self._recorded.get(call.place)
         if recorded is None or not recorded.is_for(call):
-            recorded = self._recorded[call.place] = self._record(call)
+            try:
+                recorded = self._recorded[call.place] = self._record(call)
+            except Exception:
+                self._agree(False)
+                raise
+            if not self._agree(True):
+                raise RuntimeError(ANOTHER)
         return self._launch(recorded, call)
 
     def _record(self, call: "_Call") -> "_Recorded":
@@ -215,7 +231,7 @@ class StepGraph:
         chunk, passes = call.state.chunk, call.state.chunk.passes
         out = self._launched(call)
         chunk.passes = passes + 1
-        if call.kind not in _checked:
+        if not self._agree(call.kind in _checked):
             launched, chunk.passes = call.left_by(out), passes
             plain = call.left_by(call.run())
             far = float((launched - plain).norm() / plain.norm().clamp_min(1e-12))

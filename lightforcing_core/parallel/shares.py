@@ -95,7 +95,8 @@ class Split(Shares):
         return x[:, self._of_heads]
 
     def own_tokens(self, x: Tensor) -> Tensor:
-        return x.unflatten(1, (-1, sum(self.tokens)))[:, :, self._of_tokens].flatten(1, 2)
+        framed: Tensor = x.unflatten(1, (-1, sum(self.tokens)))
+        return framed[:, :, self._of_tokens].flatten(1, 2)
 
     def to_heads(self, *parts: Tensor) -> Sequence[Tensor]:
         sent = torch.stack(parts, 2).unflatten(1, (-1, self.tokens[self.rank]))  # [B, F, own tokens, parts, H, D]

@@ -93,6 +93,8 @@ class _Loop:
         if runtime.cuda_graph != "off":
             joint = f"{recipe.attention.policy} runs each pass over other frames" if recipe.attention.joint else None
             self.why_no_graphs = joint or why_no_graph(self.weights, kv_in_cpu_memory=runtime.kv.host)
+            if self.shares.size > 1 and runtime.cuda_graph == "auto":
+                self.why_no_graphs = "several ranks do not measure whether they are faster; ask for them"
         if self.why_no_graphs and runtime.cuda_graph == "on":
             raise Refusal("cuda_graph", f"'on' cannot run: {self.why_no_graphs}", "use 'auto' or 'off'")
 
@@ -102,9 +104,9 @@ class _Loop:
         joint: list[ModelState] = []  # for chunks that are denoised at once
         past: list[Tensor] = []  # clean chunks as far back as any of them is visible, which a pin does not bound
         far = len(self.lengths) if any(cut.pin for cut in self.recipe.cuts) else self.cache.slots
-        self.recorder.start(self.dit, self.shape, self.device)
+        self.recorder.start(self.dit, self.shape, self.device, self.shares)
         note, wanted = partial(self.recorder.fact, "CUDA graphs"), self.runtime.cuda_graph
-        graph = StepGraph(self.weights, note, wanted, self.why_no_graphs)
+        graph = StepGraph(self.weights, note, wanted, self.why_no_graphs, self.shares.agree)
         try:
             for guide in range(len(self.recipe.guides)):
                 cache = KVCache(self.cache, self.runtime.kv, self.device)

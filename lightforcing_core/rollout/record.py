@@ -18,6 +18,7 @@ from ..attention.blocks import FrameBlocks
 from ..attention.dispatch import BackendChoice
 from ..attention.selection import BlockSelection
 from ..model.causal import ModelState, Watch
+from ..parallel.shares import WHOLE, Shares
 from .cost import ChunkCost
 from .recipe import Recipe
 
@@ -124,10 +125,12 @@ class RunRecorder:
         # Not an attribute: a bound method would keep the recorder and its tensors on the device until a collection.
         return self._note_attention if self._reads_blocks else None
 
-    def start(self, dit: Any, latent_shape: Sequence[int], device: torch.device) -> None:
-        """Begin the run, and the first lap. latent_shape: (B, C, frames, h, w)."""
+    def start(self, dit: Any, latent_shape: Sequence[int], device: torch.device, shares: Shares = WHOLE) -> None:
+        """Begin the run, and the first lap. latent_shape: (B, C, frames, h, w). Of several `shares` this is one's."""
         self._batch, _, _, height, width = latent_shape
-        self._layers, self._heads = len(dit.blocks), dit.blocks[0].self_attn.num_heads
+        self._layers, self._heads = len(dit.blocks), shares.heads_of(dit.blocks[0].self_attn.num_heads)
+        if shares.size > 1:
+            self.fact("ranks", f"{shares.size}; this record is of the {self._heads} heads of one")
         self._grid, self._device = (height // 2, width // 2), device
         self._laps = [(0, "", _now(device))]
 

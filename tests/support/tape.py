@@ -3,6 +3,7 @@
 Like a graph it only records: whatever recording wrote is taken back, and what it made is filled with rubbish.
 """
 
+import threading
 from typing import ClassVar
 
 import torch
@@ -39,18 +40,18 @@ def written(func, args, kwargs):
 class Tape(TorchDispatchMode):
     """Notes operations while it is entered; `opaque` notes whole functions that do more than call operations."""
 
-    current = None
+    of_thread = threading.local()
 
     def __init__(self):
         super().__init__()
         self.calls, self.before, self.made = [], {}, {}
 
     def __enter__(self):
-        Tape.current = self
+        self.of_thread.tape = self
         return super().__enter__()
 
     def __exit__(self, *error):
-        Tape.current = None
+        self.of_thread.tape = None
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -86,7 +87,7 @@ def opaque(function, writes):
     """`function` as one entry of the tape that is being recorded; writes(args, kwargs) are the tensors it changes."""
 
     def called(*args, **kwargs):
-        tape = Tape.current
+        tape = getattr(Tape.of_thread, "tape", None)
         if tape is None:
             return function(*args, **kwargs)
         with _disable_current_modes():

@@ -116,6 +116,15 @@ def test_guidance_keeps_a_second_cache_and_prompt_and_length_costs_nothing_once_
     assert (guided.step, guided.weights) == (plain.step, plain.weights)
 
 
+def test_ranks_share_the_cache_by_heads_and_the_step_by_tokens():
+    recipe = Recipe((1, 16, 21, 60, 104), 3, few_step_sigmas(), torch.empty(1, 512, 4096, device="meta"))
+    one, *more = (estimate(WAN, recipe, weights=1, ranks=ranks) for ranks in (1, 2, 4, 8))
+    assert [round(12 * each.cache / one.cache) for each in more] == [6, 3, 2]  # of 12 heads
+    assert [each.weights for each in more] == [1, 1, 1]
+    for ranks, each in zip((2, 4, 8), more, strict=True):
+        assert one.step / ranks < each.step < 1.8 * one.step / ranks
+
+
 def test_sizes_are_those_of_the_module():
     assert WanSize(1536, 8960, 30, 4096, 1_418_996_800) == WAN  # the published 1.3B
 
