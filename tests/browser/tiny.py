@@ -21,7 +21,7 @@ def tiny_text_to_video(length: int, seed: int = 0) -> dict[str, Any]:
 
     ComfyUI answers a graph with the seed of an earlier one from its cache, without a run.
     """
-    document = workflow("text_to_video_5s")
+    document = workflow("light_forcing_2_text_to_video")
     for node in document["nodes"]:
         node["properties"].pop("models", None)
         if node["type"] == "PrimitiveInt":

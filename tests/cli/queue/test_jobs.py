@@ -11,7 +11,7 @@ from lightforcing.cli.queue.prompt import Override, UsageError, apply_overrides,
 from ...support.queue_samples import GRAPH, OBJECT_INFO
 
 WHOLE = {"text": "x", "name": "dog", "seed": 3, "set": {"3.cfg": 2}}
-QUICKSTART = Path(__file__).resolve().parents[3] / "workflows" / "api" / "quickstart_demo.json"
+QUICKSTART = Path(__file__).resolve().parents[3] / "workflows" / "api" / "light_forcing_1_quickstart.json"
 
 
 def set_inputs(*texts, graph=GRAPH):
