@@ -27,8 +27,9 @@ def nodes_of(name):
 
 
 def test_every_workflow_is_there_in_both_forms():
-    kinds = "1_quickstart", "2_text_to_video", "3_image_to_video", "4_long_video", "5_prompt_timeline", "6_continue_video"
-    assert [f"light_forcing_{kind}" for kind in kinds] == NAMES  # ComfyUI's template search reads nothing but the name
+    kinds = ("quickstart", "text_to_video", "image_to_video", "long_video", "prompt_timeline", "continue_video")
+    # ComfyUI's template search reads nothing but the file's name.
+    assert [f"light_forcing_{place}_{kind}" for place, kind in enumerate(kinds, 1)] == NAMES
     assert sorted(path.stem for path in (FOLDER / "api").glob("*.json")) == NAMES
 
 
