@@ -19,6 +19,7 @@ class SparseDefaults:
     """Defaults of sparse attention, see `AttentionOptions`; estimator and tail suit models trained without it.
 
     reference: latent frames of the video over which Chunk-Aware Growth meets the family's target.
+    block: tokens per attention block.
     """
 
     keep_frames: int = 6
@@ -28,6 +29,7 @@ class SparseDefaults:
     tail: bool = True
     policy: str = "light_forcing"
     reference: int = 21
+    block: int = 64
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,12 @@ _ONE_STEP = _TWO_STEPS | {"denoising_steps": (1000,)}
 FAMILIES: dict[str, Family] = {
     family.id: family
     for family in (
-        Family("demo", "the demo model of this pack", name_hints=("lightforcingdemo",)),
+        Family(
+            "demo",
+            "the demo model of this pack",
+            sparse=SparseDefaults(block=16),  # a frame has 54 tokens
+            name_hints=("lightforcingdemo",),
+        ),
         Family(
             "light_forcing_long",
             "Light Forcing, long video",

@@ -13,7 +13,7 @@ from ..lightforcing_core.rollout.cost import flops_ratio, model_ratio, recipe_co
 from ..lightforcing_core.rollout.recipe import Recipe
 from ..lightforcing_core.rollout.schedule import CURVES, Schedule, latent_frames_of
 from .browser import watching_page
-from .comfy import ModelPatcher, find_model, running_server
+from .comfy import ModelPatcher, file_of, find_model, running_server
 from .model.loader import settings_from
 from .model.patch import settings_of
 from .texts import node_schema
@@ -78,7 +78,10 @@ class LightForcingSchedule(io.ComfyNode):
     @classmethod
     def execute(cls, length: int, preset: dict[str, Any], model: ModelPatcher | None = None) -> io.NodeOutput:
         settings = settings_of(model) if model is not None else None
-        schedule = schedule_from(length, preset, settings.family if settings else None)
+        family = settings.family if settings else None
+        if model is not None and family is None:  # Light Forcing Apply is bypassed, and the stock run reads no schedule
+            family, _ = family_of(file_of(model))
+        schedule = schedule_from(length, preset, family)
         is_drawn = watching_page(running_server()) is not None
         options = settings.attention if settings else AttentionOptions()
         return io.NodeOutput(schedule, ui=None if is_drawn else ui.PreviewText(_listed(schedule, options)))
@@ -119,8 +122,8 @@ def schedule_from(length: int, preset: Mapping[str, Any], family: Family | None)
         raise ValueError(NO_PRESET)
     if family is None:
         raise ValueError(
-            f"preset {name} follows the checkpoint, but no patched model is connected; connect the MODEL of Light "
-            f"Forcing Model Loader or Light Forcing Apply, or choose the checkpoint's family"
+            f"preset {name} follows the checkpoint, but no model is connected; connect the MODEL of Light Forcing "
+            f"Model Loader or Light Forcing Apply, or choose the checkpoint's family"
         )
     if name == GENTLE:
         family = replace(family, title=f"{family.title}, gentle", target=0.6, base=0.7)

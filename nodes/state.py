@@ -73,6 +73,7 @@ class LightForcingLoadState(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "LightForcingLoadState",
+            search_aliases=["extend video"],
             inputs=[io.Combo.Input("file", options=state_files())],
             outputs=[StateType.Output(display_name="state")],
         )

@@ -35,7 +35,7 @@ from ..texts import node_schema
 from .patch import Settings, patched
 
 AUTO, NONE = "auto", "none"
-AS_FAMILY, BLOCK = -1, "64"
+AS_FAMILY = -1
 ROWWISE = "fp8_rowwise"
 WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -54,7 +54,14 @@ class LightForcingModelLoader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "LightForcingModelLoader",
-            search_aliases=["self forcing", "causal forcing", "longlive", "krea realtime"],
+            search_aliases=[
+                "autoregressive",
+                "real-time",
+                "self forcing",
+                "causal forcing",
+                "longlive",
+                "krea realtime",
+            ],
             inputs=[
                 io.Combo.Input("model_name", options=model_files("diffusion_models")),
                 io.Combo.Input("weight_dtype", options=list(WEIGHT_DTYPES), default="default", advanced=True),
@@ -111,7 +118,7 @@ def option_inputs() -> list[io.Input]:
     return [
         io.Combo.Input("family", options=[AUTO, *FAMILIES], default=AUTO),
         io.Combo.Input("backend", options=[AUTO, *BACKEND_NAMES], default=AUTO, advanced=True),
-        io.Combo.Input("block", options=["16", "32", "64", "128"], default=BLOCK, advanced=True),
+        io.Combo.Input("block", options=[AUTO, "16", "32", "64", "128"], default=AUTO, advanced=True),
         io.Int.Input("keep_frames", **frames),
         io.Int.Input("keep_sink", **frames),
         io.Int.Input("keep_near", **frames),
@@ -162,7 +169,7 @@ def settings_from(family: Family, **widgets: Any) -> Settings:
     if "tail" in given:
         given["tail"] = given["tail"] == "on"
     sparse = replace(family.sparse, **{name: given[name] for name in given.keys() & vars(family.sparse).keys()})
-    block, frames = int(given.get("block", BLOCK)), (sparse.keep_frames, sparse.keep_sink, sparse.keep_near)
+    block, frames = int(sparse.block), (sparse.keep_frames, sparse.keep_sink, sparse.keep_near)
     beyond = sparse.estimator, sparse.tail, given.get("tiles", False)
     roles = rule.pop("roles", None)
     settings = tuple((name, value) for name, value in rule.items() if value is not None)  # None: not in the graph

@@ -48,7 +48,15 @@ class LightForcingSampler(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "LightForcingSampler",
-            search_aliases=["self forcing sampler", "causal video sampler", "longlive sampler"],
+            search_aliases=[
+                "autoregressive",
+                "extend video",
+                "long video",
+                "real-time",
+                "self forcing sampler",
+                "causal video sampler",
+                "longlive sampler",
+            ],
             inputs=[
                 io.Model.Input("model"),
                 io.Conditioning.Input("positive"),

@@ -33,6 +33,7 @@ class LightForcingEncode(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return node_schema(
             "LightForcingEncode",
+            search_aliases=["extend video"],
             inputs=[
                 io.Image.Input("pixels"),
                 io.Vae.Input("vae"),

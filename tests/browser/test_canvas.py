@@ -250,3 +250,26 @@ def test_dropped_video_brings_its_graph_back(canvas, server, form):
     canvas.evaluate(DROP, saved)
     canvas.wait_for(f"app.rootGraph.nodes.length === {len(document['nodes'])}")
     assert sorted(node["type"] for node in canvas.nodes()) == sorted(node["type"] for node in document["nodes"])
+
+
+@pytest.mark.parametrize("canvas", ["litegraph"], indirect=True)
+def test_advanced_widgets_are_hidden_until_asked_for(canvas):
+    """Those of a preset too."""
+    shown = """(kind) => {
+        const node = app.rootGraph.nodes.find((one) => one.type === kind);
+        return node.widgets.filter((one) => node.isWidgetVisible(one)).map((one) => one.name);
+    }"""
+    document = workflow("light_forcing_1_quickstart")
+    canvas.open_graph(document)
+    assert canvas.evaluate(shown, "LightForcingModelLoader") == ["model_name", "lora_name", "family", "policy"]
+    canvas.evaluate(
+        """(id) => {
+            const node = app.rootGraph.getNodeById(id);
+            const preset = node.widgets.find((one) => one.name === "preset");
+            preset.setValue("custom", { node, canvas: app.canvas, e: null }); // as a click does
+        }""",
+        node_id(document, "LightForcingSchedule"),
+    )
+    names = canvas.evaluate(shown, "LightForcingSchedule")
+    assert "preset.target" in names
+    assert "preset.curve" not in names

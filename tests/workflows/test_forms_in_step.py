@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from lightforcing.lightforcing_core.demo.model import ABOUT, DIT, SHIPPED, TEXT, VAE, DemoVideo
+from lightforcing.lightforcing_core.families import FAMILIES
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -86,7 +87,8 @@ def test_quickstart_asks_for_what_its_shipped_model_makes():
     latent = by_type["EmptyARVideoLatent"]
     assert (latent["height"], latent["width"]) == (video.height, video.width)
     assert by_type["PrimitiveInt"]["value"] == video.frames
-    assert by_type["LightForcingModelLoader"]["block"] == str(video.block)
+    assert by_type["LightForcingModelLoader"]["block"] == "auto"
+    assert FAMILIES["demo"].sparse.block == video.block
     assert by_type["LightForcingModelLoader"]["model_name"] == Path(DIT).name
     assert by_type["VAELoader"]["vae_name"] == Path(VAE).name
     assert sum((SHIPPED / name).stat().st_size for name in (DIT, VAE, TEXT)) < 24_000_000

@@ -61,4 +61,14 @@ for family, expected in (
 # A schedule takes the family of the connected model.
 plan = schedule.LightForcingSchedule.execute(81, {"preset": "auto"}, comfyui.applied(framewise, "auto"))[0]
 assert (plan.frames_per_chunk, plan.target) == (1, 0.7)
+# If Light Forcing Apply is bypassed, that of its file, or one that any model can have.
+for preset in ("auto", "gentle", "dense"):
+    plan = schedule.LightForcingSchedule.execute(81, {"preset": preset}, framewise)[0]
+    assert plan.frames_per_chunk == 1
+    assert (
+        schedule.LightForcingSchedule.execute(81, {"preset": preset}, comfyui.load("tiny_wan.safetensors"))[
+            0
+        ].frames_per_chunk
+        == 3
+    )
 assert "connect the MODEL" in comfyui.error_of(schedule.LightForcingSchedule.execute, 81, {"preset": "auto"})
