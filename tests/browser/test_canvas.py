@@ -273,3 +273,6 @@ def test_advanced_widgets_are_hidden_until_asked_for(canvas):
     names = canvas.evaluate(shown, "LightForcingSchedule")
     assert "preset.target" in names
     assert "preset.curve" not in names
+    canvas.evaluate("() => app.graph.add(LiteGraph.createNode('LightForcingApply'))")
+    canvas.page.wait_for_timeout(500)  # until it is drawn, which makes room for rows that do not fit
+    assert canvas.evaluate("() => app.rootGraph.nodes.at(-1).size[1] === app.rootGraph.nodes.at(-1).computeSize()[1]")

@@ -1,4 +1,5 @@
-// Litegraph hides a widget that is advanced, but ComfyUI's nodes mark only its options, which the Vue renderer reads.
+// Litegraph hides a widget that is advanced, but ComfyUI marks only its options, which the Vue renderer reads, and a
+// hidden one keeps its row.
 
 import { app } from "../../../scripts/app.js";
 
@@ -11,6 +12,10 @@ app.registerExtension({
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("LightForcing")) return;
     mark(node);
+    const laidOut = node.getLayoutWidgets;
+    node.getLayoutWidgets = function () {
+      return laidOut.call(this).filter((widget) => this.isWidgetVisible(widget));
+    };
     node.setSize(node.computeSize());
     for (const hook of ["onConfigure", "onWidgetChanged"]) {
       const before = node[hook];
