@@ -37,6 +37,7 @@ from torch import Tensor
 from ..lightforcing_core.attention.backends.base import DenseAttention
 from ..lightforcing_core.files.output import missing_folders, remove_empty
 from ..lightforcing_core.pinned import Weights
+from .browser import watching_page
 
 Interrupted: type[BaseException] = comfy.model_management.InterruptProcessingException
 out_of_memory: type[Exception] = comfy.model_management.OOM_EXCEPTION  # after it ComfyUI frees its memory
@@ -402,10 +403,16 @@ def is_prompt_waiting() -> bool:
     return server is not None and server.prompt_queue.get_tasks_remaining() > 1
 
 
-def show_text(text: str) -> None:
+def show_text(line: str, notes: Sequence[str] = (), details: str = "") -> None:
+    """Show a line on the running node, with notes that must be seen and details that need not."""
     server, node = running_server(), executing_node()
-    if server is not None and node is not None:
-        server.send_progress_text(text, node[0], server.client_id)
+    if server is None or node is None:
+        return
+    if watching_page(server) is None:
+        server.send_progress_text("\n".join(filter(None, (line, *notes, details))), node[0], server.client_id)
+        return
+    message = {"node": node[0], "prompt_id": node[1], "line": line, "notes": "\n".join(notes), "details": details}
+    server.send_sync("light_forcing.status", message, server.client_id)
 
 
 def metadata_wanted() -> bool:

@@ -27,7 +27,6 @@ from ..comfy import (
     load_model,
     model_files,
     model_path,
-    show_text,
     why_no_rows,
     with_lora,
 )
@@ -198,7 +197,6 @@ def assumed(family: Family, widget: str, path: str) -> ui.PreviewText | None:
     if widget != AUTO or text is None:
         return None
     log.warning("[Light Forcing] %s", text)
-    show_text(text)  # pages draw the text of a result only on some of ComfyUI's own nodes
     return ui.PreviewText(text)
 
 

@@ -48,7 +48,7 @@ class StateWriter(Observer):
 
 
 class ProgressLine(Observer):
-    """Lines on the running node: chunk, step, pace, time left and density; then the plan.
+    """The line on the running node: chunk, density, pace and time left; with notes, and the plan as details.
 
     why_dense: why attention runs dense although sparsity was asked for, once that is known.
     warning: what the start image will probably do, if it is too short for the model.
@@ -70,7 +70,7 @@ class ProgressLine(Observer):
                 f"one start image fills 1 of the {many} latent frames that this model makes at a time, and may dissolve"
             )
             self.warning = f"{fault}; repeat the image {video_frames_of(many)} times, or use a frame-wise checkpoint"
-        show_text("\n· ".join(filter(None, (self._plan, self.warning))))
+        self._show("loading the model")
 
     def step(self, event: StepEvent) -> None:
         now, self._last = time.perf_counter(), event
@@ -81,22 +81,24 @@ class ProgressLine(Observer):
         elif event.step == 0:
             pace = (now - self._begun) / event.chunk
             left = (now - self._begun) / (event.done - 1) * (event.total - event.done + 1)
-            self._pace = f"{pace:.1f} s per chunk · "
-            self._left = f"{left:.0f} s left · " if left < 100 else f"{left / 60:.0f} min left · "
+            self._pace = f" · {pace:.1f} s per chunk"
+            self._left = f" · {left:.0f} s left" if left < 100 else f" · {left / 60:.0f} min left"
         if now - self._shown >= LINE_PAUSE:
             self._shown = now
             density = "decided by the keys" if event.density is None else f"{100 * event.density:.0f} %"
-            steps = f"step {event.step + 1}/{event.steps} · {self._pace}{self._left}density {density}"
-            self._show(f"chunk {event.chunk + 1}/{event.chunks} · {steps}")
+            chunk = f"chunk {event.chunk + 1}/{event.chunks}"
+            self._show(f"{chunk} · density {density}{self._pace}{self._left}", f"step {event.step + 1}/{event.steps}")
 
     def cut(self, reason: str) -> None:
         self.why_cut = reason
         runs_cut_short[self._node_id] += 1
 
     def end(self) -> None:
-        if self._last is not None:
-            self._show(f"{self._last.chunk + 1} of {self._last.chunks} chunks · {self._pace}done")
+        if self.why_cut:
+            self._show(self.why_cut)
+        elif self._last is not None:
+            self._show(f"{self._last.chunk + 1} of {self._last.chunks} chunks{self._pace} · done")
 
-    def _show(self, line: str) -> None:
-        # Nodes drawn by Vue append further lines to the first one.
-        show_text("\n· ".join(filter(None, (line, self.why_dense, self.warning, self._plan))))
+    def _show(self, line: str, step: str = "") -> None:
+        notes = [note for note in (self.why_dense, self.warning) if note]
+        show_text(line, notes, "\n".join(filter(None, (step, self._plan))))

@@ -182,8 +182,6 @@ class LightForcingSampler(io.ComfyNode):
             made[RECORD] = sampler.record
             if WIDENED in sampler.record.facts:
                 notes.append(f"{WIDENED}: {sampler.record.facts[WIDENED]}")
-        if line.why_cut:
-            show_text("\n· ".join(notes))
         return io.NodeOutput(made, images_of(decoder), ui=shown(videos, notes))
 
 

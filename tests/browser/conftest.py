@@ -30,6 +30,7 @@ NOT_OURS = (
     "civitai.com",
     "api.comfy.org",
     "missingModelDownload",
+    "onNodeOutputsUpdated",  # of nodes without an output, when a tab is opened again
 )
 
 

@@ -184,7 +184,7 @@ def test_video_grows_on_the_sampler_and_ends_on_the_canvas(canvas):
     assert lengths == sorted(lengths)
     assert len(set(lengths)) >= 3
     assert seen[-1] == (LENGTH, (LENGTH + 1) // 2)  # every second frame of the whole video, decoded
-    picture = f"app.rootGraph.getNodeById({sampler}).lightForcingScreen.canvas.toDataURL()"
+    picture = f"app.rootGraph.getNodeById({sampler}).lightForcingPanel.canvas.toDataURL()"
     first = canvas.evaluate(f"() => {picture}")
     canvas.wait_for(f"{picture} !== {first!r}")  # it plays
     canvas.wait_for("[...document.querySelectorAll('video')].some((video) => video.videoWidth > 0)")

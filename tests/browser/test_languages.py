@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import Canvas
+from .test_panel import NOTES, SEND
 from .tiny import tiny_text_to_video
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,14 @@ def canvas(server, browser):
     yield opened
     server.post("/settings", {"Comfy.Locale": "en"})
     opened.page.close()
+
+
+def test_a_cancelled_run_is_named_in_chinese(canvas):
+    document = tiny_text_to_video(9)
+    canvas.open_graph(document)
+    sampler = next(node["id"] for node in document["nodes"] if node["type"] == "LightForcingSampler")
+    canvas.evaluate(SEND, ["execution_interrupted", {"prompt_id": "one", "node_id": str(sampler)}])
+    canvas.wait_for(f"{NOTES} === '已取消'")
 
 
 def labels_of(canvas, kind):

@@ -45,7 +45,7 @@ def opened(canvas: Any, length: int) -> tuple[dict[str, Any], int, str]:
     document = tiny_text_to_video(length, seed=next(SEEDS))
     canvas.open_graph(document)
     sampler = node_id(document, "LightForcingSampler")
-    return document, sampler, f"app.rootGraph.getNodeById({sampler})?.lightForcingView"
+    return document, sampler, f"app.rootGraph.getNodeById({sampler})?.lightForcingPanel?.view"
 
 
 def node_id(document: dict[str, Any], kind: str) -> int:

@@ -1,35 +1,39 @@
 // Widgets that hold an HTML element of the pack, on nodes drawn by either renderer; they are never saved.
 
-/** Adds a widget with `element`; once for each node and name. */
+const ours = new WeakSet(); // all such widgets, those that are gone too
+const lists = new WeakMap(); // subgraph node → {widgets: those that it shows, made: its own list}
+
+/** Adds a widget with `element`, which needs the height that `minHeight` returns. */
 export function addElement(node, name, element, minHeight) {
   const widget = node.addDOMWidget(name, name.toUpperCase(), element, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => minHeight,
+    getMinHeight: minHeight,
     getValue: () => "",
   });
   widget.serialize = false;
-  keep(node, widget);
+  ours.add(widget);
+  if (node.subgraph) keep(node, widget, true);
+  return widget;
 }
 
-/** Makes a node that is on the canvas as high as its widgets need. */
-export function fit(node) {
-  node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
-  node.setDirtyCanvas(true, true);
+export function removeElement(node, widget) {
+  widget.onRemove?.();
+  if (node.subgraph) keep(node, widget, false);
+  else node.widgets.splice(node.widgets.indexOf(widget), 1);
 }
 
-export function removeElement(node, name) {
-  const place = node?.widgets?.findIndex((widget) => widget.name === name) ?? -1;
-  if (place < 0) return;
-  node.widgets[place].onRemove?.();
-  node.widgets.splice(place, 1);
-  node.setDirtyCanvas(true, true);
-}
-
-/** A subgraph node drawn by Vue rebuilds its list of widgets from its inputs, so ours is added to each new list. */
-function keep(node, widget) {
-  const made = Object.getOwnPropertyDescriptor(node, "widgets");
-  if (node.widgets.includes(widget) || !made?.get || !made.configurable) return;
-  Object.defineProperty(node, "widgets", { ...made, get: () => [...made.get.call(node), widget] });
+/** A subgraph node builds its list of widgets anew, from its inputs: those of ours that it shows follow behind. */
+function keep(node, widget, isShown) {
+  if (!lists.has(node)) {
+    const widgets = new Set();
+    const made = Object.getOwnPropertyDescriptor(node, "widgets");
+    const get = () => [...made.get.call(node).filter((one) => !ours.has(one)), ...widgets];
+    Object.defineProperty(node, "widgets", { ...made, get });
+    lists.set(node, { widgets, made });
+  }
+  const { widgets, made } = lists.get(node);
+  widgets[isShown ? "add" : "delete"](widget);
   made.get.call(node).push(widget); // a change that Vue notices; the next reading takes it out again
+  void node.widgets; // which also updates a list of Vue's around ours
 }

@@ -223,7 +223,7 @@ app.registerExtension({
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
     const plot = new SchedulePlot(node);
-    addElement(node, WIDGET, plot.element, MIN_HEIGHT + 20);
+    addElement(node, WIDGET, plot.element, () => MIN_HEIGHT + 20);
     node.lightForcingPlot = plot;
     const removed = node.onRemoved;
     node.onRemoved = function (...args) {

@@ -41,12 +41,8 @@ class Client:
         self.socket = connect(address, max_size=None).__enter__()  # the fixture closes it
         self.socket.send(json.dumps({"type": "feature_flags", "data": {"supports_preview_metadata": True}}))
         server.post("/light_forcing/page", {"client_id": self.id, "plays": plays})
-        self.texts, self.executed = {}, {}  # by node
+        self.lines, self.executed = [], {}  # of the sampler; by node
         self.sheets, self.messages, self.node_ids = [], [], set()
-
-    @property
-    def lines(self):
-        return self.texts.get("sampler", [])
 
     def run(self, prompt, **extra):
         prompt_id = str(uuid.uuid4())
@@ -60,6 +56,9 @@ class Client:
             message = json.loads(data)
             if message["type"] == "light_forcing.preview":
                 self.messages.append(message["data"])
+            if message["type"] == "light_forcing.status":
+                assert (message["data"]["node"], message["data"]["prompt_id"]) == ("sampler", prompt_id)
+                self.lines.append(message["data"])
             if message["type"] == "executed":
                 self.executed[message["data"]["node"]] = message["data"]["output"]
             if message["type"] == "execution_error":
@@ -69,9 +68,8 @@ class Client:
 
     def _binary(self, data):
         kind, size = struct.unpack(">II", data[:8])
-        if kind == 3:
-            self.texts.setdefault(data[8 : 8 + size].decode(), []).append(data[8 + size :].decode())
-        elif kind == 4:
+        assert kind != 3  # ComfyUI's line, for which our page has its own
+        if kind == 4:
             self.node_ids.add(json.loads(data[8 : 8 + size])["node_id"])
             self.sheets.append(Image.open(io.BytesIO(data[8 + size :])).convert("RGB"))
 
@@ -148,19 +146,21 @@ def test_demo_model_is_shown_decoded_only(client):
     """In the colours that ComfyUI has for Wan's latents its drafts would be a wild pattern."""
     one = client(plays=True)
     one.run(demo_graph(seed=11))
-    shown = [strip["at"] for message in one.messages for strip in message["strips"]]
+    first, *shown = [strip["at"] for message in one.messages for strip in message["strips"]]
+    assert first == [0]  # the first frame, for the whole chunk
     assert shown
     # A draft has a picture for every latent frame, a decoded chunk one for every second video frame.
     assert not any(after - before > 2 for at in shown for before, after in pairwise(at))
 
 
-def test_line_tells_chunk_step_pace_and_density(client):
+def test_line_tells_chunk_density_pace_and_time_left(client):
     one = client(plays=True)
     one.run(run_of(3))
-    steps = [line.splitlines()[0] for line in one.lines if line.startswith("chunk ")]
-    assert steps[0] == "chunk 1/4 · step 1/4 · density 100 %"
-    assert any(re.match(r"chunk 4/4 · .* s per chunk · \d+ s left · density ", line) for line in steps)
-    assert one.lines[-1].startswith("4 of 4 chunks · ")
+    lines = [status["line"] for status in one.lines]
+    assert "chunk 1/4 · density 100 %" in lines
+    assert any(re.fullmatch(r"chunk 4/4 · density \d+ % · .* s per chunk · \d+ s left", line) for line in lines)
+    assert re.fullmatch(r"4 of 4 chunks · .* s per chunk · done", lines[-1])
+    assert any(status["details"].startswith("step 1/4\nneeds about ") for status in one.lines)
 
 
 def test_a_start_image_alone_in_a_chunk_wise_model_is_warned_of(server):
@@ -189,9 +189,8 @@ def test_assumed_family_is_shown_on_the_node_and_sent_with_its_result(client, mo
     shutil.copy(folder / "tiny_wan.safetensors", folder / "causal_forcing.safetensors")
     one = client()
     one.run(graph({"file": core_loader("tiny_wan.safetensors"), "model": node}, latent=empty(length=9)))
-    texts = one.texts.get("model", [])
+    texts = one.executed.get("model", {}).get("text", [])
     assert [text.startswith(words) for text in texts] == [True] * (words is not None)
-    assert one.executed.get("model") == ({"text": texts} if texts else None)
 
 
 def test_without_a_vae_the_preview_method_decides(client):
