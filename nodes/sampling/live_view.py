@@ -24,6 +24,7 @@ from ...lightforcing_core.rollout.schedule import latent_frame_at, video_frames_
 from ..browser import watching_page
 from ..comfy import ModelPatcher, Preview, ProgressBar, executing_node, running_server
 from ..model.patch import required_settings
+from ..vae.decode import FrameDecoder
 from .observer import Observer
 
 SHARE = 0.02  # of the run's time that pictures may take
@@ -52,18 +53,18 @@ class LiveView(Observer):
     """Shows one run on its node; `callback` is for ComfyUI's guider.
 
     latent_shape: [B, 16, frames, h, w] of the whole video; the first of the batch is shown.
-    decodes: whether decoded frames will follow. If not, there are only drafts, and only if ComfyUI's previews are on.
+    decoder: will decode the frames. Without one there are only drafts, and only if ComfyUI's previews are on.
     """
 
-    def __init__(self, model: ModelPatcher, latent_shape: Sequence[int], *, decodes: bool) -> None:
+    def __init__(self, model: ModelPatcher, latent_shape: Sequence[int], decoder: FrameDecoder | None) -> None:
         self._budget = Budget()
         self._bar, self._done, self._total = ProgressBar(1), 0, 1
-        self._decodes, self._preview = decodes, Preview(model)
+        self._decoder, self._preview = decoder, Preview(model)
         self._draft: tuple[Stretch, Any] | None = None  # with the event after which its pictures are on the CPU
         self._decoded = 0  # video frames
         self._shape = tuple(latent_shape)
-        # The demo model has a VAE of its own; in the colours of Wan's latents its drafts would be noise.
-        self._drafts = required_settings(model).family.id != DEMO_FAMILY
+        # The demo model has a VAE of its own, so Wan's colours are wrong for its latents.
+        self._is_demo = required_settings(model).family.id == DEMO_FAMILY
 
     @cached_property
     def _pictures(self) -> "Strips | Sheet":
@@ -86,8 +87,10 @@ class LiveView(Observer):
         if self._preview.is_foreign:
             return
         self._take_draft()
-        must = event.step == event.steps - 1 and not self._decodes  # otherwise the chunk would never be shown
-        wanted = self._drafts and (self._decodes or self._preview.is_on)
+        must = event.step == event.steps - 1 and self._decoder is None  # otherwise the chunk would never be shown
+        wanted = self._decoder is not None or self._preview.is_on
+        if self._is_demo:
+            wanted = self._decoder is not None and event.start_frame == 0
         if wanted and (must or (self._draft is None and self._budget.allows())):
             with self._budget.spending():
                 self._draft = self._drawn(event)
@@ -112,7 +115,7 @@ class LiveView(Observer):
         self._bar.update_absolute(self._done, self._total, preview)
 
     def end(self) -> None:
-        if self._decodes and not self._preview.is_foreign:
+        if self._decoder is not None and not self._preview.is_foreign:
             self._draft = None
             self._pictures.cut(self._decoded)
         if self._pictures.is_new:
@@ -131,10 +134,15 @@ class LiveView(Observer):
             self._draft = None
 
     def _drawn(self, event: StepEvent) -> tuple[Stretch, Any]:
-        """The current chunk's pictures, by a tiny VAE or by approximate colours, spread evenly over its frames."""
+        """The current chunk's pictures, by a tiny VAE or by approximate colours, spread evenly over its frames.
+
+        The demo model's is one, the first chunk's first frame, which its VAE decodes in a few milliseconds.
+        """
         start = video_frames_of(event.start_frame) if event.start_frame else 0
         stop, ready = video_frames_of(event.start_frame + event.x0.shape[2]), None
-        if self._preview.has_tiny_vae and self._budget.allows():
+        if self._is_demo and self._decoder is not None:
+            pictures = small_pictures(self._decoder.first_frame(event.x0[:1]))
+        elif self._preview.has_tiny_vae and self._budget.allows():
             pictures = small_pictures(self._preview.decode(event.x0[:1]))
         else:
             colours = self._preview.colours(event.x0[0])
@@ -153,8 +161,10 @@ class Budget:
         self._begun, self._shown, self.spent = time.perf_counter(), -math.inf, 0.0
 
     def allows(self) -> bool:
+        """Whether a picture may be made or sent now; the first always may."""
         now = time.perf_counter()
-        return now - self._shown >= PAUSE and self.spent <= SHARE * (now - self._begun)
+        is_first = self._shown == -math.inf
+        return is_first or (now - self._shown >= PAUSE and self.spent <= SHARE * (now - self._begun))
 
     @contextmanager
     def spending(self, *, shown: bool = False) -> Iterator[None]:

@@ -20,7 +20,6 @@ from ..comfy import (
     guider_for,
     progress_bars_hidden,
     result_device,
-    show_text,
 )
 from ..model.loader import AUTO, LightForcingApply
 from ..model.patch import KEY, required_settings, settings_of
@@ -136,14 +135,15 @@ class LightForcingSampler(io.ComfyNode):
         saved = state.continued(latents.shape) if state else None
         if saved is not None:
             saved.check_model(model_text(model))
-        line, live = ProgressLine(cls.hidden.unique_id), LiveView(model, latents.shape, decodes=vae is not None)
-        observers: list[Observer] = [line, live]
         decoder, videos = None, list[VideoWriter]()
+        if vae is not None:
+            decoder = FrameDecoder(vae, latents.shape, keep=video_output is None or video_output.keep_images)
+        line, live = ProgressLine(cls.hidden.unique_id), LiveView(model, latents.shape, decoder)
+        observers: list[Observer] = [line, live]
         with contextlib.ExitStack() as stack:
             if state is not None:
                 observers.append(StateWriter(stack.enter_context(state.reserved())))
-            if vae is not None:
-                decoder = FrameDecoder(vae, latents.shape, keep=video_output is None or video_output.keep_images)
+            if decoder is not None:
                 if video_output is not None:
                     metadata = graph_metadata(cls.hidden.prompt, cls.hidden.extra_pnginfo)
                     for _ in range(latents.shape[0]):

@@ -174,6 +174,10 @@ class FrameDecoder:
         load_if_away(self._vae.patcher, self.bytes_needed)  # another model may have taken the memory
         return [self._kept(pixels) for pixels in self._decoder.put(latents, normalised=normalised)]
 
+    def first_frame(self, latents: Tensor) -> Tensor:
+        """The first frame [1, H, W, 3] of a video [1, 16, f, h, w] of normalised latents; `put` does not notice."""
+        return self._stream().decode(latents[:, :, :1], trusted=True)[0]
+
     def arrived(self) -> list[Tensor]:
         return [self._kept(pixels) for pixels in self._decoder.arrived()]
 

@@ -142,7 +142,7 @@ def test_page_that_plays_gets_every_frame_once_decoded(client, server):
     assert abs(first - last).mean() > 6  # so the comparison above could have failed
 
 
-def test_demo_model_is_shown_decoded_only(client):
+def test_demo_model_is_shown_decoded_only_and_within_the_first_chunk(client):
     """In the colours that ComfyUI has for Wan's latents its drafts would be a wild pattern."""
     one = client(plays=True)
     one.run(demo_graph(seed=11))

@@ -25,7 +25,7 @@ model = applied(load("tiny_wan.safetensors"))
 noise = noise_of((1, 16, 6, 8, 12))
 
 latent_preview.get_previewer = lambda *arguments: ForeignPreviewer()
-live = live_view.LiveView(model, noise.shape, decodes=True)
+live = live_view.LiveView(model, noise.shape, decoder=SimpleNamespace())
 ours = []
 add = live_view.Sheet.add
 live_view.Sheet.add = lambda self, stretch: ours.append(stretch)
@@ -41,7 +41,7 @@ live_view.executing_node = lambda: ("5", "one")
 server = SimpleNamespace(client_id="page", send_sync=lambda kind, message, client: sent.append(message))
 draft = live_view.Stretch(9, 21, [9, 13, 17], np.full((3, 32, 48, 3), 200, np.uint8))
 for pictures in (live_view.Strips(server, 21), live_view.Sheet(6, 1.5)):
-    live = live_view.LiveView(model, (1, 16, 6, 4, 6), decodes=True)
+    live = live_view.LiveView(model, (1, 16, 6, 4, 6), decoder=SimpleNamespace())
     live.__dict__["_pictures"] = pictures
     live.add_frames(torch.full((1, 9, 32, 48, 3), 0.9))
     pictures.add(draft)
