@@ -9,7 +9,7 @@ from ..lightforcing_core.refusal import Refusal
 from ..lightforcing_core.rollout.state import StateError
 from . import demo_prompt, report, schedule, state, text_embeds, timeline, video_output
 from .browser import add_routes
-from .comfy import running_server
+from .comfy import keep_queued_prompts, running_server
 from .model import loader
 from .sampling import sampler
 from .vae import decode, encode
@@ -44,6 +44,7 @@ class LightForcingExtension(ComfyExtension):
         server = running_server()
         if server is not None:
             add_routes(server, schedule.plot_numbers)
+            keep_queued_prompts(server)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes; the demo prompt only if the demo model is installed."""

@@ -7,6 +7,7 @@ The rest of nodes/ imports ComfyUI through this file, so a change in ComfyUI is 
 import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -383,12 +384,29 @@ class Preview:
 
 # --- server
 
+_queued: ContextVar[Mapping[str, Any] | None] = ContextVar("queued", default=None)
+
 
 def running_server() -> Any:
     """ComfyUI's server, None in a script that uses the nodes without one."""
     from server import PromptServer  # imported late: without a server the module may not exist
 
     return getattr(PromptServer, "instance", None)
+
+
+def keep_queued_prompts(server: Any) -> None:
+    """Keep each prompt for `queued_prompt` while ComfyUI checks it."""
+
+    def keep(request: dict[str, Any]) -> dict[str, Any]:
+        _queued.set(request.get("prompt"))
+        return request
+
+    server.add_on_prompt_handler(keep)
+
+
+def queued_prompt() -> Mapping[str, Any]:
+    """The prompt whose nodes are being checked; ComfyUI shows `validate_inputs` nothing of it but the node's values."""
+    return _queued.get() or {}
 
 
 def executing_node() -> tuple[str, str] | None:

@@ -1,7 +1,7 @@
 """The sampling nodes: a whole run, decoded and shown meanwhile, and the chunk sampler as a SAMPLER."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..comfy import (
     flow_shift,
     guider_for,
     progress_bars_hidden,
+    queued_prompt,
     result_device,
 )
 from ..model.loader import AUTO, LightForcingApply
@@ -96,6 +97,11 @@ class LightForcingSampler(io.ComfyNode):
             check_guidance(cfg, None if negative is OPEN and state is OPEN else "connected")
         if video_output is not OPEN and vae is OPEN:
             raise ValueError("video_output needs decoded frames, but vae is not connected; connect Load VAE to vae")
+        if prompt := queued_prompt():
+            node_id = cls.hidden.unique_id
+            output = prompt[node_id]["inputs"].get("video_output")
+            kept = output is None or prompt[output[0]]["inputs"].get("keep_images") is not False
+            check_images_used(prompt, node_id, has_vae=vae is not OPEN, keep=kept)
         return True
 
     @classmethod
@@ -121,15 +127,8 @@ class LightForcingSampler(io.ComfyNode):
         if settings_of(model) is None and family_of(file_of(model))[1]:
             model = LightForcingApply.execute(model, AUTO)[0]
         family = required_settings(model).family
-        if user := user_of_images(cls.hidden):
-            if vae is None:
-                problem = "vae to nothing; connect Load VAE"
-            elif video_output is not None and not video_output.keep_images:
-                problem = "keep_images of Light Forcing Video Output is off; turn it on"
-            else:
-                problem = ""
-            if problem:
-                raise ValueError(f"IMAGE is connected to {user}, but {problem}, or disconnect IMAGE")
+        keep = video_output is None or video_output.keep_images
+        check_images_used(cls.hidden.prompt or {}, cls.hidden.unique_id, has_vae=vae is not None, keep=keep)
         request, latents = Request(**inputs), empty_latents(model, latent)
         start = request.start(model.model_options)
         saved = state.continued(latents.shape) if state else None
@@ -137,7 +136,7 @@ class LightForcingSampler(io.ComfyNode):
             saved.check_model(model_text(model))
         decoder, videos = None, list[VideoWriter]()
         if vae is not None:
-            decoder = FrameDecoder(vae, latents.shape, keep=video_output is None or video_output.keep_images)
+            decoder = FrameDecoder(vae, latents.shape, keep=keep)
         line, live = ProgressLine(cls.hidden.unique_id), LiveView(model, latents.shape, decoder)
         observers: list[Observer] = [line, live]
         with contextlib.ExitStack() as stack:
@@ -225,10 +224,14 @@ def shown(videos: Sequence[VideoWriter], notes: Sequence[str]) -> dict[str, Any]
     return found or None
 
 
-def user_of_images(hidden: Any) -> str | None:
-    """The kind of a node that is connected to IMAGE, or None."""
-    nodes, link = (hidden.prompt or {}).values(), [hidden.unique_id, 1]
-    return next((node["class_type"] for node in nodes if link in node["inputs"].values()), None)
+def check_images_used(prompt: Mapping[str, Any], node_id: str, *, has_vae: bool, keep: bool) -> None:
+    """Refuse a graph in which a node takes the sampler's IMAGE although there will be none."""
+    link = [node_id, 1]
+    user = next((node["class_type"] for node in prompt.values() if link in node.get("inputs", {}).values()), None)
+    if user and not (has_vae and keep):
+        off = "keep_images of Light Forcing Video Output is off; turn it on"
+        problem = off if has_vae else "vae to nothing; connect Load VAE"
+        raise ValueError(f"IMAGE is connected to {user}, but {problem}, or disconnect IMAGE")
 
 
 def images_of(decoder: FrameDecoder | None) -> Any:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ...support.comfy_server import Refused
+from ...support.comfy_server import Failed, Refused
 from ...support.graphs import (
     OTHER_EMBEDS,
     apply,
@@ -162,11 +162,6 @@ CASES = {
         ["one thing on a plain background", "Captions read like: on a plain background"],
     ),
     "two start images": (start_image_twice, ["start_latent", "ARVideoI2V"]),
-    "frames without a VAE": (create_video, ["IMAGE", "CreateVideo", "vae"]),
-    "frames that are not kept": (
-        lambda: graph({"model": loader(), "out": video_output("a")}, vae=True, video_output=link("out")),
-        ["IMAGE is connected to SaveImage", "keep_images", "turn it on, or disconnect IMAGE"],
-    ),
     "a shift of 0": (
         lambda: graph({"unet": loader(), "model": node("ModelSamplingSD3", model=link("unet"), shift=0.0)}),
         ["shift 0", "ModelSamplingSD3"],
@@ -206,6 +201,32 @@ def test_a_policy_is_refused_when_the_graph_is_queued(server, place, chosen, exp
     with pytest.raises(Refused) as refused:
         server.run(prompt)
     assert expected in str(refused.value.errors), refused.value.errors
+
+
+def linked_keep_images():
+    """A graph whose keep_images only a run knows."""
+    parts = {"off": node("PrimitiveBoolean", value=False), "out": video_output("a", keep_images=link("off"))}
+    return graph({"model": loader(), **parts}, vae=True, video_output=link("out"))
+
+
+NOT_KEPT = "IMAGE is connected to SaveImage, but keep_images of Light Forcing Video Output is off; turn it on"
+
+
+@pytest.mark.parametrize(
+    ("build", "expected", "error"),
+    [
+        (create_video, "IMAGE is connected to CreateVideo, but vae to nothing; connect Load VAE", Refused),
+        (
+            lambda: graph({"model": loader(), "out": video_output("a")}, vae=True, video_output=link("out")),
+            NOT_KEPT,
+            Refused,
+        ),
+        (linked_keep_images, NOT_KEPT, Failed),
+    ],
+)
+def test_a_use_of_images_that_will_not_be_is_refused_when_the_graph_is_queued(server, build, expected, error):
+    with pytest.raises(error, match=expected):
+        server.run(build())
 
 
 def test_nothing_half_written_stays(server, bad_files, models):
