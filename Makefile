@@ -16,7 +16,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := test
-.PHONY: demo test quick test-comfyui compile-kernels help-tables lint setup
+.PHONY: demo test quick test-comfyui test-ray compile-kernels help-tables lint setup
 
 setup: $(READY)
 
@@ -43,6 +43,11 @@ TRITON ?= 3.3.1
 compile-kernels: $(READY)
 	test -d $(VENV)/triton/$(TRITON) || $(PIP) --no-deps --target $(VENV)/triton/$(TRITON) triton==$(TRITON)
 	PYTHONPATH=$(VENV)/triton/$(TRITON) $(PYTEST) tests/kernels/test_compiled.py $(PYTEST_ARGS)
+
+# `lightforcing render` on Ray, which these tests start and kill parts of.
+test-ray: $(READY)
+	$(PIP) "ray>=2.40"
+	$(BIN)/python -m pytest tests/cli/render/test_ray.py $(PYTEST_ARGS)
 
 # The input tables of the nodes' help pages, from the texts in locales/.
 help-tables:

@@ -24,6 +24,7 @@ from ..benchmarks.settings import (
 )
 from ..lightforcing_core.families import Family
 from .queue.command import complain, queue
+from .render.command import render
 
 INTERRUPTED = 130  # the exit code of shells for Ctrl-C
 
@@ -188,3 +189,4 @@ for _kind in AttentionBench, PoliciesBench, StepBench, DecodeBench, RolloutBench
     bench.command(_name, help=_kind.__doc__)(_command)
 app.add_typer(bench, name="bench")
 app.command()(queue)
+app.command()(render)

@@ -43,6 +43,14 @@ def test_requirements_are_those_of_pyproject_without_the_frontend(project):
     assert sorted(requirements("requirements.txt")) == sorted(set(project["dependencies"]) - set(bounds))
 
 
+def test_a_wheel_has_every_package(metadata):
+    code = "lightforcing_core", "kernels", "nodes", "cli", "benchmarks"
+    found = {path.parent.relative_to(ROOT).parts for part in code for path in (ROOT / part).rglob("__init__.py")}
+    assert sorted(metadata["tool"]["setuptools"]["packages"]) == sorted(
+        ".".join(("lightforcing", *parts)) for parts in {(), *found}
+    )
+
+
 def test_users_torch_is_never_touched(project):
     for line in (*requirements("requirements.txt"), *project["dependencies"]):
         assert not TORCH_FAMILY.match(line), line

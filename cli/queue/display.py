@@ -1,4 +1,4 @@
-"""The events of `lightforcing queue`, as progress lines on a terminal, as plain lines, or with `--json` as JSON.
+"""The events of `lightforcing queue` and `render`: progress and lines on a terminal, or JSON with `--json`.
 
 One JSON object per line on stdout, each with `event` and `time`:
 
@@ -21,6 +21,7 @@ fields that it does not know.
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,8 @@ class Display:
     """
 
     def __init__(self, complain: Callable[[str], None], *, single: bool, json: bool) -> None:
-        self._console = Console(stderr=json)
+        self._events = sys.stdout  # also while that is redirected
+        self._console = Console(file=sys.stderr if json else sys.stdout)
         self._complain, self._single, self._json = complain, single, json
         self.anything_left_out = False
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
@@ -51,7 +53,7 @@ class Display:
     def __call__(self, name: str, **fields: Any) -> None:
         if self._json:
             event = {"event": name, "time": round(time.time(), 3), **fields}
-            print(json.dumps(event), flush=True)  # ASCII, because a pipe may not be UTF-8 (Windows)
+            print(json.dumps(event), flush=True, file=self._events)  # ASCII, because a pipe may not be UTF-8 (Windows)
         whose = "" if self._single or "prompt" not in fields else f"{fields['prompt']}: "
         match name:
             case "batch" if fields["done"]:

@@ -7,10 +7,10 @@ object per line with any of `text`, `name` (the folder of its files), `seed` and
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from ...lightforcing_core.files.json import mapping, read_json, read_text
 from .prompt import Override, Prompt, UsageError, apply_overrides, find_input, list_nodes, title_of
@@ -21,6 +21,11 @@ NAME = re.compile(r"\w(?:[\w .()+-]{0,98}[\w)+-])?")
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # on Windows
 MOST_SEEDS = MOST_LINES = 100_000
 Line: TypeAlias = Mapping[str, Any]  # of a prompt file; a missing key keeps the workflow's own value
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,11 @@ class Job:
 
 def read_prompts(path: Path) -> list[Line]:
     """The lines of a prompt file. Raises UsageError naming the line that cannot be read."""
+    return read_lines(path, _checked)
+
+
+def read_lines(path: Path, checked: Callable[[Any], Line]) -> list[Line]:
+    """The same with another function for the values of a .jsonl file's lines."""
     try:
         rows = read_text(path).split("\n")  # splitlines() would also cut at a prompt's U+2028
     except (OSError, UnicodeDecodeError) as error:
@@ -48,7 +58,7 @@ def read_prompts(path: Path) -> list[Line]:
     for number, row in enumerate(rows, 1):
         if row.strip() and not row.lstrip().startswith("#"):
             try:
-                lines.append(_json_line(row) if is_json else {"text": row.strip()})
+                lines.append(checked(read_json(row)) if is_json else {"text": row.strip()})
             except ValueError as error:
                 raise UsageError(f"{path}, line {number}: {error}") from error
             if len(lines) > MOST_LINES:
@@ -119,14 +129,19 @@ def make_jobs(
                 own += [Override(key, seed) for key in _seed_inputs(base)]
             full_name = name if seeds is None else f"{name}-seed{seed}"
             jobs.append(Job(full_name, apply_overrides(base, object_info, own) if own else base))
+    check_names(jobs)
+    return jobs
+
+
+def check_names(jobs: Sequence[Named]) -> None:
+    """Raise UsageError unless the names can be those of files and folders: plain, and different on all systems."""
     seen = set()
-    for job in jobs:  # names become folders: plain, and different on every file system
+    for job in jobs:
         if not NAME.fullmatch(job.name) or DEVICES.fullmatch(job.name):
             raise UsageError(f"{job.name!r} cannot be a folder's name; use letters, digits, spaces and . ( ) + - _")
         if job.name.casefold() in seen:
             raise UsageError(f"two prompts are called {job.name!r}; give every prompt and seed its own name")
         seen.add(job.name.casefold())
-    return jobs
 
 
 def _seed_inputs(prompt: Prompt) -> list[str]:
@@ -142,8 +157,7 @@ def _seed_inputs(prompt: Prompt) -> list[str]:
     return found
 
 
-def _json_line(row: str) -> Line:
-    fields = read_json(row)
+def _checked(fields: Any) -> Line:
     kinds: dict[str, type] = {"text": str, "name": str, "seed": int, "set": dict}
     if not isinstance(fields, dict) or not fields:
         raise ValueError(f"not an object with any of {', '.join(kinds)}")

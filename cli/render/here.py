@@ -1,0 +1,67 @@
+"""Videos one after another on this machine, each by this process or by several."""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from ...lightforcing_core.parallel.group import process_group
+from ...lightforcing_core.parallel.shares import Exchange
+from .batch import Batch, Model
+from .jobs import RenderJob
+from .renderer import Renderer
+from .store import Store
+
+RESTARTS = 100  # of all ranks after one has ended; a video that ends them again and again fails before
+
+Start = Callable[[], Batch]  # makes the batch, in the process that shows its events
+
+
+def render_here(start: Start, jobs: Sequence[RenderJob], model: Model, out: str, ranks: int) -> bool:
+    """Render a batch; whether all of it is done then. Each of several `ranks` is a process of its own."""
+    if ranks == 1:
+        return _render(start, jobs, model, out, None)
+    # Ranks that start again would read the addresses of those before from a store that outlives them.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    config = LaunchConfig(
+        1, 1, ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=RESTARTS, start_method="spawn"
+    )
+    try:
+        return all(elastic_launch(config, _rank)(start, jobs, model, out).values())
+    except SignalException:
+        raise KeyboardInterrupt from None
+    except ChildFailedError as error:
+        raise OSError(
+            f"the processes that render ended {RESTARTS} times; {error.get_first_failure()[1].message}"
+        ) from error
+
+
+def _rank(start: Start, jobs: Sequence[RenderJob], model: Model, out: str) -> bool:
+    device = device_of()
+    with process_group(device=None if device.type == "cpu" else device) as group:
+        return _render(start, jobs, model, out, group)
+
+
+def _render(start: Start, jobs: Sequence[RenderJob], model: Model, out: str, exchange: Exchange | None) -> bool:
+    shows, store = exchange is None or exchange.rank == 0, Store(out)
+    todo = [job for job in jobs if not store.has(f"{job.name}.mp4")]  # the same on all ranks, which begin together
+    batch = start() if shows else None
+    renderer = Renderer(model, device_of(), exchange) if todo else None
+    for job in todo:
+        assert renderer is not None
+        if batch is None:
+            renderer.attempt(job, store)
+        else:
+            batch.ended(job.name, renderer.attempt(job, store, partial(batch.progress, job.name)))
+    return batch is None or batch.summary()
+
+
+def device_of() -> torch.device:
+    """The GPU of this process, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
