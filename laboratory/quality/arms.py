@@ -38,6 +38,7 @@ OWN_DENSITY: dict[str, dict[str, object]] = {
     "dummy_forcing": {"policy": "dummy_forcing"},
 }
 LONG_ARMS = ("published", "tail+lse", "topk+tail+lse", "mass+tail+lse")  # come as long rollouts too
+LONG_OWN = ("forcing_kv", "dummy_forcing", "pbsa")  # densities of their own, as long rollouts
 EIGHT_BIT = {"kv int8": KVOptions("int8"), "kv fp8": KVOptions("fp8")}
 
 
@@ -73,6 +74,8 @@ def all_arms(
     if long is not None:
         arms.append(Arm(f"{LONG}dense", None, attention))
         arms.append(Arm(f"{LONG}rolling_sink", None, replace(attention, policy="rolling_sink")))
+        for name in LONG_OWN:
+            arms.append(Arm(f"{LONG}{name}", growth_of(long, 0.5), replace(attention, policy=name)))
     for name, changes in OWN_DENSITY.items():
         growth = growth_of(short, 0.5)  # which chunks are sparse
         arms.append(Arm(name, growth, replace(attention, **changes)))  # type: ignore[arg-type]

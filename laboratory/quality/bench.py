@@ -191,7 +191,7 @@ class _Maker:
                 assert dense is not None
                 place = seeds.index(seed)
                 row |= against_dense(latents[index], videos[index], dense[0][place], dense[1][place], lengths)
-                row |= against_caption(videos[index], scene)
+            row |= against_caption(videos[index], scene)
             rows.append(row)
         return rows
 

@@ -36,7 +36,14 @@ MEASURES = {
         "velocity_error": False,
         "copies": False,
     },
-    "long": {"drift": False, "colour_late": True, "shape_late": True},
+    "long": {
+        "drift": False,
+        "colour_late": True,
+        "shape_late": True,
+        "right": True,
+        "identity": True,
+        "motion_late": True,
+    },
     "attention": {"attention_error": False},
 }
 
@@ -122,13 +129,14 @@ def paired(differences: Sequence[float]) -> Difference:
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """Claims, the effect of each option, comparisons with the default, and means, in JSON types."""
+    """Claims, the effect of each option, comparisons with the default and with long dense videos, and means."""
     table = Table(rows)
     sparsities = table.sparsities()
     return {
         "claims": [entry for sparsity in sparsities for entry in _claims(table, sparsity)],
         "options": [entry for sparsity in sparsities for entry in _options(table, sparsity)],
-        "default": list(_against_default(table)),
+        "default": list(_against(table, "video", DEFAULT, DEFAULT_MEASURES)),
+        "long": list(_against(table, "long", f"{LONG}dense", tuple(MEASURES["long"]))),
         "means": means(table),
     }
 
@@ -156,12 +164,12 @@ def _options(table: Table, sparsity: str) -> Iterator[dict[str, Any]]:
             yield from _entries(table, name, kind, f"{name} {sparsity}", f"published {sparsity}")
 
 
-def _against_default(table: Table) -> Iterator[dict[str, Any]]:
-    """How much worse every arm is than the default for untrained models (negative: better), by each measure."""
-    for arm in table.arms("video"):
-        found = {name: table.worse("video", arm, DEFAULT, name) for name in DEFAULT_MEASURES}
-        if arm != DEFAULT and any(found.values()):
-            seeds, flops = max(one.seeds for one in found.values() if one), table.mean("video", arm, "flops")
+def _against(table: Table, kind: str, other: str, measures: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """How much worse every arm is than `other` (negative: better), by each measure."""
+    for arm in table.arms(kind):
+        found = {name: table.worse(kind, arm, other, name) for name in measures}
+        if arm != other and any(found.values()):
+            seeds, flops = max(one.seeds for one in found.values() if one), table.mean(kind, arm, "flops")
             yield {
                 "arm": arm,
                 "seeds": seeds,

@@ -28,6 +28,7 @@ SATURATED = 0.22  # least difference between a pixel's strongest and weakest cha
 SMALLEST = 0.012  # least area of a thing, in squared heights
 PRESENT = 0.6  # least share of frames that show a thing
 WHOLE = 0.85  # a thing with this share of its usual area is not covered by another
+PACES = {"slowly": 0.2, "quickly": 0.4}  # heights per second that a caption promises
 STILL = 0.08  # heights per second below which a thing does not move
 BETWEEN_SPEEDS = 0.28  # heights per second between "slowly" and "quickly"
 FASTEST, LEAP = 0.6, 0.1  # a thing's greatest speed, heights per second, and a tolerance for covered outlines
@@ -257,7 +258,7 @@ def _verdict(seen: Seen | None, thing: Thing, aspect: float, fps: float) -> Thin
     if seen is None:
         return ThingVerdict(False, False, False, False, False, None, None, None, None)
     step = torch.tensor(DIRECTIONS[thing.direction], dtype=torch.float32)
-    promised = step / step.norm() * {"slowly": 0.2, "quickly": 0.4}[thing.speed]
+    promised = step / step.norm() * PACES[thing.speed]
     path = seen.path.float()
     start = _first_place(path, seen.whole, promised, fps)
     low, high = _reach(thing.shape, seen.radius, aspect)

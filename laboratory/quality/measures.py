@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightforcing.lightforcing_core.demo.captions import Scene
+from lightforcing.lightforcing_core.demo.model import FPS
 
-from .detector import judge, look
+from .detector import PACES, Seen, judge, look
 
 MOST_PSNR = 100.0  # dB, for videos that are equal
 WINDOW, SIGMA = 11, 1.5  # the published SSIM's Gaussian window
@@ -142,21 +143,31 @@ def over_time(video: Tensor, scene: Scene, lengths: Sequence[int]) -> dict[str, 
     `drifts`: per chunk the root mean square, over six numbers in 0…1, of their change since the first chunk: mean
     red, green and blue, contrast (standard deviation of luma), colourfulness (mean of strongest minus weakest
     channel) and sharpness (mean absolute difference of neighbours). `drift`: its mean over the last quarter.
-    `colour_late`, `shape_late`: shares of the promised things that the last quarter shows.
+    `colour_late`, `shape_late`: shares of the promised things that the last quarter shows. `motion_late`: their speed
+    there over the promised speed, 0 for a thing that is gone.
     """
     frames = [4 * length for length in lengths]
     frames[0] -= 3
     numbers = torch.stack([_look_numbers(part) for part in video.split(frames)])
     drifts = (numbers - numbers[0]).square().mean(1).sqrt()
     last = max(1, len(frames) // LAST_SHARE)
-    late = {seen.colour: seen.shape for seen in look(video[-sum(frames[-last:]) :])}
+    late = {seen.colour: seen for seen in look(video[-sum(frames[-last:]) :])}
     things = scene.things
+    kept = [(thing, late[thing.colour]) for thing in things if thing.colour in late]
     return {
         "drift": float(drifts[-last:].mean()),
         "drifts": drifts.tolist(),
-        "colour_late": sum(thing.colour in late for thing in things) / len(things),
-        "shape_late": sum(late.get(thing.colour) == thing.shape for thing in things) / len(things),
+        "colour_late": len(kept) / len(things),
+        "shape_late": sum(seen.shape == thing.shape for thing, seen in kept) / len(things),
+        "motion_late": sum(_pace(seen) / PACES[thing.speed] for thing, seen in kept) / len(things),
     }
+
+
+def _pace(seen: Seen) -> float:
+    """Heights per second: the median over steps of a latent frame between frames that show all of the thing."""
+    whole = seen.whole[4:] & seen.whole[:-4]
+    steps = (seen.path[4:] - seen.path[:-4])[whole].norm(dim=1)
+    return float(steps.median()) * FPS / 4 if whole.any() else 0.0
 
 
 def _look_numbers(video: Tensor) -> Tensor:

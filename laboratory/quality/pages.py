@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from lightforcing.lightforcing_core.files.output import whole_file
 
 from .arms import EIGHT_BIT, LONG, OPTIONS
-from .claims import DEFAULT, DEFAULT_MEASURES, Row, Table
+from .claims import DEFAULT, DEFAULT_MEASURES, FEWEST, MEASURES, Row, Table
 
 LINES = ("published", "uniform", "one-stage", *OPTIONS)
 LINE: dict[str, Any] = {"marker": "o", "linewidth": 1.2, "markersize": 4}
@@ -25,9 +25,13 @@ MEANS = {
         *("Means", "flops", "latent_error", "psnr", "ms_ssim", "right", "colour", "shape", "direction", "speed"),
         *("identity", "copies", "position_error", "velocity_error"),
     ),
-    "long": ("Long rollouts", "flops", "drift", "colour_late", "shape_late"),
+    "long": ("Long rollouts", "flops", *MEASURES["long"]),
     "attention": ("Attention error, mean over layers and sparse chunks", "attention_error"),
 }
+COMPARED = (
+    ("default", f"the default for untrained models, {DEFAULT}", DEFAULT_MEASURES),
+    ("long", f"{LONG}dense", tuple(MEASURES["long"])),
+)
 
 Summary = Mapping[str, Any]
 Draw = Callable[[Axes, Axes, Table, Summary], None]
@@ -63,13 +67,14 @@ def markdown(summary: Summary) -> str:
     lines += ["## Options against the published method", "", "Negative is better.", ""]
     found = [option for option in summary["options"] if option["measure"] in OPTION_MEASURES]
     lines += _rows(("option", *head), [(option["says"], *_cells(option)) for option in found])
-    if summary["default"]:
-        cells = [
-            (row["arm"], str(row["seeds"]), _number(row["flops"]), *(_interval(row[name]) for name in DEFAULT_MEASURES))
-            for row in summary["default"]
-        ]
-        lines += ["", f"## Worse than the default for untrained models, {DEFAULT}", "", "Negative is better.", ""]
-        lines += _rows(("arm", "seeds", "flops", *DEFAULT_MEASURES), cells)
+    for name, title, measures in COMPARED:
+        if summary[name]:
+            cells = [
+                (row["arm"], str(row["seeds"]), _number(row["flops"]), *(_interval(row[each]) for each in measures))
+                for row in summary[name]
+            ]
+            lines += ["", f"## Worse than {title}", "", "Negative is better.", ""]
+            lines += _rows(("arm", "seeds", "flops", *measures), cells)
     for kind, (title, *columns) in MEANS.items():
         found = [row for row in summary["means"] if row["kind"] == kind]
         if found:
@@ -83,7 +88,10 @@ def _rows(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _interval(entry: Mapping[str, Any] | None) -> str:
-    return f"{_number(entry['mean'])} ({_number(entry['low'])} to {_number(entry['high'])})" if entry else "–"
+    if entry is None:
+        return "–"
+    mean, low, high = (_number(entry[name]) for name in ("mean", "low", "high"))
+    return mean if entry["seeds"] < FEWEST else f"{mean} ({low} to {high})"
 
 
 def _cells(entry: Mapping[str, Any]) -> tuple[str, ...]:

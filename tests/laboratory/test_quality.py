@@ -16,7 +16,7 @@ from laboratory.quality import __main__ as command
 from laboratory.quality.arms import OWN_DENSITY, all_arms, growth_of, halves
 from laboratory.quality.bench import QualityBench, run_quality
 from laboratory.quality.claims import paired, summary
-from laboratory.quality.measures import against_caption, psnr, structural_similarity
+from laboratory.quality.measures import against_caption, over_time, psnr, structural_similarity
 from laboratory.quality.pages import markdown
 from laboratory.quality.rows import read_rows
 from laboratory.quality.scenes import prompt_scenes
@@ -110,7 +110,12 @@ def test_caption_measures_tell_a_kept_promise_from_a_broken_one():
     half = against_caption(video, parse(f"{red} right slowly and a blue circle moves up slowly"))
     assert (half["right"], half["colour"], half["shape"]) == (0, 0.5, 0.5)
     assert half["position_error"] == pytest.approx(kept["position_error"])
+    late = [over_time(video, parse(f"{red} right {pace}"), [3, 3, 3])["motion_late"] for pace in ("slowly", "quickly")]
+    assert late == pytest.approx([1, 0.5], rel=0.1)
+    frozen = over_time(video[:1].expand_as(video), parse(f"{red} right slowly"), [3, 3, 3])
+    assert (frozen["shape_late"], frozen["motion_late"]) == (1, 0)
     absent = against_caption(video, parse(f"{PLAIN} a blue square moves right slowly"))
+    assert over_time(video, parse(f"{PLAIN} a blue square moves right slowly"), [3, 3, 3])["motion_late"] == 0
     assert (absent["colour"], absent["strangers"], absent["position_error"]) == (0, 1, None)
     video[22:, 40:54, 78:92] = torch.tensor(RED)  # a second red thing
     copied = against_caption(video, parse(f"{red} right slowly"))
@@ -124,7 +129,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def bench(models):
-    arms = ("dense", "published", "tail", "long [dpr]*")
+    arms = ("dense", "published", "tail", "long [dfpr]*")
     sizes = {"keep": (3, 1, 1), "long_frames": 45, "window": (7, 1), "probes": 2, "batch": 2}
     return QualityBench(models, arms, seeds=(0, 1, 5), sparsities=(0.75,), machine=Machine("cpu"), **sizes)
 
@@ -136,7 +141,7 @@ def without_seconds(rows):
 def test_interrupted_run_continues_where_it_was(bench, tmp_path):
     whole = run_quality(bench, tmp_path / "whole")
     kinds = {(row["kind"], row["arm"], row["seed"]) for row in whole}
-    assert len(kinds) == len(whole) == 3 * 3 + 3 * 3 + 2 * 2  # videos, long ones, probes of two sparse arms
+    assert len(kinds) == len(whole) == 3 * 3 + 6 * 3 + 2 * 2  # videos, long ones, probes of two sparse arms
     made, left = [], []
 
     def stop(done, total):
@@ -227,7 +232,7 @@ def test_intervals_cover_the_mean_as_often_as_they_say_and_effects_are_in_deviat
     assert paired([1.0, 1.0]).effect is None
 
 
-@pytest.mark.parametrize("name", ["quality", "quality-pillar", "policies", "policies-60s"])
+@pytest.mark.parametrize("name", ["quality", "quality-pillar", "policies", "policies-60s", "roles-60s"])
 def test_recorded_rows_give_the_recorded_tables(name):
     settings, rows = read_rows(RESULTS / name)
     assert settings["keep"] == [6, 1, 2]
