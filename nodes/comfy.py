@@ -474,6 +474,10 @@ def version_of(path: str | Path) -> str:
     return f"{status.st_mtime_ns}/{status.st_size}"
 
 
+def input_folder() -> Path:
+    return Path(folder_paths.get_input_directory())
+
+
 def output_folder() -> Path:
     return Path(os.path.abspath(folder_paths.get_output_directory()))
 

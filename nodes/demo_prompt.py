@@ -1,13 +1,14 @@
 """The demo model in ComfyUI: its prompt node, and its files in the loaders' lists."""
 
 import contextlib
+import shutil
 from pathlib import Path
 
 from comfy_api.latest import io
 
 from ..lightforcing_core.demo.captions import context_of_caption, parse
 from ..lightforcing_core.demo.model import DEFAULT_CAPTION, DIT, SHIPPED, TEXT, VAE, demo_video, load_table
-from .comfy import add_model_folder, models_root
+from .comfy import add_model_folder, input_folder, models_root
 from .texts import node_schema
 
 
@@ -60,10 +61,14 @@ def find_table() -> Path | None:
 
 
 def offer_demo_files() -> None:
-    """List the pack's own models, if installed, after the user's in ComfyUI."""
+    """List the pack's own models, if installed, after the user's in ComfyUI, and its clip among the inputs."""
     for file in (SHIPPED / DIT, SHIPPED / VAE):
         if file.is_file():
             add_model_folder(file.parent)
+    clip = SHIPPED.parent / "input" / "light_forcing_clip.mp4"
+    if not (copy := input_folder() / clip.name).exists():  # Load Video reads no other folder
+        with contextlib.suppress(OSError):
+            shutil.copyfile(clip, copy)
 
 
 offer_demo_files()

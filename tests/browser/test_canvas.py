@@ -40,7 +40,7 @@ def test_templates_open_from_browse_templates_with_nothing_missing(canvas, model
     for name in NAMES:
         canvas.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
         page.wait_for_selector('[data-testid="template-workflows-content"]')
-        page.get_by_text("Renamed_pack-2", exact=True).first.click()
+        page.locator('input[placeholder*="earch"]').last.fill("light forcing")
         card = page.locator(f'[data-testid="template-workflow-{name}"]')
         card.wait_for()
         page.wait_for_function(
@@ -276,3 +276,33 @@ def test_advanced_widgets_are_hidden_until_asked_for(canvas):
     canvas.evaluate("() => app.graph.add(LiteGraph.createNode('LightForcingApply'))")
     canvas.page.wait_for_timeout(500)  # until it is drawn, which makes room for rows that do not fit
     assert canvas.evaluate("() => app.rootGraph.nodes.at(-1).size[1] === app.rootGraph.nodes.at(-1).computeSize()[1]")
+
+
+def test_timeline_is_drawn_and_follows_its_nodes(canvas):
+    document = workflow("light_forcing_5_prompt_timeline")
+    canvas.open_graph(document)
+    first, last = (node["id"] for node in document["nodes"] if node["type"] == "LightForcingPromptTimeline")
+    strips = "[...document.querySelectorAll('.light-forcing-timeline')].map((one) => one.innerText.split('\\n'))"
+    texts = [node["widgets_values"][0] for node in document["nodes"] if node["type"] == "CLIPTextEncode"]
+    canvas.wait_for(f"{strips}.some((one) => one.length === 6)")
+    drawn = max(canvas.evaluate(f"() => {strips}"), key=len)
+    assert drawn == [texts[0], "0 s", texts[1], "5 s hard", texts[2], "10 s blend"]
+    canvas.evaluate(SET_WIDGET, [first, "start", 12.5])
+    canvas.wait_for(f"{strips}.some((one) => one.at(-1) === '12.5 s hard')")  # in the order of time
+    canvas.evaluate(f"() => app.rootGraph.remove(app.rootGraph.getNodeById({last}))")
+    canvas.wait_for(f"{strips}.length === 1 && {strips}[0].length === 4")
+
+
+@pytest.mark.parametrize("canvas", ["vue"], indirect=True)
+@pytest.mark.parametrize("name", ["light_forcing_1_quickstart", "light_forcing_2_text_to_video"])
+def test_app_mode_finds_its_inputs_and_the_video(canvas, name):
+    document = workflow(name)
+    canvas.open_graph(document)
+    wanted = document["extra"]["linearData"]
+    widgets = """(inputs) => inputs.map(([id, name]) =>
+        app.rootGraph.getNodeById(id).widgets.some((widget) => widget.name === name))"""
+    assert all(canvas.evaluate(widgets, wanted["inputs"]))
+    canvas.page.wait_for_timeout(1000)  # the frontend drops what it cannot find
+    kept = canvas.evaluate("() => app.rootGraph.extra.linearData")
+    assert len(kept["inputs"]) == len(wanted["inputs"])
+    assert len(kept["outputs"]) == len(wanted["outputs"]) == 1

@@ -100,6 +100,8 @@ def tiny_prompt(prompt):
         elif kind == "EmptyARVideoLatent":
             sizes = {"width": WIDTH, "height": HEIGHT}
             inputs |= {name: size for name, size in sizes.items() if isinstance(inputs[name], int)}
+        elif kind == "LoadVideo":
+            inputs["file"] = "example.mp4"
         elif kind == "PrimitiveInt":
             inputs["value"] = SIZES[node["_meta"]["title"].split()[0]]
         elif kind == "LightForcingPromptTimeline":

@@ -33,6 +33,12 @@ for kind in KINDS:
     folder_paths.folder_names_and_paths[kind] = ([str(empty / kind)], {".safetensors"})
 folder_paths.models_dir = str(empty)
 before = folders()
+clip = Path(folder_paths.get_input_directory(), "light_forcing_clip.mp4")  # there since the pack was imported
+assert clip.stat().st_size < 300_000
+clip.write_bytes(b"the user's own")
+demo_prompt.offer_demo_files()
+assert clip.read_bytes() == b"the user's own"
+clip.unlink()
 demo_prompt.SHIPPED = empty
 demo_prompt.offer_demo_files()
 assert folders() == before
