@@ -33,12 +33,8 @@ for kind in KINDS:
     folder_paths.folder_names_and_paths[kind] = ([str(empty / kind)], {".safetensors"})
 folder_paths.models_dir = str(empty)
 before = folders()
-clip = Path(folder_paths.get_input_directory(), "light_forcing_clip.mp4")  # there since the pack was imported
-assert clip.stat().st_size < 300_000
-clip.write_bytes(b"the user's own")
-demo_prompt.offer_demo_files()
-assert clip.read_bytes() == b"the user's own"
-clip.unlink()
+clip, shipped = Path(folder_paths.get_input_directory(), "light_forcing_clip.mp4"), demo_prompt.SHIPPED
+assert clip.stat().st_size < 300_000  # there since the pack was imported
 demo_prompt.SHIPPED = empty
 demo_prompt.offer_demo_files()
 assert folders() == before
@@ -63,3 +59,9 @@ for made in (stock, ours):
 table = demo_model.load_table(demo_prompt.find_table())
 assert context.shape == (1, 18, 32)
 assert torch.equal(context, captions.context_of_caption(table, demo_model.DEFAULT_CAPTION))
+
+clip.write_bytes(b"the user's own")
+demo_prompt.SHIPPED = shipped
+demo_prompt.offer_demo_files()
+assert clip.read_bytes() == b"the user's own"
+clip.unlink()
