@@ -78,7 +78,7 @@ app.registerExtension({
     element.className = "light-forcing-timeline";
     Object.assign(element.style, { position: "relative", minHeight: `${HEIGHT}px`, font: "11px Inter, sans-serif" });
     element.style.color = "var(--descrip-text, #999999)";
-    addElement(node, WIDGET, element, HEIGHT);
+    addElement(node, WIDGET, element, () => HEIGHT);
     let drawn = "";
     const timer = setInterval(() => {
       if (!node.graph || document.hidden) return;
