@@ -22,6 +22,7 @@ from ..attention.chunk import ChunkAttention, plan_chunk
 from ..attention.dispatch import BackendChoice, attend, dense_attention_8bit
 from ..attention.options import AttentionOptions
 from ..attention.policies import GatedPlan, View
+from ..attention.policies.echo import query_sums
 from ..attention.policies.pool import importance
 from ..attention.roles import Roles, group_masses
 from ..attention.selection import BlockSelection
@@ -54,8 +55,8 @@ class OpenChunk:
     whether recording pays.
     given: the number of last frames that are given, and so get `GIVEN_NOISE` of a step's noise.
     passes: the number of passes so far. The first one makes `rope` and `layers`, the modules that later ones run.
-    masses: of each layer so far, if a pass is to show the roles of heads or the importance of blocks: `group_masses` or
-    `importance`.
+    masses: of each layer so far, if a pass is to show the roles of heads, the importance of blocks or the direction of
+    queries: `group_masses`, `importance` or `query_sums`.
     """
 
     frames: int = 0
@@ -159,7 +160,9 @@ class ModelState:
     def commit(self) -> None:
         """Keep the open chunk as history, with what its clean pass says about heads and changes."""
         rule, chunk, cache = self.attention.head_rule, self.chunk, self.cache
-        cache.commit()
+        if cache.shape.history and chunk.masses:
+            cache.queries = chunk.masses
+        cache.commit(self.shares.all_heads)
         if cache.shape.pool and chunk.masses:
             cache.importance = chunk.masses
         if rule is None:
@@ -380,6 +383,11 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
         held = state.cache.with_pool(layer).key_means
         assert held is not None
         chunk.masses.append(importance(q_means, held, state.cache.layout))
+    if chunk.masses is not None and state.cache.shape.history:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        shape = state.cache.shape
+        rope = RopeTable(chunk.positions, *shape.grid, shape.head_dim, dtype=wide, device=q.device)
+        chunk.masses.append(query_sums(rope.back(slice(None)).rotate(q.to(wide))))
     memory = state.cache.visible(layer)
     if plan is None or chosen is None:
         return state.attend_history(q, memory)

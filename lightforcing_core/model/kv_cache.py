@@ -2,17 +2,22 @@
 
 Evicting a frame is renaming its slot: nothing is shifted, cloned or concatenated, and all bookkeeping is Python
 ints, so nothing waits on the device. Keys are stored roped at their global frame index. Only sinks that follow the
-window and frames that come back are rotated, always from their original, so rounding errors do not accumulate.
+window, and frames and tokens that come back, are rotated, always from their original, so rounding errors do not
+accumulate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ...kernels.layer_memory import LayerMemory
+from ..attention.policies.echo import OFFSETS, token_scores, turned_to
 from ..attention.quantised import dequantise_blocks
-from ..attention.selection import sub_block_layout
+from ..attention.selection import best, sub_block_layout
+from ..parallel.shares import WHOLE
+from ..pinned import to_device
 from .block_pool import keep_best
 from .kv_storage import CacheShape, KVOptions, KVStorage, Runs, copy_frames, write_tokens
 from .rope import RopeTable, axis_dims
@@ -43,6 +48,8 @@ class KVCache:
         self._first_original = 0  # the frame of the first original
         self.pooled = 0  # slots in use of the pool
         self.importance: Sequence[Tensor] = ()  # of each layer's blocks, see `importance`; () if all are equal
+        self.queries: Sequence[Tensor] = ()  # of each layer's last clean pass, see `query_sums`; () if not known
+        self._first_queries: Sequence[Tensor] = ()  # the same of all chunks that fit the first window
         self._views: dict[int, tuple[LayerMemory, LayerMemory]] = {}  # by layer, all of its memory and what is visible
         self.wrote_runs = False  # whether `store` has written to slots that are Python numbers
 
@@ -211,12 +218,14 @@ class KVCache:
         self._require_open()
         self.storage.written(layer, [(slot, many) for slot, _, many in self._runs])
 
-    def commit(self) -> None:
-        """Keep the open chunk's last stored keys and values, its clean ones, as history."""
+    def commit(self, all_heads: Callable[[Tensor], Tensor] = WHOLE.all_heads) -> None:
+        """Keep the open chunk's last stored keys and values, its clean ones, as history. all_heads: see `Shares`."""
         self._committed = True
         if (rule := self.shape.rolling) and self._current:
             held, committed = self.slot_frames, self.current_frames
-            self._put_back(rule.moves(held, committed, self.shape.slots, self._first_original))
+            self._put_back(moves := rule.moves(held, committed, self.shape.slots, self._first_original))
+            if self.shape.history and self.queries:
+                self._remember(all_heads, compress=bool(moves))
 
     def free(self) -> None:
         self.storage.free()
@@ -304,6 +313,44 @@ class KVCache:
         for layer, one in enumerate(importance):
             keep_best(self.storage.at(layer), self.storage.layout, sources, first, self.pooled, one)
             self.storage.written(layer, [(first, self.pooled)])
+
+    def _remember(self, all_heads: Callable[[Tensor], Tensor], *, compress: bool) -> None:
+        """Keep the last chunk in the history; if `compress`, the best of older tokens take the chunk before's place."""
+        shape, device, length = self.shape, self._slot_index.device, len(self._current)
+        start, size, tokens = self.current_frames[0], shape.history, self.layout.tokens_per_frame
+        done = start / (start + length)
+        if start + length <= size:
+            first = self._first_queries or self.queries
+            self._first_queries = [torch.lerp(new, old, done) for old, new in zip(first, self.queries, strict=True)]
+        past, before = range(max(0, start + length - size), start), range(start - length, start)
+        rows = [shape.originals + frame % size for frame in past]
+        wide = torch.promote_types(shape.dtype, torch.float32)
+        turned = partial(RopeTable, head_dim=shape.head_dim, dtype=wide, device=device)
+        if compress:
+            place, own = turned(before, *shape.grid), turned(past, *shape.grid)
+            row_of, slots = to_device(torch.tensor(rows), device), [*map(self.slot_frames.index, before)]
+            ahead = [turned([start + length - frame + far for far in OFFSETS], 1, 1) for frame in past]
+        for layer, originals in enumerate(self.storage.originals):
+            memory = self.storage.at(layer)
+            for slot, frame in zip(self._current, self.current_frames, strict=True):
+                for kept, x in zip(originals, self._stored(memory, slot), strict=True):
+                    kept[shape.originals + frame % size].copy_(x, non_blocking=True)
+            if not compress:
+                continue
+            direction, weights = turned_to(self._first_queries[layer], self.queries[layer])
+            scores = []
+            for i, row in enumerate(rows):
+                aimed = ahead[i].rotate(direction[:, None].expand(-1, len(OFFSETS), -1, -1)).mean(1)
+                k = originals[0][row].to(device, wide, non_blocking=True)
+                keys = own.back(slice(i * tokens, (i + 1) * tokens)).rotate(k)
+                scores.append(token_scores(keys, aimed, weights))
+            chosen = best(all_heads(torch.cat(scores, -1)).mean(1), length * tokens)  # [B, tokens]
+            from_row, token = (one.to(originals[0].device) for one in (row_of[chosen // tokens], chosen % tokens))
+            video = torch.arange(shape.batch, device=token.device)[:, None]
+            k, v = (kept[from_row, video, token].to(device) for kept in originals)
+            k = place.rotate(own.back(chosen).rotate(k.to(wide))).to(shape.dtype)
+            self._write(memory, [(slot, i, 1) for i, slot in enumerate(slots)], k, v)
+            self.storage.written(layer, [(slot, 1) for slot in slots])
 
     def _put_back(self, moves: Sequence[tuple[int, int, int]]) -> None:
         """Write originals to slots, rotated in time: (slot, original, frame at which it then stands)."""

@@ -92,6 +92,11 @@ class CacheShape:
         return self.rolling.anchors if self.rolling else self.anchors or following
 
     @property
+    def history(self) -> int:
+        """Last frames whose keys and values are kept for single tokens of them."""
+        return self.slots if self.rolling and self.rolling.memory else 0
+
+    @property
     def averages(self) -> bool:
         """Whether frames that leave the window change the sinks."""
         return self.sink_rope.startswith("average")
@@ -141,7 +146,8 @@ class KVStorage:
     """The tensors of all layers, allocated at construction.
 
     visible: the number of slots, from the first on, that are in use; only these are copied.
-    originals: of each layer first frames' keys and, if they come back or change, values: [frames, B, tokens, H, D].
+    originals: of each layer first frames' keys and, if they come back or change, values: [frames, B, tokens, H, D];
+        behind them the history's, frame n at n modulo their number.
         Copies into CPU memory run before those of `written`, for which `free` waits.
     layout, dtype: of keys and values. keeps_mean: keys are kept less a mean.
     """
@@ -154,7 +160,7 @@ class KVStorage:
         if self.dtype is not shape.dtype:
             sizes += [(shape.rows(layout.per_frame)[:3], torch.float32)] * 2
 
-        kept = shape.originals, shape.batch, shape.tokens_per_frame, shape.heads, shape.head_dim
+        kept = shape.originals + shape.history, shape.batch, shape.tokens_per_frame, shape.heads, shape.head_dim
         kind = torch.promote_types(shape.dtype, torch.float32) if shape.sink_rope == "average_float32" else shape.dtype
         has_values = shape.rolling or shape.anchors or shape.averages
         originals = [(kept, kind)] * (2 if has_values else 1) if shape.originals else []

@@ -6,6 +6,7 @@ float64, so no frame index is too large.
 """
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -57,6 +58,12 @@ class RopeTable:
             angles = angles.unflatten(0, (len(positions), -1))[:, order.to(angles.device)].flatten(0, 1)
         angles = angles[None, :, None]
         self.cos, self.sin = (table.to(dtype).to(device) for table in (angles.cos(), angles.sin()))
+
+    def back(self, tokens: Tensor | slice) -> "RopeTable":
+        """The opposite rotation, of some tokens: a slice of them, or their ids [B, L] in each video."""
+        table = copy(self)
+        table.cos, table.sin = self.cos[0, tokens], -self.sin[0, tokens]
+        return table
 
     def rotate(self, x: Tensor) -> Tensor:
         """Rotate x [B, L, H, D] by its tokens' angles in the table's dtype; returns x's."""

@@ -147,7 +147,8 @@ class _Loop:
                     with graph.held():
                         for state in states:
                             state.roles = states[0].roles  # decided by the first guide for all
-                            shows = state.cache.shape.pool or (self._lacks_roles(state) and state.shows_roles)
+                            shape = state.cache.shape
+                            shows = shape.pool or shape.history or (self._lacks_roles(state) and state.shows_roles)
                             state.chunk.masses = [] if shows else None
                             self._clean_pass(state, latents, run_pass if shows else graph)
                             if (cut := self.recipe.guides[0].cut_at(index)) and cut.pin:
@@ -160,6 +161,9 @@ class _Loop:
             if slots := states[0].cache.pooled:
                 kept = slots * self.cache.layout.per_frame
                 self.recorder.fact("persistent blocks", f"{kept} of each head, all read in chunks that skip blocks")
+            if self.cache.history:
+                tokens = f"{max(self.lengths) * self.cache.tokens_per_frame} tokens in each layer"
+                self.recorder.fact("compressed memory", f"{tokens}, of the last {self.cache.history} latent frames")
             try:
                 self._look(graph, rest=True)
             except (KeyboardInterrupt, SystemExit):
@@ -212,7 +216,8 @@ class _Loop:
         # After a hard switch the frames that come back are some in the middle, and so are those that a cut pins.
         switched = cache.rolling is not None and any(one.switch == "hard" for one in self.recipe.prompts[1:])
         switched |= any(one.pin for one in self.recipe.cuts)
-        switched |= cache.averages or cache.pool > 0  # everything has changed the sinks or the pool
+        # Everything has changed the sinks, the pool or the tokens chosen.
+        switched |= cache.averages or cache.pool > 0 or cache.history > 0
         return self.runtime.replay == "all" or self.starts[index] < cache.first_frames or still_visible or switched
 
     def _lacks_roles(self, state: ModelState) -> bool:

@@ -161,6 +161,8 @@ class Recipe:
             if self.sink_frames:
                 problem = f"{self.sink_frames} would stay visible, and {self.attention.policy} brings first frames back"
                 raise Refusal("sink_frames", problem, "use 0")
+            if rule.memory:
+                self._check_memory()
         if self.attention.joint:
             self._check_joint()
         if self.sink_rope.startswith("average") and (self.window or self.frames) < self.frames:
@@ -183,6 +185,15 @@ class Recipe:
         if self.attention.head_rule is not None or self.attention.joint:
             problem = f"{self.sink_rope!r} changes sinks, and {self.attention.policy} keeps frames of its own"
             raise Refusal("sink_rope", problem, "use 'follow', or another policy")
+
+    def _check_memory(self) -> None:
+        """Refusal of what would change frames whose tokens are kept, or their order."""
+        policy = self.attention.policy
+        if any(one.switch == "hard" for one in self.prompts[1:]):
+            problem = f"'hard' would read frames again whose tokens {policy} keeps"
+            raise Refusal("switch", problem, "use 'soft' or 'blend', or another policy")
+        if self.attention.tiles:
+            raise Refusal("tiles", f"would mix the rows in which {policy} puts tokens", "leave it off")
 
     def _check_joint(self) -> None:
         """Refusal of what chunks that are denoised at once cannot have; a window of None becomes the trained one."""

@@ -83,7 +83,7 @@ def test_policies_are_compared_with_the_method_that_reads_as_much(tmp_path, monk
     small = ("--seeds", 2, "--height", 64, "--width", 64, "--block", "16,16", "--repeats", 2)
     result, output = record(tmp_path, "policies", *small, "--backend", "reference")
     errors, layers, ms = result["error"], result["layer"], result["ms"]["layer"]
-    of_whole_runs = {"forcing_kv", "dummy_forcing", "rolling_sink", "rolling_forcing", "pbsa"}
+    of_whole_runs = {"forcing_kv", "dummy_forcing", "rolling_sink", "echo_forcing", "rolling_forcing", "pbsa"}
     assert set(POLICIES) - set(errors) == of_whole_runs
     assert set(errors) == set(layers) == set(ms)
     assert errors["dense"] == {"read": 1, "error": dict.fromkeys(("low", "median", "high"), 0)}

@@ -2,6 +2,7 @@
 
 from ..selection import FrameBudget, View
 from .base import Plan, Policy, SelectionRule
+from .echo import EchoMemory
 from .gated import GatedPlan, Mass, MixtureOfBlocks
 from .heads import DummyForcing, ForcingKV, HeadRule
 from .light_forcing import Hierarchical, UniformTopK
@@ -22,6 +23,7 @@ POLICIES = {
     "forcing_kv": Policy(ForcingKV(), standing="untrained"),
     "dummy_forcing": Policy(DummyForcing(), standing="untrained"),
     "rolling_sink": Policy(None, RollingSink(), standing="untrained"),
+    "echo_forcing": Policy(None, EchoMemory(), standing="experimental"),
     "pbsa": Policy(PersistentBlocks(), standing="untrained"),
     "rolling_forcing": Policy(None, standing="published", joint=True),
 }

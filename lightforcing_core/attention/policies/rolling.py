@@ -19,6 +19,7 @@ class RollingSink:
     """
 
     anchors: int = 0
+    memory = 0  # chunks between the anchors and the last one
 
     def __post_init__(self) -> None:
         if self.anchors < 0:
@@ -26,9 +27,10 @@ class RollingSink:
 
     def fitted(self, window: int, longest_chunk: int) -> "RollingSink":
         """The rule with its number of anchors for a window of latent frames. Raises Refusal if it cannot work."""
-        least, most = 2 * longest_chunk + 1, window - longest_chunk
+        chunks = 2 + self.memory
+        least, most = chunks * longest_chunk + 1, window - (1 + 2 * self.memory) * longest_chunk
         if window < least:
-            problem = f"{window} has no place for first frames before two chunks of {longest_chunk}"
+            problem = f"{window} has no place for first frames before {chunks} chunks of {longest_chunk}"
             raise Refusal("window", problem, f"use at least {least} latent frames")
         if self.anchors > most:
             problem = f"{self.anchors} do not fit a window of {window} with a chunk of {longest_chunk}"
@@ -43,8 +45,8 @@ class RollingSink:
         held: the frame of each slot. committed: the chunk's frames. window: slots in all. first: the frame of anchor 0.
         """
         start, length = committed[0], len(committed)
-        past = first + window - length  # the first frame whose place an anchor takes
-        due = range(max(past, start - length), start)
+        past = first + window - (1 + 2 * self.memory) * length  # the first frame whose place an anchor takes
+        due = range(max(past, start - (1 + self.memory) * length), start - self.memory * length)
         steps = {frame: (frame - past + self.anchors) % (2 * self.anchors) for frame in due}
         return [
             (slot, min(steps[frame], 2 * self.anchors - 1 - steps[frame]), frame)

@@ -73,13 +73,14 @@ def test_cache_is_the_stated_formula_plus_pooled_keys_and_sink_originals_of_a_wi
     assert tiny(Schedule(6, sink_rope="follow", **window)).cache == tiny(Schedule(6)).cache  # nothing is evicted
 
 
-def test_frames_that_come_back_are_kept_once_more_on_the_device_or_in_cpu_memory():
+@pytest.mark.parametrize(("policy", "kept"), [("rolling_sink", 18), ("echo_forcing", 12 + 21)])
+def test_frames_that_come_back_are_kept_once_more_on_the_device_or_in_cpu_memory(policy, kept):
     shape, text = (1, 16, 60, 60, 104), torch.empty(1, 512, 4096, device="meta")
-    recipe = Recipe(shape, 3, few_step_sigmas(), text, attention=AttentionOptions(policy="rolling_sink"))
+    recipe = Recipe(shape, 3, few_step_sigmas(), text, attention=AttentionOptions(policy=policy))
     near, far = (estimate(WAN, recipe, weights=1, kv=KVOptions(host=host)) for host in (False, True))
     slot = 287_539_200  # bytes of a latent frame's keys and values
-    assert near.cache == (21 + 18) * slot
-    assert (far.cache, far.host) == (21 * slot * 2 // 30, (21 + 18) * slot)
+    assert near.cache == (21 + kept) * slot
+    assert (far.cache, far.host) == (21 * slot * 2 // 30, (21 + kept) * slot)
 
 
 def test_persistent_blocks_take_the_memory_of_their_frames_with_means():

@@ -92,7 +92,8 @@ def test_eight_bit_cache_stays_close(dit, dtype, growth):
 
 def test_policies_tiles_and_estimators_give_videos_of_their_own_and_dense_is_dense(dit):
     changes = [{}, {"tiles": True}, {"estimator": "lse"}, {"policy": "mass", "settings": (("top_p", 0.5),)}]
-    whole = {"light_forcing", "dense", "rolling_sink", "rolling_forcing", "pbsa"}  # nothing has left pbsa's window
+    # Nothing has left the windows of some.
+    whole = {"light_forcing", "dense", "rolling_sink", "echo_forcing", "rolling_forcing", "pbsa"}
     changes += [{"policy": policy} for policy in set(POLICIES) - whole]
     videos = [video(dit, **change) for change in changes] + [video(dit, None)]
     assert torch.equal(videos[-1], video(dit, policy="dense"))
@@ -101,7 +102,7 @@ def test_policies_tiles_and_estimators_give_videos_of_their_own_and_dense_is_den
         torch.testing.assert_close(one[:, :, :2], other[:, :, :2], rtol=0, atol=2e-5)  # the first chunk is dense
 
 
-@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"dense"}))
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"dense", "echo_forcing"}))
 def test_policies_run_with_every_other_option(dit, policy):
     options = {"tail": True, "estimator": "lse", "tiles": True, "kv": KVOptions("int8")}
     assert video(dit, policy=policy, **options).isfinite().all()

@@ -41,6 +41,7 @@ OPTIONS = {
     **{name: {"attention": {"policy": name}} for name in ("topk", "radial", "mass", "vmoba", "forcing_kv")},
     "dummy_forcing": {"attention": {"policy": "dummy_forcing"}},
     "rolling_sink": {"attention": {"policy": "rolling_sink"}, "window": 9, "frames": 15},
+    "echo_forcing": {"attention": {"policy": "echo_forcing"}, "window": 10, "frames": 15},
     "pbsa": {"attention": {"policy": "pbsa"}, "window": 6, "frames": 15},
     "rolling_forcing": {
         "attention": {"policy": "rolling_forcing"},

@@ -45,6 +45,15 @@ REFUSED = {
     ("rolling_sink", "changing sinks"): "sink_frames 3 would stay visible",
     ("rolling_sink", "cut"): "'cut' cannot end a scene that rolling_sink brings back",
     ("rolling_sink", "pinned cut"): "'cut' cannot end a scene that rolling_sink brings back",
+    **{
+        ("echo_forcing", name): "window 9 has no place for first frames"
+        for name in OPTIONS
+        if OPTIONS[name].get("window")
+    },
+    ("echo_forcing", "cut"): "'cut' cannot end a scene that echo_forcing brings back",
+    ("echo_forcing", "hard switch"): "'hard' would read frames again whose tokens",
+    ("echo_forcing", "frame-wise"): "frames_per_chunk 1 could show a token",
+    ("echo_forcing", "tiles"): "tiles would mix the rows",
     ("pbsa", "cut"): "'cut' cannot end a scene that pbsa brings back",
     ("pbsa", "pinned cut"): "'cut' cannot end a scene that pbsa brings back",
     **{(policy, "changing sinks"): "'average' changes sinks" for policy in ("forcing_kv", "dummy_forcing")},

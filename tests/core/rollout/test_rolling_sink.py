@@ -173,7 +173,7 @@ def test_after_a_hard_switch_the_recomputed_frames_are_the_anchors(one_layer):
     ("settings", "options", "message"),
     [
         ({}, {"sink_frames": 3}, "sink_frames 3 would stay visible, and rolling_sink brings first frames back; use 0"),
-        ({}, {"window": 6}, "window 6 has no place for first frames before two chunks of 3; use at least 7"),
+        ({}, {"window": 6}, "window 6 has no place for first frames before 2 chunks of 3; use at least 7"),
         ({"anchors": 7}, {}, "anchors 7 do not fit a window of 9 with a chunk of 3; use at most 6"),
         ({"anchors": -1}, {}, "anchors -1 is negative"),
         ({"frames": 3}, {}, "policy 'rolling_sink' has no setting 'frames'; its settings are anchors"),
