@@ -184,8 +184,8 @@ class SelectionPlan:
     def tables(self) -> tuple[Tensor, ...]:
         return () if self.numbers is None else (self.frame_ranks, self.numbers)
 
-    def of_layer(self, layer: int) -> None:
-        """Nothing is selected before queries and keys are known."""
+    def of_layer(self, layer: int) -> "SelectionPlan":
+        return self  # nothing is selected before queries and keys are known
 
     def steady(self, slots: int, width: int) -> "SelectionPlan":
         """The same for all `slots` of a cache, so that every chunk launches the same work on lists of `width` entries.

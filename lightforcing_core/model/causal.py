@@ -392,7 +392,8 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
     if plan is None or chosen is None:
         return state.attend_history(q, memory)
     selection, whole = plan.of_layer(layer), state.cache.storage.at(layer) if plan.tables else None
-    if selection is None:
+    if not isinstance(selection, BlockSelection):
+        plan = selection
         means = whole or memory
         sub_means = means.sub_means if options.estimator == "lse" else None
         assert means.key_means is not None  # a cache that never selects blocks keeps no means

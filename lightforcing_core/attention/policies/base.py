@@ -35,8 +35,8 @@ class Plan(Protocol):
     def tables(self) -> tuple[Tensor, ...]:
         """What `select` reads from the device in the place of numbers, see `SelectionPlan.steady`; usually nothing."""
 
-    def of_layer(self, layer: int) -> BlockSelection | None:
-        """The selection of a layer in every step, if no query and no key changes it; `select` is not called then."""
+    def of_layer(self, layer: int) -> "BlockSelection | Plan":
+        """The selection of a layer in every step if no query and no key changes it, else the plan that selects."""
 
     def select(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None

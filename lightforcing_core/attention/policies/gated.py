@@ -115,8 +115,8 @@ class GatedPlan:
     uneven = True
     tables = ()
 
-    def of_layer(self, layer: int) -> None:
-        """Nothing is selected before queries and keys are known."""
+    def of_layer(self, layer: int) -> "GatedPlan":
+        return self  # nothing is selected before queries and keys are known
 
     def seeing(self, queries: Tensor, keys: Tensor) -> "GatedPlan":
         """The plan for blocks of this self-similarity, [B, H, blocks] both."""

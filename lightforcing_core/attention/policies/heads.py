@@ -6,8 +6,8 @@ of chunks. The schedule's sparsity is not used, except that a chunk of sparsity 
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from ...pinned import to_device
 from ..blocks import FrameBlocks
 from ..roles import DYNAMIC, STATIC, Roles, dummy_forcing_roles, forcing_kv_roles
-from ..selection import BlockSelection, FrameBudget, View
+from ..selection import BlockSelection, FrameBudget, View, best, kept_blocks, lse_scores, mean_scores
 from .static import FixedPlan
 
 SEGMENTS = 6  # runs of blocks that a frame is cut into
@@ -24,12 +24,35 @@ SEGMENTS = 6  # runs of blocks that a frame is cut into
 
 @dataclass(frozen=True)
 class HeadPlan(FixedPlan):
-    """A chunk's lists of each layer; `selection` is the first layer's."""
+    """A chunk's lists of each layer; `selection` is the first layer's, or that of the layer that is asked.
+
+    choosing: the heads of each layer that choose `chosen` blocks by their scores, bool [H, 1, 1], None if none does.
+    layout: of key blocks.
+    """
 
     layers: Sequence[BlockSelection] = ()
+    chosen: int = 0
+    choosing: Sequence[Tensor | None] = ()
+    layout: FrameBlocks | None = None
 
-    def of_layer(self, layer: int) -> BlockSelection:
-        return self.layers[layer]
+    @property
+    def kind(self) -> Hashable:
+        return "heads", self.chosen
+
+    def of_layer(self, layer: int) -> "BlockSelection | HeadPlan":
+        lists, heads = self.layers[layer], self.choosing[layer] if self.choosing else None
+        return lists if heads is None else replace(self, selection=lists, choosing=(heads,))
+
+    def select(
+        self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None
+    ) -> BlockSelection:
+        assert self.layout is not None
+        (choosing,) = self.choosing
+        assert choosing is not None
+        scores = mean_scores(q_means, k_means) if sub_means is None else lse_scores(q_means, sub_means, self.layout)
+        lists = self.selection.to_mask(k_means.shape[1])
+        chosen = torch.zeros_like(lists).scatter_(-1, best(scores, self.chosen), True)
+        return BlockSelection.from_mask(torch.where(choosing, chosen, lists))
 
     @classmethod
     def build(cls, view: View, masks: Tensor, roles: Tensor, kept: int, density: float) -> "HeadPlan":
@@ -106,10 +129,14 @@ class ForcingKV(HeadRule):
     Frames are cut into six runs of blocks. Of those of the three frames before the last one, the `share` whose keys
     differ most from the next frame's are read, as `changed` finds them when a chunk is committed that began after
     `split` frames or more. Layer 0 has static heads only.
+
+    blocks: an experiment: each query block of a dynamic head reads, instead of these, the share `blocks` of all visible
+    blocks that score best, as in `topk`. 0: off.
     """
 
     split: int = 6
     share: float = 0.33
+    blocks: float = 0.0
     names = ("static", "dynamic")
     probe_frames = 8
     near = 4
@@ -117,10 +144,16 @@ class ForcingKV(HeadRule):
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
             raise ValueError(f"share {self.share} is outside [0, 1]; the published one is 0.33")
+        if not 0.0 <= self.blocks <= 1.0:
+            raise ValueError(f"blocks {self.blocks} is outside [0, 1]; use 0 for the published frames, or 0.5")
+
+    @property
+    def needs_means(self) -> bool:  # type: ignore[override]
+        return self.blocks > 0.0
 
     @property
     def segments(self) -> int:
-        return round(3 * SEGMENTS * self.share)
+        return 0 if self.blocks else round(3 * SEGMENTS * self.share)
 
     def plan(self, view: View, sparsity: float, budget: FrameBudget) -> HeadPlan:
         past, own = view.in_time[: -view.current], view.in_time[-view.current :]
@@ -137,7 +170,13 @@ class ForcingKV(HeadRule):
         kinds[0] = 0
         mean = kept + len(changed) / SEGMENTS * per_frame * kinds.float().mean().item()
         most = min(kept + len(changed) * int(segment.bincount().max()), view.k_blocks)
-        return HeadPlan.build(view, masks, kinds, most, mean / view.k_blocks)
+        if not self.blocks:
+            return HeadPlan.build(view, masks, kinds, most, mean / view.k_blocks)
+        chosen = kept_blocks(1.0 - self.blocks, view.k_blocks)
+        mean += (chosen - kept) * kinds.float().mean().item()
+        plan = HeadPlan.build(view, masks, kinds, kept, mean / view.k_blocks)
+        choosing = [to_device(heads[:, None, None], view.device) if heads.any() else None for heads in kinds > 0]
+        return replace(plan, kept=max(kept, chosen), chosen=chosen, choosing=choosing, layout=view.k_layout)
 
     def described(self, roles: Roles) -> str:
         return super().described(((STATIC,) * len(roles[0]), *roles[1:]))

@@ -64,8 +64,8 @@ class PoolPlan:
     def kind(self) -> Hashable:
         return "pool", self.window.kind
 
-    def of_layer(self, layer: int) -> None:
-        """Nothing is selected before queries and keys are known."""
+    def of_layer(self, layer: int) -> "PoolPlan":
+        return self  # nothing is selected before queries and keys are known
 
     def select(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None

@@ -1,6 +1,7 @@
 """Rules that read the same key blocks in every layer, head and step: only the places of two blocks matter."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,10 +21,13 @@ class FixedPlan:
     kept: int
     density: float | None
     uneven: bool
-    kind = "fixed"
     tables = ()
 
-    def of_layer(self, layer: int) -> BlockSelection:
+    @property
+    def kind(self) -> Hashable:
+        return "fixed"
+
+    def of_layer(self, layer: int) -> "BlockSelection | FixedPlan":
         return self.selection
 
     def select(

@@ -107,6 +107,25 @@ def test_lists_of_the_worked_ring():
     assert [int(run) - 5 * 25 for run in runs] == [5, 4, 4, 4, 4, 4]
 
 
+@pytest.mark.parametrize("estimator", ["mean", "lse"])
+def test_dynamic_heads_choose_blocks_by_their_scores(estimator):
+    roles = ((DYNAMIC, STATIC), (DYNAMIC, STATIC))
+    plan = ForcingKV(blocks=0.5).plan(ring(1536, roles), 0.5, BUDGET)
+    assert plan.of_layer(0).counts.unique().tolist() == [120]  # layer 0 has static heads only
+    assert (plan.kept, plan.density) == (120, (0.625 * 3 + 0.5) / 4)
+    generator = torch.Generator().manual_seed(0)
+    q, k, subs = (torch.randn(1, blocks, 2, 16, generator=generator) for blocks in (72, 192, 768))
+    blocks, counts = plan.of_layer(1).select(q, k, torch.empty(1, 8, 2, 16), subs if estimator == "lse" else None)
+    assert counts.unique().tolist() == [96, 120]
+    assert (blocks[0, 1, :, :120] == torch.tensor([*range(24), *range(96, 192)])).all()
+    for row, query in enumerate(q[0, :, 0].double()):
+        scores = k[0, :, 0].double() @ query
+        if estimator == "lse":
+            parts = subs[0, :, 0].double() @ query / 4
+            scores = parts.unflatten(0, (192, 4)).exp().sum(1)
+        assert set(blocks[0, 0, row, :96].tolist()) == set(scores.argsort(descending=True)[:96].tolist())
+
+
 @st.composite
 def rings(draw, kinds):
     """A full ring in any order of slots, ragged blocks or not, roles of any kind, segments of any number."""
@@ -226,6 +245,7 @@ def test_everything_visible_is_read_for_a_reason(rule, view, reason):
         ({"policy": "dummy_forcing", "settings": (("near", 0),)}, "near 0 reads no near frame"),
         ({"policy": "dummy_forcing", "settings": (("dummies", 2.0),)}, r"dummies 2.0 is outside \[0, 1\]"),
         ({"policy": "forcing_kv", "settings": (("share", -0.1),)}, "share -0.1 is outside"),
+        ({"policy": "forcing_kv", "settings": (("blocks", 1.1),)}, "blocks 1.1 is outside"),
     ],
 )
 def test_options_that_cannot_be_are_refused(options, message):

@@ -39,6 +39,10 @@ OPTIONS = {
     "cut": {"context": [Prompt(text(1)), Prompt(text(2), 2, "cut", jump=8)]},
     "pinned cut": {"context": [Prompt(text(1)), Prompt(text(2), 2, "cut", pin=3)], "window": 9},
 }
+SETTINGS = {
+    "mass with a test": (("similarity", 0.15),),
+    "forcing_kv with chosen blocks": (("blocks", 0.5),),
+}
 REFUSED = {
     ("rolling_sink", "sinks"): "sink_frames 3 would stay visible",
     ("rolling_sink", "following sinks"): "sink_frames 3 would stay visible",
@@ -65,16 +69,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("policy", [*POLICIES, "mass with a test"])
+@pytest.mark.parametrize("policy", [*POLICIES, *SETTINGS])
 def test_a_policy_runs_and_continues_with_an_option_or_is_refused(dit, tmp_path, policy, name):
     options = {"frames": 15, "frames_per_chunk": 3, "context": text(1), **OPTIONS[name]}
-    attention = AttentionOptions("reference", (16, 16), 3, 1, 1, policy=policy.split()[0])
-    if policy.endswith("test"):
-        attention = replace(attention, settings=(("similarity", 0.15),))
+    attention = AttentionOptions(
+        "reference", (16, 16), 3, 1, 1, policy=policy.split()[0], settings=SETTINGS.get(policy, ())
+    )
     options["attention"] = replace(attention, **options.get("attention", {}))
     kv, shape = options.pop("kv", KVOptions()), (options.pop("batch", 1), 16, options.pop("frames"), *SIZE)
     options |= {"latent_shape": shape, "sigmas": (1.0, 0.5, 0.0), "growth": (0.0, 0.5)}
-    if expected := REFUSED.get((policy, name)):
+    if expected := REFUSED.get((policy.split()[0], name)):
         with pytest.raises(Refusal, match=expected):
             list(rollout(dit, recipe_of(**options), Runtime(kv=kv)))
         return
