@@ -202,7 +202,7 @@ def test_switched_off_the_hosts_own_preview_is_shown(canvas):
     canvas.evaluate("() => app.queuePrompt(0, 1)")
     canvas.wait_for("[...document.querySelectorAll('video')].some((video) => video.videoWidth > 0)", seconds=120)
     assert canvas.evaluate("() => window.sheets") >= 3
-    assert canvas.evaluate(f"() => {view} === undefined")
+    assert canvas.evaluate(f"() => !{view}")
     assert canvas.evaluate(f"() => app.nodeOutputs[{schedule}]") is None  # the plot is there without a picture
     canvas.evaluate(f"() => {setting.format('true')}")
 

@@ -18,6 +18,7 @@ const queued = new Map(); // prompt id → workflow
 const states = new WeakMap(); // workflow → Map(execution id → State), the last changed one at the end
 const strays = new Map(); // the same by prompt id, of runs that this page did not queue or does not know yet
 const panels = new Map(); // node → Panel
+const loaded = new WeakMap(); // node → its saved height, which Vue replaces by that of the node before an undo
 
 /** What is known of one node's last run. */
 class State {
@@ -106,7 +107,8 @@ class Panel {
   constructor(node) {
     this.node = node;
     this.height = node.size[1];
-    this.own = this.height; // the node's height without the panel
+    this.own = Math.min(loaded.get(node) ?? Infinity, this.height); // the height without the panel
+    loaded.delete(node);
     node.lightForcingPanel = this;
     this.element = part("div", "panel", { display: "flex", flexDirection: "column", gap: "4px", padding: "0 4px" });
     this.frame = part("div", "frame", { position: "relative", flex: "1 1 auto", minHeight: `${PICTURE_HEIGHT}px` });
@@ -177,14 +179,18 @@ class Panel {
   /** Makes the node as high as its widgets need, or as high as it is without the panel. */
   fit() {
     this.settle();
-    this.resize(Math.max(this.own, this.node.computeSize()[1]));
+    const height = Math.max(this.own, this.node.computeSize()[1]);
+    this.resize(LiteGraph.vueNodesMode ? Math.max(height, this.height) : height);
   }
 
-  /** Finds out how the user has changed the height. ComfyUI's own changes make it no higher than the widgets need. */
+  /**
+   * Finds out how the user has changed the height. ComfyUI's own changes make it no higher than the widgets need; Vue's
+   * may, so with it a node that grows while it has a panel counts as grown for the panel.
+   */
   settle() {
     const height = this.node.size[1];
     if (height < this.height) this.own = Math.min(this.own, height);
-    else if (height > this.node.computeSize()[1]) this.own += height - this.height;
+    else if (!LiteGraph.vueNodesMode && height > this.node.computeSize()[1]) this.own += height - this.height;
     this.height = height;
   }
 
@@ -229,7 +235,8 @@ function part(tag, name, style) {
 }
 
 function endOfRun(promptId) {
-  for (const panel of panels.values()) if (panel.view?.promptId === promptId) panel.view.live = false;
+  const all = states.get(queued.get(promptId)) ?? strays.get(promptId);
+  for (const { view } of all?.values() ?? []) if (view?.promptId === promptId) view.live = false;
 }
 
 app.registerExtension({
@@ -278,5 +285,9 @@ app.registerExtension({
       api.addEventListener(name, ({ detail }) => endOfRun(detail.prompt_id));
     setInterval(sync, SYNC_MS);
     await loadTexts();
+  },
+  loadedGraphNode(node) {
+    loaded.set(node, node.size[1]);
+    setTimeout(() => loaded.delete(node), 3 * SYNC_MS); // from then on the height is the user's
   },
 });
