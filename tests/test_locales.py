@@ -68,9 +68,11 @@ def test_settings_are_those_of_the_page():
     for path, text in texts("en", "settings").items():
         assert path.startswith(f"{identity}/")
         assert f'"{text}"' in page
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "nodes" / "web" / "js").glob("*.js"))
     for category in texts("en", "main"):
         section, _, name = category.partition("/")
-        assert section == "nodeCategories" or f'"{name}"' in page
+        used = f'textOf("{name}")' in scripts if section == "lightForcing" else f'"{name}"' in page
+        assert used or section == "nodeCategories"
 
 
 def test_every_node_has_a_help_page_in_each_language_and_no_page_is_left_over():
