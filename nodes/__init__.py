@@ -12,6 +12,7 @@ from .browser import add_routes
 from .comfy import keep_queued_prompts, running_server
 from .model import loader
 from .sampling import sampler
+from .sampling.direction import direct_run
 from .vae import decode, encode
 
 NODES: list[type[io.ComfyNode]] = [
@@ -43,7 +44,7 @@ class LightForcingExtension(ComfyExtension):
     async def on_load(self) -> None:
         server = running_server()
         if server is not None:
-            add_routes(server, schedule.plot_numbers)
+            add_routes(server, schedule.plot_numbers, direct_run)
             keep_queued_prompts(server)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -1,4 +1,4 @@
-"""Browser pages that run the pack's JavaScript, and the two routes that the JavaScript calls."""
+"""Browser pages that run the pack's JavaScript, and the routes that the JavaScript and other programs call."""
 
 import asyncio
 import json
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+
+from ..lightforcing_core.refusal import Refusal
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +28,19 @@ def watching_page(server: Any) -> Page | None:
     return None if server is None else _PAGES.get(server.client_id or "")
 
 
-def add_routes(server: Any, schedule_numbers: Callable[[Any], dict[str, Any]]) -> None:
-    """Add the pack's routes to ComfyUI's server; `schedule_numbers` answers the schedule node's plot."""
+def add_routes(
+    server: Any, schedule_numbers: Callable[[Any], dict[str, Any]], direct_run: Callable[..., dict[str, Any]]
+) -> None:
+    """Add the pack's routes to ComfyUI's server.
 
-    def post(path: str, answer: Callable[[Any], dict[str, Any]]) -> None:
-        """Add a route from JSON to JSON; a body that is none, or of another kind, is HTTP 400 with the reason."""
+    schedule_numbers: answers the schedule node's plot. direct_run: directs a run, given its `prompt_id`.
+    """
+
+    def post(path: str, answer: Callable[..., dict[str, Any]]) -> None:
+        """Add a route from JSON, and the parts of the path by name, to JSON.
+
+        A body that is no JSON, or of another kind, is HTTP 400 with the reason; a refusal is 409, or 404 for an id.
+        """
 
         @server.routes.post(path)
         async def respond(request: web.Request) -> web.Response:
@@ -38,7 +48,10 @@ def add_routes(server: Any, schedule_numbers: Callable[[Any], dict[str, Any]]) -
                 if (request.content_length or 0) > MOST_BODY or len(body := await request.read()) > MOST_BODY:
                     raise TypeError(f"the request is longer than {MOST_BODY} bytes")
                 # In a thread, because the schedule of a very long video would block the event loop.
-                return web.json_response(await asyncio.to_thread(answer, json.loads(body)))
+                return web.json_response(await asyncio.to_thread(answer, json.loads(body), **request.match_info))
+            except Refusal as refusal:
+                status = 404 if refusal.field == "prompt_id" else 409
+                return web.json_response({"error": str(refusal)}, status=status)
             except UNREADABLE as error:
                 return web.json_response({"error": f"not a request of this pack: {error!r:.200}"}, status=400)
 
@@ -52,3 +65,4 @@ def add_routes(server: Any, schedule_numbers: Callable[[Any], dict[str, Any]]) -
 
     post("/light_forcing/schedule", schedule_numbers)
     post("/light_forcing/page", register)
+    post("/light_forcing/live/{prompt_id}", direct_run)

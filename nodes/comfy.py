@@ -310,6 +310,12 @@ def _dense_attention(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: T
 # --- sampling
 
 
+def encode_text(clip: Any, text: str) -> list[Any]:
+    """CONDITIONING, as CLIP Text Encode makes it."""
+    conditioning: list[Any] = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    return conditioning
+
+
 def empty_latents(model: ModelPatcher, latent: Mapping[str, Any]) -> Tensor:
     """The samples of a LATENT; empty ones get the model's number of channels."""
     spatial, temporal = latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -32,12 +33,16 @@ class LightForcingDemoPrompt(io.ComfyNode):
 
     @classmethod
     def execute(cls, caption: str) -> io.NodeOutput:
-        table = find_table()
-        check_caption(caption, table)
-        if table is None:
-            raise ValueError(f"{TEXT} is no longer in {SHIPPED}; reinstall the pack, which contains the demo model")
-        context = context_of_caption(load_table(table), caption)
-        return io.NodeOutput([[context, {"pooled_output": None}]])
+        return io.NodeOutput(encode_caption(caption))
+
+
+def encode_caption(caption: str) -> list[Any]:
+    """CONDITIONING of a caption. Raises ValueError."""
+    table = find_table()
+    check_caption(caption, table)
+    if table is None:
+        raise ValueError(f"{TEXT} is no longer in {SHIPPED}; reinstall the pack, which contains the demo model")
+    return [[context_of_caption(load_table(table), caption), {"pooled_output": None}]]
 
 
 def check_caption(caption: str, table: Path | None) -> None:

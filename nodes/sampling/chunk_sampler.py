@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -20,6 +21,7 @@ from ...lightforcing_core.model.causal import Pass, prompt_modules
 from ...lightforcing_core.refusal import NotFinite
 from ...lightforcing_core.rollout.cost import flops_ratio, recipe_costs
 from ...lightforcing_core.rollout.loop import rollout
+from ...lightforcing_core.rollout.recipe import Recipe
 from ...lightforcing_core.rollout.record import RunRecord, RunRecorder
 from ...lightforcing_core.rollout.runtime import Chunk, Runtime, StepEvent
 from ...lightforcing_core.rollout.schedule import video_frames_of
@@ -28,9 +30,11 @@ from ..comfy import (
     Interrupted,
     ModelPatcher,
     dense_attentions,
+    executing_node,
     is_interrupted,
     is_out_of_memory,
     is_prompt_waiting,
+    load_if_away,
     out_of_memory,
     raise_if_interrupted,
     request_memory,
@@ -39,6 +43,7 @@ from ..comfy import (
 )
 from ..model.patch import KEY, CausalSampler, conflicting_patch, required_settings, run_passes
 from ..vae.decode import FrameDecoder
+from .direction import Direction
 from .memory import looks_of, memory_advice, plan_of
 from .observer import Observer
 from .request import KV_CACHES, Request, model_text, named_for_the_canvas, unsuitable_guider, unsuitable_start
@@ -54,6 +59,7 @@ class ChunkSampler(CausalSampler):
     saved: a run to continue; it decides the video instead of the request.
     decoder: decodes finished chunks, so the memory plan includes it.
     own_noise: whether chunks start from the run's own noise instead of the one that ComfyUI gives.
+    direction: what clients ask of the run while it is made; None takes no requests.
 
     `record` is the record of the last run, once it has ended.
     """
@@ -66,9 +72,10 @@ class ChunkSampler(CausalSampler):
         saved: RunState | None = None,
         decoder: FrameDecoder | None = None,
         own_noise: bool = False,
+        direction: Direction | None = None,
     ) -> None:
         self.request, self.observers, self.saved = request, observers, saved
-        self.decoder, self.own_noise = decoder, own_noise
+        self.decoder, self.own_noise, self.direction = decoder, own_noise, direction
         self.record: RunRecord | None = None
         self._prepared: tuple[RunState, MemoryPlan, dict[str, str]] | None = None
         self._dense_attention = FastestDense(dense_attentions())
@@ -145,6 +152,16 @@ class ChunkSampler(CausalSampler):
             if callback is not None:
                 callback(event.done - 1, video.clean.clone(), video.noisy, event.total)
 
+        def direct(recipe: Recipe, index: int) -> Recipe:
+            assert self.direction is not None
+            recipe, said = self.direction.follow(recipe, index)
+            if said:
+                load_if_away(model_wrap.model_patcher, 0)  # the text encoder may have taken its place
+                recorder.fact(f"live prompt {index}", said)
+                for observer in self.observers:
+                    observer.directed(recipe, said)
+            return recipe
+
         def should_stop() -> bool:
             return is_interrupted() or (video.is_complete and is_prompt_waiting())
 
@@ -158,6 +175,7 @@ class ChunkSampler(CausalSampler):
             denoise=denoise,
             replay=self.request.replay,
             on_step=on_step,
+            direct=direct if self.direction else None,
             recorder=recorder,
             cuda_graph="auto" if plan.cuda_graph else "off",
             measuring=partial(machine.measuring, show_text, should_stop),
@@ -171,12 +189,20 @@ class ChunkSampler(CausalSampler):
         try:
             with named_for_the_canvas():
                 chunks = rollout(dit, run.recipe, runtime, run.finished, run.begun)
-            with speed, contextlib.closing(chunks):
+            node = executing_node()
+            requests: AbstractContextManager[None] = contextlib.nullcontext()
+            if self.direction is not None and node is not None:
+                requests = self.direction.open(node[1], run.recipe, run.recipe.first_index + len(run.finished))
+            with speed, requests, contextlib.closing(chunks):
                 for chunk in chunks:
                     video.add(chunk)
                     for observer in self.observers:
                         observer.chunk(chunk, is_last=video.is_complete)
                     video.in_output = None
+                    if self.direction is not None and self.direction.stops and not video.is_complete:
+                        for observer in self.observers:
+                            observer.cut(f"stopped after {video.progress}")
+                        break
         except (Interrupted, Exception) as error:
             self._accept_end(error, video, run, plan)
         finally:

@@ -3,18 +3,20 @@
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from ...lightforcing_core.memory.plan import MemoryPlan
+from ...lightforcing_core.rollout.recipe import Recipe
 from ...lightforcing_core.rollout.runtime import Chunk, StepEvent
 from ...lightforcing_core.rollout.schedule import video_frames_of
 from ...lightforcing_core.rollout.state import RunState, save_run_state
 from ..comfy import show_text
 
 LINE_PAUSE = 0.2  # seconds between lines
-# How many runs of each node were cut short. ComfyUI compares the number as the node's fingerprint: it caches the result
-# of such a run like any other, but must not return it when the graph is queued again.
-runs_cut_short: Counter[str | None] = Counter()
+# How many runs of each node were cut short or directed by a client. ComfyUI compares the number as the node's
+# fingerprint: it caches the result of such a run like any other, but must not return it when the graph is queued again.
+runs_off_plan: Counter[str | None] = Counter()
 
 
 class Observer:
@@ -29,6 +31,9 @@ class Observer:
     def chunk(self, chunk: Chunk, *, is_last: bool) -> None:
         """A chunk is finished, with normalised latents."""
 
+    def directed(self, recipe: Recipe, said: str) -> None:
+        """A client has changed the prompts: the recipe from now on, and the change or its failure in words."""
+
     def cut(self, reason: str) -> None:
         """The run ended early, and its finished chunks are the result."""
 
@@ -42,6 +47,9 @@ class StateWriter(Observer):
     def begin(self, run: RunState, plan: MemoryPlan) -> None:
         self._run = run
 
+    def directed(self, recipe: Recipe, said: str) -> None:
+        self._run = replace(self._run, recipe=recipe)
+
     def chunk(self, chunk: Chunk, *, is_last: bool) -> None:
         self._run = self._run.extended_by(chunk)
         save_run_state(self._run, self._path)
@@ -53,6 +61,7 @@ class ProgressLine(Observer):
     why_dense: why attention runs dense although sparsity was asked for, once that is known.
     warning: what the start image will probably do, if it is too short for the model.
     why_cut: why the run ended early, if it did; it then runs again when queued.
+    changes: the prompts that clients gave meanwhile, in words; such a run, too, runs again.
     """
 
     def __init__(self, node_id: str | None) -> None:
@@ -60,6 +69,7 @@ class ProgressLine(Observer):
         self.why_dense: str | None = None
         self.warning: str | None = None
         self.why_cut: str | None = None
+        self.changes: list[str] = []
         self._shown = self._begun = 0.0
         self._last: StepEvent | None = None
 
@@ -89,9 +99,13 @@ class ProgressLine(Observer):
             chunk = f"chunk {event.chunk + 1}/{event.chunks}"
             self._show(f"{chunk} · density {density}{self._pace}{self._left}", f"step {event.step + 1}/{event.steps}")
 
+    def directed(self, recipe: Recipe, said: str) -> None:
+        self.changes.append(said)
+        runs_off_plan[self._node_id] += 1
+
     def cut(self, reason: str) -> None:
         self.why_cut = reason
-        runs_cut_short[self._node_id] += 1
+        runs_off_plan[self._node_id] += 1
 
     def end(self) -> None:
         if self.why_cut:
@@ -100,5 +114,5 @@ class ProgressLine(Observer):
             self._show(f"{self._last.chunk + 1} of {self._last.chunks} chunks{self._pace} · done")
 
     def _show(self, line: str, step: str = "") -> None:
-        notes = [note for note in (self.why_dense, self.warning) if note]
+        notes = [note for note in (self.why_dense, self.warning, *self.changes[-1:]) if note]
         show_text(line, notes, "\n".join(filter(None, (step, self._plan))))

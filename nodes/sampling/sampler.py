@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..comfy import (
     ExecutionBlocker,
     ModelPatcher,
     empty_latents,
+    encode_text,
     file_of,
     flow_shift,
     guider_for,
@@ -22,6 +24,7 @@ from ..comfy import (
     queued_prompt,
     result_device,
 )
+from ..demo_prompt import encode_caption
 from ..model.loader import AUTO, LightForcingApply
 from ..model.patch import KEY, required_settings, settings_of
 from ..report import RECORD
@@ -32,9 +35,10 @@ from ..timeline import TimelineType
 from ..vae.decode import FrameDecoder
 from ..video_output import VideoOutput, VideoOutputType, graph_metadata, open_video, saved_results
 from .chunk_sampler import ChunkSampler
+from .direction import Direction
 from .frames import FrameOutput
-from .live_view import LiveView
-from .observer import Observer, ProgressLine, StateWriter, runs_cut_short
+from .live_view import DEMO_FAMILY, LiveView
+from .observer import Observer, ProgressLine, StateWriter, runs_off_plan
 from .request import Request, model_text, run_inputs
 
 MAX_CFG = 30.0
@@ -73,6 +77,7 @@ class LightForcingSampler(io.ComfyNode):
                 io.Float.Input("cfg", default=1.0, min=0.0, max=MAX_CFG, step=0.1, optional=True, advanced=True),
                 io.String.Input("chunk_seeds", default="", optional=True, advanced=True),
                 *run_inputs(),
+                io.Clip.Input("clip", optional=True),
             ],
             outputs=[io.Latent.Output(display_name="LATENT"), io.Image.Output(display_name="IMAGE")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -106,7 +111,7 @@ class LightForcingSampler(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> int:
-        return runs_cut_short[cls.hidden.unique_id]
+        return runs_off_plan[cls.hidden.unique_id]
 
     @classmethod
     def execute(
@@ -121,6 +126,7 @@ class LightForcingSampler(io.ComfyNode):
         state: StateFile | None = None,
         video_output: VideoOutput | None = None,
         cfg: float = 1.0,
+        clip: Any = None,
         **inputs: Any,
     ) -> io.NodeOutput:
         # A MODEL of ComfyUI's own loader, as in its template for Causal Forcing, if its file shows the family.
@@ -151,7 +157,10 @@ class LightForcingSampler(io.ComfyNode):
                 frames = FrameOutput(decoder, before, normalised=saved is not None, live=live, videos=videos)
                 stack.push(frames.finish_failed)
                 observers.append(frames)
-            sampler = ChunkSampler(request, observers, saved=saved, decoder=decoder, own_noise=True)
+            encode = encode_caption if family.id == DEMO_FAMILY else clip and partial(encode_text, clip)
+            sampler = ChunkSampler(
+                request, observers, saved=saved, decoder=decoder, own_noise=True, direction=Direction(encode)
+            )
             if saved is not None and saved.is_complete:
                 video = model.model.process_latent_out(saved.latents)
                 if decoder is not None:
@@ -176,7 +185,7 @@ class LightForcingSampler(io.ComfyNode):
                 for writer in videos:
                     writer.__exit__(InterruptedError)  # a file that ends early does not get its name
         made: dict[str, Any] = {"samples": video.to(result_device())}
-        notes = [note for note in (line.why_cut, line.why_dense, line.warning) if note]
+        notes = [note for note in (line.why_cut, line.why_dense, line.warning, *line.changes) if note]
         if sampler.record is not None:
             made[RECORD] = sampler.record
             if WIDENED in sampler.record.facts:
@@ -203,7 +212,7 @@ class LightForcingSamplerSelect(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> int:
-        return runs_cut_short[cls.hidden.unique_id]
+        return runs_off_plan[cls.hidden.unique_id]
 
     @classmethod
     def execute(cls, **inputs: Any) -> io.NodeOutput:
