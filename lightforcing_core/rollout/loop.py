@@ -103,7 +103,6 @@ class _Loop:
         states: list[ModelState] = []
         joint: list[ModelState] = []  # for chunks that are denoised at once
         past: list[Tensor] = []  # clean chunks as far back as any of them is visible, which a pin does not bound
-        far = len(self.lengths) if any(cut.pin for cut in self.recipe.cuts) else self.cache.slots
         self.recorder.start(self.dit, self.shape, self.device, self.shares)
         note, wanted = partial(self.recorder.fact, "CUDA graphs"), self.runtime.cuda_graph
         graph = StepGraph(self.weights, note, wanted, self.why_no_graphs, self.shares.agree)
@@ -118,6 +117,8 @@ class _Loop:
             self._look(graph)
             for index, length in enumerate(self.lengths):
                 is_given = index < self.first_index
+                if self.runtime.direct is not None and not is_given:
+                    self.recipe = self.runtime.direct(self.recipe, index)
                 self._follow_prompts(states, index, past)
                 if is_given and not self._is_replayed(index) and not self._lacks_roles(states[0]):
                     for state in states:
@@ -154,6 +155,7 @@ class _Loop:
                             if (cut := self.recipe.guides[0].cut_at(index)) and cut.pin:
                                 state.cache.pin(cut.pin)
                     self.recorder.lap(index, "replay" if is_given else "clean pass")
+                far = len(self.lengths) if any(cut.pin for cut in self.recipe.cuts) else self.cache.slots
                 past = [*past, latents][-far:]
             graph.finish()
             if (rule := self.recipe.attention.head_rule) and states[0].roles:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -257,6 +257,11 @@ class Recipe:
     def prompts(self) -> tuple[Prompt, ...]:
         """The prompts of the timeline; a single text holds throughout."""
         return (Prompt(self.context),) if isinstance(self.context, Tensor) else tuple(self.context)
+
+    def with_prompt(self, prompt: Prompt) -> "Recipe":
+        """The recipe with one more prompt, in place of the one that starts at the same chunk, if any."""
+        others = [one for one in self.prompts if one.start_chunk != prompt.start_chunk]
+        return replace(self, context=(*others, prompt))
 
     @cached_property
     def guides(self) -> tuple[Timeline, ...]:

@@ -16,7 +16,7 @@ from ..model.kv_storage import KVOptions
 from ..parallel.shares import Exchange
 from ..pinned import Weights
 from ..refusal import check_choice
-from .recipe import Noise
+from .recipe import Noise, Recipe
 from .record import RunRecorder
 
 Denoise = Callable[[Tensor, float, Sequence[Pass]], Tensor]
@@ -76,6 +76,9 @@ class Runtime:
     replay: how a continued video is read again. "all" feeds every frame, so that the result equals one long run;
         "window" only the frames that later chunks may see, at a cost that does not grow with the video.
     on_step: called after every denoising step.
+    direct: called as direct(recipe, chunk_index) before each chunk that is generated; returns the recipe to follow from
+        that chunk on, the same one or `recipe.with_prompt(…)` of a prompt that starts there. The last one returned, run
+        from the start, gives the same video. With several ranks it must return the same to each.
     recorder: records the blocks that the run reads and the time it takes.
     measuring: a context in which `machine` measures, before the first chunk and after the last: it runs single layers,
         through `denoise` if that is given. None is `machine.measuring`, or no measurement if `denoise` is given.
@@ -94,6 +97,7 @@ class Runtime:
     denoise: Denoise | None = None
     replay: Replay = "all"
     on_step: Callable[[StepEvent], object] | None = None
+    direct: Callable[[Recipe, int], Recipe] | None = None
     recorder: RunRecorder | None = None
     cuda_graph: CudaGraph = "auto"
     measuring: Callable[[], AbstractContextManager[None]] | None = None

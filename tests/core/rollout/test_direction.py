@@ -284,3 +284,50 @@ def test_one_chunk_may_have_its_own_seed(dit):
     other = video(run(dit, text(1), noise=seeded_noise(1, {2: 99})))
     assert torch.equal(plain[:, :, :6], other[:, :, :6])
     assert not torch.equal(plain[:, :, 6:9], other[:, :, 6:9])
+
+
+LIVE = [
+    {},
+    {"window": 9, "sink_frames": 1, "sink_rope": "follow"},
+    {"attention": ROLLING, "window": 9},
+    {"cfg": 2.0, "negative": text(4)},
+]
+
+
+@pytest.mark.parametrize("options", LIVE)
+@pytest.mark.parametrize("switch", ["hard", "soft", "blend", "cut"])
+def test_prompts_given_while_the_video_is_made_equal_a_timeline_of_them(dit, switch, options):
+    """One prompt comes before the first chunk; one replaces a planned one; the last are a cut's pin and its use."""
+    if switch == "cut" and options.get("attention") is ROLLING:
+        switch = "hard"
+    pin = {"pin": 3} if switch == "cut" and options.get("window") else {}
+    given = {
+        0: Prompt(text(3), 0),
+        3: Prompt(text(2), 3, switch, 2, **pin),
+        5: Prompt(text(5), 5, "soft"),
+        6: Prompt(text(6), 6, "hard"),
+    }
+    followed = []
+
+    def direct(recipe, chunk):
+        followed.append(recipe.with_prompt(given[chunk]) if chunk in given else recipe)
+        return followed[-1]
+
+    planned = [Prompt(text(1)), Prompt(text(7), 5), Prompt(text(8), 7, "soft")]
+    live = video(run(dit, planned, frames=27, direct=direct, **options))
+    timeline = followed[-1].prompts
+    assert [one.start_chunk for one in followed[-1].guides[0].prompts] == [0, 3, 5, 6, 7]
+    assert torch.equal(live, video(run(dit, timeline, frames=27, **options)))
+    assert not torch.equal(live, video(run(dit, planned, frames=27, **options)))
+
+
+def test_a_continued_video_is_directed_from_its_next_chunk_on(dit):
+    made, asked = list(run(dit, text(1)))[:2], []
+
+    def direct(recipe, chunk):
+        asked.append(chunk)
+        return recipe.with_prompt(Prompt(text(2), chunk)) if chunk == 2 else recipe
+
+    rest = video(run(dit, text(1), finished=made, direct=direct))
+    assert asked == [2, 3]
+    assert torch.equal(rest, video(run(dit, [Prompt(text(1)), Prompt(text(2), 2)], finished=made)))
