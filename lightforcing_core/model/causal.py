@@ -399,7 +399,7 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
         assert means.key_means is not None  # a cache that never selects blocks keeps no means
         assert means.frame_means is not None
         q_means = state.q_layout.block_means(q) if q_means is None else q_means
-        if isinstance(plan, GatedPlan) and plan.similarity:
+        if isinstance(plan, GatedPlan) and plan.rule.similarity:
             plan = plan.seeing(state.q_layout.self_similarity(q), state.cache.self_similarity(layer))
         selection = plan.select(q_means, means.key_means, means.frame_means, sub_means)
     memory = state.cache.with_pool(layer)

@@ -41,8 +41,7 @@ class Mass:
         kept = kept_blocks(sparsity, view.k_blocks)
         density = None if self.top_p or self.similarity else kept / view.k_blocks
         share = 0 if self.top_p else kept
-        test = self.similarity
-        return GatedPlan(self, view.k_layout, view.k_blocks, density, share, similarity=test, shares=view.shares)
+        return GatedPlan(self, view.k_layout, view.k_blocks, density, share, shares=view.shares)
 
     def scores(self, q_means: Tensor, k_means: Tensor, lengths: Tensor) -> Tensor:
         scores: Tensor = mean_scores(q_means, k_means) * q_means.shape[-1] ** -0.5
@@ -67,6 +66,7 @@ class MixtureOfBlocks:
     """
 
     share: float = 0.25
+    similarity = 0.0
     needs_means = True
     uses_sparsity = False
 
@@ -99,7 +99,7 @@ class GatedPlan:
     """A chunk's plan by `rule`.
 
     budget: blocks per query block on average. own: bool [q_blocks, k_blocks], whether a key block is a query block's.
-    similarity: see `Mass`. alike: whether each query and each key block passes that test, bool [B, H, blocks] both.
+    alike: whether each query and each key block passes the rule's `similarity`, bool [B, H, blocks] both.
     """
 
     rule: Mass | MixtureOfBlocks
@@ -108,7 +108,6 @@ class GatedPlan:
     density: float | None
     budget: int = 0
     own: Tensor | None = None
-    similarity: float = 0.0
     alike: tuple[Tensor, Tensor] | None = None
     shares: Shares = WHOLE
     kind = "gated"
@@ -120,7 +119,7 @@ class GatedPlan:
 
     def seeing(self, queries: Tensor, keys: Tensor) -> "GatedPlan":
         """The plan for blocks of this self-similarity, [B, H, blocks] both."""
-        return replace(self, alike=(queries > self.similarity, keys > self.similarity))
+        return replace(self, alike=(queries > self.rule.similarity, keys > self.rule.similarity))
 
     def select(
         self, q_means: Tensor, k_means: Tensor, frame_means: Tensor, sub_means: Tensor | None = None
