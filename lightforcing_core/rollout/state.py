@@ -109,6 +109,8 @@ class RunState:
         try:
             return replace(self, recipe=longer, finished=tuple(whole))
         except Refusal:
+            if not recipe.attention.joint:
+                raise
             problem = f"{recipe.attention.policy} has denoised the last chunks of this video at once, as its end"
             raise StateError(f"{problem}; start a new video that begins with this one's frames") from None
 
