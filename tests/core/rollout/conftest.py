@@ -12,6 +12,12 @@ def dit():
     return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=2, text_dim=TEXT))
 
 
+@pytest.fixture(scope="module")
+def one_layer():
+    """A model whose keys and values of a frame depend on this frame alone."""
+    return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=1, text_dim=TEXT))
+
+
 @pytest.fixture(scope="session")
 def context():
     return text(1)

@@ -97,3 +97,15 @@ def test_where_no_mean_stands_for_its_block_a_run_is_dense(dit):
     strict = AttentionOptions("reference", (16, 16), policy="mass", settings=(("similarity", 0.99),))
     sparse, dense = (video(roll(dit, text(1), growth=g, attention=strict, **options)) for g in ((0.0, 0.8), None))
     torch.testing.assert_close(sparse, dense, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, *SETTINGS])
+def test_a_continued_run_reads_again_all_that_it_sees(one_layer, policy):
+    """In one layer a frame's keys depend on no earlier frame, so nothing changes if those not seen are left out."""
+    name, settings = policy.split()[0], SETTINGS.get(policy, ())
+    options = {"latent_shape": (1, 16, 30, *SIZE), "sigmas": (1.0, 0.5, 0.0), "growth": (0.0, 0.5)}
+    options |= {"frames_per_chunk": 3, "context": text(1), "window": 21 if name == "echo_forcing" else 9}
+    recipe = recipe_of(attention=AttentionOptions("reference", (16, 16), 3, policy=name, settings=settings), **options)
+    whole = list(rollout(one_layer, recipe))
+    rest = rollout(one_layer, recipe, Runtime(replay="window"), whole[:8])
+    torch.testing.assert_close(video(rest), video(whole[8:]), rtol=0, atol=1e-5)

@@ -11,12 +11,11 @@ from lightforcing.lightforcing_core.attention.policies import RollingSink
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
 from lightforcing.lightforcing_core.model.kv_storage import CacheShape, KVOptions
 from lightforcing.lightforcing_core.model.rope import RopeTable
-from lightforcing.lightforcing_core.model.wan import random_state_dict, wan_from_state_dict
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 from lightforcing.lightforcing_core.rollout.state import RunState, load_run_state, save_run_state
 from lightforcing.lightforcing_core.rollout.timeline import Prompt
 
-from ...support.rollouts import TEXT, recipe_of, roll, text, video
+from ...support.rollouts import recipe_of, roll, text, video
 from .unroped import assert_video_sees
 
 ROLLING = AttentionOptions("reference", (16, 16), policy="rolling_sink")
@@ -142,12 +141,6 @@ def test_a_saved_run_keeps_the_policy_and_its_window(tmp_path):
     saved = load_run_state(save_run_state(RunState(recipe, "model"), tmp_path / "run")).recipe
     assert (saved.window, saved.attention) == (21, attention)
     assert saved.cache_shape(layers=1, heads=1, head_dim=128, dtype=torch.float32).rolling == RollingSink(12)
-
-
-@pytest.fixture(scope="module")
-def one_layer():
-    """A model whose keys and values of a frame depend on this frame alone."""
-    return wan_from_state_dict(random_state_dict(dim=256, ffn_dim=320, layers=1, text_dim=TEXT))
 
 
 @pytest.mark.parametrize("prompts", [text(1), [Prompt(text(1)), Prompt(text(2), 6, "hard")]], ids=["one", "switch"])
