@@ -5,6 +5,7 @@ import torch
 
 from lightforcing.lightforcing_core.attention.options import AttentionOptions
 from lightforcing.lightforcing_core.model.kv_cache import KVCache
+from lightforcing.lightforcing_core.model.kv_storage import KVOptions
 from lightforcing.lightforcing_core.rollout.recipe import few_step_sigmas, seeded_noise
 from lightforcing.lightforcing_core.rollout.timeline import Prompt, Timeline
 
@@ -211,6 +212,15 @@ def test_replaying_the_window_runs_only_sinks_and_visible_frames_and_sees_the_sa
         monkeypatch.setattr(KVCache, "open", original)
         assert len(seen) == replayed + 2
         assert seen[-2:] == [[0, 18, 19, 20, 21, 22, 23], [0, 21, 22, 23, 24, 25, 26]]
+
+
+@pytest.mark.parametrize("rope", ["average", "average_float32"])
+def test_sinks_change_alike_in_memory_of_other_kinds(dit, rope):
+    options = {"window": 9, "sink_frames": 3, "sink_rope": rope, "frames": 18}
+    kinds = KVOptions(), KVOptions(host=True), KVOptions("int8")
+    plain, far, small = (video(run(dit, text(1), kv=kv, **options)) for kv in kinds)
+    assert torch.equal(plain, far)
+    assert 0 < (plain - small).norm() < 0.02 * plain.norm()
 
 
 @pytest.mark.parametrize(("rope", "replayed"), [("follow", 3), ("average", 7)])
