@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ...lightforcing_core.rollout.recipe import (
     few_step_sigmas,
 )
 from ...lightforcing_core.rollout.runtime import Replay
-from ...lightforcing_core.rollout.schedule import Schedule, video_frames_of
+from ...lightforcing_core.rollout.schedule import Schedule
 from ..comfy import ModelPatcher, flow_shift, guidance_of, is_plain_guider, name_of
 from ..model.patch import LATENT_CHANNELS, Settings
 from ..schedule import numbers_per_chunk
@@ -75,7 +75,7 @@ def named_for_the_canvas() -> Iterator[None]:
 class Request:
     """The inputs that both sampling nodes have, and `chunk_seeds`, by name.
 
-    schedule: None takes the defaults of the model's family.
+    schedule: for any length, since the latent's counts; None takes the defaults of the model's family.
     start_latent, end_latent: LATENTs of [B or 1, 16, frames, h, w] in the VAE's space.
     timeline: prompts that take over later.
     speed: "auto" measures this machine and runs what was proved to be faster, "safe" does neither.
@@ -109,8 +109,14 @@ class Request:
     ) -> Recipe:
         """The recipe for a guider's model and prompts; shape: of the latents."""
         family, shift = settings.family, flow_shift(guider.model_patcher)
-        schedule = self.schedule or Schedule.of_family(family, shape[2])
-        _check_schedule(schedule, family, shape[2])
+        planned = self.schedule
+        schedule = replace(planned, latent_frames=shape[2]) if planned else Schedule.of_family(family, shape[2])
+        if family.id != "unknown" and family.frames_per_chunk != schedule.frames_per_chunk:
+            raise ValueError(
+                f"the schedule's chunks of {schedule.frames_per_chunk} latent frames do not match the checkpoint: "
+                f"{family.title} was trained on chunks of {family.frames_per_chunk}; set frames_per_chunk to that, or "
+                f"the model's family to unknown"
+            )
         given: dict[str, Any] = {}
         start, end = self.start(guider.model_options), self.end_latent["samples"] if self.end_latent else None
         for name, latents in (("initial_latents", start), ("last_latents", end)):
@@ -133,22 +139,6 @@ class Request:
             noise_options=NoiseOptions(_first_levels(family, sigmas, shift), seeds, self.context_noise),
             **given,
             **schedule.arguments(initial_frames),
-        )
-
-
-def _check_schedule(schedule: Schedule, family: Family, latent_frames: int) -> None:
-    """Refuse a schedule of another length or for another kind of checkpoint."""
-    if schedule.latent_frames != latent_frames:
-        raise ValueError(
-            f"the schedule is for {video_frames_of(schedule.latent_frames)} video frames "
-            f"({schedule.latent_frames} latent) but the latent holds {video_frames_of(latent_frames)} "
-            f"({latent_frames}); feed both from one length"
-        )
-    if family.id != "unknown" and family.frames_per_chunk != schedule.frames_per_chunk:
-        raise ValueError(
-            f"the schedule's chunks of {schedule.frames_per_chunk} latent frames do not match the checkpoint: "
-            f"{family.title} was trained on chunks of {family.frames_per_chunk}; set frames_per_chunk to that, or "
-            f"the model's family to unknown"
         )
 
 

@@ -35,7 +35,7 @@ export function valueOf(node, name) {
   return origin.node.type?.startsWith("Primitive") ? origin.node.widgets?.[0]?.value : undefined;
 }
 
-function linkOf(graph, id) {
+export function linkOf(graph, id) {
   return graph.getLink?.(id) ?? graph.links?.[id];
 }
 

@@ -4,7 +4,7 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { addElement } from "./element.js";
-import { originOf, valueOf } from "./graph.js";
+import { linkOf, originOf, valueOf } from "./graph.js";
 
 const NODE = "LightForcingSchedule";
 const WIDGET = "light_forcing_schedule_plot";
@@ -21,7 +21,18 @@ function inputsOf(node) {
     const [group, name] = widget.name.split(".");
     if (group === "preset" && name) preset[name] = valueOf(node, widget.name);
   }
-  return { length: valueOf(node, "length"), preset, ...modelOf(node) };
+  return { length: lengthOf(node), preset, ...modelOf(node) };
+}
+
+/** The video's length: that of the sampler's latent, which the run takes, or the node's own. */
+function lengthOf(node) {
+  for (const id of node.outputs?.[0]?.links ?? []) {
+    const sampler = node.graph.getNodeById(linkOf(node.graph, id)?.target_id);
+    const latent = sampler && originOf(sampler, "latent");
+    const length = latent && valueOf(latent.node, "length");
+    if (Number.isInteger(length)) return length;
+  }
+  return valueOf(node, "length");
 }
 
 /** Family, file and attention widgets of the connected model, as far as the loaders on the way to it know. */

@@ -105,9 +105,9 @@ CASES = {
     "Wan I2V through Apply": (lambda: through_apply("wan_i2v.safetensors"), ["36 channels"]),
     "Wan 2.2 5B through Apply": (lambda: through_apply("wan_ti2v_5b.safetensors"), ["Wan 2.1 text-to-video"]),
     "unpatched model": (lambda: graph({"model": core_loader("tiny_wan.safetensors")}), ["Light Forcing Apply"]),
-    "schedule for another length": (
-        lambda: with_parts(schedule=link("plan"), parts={"plan": schedule(33)}),
-        ["33 video frames", "21"],
+    "sparsity of a chunk that the video lacks": (
+        lambda: with_parts(schedule=link("plan"), parts={"plan": schedule(33, sparsity="2: 0.5")}),
+        ["names chunk 2", "chunks 0 to 1"],
     ),
     "chunks of another kind of checkpoint": (
         lambda: with_parts(

@@ -90,6 +90,17 @@ def test_sampler_select_runs_in_the_custom_sampler(server):
     assert (saved - denoised).abs().max() <= 1e-4
 
 
+def test_schedule_takes_the_length_of_the_latent(server):
+    """Its own number is for the plot; sparsities are those of the length that is made."""
+    shorter, same = (
+        latents_of(
+            server, graph({"model": loader()}, schedule=link("plan"), latent=empty(33)) | {"plan": schedule(length)}
+        )
+        for length in (21, 33)
+    )
+    assert torch.equal(shorter, same)
+
+
 def test_schedule_lists_its_sparsities_if_no_page_draws_them(server):
     prompt = graph({"model": loader()}, schedule=link("plan")) | {"plan": schedule(preset="light_forcing_short")}
     (text,) = server.run(prompt)["outputs"]["plan"]["text"]
