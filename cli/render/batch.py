@@ -23,29 +23,33 @@ class Model(NamedTuple):
     vae: str | None = None
 
     def __str__(self) -> str:
-        """What says that a video was made by it; a moved file stays the same."""
-        return " and ".join(Path(file).name for file in self if file) or "the demo model"
+        """Names and sizes of the files, by which a batch knows its model; they may be moved."""
+        return " and ".join(map(_named, filter(None, self))) or "the demo model"
+
+
+def claim(jobs: Sequence[RenderJob], model: Model, out: str) -> None:
+    """Note in `out` what each job is, so that no other batch takes its name.
+
+    Raises UsageError if a name belongs to another prompt, other options or another model.
+    """
+    store, digests, known = Store(out), {job.name: job.digest(str(model)) for job in jobs}, dict[str, Any]()
+    if store.has(BATCH):
+        try:
+            known = dict(mapping(read_json(store.read(BATCH).decode())))
+        except ValueError as error:
+            raise UsageError(f"{store.path(BATCH)} is damaged ({error}); choose another --out") from error
+    for name, digest in digests.items():
+        if known.get(name, digest) != digest:
+            other = f"{name} of another batch: its prompt, its options or its model differ"
+            raise UsageError(f"{out} holds {other}; choose another --out")
+    store.write(BATCH, json.dumps(known | digests, indent=1).encode())
 
 
 class Batch:
-    """The jobs that have no video in `out` yet, and the events about them.
+    """The jobs that have no video in `out` yet, and the events about them."""
 
-    Raises UsageError if a name in `out` belongs to another prompt, other options or another model.
-    """
-
-    def __init__(self, jobs: Sequence[RenderJob], model: Model, out: str, display: Display) -> None:
+    def __init__(self, jobs: Sequence[RenderJob], out: str, display: Display) -> None:
         self.display, self.store = display, Store(out)
-        digests, known = {job.name: job.digest(str(model)) for job in jobs}, dict[str, Any]()
-        if self.store.has(BATCH):
-            try:
-                known = dict(mapping(read_json(self.store.read(BATCH).decode())))
-            except ValueError as error:
-                raise UsageError(f"{self.store.path(BATCH)} is damaged ({error}); choose another --out") from error
-        for name, digest in digests.items():
-            if known.get(name, digest) != digest:
-                other = f"{name} of another batch: its prompt, its options or its model differ"
-                raise UsageError(f"{out} holds {other}; choose another --out")
-        self.store.write(BATCH, json.dumps(known | digests, indent=1).encode())
         self.todo = [job for job in jobs if not self.store.has(f"{job.name}.mp4")]
         self._start, self._all, self._failed = time.monotonic(), len(jobs), 0
         self._done = self._all - len(self.todo)
@@ -71,9 +75,15 @@ class Batch:
         return self._done == self._all
 
 
-def start_batch(jobs: Sequence[RenderJob], model: Model, out: str, *, json: bool) -> Batch:
+def _named(file: str) -> str:
+    path = Path(file)
+    files = [one for one in path.rglob("*") if one.is_file()] if path.is_dir() else [path]
+    return f"{path.name} ({sum(one.stat().st_size for one in files)} bytes)"
+
+
+def start_batch(jobs: Sequence[RenderJob], out: str, *, json: bool) -> Batch:
     """A batch whose events this process shows, until its `summary`."""
     display = Display(complain, single=len(jobs) == 1, json=json)
-    batch = Batch(jobs, model, out, display)
+    batch = Batch(jobs, out, display)
     display.progress.start()
     return batch

@@ -37,7 +37,7 @@ def render(
     """
     from ..queue.jobs import read_seeds
     from ..queue.prompt import UsageError
-    from .batch import Model, start_batch
+    from .batch import Model, claim, start_batch
     from .jobs import read_jobs
 
     try:
@@ -47,7 +47,8 @@ def render(
             raise UsageError("--address and --workers are for --engine ray")
         jobs = read_jobs(prompts, None if seeds is None else read_seeds(seeds))
         files = Model(model, vae)
-        start = partial(start_batch, jobs, files, out, json=json)
+        claim(jobs, files, out)
+        start = partial(start_batch, jobs, out, json=json)
         if engine == "ray":
             from .workers import render_with_ray
 

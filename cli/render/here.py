@@ -16,7 +16,8 @@ from .jobs import RenderJob
 from .renderer import Renderer
 from .store import Store
 
-RESTARTS = 100  # of all ranks after one has ended; a video that ends them again and again fails before
+RESTARTS = 20  # of all ranks after one has ended
+PATIENCE = 1800.0  # seconds that ranks wait for rank 0, which alone decodes and writes; an ended one is noticed at once
 
 Start = Callable[[], Batch]  # makes the batch, in the process that shows its events
 
@@ -31,19 +32,26 @@ def render_here(start: Start, jobs: Sequence[RenderJob], model: Model, out: str,
         1, 1, ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=RESTARTS, start_method="spawn"
     )
     try:
-        return all(elastic_launch(config, _rank)(start, jobs, model, out).values())
+        done = elastic_launch(config, _rank)(start, jobs, model, out)[0]
     except SignalException:
         raise KeyboardInterrupt from None
     except ChildFailedError as error:
         raise OSError(
             f"the processes that render ended {RESTARTS} times; {error.get_first_failure()[1].message}"
         ) from error
+    if isinstance(done, str):
+        raise ValueError(done)
+    return bool(done)
 
 
-def _rank(start: Start, jobs: Sequence[RenderJob], model: Model, out: str) -> bool:
+def _rank(start: Start, jobs: Sequence[RenderJob], model: Model, out: str) -> bool | str:
+    """What `_render` returns, or why a model cannot be loaded, which would be no better after a restart."""
     device = device_of()
-    with process_group(device=None if device.type == "cpu" else device) as group:
-        return _render(start, jobs, model, out, group)
+    with process_group(device=None if device.type == "cpu" else device, seconds=PATIENCE) as group:
+        try:
+            return _render(start, jobs, model, out, group)
+        except ValueError as error:
+            return str(error)
 
 
 def _render(start: Start, jobs: Sequence[RenderJob], model: Model, out: str, exchange: Exchange | None) -> bool:

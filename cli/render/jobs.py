@@ -39,8 +39,12 @@ class RenderJob:
     timeline: Sequence[Mapping[str, Any]] = ()
 
     def digest(self, model: str) -> str:
-        """The same for what gives the same video with a model."""
-        return hashlib.sha256(json.dumps([model, asdict(self)], sort_keys=True).encode()).hexdigest()[:16]
+        """The same for what gives the same video with a model. Raises OSError for a file that cannot be read."""
+        facts = asdict(self)
+        for one in (facts, *facts["timeline"]):
+            if one.get("embeds"):  # the file may be moved, and another may take its place
+                one["embeds"] = hashlib.sha256(Path(one["embeds"]).read_bytes()).hexdigest()
+        return hashlib.sha256(json.dumps([model, facts], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_jobs(path: Path, seeds: Sequence[int] | None) -> list[RenderJob]:

@@ -12,7 +12,7 @@ from ..queue.prompt import UsageError
 
 
 class Store:
-    """Files by name below `url`: a path, or s3://…, gs://… and others. Each appears whole, and replaces its elder."""
+    """Files by name below `url`: a path, or s3://…, gs://… and others. Each appears whole."""
 
     def __init__(self, url: str) -> None:
         try:

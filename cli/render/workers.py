@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from ...lightforcing_core.parallel.group import RankLost, process_group
-from ...lightforcing_core.parallel.shares import Exchange
+from ...lightforcing_core.fast_path import one_line
+from ...lightforcing_core.parallel.group import process_group
 from ..queue.prompt import UsageError
 from .batch import Batch, Model
+from .here import PATIENCE
 from .jobs import RenderJob
-from .renderer import Renderer
+from .renderer import MOST_TRIES, Renderer
 from .store import Store
 
 try:
@@ -29,7 +30,7 @@ AS_OFTEN_AS_NEEDED = {"max_restarts": -1, "max_task_retries": -1}  # a video tha
 
 
 class Board:
-    """Where workers say how far they are, and the driver looks."""
+    """The progress of all workers, which the driver reads."""
 
     def __init__(self) -> None:
         self._news: dict[str, tuple[int, int]] = {}
@@ -43,13 +44,13 @@ class Board:
 
 
 class Follower:
-    """A rank of a gang, but its leader."""
+    """A rank of a gang other than its leader."""
 
     def __init__(self, model: Model, out: str) -> None:
         self._model, self._store, self._group = model, Store(out), ExitStack()
 
     def join(self, where: str, rank: int, size: int) -> None:
-        group = self._group.enter_context(process_group(where, rank, size, device=_gpu()))
+        group = self._group.enter_context(process_group(where, rank, size, device=_gpu(), seconds=PATIENCE))
         self._renderer = Renderer(self._model, _gpu() or torch.device("cpu"), group)
 
     def render(self, job: RenderJob) -> None:
@@ -69,15 +70,18 @@ class Worker:
     def render(self, job: RenderJob) -> tuple[str, dict[str, Any]]:
         """The job's name, and what `Renderer.attempt` returns."""
         told = partial(self._board.tell.remote, job.name)
-        while True:
+        reason = ""
+        for _ in range(MOST_TRIES):
             try:
                 self._renderer = self._renderer or self._load()
                 others = [follower.render.remote(job) for follower in self._followers]
                 result = self._renderer.attempt(job, self._store, told)
                 ray.get(others)
                 return job.name, result
-            except (RankLost, ray.exceptions.RayError):
+            except Exception as error:  # of one rank, so that the others are out of step
+                reason = one_line(error)
                 self._disband()
+        return job.name, {"error": f"{self._size} ranks failed {MOST_TRIES} times: {reason}"}
 
     def _load(self) -> Renderer:
         device = _gpu() or torch.device("cpu")
@@ -92,8 +96,8 @@ class Worker:
             follower = ray.remote(Follower).options(**options).remote(self._model, self._out)
             follower.join.remote(where, rank, self._size)
             self._followers.append(follower)
-        group: Exchange = self._group.enter_context(process_group(where, 0, self._size, device=_gpu()))
-        return Renderer(self._model, device, group)
+        joined = process_group(where, 0, self._size, device=_gpu(), seconds=PATIENCE)
+        return Renderer(self._model, device, self._group.enter_context(joined))
 
     def _disband(self) -> None:
         """End the gang; the next video is rendered by a new one."""
@@ -113,7 +117,7 @@ def render_with_ray(
     """Render a batch; whether all of it is done then.
 
     size: devices for each video. address: of a running cluster, None for one on this machine. workers: videos at once,
-    None for as many as there are devices for. A worker that is lost begins anew, and its video from its last chunk.
+    None for as many as there are devices for. A lost worker is replaced, and its video continues after its last chunk.
     """
     batch = start()
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

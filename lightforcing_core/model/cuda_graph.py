@@ -105,10 +105,11 @@ class StepGraph:
             return call.run()
         self._last = None if commits else call
         recorded = self._recorded.get(call.place)
+        serves = recorded is not None and recorded.is_for(call) and recorded.weights == self._weights.signature()
+        if self._agree(serves) and recorded is not None:
+            state.chunk.passes += 1
+            return self._launch(recorded, call)
         if recorded is not None:
-            if recorded.is_for(call) and recorded.weights == self._weights.signature():
-                state.chunk.passes += 1
-                return self._launch(recorded, call)
             self._spent.append(self._recorded.pop(call.place).recording)  # its tensors return to the pool
             if recorded.weights != self._weights.signature() and (reason := self._weights.hold()):
                 self._stop(reason)

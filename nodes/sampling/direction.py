@@ -1,7 +1,7 @@
 """Live direction: the prompt or the stop that a client asks for while a video is made, taken before its next chunk."""
 
 import contextlib
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,7 +32,8 @@ class Direction:
 
     def __init__(self, encode: Callable[[str], list[Any]] | None) -> None:
         self._encode = encode
-        self._asked: deque[tuple[str, dict[str, Any]]] = deque(maxlen=1)  # its methods are atomic
+        self._asked: tuple[str, dict[str, Any]] | None = None
+        self._lock = threading.Lock()  # of what is asked and the chunk that it precedes
         self._recipe: Recipe
         self._next = 0  # the chunk before which a request is taken
         self.stops = False
@@ -52,32 +53,36 @@ class Direction:
 
         Called in a thread of the server. Raises Refusal, TypeError for another request.
         """
-        if unknown := asked.keys() - FIELDS:
-            raise Refusal("the request", f"has {sorted(unknown)!s:.80}", f"use {', '.join(sorted(FIELDS))}")
-        if self._next == len(self._recipe.chunk_lengths()):
-            raise Refusal("prompt_id", "is at the last chunk of its video", "make a longer video")
-        if asked.get("stop") is True:
-            self.stops = True
+        with self._lock:
+            if unknown := asked.keys() - FIELDS:
+                raise Refusal("the request", f"has {sorted(unknown)!s:.80}", f"use {', '.join(sorted(FIELDS))}")
+            if self._next == len(self._recipe.chunk_lengths()):
+                raise Refusal("the run", "is at the last chunk of its video", "make a longer video")
+            if asked == {"stop": True}:
+                self.stops = True
+                return {"chunk": self._next}
+            if "stop" in asked:
+                raise Refusal("stop", "comes with something else, or is not true", 'send {"stop": true} alone')
+            text, how = asked.get("prompt"), {name: asked[name] for name in ("switch", *NUMBERS) if name in asked}
+            if not isinstance(text, str) or not text.strip() or len(text) > MOST_TEXT:
+                raise Refusal("prompt", "is no text, or too long", f"use 1 to {MOST_TEXT} characters")
+            if any(type(how.get(name, 0)) is not int for name in NUMBERS):
+                raise TypeError(f"{', '.join(NUMBERS)} are whole numbers")
+            if self._encode is None:
+                problem = "cannot be encoded, because the sampler has no text encoder"
+                remedy = "connect the one that encoded `positive` to clip of Light Forcing Sampler"
+                raise Refusal("prompt", problem, remedy)
+            # All that can be refused before there is an embedding is refused here.
+            self._recipe.with_prompt(Prompt(self._recipe.prompts[0].context, self._next, **how))
+            self._asked = text, how
             return {"chunk": self._next}
-        text, how = asked.get("prompt"), {name: asked[name] for name in ("switch", *NUMBERS) if name in asked}
-        if not isinstance(text, str) or not text.strip() or len(text) > MOST_TEXT:
-            raise Refusal("prompt", "is no text, or too long", f"use 1 to {MOST_TEXT} characters")
-        if any(type(how.get(name, 0)) is not int for name in NUMBERS):
-            raise TypeError(f"{', '.join(NUMBERS)} are whole numbers")
-        if self._encode is None:
-            problem = "cannot be encoded, because the sampler has no text encoder"
-            raise Refusal("prompt", problem, "connect the one that encoded `positive` to clip of Light Forcing Sampler")
-        # All that can be refused before there is an embedding is refused here.
-        self._recipe.with_prompt(Prompt(self._recipe.prompts[0].context, self._next, **how))
-        self._asked.append((text, how))
-        return {"chunk": self._next}
 
     def follow(self, recipe: Recipe, index: int) -> tuple[Recipe, str]:
         """The recipe from chunk `index` on, and what has been asked for, in words; "" if nothing was."""
-        self._next = index + 1
-        said = ""
-        if self._asked and self._encode is not None:
-            text, how = self._asked.pop()
+        with self._lock:
+            self._next, asked, self._asked, said = index + 1, self._asked, None, ""
+        if asked and self._encode is not None:
+            text, how = asked
             try:
                 conditioning = self._encode(text)
                 context, extras = conditioning[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightforcing.cli.queue.prompt import UsageError
-from lightforcing.cli.render.batch import Model, start_batch
+from lightforcing.cli.render.batch import Model, claim
 from lightforcing.cli.render.jobs import RenderJob, read_jobs
 from lightforcing.cli.render.renderer import Renderer
 from lightforcing.cli.render.store import Store
@@ -78,7 +78,7 @@ def test_a_video_that_ends_its_process_again_and_again_fails_alone(renderer, tmp
     ("job", "message"),
     [
         ({"text": "a cat"}, "word 1 of the caption"),
-        ({"embeds": "missing"}, "missing cannot be read"),
+        ({"embeds": "missing"}, "No such file"),
         ({"text": CAPTION, "target": 1.5}, "1.5"),
         ({"text": CAPTION, "timeline": ({"text": CAPTION, "start_chunk": 1, "switch": "slow"},)}, "slow"),
     ],
@@ -121,11 +121,11 @@ def test_a_bad_line_is_refused_before_anything_runs(tmp_path, line, message):
 
 def test_a_folder_takes_one_batch(tmp_path, model):
     jobs = [RenderJob("a", CAPTION), RenderJob("b", CAPTION, seed=1)]
-    start_batch(jobs, model, str(tmp_path), json=True).display.progress.stop()
-    start_batch(jobs[1:], model, str(tmp_path), json=True).display.progress.stop()
+    claim(jobs, model, str(tmp_path))
+    claim(jobs[1:], model, str(tmp_path))
     for other, by in (([RenderJob("a", CAPTION, seed=2)], model), (jobs, Model())):
         with pytest.raises(UsageError, match="holds a of another batch"):
-            start_batch(other, by, str(tmp_path), json=True)
+            claim(other, by, str(tmp_path))
 
 
 def test_videos_go_wherever_fsspec_reaches(renderer):
@@ -159,3 +159,16 @@ def test_ranks_render_together_and_continue_after_a_kill(tmp_path):
     assert [event["event"] for event in ends] == ["batch", "finished", "summary"]
     assert 2 <= ends[1]["found"] <= 3
     assert ends[1]["made"] + ends[1]["found"] == 4
+
+
+def test_what_no_restart_mends_is_said_at_once(tmp_path):
+    command = [prompts(tmp_path, {"text": CAPTION}), "--out", tmp_path / "out", "--gpus-per-video", "2"]
+    (tmp_path / "empty").mkdir()
+    code, _, error = finished([*command, "--model", tmp_path / "empty"])
+    assert code == 1
+    assert "has no demo model" in error
+    command = [prompts(tmp_path, {"text": "a cat"}), "--out", tmp_path / "other", "--gpus-per-video", "2"]
+    code, events, _ = finished(command)
+    assert code == 1
+    (failed,) = (event for event in events if event["event"] == "failed")
+    assert failed["message"] == "word 1 of the caption is 'a'; use on"
