@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from functools import partial
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -299,12 +299,23 @@ def dense_attentions() -> dict[str, DenseAttention]:
         function = module.REGISTERED_ATTENTION_FUNCTIONS.get(name)
         if function not in (None, usual):
             functions[name] = function
-    return {name: partial(_dense_attention, function) for name, function in functions.items()}
+    return {name: _over_heads(function) for name, function in functions.items()}
 
 
-def _dense_attention(function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    heads = q.shape[2]
-    return function(q.flatten(2), k.flatten(2), v.flatten(2), heads=heads).unflatten(-1, (heads, -1))
+def preferred_attentions(dit: torch.nn.Module) -> dict[torch.nn.Module, DenseAttention]:
+    """By attention module the function that its checkpoint asks for, which ComfyUI keeps in the module since 0.38."""
+    found = {module: getattr(module, "comfy_attention", None) for module in dit.modules()}
+    functions = {module: getattr(kept, "function", None) for module, kept in found.items()}
+    return {module: _over_heads(function) for module, function in functions.items() if function is not None}
+
+
+@cache  # one object for each function, by which `FastestDense` knows the same ways in the next run
+def _over_heads(function: Callable[..., Tensor]) -> DenseAttention:
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        heads = q.shape[2]
+        return function(q.flatten(2), k.flatten(2), v.flatten(2), heads=heads).unflatten(-1, (heads, -1))
+
+    return dense
 
 
 # --- sampling

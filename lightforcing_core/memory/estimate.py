@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_iter
 
 from ...kernels.layer_memory import LayerMemory
 from ..attention.backends import BACKENDS, DENSE
-from ..attention.backends.base import Backend
+from ..attention.backends.base import Backend, DenseAttention
 from ..attention.blocks import FrameBlocks
 from ..attention.chunk import shapes_of
 from ..attention.options import AttentionOptions
@@ -191,7 +191,7 @@ class _DryState(ModelState):
 
     workspace: int = 0
 
-    def attend_history(self, q: Tensor, memory: LayerMemory) -> Tensor:
+    def attend_history(self, q: Tensor, memory: LayerMemory, dense: DenseAttention | None = None) -> Tensor:
         _workspace = torch.empty(self.workspace, dtype=torch.uint8, device="meta")
         return torch.empty_like(q)
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...kernels.layer_memory import LayerMemory
 from .. import machine
 from ..attention.backends.base import Call, DenseAttention
-from ..attention.backends.dense import sdpa
+from ..attention.backends.dense import FastestDense, sdpa
 from ..attention.blocks import FrameBlocks, tile_order
 from ..attention.chunk import ChunkAttention, plan_chunk
 from ..attention.dispatch import BackendChoice, attend, dense_attention_8bit
@@ -178,11 +178,16 @@ class ModelState:
         """Make `text`, [B, tokens, text_dim], the prompt from now on."""
         self.text = TextMemory(text)
 
-    def attend_history(self, q: Tensor, memory: LayerMemory) -> Tensor:
-        """Dense attention of the chunk to all visible frames, [B, L, H, D] in and out."""
+    def dense_for(self, module: Any) -> DenseAttention:
+        """Dense attention of one attention module."""
+        dense = self.dense_attention
+        return dense.preferred.get(module, dense) if isinstance(dense, FastestDense) else dense
+
+    def attend_history(self, q: Tensor, memory: LayerMemory, dense: DenseAttention | None = None) -> Tensor:
+        """Dense attention of the chunk to all visible frames, [B, L, H, D]; by `dense` unless the cache is 8-bit."""
         if memory.scales is None:
             layout = self.cache.storage.layout
-            return self.dense_attention(q, layout.real(memory.keys), layout.real(memory.values))
+            return (dense or self.dense_attention)(q, layout.real(memory.keys), layout.real(memory.values))
         return dense_attention_8bit(
             q, memory.keys, memory.values, memory.scales, self.cache.layout, self.attention.backend
         )
@@ -344,12 +349,12 @@ def _prepare(
         order = None if state.order is None else state.order.order
         chunk.rope = rope = RopeTable(chunk.positions, *grid[1:], head_dim, order=order, dtype=wide, device=x.device)
         rope.cos, rope.sin = map(state.shares.own_tokens, (rope.cos, rope.sin))
-    chunk.layers = chunk.layers or [_looked_up(block) for block in dit.blocks]
+    chunk.layers = chunk.layers or [_looked_up(block, state) for block in dit.blocks]
     return chunk.rope, text.keys_values, chunk.layers
 
 
-def _looked_up(block: Any) -> SimpleNamespace:
-    """A layer's modules as plain attributes, because `nn.Module` searches three tables for each."""
+def _looked_up(block: Any, state: ModelState) -> SimpleNamespace:
+    """A layer's modules as plain attributes, because `nn.Module` searches three tables for each; and their `dense`."""
 
     def some(module: Any, *names: str) -> SimpleNamespace:
         return SimpleNamespace(**{name: getattr(module, name) for name in names})
@@ -357,6 +362,7 @@ def _looked_up(block: Any) -> SimpleNamespace:
     found = some(block, "norm1", "norm2", "norm3", "ffn")
     found.self_attn = some(block.self_attn, "q", "k", "v", "o", "norm_q", "norm_k")
     found.cross_attn = some(block.cross_attn, "q", "o", "norm_q")
+    found.self_attn.dense, found.cross_attn.dense = map(state.dense_for, (block.self_attn, block.cross_attn))
     found.projections = found.self_attn.q, found.self_attn.k, found.self_attn.v
     return found
 
@@ -374,6 +380,7 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
     """The open chunk's attention to what its cache holds of a layer, [B, L, H, D] in and out."""
     options, chunk = state.attention, state.chunk
     plan, chosen = chunk.attention.plan, chunk.attention.choice
+    dense = chunk.layers[layer].self_attn.dense if chunk.layers else state.dense_attention
     if chunk.masses is not None and options.head_rule is not None:
         groups = options.head_rule.groups(len(state.cache.slot_frames) - chunk.frames, chunk.frames)
         sizes = [frames * state.q_layout.tokens_per_frame for frames in groups]
@@ -390,7 +397,7 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
         chunk.masses.append(query_sums(rope.back(slice(None)).rotate(q.to(wide))))
     memory = state.cache.visible(layer)
     if plan is None or chosen is None:
-        return state.attend_history(q, memory)
+        return state.attend_history(q, memory, dense)
     selection, whole = plan.of_layer(layer), state.cache.storage.at(layer) if plan.tables else None
     if not isinstance(selection, BlockSelection):
         plan = selection
@@ -413,7 +420,7 @@ def attended(q: Tensor, q_means: Tensor | None, layer: int, state: ModelState, w
         scales=memory.scales,
         tail=memory.tail if options.tail else None,
         uneven=plan.uneven,
-        dense=state.dense_attention,
+        dense=dense,
         whole=whole and (whole, plan.tables[-1]),
     )
     y, choice = attend(call, chosen, options.backend)
@@ -438,13 +445,13 @@ def _cross_keys_values(dit: Any, context: Tensor) -> list[tuple[Tensor, Tensor]]
 def _cross_attention(attention: Any, x: Tensor, k: Tensor, v: Tensor, state: ModelState) -> Tensor:
     """Attention of the chunk to every text slot, the padded ones included; few of them stand for all if that pays."""
     q = fused.rms_norm(attention.norm_q, attention.q(x)).unflatten(-1, (-1, state.cache.shape.head_dim))
-    bias = state.text.bias if state.text else None
+    bias, dense = state.text.bias if state.text else None, cast(DenseAttention, attention.dense)
     if bias is None:
-        return _output(attention, state.dense_attention(q, k, v))
+        return _output(attention, dense(q, k, v))
 
     def attend(name: str) -> Tensor:
         if name == ALL_SLOTS:
-            return state.dense_attention(q, k, v)
+            return dense(q, k, v)
         few = bias.shape[1]
         return sdpa(q, k[:, :few], v[:, :few], bias)
 

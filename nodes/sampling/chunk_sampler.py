@@ -36,6 +36,7 @@ from ..comfy import (
     is_prompt_waiting,
     load_if_away,
     out_of_memory,
+    preferred_attentions,
     raise_if_interrupted,
     request_memory,
     show_text,
@@ -78,13 +79,14 @@ class ChunkSampler(CausalSampler):
         self.decoder, self.own_noise, self.direction = decoder, own_noise, direction
         self.record: RunRecord | None = None
         self._prepared: tuple[RunState, MemoryPlan, dict[str, str]] | None = None
-        self._dense_attention = FastestDense(dense_attentions())
 
     def prepare_run(
         self, guider: Any, noise: Tensor, latent_image: Tensor, sigmas: Tensor, denoise_mask: Tensor | None, seed: int
     ) -> None:
         """Check everything and plan the memory, before any weight is loaded. Raises ValueError."""
         model = guider.model_patcher
+        preferred = preferred_attentions(model.get_model_object("diffusion_model"))
+        self._dense_attention = FastestDense(dense_attentions(), preferred)
         with named_for_the_canvas():
             reason = (
                 conflicting_patch(model, guider.model_options)

@@ -20,6 +20,7 @@ SCRIPTS = [
     "output_files",
     "model/lora_kinds",
     "model/patching",
+    "model/preferred_attention",
     "model/published_formats",
     "model/step_graph",
     "sampling/against_core",

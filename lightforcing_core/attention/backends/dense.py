@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,15 +37,21 @@ WORK = "dense attention of {1} queries to {4} keys, {0}×{2} heads of {3} in {5}
 
 
 class FastestDense:
-    """Dense attention [B, L, H, D] in the way that was measured to be fastest, without proof the first one."""
+    """Dense attention [B, L, H, D] in the way that was measured to be fastest, without proof the first one.
 
-    def __init__(self, ways: Mapping[str, DenseAttention] = TORCH_WAYS) -> None:
+    preferred: by attention module, the way that its checkpoint asks for, which is not measured.
+    """
+
+    def __init__(
+        self, ways: Mapping[str, DenseAttention] = TORCH_WAYS, preferred: Mapping[Any, DenseAttention] | None = None
+    ) -> None:
+        self.preferred = preferred or {}
         self.ways, self._usual = ways, next(iter(ways))
         self._on_cpu = [name for name in ways if name not in ONLY_CUDA]
 
     def __eq__(self, other: object) -> bool:
         """Equal for the same ways: a graph that was checked in one run is not checked again in the next."""
-        return isinstance(other, FastestDense) and self.ways == other.ways
+        return isinstance(other, FastestDense) and (self.ways, self.preferred) == (other.ways, other.preferred)
 
     def __hash__(self) -> int:
         return hash(tuple(self.ways))
