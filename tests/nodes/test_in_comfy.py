@@ -14,6 +14,7 @@ from ..support.graphs import EMBEDS
 OUTLIER = "self_forcing_outlier.safetensors"
 SCRIPTS = [
     "light_import",
+    "names_used",
     "node_texts",
     "single_nodes",
     "demo_files",
