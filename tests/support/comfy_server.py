@@ -57,6 +57,8 @@ class ComfyServer:
         command = [python, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(port)]
         command += ["--base-directory", str(base), "--disable-api-nodes", "--disable-auto-launch"]
         command += ["--database-url", "sqlite:///:memory:"]
+        if frontend := os.environ.get("COMFYUI_FRONTEND"):
+            command += ["--front-end-root", str(Path(frontend).resolve())]
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=checkout, stdout=log, stderr=subprocess.STDOUT, env=environment()
