@@ -154,7 +154,9 @@ class FakeComfy:
                 if isinstance(event, bytes):
                     await socket.send_bytes(event)
                 else:
-                    await socket.send_json({"type": event[0], "data": event[1]})
+                    # Newer servers add keys of their own.
+                    data = {**event[1], "prompt_metadata": {"workflow_id": "1"}}
+                    await socket.send_json({"type": event[0], "data": data, "added": [1]})
 
     async def _hang_up(self):
         for socket in list(self._sockets):

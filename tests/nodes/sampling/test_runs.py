@@ -142,3 +142,12 @@ def test_caption_makes_a_video_and_another_caption_another(server):
     first, spelt_otherwise, other = (latents_of(server, demo_graph(caption)) for caption in captions)
     assert torch.equal(spelt_otherwise, first)
     assert not torch.allclose(other, first, atol=1e-3)
+
+
+def test_jobs_of_the_server_list_a_run_with_its_picture(server):
+    """The list reads every node's output, so it would fail on one that it does not expect."""
+    prompt_id = server.queue(graph({"model": loader()}, vae=True))
+    server.wait(prompt_id)
+    job = server.get(f"/api/jobs/{prompt_id}")
+    assert (job["status"], job["preview_output"]["nodeId"]) == ("completed", "images")
+    assert prompt_id in [one["id"] for one in server.get("/api/jobs")["jobs"]]
