@@ -46,8 +46,7 @@ def render_here(start: Start, jobs: Sequence[RenderJob], model: Model, out: str,
 
 def _rank(start: Start, jobs: Sequence[RenderJob], model: Model, out: str) -> bool | str:
     """What `_render` returns, or why a model cannot be loaded, which would be no better after a restart."""
-    device = device_of()
-    with process_group(device=None if device.type == "cpu" else device, seconds=PATIENCE) as group:
+    with process_group(device=device_of(), seconds=PATIENCE) as group:
         try:
             return _render(start, jobs, model, out, group)
         except ValueError as error:
@@ -69,7 +68,7 @@ def _render(start: Start, jobs: Sequence[RenderJob], model: Model, out: str, exc
 
 
 def device_of() -> torch.device:
-    """The GPU of this process, or the CPU."""
+    """The GPU of this process, or the CPU; Ray shows each actor its own GPU alone."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -97,10 +97,10 @@ class Renderer:
         self.check(str(text))
         return context_of_caption(self.texts, str(text)).to(dtype)
 
-    def attempt(self, job: RenderJob, store: Store, told: OnChunk = lambda done, total: None) -> dict[str, Any]:
+    def attempt(self, job: RenderJob, store: Store, on_chunk: OnChunk = lambda done, total: None) -> dict[str, Any]:
         """What `render` returns, or an error that concerns this job alone, as {"error": …}."""
         try:
-            return self.render(job, store, told)
+            return self.render(job, store, on_chunk)
         except JobFailed as error:
             return {"error": str(error)}
         except Exception as error:
@@ -108,7 +108,7 @@ class Renderer:
                 raise
             return {"error": str(error) if isinstance(error, ValueError) else one_line(error)}
 
-    def render(self, job: RenderJob, store: Store, told: OnChunk = lambda done, total: None) -> dict[str, Any]:
+    def render(self, job: RenderJob, store: Store, on_chunk: OnChunk = lambda done, total: None) -> dict[str, Any]:
         """Render one video into `store` unless it is there; with an exchange, rank 0 alone writes.
 
         Returns the names of its files, and how many chunks were made now and found. The finished chunks of a try that
@@ -125,7 +125,7 @@ class Renderer:
         if self._writes:
             store.write(tries, b"%d" % (before + 1))
         try:
-            made, found = self._render(job, store, target, tries, told)
+            made, found = self._render(job, store, target, tries, on_chunk)
         except BaseException as error:
             if self.exchange is None or isinstance(error, JobFailed | KeyboardInterrupt):
                 self._remove(store, tries)
@@ -133,7 +133,7 @@ class Renderer:
         self._remove(store, tries)
         return {"files": [store.path(target)], "made": made, "found": found}
 
-    def _render(self, job: RenderJob, store: Store, target: str, tries: str, told: OnChunk) -> tuple[int, int]:
+    def _render(self, job: RenderJob, store: Store, target: str, tries: str, on_chunk: OnChunk) -> tuple[int, int]:
         kept = f".{job.name}.state.safetensors"
         with TemporaryDirectory() as folder, ExitStack() as at_end:
             state = self._state(job, store, kept, Path(folder))
@@ -151,7 +151,7 @@ class Renderer:
                         store.remove(tries)
                     store.put(save_run_state(state, Path(folder) / "state.safetensors"), kept)
                     video.write(decoder.decode(chunk.latents)[0])
-                told(len(state.finished), total)
+                on_chunk(len(state.finished), total)
             at_end.close()
             if self._writes:
                 store.put(path, target)

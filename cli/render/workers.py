@@ -9,13 +9,11 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-import torch
-
 from ...lightforcing_core.fast_path import one_line
 from ...lightforcing_core.parallel.group import process_group
 from ..queue.prompt import UsageError
 from .batch import Batch, Model
-from .here import PATIENCE
+from .here import PATIENCE, device_of
 from .jobs import RenderJob
 from .renderer import MOST_TRIES, Renderer
 from .store import Store
@@ -50,8 +48,8 @@ class Follower:
         self._model, self._store, self._group = model, Store(out), ExitStack()
 
     def join(self, where: str, rank: int, size: int) -> None:
-        group = self._group.enter_context(process_group(where, rank, size, device=_gpu(), seconds=PATIENCE))
-        self._renderer = Renderer(self._model, _gpu() or torch.device("cpu"), group)
+        group = self._group.enter_context(process_group(where, rank, size, device=device_of(), seconds=PATIENCE))
+        self._renderer = Renderer(self._model, device_of(), group)
 
     def render(self, job: RenderJob) -> None:
         self._renderer.attempt(job, self._store)
@@ -69,13 +67,13 @@ class Worker:
 
     def render(self, job: RenderJob) -> tuple[str, dict[str, Any]]:
         """The job's name, and what `Renderer.attempt` returns."""
-        told = partial(self._board.tell.remote, job.name)
+        on_chunk = partial(self._board.tell.remote, job.name)
         reason = ""
         for _ in range(MOST_TRIES):
             try:
                 self._renderer = self._renderer or self._load()
                 others = [follower.render.remote(job) for follower in self._followers]
-                result = self._renderer.attempt(job, self._store, told)
+                result = self._renderer.attempt(job, self._store, on_chunk)
                 ray.get(others)
                 return job.name, result
             except Exception as error:  # of one rank, so that the others are out of step
@@ -84,7 +82,7 @@ class Worker:
         return job.name, {"error": f"{self._size} ranks failed {MOST_TRIES} times: {reason}"}
 
     def _load(self) -> Renderer:
-        device = _gpu() or torch.device("cpu")
+        device = device_of()
         if self._size == 1:
             return Renderer(self._model, device)
         with socket.socket() as free:
@@ -96,7 +94,7 @@ class Worker:
             follower = ray.remote(Follower).options(**options).remote(self._model, self._out)
             follower.join.remote(where, rank, self._size)
             self._followers.append(follower)
-        joined = process_group(where, 0, self._size, device=_gpu(), seconds=PATIENCE)
+        joined = process_group(where, 0, self._size, device=device_of(), seconds=PATIENCE)
         return Renderer(self._model, device, self._group.enter_context(joined))
 
     def _disband(self) -> None:
@@ -105,10 +103,6 @@ class Worker:
             ray.kill(follower)
         self._renderer, self._followers = None, []
         self._group.close()
-
-
-def _gpu() -> torch.device | None:
-    return torch.device("cuda", 0) if torch.cuda.is_available() else None  # Ray shows each actor its own alone
 
 
 def render_with_ray(

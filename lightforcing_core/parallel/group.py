@@ -47,11 +47,12 @@ def process_group(
 ) -> Iterator[Group]:
     """This process as one of the ranks that meet at `where`: a file:// or tcp:// address, or what `torchrun` has set.
 
-    device: the GPU of this rank; None computes on the CPU. seconds: to wait for the others.
+    device: of this rank; None is the CPU. seconds: to wait for the others.
     """
-    if device is not None:
+    backend = "gloo"
+    if device is not None and device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "gloo" if device is None else "nccl"
+        backend = "nccl"
     dist.init_process_group(backend, where, timedelta(seconds=seconds), rank=rank, world_size=size)
     try:
         yield Group()
